@@ -1,0 +1,1 @@
+"""What the five tools share: the checkpoint contract, families, model definitions, training."""

@@ -1,0 +1,1 @@
+"""Model definitions: `architecture` is pure data; the other modules build Megatron-Core models from it."""
