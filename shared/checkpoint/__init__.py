@@ -1,0 +1,1 @@
+"""The contract between stages: a checkpoint directory, published whole or not at all."""

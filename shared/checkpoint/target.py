@@ -1,0 +1,102 @@
+"""Where a stage may write: overlap, leftovers of killed runs, and what --overwrite may replace."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from shared.checkpoint.files import remove_tree
+from shared.checkpoint.manifest import MANIFEST, Inputs, Manifest, read_manifest
+from shared.console import log
+from shared.errors import AlreadyDone, UserError
+
+PARTIAL = ".partial-"
+REPLACED = ".replaced-"
+RUN = "run.json"  # written when a training run begins
+
+
+def check_overlap(target: Path, inputs: Inputs) -> None:
+    """Refuse a target that is, holds or lies in one of the inputs."""
+    whole = target.resolve()
+    for flag, given in inputs.items():
+        for path in [given] if isinstance(given, Path) else given:
+            source = path.resolve()
+            if source == whole or source.is_relative_to(whole) or whole.is_relative_to(source):
+                raise UserError(f"--target {target} overlaps --{flag.replace('_', '-')} {path}; choose another directory")
+
+
+def lock(directory: Path) -> int | None:
+    """Hold a directory for this process: a descriptor, or None if a living process holds it.
+
+    The kernel drops the lock when its holder dies, however it dies.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def clear_leftovers(target: Path) -> None:
+    """Remove what killed runs left beside the target; refuse when one of them still lives."""
+    if not target.parent.is_dir():
+        return
+    for beside in sorted(target.parent.glob(f"{_escaped(target.name)}{REPLACED}*")):
+        if not target.exists():  # killed between the two renames of a replacement: the old one is still whole
+            beside.rename(target)
+            log(f"restored {target}: an earlier run was killed while replacing it")
+        else:
+            remove_tree(beside)
+    for beside in sorted(target.parent.glob(f"{_escaped(target.name)}{PARTIAL}*")):
+        descriptor = lock(beside)
+        if descriptor is None:
+            raise UserError(f"--target {target}: another process is writing it ({beside.name}); wait for it or stop it")
+        remove_tree(beside)
+        os.close(descriptor)
+        log(f"removed {beside.name}, left by a run that was killed")
+
+
+def check_target(target: Path, *, same: str, overwrite: bool) -> Manifest | None:
+    """Decide whether the target may be written, by what stands there.
+
+    Returns the manifest of what is to be replaced. Raises AlreadyDone when the same work is finished there, UserError
+    when something else is.
+    """
+    if not target.exists():
+        return None
+    if not target.is_dir():
+        raise UserError(f"--target {target} is a file; a directory is published there")
+    if not any(target.iterdir()):
+        return None
+    damaged = None
+    try:
+        manifest = read_manifest(target, flag="--target")
+    except UserError as error:
+        manifest, damaged = None, error
+    if manifest is None and not damaged and not (target / RUN).exists():
+        raise UserError(f"--target {target} exists and was not made by this tool; choose another or remove it yourself")
+    if overwrite:
+        return manifest
+    if damaged:
+        raise damaged
+    if manifest is None:
+        raise UserError(f"--target {target} holds an unfinished run of another command; finish it, or use --overwrite")
+    if manifest.identity != same:
+        raise UserError(
+            f"--target {target} holds the result of `{manifest.tool} {manifest.command}` with other inputs or options; "
+            "choose another directory or use --overwrite"
+        )
+    if manifest.state == "running":
+        raise UserError(f"--target {target} holds an unfinished run; finish it, or use --overwrite")
+    for name, entry in manifest.files.items():
+        file = target / name
+        if not file.is_file() or file.stat().st_size != entry.size:
+            raise UserError(f"--target {target} is damaged ({name} is missing or cut short); use --overwrite to make it again")
+    raise AlreadyDone(f"already done: {target} ({MANIFEST} of {manifest.created})")
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

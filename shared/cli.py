@@ -1,0 +1,376 @@
+"""Strict command lines on top of fire: a typo never starts work.
+
+fire alone runs a function before it rejects an unknown flag, ignores annotations and takes `--flag=false` for true.
+So a command line passes three gates, all before any heavy import: the words are checked against the command's
+signature here; fire binds them to a function that only records them; pydantic checks each value against its
+annotation. Only then does the command run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import inspect
+import math
+import os
+import signal
+import sys
+import traceback
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib import metadata
+from pathlib import Path
+from types import FrameType, NoneType, UnionType
+from typing import Annotated, Any, NoReturn
+
+import fire
+import yaml
+from fire.decorators import SetParseFn
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+
+from shared.console import log, progress
+from shared.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    AlreadyDone,
+    Interrupted,
+    StageError,
+    UserError,
+)
+from shared.help import command_help, flag_name, tool_help
+from shared.invocation import Invocation, invocation, invoked
+
+__all__ = [
+    "Existing",
+    "ExistingDir",
+    "ExistingFile",
+    "Invocation",
+    "NonNegative",
+    "Positive",
+    "Tool",
+    "invocation",
+    "invoked",
+    "log",
+    "progress",
+]
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    return path
+
+
+def _existing_dir(path: Path) -> Path:
+    if not _existing(path).is_dir():
+        raise ValueError(f"{path} is a file, a directory is wanted")
+    return path
+
+
+def _existing_file(path: Path) -> Path:
+    if not _existing(path).is_file():
+        raise ValueError(f"{path} is a directory, a file is wanted")
+    return path
+
+
+Existing = Annotated[Path, AfterValidator(_existing)]
+ExistingDir = Annotated[Path, AfterValidator(_existing_dir)]
+ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+_TRUE, _FALSE = {"true", "yes", "1"}, {"false", "no", "0"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command of a tool: a typed function whose docstring is its help."""
+
+    name: str
+    function: Callable[..., int | None]
+    positional: tuple[str, ...]  # parameters that may also be given as bare words, in order
+    neutral: tuple[str, ...]  # parameters that do not change the result
+    hints: dict[str, Any] = field(repr=False)
+
+    @property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.function).parameters
+
+
+class Tool:
+    """A console script: `tool COMMAND --flag value ...`."""
+
+    def __init__(self, name: str, summary: str) -> None:
+        self.name = name
+        self.summary = summary
+        self.commands: dict[str, Command] = {}
+
+    @property
+    def version(self) -> str:
+        """The version of the installed distribution, so that it is written down once, in pyproject.toml."""
+        return metadata.version(f"baton-{self.name}")
+
+    def command(
+        self,
+        function: Callable[..., int | None] | None = None,
+        *,
+        name: str | None = None,
+        positional: Sequence[str] = (),
+        neutral: Sequence[str] = (),
+    ) -> Any:
+        """Register a function as a command. Used bare or with arguments.
+
+        Args:
+            function: the command; every parameter is annotated and becomes a flag.
+            name: its name on the command line; by default the function's, with hyphens.
+            positional: parameters that may also be given as bare words.
+            neutral: parameters that do not change the result, so that other values of them are the same run.
+        """
+
+        def register(function: Callable[..., int | None]) -> Callable[..., int | None]:
+            label = name or function.__name__.replace("_", "-")
+            self.commands[label] = Command(
+                name=label,
+                function=function,
+                positional=tuple(positional),
+                neutral=tuple(neutral),
+                hints=typing.get_type_hints(function, include_extras=True),
+            )
+            return function
+
+        return register(function) if function is not None else register
+
+    def run(self, argv: Sequence[str] | None = None) -> NoReturn:
+        """Parse, check, run; always ends the process with one of the documented exit codes."""
+        argv = list(sys.argv[1:] if argv is None else argv)
+        label = self.name
+        try:
+            if argv and argv[0] == "--version":
+                print(self.version)
+                raise SystemExit(EXIT_DONE)
+            command = self._select(argv)
+            if command is None:
+                print(tool_help(self))
+                raise SystemExit(EXIT_DONE)
+            label = f"{self.name} {command.name}"
+            if {"--help", "-h"} & set(argv[1:]):
+                print(command_help(self, command))
+                raise SystemExit(EXIT_DONE)
+            arguments = _validate(command, _bind(command, _words(command, argv[1:])))
+        except UserError as error:
+            _complain(label, str(error))
+            raise SystemExit(EXIT_USAGE) from None
+        raise SystemExit(self._execute(label, command, arguments))
+
+    def _select(self, argv: list[str]) -> Command | None:
+        """The command named first; None when the tool's own help is asked for."""
+        if not argv:
+            raise UserError(f"no command given; one of: {', '.join(self.commands)} ({self.name} --help says more)")
+        if argv[0] in ("--help", "-h"):
+            return None
+        if argv[0] not in self.commands:
+            if {"--help", "-h"} & set(argv):
+                return None
+            raise UserError(f"unknown command {argv[0]!r}{_nearest(argv[0], list(self.commands))}")
+        return self.commands[argv[0]]
+
+    def _execute(self, label: str, command: Command, arguments: dict[str, Any]) -> int:
+        _install_sigterm()
+        try:
+            with invoked(self.name, command.name, arguments, version=self.version, neutral=command.neutral):
+                return command.function(**arguments) or EXIT_DONE
+        except AlreadyDone as done:
+            log(str(done))
+            return EXIT_DONE
+        except UserError as error:
+            _complain(label, str(error))
+            return EXIT_USAGE
+        except Interrupted as error:
+            log(str(error))
+            return EXIT_INTERRUPTED
+        except StageError as error:
+            _complain(label, str(error))
+            return EXIT_FAILED
+        except KeyboardInterrupt:
+            _complain(label, "interrupted")
+            return 128 + signal.SIGINT
+        except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_DONE
+        except OSError as error:
+            return _os_error(label, error)
+
+
+def _install_sigterm() -> None:
+    """As PID 1 of a container a process ignores SIGTERM unless it has a handler; training installs its own."""
+
+    def leave(signum: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(EXIT_INTERRUPTED)
+
+    with contextlib.suppress(ValueError):  # not the main thread, as when a test calls a tool in process
+        signal.signal(signal.SIGTERM, leave)
+
+
+def _os_error(label: str, error: OSError) -> int:
+    """One line for what the machine refused; a traceback for what we did not foresee."""
+    place = f"{error.filename}: " if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        _complain(label, f"{place}the disk is full; free some space and run the same command again")
+        return EXIT_FAILED
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        uid = os.getuid()
+        _complain(label, f"{place}permission denied for uid {uid}; give a path this user may write, or change its owner")
+        return EXIT_USAGE
+    traceback.print_exception(error)
+    return EXIT_FAILED
+
+
+def _complain(label: str, message: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    where = f" (rank {rank})" if rank != "0" else ""
+    print(f"{label}: error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = get_close_matches(word, known, n=1, cutoff=0.4)
+    prefixed = [k for k in known if k.startswith(word)] if len(word.lstrip("-")) > 1 else []
+    best = prefixed[0] if prefixed else close[0] if close else None
+    return f"; did you mean {best}?" if best else f"; known: {', '.join(known)}"
+
+
+def _words(command: Command, words: list[str]) -> dict[str, str]:
+    """The command line as {parameter: raw text}; UserError for anything that does not fit the signature."""
+    flags = {flag_name(p): p for p in command.parameters} | {"--config": "config"}
+    given: dict[str, str] = {}
+    bare: list[str] = []
+    rest = iter(range(len(words)))
+    for index in rest:
+        word = words[index]
+        if word == "--":
+            raise UserError("'--' takes nothing away and passes nothing on; remove it and what follows")
+        if not word.startswith("-") or word == "-":
+            bare.append(word)
+            continue
+        name, equals, text = word.partition("=")
+        name = name.replace("_", "-")
+        negated = "--" + name[len("--no-") :] if name.startswith("--no-") else ""
+        if name not in flags and negated in flags and _is_bool(command, flags[negated]):
+            if equals:
+                raise UserError(f"{name} takes no value")
+            parameter, text = flags[negated], "false"
+        elif name not in flags:
+            raise UserError(f"unknown flag {word.partition('=')[0]}{_nearest(name, list(flags))}")
+        else:
+            parameter = flags[name]
+            if not equals and _is_bool(command, parameter):
+                text = "true"
+            elif not equals:
+                following = words[index + 1] if index + 1 < len(words) else None
+                if following is None or following.startswith("--"):
+                    raise UserError(f"{name} needs a value")
+                text = words[next(rest)]
+            if text == "":
+                raise UserError(f"{name} needs a value, it is empty")
+        if parameter in given:
+            raise UserError(f"{flag_name(parameter)} is given twice")
+        given[parameter] = text
+    for text, parameter in zip(bare, command.positional, strict=False):
+        if parameter in given:
+            raise UserError(f"{flag_name(parameter)} is given twice, as a flag and as the word {text!r}")
+        given[parameter] = text
+    if len(bare) > len(command.positional):
+        extra = bare[len(command.positional)]
+        raise UserError(f"unexpected word {extra!r}; every value follows its --flag")
+    return given
+
+
+def _bind(command: Command, given: dict[str, str]) -> dict[str, Any]:
+    """Let fire bind the words to the command's parameters, without running it; then add those of --config."""
+    bound: dict[str, str] = {}
+
+    @SetParseFn(str)
+    def binder(**values: str) -> None:
+        bound.update(values)
+
+    names = [inspect.Parameter(p, inspect.Parameter.KEYWORD_ONLY, default=None) for p in (*command.parameters, "config")]
+    binder.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
+    fire.Fire(binder, command=[f"--{name}={text}" for name, text in given.items()], name=command.name)
+    values: dict[str, Any] = dict(bound)
+    config = values.pop("config", None)
+    return (_from_config(command, Path(config)) if config else {}) | values
+
+
+def _from_config(command: Command, path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path}: cannot be read as YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: a mapping of flags to values is wanted")
+    known = list(command.parameters)
+    values = {}
+    for key, value in content.items():
+        parameter = str(key).replace("-", "_")
+        if parameter not in known:
+            raise UserError(f"--config {path}: unknown key {key!r}{_nearest(parameter, known)}")
+        values[parameter] = value
+    return values
+
+
+def _validate(command: Command, given: dict[str, Any]) -> dict[str, Any]:
+    """Values of the annotated types; UserError names the flag. Paths are checked to exist here, too."""
+    missing = [
+        flag_name(p)
+        for p, spec in command.parameters.items()
+        if spec.default is inspect.Parameter.empty and p not in given
+    ]
+    if missing:
+        raise UserError(f"{', '.join(missing)} must be given (--help says what it means)")
+    arguments = {}
+    for name, spec in command.parameters.items():
+        if name not in given:
+            arguments[name] = spec.default
+            continue
+        raw = given[name]
+        if isinstance(raw, str) and _is_bool(command, name):
+            if raw.lower() not in _TRUE | _FALSE:
+                raise UserError(f"{flag_name(name)}: {raw!r} is neither true nor false")
+            raw = raw.lower() in _TRUE
+        elif isinstance(raw, str) and _is_sequence(command.hints[name]):
+            raw = [part for part in raw.split(",") if part]
+        try:
+            arguments[name] = TypeAdapter(command.hints[name]).validate_python(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            text = first["msg"].removeprefix("Value error, ")
+            raise UserError(f"{flag_name(name)} {given[name]}: {text[0].lower()}{text[1:]}") from None
+        if isinstance(arguments[name], float) and not math.isfinite(arguments[name]):
+            raise UserError(f"{flag_name(name)} {given[name]}: a finite number is wanted")
+    return arguments
+
+
+def _members(hint: Any) -> list[Any]:
+    """The alternatives of an annotation without `Annotated` and `None`."""
+    if typing.get_origin(hint) is Annotated:
+        return _members(typing.get_args(hint)[0])
+    if typing.get_origin(hint) in (typing.Union, UnionType):
+        return [m for arg in typing.get_args(hint) if arg is not NoneType for m in _members(arg)]
+    return [hint]
+
+
+def _is_bool(command: Command, parameter: str) -> bool:
+    return parameter != "config" and _members(command.hints[parameter]) == [bool]
+
+
+def _is_sequence(hint: Any) -> bool:
+    return any(typing.get_origin(member) in (list, tuple) for member in _members(hint))
+
+
+def flags_of(command: Command) -> Iterator[str]:
+    """Every flag of a command, as typed on the command line."""
+    yield from (flag_name(parameter) for parameter in command.parameters)
+    yield "--config"

@@ -1,0 +1,69 @@
+"""What a person sees while a stage works: lines on stderr, and a bar where there is a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+_LINE_EVERY = 10.0  # seconds between progress lines where there is no terminal
+
+
+def log(message: str) -> None:
+    """Print one line on stderr, from the first worker only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def progress(total: int, unit: str, description: str) -> Iterator[Callable[[int], None]]:
+    """Show progress towards `total` units ("bytes" are shown with binary prefixes); yields `advance(amount)`."""
+    if os.environ.get("RANK", "0") != "0":
+        yield lambda amount: None
+    elif sys.stderr.isatty():
+        with _bar(total, unit, description) as advance:
+            yield advance
+    else:
+        yield _lines(total, unit, description)
+
+
+@contextlib.contextmanager
+def _bar(total: int, unit: str, description: str) -> Iterator[Callable[[int], None]]:
+    from rich import progress as rich
+    from rich.console import Console
+
+    amount = (
+        (rich.DownloadColumn(binary_units=True), rich.TransferSpeedColumn())
+        if unit == "bytes"
+        else (rich.MofNCompleteColumn(), rich.TextColumn(unit))
+    )
+    columns = (rich.TextColumn(description), rich.BarColumn(), *amount, rich.TimeRemainingColumn())
+    with rich.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda amount: bar.advance(task, amount)
+
+
+def _lines(total: int, unit: str, description: str) -> Callable[[int], None]:
+    done, spoken = 0, time.monotonic()
+
+    def advance(amount: int) -> None:
+        nonlocal done, spoken
+        done += amount
+        if time.monotonic() - spoken >= _LINE_EVERY:
+            spoken = time.monotonic()
+            log(f"{description}: {quantity(done, unit)} of {quantity(total, unit)} ({done / max(total, 1):.0%})")
+
+    return advance
+
+
+def quantity(amount: float, unit: str) -> str:
+    """A count with its unit; bytes with a binary prefix."""
+    if unit != "bytes":
+        return f"{amount:,.0f} {unit}"
+    for prefix in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {prefix}" if prefix == "B" else f"{amount:.1f} {prefix}"
+        amount /= 1024
+    return f"{amount:.1f} TiB"

@@ -1,0 +1,65 @@
+"""Which command is running, with which options: what a manifest records and what makes two runs the same run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_NEVER_IDENTITY = {"overwrite", "target"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Invocation:
+    """A resolved command: every option with its value, defaults included."""
+
+    tool: str
+    command: str
+    version: str
+    options: dict[str, Any]  # JSON values; paths as text
+    neutral: tuple[str, ...] = ()
+
+    def identity(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The options that decide the result. Inputs count by their content, so their paths are left out."""
+        ignored = {*_NEVER_IDENTITY, *self.neutral, *inputs}
+        return {name: value for name, value in self.options.items() if name not in ignored}
+
+
+_current: ContextVar[Invocation] = ContextVar("invocation")
+
+
+def invocation() -> Invocation:
+    """The running command. LookupError outside of one: wrap direct calls in `invoked`."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def invoked(
+    tool: str, command: str, options: Mapping[str, Any], *, version: str = "0", neutral: Sequence[str] = ()
+) -> Iterator[Invocation]:
+    """Declare the running command for the duration of the block."""
+    current = Invocation(
+        tool=tool,
+        command=command,
+        version=version,
+        options={name: _plain(value) for name, value in options.items()},
+        neutral=tuple(neutral),
+    )
+    token = _current.set(current)
+    try:
+        yield current
+    finally:
+        _current.reset(token)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value
