@@ -1,0 +1,212 @@
+"""Lets Megatron-Core run on a machine without a GPU, unchanged and in earnest.
+
+Megatron-Core names CUDA in some five hundred places and offers no seam for another device. They come down to
+few things: `torch.cuda.current_device()` as a device, the literal "cuda" as a device, `Tensor.cuda()`, streams
+and events, the CUDA random generator, and `Tensor.type()`, by which its optimizers sort parameters. This file
+replaces exactly those with CPU answers, so that every byte of arithmetic, communication (gloo) and checkpointing
+is the code a GPU would run.
+
+Plain replacements rather than a `TorchFunctionMode`: a mode is per thread (autograd and loader threads would be
+without it), and it adds Python work to every torch call, where a replacement costs only the calls it changes.
+
+`torch.cuda.is_available()` keeps telling the truth. Nothing here may be installed where CUDA is present.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils import _device as torch_device_context
+
+CPU = torch.device("cpu")
+
+# Functions that take `device=` and `pin_memory=`; the names in Megatron-Core that are given CUDA come from here.
+FACTORIES = (
+    "arange as_tensor empty empty_like empty_strided eye full full_like linspace normal ones ones_like rand "
+    "rand_like randint randint_like randn randn_like randperm tensor tril_indices triu_indices zeros zeros_like"
+).split()
+TENSOR_FACTORIES = "new_empty new_full new_ones new_tensor new_zeros".split()
+
+_installed = False
+
+
+def install() -> None:
+    """Replaces torch's CUDA surface by CPU answers for the rest of this process; a second call does nothing."""
+    global _installed
+    if torch.cuda.is_available():
+        raise RuntimeError("the CPU host layer must not be installed where CUDA is present")
+    if _installed:
+        return
+    # `with torch.device("meta")` and torch.compile recognise functions by identity, from tables that torch caches
+    # on first use: fill them with the originals, which our wrappers still call. Megatron-Core would import dynamo.
+    torch_device_context._device_constructors()
+    importlib.import_module("torch._dynamo")
+    for name in FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    for name in TENSOR_FACTORIES:
+        setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
+    _replace_tensor_methods()
+    _replace_cuda_module()
+    _installed = True
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, torch.device) and device.type == "cuda"
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """`factory` with a CUDA `device=` turned into the CPU, and without pinning, which needs a GPU."""
+
+    @functools.wraps(factory)
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            if _is_cuda(kwargs.get("device")):
+                kwargs["device"] = CPU
+            kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return on_cpu
+
+
+def _replace_tensor_methods() -> None:
+    """On the Python class, in front of the C++ base: `cuda`, `to`, `type`, `is_cuda`, `pin_memory`, `record_stream`."""
+    original_to, original_type = torch.Tensor.to, torch.Tensor.type
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _is_cuda(args[0]):
+            args = (CPU, *args[1:])
+        if kwargs and _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return original_to(self, *args, **kwargs)
+
+    def type_(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return original_type(self, dtype, **kwargs)
+        # The optimizers know "torch.cuda.FloatTensor" and its kin only.
+        return original_type(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.to = to  # type: ignore[method-assign,assignment]
+    torch.Tensor.type = type_  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign,assignment]
+    # The expert dispatcher turns split sizes into host integers only for tensors that say they are on a GPU.
+    torch.Tensor.is_cuda = property(lambda self: self.device.type == "cpu")  # type: ignore[method-assign,assignment]
+
+
+class Stream:
+    """A stream of a device that does everything at once, in program order: nothing ever has to be waited for."""
+
+    cuda_stream = 0
+    device = CPU
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        """The least and the greatest priority."""
+        return 0, 0
+
+    def record_event(self, event: Event | None = None) -> Event:
+        """Records `event`, or a new one."""
+        event = event or Event()
+        event.record()
+        return event
+
+    def query(self) -> bool:
+        """Whether all work is done."""
+        return True
+
+    def _nothing(self, *args: Any) -> None:
+        pass
+
+    synchronize = wait_event = wait_stream = _nothing
+
+
+class Event:
+    """A moment of the host's clock."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._seconds = 0.0
+
+    def record(self, stream: Stream | None = None) -> None:
+        """Takes the time."""
+        self._seconds = time.perf_counter()
+
+    def elapsed_time(self, end: Event) -> float:
+        """Milliseconds from this event to `end`."""
+        return (end._seconds - self._seconds) * 1000.0
+
+    def query(self) -> bool:
+        """Whether the event has happened."""
+        return True
+
+    def _nothing(self, *args: Any) -> None:
+        pass
+
+    synchronize = wait = _nothing
+
+
+class _Generators:
+    """`torch.cuda.default_generators`: whatever the index, the CPU's generator."""
+
+    def __getitem__(self, index: Any) -> torch.Generator:
+        return torch.default_generator
+
+
+@contextlib.contextmanager
+def _context(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+def _replace_cuda_module() -> None:
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    stream = Stream()
+    replacements: dict[str, Any] = {
+        # As a device object it serves wherever Megatron-Core passes it on as `device=`.
+        "current_device": lambda: CPU,
+        "device": _context,
+        "stream": _context,
+        "Stream": Stream,
+        "Event": Event,
+        "current_stream": lambda device=None: stream,
+        "default_stream": lambda device=None: stream,
+        "set_stream": nothing,
+        "set_device": nothing,
+        "synchronize": nothing,
+        "empty_cache": nothing,
+        "is_current_stream_capturing": lambda: False,
+        # Makes torch's own `_lazy_call` and `_lazy_init`, which Megatron-Core imports by name, act at once.
+        "is_initialized": lambda: True,
+        "default_generators": _Generators(),
+        "memory_stats": lambda device=None: {},
+        "reset_peak_memory_stats": nothing,
+    }
+    for name, replacement in replacements.items():
+        setattr(torch.cuda, name, replacement)
+    # `memory_allocated` and its kin look `memory_stats` up in their own module, and answer 0 from an empty one.
+    torch.cuda.memory.memory_stats = replacements["memory_stats"]
+    torch.cuda.memory.reset_peak_memory_stats = nothing
+    for module in (torch.cuda, torch.cuda.random):
+        for name, replacement in {
+            "get_rng_state": lambda device=None: torch.get_rng_state(),
+            "set_rng_state": lambda new_state, device=None: torch.set_rng_state(new_state),
+            "manual_seed": lambda seed: torch.default_generator.manual_seed(seed) and None,
+            "manual_seed_all": nothing,  # torch.manual_seed, its caller, has seeded the CPU's generator already
+            "initial_seed": torch.initial_seed,
+        }.items():
+            setattr(module, name, replacement)
+    for name in ("range_push", "range_pop", "range_start", "range_end", "mark"):
+        setattr(torch.cuda.nvtx, name, nothing)
+    torch.cuda.nvtx.range = _context
