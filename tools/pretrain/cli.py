@@ -1,0 +1,86 @@
+"""The `pretrain` command: a tokenizer, its dataset, and training with Megatron-Core."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from shared.cli import Existing, ExistingDir, NonNegative, Positive, Tool
+
+tool = Tool("pretrain", summary="Train a tokenizer, prepare text and pretrain with Megatron-Core.")
+
+
+@tool.command
+def tokenizer(
+    source: tuple[Existing, ...],
+    target: Path,
+    vocab_size: Positive,
+    text_key: str = "text",
+    overwrite: bool = False,
+) -> None:
+    """Train a byte-level BPE tokenizer and publish it as a Hugging Face tokenizer directory.
+
+    Any UTF-8 text survives encoding and decoding unchanged. The directory has a chat template and opens with
+    transformers' AutoTokenizer.
+
+    Args:
+        source: text or JSON-lines files (also .gz, .zst) or folders of them, separated by commas.
+        target: the directory to publish.
+        vocab_size: number of tokens, the 256 bytes and the special tokens included.
+        text_key: the key of the text in JSON-lines rows.
+        overwrite: replace what is published at the target.
+    """
+    from tools.pretrain.tokenizer import run
+
+    run(source=source, target=target, vocab_size=vocab_size, text_key=text_key, overwrite=overwrite)
+
+
+@tool.command(neutral=("workers",))
+def prepare(
+    source: tuple[Existing, ...],
+    tokenizer: ExistingDir,
+    target: Path,
+    validation: tuple[Existing, ...] | None = None,
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+    text_key: str = "text",
+    workers: NonNegative = 0,
+    overwrite: bool = False,
+) -> None:
+    """Tokenise text into a Megatron indexed dataset.
+
+    A text file is one document, a JSON-lines file one document a line; each document is ended by the end-of-sequence
+    token. Killed, the same command goes on from the parts that were finished.
+
+    Args:
+        source: text or JSON-lines files (also .gz, .zst) or folders of them, separated by commas.
+        tokenizer: a directory with a tokenizer: of `pretrain tokenizer`, a Hugging Face or a Megatron checkpoint.
+        target: the directory to publish.
+        validation: files or folders for the validation split.
+        validation_fraction: share of the source's documents for the validation split, chosen by their content.
+        text_key: the key of the text in JSON-lines rows.
+        workers: processes that tokenise; 0 uses every core.
+        overwrite: replace what is published at the target.
+    """
+    from tools.pretrain.prepare import run
+
+    run(
+        source=source,
+        tokenizer=tokenizer,
+        target=target,
+        validation=validation,
+        validation_fraction=validation_fraction,
+        text_key=text_key,
+        workers=workers,
+        overwrite=overwrite,
+    )
+
+
+def main() -> None:
+    """Console script."""
+    tool.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Text sources: text and JSON-lines files, plain or compressed, and folders of them, read in one fixed order.
+
+A *text* file is one document. A *JSON-lines* file (`.jsonl`, `.ndjson`, `.jsonlines`) is one document a line.
+Either may be compressed (`.gz`, `.zst`). Every error is one line that names the file and the line in it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from shared.errors import UserError
+
+ROW_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
+COMPRESSED_SUFFIXES = (".gz", ".zst")
+# Formats that are not text: reading them as text would end in a confusing "not UTF-8".
+FOREIGN_SUFFIXES = (".parquet", ".arrow", ".bin", ".idx", ".npy", ".safetensors", ".zip", ".tar", ".xz", ".bz2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A byte range of one source file, whose ends fall between documents.
+
+    A range other than the whole file exists for uncompressed JSON lines only.
+    """
+
+    path: Path
+    start: int
+    """First byte."""
+    end: int
+    """One past the last byte."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of a JSON-lines file."""
+
+    value: dict[str, Any]
+    path: Path
+    line: int
+    """Line number in the file, from 1."""
+
+    def error(self, problem: str) -> UserError:
+        """The error to raise about this row."""
+        return UserError(f"{self.path}:{self.line}: {problem}")
+
+
+def is_rows(path: Path) -> bool:
+    """Whether the file is JSON lines (compressed or not), by its name."""
+    return _inner_suffix(path) in ROW_SUFFIXES
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether the file is compressed, by its name."""
+    return path.suffix.lower() in COMPRESSED_SUFFIXES
+
+
+def expand(paths: Iterable[Path], *, flag: str) -> list[Path]:
+    """Every source file under `paths`: files as given, folders walked in the order of their relative names.
+
+    Hidden files and folders (a leading dot) inside a folder are left out. The order depends on the names only.
+
+    Raises:
+        UserError: a path does not exist, no file is there at all, one file is named twice, or a file is of a
+            format that is neither text nor JSON lines.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = [
+                file
+                for file in path.rglob("*")
+                if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+            ]
+            files += sorted(inside, key=lambda file: file.relative_to(path).parts)
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(f"{flag} {path}: no such file or directory")
+    if not files:
+        raise UserError(f"{flag} {','.join(map(str, paths))}: no file in it")
+    seen: set[Path] = set()
+    for file in files:
+        if _inner_suffix(file) in FOREIGN_SUFFIXES:
+            raise UserError(f"{flag} {file}: {file.suffix} is not supported; give text or JSON lines (also .gz, .zst)")
+        if (resolved := file.resolve()) in seen:
+            raise UserError(f"{flag} {file}: named twice")
+        seen.add(resolved)
+    return files
+
+
+def pieces(path: Path, piece_bytes: int) -> list[Piece]:
+    """Cut a file into ranges of about `piece_bytes` that can be read on their own.
+
+    Only uncompressed JSON lines can be cut; any other file is one piece.
+    """
+    size = path.stat().st_size
+    if not is_rows(path) or is_compressed(path) or size <= piece_bytes:
+        return [Piece(path=path, start=0, end=size)]
+    bounds = [0]
+    with path.open("rb") as file:
+        while bounds[-1] + piece_bytes < size:
+            file.seek(bounds[-1] + piece_bytes)
+            file.readline()  # to the end of the line that the cut falls in
+            bounds.append(file.tell())
+    if bounds[-1] < size:
+        bounds.append(size)
+    return [Piece(path=path, start=start, end=end) for start, end in zip(bounds, bounds[1:], strict=False)]
+
+
+def rows(piece: Piece) -> Iterator[Row]:
+    """The rows of a JSON-lines piece; empty lines are passed over.
+
+    Raises:
+        UserError: a line is not UTF-8, not JSON or not a JSON object.
+    """
+    line_number = _lines_before(piece)
+    with _open(piece.path) as file:
+        position = piece.start
+        if position:
+            file.seek(position)
+        for line in file:
+            line_number += 1
+            position += len(line)
+            if line.strip():
+                yield _parse(line, piece.path, line_number)
+            # A compressed file is one piece, whose end counts compressed bytes.
+            if not is_compressed(piece.path) and position >= piece.end:
+                return
+
+
+def texts(piece: Piece, text_key: str) -> Iterator[str]:
+    """The documents of a piece: the file's text, or the value of `text_key` in every row.
+
+    Raises:
+        UserError: the file is not UTF-8, or a row has no such key or no string under it.
+    """
+    if not is_rows(piece.path):
+        with _open(piece.path) as file:
+            yield decode(file.read(), piece.path)
+        return
+    for row in rows(piece):
+        if text_key not in row.value:
+            keys = ", ".join(list(row.value)[:8])
+            raise row.error(f"no key {text_key!r} (the row has: {keys}); name the key with --text-key")
+        text = row.value[text_key]
+        if not isinstance(text, str):
+            raise row.error(f"{text_key!r} is {type(text).__name__}, not a string")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise row.error(f"{text_key!r} has a lone surrogate escape, which is not text") from None
+        yield text
+
+
+def decode(content: bytes, path: Path, *, first_line: int = 1) -> str:
+    """Strict UTF-8, with the line of the first bad byte in the error."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = first_line + content.count(b"\n", 0, error.start)
+        raise UserError(
+            f"{path}:{line}: not UTF-8 (byte 0x{content[error.start]:02x}); convert the file to UTF-8 or leave it out"
+        ) from None
+
+
+def _parse(line: bytes, path: Path, number: int) -> Row:
+    text = decode(line, path, first_line=number)
+    if number == 1:
+        text = text.removeprefix("\ufeff")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        problem = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise UserError(f"{path}:{number}: not JSON ({problem})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}:{number}: a JSON object is expected on every line, not {type(value).__name__}")
+    return Row(value=value, path=path, line=number)
+
+
+def _lines_before(piece: Piece) -> int:
+    """Number of lines before the piece, so that errors name the line of the file."""
+    if piece.start == 0:
+        return 0
+    count, left = 0, piece.start
+    with piece.path.open("rb") as file:
+        while left:
+            block = file.read(min(left, 1 << 20))
+            count += block.count(b"\n")
+            left -= len(block)
+    return count
+
+
+def _inner_suffix(path: Path) -> str:
+    return (Path(path.stem) if is_compressed(path) else path).suffix.lower()
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[IO[bytes]]:
+    """The file's uncompressed bytes."""
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".gz":
+            with gzip.open(path, "rb") as file:
+                yield file  # type: ignore[misc]
+        elif suffix == ".zst":
+            import io
+
+            import zstandard
+
+            with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as z:
+                yield io.BufferedReader(z, 1 << 20)
+        else:
+            with path.open("rb") as file:
+                yield file
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"{path}: damaged or truncated compressed file ({error})") from None
+    except Exception as error:
+        # zstandard is imported only where it is needed, so its error class is recognised by name.
+        if type(error).__name__ != "ZstdError":
+            raise
+        raise UserError(f"{path}: damaged compressed file ({error})") from None

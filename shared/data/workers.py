@@ -1,0 +1,80 @@
+"""Work spread over processes, with results in the order of the work whatever the number of processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from shared.errors import StageError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def ordered_map(
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    workers: int,
+    setup: Callable[..., None],
+    setup_arguments: tuple[object, ...] = (),
+) -> Iterator[Result]:
+    """Yield `work(item)` for every item, in order; `setup` runs once in every process before its first item.
+
+    With one worker everything runs in this process. Only a few items a worker are read ahead. The workers die with
+    this process, even if it is killed.
+
+    Raises:
+        StageError: a worker died (killed, or out of memory). What `work` raises is raised here.
+    """
+    if workers <= 1:
+        setup(*setup_arguments)
+        yield from map(work, items)
+        return
+    # Spawned, not forked: progress bars and tokenizers run threads, and a fork would copy their locks as they stand.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start, initargs=(os.getpid(), setup, setup_arguments)
+    ) as pool:
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) >= 3 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise StageError("a worker process died (killed, or out of memory); try fewer --workers") from None
+        finally:
+            if waiting:  # ended early: nobody wants what the workers are at
+                for future in waiting:
+                    future.cancel()
+                for process in multiprocessing.active_children():
+                    process.terminate()
+
+
+def _start(parent: int, setup: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    _die_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    setup(*arguments)
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent goes (Linux: PR_SET_PDEATHSIG)."""
+    import ctypes
+
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it went before the line above
+        os.kill(os.getpid(), signal.SIGKILL)
