@@ -223,7 +223,7 @@ def _os_error(label: str, error: OSError) -> int:
         return EXIT_FAILED
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         uid = os.getuid()
-        _complain(label, f"{place}permission denied for uid {uid}; give a path this user may write, or change its owner")
+        _complain(label, f"{place}permission denied for uid {uid}; give a path this user may use, or change its owner")
         return EXIT_USAGE
     traceback.print_exception(error)
     return EXIT_FAILED
@@ -296,8 +296,10 @@ def _bind(command: Command, given: dict[str, str]) -> dict[str, Any]:
     def binder(**values: str) -> None:
         bound.update(values)
 
-    names = [inspect.Parameter(p, inspect.Parameter.KEYWORD_ONLY, default=None) for p in (*command.parameters, "config")]
-    binder.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
+    names = [
+        inspect.Parameter(p, inspect.Parameter.KEYWORD_ONLY, default=None) for p in (*command.parameters, "config")
+    ]
+    binder.__signature__ = inspect.Signature(names)
     fire.Fire(binder, command=[f"--{name}={text}" for name, text in given.items()], name=command.name)
     values: dict[str, Any] = dict(bound)
     config = values.pop("config", None)

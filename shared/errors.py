@@ -19,7 +19,7 @@ class StageError(RuntimeError):
     """The stage could not finish, in one line. Nothing was published."""
 
 
-class Interrupted(StageError):
+class Interrupted(StageError):  # noqa: N818 -- not an error either: the state is saved
     """The stage was told to stop, saved its state, and resumes when run again."""
 
 

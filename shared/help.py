@@ -50,7 +50,9 @@ def command_help(tool: Tool, command: Command) -> str:
         else:
             note = f"default {_default_text(parameter.default)}"
         lines.append(f"  {flag_name(name)} {hint}  ({note})")
-        lines.append(textwrap.fill(arguments.get(name, ""), _WIDTH, initial_indent="      ", subsequent_indent="      "))
+        lines.append(
+            textwrap.fill(arguments.get(name, ""), _WIDTH, initial_indent="      ", subsequent_indent="      ")
+        )
     lines.append("  --config FILE  (optional)")
     lines.append("      a YAML mapping of any of these flags; flags on the command line win.")
     return "\n".join(lines)

@@ -1,4 +1,7 @@
-"""`manifest.json`: what a directory is, what it holds and where it came from. Written last, so its presence is the proof."""
+"""`manifest.json`: what a directory is, what it holds, where it came from.
+
+It is written last, so that its presence is the proof.
+"""
 
 from __future__ import annotations
 
@@ -60,12 +63,12 @@ class Manifest(BaseModel):
     parents: list[Parent]
     created: str  # ISO 8601, UTC
     facts: dict[str, Any]  # family, architecture, dtype, tensors, parameters ... what the stage says of its output
-    bytes: int
+    bytes: int  # of all files
     files: dict[str, FileEntry]  # relative path -> entry; every file that a reader may trust
 
-    def encode(self) -> bytes:
+    def encode(self) -> str:
         """As written to disk."""
-        return (self.model_dump_json(indent=1) + "\n").encode()
+        return self.model_dump_json(indent=1) + "\n"
 
 
 def read_manifest(directory: Path, *, flag: str) -> Manifest | None:
@@ -150,7 +153,9 @@ def _git_revision() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        answer = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        answer = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
     except FileNotFoundError:  # no git on this machine
         return None
     return answer.stdout.strip() or None

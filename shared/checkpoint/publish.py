@@ -1,7 +1,8 @@
 """Publish a directory whole or not at all.
 
-Everything is written to `TARGET.partial-<id>`, made durable, recorded in `manifest.json` and renamed into place. A kill at
-any point leaves the old state or the new, and at most a partial directory that no reader accepts and the next run removes.
+Everything is written to `TARGET.partial-<id>`, made durable, recorded in `manifest.json` and renamed into place. A
+kill at any point leaves the old state or the new, and at most a partial directory that no reader accepts and that the
+next run removes.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def publish(target: Path, *, kind: Kind, inputs: Inputs, overwrite: bool = False
             **origin(invocation()),
         )
         sync_tree(partial)
-        (partial / MANIFEST).write_bytes(manifest.encode())
+        (partial / MANIFEST).write_text(manifest.encode(), encoding="utf-8")
         sync(partial / MANIFEST)
         sync(partial)
         _put_in_place(partial, target)

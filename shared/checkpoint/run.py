@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any, Self
 
 from shared.checkpoint.files import files_below, remove_tree, sync, sync_tree, write_atomically
-from shared.checkpoint.manifest import MANIFEST, Inputs, Kind, Manifest, Parent, identity, origin, parents_of, read_manifest
+from shared.checkpoint.manifest import (
+    MANIFEST,
+    Inputs,
+    Kind,
+    Manifest,
+    Parent,
+    identity,
+    origin,
+    parents_of,
+    read_manifest,
+)
 from shared.checkpoint.publish import list_files
 from shared.checkpoint.reader import TRACKER, iteration_name
 from shared.checkpoint.target import PARTIAL, RUN, check_overlap, check_target, clear_leftovers, lock
@@ -25,8 +35,8 @@ class RunDirectory:
     """A run directory held by this process (of a distributed run, by rank 0).
 
     An iteration is written to `iter_N.partial-<id>`, made durable and renamed; then `manifest.json` is replaced, and
-    the tracker that Megatron reads. The manifest covers the newest iteration and the passengers; metrics and reports beside them
-    change while the run goes on and are not covered.
+    the tracker that Megatron reads. The manifest covers the newest iteration and the passengers; metrics and reports
+    beside them change while the run goes on and are not covered.
     """
 
     def __init__(self, path: Path, *, kind: Kind, same: str, parents: list[Parent], descriptor: int) -> None:
@@ -130,7 +140,7 @@ class RunDirectory:
         self._record(self._manifest.model_copy(update={"state": "finished"}))
 
     def _record(self, manifest: Manifest) -> None:
-        write_atomically(self.path / MANIFEST, manifest.encode())
+        write_atomically(self.path / MANIFEST, manifest.encode().encode())
         write_atomically(self.path / TRACKER, str(manifest.iteration).encode())
         self._manifest, self.iteration = manifest, manifest.iteration
 

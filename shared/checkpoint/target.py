@@ -23,7 +23,8 @@ def check_overlap(target: Path, inputs: Inputs) -> None:
         for path in [given] if isinstance(given, Path) else given:
             source = path.resolve()
             if source == whole or source.is_relative_to(whole) or whole.is_relative_to(source):
-                raise UserError(f"--target {target} overlaps --{flag.replace('_', '-')} {path}; choose another directory")
+                name = flag.replace("_", "-")
+                raise UserError(f"--target {target} overlaps --{name} {path}; choose another directory")
 
 
 def lock(directory: Path) -> int | None:
@@ -94,7 +95,9 @@ def check_target(target: Path, *, same: str, overwrite: bool) -> Manifest | None
     for name, entry in manifest.files.items():
         file = target / name
         if not file.is_file() or file.stat().st_size != entry.size:
-            raise UserError(f"--target {target} is damaged ({name} is missing or cut short); use --overwrite to make it again")
+            raise UserError(
+                f"--target {target} is damaged ({name} is missing or cut short); use --overwrite to make it again"
+            )
     raise AlreadyDone(f"already done: {target} ({MANIFEST} of {manifest.created})")
 
 

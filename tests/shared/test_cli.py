@@ -67,7 +67,17 @@ def run(tool: Tool, capsys: pytest.CaptureFixture[str]) -> Run:
 
 def test_values_arrive_in_the_annotated_types(run: Run, tmp_path: Path) -> None:
     code, *_ = run(
-        "copy-weights", tmp_path, "--target=t", "--steps", "7", "--rate=1e-3", "--kind", "b", "--names", "x,y", "--overwrite"
+        "copy-weights",
+        tmp_path,
+        "--target=t",
+        "--steps",
+        "7",
+        "--rate=1e-3",
+        "--kind",
+        "b",
+        "--names",
+        "x,y",
+        "--overwrite",
     )
     assert code == 0
     assert calls == [
@@ -162,7 +172,12 @@ def test_config_file_holds_any_flag_and_flags_win(run: Run, tmp_path: Path) -> N
     config = tmp_path / "run.yaml"
     config.write_text(f"source: {tmp_path}\ntarget: t\nsteps: 5\nrate: 0.25\nnames: [x, y]\noverwrite: true\n")
     assert run("copy-weights", "--config", config, "--steps", "9")[0] == 0
-    assert (calls[0]["steps"], calls[0]["rate"], calls[0]["names"], calls[0]["overwrite"]) == (9, 0.25, ("x", "y"), True)
+    assert (calls[0]["steps"], calls[0]["rate"], calls[0]["names"], calls[0]["overwrite"]) == (
+        9,
+        0.25,
+        ("x", "y"),
+        True,
+    )
     config.write_text("stesp: 5\n")
     code, _, err = run("copy-weights", "--config", config)
     assert code == 2

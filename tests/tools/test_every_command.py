@@ -14,75 +14,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("convert", "pretrain", "sft", "rlhf", "infer")
 
-# One process per tool tries every row on every command; no command may run, nor torch be imported.
-DRIVER = """
-import contextlib, dataclasses, importlib, io, json, sys
-from pathlib import Path
-from typing import Annotated, get_args, get_origin
-from shared.cli import flags_of
-from shared.help import documentation, flag_name
-
-tool = importlib.import_module(f"tools.{sys.argv[1]}.cli").tool
-ran = []
-here = sys.argv[2]
-
-def value(command, name):
-    hint = repr(command.hints[name])
-    if "existing_dir" in hint or "_existing " in hint: return here
-    if "existing_file" in hint: return here + "/file.jsonl"
-    if "Path" in hint: return here + "/target"
-    if "'int'" in hint or "int" in hint.split(".")[-1]: return "1"
-    return "text"
-
-def attempt(command, words):
-    ran.clear()
-    out, err = io.StringIO(), io.StringIO()
-    code = None
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try: tool.run([command.name, *words])
-        except SystemExit as end: code = end.code
-    return dict(code=code, out=out.getvalue(), err=err.getvalue(), ran=bool(ran))
-
-rows = []
-for label, command in list(tool.commands.items()):
-    tool.commands[label] = command = dataclasses.replace(command, function=command.function)
-    empty = __import__("inspect").Parameter.empty
-    required = [n for n, p in command.parameters.items() if p.default is empty]
-    whole = [f"{flag_name(n)}={value(command, n)}" for n in required]
-    real = command.function
-    signature = __import__("inspect").signature(real)
-    def stand_in(**options): ran.append(options)
-    stand_in.__signature__, stand_in.__doc__ = signature, real.__doc__
-    tool.commands[label] = command = dataclasses.replace(command, function=stand_in)
-    ints = [n for n, h in command.hints.items() if n in command.parameters and (h is int or (get_origin(h) is Annotated and get_args(h)[0] is int))]
-    bools = [n for n, h in command.hints.items() if h is bool]
-    paths = [n for n in required if "_existing" in repr(command.hints[n])]
-    longest = max(flags_of(command), key=len)
-    cases = {
-        "unknown flag": [*whole, "--bogus-flag", "1"],
-        "abbreviated flag": [*(w for w in whole if not w.startswith(longest + "=")), longest[:-1] + "=1"],
-        "repeated flag": [*whole, "--config", "x", "--config", "x"],
-        "missing value": [*whole, "--config"],
-        "extra word": [*whole, "surplus", "surplus", "surplus"],
-        "after --": [*whole, "--", "--bogus"],
-        "help first": ["--help", *whole],
-        "help last": [*whole, "--help"],
-        "help amid nonsense": ["--bogus", "--help", "two"],
-    }
-    if ints: cases["wrong type"] = [*(w for w in whole if not w.startswith(flag_name(ints[0]) + "=")), f"{flag_name(ints[0])}=two"]
-    if bools: cases["false is false"] = [*whole, f"{flag_name(bools[0])}=false"]
-    if required: cases["no arguments"] = []
-    if paths: cases["no such path"] = [*(w for w in whole if not w.startswith(flag_name(paths[0]) + "=")), f"{flag_name(paths[0])}=/nowhere/at/all"]
-    for row, words in cases.items():
-        result = attempt(command, words)
-        result.update(command=label, row=row, words=words, false=bools and row == "false is false" and [o[bools[0]] for o in ran])
-        rows.append(result)
-    rows.append(dict(command=label, row="documented", required=len(required),
-        undocumented=sorted(set(command.parameters) - set(documentation(command)[1])), summary=documentation(command)[0]))
-heavy = sorted({"torch", "transformers", "megatron", "vllm", "deepspeed", "trl", "datasets"} & set(sys.modules))
-print(json.dumps(dict(rows=rows, heavy=heavy)))
-"""
-
 USAGE_ERRORS = (
     "unknown flag",
     "abbreviated flag",
@@ -106,7 +37,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @cache
 def table(tool: str, place: Path) -> dict[str, Any]:
     python = ROOT / "tools" / tool / ".venv" / "bin" / "python"
-    answer = subprocess.run([python, "-c", DRIVER, tool, place], capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        [python, Path(__file__).with_name("command_table.py"), tool, place], capture_output=True, text=True, check=False
+    )
     assert answer.returncode == 0, answer.stderr
     return json.loads(answer.stdout)
 
@@ -134,9 +67,10 @@ def test_help_anywhere_is_help_and_nothing_runs(tool: str, place: Path) -> None:
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_false_is_false_and_whole_command_lines_run(tool: str, place: Path) -> None:
+def test_false_is_false_and_the_command_runs(tool: str, place: Path) -> None:
     for result in rows(tool, place, "false is false"):
-        assert (result["code"], result["false"]) == (0, [False]), result
+        assert (result["code"], result["ran"]) == (0, True), result
+        assert not any(result["flags"]), result
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -161,7 +95,10 @@ def test_the_console_script_answers_in_under_a_second(tool: str, place: Path) ->
     spent = []
     for _ in range(3):
         answer = subprocess.run(
-            ["bash", "-c", f"TIMEFORMAT='%U %S'; time {script} {command} --bogus"], capture_output=True, text=True, check=False
+            ["bash", "-c", f"TIMEFORMAT='%U %S'; time {script} {command} --bogus"],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert answer.returncode == 2
         spent.append(sum(map(float, answer.stderr.splitlines()[-1].split())))

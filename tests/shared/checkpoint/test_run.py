@@ -110,7 +110,8 @@ def test_sigkill_at_random_points_always_leaves_a_whole_checkpoint(source: Path,
             checkpoint = open_checkpoint(target, kinds=("megatron",), flag="--source")
             assert checkpoint.manifest is not None
             iteration = checkpoint.manifest.iteration
-            assert iteration is not None and iteration >= reached
+            assert iteration is not None
+            assert iteration >= reached
             assert (checkpoint.iteration_path / "0.distcp").read_bytes() == b"%04d" % iteration * 50_000
             reached = iteration
         if reached == 30:

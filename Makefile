@@ -1,0 +1,61 @@
+# Every line here is one that a person could type.
+TOOLS := convert pretrain sft rlhf infer
+ENVIRONMENTS := $(TOOLS:%=tools/%/.venv/.ready)
+WORK ?= demo-work
+PYTEST := -m pytest -q --numprocesses 2 --durations 5
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: help setup demo test lint format lock clean $(TOOLS:%=test-%) test-pipeline
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+
+setup: $(ENVIRONMENTS) ## one environment for each tool: tools/<tool>/.venv
+
+tools/%/.venv/.ready: tools/%/requirements.lock tools/%/pyproject.toml tests/requirements.lock tools/environment.sh
+	tools/environment.sh tools/$*
+
+tests/lint/.venv/.ready: tests/lint/requirements.lock tools/environment.sh
+	tools/environment.sh tests/lint
+
+demo: setup ## the whole road on this machine: text -> tokenizer -> pretraining -> SFT -> PPO -> a served model
+	tools/pretrain/.venv/bin/python demo/demo.py --work $(WORK)
+
+test: lint $(TOOLS:%=test-%) test-pipeline ## every test, each in its tool's environment
+
+test-convert: setup ## the contract, families, mapping, convert and the command lines
+	OMP_NUM_THREADS=1 tools/convert/.venv/bin/python $(PYTEST) tests/test_*.py tests/shared/test_*.py tests/shared/checkpoint \
+	    tests/shared/families tests/shared/mapping tests/tools/convert tests/tools/test_every_command.py
+
+test-pretrain: setup ## Megatron-Core on this machine, data, pretraining
+	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python $(PYTEST) tests/shared/data tests/shared/device tests/shared/model \
+	    tests/shared/training tests/tools/pretrain tests/demo
+
+test-sft: setup ## supervised fine-tuning
+	OMP_NUM_THREADS=1 tools/sft/.venv/bin/python $(PYTEST) tests/tools/sft
+
+test-rlhf: setup ## reward model, PPO, GRPO
+	OMP_NUM_THREADS=1 tools/rlhf/.venv/bin/python $(PYTEST) tests/tools/rlhf
+
+test-infer: setup ## vLLM and lm-evaluation-harness
+	OMP_NUM_THREADS=1 tools/infer/.venv/bin/python $(PYTEST) tests/tools/infer
+
+test-pipeline: setup ## the stages, through their commands and directories only
+	tools/convert/.venv/bin/python -m pytest -q tests/pipeline
+
+lint: tests/lint/.venv/.ready setup ## ruff, mypy, shellcheck
+	tests/lint/.venv/bin/ruff check .
+	tests/lint/.venv/bin/ruff format --check .
+	tests/lint/.venv/bin/mypy
+	tests/lint/.venv/bin/shellcheck tools/environment.sh tools/lock.sh .ci/run
+
+format: tests/lint/.venv/.ready ## lay the Python files out
+	tests/lint/.venv/bin/ruff check --fix .
+	tests/lint/.venv/bin/ruff format .
+
+lock: tools/pretrain/.venv/.ready ## resolve every requirements.lock anew
+	tools/lock.sh $(TOOLS)
+
+clean: ## remove the environments and the demo
+	rm -rf $(TOOLS:%=tools/%/.venv) tests/lint/.venv .uv $(WORK)

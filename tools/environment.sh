@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Make FOLDER/.venv from FOLDER/requirements.lock: `tools/environment.sh tools/convert`.
+# Needs a Python 3.12 or 3.13 somewhere and nothing else; uv is installed beside the repository's files if it is missing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+folder=$1
+export UV_PYTHON_DOWNLOADS=never # a Python that this machine does not have is named below, not fetched
+
+find_uv() {
+    if command -v uv; then return; fi
+    if [ ! -x .uv/bin/uv ]; then
+        rm -rf .uv
+        python3 -m venv .uv
+        .uv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9 >&2
+    fi
+    echo .uv/bin/uv
+}
+
+find_python() {
+    local candidate
+    for candidate in python3.12 python3.13 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[23].*/bin/python; do
+        # a version manager's shim can be on PATH for a version that is not active: only a run tells
+        if "$candidate" -c 'import sys; sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+            "$candidate" -c 'import sys; print(sys.executable)'
+            return
+        fi
+    done
+    "$1" python find --quiet '>=3.12,<3.14' 2>/dev/null || {
+        echo "No Python 3.12 or 3.13 found on PATH, under ~/.pyenv or by uv; install one (for example: uv python install 3.12)" >&2
+        return 1
+    }
+}
+
+uv=$(find_uv)
+python=$(find_python "$uv")
+environment="$folder/.venv"
+rm -rf "$environment"
+"$uv" venv --quiet --python "$python" "$environment"
+install() { "$uv" pip install --quiet --python "$environment/bin/python" --no-deps "$@"; }
+install --require-hashes --requirement "$folder/requirements.lock"
+if [ -f "$folder/pyproject.toml" ]; then
+    install --require-hashes --requirement tests/requirements.lock
+    install --editable "$folder"
+fi
+# packages that carry only metadata (tools/infer/vllm-metadata says why)
+for extra in "$folder"/*-metadata; do
+    if [ -d "$extra" ]; then install "./$extra"; fi
+done
+touch "$environment/.ready"
