@@ -1,0 +1,79 @@
+"""Cross entropy over a vocabulary that is cut over processes and padded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup, ReduceOp
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, group: ProcessGroup
+    ) -> torch.Tensor:
+        width = logits.shape[-1]
+        first = width * group.rank()
+        valid = min(max(vocab_size - first, 0), width)  # columns of this process that are no padding
+        local = labels - first
+        owned = (local >= 0) & (local < valid)
+        index = local.where(owned, 0)
+
+        log_probs = torch.log_softmax(logits[..., :valid], dim=-1, dtype=torch.float32)
+        if group.size() == 1:
+            target = log_probs.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+            loss = -target.where(owned, 0.0)
+        else:
+            # log_probs are relative to this process's columns; the correction makes them relative to all.
+            if valid:
+                lse = logits[..., 0].float() - log_probs[..., 0]
+                target = log_probs.gather(-1, index.unsqueeze(-1)).squeeze(-1) + lse
+                target = target.where(owned, 0.0)
+            else:
+                lse = torch.full(labels.shape, -torch.inf, device=logits.device)
+                target = torch.zeros_like(lse)
+            highest = lse.clone()
+            torch.distributed.all_reduce(highest, ReduceOp.MAX, group=group)
+            sums = torch.stack(((lse - highest).exp(), target))
+            torch.distributed.all_reduce(sums, ReduceOp.SUM, group=group)
+            correction = highest + sums[0].log() - lse
+            loss = (correction + lse - sums[1]).where(labels >= 0, 0.0) if valid else (
+                highest + sums[0].log() - sums[1]
+            ).where(labels >= 0, 0.0)
+            if valid:
+                log_probs -= correction.unsqueeze(-1)
+        ctx.save_for_backward(log_probs, labels, index, owned)
+        ctx.shape, ctx.dtype, ctx.valid = logits.shape, logits.dtype, valid
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+        log_probs, labels, index, owned = ctx.saved_tensors
+        grad_loss = grad_loss.where(labels >= 0, 0.0).unsqueeze(-1)
+        grad = torch.empty(ctx.shape, dtype=torch.float32, device=log_probs.device)
+        grad[..., ctx.valid :] = 0.0
+        if ctx.valid:
+            columns = grad[..., : ctx.valid]
+            torch.exp(log_probs, out=columns)
+            columns.mul_(grad_loss)
+            columns.scatter_add_(-1, index.unsqueeze(-1), -grad_loss.where(owned.unsqueeze(-1), 0.0))
+        return grad.to(ctx.dtype), None, None, None
+
+
+def vocab_parallel_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, *, vocab_size: int, group: ProcessGroup
+) -> torch.Tensor:
+    """Negative log likelihood of every label, in nats, computed in fp32.
+
+    Args:
+        logits: `[..., padded_vocab / group size]`, this process's columns. Columns of ids from `vocab_size` on are
+            padding: whatever they hold, they change no loss, and their gradient is exactly zero.
+        labels: `[...]` ids of the whole vocabulary; a negative one has loss 0 and no gradient.
+        vocab_size: ids without padding.
+        group: the tensor-parallel processes, in order of their columns.
+
+    Returns:
+        `[...]` fp32, the same on every process of the group.
+    """
+    return _VocabParallelCrossEntropy.apply(logits, labels, vocab_size, group)

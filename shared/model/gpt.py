@@ -1,0 +1,143 @@
+"""Megatron-Core models from an `Architecture`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from shared.device import prepare
+from shared.model.architecture import Architecture
+from shared.model.cross_entropy import vocab_parallel_cross_entropy
+from shared.model.parallel import ParallelLayout
+from shared.model.rope import inverse_frequencies
+from shared.model.spec import block_spec
+
+Recompute = Literal["none", "selective", "full"]
+
+_RECOMPUTE: dict[Recompute, dict[str, Any]] = {
+    "none": {},
+    # The attention product alone: most of the memory of long sequences, little of the arithmetic.
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    # Every layer: activations shrink to one hidden state a layer, for a third more arithmetic.
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+class LanguageModel(GPTModel):
+    """Megatron-Core's GPT with the rotary frequencies of its architecture and a loss blind to vocabulary padding.
+
+    Called as `model(input_ids, position_ids, attention_mask, labels=labels)`, with ids and labels
+    `[batch, sequence]` and a mask by `segment_mask` or None for plain causal attention, the last pipeline stage
+    returns the loss of every label, `[batch, sequence]` fp32 in nats (0 where a label is negative), and without
+    labels this process's logits `[batch, sequence, padded_vocab / tensor_parallel]`. Other stages return their
+    hidden states.
+    """
+
+    def __init__(self, architecture: Architecture, config: TransformerConfig, vp_stage: int | None) -> None:
+        num_layers = get_num_layers_to_build(config, vp_stage)
+        super().__init__(
+            config=config,
+            transformer_layer_spec=block_spec(architecture, num_layers),
+            vocab_size=architecture.padded_vocab_size(config.tensor_model_parallel_size),
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            share_embeddings_and_output_weights=architecture.tied_embeddings,
+            position_embedding_type="rope",
+            vp_stage=vp_stage,
+        )
+        self.architecture = architecture
+        # A plain attribute, not a buffer: it stays fp32 when the model is cast, and out of checkpoints.
+        self.rotary_pos_emb.inv_freq = inverse_frequencies(architecture)
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Labels `[batch, sequence]`, logits `[sequence, batch, columns]` to losses `[batch, sequence]`."""
+        loss = vocab_parallel_cross_entropy(
+            logits, labels.transpose(0, 1), vocab_size=self.architecture.vocab_size, group=self.pg_collection.tp
+        )
+        return loss.transpose(0, 1)
+
+
+def transformer_config(
+    architecture: Architecture,
+    layout: ParallelLayout,
+    dtype: torch.dtype,
+    *,
+    recompute: Recompute = "none",
+    **overrides: Any,
+) -> TransformerConfig:
+    """Megatron-Core's configuration of `architecture`; `overrides` are further fields of `TransformerConfig`.
+
+    Dropout is the architecture's, which is zero for every model pretrained today. Fusions that need Apex or
+    TransformerEngine, or that compile, are off.
+    """
+    on_cpu = prepare().type == "cpu"
+    fields: dict[str, Any] = {
+        "num_layers": architecture.num_layers,
+        "hidden_size": architecture.hidden_size,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_query_groups": architecture.num_query_groups,
+        "kv_channels": architecture.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": architecture.norm_epsilon,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,  # each layer's bias is in the spec
+        "add_qkv_bias": architecture.qkv_bias,
+        "qk_layernorm": architecture.qk_norm,
+        "hidden_dropout": 0.0,
+        "attention_dropout": architecture.attention_dropout,
+        "init_method_std": architecture.initializer_range,
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        "context_parallel_size": layout.context,
+        "expert_model_parallel_size": layout.expert,
+        "sequence_parallel": layout.sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "use_cpu_initialization": on_cpu,
+        "perform_initialization": False,
+        "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "apply_rope_fusion": False,
+        **_RECOMPUTE[recompute],
+    }
+    return TransformerConfig(**{**fields, **overrides})
+
+
+def build(
+    architecture: Architecture,
+    layout: ParallelLayout,
+    *,
+    dtype: torch.dtype,
+    recompute: Recompute = "none",
+    **overrides: Any,
+) -> list[LanguageModel]:
+    """This process's chunks of the model, one for every virtual pipeline stage, on its device.
+
+    `initialize(layout, seed)` comes first. The weights are NaN until `shared.model.weights.load` fills them, so
+    that a forgotten one cannot pass for a trained one; `perform_initialization=True` among the overrides draws
+    them at random instead. Raises `UserError` when the layout does not fit.
+    """
+    layout.check(architecture, torch.distributed.get_world_size())
+    config = transformer_config(architecture, layout, dtype, recompute=recompute, **overrides)
+    stages: list[int | None] = list(range(layout.virtual_pipeline)) if layout.virtual_pipeline > 1 else [None]
+    chunks = [LanguageModel(architecture, config, stage).to(prepare()) for stage in stages]
+    if not config.perform_initialization:
+        with torch.no_grad():
+            for chunk in chunks:
+                for parameter in chunk.parameters():
+                    parameter.fill_(float("nan"))
+    return chunks

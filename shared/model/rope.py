@@ -1,0 +1,39 @@
+"""Rotary frequencies of an architecture."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from shared.model.architecture import Architecture, RopeScaling
+
+
+def inverse_frequencies(architecture: Architecture) -> torch.Tensor:
+    """Radians per token of every rotated pair, `[head_dim / 2]`, fp32 on the CPU.
+
+    `theta^(-2i / head_dim)` (Su et al., 2021), stretched as the architecture's `rope_scaling` says. Megatron-Core
+    has the LLaMA 3.1 stretch too, but with its factors and original length fixed.
+    """
+    exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.float32) / architecture.head_dim
+    frequencies = 1.0 / architecture.rope_theta**exponents
+    scaling = architecture.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    return _llama3(frequencies, scaling)
+
+
+def _llama3(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """LLaMA 3.1: long wavelengths are divided by `factor`, short ones kept, the rest interpolated.
+
+    Formula and order of operations of `_compute_llama3_parameters` in transformers' modeling_rope_utils.
+    """
+    low, high, length = scaling.low_frequency_factor, scaling.high_frequency_factor, scaling.original_length
+    wavelengths = 2 * math.pi / frequencies
+    smooth = (length / wavelengths - low) / (high - low)
+    interpolated = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+    is_long, is_short = wavelengths > length / low, wavelengths < length / high
+    stretched = torch.where(is_long, frequencies / scaling.factor, interpolated)
+    return torch.where(is_short, frequencies, stretched)

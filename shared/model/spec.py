@@ -1,0 +1,73 @@
+"""Which modules a layer is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from shared.model.architecture import Architecture
+from shared.model.attention import CoreAttention
+from shared.model.norm import CheckpointedRMSNorm, RMSNorm
+
+# Checkpoints carry TransformerEngine's names, where a norm in front of a linear layer is a part of that layer.
+CHECKPOINT_KEYS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def block_spec(architecture: Architecture, num_layers: int) -> TransformerBlockSubmodules:
+    """`num_layers` equal layers and the final norm, from Megatron-Core's own modules, our norm and attention."""
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=_attention(architecture),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=partial(
+                MLP.as_mlp_submodule,
+                submodules=MLPSubmodules(
+                    linear_fc1=_linear(ColumnParallelLinear, bias=architecture.mlp_bias),
+                    linear_fc2=_linear(RowParallelLinear, bias=architecture.mlp_bias),
+                ),
+            ),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=CHECKPOINT_KEYS,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=CheckpointedRMSNorm)
+
+
+def _attention(architecture: Architecture) -> ModuleSpec:
+    qk_norm = CheckpointedRMSNorm if architecture.qk_norm else None
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=_linear(ColumnParallelLinear, bias=architecture.qkv_bias),
+            core_attention=CoreAttention,
+            linear_proj=_linear(RowParallelLinear, bias=architecture.attention_output_bias),
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
+
+
+def _linear(linear: Callable[..., Any], *, bias: bool) -> Callable[..., Any]:
+    """`linear` with the bias the architecture gives it: Megatron-Core has one switch for all layers."""
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        return linear(*args, **{**kwargs, "bias": bias})
+
+    return build

@@ -1,0 +1,105 @@
+"""Weights of a torch_dist iteration into a model, whatever layout wrote them and whatever layout reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from shared.errors import UserError
+from shared.model.gpt import LanguageModel
+
+# Entries of a training checkpoint that are no weights: optimizer state, schedules, random generators.
+NOT_WEIGHTS = ("optimizer.", "rng_state", "opt_param_scheduler", "rerun_state_machine", "common_state")
+
+
+def sharded_state_dict(chunks: Sequence[LanguageModel]) -> dict[str, dict[str, Any]]:
+    """The model's entries for `dist_checkpointing`, keyed as Megatron-LM does: `model`, or `model0`, `model1`..."""
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+    return {
+        name: chunk.sharded_state_dict(metadata=dict(metadata)) for name, chunk in zip(names, chunks, strict=True)
+    }
+
+
+def load(chunks: Sequence[LanguageModel], iteration_path: Path) -> None:
+    """Fills every weight of `chunks` from the torch_dist directory `iteration_path`, cast to the model's type.
+
+    Every process of the world calls it. Optimizer state in the directory is left alone. Vocabulary padding may
+    differ from the model's; its rows become zero. Raises `UserError` naming the tensor when one is missing, one
+    is not the model's, or a shape does not fit: nothing is filled then.
+    """
+    wanted = {
+        name: {key: entry for key, entry in state.items() if not key.endswith("_extra_state")}
+        for name, state in sharded_state_dict(chunks).items()
+    }
+    # Only tensors' metadata: the directory's extra states hold nothing outside FP8.
+    saved = {
+        key: tuple(entry.global_shape)
+        for key, entry in dist_checkpointing.load_tensors_metadata(str(iteration_path)).items()
+        if not key.startswith(NOT_WEIGHTS)
+    }
+    _check(_all_shapes(wanted), saved, chunks[0], iteration_path)
+    loaded = dist_checkpointing.load(wanted, str(iteration_path))
+    for name, chunk in zip(wanted, chunks, strict=True):
+        chunk.load_state_dict(loaded[name], strict=False)  # strict is our `_check`: extra states are left out
+        _clear_padding(chunk)
+
+
+def _all_shapes(wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
+    """Global shapes of the whole model's tensors, over all pipeline stages."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for state in wanted.values():
+        for entry in state.values():
+            built = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
+            for tensor in _tensors(built):
+                shapes[tensor.key] = tuple(tensor.global_shape)
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, shapes)
+    return {key: shape for shapes in gathered for key, shape in shapes.items()}
+
+
+def _tensors(entry: Any) -> list[ShardedTensor]:
+    if isinstance(entry, ShardedTensor):
+        return [entry]
+    values = entry.values() if isinstance(entry, Mapping) else entry
+    return [tensor for value in values for tensor in _tensors(value)]
+
+
+def _check(
+    wanted: Mapping[str, tuple[int, ...]],
+    saved: Mapping[str, tuple[int, ...]],
+    model: LanguageModel,
+    path: Path,
+) -> None:
+    if missing := sorted(wanted.keys() - saved.keys()):
+        raise UserError(f"{path}: {_some(missing)} missing, though the model has it; convert the checkpoint again")
+    if unexpected := sorted(saved.keys() - wanted.keys()):
+        raise UserError(f"{path}: {_some(unexpected)} unknown to the model; is hf/config.json of another model?")
+    for key, shape in wanted.items():
+        found = saved[key]
+        if key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            fits = found[1:] == shape[1:] and found[0] >= model.architecture.vocab_size
+        else:
+            fits = found == shape
+        if not fits:
+            raise UserError(f"{path}: {key} is {list(found)}, the model's is {list(shape)}")
+
+
+def _some(keys: Sequence[str]) -> str:
+    return f"{keys[0]} is" if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more are"
+
+
+@torch.no_grad()
+def _clear_padding(chunk: LanguageModel) -> None:
+    """Zero in the vocabulary rows that stand for no token."""
+    tables = [chunk.embedding.word_embeddings.weight] if chunk.pre_process else []
+    if chunk.post_process and chunk.output_layer.weight is not None:
+        tables.append(chunk.output_layer.weight)
+    for table in tables:
+        first = table.shape[0] * parallel_state.get_tensor_model_parallel_rank()
+        table[max(chunk.architecture.vocab_size - first, 0) :] = 0.0
