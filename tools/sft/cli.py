@@ -1,0 +1,68 @@
+"""The `sft` command: instruction data, and fine-tuning with Megatron-Core."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from shared.cli import Existing, ExistingDir, NonNegative, Positive, Tool
+
+tool = Tool("sft", summary="Prepare conversations and fine-tune with Megatron-Core.")
+
+
+@tool.command(neutral=("workers",))
+def prepare(
+    source: tuple[Existing, ...],
+    tokenizer: ExistingDir,
+    target: Path,
+    sequence_length: Positive | None = None,
+    validation: tuple[Existing, ...] | None = None,
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+    format: Literal["auto", "messages", "sharegpt", "alpaca"] = "auto",
+    overlong: Literal["error", "drop", "truncate"] = "error",
+    workers: NonNegative = 0,
+    overwrite: bool = False,
+) -> None:
+    """Pack conversations into rows, with a loss on the assistant's tokens only.
+
+    Conversations are rendered by the tokenizer's chat template. A row holds whole conversations; attention never
+    crosses from one to the next. The printed report accounts for every conversation.
+
+    Args:
+        source: JSON-lines files (also .gz, .zst) or folders of them, separated by commas.
+        tokenizer: a directory with a tokenizer and chat template: of `pretrain tokenizer`, a Hugging Face or a
+            Megatron checkpoint.
+        target: the directory to publish.
+        sequence_length: tokens in a row; by default what the model's config.json takes, up to 4096.
+        validation: files or folders for the validation split.
+        validation_fraction: share of the source's conversations for the validation split, chosen by their content.
+        format: the form of the rows; auto looks at the keys of each.
+        overlong: what to do with a conversation longer than a row.
+        workers: processes that tokenise; 0 uses every core.
+        overwrite: replace what is published at the target.
+    """
+    from tools.sft.prepare import run
+
+    run(
+        source=source,
+        tokenizer=tokenizer,
+        target=target,
+        sequence_length=sequence_length,
+        validation=validation,
+        validation_fraction=validation_fraction,
+        form=format,
+        overlong=overlong,
+        workers=workers,
+        overwrite=overwrite,
+    )
+
+
+def main() -> None:
+    """Console script."""
+    tool.run()
+
+
+if __name__ == "__main__":
+    main()

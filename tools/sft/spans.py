@@ -1,0 +1,145 @@
+"""A conversation as token ids, and which of them the assistant said: by the tokenizer's own chat template.
+
+Where the template marks what the assistant says (`{% generation %}`), its marks are taken. Elsewhere each assistant
+turn is found by rendering the conversation up to it with the generation prompt: that text must be the beginning of
+the whole rendering, which is checked. What follows is the turn, up to the next turn.
+
+The token that closes a turn belongs to it: a model that is not trained on it never stops.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.errors import UserError
+from tools.sft.conversations import Conversation
+
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the pattern that transformers looks for
+Spans = list[tuple[int, int]]  # [start, end) in characters of the rendered text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """One conversation."""
+
+    ids: npt.NDArray[np.int32]  # [tokens]
+    assistant: npt.NDArray[np.bool_]  # [tokens], True where the assistant said it
+
+
+class Renderer:
+    """Turns conversations into tokens with one tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not isinstance(tokenizer.chat_template, str):
+            raise UserError("--tokenizer: it has no chat template (chat_template.jinja); add the one of its model")
+        self._tokenizer = tokenizer
+        self._special = np.array(sorted(tokenizer.all_special_ids), np.int64)
+        self.marked = GENERATION_TAG.search(tokenizer.chat_template) is not None
+
+    def tokens(self, conversation: Conversation) -> Tokens:
+        """Render and tokenise.
+
+        Raises:
+            ValueError: the template refuses the conversation, or the assistant's turns cannot be told apart.
+        """
+        text, spans = self._marked(conversation) if self.marked else self._by_prefix(conversation)
+        # The template writes every special token itself, so the tokenizer must not add any.
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = np.array(encoded["input_ids"], np.int64)
+        offsets = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+        assistant = np.zeros(len(ids), bool)
+        for start, end in spans:
+            self._mark(assistant, ids, offsets, text, start, end)
+        return Tokens(ids=ids.astype(np.int32), assistant=assistant)
+
+    def _marked(self, conversation: Conversation) -> tuple[str, Spans]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        tokenizer = self._tokenizer
+        try:
+            rendered, marks = render_jinja_template(
+                conversations=[conversation.messages],
+                tools=conversation.tools,
+                chat_template=tokenizer.chat_template,
+                return_assistant_tokens_mask=True,
+                **tokenizer.special_tokens_map,
+            )
+        except Exception as error:  # templates raise jinja's errors and Python's
+            raise ValueError(f"the chat template refuses it ({_first_line(error)})") from error
+        return rendered[0], list(marks[0])
+
+    def _by_prefix(self, conversation: Conversation) -> tuple[str, Spans]:
+        messages = conversation.messages
+        text = self._render(conversation, len(messages))
+        spans: Spans = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._render(conversation, index, add_generation_prompt=True)
+            if not text.startswith(prompt):
+                raise ValueError(
+                    f"message {index}: the chat template renders what comes before it differently once it is there, so "
+                    "the assistant's words cannot be told apart; add {% generation %} marks to the template"
+                )
+            upto = self._render(conversation, index + 1)
+            if text.startswith(upto):
+                end = len(upto)
+            else:  # e.g. the reasoning of earlier turns is left out: the turn ends where its content does
+                content = str(message["content"]).strip()
+                found = text.find(content, len(prompt)) if content else -1
+                if found < 0:
+                    raise ValueError(
+                        f"message {index}: the chat template rewrites the assistant's content, so it cannot be found in "
+                        "the conversation; add {% generation %} marks to the template"
+                    )
+                end = found + len(content)
+            spans.append((len(prompt), end))
+        return text, spans
+
+    def _render(self, conversation: Conversation, count: int, *, add_generation_prompt: bool = False) -> str:
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    conversation.messages[:count],
+                    tools=conversation.tools,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                )
+            )
+        except Exception as error:  # templates raise jinja's errors and Python's
+            raise ValueError(f"the chat template refuses it ({_first_line(error)})") from error
+
+    def _mark(
+        self,
+        assistant: npt.NDArray[np.bool_],
+        ids: npt.NDArray[np.int64],
+        offsets: npt.NDArray[np.int64],
+        text: str,
+        start: int,
+        end: int,
+    ) -> None:
+        """Mark the tokens of one turn, from its first to the special token that closes it.
+
+        Byte-level tokenizers may trim white space from offsets, which leaves tokens of white space with an empty range
+        at its end: such a token is inside when that point is past the start and not past the end.
+        """
+        first, last = offsets[:, 0], offsets[:, 1]
+        inside = np.flatnonzero((last > start) & ((first < end) | (last <= end)))
+        if not len(inside):
+            return
+        low, high = int(inside[0]), int(inside[-1]) + 1
+        closing = low + np.flatnonzero(np.isin(ids[low:high], self._special))[-1:]
+        if len(closing) and not text[offsets[closing[0], 1] : end].strip():
+            high = int(closing[0]) + 1  # the line end that some templates write after it is not said by the model
+        elif high < len(ids) and ids[high] in self._special:
+            high += 1
+        assistant[low:high] = True
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
