@@ -1,0 +1,65 @@
+"""Every command of every README: accepted by its tool's parser, known to make, or at least shell."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = ("convert", "pretrain", "sft", "rlhf", "infer")
+DOCUMENTS = sorted(p for p in [*ROOT.glob("*.md"), *ROOT.glob("tools/*/README.md"), *ROOT.glob("demo/*.md")])
+
+
+def blocks(document: Path) -> list[str]:
+    return re.findall(r"^```(?:bash|sh|shell)\n(.*?)^```", document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands(document: Path) -> list[str]:
+    joined = "\n".join(blocks(document)).replace("\\\n", " ")
+    return [line.strip() for line in joined.splitlines() if line.strip() and not line.strip().startswith("#")]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_blocks_are_shell(document: Path) -> None:
+    for block in blocks(document):
+        checked = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True, check=False)
+        assert checked.returncode == 0, f"{checked.stderr}\n{block}"
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_command_line_is_accepted_by_its_tool(tool: str, tmp_path: Path) -> None:
+    (tmp_path / "file.jsonl").write_text("{}\n")
+    start = re.compile(rf"(?:\S*/)?{tool} ")
+    found = [(d, line) for d in DOCUMENTS for line in commands(d) if start.match(line)]
+    assert any(d.parent.name == tool for d, _ in found), f"tools/{tool}/README.md shows no command"
+    answer = subprocess.run(
+        [ROOT / "tools" / tool / ".venv/bin/python", Path(__file__).with_name("readme_commands.py"), tool, tmp_path],
+        input="\n".join(re.sub(r"\s[|&>].*", "", line) for _, line in found),
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    for (document, line), (code, error) in zip(found, json.loads(answer.stdout), strict=True):
+        assert code == 0, f"{document.name}: {line}\n{error}"
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_command_is_shown_in_its_readme(tool: str) -> None:
+    text = "\n".join(commands(ROOT / "tools" / tool / "README.md"))
+    source = (ROOT / "tools" / tool / "cli.py").read_text(encoding="utf-8")
+    for name in re.findall(r"^@tool\.command.*?\ndef (\w+)\(", source, re.MULTILINE | re.DOTALL):
+        assert f"{tool} {name.rstrip('_').replace('_', '-')}" in text
+
+
+def test_every_make_target_named_exists() -> None:
+    lines = [line for document in DOCUMENTS for line in commands(document) if line.startswith("make ")]
+    assert lines
+    for line in lines:
+        target = line.split()[1]
+        planned = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert planned.returncode == 0, f"{line}\n{planned.stderr}"
