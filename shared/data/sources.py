@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -209,19 +210,20 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
             with gzip.open(path, "rb") as file:
                 yield file  # type: ignore[misc]
         elif suffix == ".zst":
-            import io
-
-            import zstandard
-
-            with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as z:
-                yield io.BufferedReader(z, 1 << 20)
+            with path.open("rb") as raw:
+                yield _zstd(path, raw)
         else:
             with path.open("rb") as file:
                 yield file
     except (gzip.BadGzipFile, EOFError) as error:
         raise UserError(f"{path}: damaged or truncated compressed file ({error})") from None
-    except Exception as error:
-        # zstandard is imported only where it is needed, so its error class is recognised by name.
-        if type(error).__name__ != "ZstdError":
-            raise
+    except zlib.error as error:
         raise UserError(f"{path}: damaged compressed file ({error})") from None
+
+
+def _zstd(path: Path, raw: IO[bytes]) -> IO[bytes]:
+    try:
+        from shared.data.zstd import open_frames
+    except ModuleNotFoundError:
+        raise UserError(f"{path}: this environment has no `zstandard`; decompress the file first (unzstd)") from None
+    return open_frames(raw)

@@ -1,0 +1,111 @@
+"""Reading sources: order, compression, pieces that cover every line once, and errors that name the line."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from shared.data.sources import Piece, expand, pieces, rows, texts
+from shared.errors import UserError
+
+
+def _whole(path: Path) -> Piece:
+    return Piece(path=path, start=0, end=path.stat().st_size)
+
+
+def test_folders_are_walked_in_the_order_of_names(tmp_path: Path) -> None:
+    for name in ("b/2.txt", "b/10.txt", "a.txt", "b.txt", ".hidden/x.txt", "b/.hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found = [str(file.relative_to(tmp_path)) for file in expand([tmp_path], flag="--source")]
+    assert found == ["a.txt", "b/10.txt", "b/2.txt", "b.txt"]
+
+
+def test_the_same_file_twice_and_foreign_formats_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(UserError, match=r"a\.txt: named twice"):
+        expand([tmp_path, tmp_path / "a.txt"], flag="--source")
+    (tmp_path / "b.parquet").write_text("")
+    with pytest.raises(UserError, match=r"b\.parquet: \.parquet is not supported"):
+        expand([tmp_path], flag="--source")
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no file in it"):
+        expand([tmp_path], flag="--source")
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_compressed_and_plain_files_read_alike(tmp_path: Path, suffix: str) -> None:
+    content = b"".join(json.dumps({"text": f"line {i} \u00e9\n"}).encode() + b"\n" for i in range(2000))
+    compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
+    path = tmp_path / f"rows.jsonl{suffix}"
+    path.write_bytes(compress(content))
+    assert list(texts(_whole(path), "text")) == [f"line {i} \u00e9\n" for i in range(2000)]
+
+
+def test_several_zstd_frames_are_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt.zst"
+    path.write_bytes(zstandard.compress(b"one ") + zstandard.compress(b"two"))
+    assert list(texts(_whole(path), "text")) == ["one two"]
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 1000, 10**6])
+def test_pieces_cover_every_row_once(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"n": i, "pad": "x" * (i % 37)}) + "\n" for i in range(200)))
+    cut = pieces(path, size)
+    assert cut[0].start == 0
+    assert cut[-1].end == path.stat().st_size
+    found = [row for piece in cut for row in rows(piece)]
+    assert [row.value["n"] for row in found] == list(range(200))
+    assert [row.line for row in found] == list(range(1, 201))
+
+
+def test_a_file_without_a_last_line_end_is_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"n": 0}\n\n{"n": 1}')
+    assert [row.value["n"] for piece in pieces(path, 5) for row in rows(piece)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"text": "a"', "not JSON"),
+        (b'["a"]', "a JSON object is expected on every line, not list"),
+        (b'{"text": "\xff"}', "not UTF-8 (byte 0xff)"),
+        (b'{"txt": "a"}', "no key 'text' (the row has: txt); name the key with --text-key"),
+        (b'{"text": 3}', "'text' is int, not a string"),
+        (b'{"text": "\\ud800"}', "lone surrogate"),
+        (b"[" * 100_000, "not JSON"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_line_in_the_file(tmp_path: Path, line: bytes, problem: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n' * 40 + line + b"\n" + b'{"text": "fine"}\n' * 40)
+    with pytest.raises(UserError) as caught:
+        for piece in pieces(path, 100):  # the line is in a later piece
+            list(texts(piece, "text"))
+    assert f"{path}:41: " in str(caught.value)
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_text_is_named_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "page.txt"
+    path.write_bytes(b"one\ntwo\nthr\xe9e\n")
+    with pytest.raises(UserError, match=r"page\.txt:3: not UTF-8 \(byte 0xe9\)"):
+        list(texts(_whole(path), "text"))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_damaged_archives_are_named(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"page.txt{suffix}"
+    compress = {".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
+    content = compress(bytes(range(256)) * 100)
+    for damaged in (b"not an archive", content[: len(content) // 2]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=str(path)):
+            list(texts(_whole(path), "text"))

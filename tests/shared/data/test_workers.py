@@ -1,0 +1,82 @@
+"""Work over processes: results in order, errors raised here, and no process left when the parent is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from shared.data.workers import ordered_map
+from shared.errors import StageError, UserError
+
+
+def _nothing() -> None:
+    pass
+
+
+def _square(value: int) -> int:
+    if value == 13:
+        raise UserError("file:13: unlucky")
+    if value == 17:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return value * value
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_results_come_in_order(workers: int) -> None:
+    assert list(ordered_map(_square, range(12), workers=workers, setup=_nothing)) == [i * i for i in range(12)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_workers_error_is_raised_here(workers: int) -> None:
+    with pytest.raises(UserError, match="^file:13: unlucky$"):
+        list(ordered_map(_square, [1, 13, 2], workers=workers, setup=_nothing))
+
+
+def test_a_dead_worker_ends_the_work() -> None:
+    with pytest.raises(StageError, match="worker process died"):
+        list(ordered_map(_square, [1, 17, 2], workers=2, setup=_nothing))
+
+
+SCRIPT = """
+import sys, time, pathlib, os
+sys.path[:0] = [{root!r}, {folder!r}]
+from shared.data.workers import ordered_map
+from job import sleep, nothing
+if __name__ == "__main__":
+    list(ordered_map(sleep, [{folder!r}] * 2, workers=2, setup=nothing))
+"""
+JOB = """
+import os, pathlib, time
+def nothing(): pass
+def sleep(folder):
+    pathlib.Path(folder, f"pid-{os.getpid()}").touch()
+    time.sleep(60)
+"""
+
+
+def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
+    root = str(Path(__file__).resolve().parents[3])
+    (tmp_path / "job.py").write_text(JOB)
+    (tmp_path / "main.py").write_text(SCRIPT.format(root=root, folder=str(tmp_path)))
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "main.py")])
+    deadline = time.monotonic() + 30
+    while len(pids := [int(f.name[4:]) for f in tmp_path.glob("pid-*")]) < 2:
+        assert time.monotonic() < deadline, "workers did not start"
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while any(_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "workers outlived their parent"
+        time.sleep(0.05)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
