@@ -1,0 +1,159 @@
+"""Everything a training run is told, checked as a whole before anything heavy is imported or allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shared.errors import UserError
+from shared.model.architecture import Architecture
+from shared.training.schedule import Schedule, ScheduleName
+
+Precision = Literal["bf16", "fp32"]
+Recompute = Literal["none", "selective", "full"]
+_MICRO_BATCH_TOKENS = 8192  # a forward pass this long keeps a GPU busy and its activations modest
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """A training run. Sizes are counts; `processes` is the number of ranks."""
+
+    steps: int  # updates
+    sequence_length: int  # tokens
+    micro_batch_size: int  # sequences per forward pass of one data-parallel rank
+    global_batch_size: int  # sequences per update
+    learning_rate: float  # at the peak
+    min_learning_rate: float
+    schedule: ScheduleName
+    warmup_steps: int
+    decay_steps: int  # wsd only: the falling end
+    weight_decay: float  # decoupled, on matrices only
+    clip_grad: float  # global norm, 0 for none
+    adam_beta1: float
+    adam_beta2: float
+    seed: int
+    precision: Precision
+    recompute: Recompute  # activations computed again in the backward pass: attention's, or every layer's
+    tensor_parallel: int
+    pipeline_parallel: int
+    virtual_pipeline: int  # model chunks per pipeline stage
+    sequence_parallel: bool
+    processes: int
+    save_every: int  # updates
+    keep: int  # iterations left in the run directory
+    log_every: int  # updates between printed lines; every update is recorded
+    validate_every: int  # updates; 0 for only before the first and after the last
+    validation_sequences: int  # at most, the same ones each time
+
+    @property
+    def model_parallel(self) -> int:
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def data_parallel(self) -> int:
+        return self.processes // self.model_parallel
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro batches per update and data-parallel rank."""
+        return self.global_batch_size // (self.micro_batch_size * self.data_parallel)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.sequence_length
+
+    def learning_rates(self) -> Schedule:
+        return Schedule(
+            name=self.schedule,
+            peak=self.learning_rate,
+            minimum=self.min_learning_rate,
+            steps=self.steps,
+            warmup_steps=self.warmup_steps,
+            decay_steps=self.decay_steps,
+        )
+
+    def __post_init__(self) -> None:
+        """Check every rule that needs no model. UserError names the flag that mends it."""
+        if self.processes % self.model_parallel:
+            raise UserError(
+                f"--processes {self.processes} is not a multiple of --tensor-parallel {self.tensor_parallel} x "
+                f"--pipeline-parallel {self.pipeline_parallel}; give --processes {self.model_parallel}"
+            )
+        share = self.micro_batch_size * self.data_parallel
+        if self.global_batch_size % share:
+            raise UserError(
+                f"--global-batch-size {self.global_batch_size} is not a multiple of --micro-batch-size "
+                f"{self.micro_batch_size} x {self.data_parallel} data-parallel ranks; "
+                f"give --global-batch-size {-(-self.global_batch_size // share) * share}"
+            )
+        if self.virtual_pipeline > 1 and self.pipeline_parallel == 1:
+            raise UserError("--virtual-pipeline needs --pipeline-parallel 2 or more")
+        if self.virtual_pipeline > 1 and self.micro_batches % self.pipeline_parallel:
+            raise UserError(
+                f"--virtual-pipeline needs a number of micro batches per update ({self.micro_batches}) that is a "
+                f"multiple of --pipeline-parallel {self.pipeline_parallel}; change --global-batch-size"
+            )
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise UserError("--sequence-parallel needs --tensor-parallel 2 or more")
+        if self.sequence_parallel and self.sequence_length % self.tensor_parallel:
+            raise UserError(
+                f"--sequence-parallel cuts the sequence over --tensor-parallel {self.tensor_parallel} ranks; "
+                f"--sequence-length {self.sequence_length} is not a multiple of it"
+            )
+        if self.min_learning_rate > self.learning_rate:
+            raise UserError(
+                f"--min-learning-rate {self.min_learning_rate} is above --learning-rate {self.learning_rate}"
+            )
+        tail = self.decay_steps if self.schedule == "wsd" else 0
+        # A cosine of no length has no value at its last step, so there warm-up must end before it.
+        room = self.steps - tail - (self.schedule == "cosine" and self.steps > 1)
+        if self.warmup_steps > max(room, 0):
+            raise UserError(
+                f"--warmup-steps {self.warmup_steps} does not fit into --steps {self.steps}"
+                + (f" before the last --decay-steps {tail}" if tail else "")
+            )
+
+    def check_architecture(self, architecture: Architecture) -> None:
+        """Check the rules between the run and the model it trains."""
+        for name, size in (
+            ("attention heads", architecture.num_attention_heads),
+            ("ffn_hidden_size", architecture.ffn_hidden_size),
+        ):
+            if size % self.tensor_parallel:
+                raise UserError(f"--tensor-parallel {self.tensor_parallel} does not divide the model's {size} {name}")
+        groups = architecture.num_query_groups
+        if groups % self.tensor_parallel and self.tensor_parallel % groups:
+            raise UserError(
+                f"--tensor-parallel {self.tensor_parallel} neither divides nor is a multiple of the model's {groups} "
+                "key/value heads"
+            )
+        chunks = self.pipeline_parallel * self.virtual_pipeline
+        if architecture.num_layers % chunks:
+            raise UserError(
+                f"--pipeline-parallel {self.pipeline_parallel}"
+                + (f" x --virtual-pipeline {self.virtual_pipeline}" if self.virtual_pipeline > 1 else "")
+                + f" does not divide the model's {architecture.num_layers} layers"
+            )
+        if self.sequence_length > architecture.max_position_embeddings:
+            raise UserError(
+                f"sequences of {self.sequence_length} tokens are longer than the model's max_position_embeddings "
+                f"{architecture.max_position_embeddings}; give --sequence-length "
+                f"{architecture.max_position_embeddings} or less"
+            )
+
+
+def default_micro_batch_size(global_batch_size: int, data_parallel: int, sequence_length: int) -> int:
+    """The largest micro batch of at most 8192 tokens that divides a rank's share of the global batch."""
+    share = max(global_batch_size // max(data_parallel, 1), 1)
+    fitting = [size for size in range(1, share + 1) if share % size == 0 and size * sequence_length <= _MICRO_BATCH_TOKENS]
+    return max(fitting, default=1)
+
+
+def default_warmup_steps(steps: int) -> int:
+    """One update in a hundred, at most 2000."""
+    return min(steps // 100, 2000)
+
+
+def default_decay_steps(steps: int) -> int:
+    """The last fifth, as in arXiv:2405.18392."""
+    return steps // 5

@@ -1,0 +1,157 @@
+"""What the loop reads: datasets that answer a position in an endless stream of samples with tensors.
+
+Two formats: documents in Megatron's indexed format, cut into sequences (pretraining), and conversations packed into
+rows (fine-tuning). Both are memory-mapped: every rank of a layout reads what it needs by itself, nothing is sent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from shared.errors import UserError
+from shared.training.samplers import Indices, permutation
+
+IGNORE = -100  # a label without loss
+_DOCUMENTS, _SEQUENCES = 1, 2  # independent shuffles of one epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro batch, `[batch, sequence]` each."""
+
+    tokens: torch.Tensor  # int64
+    labels: torch.Tensor  # int64, the token that follows, IGNORE where there is no loss
+    segments: torch.Tensor | None = None  # int64; attention stays among equal values; None: one segment per row
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            tokens=self.tokens.to(device),
+            labels=self.labels.to(device),
+            segments=self.segments.to(device) if self.segments is not None else None,
+        )
+
+
+class Dataset(Protocol):
+    """Samples by position. Positions past the end of an epoch go on with the next one."""
+
+    sequence_length: int
+
+    def __len__(self) -> int:
+        """Samples of one epoch."""
+
+    def batch(self, positions: Indices) -> Batch:
+        """The samples at `positions`, in that order."""
+
+
+class IndexedSequences:
+    """Documents of an indexed dataset, concatenated into a stream and cut every `sequence_length` tokens.
+
+    Each sample is `sequence_length + 1` tokens, the last of which is the first of its neighbour: every token but the
+    stream's first is a target once per epoch. With a seed both the order of documents in the stream and the order of
+    the samples are shuffled anew in every epoch, and the tail that does not fill a sample is left out. Without a seed
+    (validation) order is as stored and the tail is padded, with IGNORE for labels, so that nothing is left out.
+
+    Two int64 per document and one per sample are kept in memory.
+    """
+
+    def __init__(self, prefix: Path, sequence_length: int, *, seed: int | None) -> None:
+        stored = IndexedDataset(str(prefix), mmap=True)
+        self._lengths = np.asarray(stored.index.sequence_lengths, dtype=np.int64)
+        self._tokens = np.memmap(f"{prefix}.bin", dtype=stored.index.dtype, mode="r")
+        self._starts = np.asarray(stored.index.sequence_pointers, dtype=np.int64) // self._tokens.dtype.itemsize
+        self._seed = seed
+        self._epoch = -1
+        self.sequence_length = sequence_length
+        predicted = int(self._lengths.sum()) - 1
+        self._length = -(-predicted // sequence_length) if seed is None else predicted // sequence_length
+        if self._length < 1:
+            raise UserError(
+                f"{prefix}.bin holds {predicted + 1} tokens, fewer than one sequence; "
+                f"give a --sequence-length below {predicted + 1} or more data"
+            )
+
+    def __len__(self) -> int:
+        return self._length
+
+    def batch(self, positions: Indices) -> Batch:
+        samples = np.stack([self._sample(int(position)) for position in positions])
+        tokens, labels = samples[:, :-1], samples[:, 1:]
+        return Batch(
+            tokens=torch.from_numpy(np.maximum(tokens, 0)),  # a padded input is any token: its label is IGNORE
+            labels=torch.from_numpy(np.ascontiguousarray(labels)),
+        )
+
+    def _sample(self, position: int) -> npt.NDArray[np.int64]:
+        """Tokens of one sample, int64 `[sequence_length + 1]`, IGNORE past the end of the stream."""
+        epoch, offset = divmod(position, self._length)
+        self._enter(epoch)
+        if self._seed is not None:
+            offset = int(permutation(self._seed, epoch, self._length, _SEQUENCES)[offset])
+        sample = np.full(self.sequence_length + 1, IGNORE, dtype=np.int64)
+        place = offset * self.sequence_length
+        filled = 0
+        document = int(np.searchsorted(self._ends, place, side="right"))
+        while filled < sample.size and document < len(self._order):
+            index = self._order[document]
+            skip = place + filled - (self._ends[document] - self._lengths[index])
+            take = min(int(self._lengths[index] - skip), sample.size - filled)
+            start = self._starts[index] + skip
+            sample[filled : filled + take] = self._tokens[start : start + take]
+            filled += take
+            document += 1
+        return sample
+
+    def _enter(self, epoch: int) -> None:
+        """Lay the documents of an epoch end to end: `_order` of documents and the stream position where each ends."""
+        if epoch == self._epoch:
+            return
+        documents = len(self._lengths)
+        self._order = (
+            np.arange(documents) if self._seed is None else permutation(self._seed, epoch, documents, _DOCUMENTS)
+        )
+        self._ends = np.cumsum(self._lengths[self._order])
+        self._epoch = epoch
+
+
+class PackedSequences:
+    """Rows of packed conversations: `<split>.{tokens,labels,segments}.npy`, int32 `[rows, sequence_length]`."""
+
+    def __init__(self, directory: Path, split: str, *, seed: int | None) -> None:
+        self._tokens, self._labels, self._segments = (
+            np.load(directory / f"{split}.{part}.npy", mmap_mode="r") for part in ("tokens", "labels", "segments")
+        )
+        if not self._tokens.shape == self._labels.shape == self._segments.shape:
+            raise UserError(
+                f"{directory}: {split}.tokens.npy {self._tokens.shape}, labels {self._labels.shape} and segments "
+                f"{self._segments.shape} differ in shape; prepare the data again"
+            )
+        if not len(self._tokens):
+            raise UserError(f"{directory / split}.tokens.npy has no rows; prepare it from more conversations")
+        self._seed = seed
+        self.sequence_length = int(self._tokens.shape[1])
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def batch(self, positions: Indices) -> Batch:
+        rows = np.array([self._row(int(position)) for position in positions])
+        return Batch(
+            tokens=_int64(self._tokens[rows]),
+            labels=_int64(self._labels[rows]),
+            segments=_int64(self._segments[rows]),
+        )
+
+    def _row(self, position: int) -> int:
+        epoch, offset = divmod(position, len(self))
+        return offset if self._seed is None else int(permutation(self._seed, epoch, len(self), _SEQUENCES)[offset])
+
+
+def _int64(array: npt.NDArray[np.int32]) -> torch.Tensor:
+    return torch.from_numpy(array.astype(np.int64))

@@ -1,0 +1,201 @@
+"""The training loop of pretraining and fine-tuning, top to bottom.
+
+Every rank runs all of it. What only the first rank does (the run directory, the record, the printed lines) is marked by
+`on_first_rank` or `recorder`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+import shared.device
+from shared.checkpoint.reader import iteration_name
+from shared.console import log
+from shared.errors import Interrupted, StageError
+from shared.model import gpt, parallel, weights
+from shared.model.attention import segment_mask
+from shared.training import state
+from shared.training.agreement import StopRequest
+from shared.training.config import TrainingConfig
+from shared.training.data import IGNORE, Batch, Dataset
+from shared.training.loss import global_loss, token_loss
+from shared.training.optimizer import build_optimizer, set_learning_rate, wrap
+from shared.training.plan import Inputs
+from shared.training.recorder import Recorder, take_up
+from shared.training.samplers import batch_positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a stage hands to the loop."""
+
+    config: TrainingConfig
+    inputs: Inputs
+    target: Path
+    overwrite: bool
+    datasets: Callable[[], tuple[Dataset, Dataset | None]]  # training and validation
+    bytes_per_token: float | None = None  # UTF-8 bytes of the validation split per token
+
+
+def train(run: Run) -> None:
+    """Train until `steps` updates are done, from the source's weights or from where an interrupted run was.
+
+    Raises:
+        AlreadyDone: the target holds this run, finished.
+        Interrupted: a signal asked to stop; the state is saved.
+        StageError: the loss is not a number any more; the last checkpoint stands.
+    """
+    config, architecture = run.config, run.inputs.architecture
+    device = shared.device.prepare()
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    layout = parallel.ParallelLayout(
+        tensor=config.tensor_parallel,
+        pipeline=config.pipeline_parallel,
+        virtual_pipeline=config.virtual_pipeline,
+        sequence_parallel=config.sequence_parallel,
+    )
+    parallel.initialize(layout, config.seed)
+    stop = StopRequest()
+    directory = take_up(run.target, run.inputs, overwrite=run.overwrite)
+    training, validation = run.datasets()
+
+    chunks = gpt.build(
+        architecture, layout, dtype=dtype, recompute=config.recompute, calculate_per_token_loss=True
+    )
+    resumed = None if directory.resumed is None else directory.path / iteration_name(directory.resumed)
+    weights.load(chunks, resumed or run.inputs.source.iteration_path)
+    model = wrap(chunks)
+    optimizer = build_optimizer(config, model)
+    step = 0
+    if resumed is not None:
+        step = state.load(resumed, model, optimizer)
+        log(f"resuming after update {step} of {config.steps}")
+
+    schedule = config.learning_rates()
+    recorder = Recorder(run.config, run.inputs, directory, epoch=len(training))
+    if step == 0:
+        recorder.validated(0, validate(config, model, validation, device), run.bytes_per_token)
+    while step < config.steps:
+        started = time.perf_counter()
+        loss, targets = forward_backward(config, model, training, step, device)
+        if not math.isfinite(loss):
+            raise StageError(f"the loss of update {step + 1} is {loss}; {recorder.last_saved()}; lower --learning-rate")
+        rate = schedule.learning_rate(step + 1)
+        set_learning_rate(optimizer, rate)
+        _, gradient_norm, _ = optimizer.step()
+        if not math.isfinite(gradient_norm):
+            raise StageError(
+                f"the gradient of update {step + 1} is {gradient_norm}; {recorder.last_saved()}; lower --learning-rate"
+            )
+        step += 1
+        recorder.updated(step, loss, targets, rate, gradient_norm, time.perf_counter() - started)
+
+        finished, stopping = step == config.steps, stop.agreed(device)
+        if finished or (config.validate_every and step % config.validate_every == 0):
+            recorder.validated(step, validate(config, model, validation, device), run.bytes_per_token)
+        if finished or stopping or step % config.save_every == 0:
+            recorder.saving(step)
+            state.save(directory.begin(step), model, optimizer, step=step)
+            directory.commit(step, facts=recorder.facts(step), finished=finished, keep=config.keep)
+        if stopping and not finished:
+            raise Interrupted(f"stopped by a signal after update {step}, which is saved; the same command goes on from it")
+    directory.close()
+
+
+def forward_backward(
+    config: TrainingConfig, model: list[DistributedDataParallel], data: Dataset, step: int, device: torch.device
+) -> tuple[float, int]:
+    """Gradients of update `step` (counted from 0), summed over ranks; returns mean loss and number of targets."""
+    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+    def micro_batches() -> Iterator[Batch]:
+        for index in range(config.micro_batches):
+            positions = batch_positions(
+                step=step,
+                micro_batch=index,
+                global_batch_size=config.global_batch_size,
+                micro_batch_size=config.micro_batch_size,
+                rank=rank,
+                ranks=ranks,
+            )
+            yield data.batch(positions).to(device)
+
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    reports = run_schedule(config, model, micro_batches, config.micro_batches, forward_only=False)
+    return global_loss(reports, device)
+
+
+@torch.no_grad()
+def validate(
+    config: TrainingConfig, model: list[DistributedDataParallel], data: Dataset | None, device: torch.device
+) -> tuple[float, int] | None:
+    """Mean loss over the validation sequences, each exactly once, and the number of targets; None without any."""
+    if data is None:
+        return None
+    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    wanted = min(len(data), config.validation_sequences)
+    number = -(-wanted // (config.micro_batch_size * ranks))
+    number = -(-number // config.pipeline_parallel) * config.pipeline_parallel  # the interleaved schedule's rule
+
+    def micro_batches() -> Iterator[Batch]:
+        for index in range(number):
+            positions = np.arange(config.micro_batch_size) + (index * ranks + rank) * config.micro_batch_size
+            batch = data.batch(np.minimum(positions, wanted - 1))
+            batch.labels[torch.from_numpy(positions >= wanted)] = IGNORE  # filling up the last micro batches
+            yield batch.to(device)
+
+    for chunk in model:
+        chunk.eval()
+    reports = run_schedule(config, model, micro_batches, number, forward_only=True)
+    for chunk in model:
+        chunk.train()
+    return global_loss(reports, device)
+
+
+def run_schedule(
+    config: TrainingConfig,
+    model: list[DistributedDataParallel],
+    micro_batches: Callable[[], Iterator[Batch]],
+    number: int,
+    *,
+    forward_only: bool,
+) -> list[dict[str, torch.Tensor]]:
+    """All micro batches of this rank through Megatron-Core's schedule for the layout."""
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        # Every model chunk of a virtual pipeline reads the same micro batches by itself.
+        data_iterator=[micro_batches() for _ in model] if len(model) > 1 else micro_batches(),
+        model=model if len(model) > 1 else model[0],
+        num_microbatches=number,
+        seq_length=config.sequence_length,
+        micro_batch_size=config.micro_batch_size,
+        forward_only=forward_only,
+    )
+
+
+def forward_step(batches: Iterator[Batch], model: DistributedDataParallel) -> tuple[torch.Tensor, Callable[..., Any]]:
+    """One micro batch through one model chunk; the last stage's output is a loss per position."""
+    batch = next(batches)
+    rows, length = batch.tokens.shape
+    positions = torch.arange(length, device=batch.tokens.device).expand(rows, length)
+    output = model(
+        input_ids=batch.tokens,
+        position_ids=positions,
+        attention_mask=segment_mask(batch.segments) if batch.segments is not None else None,
+        labels=batch.labels,
+    )
+    return output, partial(token_loss, labels=batch.labels)

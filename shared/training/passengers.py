@@ -1,0 +1,25 @@
+"""The files that travel with the weights: the source's, with a tokenizer from the data where the source has none."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from shared.training.plan import Inputs
+
+
+@contextlib.contextmanager
+def passengers(inputs: Inputs) -> Iterator[Path]:
+    """A directory that holds config.json, the tokenizer and the rest, for the duration of the block."""
+    own, tokenizer = inputs.source.hf_files, inputs.data.hf_files
+    if (own / "tokenizer.json").is_file() or not tokenizer.is_dir():
+        yield own
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        merged = Path(scratch) / "hf"
+        shutil.copytree(tokenizer, merged)
+        shutil.copytree(own, merged, dirs_exist_ok=True)  # the source's own files win
+        yield merged

@@ -1,0 +1,135 @@
+"""What a run is going to be, worked out from its inputs and said before anything long begins."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from shared.checkpoint.reader import Checkpoint, open_checkpoint
+from shared.console import log, quantity
+from shared.errors import UserError
+from shared.families import registry
+from shared.model.architecture import Architecture
+from shared.training.config import TrainingConfig
+
+_BYTES = {"bf16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The two directories a training run reads."""
+
+    source: Checkpoint
+    data: Checkpoint
+    architecture: Architecture
+
+    @classmethod
+    def open(cls, source: Path, data: Path, *, data_format: Literal["indexed", "packed"]) -> Inputs:
+        """Open both and check that they fit each other. Contents are verified once per run, by the first worker."""
+        verify: Literal["content", "sizes"] = "content" if _verifies() else "sizes"
+        model = open_checkpoint(source, kinds=("megatron",), flag="--source", verify=verify)
+        dataset = open_checkpoint(data, kinds=("dataset",), flag="--data", verify=verify)
+        if dataset.facts.get("format") != data_format:
+            tool = {"indexed": "pretrain", "packed": "sft"}[data_format]
+            raise UserError(
+                f"--data {data} holds a {dataset.facts.get('format')} dataset; make one with `{tool} prepare`"
+            )
+        architecture = _architecture(model)
+        vocabulary = dataset.facts["vocab_size"]
+        if vocabulary > architecture.vocab_size:
+            raise UserError(
+                f"--data {data} has token ids below {vocabulary} and the model of --source {source} only "
+                f"{architecture.vocab_size}; prepare the data with the model's tokenizer"
+            )
+        return cls(source=model, data=dataset, architecture=architecture)
+
+    def split(self, name: str) -> dict[str, Any] | None:
+        """Facts of a split of the dataset; None if it has no such split."""
+        return self.data.facts["splits"].get(name)
+
+
+def _verifies() -> bool:
+    """Whether this process is the one that reads every byte of the inputs: not a launcher's child of another rank."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _architecture(model: Checkpoint) -> Architecture:
+    config = model.hf_files / "config.json"
+    try:
+        return registry.from_config(json.loads(config.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(
+            f"--source {model.path} has no hf/config.json that says what the model is; "
+            "make it with `convert to-megatron`"
+        ) from None
+
+
+def default_processes(model_parallel: int) -> int:
+    """One per GPU of this machine; without GPUs, as many as the layout needs. Under a launcher, what that started."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return visible_gpus() or model_parallel
+
+
+def visible_gpus() -> int:
+    """GPUs this process may use, found without importing torch."""
+    devices = len([node for node in Path("/dev").glob("nvidia*") if node.name.removeprefix("nvidia").isdigit()])
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return devices if chosen is None else min(devices, len([part for part in chosen.split(",") if part]))
+
+
+def memory_estimate(config: TrainingConfig, architecture: Architecture) -> int:
+    """Bytes a rank will need, about: weights, fp32 gradients, AdamW, activations and logits.
+
+    Activations follow Korthikanti et al. (arXiv:2205.05198): 34 s b h bytes per layer in 16 bits, attention scores not
+    kept; with recomputation the 2 s b h of every layer's input and one layer in full.
+    """
+    width = _BYTES[config.precision]
+    weights = architecture.parameter_count() / config.model_parallel
+    main = 4 if config.precision == "bf16" else 0  # fp32 weights are their own main copy
+    states = weights * (width + 4 + (8 + main) / config.data_parallel)
+    tokens = config.micro_batch_size * config.sequence_length
+    layers = architecture.num_layers / config.pipeline_parallel
+    in_flight = config.pipeline_parallel if config.pipeline_parallel > 1 else 1  # micro batches of the first stage
+    layer = 34 * tokens * architecture.hidden_size * width / 2 / config.tensor_parallel
+    kept = 2 * tokens * architecture.hidden_size * width / 2 * layers + layer if config.recompute == "full" else layer * layers
+    logits = 3 * 4 * tokens * architecture.padded_vocab_size(config.tensor_parallel) / config.tensor_parallel
+    return int(states + kept * in_flight + logits)
+
+
+def announce(config: TrainingConfig, inputs: Inputs, *, sequences: int) -> None:
+    """Print the plan. `sequences` are those of one epoch."""
+    architecture = inputs.architecture
+    parameters = architecture.parameter_count()
+    layout = " x ".join(
+        f"{name} {size}"
+        for name, size in (
+            ("tensor", config.tensor_parallel),
+            ("pipeline", config.pipeline_parallel),
+            ("virtual", config.virtual_pipeline),
+            ("data", config.data_parallel),
+        )
+        if size > 1
+    )
+    epochs = config.steps * config.global_batch_size / sequences
+    width = _BYTES[config.precision]
+    log(
+        f"model       {architecture.family}, {parameters / 1e6:,.1f} M parameters, {architecture.num_layers} layers of "
+        f"{architecture.hidden_size}, vocabulary {architecture.vocab_size}, {config.precision}"
+    )
+    log(f"layout      {config.processes} process{'es' * (config.processes > 1)}{': ' + layout if layout else ''}")
+    log(
+        f"update      {config.global_batch_size} sequences of {config.sequence_length} = {config.tokens_per_step:,} "
+        f"tokens, in {config.micro_batches} micro batches of {config.micro_batch_size} per rank"
+    )
+    log(
+        f"run         {config.steps:,} updates = {config.steps * config.tokens_per_step:,} tokens = {epochs:.2f} epochs; "
+        f"{config.schedule} to {config.learning_rate:g}, warm-up {config.warmup_steps}"
+    )
+    log(
+        f"needs       about {quantity(memory_estimate(config, architecture), 'bytes')} of memory per process, "
+        f"{quantity(parameters * (width + 12), 'bytes')} of disk per checkpoint, {config.keep} kept"
+    )

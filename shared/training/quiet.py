@@ -1,0 +1,18 @@
+"""Keeps a stage's output to what its user can act on."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+
+def hush() -> None:
+    """Silence notices of Megatron-Core and torch about their own deprecated calls and absent extensions.
+
+    Called before they are imported, since they speak while they load. Their errors are exceptions, and stay.
+    """
+    for category in (UserWarning, FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(torch|megatron)\b")
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

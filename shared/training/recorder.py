@@ -1,0 +1,151 @@
+"""The run directory and the record of a run, as seen by every rank: the first rank writes, the others agree."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.checkpoint.run import RunDirectory
+from shared.console import log, quantity
+from shared.training import metrics, report
+from shared.training.agreement import on_first_rank
+from shared.training.config import TrainingConfig
+from shared.training.metrics import Metrics, flops_per_token, peak_flops, peak_memory
+from shared.training.passengers import passengers
+from shared.training.plan import Inputs
+
+
+class SharedRun:
+    """A run directory that rank 0 holds and all ranks write their part of an iteration into."""
+
+    def __init__(self, path: Path, resumed: int | None, held: RunDirectory | None) -> None:
+        self.path = path
+        self.resumed = resumed  # iteration to go on from
+        self._held = held  # on rank 0
+
+    def begin(self, step: int) -> Path:
+        """The directory, the same on every rank, to write an iteration to."""
+        return on_first_rank(lambda: self._rank0().begin(step))
+
+    def commit(self, step: int, *, facts: dict[str, Any], finished: bool, keep: int) -> None:
+        """Publish the iteration once every rank has written its part."""
+        torch.distributed.barrier()
+        on_first_rank(lambda: self._rank0().commit(step, facts=facts, finished=finished, keep=keep))
+
+    def close(self) -> None:
+        if self._held is not None:
+            self._held.close()
+
+    def _rank0(self) -> RunDirectory:
+        assert self._held is not None, "only rank 0 holds the run directory"
+        return self._held
+
+
+def take_up(target: Path, inputs: Inputs, *, overwrite: bool) -> SharedRun:
+    """Open the run directory on rank 0, new or to be resumed, and tell every rank where it stands."""
+    held: RunDirectory | None = None
+
+    def begin() -> tuple[Path, int | None]:
+        nonlocal held
+        parents = {"source": inputs.source.path, "data": inputs.data.path}
+        held = RunDirectory.open(target, kind="megatron", inputs=parents, overwrite=overwrite)
+        with passengers(inputs) as files:
+            held.add_passengers(files)
+        return held.path, held.iteration
+
+    path, iteration = on_first_rank(begin)
+    return SharedRun(path, iteration, held)
+
+
+class Recorder:
+    """Numbers of each update, to metrics.jsonl, TensorBoard, the terminal and report.html. Does nothing off rank 0."""
+
+    def __init__(self, config: TrainingConfig, inputs: Inputs, directory: SharedRun, *, epoch: int) -> None:
+        self._config, self._inputs, self._directory = config, inputs, directory
+        self._epoch = epoch  # sequences
+        self._speaks = torch.distributed.get_rank() == 0
+        self._saved = directory.resumed
+        self._first = directory.resumed or 0
+        self._started = time.perf_counter()
+        self._flops = flops_per_token(inputs.architecture, config.sequence_length)
+        self._peak = peak_flops()
+        self._metrics = Metrics(directory.path, resumed_step=directory.resumed) if self._speaks else None
+
+    def updated(self, step: int, loss: float, targets: int, rate: float, gradient_norm: float, seconds: float) -> None:
+        """Record update `step`, counted from 1."""
+        if self._metrics is None:
+            return
+        config = self._config
+        speed = config.tokens_per_step / seconds
+        row = {
+            "step": step,
+            "loss": loss,
+            "learning_rate": rate,
+            "gradient_norm": gradient_norm,
+            "targets": targets,
+            "samples": step * config.global_batch_size,
+            "tokens": step * config.tokens_per_step,
+            "seconds": round(seconds, 6),
+            "tokens_per_second": round(speed, 1),
+            "memory_bytes": peak_memory(),
+        }
+        if self._peak is not None:
+            row["mfu"] = round(speed * self._flops / (self._peak * config.processes), 4)
+        self._metrics.append(**row)
+        if step % config.log_every == 0 or step == config.steps:
+            left = (time.perf_counter() - self._started) / (step - self._first) * (config.steps - step)
+            log(
+                f"update {step}/{config.steps}  loss {loss:.4f}  lr {rate:.2e}  grad {gradient_norm:.2f}  "
+                f"{speed:,.0f} tokens/s  {quantity(row['memory_bytes'], 'bytes')}  "
+                f"epoch {row['samples'] / self._epoch:.2f}  {_clock(left)} left"
+            )
+
+    def validated(self, step: int, result: tuple[float, int] | None, bytes_per_token: float | None) -> None:
+        """Record a validation after update `step`; None where there is nothing to validate on."""
+        if self._metrics is None or result is None:
+            return
+        loss, targets = result
+        row: dict[str, float] = {"step": step, "validation_loss": loss, "validation_targets": targets}
+        text = f"validation after update {step}: loss {loss:.4f}"
+        if bytes_per_token is not None:
+            row["bits_per_byte"] = metrics.bits_per_byte(loss, bytes_per_token)
+            text += f", {row['bits_per_byte']:.4f} bits per byte"
+        self._metrics.append(**row)
+        log(text)
+
+    def saving(self, step: int) -> None:
+        """Make the record durable and write the report, before the checkpoint that a resume will start from."""
+        self._saved = step
+        if self._metrics is not None:
+            self._metrics.sync()
+            report.write(self._directory.path / "report.html", self._metrics.rows, self._facts())
+
+    def last_saved(self) -> str:
+        """Where a run that fails now can be taken up."""
+        return "nothing was saved" if self._saved is None else f"update {self._saved} is saved"
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """What the manifest says of the iteration."""
+        facts = self._facts() | {"step": step, "consumed_tokens": step * self._config.tokens_per_step}
+        if self._metrics is not None:
+            for name in ("loss", "validation_loss", "bits_per_byte"):
+                known = [row[name] for row in self._metrics.rows if name in row]
+                facts |= {name: known[-1]} if known else {}
+        return facts
+
+    def _facts(self) -> dict[str, Any]:
+        architecture = self._inputs.architecture
+        return {
+            "family": architecture.family,
+            "dtype": {"bf16": "bfloat16", "fp32": "float32"}[self._config.precision],
+            "parameters": architecture.parameter_count(),
+            "architecture": architecture.to_dict(),
+        }
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

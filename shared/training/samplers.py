@@ -1,0 +1,43 @@
+"""Which sample a rank reads when: pure functions of seed, step and layout, so a resume needs one number, the step.
+
+The samples of one global batch do not depend on how many data-parallel ranks share it or how it is cut into micro
+batches; only who reads which of them does.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+Indices = npt.NDArray[np.int64]
+
+
+@lru_cache(maxsize=4)  # the epochs at both ends of a batch, for training and for validation
+def permutation(seed: int, epoch: int, length: int, stream: int = 0) -> Indices:
+    """The order of `length` items in an epoch. Another `stream` is an independent order for another purpose.
+
+    Philox is a counter-based generator: its stream depends on the key alone, on every platform.
+    """
+    key = np.random.SeedSequence([seed, epoch, stream])
+    order = np.random.Generator(np.random.Philox(key)).permutation(length)
+    order.setflags(write=False)  # cached, and shared by every caller
+    return order
+
+
+def batch_positions(
+    *, step: int, micro_batch: int, global_batch_size: int, micro_batch_size: int, rank: int, ranks: int
+) -> Indices:
+    """Positions in the endless stream of samples that data-parallel `rank` of `ranks` reads, `[micro_batch_size]`.
+
+    Args:
+        step: update, counted from 0.
+        micro_batch: index of the micro batch within the update.
+        global_batch_size: samples per update over all ranks.
+        micro_batch_size: samples per forward pass of one rank.
+        rank: this data-parallel rank.
+        ranks: number of data-parallel ranks.
+    """
+    start = step * global_batch_size + (micro_batch * ranks + rank) * micro_batch_size
+    return np.arange(start, start + micro_batch_size, dtype=np.int64)

@@ -1,0 +1,121 @@
+"""All of a run's state, saved and restored: weights, optimizer, random numbers, and where the data stood.
+
+One torch_dist directory, written by every rank. The optimizer is stored per parameter, in the parameter's own shape
+(`fully_reshardable`), so a run may go on with another layout. The learning rate and the order of the data are functions
+of the step, so the step is all that is stored of them.
+"""
+
+from __future__ import annotations
+
+import queue
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from shared.console import log
+from shared.training.optimizer import allocate_state, restore
+
+# Recorded in the checkpoint by Megatron-Core: how the names and shards in it are to be read.
+CONTENT = {
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+    "distrib_optim_sharding_type": "fully_reshardable",
+}
+
+
+def save(directory: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer, *, step: int) -> None:
+    """Write the state after update `step` to an empty directory. Every rank calls this."""
+    sharded = _sharded(model, optimizer, is_loading=False)
+    sharded |= {
+        "checkpoint_version": 3.0,
+        "iteration": step,
+        "layout": _layout(),
+        "rng_state": _random_object(_random_state()),
+    }
+    _lighten_writer()
+    dist_checkpointing.save(sharded, str(directory), content_metadata=dict(CONTENT))
+
+
+def load(directory: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> int:
+    """Restore what `save` wrote beside the weights; returns the step. The layout may be another one.
+
+    The weights come first, by `shared.model.weights.load`: it is the one that knows about vocabulary padding, whose
+    size depends on the layout. Every rank calls this.
+    """
+    common = dist_checkpointing.load_common_state_dict(str(directory))
+    same_layout = common["layout"] == _layout()
+    allocate_state(optimizer)
+    sharded = {"optimizer": _sharded(model, optimizer, is_loading=True)["optimizer"]}
+    if same_layout:
+        sharded["rng_state"] = _random_object(None)
+    loaded = dist_checkpointing.load(sharded, str(directory))
+    restore(optimizer, loaded["optimizer"])
+    if same_layout:
+        _restore_random(loaded["rng_state"])
+    else:
+        log(f"resuming at another layout ({_words(_layout())}, was {_words(common['layout'])}): random states start anew")
+    return int(common["iteration"])
+
+
+def _sharded(model: list[DistributedDataParallel], optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
+    """What is distributed over ranks, described: which rank holds which part of which global tensor."""
+    metadata = dict(CONTENT)
+    weights = {
+        # Megatron-LM's names: `model`, or `model0`, `model1`... with a virtual pipeline.
+        "model" if len(model) == 1 else f"model{index}": chunk.module.sharded_state_dict(metadata=metadata)
+        for index, chunk in enumerate(model)
+    }
+    # The optimizer describes its state by the parameters it belongs to, before names are added to the dictionary.
+    state = optimizer.sharded_state_dict(dict(weights), is_loading=is_loading, metadata=metadata)
+    return weights | {"optimizer": state}
+
+
+def _layout() -> dict[str, int]:
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual_pipeline": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        "data": parallel_state.get_data_parallel_world_size(),
+    }
+
+
+def _words(layout: dict[str, int]) -> str:
+    return " x ".join(f"{name} {size}" for name, size in layout.items() if size > 1) or "one process"
+
+
+def _random_state() -> dict[str, Any]:
+    """This rank's generators: torch's own, the device's, and Megatron-Core's per-region ones."""
+    return {
+        "cpu": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "regions": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _restore_random(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    torch.cuda.set_rng_state(state["device"])
+    get_cuda_rng_tracker().set_states(state["regions"])
+
+
+def _random_object(state: dict[str, Any] | None) -> ShardedObject:
+    ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return ShardedObject("rng_state", state, (ranks,), (rank,), replica_id=0)
+
+
+def _lighten_writer() -> None:
+    """Take from Megatron-Core's writer two things that only its asynchronous mode needs; it has no option for either.
+
+    It starts a manager process to pass results between processes, which would outlive a killed run: saving here is
+    synchronous and writes from threads, so a queue between threads does. And it measures its memory for a debugging
+    line, with psutil, which it does not declare as a dependency.
+    """
+    filesystem_async._results_queue = queue.Queue()
+    filesystem_async._process_memory = lambda: 0
