@@ -1,0 +1,1 @@
+"""Model families: a page of data each, that reads a configuration and lists the tensors."""

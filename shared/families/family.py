@@ -1,0 +1,24 @@
+"""What a family is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from shared.families.fields import Fields
+from shared.mapping.rule import Table
+from shared.model.architecture import Architecture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A model family: its configuration both ways and its tensors."""
+
+    name: str  # Hugging Face's model_type
+    title: str  # what people call it, and which members are meant
+    hf_class: str  # the transformers class whose weights these are
+    read: Callable[[Fields], Architecture]
+    table: Callable[[Architecture], Table]
+    write: Callable[[Architecture], dict[str, Any]]  # the family's own fields of a new config.json
+    sizes: Mapping[str, Architecture] = field(default_factory=dict)  # named sizes for `convert init`

@@ -1,0 +1,144 @@
+"""Reading a Hugging Face config.json: every field is understood, known to be harmless, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from shared.errors import UserError
+from shared.model.architecture import RopeScaling
+
+# Fields of any model that say nothing of its arithmetic: the tokenizer's, generation's, the library's bookkeeping.
+_HARMLESS = """
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _name_or_path
+    architectures attn_implementation auto_map bos_token_id chunk_size_feed_forward decoder_start_token_id dtype
+    eos_token_id finetuning_task id2label is_decoder is_encoder_decoder keys_to_ignore_at_inference label2id
+    model_type name_or_path output_attentions output_hidden_states output_router_logits pad_token_id prefix
+    pretraining_tp problem_type return_dict return_dict_in_generate sep_token_id task_specific_params
+    tokenizer_class torch_dtype torchscript transformers_version unk_token_id unsloth_fixed unsloth_version
+    use_bfloat16 use_cache use_return_dict
+"""
+HARMLESS = frozenset(_HARMLESS.split())
+
+
+class Fields:
+    """A config.json whose reader must name every field it does not read."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = dict(config)
+        self._read: set[str] = set()
+
+    def get(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        """The field's value, or the default where it is absent or null; UserError for a value of another type."""
+        self._read.add(name)
+        value = self._config.get(name)
+        if value is None:
+            if default is None:
+                raise UserError(f"config.json: {name} is missing")
+            return default
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise UserError(f"config.json: {name} is {value!r}, which is not of type {_name(kind)}")
+        return value
+
+    def optional(self, name: str, kind: type) -> Any:
+        """The field's value, or None where it is absent or null."""
+        self._read.add(name)
+        return None if self._config.get(name) is None else self.get(name, kind)
+
+    def expect(self, name: str, *allowed: Any, why: str) -> None:
+        """Refuse any value but these; an absent or null field is fine."""
+        self._read.add(name)
+        value = self._config.get(name)
+        if value is not None and value not in allowed:
+            raise UserError(f"config.json: {name} = {value!r} is not supported: {why}")
+
+    def ignore(self, *names: str) -> None:
+        """Fields that change nothing given the others."""
+        self._read.update(names)
+
+    def finish(self, family: str) -> None:
+        """Refuse what nobody read: a field that changes the model must not be lost on the way."""
+        for name, value in self._config.items():
+            if name in self._read or name in HARMLESS or value is None or value is False:
+                continue
+            raise UserError(
+                f"config.json: {name} = {value!r} is not a field of family {family} and would be ignored; "
+                "remove it if it changes nothing"
+            )
+
+    def rope(self, default_theta: float, max_position_embeddings: int) -> tuple[float, RopeScaling | None]:
+        """Rotary base and scaling: `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
+        new = self.optional("rope_parameters", dict) or {}
+        old = self.optional("rope_scaling", dict) or {}
+        theta, old_theta = new.get("rope_theta"), self.optional("rope_theta", float)
+        if theta is not None and old_theta is not None and float(theta) != old_theta:
+            raise UserError(f"config.json: rope_theta {old_theta} contradicts rope_parameters.rope_theta {theta}")
+        scaling, new_scaling = _scaling(old, "rope_scaling"), _scaling(new, "rope_parameters")
+        if old and new and scaling != new_scaling:
+            raise UserError("config.json: rope_scaling contradicts rope_parameters; keep the right one")
+        self._partial(new, old)
+        base = theta if theta is not None else old_theta if old_theta is not None else default_theta
+        return float(base), new_scaling or scaling
+
+    def _partial(self, *spellings: Mapping[str, Any]) -> None:
+        for spelling in spellings:
+            if spelling.get("partial_rotary_factor", 1) != 1:
+                raise UserError("config.json: partial_rotary_factor other than 1 is not supported by this family")
+        self.expect("partial_rotary_factor", 1, why="this family rotates the whole head")
+
+
+_PLAIN = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+_LLAMA3 = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+
+
+def _scaling(given: Mapping[str, Any], field: str) -> RopeScaling | None:
+    kind = given.get("rope_type", given.get("type", "default"))
+    if given.get("type", kind) != kind:
+        raise UserError(f"config.json: {field} has type {given['type']!r} and rope_type {kind!r}; keep the right one")
+    allowed = {"default": set(), "linear": {"factor"}, "llama3": _LLAMA3}.get(kind)
+    if allowed is None:
+        raise UserError(f"config.json: {field} of type {kind!r} is not supported; supported: linear, llama3")
+    if kind == "linear" or kind == "default":
+        allowed = allowed | {"original_max_position_embeddings"}  # written, never read, for these two
+    if missing := ({"factor"} if kind == "linear" else allowed if kind == "llama3" else set()) - given.keys():
+        raise UserError(f"config.json: {field} of type {kind} lacks {', '.join(sorted(missing))}")
+    if unknown := sorted(k for k in given.keys() - allowed - _PLAIN if given[k] is not None):
+        raise UserError(f"config.json: {field}.{unknown[0]} = {given[unknown[0]]!r} is not supported for type {kind}")
+    if kind == "default":
+        return None
+    try:
+        if kind == "linear":
+            return RopeScaling(kind="linear", factor=float(given["factor"]))
+        return RopeScaling(
+            kind="llama3",
+            factor=float(given["factor"]),
+            low_frequency_factor=float(given["low_freq_factor"]),
+            high_frequency_factor=float(given["high_freq_factor"]),
+            original_length=int(given["original_max_position_embeddings"]),
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.json: {field}: {error}") from None
+
+
+def rope_fields(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
+    """The same for a config.json to be written, in both spellings."""
+    parameters: dict[str, Any] = {"rope_type": "default"}
+    if scaling is not None:
+        parameters = {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind == "llama3":
+            parameters |= {
+                "low_freq_factor": scaling.low_frequency_factor,
+                "high_freq_factor": scaling.high_frequency_factor,
+                "original_max_position_embeddings": scaling.original_length,
+            }
+    return {
+        "rope_theta": theta,
+        "rope_scaling": parameters if scaling is not None else None,
+        "rope_parameters": {"rope_theta": theta, **parameters},
+    }
+
+
+def _name(kind: type | tuple[type, ...]) -> str:
+    return kind.__name__ if isinstance(kind, type) else " or ".join(k.__name__ for k in kind)

@@ -1,0 +1,72 @@
+"""Qwen 1.5, 2, 2.5 and QwQ, dense: biases on q, k and v only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from shared.families.decoder import common_fields, full_attention_only, table, written_fields
+from shared.families.family import Family
+from shared.families.fields import Fields
+from shared.model.architecture import Architecture
+
+
+def read(fields: Fields) -> Architecture:
+    common = common_fields(fields)
+    full_attention_only(fields, common["num_layers"])
+    return Architecture(family="qwen2", qkv_bias=True, **common)
+
+
+def write(a: Architecture) -> dict[str, Any]:
+    return {**written_fields(a), "use_sliding_window": False}
+
+
+_QWEN_2_5_0_5B = Architecture(
+    family="qwen2",
+    num_layers=24,
+    hidden_size=896,
+    ffn_hidden_size=4864,
+    num_attention_heads=14,
+    num_query_groups=2,
+    head_dim=64,
+    vocab_size=151_936,
+    max_position_embeddings=32_768,
+    norm_epsilon=1e-6,
+    rope_theta=1_000_000.0,
+    qkv_bias=True,
+    tied_embeddings=True,
+)
+
+FAMILY = Family(
+    name="qwen2",
+    title="Qwen 1.5, 2, 2.5, QwQ (dense)",
+    hf_class="Qwen2ForCausalLM",
+    read=read,
+    table=table,
+    write=write,
+    sizes={
+        "qwen2-tiny": replace(
+            _QWEN_2_5_0_5B,
+            num_layers=2,
+            hidden_size=64,
+            ffn_hidden_size=160,
+            num_attention_heads=4,
+            head_dim=16,
+            vocab_size=512,
+            max_position_embeddings=512,
+        ),
+        "qwen2.5-0.5b": _QWEN_2_5_0_5B,
+        "qwen2.5-7b": replace(
+            _QWEN_2_5_0_5B,
+            num_layers=28,
+            hidden_size=3584,
+            ffn_hidden_size=18_944,
+            num_attention_heads=28,
+            num_query_groups=4,
+            head_dim=128,
+            vocab_size=152_064,
+            max_position_embeddings=131_072,
+            tied_embeddings=False,
+        ),
+    },
+)

@@ -1,0 +1,77 @@
+"""Families by Hugging Face `model_type`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from shared.errors import UserError
+from shared.families import llama, qwen2, qwen3
+from shared.families.family import Family
+from shared.families.fields import Fields
+from shared.mapping.rule import Table
+from shared.model.architecture import Architecture
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY)}
+
+
+def names() -> list[str]:
+    """Every supported `model_type`."""
+    return list(FAMILIES)
+
+
+def sizes() -> dict[str, Architecture]:
+    """Every named size of every family."""
+    return {name: size for family in FAMILIES.values() for name, size in family.sizes.items()}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a config.json; UserError names the nearest one that is supported."""
+    name = config.get("model_type")
+    if name not in FAMILIES:
+        near = get_close_matches(str(name), FAMILIES, n=1, cutoff=0.3)
+        raise UserError(
+            f"config.json: model_type {name!r} is not a supported family"
+            f"{f'; the nearest is {near[0]}' if near else ''} (supported: {', '.join(FAMILIES)})"
+        )
+    family = FAMILIES[name]
+    classes = config.get("architectures")
+    if classes and classes != [family.hf_class]:
+        raise UserError(f"config.json: architectures {classes} is not supported; wanted: {family.hf_class}")
+    return family
+
+
+def from_config(config: Mapping[str, Any]) -> Architecture:
+    """The architecture that a config.json describes, in transformers 4's or 5's spelling.
+
+    Raises:
+        UserError: a field asks for something that is not computed here, by name.
+    """
+    family = family_of(config)
+    fields = Fields(config)
+    try:
+        architecture = family.read(fields)
+    except UserError:
+        raise
+    except ValueError as error:  # the architecture's own checks
+        raise UserError(f"config.json: {error}") from None
+    fields.finish(family.name)
+    return architecture
+
+
+def to_config(architecture: Architecture, **fields: Any) -> dict[str, Any]:
+    """A config.json for a new model; `fields` are added as they are (token ids, dtype)."""
+    family = FAMILIES[architecture.family]
+    return {
+        "architectures": [family.hf_class],
+        "model_type": family.name,
+        **family.write(architecture),
+        "use_cache": True,
+        **fields,
+    }
+
+
+def table_of(architecture: Architecture) -> Table:
+    """Its tensors in both forms."""
+    return FAMILIES[architecture.family].table(architecture)

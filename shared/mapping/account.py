@@ -1,0 +1,93 @@
+"""Every tensor is accounted for, on both sides, before a byte is moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Protocol
+
+from shared.errors import UserError
+from shared.mapping.layout import Shape
+from shared.mapping.rule import Alias, Entry, Table
+
+
+class Found(Protocol):
+    """What a checkpoint says of one of its tensors."""
+
+    @property
+    def shape(self) -> Shape: ...
+
+    @property
+    def place(self) -> str:
+        """The file it is in."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """A checkpoint's tensors, sorted by what becomes of them."""
+
+    entries: tuple[Entry, ...]
+    aliases: tuple[Alias, ...]  # those that the checkpoint stores
+    asides: tuple[str, ...]  # those that it stores
+
+
+def account_sources(table: Table, found: Mapping[str, Found], where: str) -> Account:
+    """Match a Hugging Face checkpoint's tensors with the table: each used once, none missing, each of its shape.
+
+    Raises:
+        UserError: naming the tensor, both shapes, and the file.
+    """
+    entries = tuple(table.entries())
+    wanted = {source.name: source.shape for entry in entries for source in entry.sources}
+    assert len(wanted) == sum(len(entry.sources) for entry in entries), "a table uses each source once"
+    aliases = tuple(alias for alias in table.aliases if alias.name in found)
+    asides = tuple(sorted(table.aside_names() & found.keys()))
+    if missing := [name for name in wanted if name not in found]:
+        raise UserError(f"{where}: {_some(missing)} missing, though config.json asks for it; fetch the model again")
+    known = wanted.keys() | {alias.name for alias in aliases} | set(asides)
+    if unknown := sorted(found.keys() - known):
+        near = get_close_matches(unknown[0], list(wanted), n=1, cutoff=0.0)
+        raise UserError(
+            f"{found[unknown[0]].place}: {_some(unknown)} unknown to this family and would be lost"
+            f"{f' (nearest: {near[0]})' if near else ''}; remove it, or correct config.json"
+        )
+    for name, shape in wanted.items() | {(a.name, wanted[a.of]) for a in aliases}:
+        if found[name].shape != shape:
+            raise UserError(
+                f"{found[name].place}: {name} is {list(found[name].shape)}, config.json asks for {list(shape)}"
+            )
+    return Account(entries=entries, aliases=aliases, asides=asides)
+
+
+def account_targets(
+    table: Table, found: Mapping[str, Found], where: str, ignored: Sequence[str] = ()
+) -> tuple[Entry, ...]:
+    """Match a Megatron checkpoint's tensors with the table; `ignored` are prefixes of keys that are no weights.
+
+    Raises:
+        UserError: naming the tensor, both shapes, and the directory.
+    """
+    entries = tuple(table.entries())
+    wanted = {entry.key: entry for entry in entries}
+    if missing := [key for key in wanted if key not in found]:
+        raise UserError(f"{where}: {_some(missing)} missing, though hf/config.json asks for it")
+    unknown = sorted(key for key in found.keys() - wanted.keys() if not key.startswith(tuple(ignored)))
+    if unknown:
+        raise UserError(f"{where}: {_some(unknown)} unknown to this family and would be lost")
+    for key, entry in wanted.items():
+        shape, expected = found[key].shape, entry.global_shape
+        rows = len(entry.stack)
+        fits = shape == expected
+        if entry.padded and len(shape) == len(expected):  # padded for another number of ranks
+            kept = expected[rows] - entry.padding_rows
+            fits = shape[rows] >= kept and shape[:rows] + shape[rows + 1 :] == expected[:rows] + expected[rows + 1 :]
+        if not fits:
+            raise UserError(f"{where}: {key} is {list(shape)}, hf/config.json asks for {list(expected)}")
+    return entries
+
+
+def _some(names: Iterable[str]) -> str:
+    first, *rest = names
+    return f"{first} is" if not rest else f"{first} and {len(rest)} more are"

@@ -1,0 +1,113 @@
+"""Layouts: how rows of source tensors make up the rows of one Megatron tensor, in a form that runs both ways.
+
+A *row* is one index of a tensor's first dimension: `[out, in]` has `out` rows of `in` elements, `[out]` has `out` rows
+of one. A layout that only moves rows compiles to segments, so that a conversion copies byte ranges and needs neither
+the tensors' arithmetic nor a tensor library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+Shape = tuple[int, ...]
+PADDING = -1  # the source of rows of zeros
+
+
+class LayoutError(ValueError):
+    """Shapes that a layout cannot take; the caller knows the tensor's name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """`rows` rows that are contiguous on both sides."""
+
+    source: int  # which of the rule's sources, or PADDING
+    source_row: int
+    target_row: int
+    rows: int
+
+
+class RowLayout(Protocol):
+    """A layout that moves whole rows. Its segments tile the target in order, and every source exactly once."""
+
+    def target_shape(self, shapes: Sequence[Shape]) -> Shape:
+        """Shape of the Megatron tensor made of sources of these shapes."""
+        ...
+
+    def segments(self, shapes: Sequence[Shape]) -> tuple[Segment, ...]:
+        """The target's rows in order."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interleave:
+    """Sources cut into `groups` equal runs of rows, dealt out group by group.
+
+    `groups=1` concatenates (`[gate ; up]`), and of one source copies. Attention's QKV has one group for every
+    key/value head: `[q1..qn k1 v1 | q.. k2 v2 | ...]`.
+    """
+
+    groups: int = 1
+
+    def target_shape(self, shapes: Sequence[Shape]) -> Shape:
+        columns = {shape[1:] for shape in shapes}
+        if len(columns) != 1:
+            raise LayoutError(f"rows of different widths cannot be joined: {[list(s) for s in shapes]}")
+        for shape in shapes:
+            if shape[0] % self.groups:
+                raise LayoutError(f"{shape[0]} rows are not {self.groups} equal groups")
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def segments(self, shapes: Sequence[Shape]) -> tuple[Segment, ...]:
+        self.target_shape(shapes)
+        result, target = [], 0
+        for group in range(self.groups):
+            for source, shape in enumerate(shapes):
+                rows = shape[0] // self.groups
+                result.append(Segment(source=source, source_row=group * rows, target_row=target, rows=rows))
+                target += rows
+        return tuple(result)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PadRows:
+    """One source followed by rows of zeros up to `rows`: a vocabulary padded so that it divides over ranks."""
+
+    rows: int
+
+    def target_shape(self, shapes: Sequence[Shape]) -> Shape:
+        (shape,) = shapes
+        if shape[0] > self.rows:
+            raise LayoutError(f"{shape[0]} rows do not fit in {self.rows}")
+        return (self.rows, *shape[1:])
+
+    def segments(self, shapes: Sequence[Shape]) -> tuple[Segment, ...]:
+        (shape,) = shapes
+        padding = self.target_shape(shapes)[0] - shape[0]
+        result = [Segment(source=0, source_row=0, target_row=0, rows=shape[0])]
+        if padding:
+            result.append(Segment(source=PADDING, source_row=0, target_row=shape[0], rows=padding))
+        return tuple(result)
+
+
+COPY = Interleave(groups=1)
+CONCAT = Interleave(groups=1)
+
+
+def of_source(segments: Sequence[Segment], source: int) -> list[Segment]:
+    """The layout backwards: one source's rows in order."""
+    return sorted((s for s in segments if s.source == source), key=lambda s: s.source_row)
+
+
+def of_target(segments: Sequence[Segment], first: int, rows: int) -> list[Segment]:
+    """The segments that make up `rows` rows of the target from row `first` on, cut to fit."""
+    result = []
+    for segment in segments:
+        start = max(segment.target_row, first)
+        stop = min(segment.target_row + segment.rows, first + rows)
+        if start < stop:
+            row = segment.source_row + start - segment.target_row
+            result.append(Segment(source=segment.source, source_row=row, target_row=start, rows=stop - start))
+    return result

@@ -1,0 +1,120 @@
+"""Rules: one line of a family's tensor table, and what a table says of one particular model.
+
+A rule is `Megatron key | stacking axes | source names | layout`. Names may hold `{layer}`; a rule over the axis
+`layer` makes one entry for every layer, stacked by Megatron-Core into one tensor `[layers, ...]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+from shared.errors import UserError
+from shared.mapping.layout import COPY, PADDING, LayoutError, PadRows, RowLayout, Segment, Shape
+
+Axis = Literal["layer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A tensor of the Hugging Face form."""
+
+    name: str
+    shape: Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How one Megatron tensor is made of source tensors, and they of it."""
+
+    megatron: str
+    sources: tuple[Source, ...]
+    layout: RowLayout = COPY
+    axes: tuple[Axis, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alias:
+    """A source tensor that some checkpoints store though it is another one: a tied output head."""
+
+    name: str
+    of: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aside:
+    """A source tensor that is no weight, a constant some versions stored: kept beside the weights and restored."""
+
+    name: str
+    axes: tuple[Axis, ...] = ("layer",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """All tensors of one model."""
+
+    rules: tuple[Rule, ...]
+    aliases: tuple[Alias, ...] = ()
+    asides: tuple[Aside, ...] = ()
+    sizes: Mapping[Axis, int]  # how many of each axis
+
+    def entries(self) -> Iterator[Entry]:
+        """The rules applied to every layer, in the order of the rules."""
+        for rule in self.rules:
+            for index in self._indices(rule.axes):
+                yield Entry(
+                    key=rule.megatron,
+                    stack=tuple(self.sizes[axis] for axis in rule.axes),
+                    index=tuple(index.values()),
+                    sources=tuple(Source(name=s.name.format(**index), shape=s.shape) for s in rule.sources),
+                    layout=rule.layout,
+                )
+
+    def aside_names(self) -> set[str]:
+        """Names of the tensors that are kept beside the weights, if a checkpoint has them."""
+        return {aside.name.format(**index) for aside in self.asides for index in self._indices(aside.axes)}
+
+    def _indices(self, axes: Sequence[Axis]) -> Iterator[dict[str, int]]:
+        for index in product(*(range(self.sizes[axis]) for axis in axes)):
+            yield dict(zip(axes, index, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One slice of a Megatron tensor (one layer's, or the whole) and the source tensors it is made of."""
+
+    key: str
+    stack: Shape  # sizes of the stacking axes, () for a tensor of its own
+    index: Shape  # this entry's place on them
+    sources: tuple[Source, ...]
+    layout: RowLayout
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the slice, without the stacking axes."""
+        try:
+            return self.layout.target_shape([source.shape for source in self.sources])
+        except LayoutError as error:
+            raise UserError(f"{', '.join(s.name for s in self.sources)} do not make {self.key}: {error}") from None
+
+    @property
+    def global_shape(self) -> Shape:
+        """Shape of the whole Megatron tensor."""
+        return (*self.stack, *self.shape)
+
+    @property
+    def padded(self) -> bool:
+        """Whether another padding of the rows is the same tensor."""
+        return isinstance(self.layout, PadRows)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The slice's rows in order."""
+        return self.layout.segments([source.shape for source in self.sources])
+
+    @property
+    def padding_rows(self) -> int:
+        """Rows of zeros in the slice."""
+        return sum(segment.rows for segment in self.segments if segment.source == PADDING)
