@@ -1,0 +1,156 @@
+"""The PPO algorithm as pure functions of tensors: no model, no process group, no I/O.
+
+Shapes: B replies, T response positions (the longest reply of the batch). `mask` [B, T] is 1 on the tokens a reply really
+has (through its EOS) and 0 after. Position t is the decision that emitted token t: its log-probability, its value
+(the critic's estimate before the token) and its advantage share the index.
+
+Papers: PPO arXiv:1707.06347, GAE arXiv:1506.02438, the per-token KL penalty of InstructGPT arXiv:2203.02155, the adaptive
+coefficient of arXiv:1909.08593; k1 and k3 are John Schulman's estimators of KL(policy || reference).
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+KLEstimator = Literal["k1", "k3"]
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over the data-parallel ranks; the identity on one process."""
+
+
+def one_process(total: Tensor) -> Tensor:
+    """The `Reduce` of a single process."""
+    return total
+
+
+def masked_mean(values: Tensor, mask: Tensor, reduce: Reduce = one_process) -> Tensor:
+    """Mean of `values` [B, T] where `mask` is 1, over every rank's tokens: a scalar, 0 when there are none."""
+    total = reduce(torch.stack([(values * mask).sum(), mask.sum().to(values.dtype)]))
+    return total[0] / total[1].clamp(min=1)
+
+
+def masked_variance(values: Tensor, mask: Tensor, reduce: Reduce = one_process) -> Tensor:
+    """Population variance (divided by n) of `values` [B, T] where `mask` is 1, in two passes: a scalar."""
+    mean = masked_mean(values, mask, reduce)
+    return masked_mean((values - mean) ** 2, mask, reduce)
+
+
+def whiten(values: Tensor, mask: Tensor, reduce: Reduce = one_process) -> Tensor:
+    """`values` [B, T] shifted and scaled to mean 0 and variance 1 over the masked tokens of all ranks; 0 elsewhere."""
+    mean = masked_mean(values, mask, reduce)
+    variance = masked_variance(values, mask, reduce)
+    return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
+def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of each token and entropy of its distribution, under softmax(logits / temperature).
+
+    Args:
+        logits: [B, T, vocabulary], any float type; reduced in float32 (float64 stays).
+        tokens: [B, T] ids.
+        temperature: the sampling temperature, so that the trained distribution is the sampled one.
+
+    Returns:
+        log-probabilities [B, T] and entropies [B, T] in nats.
+    """
+    logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    log_probs = torch.log_softmax(logits, dim=-1)
+    chosen = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    with torch.no_grad():
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+    return chosen, entropy
+
+
+def kl_divergence(log_probs: Tensor, reference_log_probs: Tensor, estimator: KLEstimator) -> Tensor:
+    """Per-token estimate [B, T] of KL(policy || reference) in nats from tokens sampled by the policy.
+
+    With r = reference / policy: k1 = -log r (unbiased, may be negative), k3 = r - 1 - log r (unbiased, never negative).
+    """
+    log_ratio = reference_log_probs - log_probs
+    if estimator == "k1":
+        return -log_ratio
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
+    """Rewards [B, T]: -kl_coefficient * kl on every token, plus the reply's score [B] on its last token."""
+    rewards = -kl_coefficient * kl * mask
+    last = mask.sum(-1).long() - 1
+    return rewards.scatter_add(1, last.unsqueeze(1), scores.to(rewards.dtype).unsqueeze(1))
+
+
+def generalized_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, discount: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation and the value targets.
+
+    delta_t = r_t + discount * V_{t+1} - V_t;  A_t = delta_t + discount * gae_lambda * A_{t+1};  R_t = A_t + V_t.
+    The value and the advantage after a reply's last token are 0: the episode ends there, cut or not.
+
+    Args:
+        rewards: [B, T].
+        values: [B, T].
+        mask: [B, T].
+        discount: gamma, in [0, 1].
+        gae_lambda: lambda, in [0, 1].
+
+    Returns:
+        advantages [B, T] and returns [B, T], both 0 outside the mask.
+    """
+    values, rewards = values * mask, rewards * mask
+    advantages = torch.zeros_like(values)
+    following_value = torch.zeros_like(values[:, 0])
+    following_advantage = torch.zeros_like(values[:, 0])
+    for t in range(values.shape[1] - 1, -1, -1):
+        delta = rewards[:, t] + discount * following_value - values[:, t]
+        following_advantage = (delta + discount * gae_lambda * following_advantage) * mask[:, t]
+        following_value = values[:, t]
+        advantages[:, t] = following_advantage
+    return advantages, (advantages + values) * mask
+
+
+def policy_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float, tokens: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """The clipped surrogate of PPO, summed over the masked tokens and divided by `tokens`.
+
+    `tokens` is the number of masked tokens of the whole mini-batch (all micro-batches, all ranks), so the sum over
+    micro-batches and ranks is the mini-batch's token mean however it was cut.
+
+    Returns:
+        the loss (scalar) and the number of tokens whose ratio was clipped (scalar, no gradient).
+    """
+    ratio = torch.exp(log_probs - old_log_probs)
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = (torch.maximum(unclipped, clipped) * mask).sum() / tokens
+    return loss, ((clipped > unclipped) * mask).sum().detach()
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float, tokens: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Half the clipped squared error of the critic; summed, divided and returned as `policy_loss` does."""
+    clipped_values = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    unclipped, clipped = (values - returns) ** 2, (clipped_values - returns) ** 2
+    loss = 0.5 * (torch.maximum(unclipped, clipped) * mask).sum() / tokens
+    return loss, ((clipped > unclipped) * mask).sum().detach()
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, reduce: Reduce = one_process) -> Tensor:
+    """1 - Var(returns - values) / Var(returns) over masked tokens: 1 is a perfect critic, 0 a constant, a scalar."""
+    return 1 - masked_variance(returns - values, mask, reduce) / masked_variance(returns, mask, reduce).clamp(min=1e-12)
+
+
+def adapt_kl_coefficient(coefficient: float, kl: float, target: float, horizon: float) -> float:
+    """The proportional controller of arXiv:1909.08593 section 2.2.
+
+    Args:
+        coefficient: the present coefficient.
+        kl: observed KL per reply in nats.
+        target: wanted KL per reply in nats.
+        horizon: replies per e-fold of a 100% error; this call stands for one batch, so pass horizon in batches.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return coefficient * (1 + error / horizon)

@@ -1,0 +1,151 @@
+"""Prompts and preference pairs: JSON lines in, token ids out. Every row is used or counted, and errors name the line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from shared.data.sources import Piece, Row, rows
+from shared.errors import UserError
+
+_RESERVED = ("prompts", "completions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One line of `--prompts`."""
+
+    text: str
+    """As the model reads it: for messages, after the chat template with its generation prompt."""
+    ids: tuple[int, ...]
+    raw: str | list[dict[str, Any]] = ""
+    """As the file has it: a text, or messages."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """The row's other columns, handed to reward functions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One preference: whole token sequences, prompt and reply through its end-of-sequence token."""
+
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+
+
+def read_prompts(path: Path, tokenizer: Any, *, context: int, max_new_tokens: int) -> list[Prompt]:
+    """Every prompt of a file of `{"prompt": text or messages}` or `{"messages": [...]}` rows.
+
+    Args:
+        path: the JSON-lines file.
+        tokenizer: a fast tokenizer of transformers.
+        context: the model's context length in tokens.
+        max_new_tokens: room that a prompt must leave for its reply.
+
+    Raises:
+        UserError: names the file and line.
+    """
+    prompts = []
+    for row in _rows(path, "--prompts"):
+        key = "prompt" if "prompt" in row.value else "messages"
+        if key not in row.value:
+            raise row.error(f"no column 'prompt' or 'messages' (the row has: {', '.join(row.value) or 'nothing'})")
+        columns = {name: value for name, value in row.value.items() if name != key}
+        for name in _RESERVED:
+            if name in columns:
+                raise row.error(f"a column may not be called {name!r}: reward functions get that name from us; rename it")
+        text = _prompt_text(row, key, tokenizer)
+        ids = _encode(tokenizer, text, templated=not isinstance(row.value[key], str))
+        if not ids:
+            raise row.error(f"{key!r} is empty")
+        if len(ids) + max_new_tokens > context:
+            raise row.error(
+                f"the prompt has {len(ids)} tokens and --max-new-tokens {max_new_tokens} more do not fit the "
+                f"model's context of {context}; shorten it or lower --max-new-tokens"
+            )
+        prompts.append(Prompt(text=text, ids=ids, raw=row.value[key], columns=columns))
+    if not prompts:
+        raise UserError(f"--prompts {path}: no row in it")
+    names = sorted({name for prompt in prompts for name in prompt.columns})
+    return [replace(prompt, columns={name: prompt.columns.get(name) for name in names}) for prompt in prompts]
+
+
+def read_preferences(path: Path, tokenizer: Any, *, max_length: int) -> tuple[list[Pair], int]:
+    """The pairs of a file of `{"prompt", "chosen", "rejected"}` rows, and how many were dropped as too long.
+
+    `prompt` is a text or messages, `chosen` and `rejected` a text or one assistant message. A sequence is the tokens of
+    the prompt, those of the reply, and the end-of-sequence token: just what a roll-out hands to a reward model.
+
+    Args:
+        path: the JSON-lines file.
+        tokenizer: a fast tokenizer of transformers.
+        max_length: the most tokens a sequence may have; a pair with a longer one is dropped.
+
+    Raises:
+        UserError: names the file and line.
+    """
+    pairs, dropped = [], 0
+    for row in _rows(path, "--data"):
+        for key in ("prompt", "chosen", "rejected"):
+            if key not in row.value:
+                raise row.error(f"no column {key!r} (the row has: {', '.join(row.value) or 'nothing'})")
+        text = _prompt_text(row, "prompt", tokenizer)
+        prompt = _encode(tokenizer, text, templated=not isinstance(row.value["prompt"], str))
+        chosen, rejected = (
+            (*prompt, *_encode(tokenizer, _reply_text(row, key), templated=True), tokenizer.eos_token_id)
+            for key in ("chosen", "rejected")
+        )
+        if chosen == rejected:
+            raise row.error("'chosen' and 'rejected' are the same; remove the row")
+        if max(len(chosen), len(rejected)) > max_length:
+            dropped += 1
+        else:
+            pairs.append(Pair(chosen=chosen, rejected=rejected))
+    if not pairs and not dropped:
+        raise UserError(f"--data {path}: no row in it")
+    return pairs, dropped
+
+
+def _rows(path: Path, flag: str) -> Iterator[Row]:
+    if path.suffix == ".zst":
+        raise UserError(f"{flag} {path}: .zst is not read here; give plain or .gz JSON lines")
+    yield from rows(Piece(path=path, start=0, end=path.stat().st_size))
+
+
+def _prompt_text(row: Row, key: str, tokenizer: Any) -> str:
+    value = row.value[key]
+    if isinstance(value, str):
+        return value
+    if not _is_messages(value):
+        raise row.error(f"{key!r} is neither a text nor a list of messages with 'role' and 'content'")
+    if tokenizer.chat_template is None:
+        raise row.error(f"{key!r} holds messages and the model has no chat template; give texts")
+    if value[-1]["role"] == "assistant":
+        raise row.error(f"{key!r} ends with an assistant message; the reply comes next, so end with the user's")
+    try:
+        return tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program: it raises what it likes
+        raise row.error(f"the chat template refuses {key!r}: {error}") from error
+
+
+def _reply_text(row: Row, key: str) -> str:
+    value = row.value[key]
+    if isinstance(value, str):
+        return value
+    if _is_messages(value) and len(value) == 1 and value[0]["role"] == "assistant":
+        return value[0]["content"]
+    raise row.error(f"{key!r} is neither a text nor a list of one assistant message")
+
+
+def _is_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+    )
+
+
+def _encode(tokenizer: Any, text: str, *, templated: bool) -> tuple[int, ...]:
+    """Ids of a text. A chat template writes its own beginning, and a reply is no beginning: neither gets a BOS."""
+    return tuple(tokenizer(text, add_special_tokens=not templated)["input_ids"])

@@ -1,0 +1,158 @@
+"""From a roll-out to what PPO learns from: log-probabilities, values, rewards, advantages.
+
+Shapes as in `tools.rlhf.rollout`: B replies on this rank, P prompt columns, T reply columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tools.rlhf import algorithm
+from tools.rlhf.host import Host
+from tools.rlhf.rollout import Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """Token sequences as a model reads them."""
+
+    ids: Tensor
+    """[B, P + T]."""
+    attention_mask: Tensor
+    """[B, P + T]."""
+    position_ids: Tensor
+    """[B, P + T]."""
+    reply_mask: Tensor
+    """[B, T] float."""
+
+    def rows(self, index: Tensor) -> Sequences:
+        """The rows of `index`, without the columns in which all of them are padding."""
+        mask, reply_mask = self.attention_mask[index], self.reply_mask[index]
+        used = mask.any(0).nonzero()
+        first, stop = int(used[0]), int(used[-1]) + 1
+        columns = int(reply_mask.any(0).sum())
+        return Sequences(
+            ids=self.ids[index, first:stop],
+            attention_mask=mask[:, first:stop],
+            position_ids=self.position_ids[index, first:stop],
+            reply_mask=reply_mask[:, :columns],
+        )
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of a model."""
+        return {"input_ids": self.ids, "attention_mask": self.attention_mask, "position_ids": self.position_ids}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience:
+    """Everything an update needs; all tensors but the sequences' are [B, T]."""
+
+    sequences: Sequences
+    log_probs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What turns scores into advantages."""
+
+    temperature: float
+    kl_estimator: algorithm.KLEstimator
+    kl_coefficient: float
+    missing_eos_penalty: float
+    discount: float
+    gae_lambda: float
+    whiten_advantages: bool
+    micro_batch_size: int
+
+
+def policy_log_probs(model: Any, sequences: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies [B, T] of the reply tokens under a policy."""
+    columns = sequences.reply_mask.shape[1]
+    logits = model(**sequences.inputs, use_cache=False, logits_to_keep=columns + 1).logits
+    return algorithm.token_log_probs(logits[:, :-1], sequences.ids[:, -columns:], temperature)
+
+
+def reply_values(critic: Any, sequences: Sequences) -> Tensor:
+    """The critic's values [B, T] before each reply token, float32."""
+    columns = sequences.reply_mask.shape[1]
+    return critic(**sequences.inputs)[:, -columns - 1 : -1].float()
+
+
+@torch.no_grad()
+def collect(
+    rollout: Rollout,
+    scores: Tensor,
+    recipe: Recipe,
+    *,
+    actor: Any,
+    critic: Any,
+    reference: Any,
+    host: Host,
+) -> tuple[Experience, dict[str, float]]:
+    """Evaluate a roll-out with the models as they are.
+
+    The log-probabilities are the trainer's own, recomputed from the sampled ids, so that the first ratio of an update is 1;
+    how far they are from the sampler's is among the metrics.
+
+    Args:
+        rollout: B sampled replies.
+        scores: [B] rewards of whole replies.
+        recipe: coefficients.
+        actor: the policy's engine.
+        critic: the critic's engine.
+        reference: the frozen policy's engine.
+        host: reduces statistics over the ranks.
+
+    Returns:
+        the experience, and metrics over all ranks.
+    """
+    sequences = Sequences(
+        ids=rollout.ids,
+        attention_mask=rollout.attention_mask,
+        position_ids=rollout.position_ids,
+        reply_mask=rollout.reply_mask,
+    )
+    mask = rollout.reply_mask
+    log_probs, entropies, reference_log_probs, values = (torch.zeros_like(mask) for _ in range(4))
+    for index in torch.arange(len(mask), device=mask.device).split(recipe.micro_batch_size):
+        part = sequences.rows(index)
+        columns = part.reply_mask.shape[1]
+        log_probs[index, :columns], entropies[index, :columns] = policy_log_probs(actor, part, recipe.temperature)
+        reference_log_probs[index, :columns], _ = policy_log_probs(reference, part, recipe.temperature)
+        values[index, :columns] = reply_values(critic, part)
+
+    kl = algorithm.kl_divergence(log_probs, reference_log_probs, recipe.kl_estimator)
+    ended = torch.tensor([reply.ended for reply in rollout.replies], dtype=torch.float32, device=mask.device)
+    scores = scores.to(mask.device) - recipe.missing_eos_penalty * (1 - ended)
+    rewards = algorithm.token_rewards(scores, kl, mask, recipe.kl_coefficient)
+    advantages, returns = algorithm.generalized_advantages(
+        rewards, values, mask, recipe.discount, recipe.gae_lambda
+    )
+    explained = algorithm.explained_variance(values, returns, mask, host.sum)
+    if recipe.whiten_advantages:
+        advantages = algorithm.whiten(advantages, mask, host.sum)
+
+    gap = (rollout.sampler_log_probs - log_probs).abs() * mask
+    replies = torch.ones_like(ended)
+    metrics = {
+        "kl": algorithm.masked_mean(kl, mask, host.sum).item(),
+        "kl_reply": algorithm.masked_mean((kl * mask).sum(-1), replies, host.sum).item(),
+        "entropy": algorithm.masked_mean(entropies, mask, host.sum).item(),
+        "log_prob_gap": algorithm.masked_mean(gap, mask, host.sum).item(),
+        "log_prob_gap_max": host.maximum(gap.max().item()),
+        "explained_variance": explained.item(),
+        "reply_tokens": algorithm.masked_mean(mask.sum(-1), replies, host.sum).item(),
+        "ended": algorithm.masked_mean(ended, replies, host.sum).item(),
+    }
+    experience = Experience(
+        sequences=sequences, log_probs=log_probs, values=values, advantages=advantages, returns=returns
+    )
+    return experience, metrics

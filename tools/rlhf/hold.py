@@ -1,0 +1,64 @@
+"""What every training command does around its loop: hold the target, keep resumable state, stop on a signal."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from shared.checkpoint.manifest import Inputs
+from shared.checkpoint.publish import Publication, publish
+from shared.errors import EXIT_DONE, EXIT_USAGE, AlreadyDone, UserError
+from tools.rlhf.host import Host
+from tools.rlhf.state import State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """The target of a run, held by it."""
+
+    out: Publication | None
+    """The directory in the making; on rank 0 only."""
+    state: State
+
+
+@contextmanager
+def held(host: Host, target: Path, inputs: Inputs, *, overwrite: bool) -> Iterator[Held]:
+    """Hold `target` and its state for this job; publish when the block ends well, then drop the state.
+
+    Rank 0 decides whether the job may run. When it may not, rank 0 says why and the other ranks leave in silence, with
+    the same exit code.
+    """
+    if host.rank != 0:
+        refusal = host.broadcast(None)
+        if refusal is not None:
+            raise SystemExit(refusal)
+        yield Held(out=None, state=State(target.with_name(f"{target.name}.state")))
+        return
+    announced = False
+    try:
+        with publish(target, kind="hf", inputs=inputs, overwrite=overwrite) as out:
+            state = State.open(target, inputs, overwrite=overwrite)
+            host.broadcast(None)
+            announced = True
+            yield Held(out=out, state=state)
+    except (AlreadyDone, UserError) as refused:
+        if not announced:
+            host.broadcast(EXIT_DONE if isinstance(refused, AlreadyDone) else EXIT_USAGE)
+        raise
+    state.remove()
+
+
+class StopRequest:
+    """SIGTERM or SIGUSR1 asks the loop to save its state and leave at the end of the step at hand."""
+
+    def __init__(self) -> None:
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = True

@@ -1,0 +1,144 @@
+"""Models in and out: a policy and its tokenizer from a directory, the critic, and the directory published at the end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shared.checkpoint.hf import complete_hf
+from shared.checkpoint.reader import open_checkpoint
+from shared.data.tokenizer import open_tokenizer
+from shared.errors import StageError, UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What `--source` holds besides its weights."""
+
+    path: Path
+    config: Any
+    """transformers' configuration."""
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    """Every token that ends a reply: the tokenizer's and those of generation_config.json."""
+    pad_id: int
+    dtype: torch.dtype
+    """Of the weights on disk, and of those that will be published."""
+
+    @property
+    def context(self) -> int:
+        """Context length in tokens."""
+        return self.config.max_position_embeddings
+
+
+def open_source(path: Path, *, flag: str = "--source") -> Source:
+    """A Hugging Face directory of a causal language model, checked to be whole."""
+    from transformers import AutoConfig
+
+    open_checkpoint(path, kinds=("hf",), flag=flag)
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    if not any(name.endswith("ForCausalLM") for name in config.architectures or []):
+        raise UserError(f"{flag} {path} is no causal language model: its architectures are {config.architectures}")
+    tokenizer = open_tokenizer(path, flag=flag)
+    generation = path / "generation_config.json"
+    listed = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
+    eos_ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [] if listed is None else [listed])}
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    for token in (*eos_ids, pad_id):
+        if not 0 <= token < config.vocab_size:
+            raise UserError(f"{flag} {path}: special token {token} is outside the vocabulary of {config.vocab_size}")
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return Source(
+        path=path, config=config, tokenizer=tokenizer, eos_ids=tuple(sorted(eos_ids)), pad_id=pad_id, dtype=dtype
+    )
+
+
+def load_policy(source: Source, dtype: torch.dtype) -> Any:
+    """The causal language model, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, local_files_only=True).eval()
+
+
+class Critic(nn.Module):
+    """A language model's body with a linear head that gives every position a value."""
+
+    def __init__(self, body: Any, head: nn.Linear) -> None:
+        super().__init__()
+        self.body = body
+        self.head = head
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        """Values [B, S] of token ids, mask and positions [B, S]."""
+        hidden = self.body(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        return self.head(hidden).squeeze(-1)
+
+
+def load_critic(path: Path, dtype: torch.dtype, *, vocab_size: int) -> Critic:
+    """A critic from a reward model (with its head: the InstructGPT recipe) or a language model (head at zero)."""
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    if config.vocab_size != vocab_size:
+        raise UserError(
+            f"--critic {path} has a vocabulary of {config.vocab_size} and the policy one of {vocab_size}; "
+            "give a critic of the policy's tokenizer"
+        )
+    if any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
+        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, local_files_only=True)
+        head = getattr(model, "score", None)
+        if not isinstance(head, nn.Linear) or head.out_features != 1:
+            raise UserError(f"--critic {path}: {type(model).__name__} has no head of one score to start a critic from")
+        return Critic(model.base_model, head).eval()
+    body = AutoModel.from_pretrained(path, dtype=dtype, local_files_only=True)
+    head = nn.Linear(config.hidden_size, 1, bias=False, dtype=dtype)
+    nn.init.zeros_(head.weight)
+    return Critic(body, head).eval()
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def save_hf(model: Any, directory: Path, source: Source, *, weights: dict[str, Tensor] | None = None) -> dict[str, Any]:
+    """Write a Hugging Face directory and complete it with the source's other files.
+
+    Args:
+        model: a transformers model; its weights are written unless `weights` is given.
+        directory: where to.
+        source: the directory it was trained from.
+        weights: whole tensors by name, for a sharded model.
+
+    Returns:
+        facts for the manifest.
+    """
+    weights = model.state_dict() if weights is None else weights
+    weights = {name: t.to(source.dtype) if t.is_floating_point() else t for name, t in weights.items()}
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise StageError(f"{name} is not finite after training; nothing is published. Lower --learning-rate")
+    model.config.dtype = source.dtype
+    model.save_pretrained(directory, state_dict=weights)
+    # The sampling settings of training are not the checkpoint's: its own file is copied instead.
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    complete_hf(directory, source.path)
+    return {
+        "family": model.config.model_type,
+        "architecture": type(model).__name__,
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "tensors": len(weights),
+        "parameters": parameter_count_of(weights),
+    }
+
+
+def parameter_count_of(weights: dict[str, Tensor]) -> int:
+    """Parameters in a state dict, tensors of the same storage once."""
+    return sum({t.data_ptr(): t.numel() for t in weights.values()}.values())

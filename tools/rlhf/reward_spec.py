@@ -1,0 +1,67 @@
+"""The text of `--reward`: which rewards, with which weights. Standard library only, so that a typo answers at once."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.errors import UserError
+
+_FORM = re.compile(r"(?:(?P<weight>[^*]*)\*)?(?P<kind>model|py):(?P<rest>.+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSpec:
+    """One component of the reward: `[WEIGHT*]model:DIR` or `[WEIGHT*]py:FILE:FUNCTION`."""
+
+    weight: float
+    path: Path
+    """The directory of a reward model, or the file of a Python function."""
+    function: str | None
+    """The function's name; None for a reward model."""
+
+    @property
+    def name(self) -> str:
+        """What logs and metrics call it."""
+        return self.function or self.path.resolve().name
+
+
+def parse(text: str) -> tuple[RewardSpec, ...]:
+    """The components of `text`, separated by commas; two of one name get a number.
+
+    Raises:
+        UserError: a component of another form, a weight that is no finite number, a path that does not exist.
+    """
+    parts = [_component(part.strip()) for part in text.split(",") if part.strip()]
+    if not parts:
+        raise UserError("--reward is empty; give model:DIR or py:FILE:FUNCTION")
+    names = [part.name for part in parts]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"--reward names {twice!r} twice; add the weights up, or rename one of the two")
+    return tuple(parts)
+
+
+def _component(text: str) -> RewardSpec:
+    match = _FORM.fullmatch(text)
+    if match is None:
+        raise UserError(f"--reward {text!r}: write model:DIR or py:FILE:FUNCTION, with a weight as in 0.5*model:DIR")
+    try:
+        weight = float(match["weight"]) if match["weight"] is not None else 1.0
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise UserError(f"--reward {text!r}: the weight {match['weight']!r} is not a finite number")
+    if match["kind"] == "model":
+        path = Path(match["rest"])
+        if not path.is_dir():
+            raise UserError(f"--reward {text!r}: {path} is not a directory; give what `rlhf reward` published")
+        return RewardSpec(weight=weight, path=path, function=None)
+    file, colon, function = match["rest"].rpartition(":")
+    if not colon or not function.isidentifier():
+        raise UserError(f"--reward {text!r}: write py:FILE:FUNCTION")
+    if not Path(file).is_file():
+        raise UserError(f"--reward {text!r}: the file {file} does not exist")
+    return RewardSpec(weight=weight, path=Path(file), function=function)

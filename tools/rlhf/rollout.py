@@ -1,0 +1,136 @@
+"""Roll-outs: the policy's own replies, and its log-probabilities as the sampler saw them.
+
+Layout of a batch: prompts are padded on the left, replies start in one column.
+`[pad pad p1 p2 p3 | r1 r2 EOS pad]`: `ids` [B, P + T], the reply in the columns from P on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tools.rlhf.data import Prompt
+from tools.rlhf.rewards import Reply
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """A batch of sampled replies. B replies, P prompt columns, T reply columns."""
+
+    prompts: tuple[Prompt, ...]
+    replies: tuple[Reply, ...]
+    ids: Tensor
+    """[B, P + T]."""
+    attention_mask: Tensor
+    """[B, P + T]: 1 on prompt and reply tokens (through the EOS), 0 on padding."""
+    reply_mask: Tensor
+    """[B, T] float: 1 on reply tokens."""
+    sampler_log_probs: Tensor
+    """[B, T]: log-probability of each reply token when it was sampled; 0 after the end."""
+
+    @property
+    def position_ids(self) -> Tensor:
+        """[B, P + T]: 0 at each prompt's first token."""
+        return (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+    @property
+    def reply_ids(self) -> Tensor:
+        """[B, T]."""
+        return self.ids[:, -self.reply_mask.shape[1] :]
+
+
+class _SampledLogProbs:
+    """A logits processor that changes nothing and notes the log-probability of each token sampled.
+
+    It is called before a token is sampled, so the token it can look up is the one of the step before; `generate` would
+    otherwise keep logits of every step, [T, B, vocabulary].
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.columns: list[Tensor] = []
+        self._temperature = temperature
+        self._previous: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.note(input_ids)
+        self._previous = torch.log_softmax(scores.float() / self._temperature, dim=-1)
+        return scores
+
+    def note(self, input_ids: Tensor) -> None:
+        """Look up the last token; called once more when generation ends."""
+        if self._previous is not None:
+            self.columns.append(self._previous.gather(1, input_ids[:, -1:]))
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    in_step: bool,
+) -> Rollout:
+    """One reply to each prompt, from softmax(logits / temperature) whole: no top-k or top-p, which PPO's ratio ignores.
+
+    Args:
+        model: a transformers causal language model.
+        prompts: B prompts.
+        tokenizer: decodes the replies.
+        max_new_tokens: T at most.
+        temperature: of sampling.
+        eos_ids: tokens that end a reply.
+        pad_id: fills the columns a row does not use; may be one of `eos_ids`.
+        in_step: every rank takes the same number of steps, as sharded parameters need.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    device = next(model.parameters()).device
+    width = max(len(prompt.ids) for prompt in prompts)
+    ids = torch.tensor([[*[pad_id] * (width - len(p.ids)), *p.ids] for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=device)
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(eos_ids),
+        pad_token_id=pad_id,
+        use_cache=True,
+    )
+    record = _SampledLogProbs(temperature)
+    ids = model.generate(
+        ids,
+        attention_mask=mask,
+        generation_config=settings,
+        logits_processor=LogitsProcessorList([record]),
+        synced_gpus=in_step,
+    )
+    record.note(ids)
+    reply_ids = ids[:, width:]
+    ends = torch.isin(reply_ids, torch.tensor(eos_ids, device=device))
+    reply_mask = (ends.cumsum(-1) - ends.long()) == 0  # 1 through the first end
+    log_probs = torch.cat(record.columns, dim=1)[:, : reply_ids.shape[1]]
+    return Rollout(
+        prompts=tuple(prompts),
+        replies=_replies(reply_ids, reply_mask, ends, tokenizer),
+        ids=ids,
+        attention_mask=torch.cat([mask, reply_mask.long()], dim=1),
+        reply_mask=reply_mask.float(),
+        sampler_log_probs=torch.where(reply_mask, log_probs, 0.0),
+    )
+
+
+def _replies(ids: Tensor, mask: Tensor, ends: Tensor, tokenizer: Any) -> tuple[Reply, ...]:
+    rows = [tuple(row[: int(length)]) for row, length in zip(ids.tolist(), mask.sum(-1).tolist(), strict=True)]
+    texts = tokenizer.batch_decode([list(row) for row in rows], skip_special_tokens=True)
+    ended = ends.any(-1).tolist()
+    return tuple(Reply(ids=row, text=text, ended=end) for row, text, end in zip(rows, texts, ended, strict=True))

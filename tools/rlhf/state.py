@@ -1,0 +1,91 @@
+"""State of an unfinished run: `TARGET.state` beside the target, there from the first save until the target is published.
+
+    TARGET.state/run.json          identity of the command, so that another command never resumes it
+    TARGET.state/metrics.jsonl     one line per iteration
+    TARGET.state/step_0000020/     what the loop saved: there whole or not at all
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+from shared.checkpoint.files import remove_tree, sync, sync_tree, write_atomically
+from shared.checkpoint.manifest import Inputs, identity, parents_of
+from shared.console import log
+from shared.errors import UserError
+from shared.invocation import invocation
+
+RUN = "run.json"
+_PARTIAL = ".partial"
+
+
+class State:
+    """The state directory of one run. Only rank 0 opens, commits and removes; every rank may write into `begin`'s."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def open(cls, target: Path, inputs: Inputs, *, overwrite: bool) -> Self:
+        """The state of this command's run to `target`: new, or as an interrupted run left it.
+
+        Call it while the target is held by `publish`, which keeps a second process away from both.
+
+        Raises:
+            UserError: an unfinished run of another command is there, and --overwrite was not given.
+        """
+        state = cls(target.with_name(f"{target.name}.state"))
+        same = identity(invocation(), inputs, parents_of(inputs))
+        record = state.path / RUN
+        if state.path.exists():
+            try:
+                found = json.loads(record.read_text(encoding="utf-8"))["identity"]
+            except (FileNotFoundError, ValueError, KeyError):
+                found = None
+            if found != same and not overwrite:
+                raise UserError(
+                    f"{state.path} holds the state of an unfinished run with other inputs or options; "
+                    "run that command again to finish it, or use --overwrite to drop it"
+                )
+            if found != same:
+                remove_tree(state.path)
+        state.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(record, (json.dumps({"identity": same}) + "\n").encode())
+        for leftover in state.path.glob(f"*{_PARTIAL}"):
+            remove_tree(leftover)
+        return state
+
+    @property
+    def step(self) -> int | None:
+        """The newest step saved, None before the first."""
+        steps = [int(path.name.removeprefix("step_")) for path in self.path.glob("step_*") if path.suffix != _PARTIAL]
+        return max(steps, default=None)
+
+    def of_step(self, step: int) -> Path:
+        """Where a step's state lies."""
+        return self.path / f"step_{step:07d}"
+
+    def begin(self, step: int) -> Path:
+        """The directory to write a step's state into; not made yet."""
+        return self.of_step(step).with_suffix(_PARTIAL)
+
+    def commit(self, step: int, facts: dict[str, Any]) -> None:
+        """Make the step just written the state to resume from, with `facts` (JSON values); drop older ones."""
+        partial = self.begin(step)
+        (partial / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+        sync_tree(partial)
+        partial.rename(self.of_step(step))
+        sync(self.path)
+        for older in sorted(self.path.glob("step_*"))[:-1]:
+            remove_tree(older)
+        log(f"saved the state of step {step} in {self.path}")
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """What `commit` was given."""
+        return json.loads((self.of_step(step) / "facts.json").read_text(encoding="utf-8"))
+
+    def remove(self) -> None:
+        """The target is published: nothing is left to resume."""
+        remove_tree(self.path)
