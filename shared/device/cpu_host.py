@@ -9,7 +9,7 @@ is the code a GPU would run.
 Plain replacements rather than a `TorchFunctionMode`: a mode is per thread (autograd and loader threads would be
 without it), and it adds Python work to every torch call, where a replacement costs only the calls it changes.
 
-`torch.cuda.is_available()` keeps telling the truth. Nothing here may be installed where CUDA is present.
+`torch.cuda.is_available()` and `Tensor.is_cuda` keep telling the truth: torch's own code asks them. Nothing here may be installed where CUDA is present.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _replace_tensor_methods() -> None:
-    """On the Python class, in front of the C++ base: `cuda`, `to`, `type`, `is_cuda`, `pin_memory`, `record_stream`."""
+    """On the Python class, in front of the C++ base: `cuda`, `to`, `type`, `pin_memory`, `record_stream`."""
     original_to, original_type = torch.Tensor.to, torch.Tensor.type
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -98,8 +98,6 @@ def _replace_tensor_methods() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
     torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign,assignment]
-    # The expert dispatcher turns split sizes into host integers only for tensors that say they are on a GPU.
-    torch.Tensor.is_cuda = property(lambda self: self.device.type == "cpu")  # type: ignore[method-assign,assignment]
 
 
 class Stream:
