@@ -1,0 +1,82 @@
+"""Open a directory and start vLLM on it, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.checkpoint.reader import open_checkpoint
+from shared.cli import log
+from shared.errors import UserError
+from tools.infer.settings import on_gpu, prepare_environment, read_config
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput, SamplingParams
+
+
+def open_source(source: Path) -> Path:
+    """The directory, checked to be whole. UserError names the file that is not."""
+    return open_checkpoint(source, kinds=("hf",), flag="--source").hf_files
+
+
+def check_supported(source: Path) -> None:
+    """UserError if vLLM has no code for the architecture that config.json names."""
+    from vllm import ModelRegistry
+
+    config = read_config(source)
+    names = config.get("architectures") or []
+    supported = ModelRegistry.get_supported_archs()
+    known = [name for name in names if name in supported]
+    if not known:
+        raise UserError(
+            f"--source {source}: vLLM does not carry the architecture {', '.join(names) or '(none named)'} "
+            f"(model_type {config.get('model_type')}); `infer evaluate --engine hf` may still run it"
+        )
+    if not on_gpu():
+        # vLLM looks at a model's class in a second process, so as not to touch CUDA in this one; that costs half a
+        # minute of imports. Without a GPU there is nothing to protect, and the class is needed here anyway.
+        for name in known:
+            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
+def model_config(arguments: Mapping[str, Any]) -> Any:
+    """vLLM's view of the model, without loading it. UserError for what it refuses."""
+    from vllm import EngineArgs
+
+    try:
+        return EngineArgs(**arguments).create_model_config()
+    except ValueError as error:
+        raise UserError(f"--source {arguments['model']}: {reason(error)}") from None
+
+
+def start(arguments: Mapping[str, Any]) -> LLM:
+    """The engine with the model loaded. UserError for what vLLM refuses."""
+    from vllm import LLM
+
+    log(f"loading {arguments['model']} with vLLM on {'GPU' if on_gpu() else 'CPU'}")
+    try:
+        return LLM(**arguments)
+    except ValueError as error:
+        raise UserError(f"--source {arguments['model']}: {reason(error)}") from None
+
+
+def reason(error: ValueError) -> str:
+    """The message of an error in one line, without pydantic's preamble."""
+    errors = getattr(error, "errors", None)
+    text = errors()[0]["msg"].removeprefix("Value error, ") if callable(errors) else str(error)
+    return text.strip().splitlines()[0] if text.strip() else type(error).__name__
+
+
+def complete(llm: LLM, requests: Mapping[str, tuple[list[int], SamplingParams]]) -> Iterator[RequestOutput]:
+    """Run requests (id -> token ids, sampling) and yield each output as it grows; `finished` marks the last of each."""
+    from vllm import TokensPrompt
+
+    engine = llm.llm_engine
+    for name, (ids, sampling) in requests.items():
+        engine.add_request(name, TokensPrompt(prompt_token_ids=ids), sampling)
+    while engine.has_unfinished_requests():
+        yield from engine.step()
+
+
+__all__ = ["check_supported", "complete", "model_config", "open_source", "prepare_environment", "reason", "start"]
