@@ -89,7 +89,8 @@ def quieten() -> None:
     """Keep the libraries' progress bars and deprecation notes of calls that are not ours out of the log."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a path that is not there must not become a download
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    for module in (r"torch\.distributed", r"transformers\."):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

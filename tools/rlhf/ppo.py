@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shared.console import log
 from shared.errors import Interrupted, StageError, UserError
-from shared.training.metrics import METRICS, Metrics, peak_memory
+from shared.training.metrics import Metrics, peak_memory
 from shared.training.schedule import Schedule
 from tools.rlhf import algorithm, rewards
 from tools.rlhf.data import Prompt, read_prompts
@@ -36,8 +36,10 @@ from tools.rlhf.host import (
     train_engine,
 )
 from tools.rlhf.models import Source, load_critic, load_policy, open_source, parameter_count, save_hf
+from tools.rlhf.report import add_record
 from tools.rlhf.reward_spec import RewardSpec
 from tools.rlhf.rollout import sample
+from tools.rlhf.trainers import check_batches
 
 _KL_HORIZON = 10.0  # iterations; K_beta = 0.1 of arXiv:1909.08593
 
@@ -95,14 +97,11 @@ class PPOOptions:
         models = [spec.path for spec in self.reward if spec.function is None]
         return self.critic or (models[0] if models else self.source)
 
-    def check(self, world_size: int) -> None:
+    def check(self, host: Host) -> None:
         """UserError for batch sizes that do not divide each other."""
-        per_update = self.micro_batch_size * world_size
-        if self.global_batch_size % per_update:
-            raise UserError(
-                f"--global-batch-size {self.global_batch_size} is not a multiple of --micro-batch-size "
-                f"{self.micro_batch_size} times {world_size} processes"
-            )
+        check_batches(
+            global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size, host=host
+        )
         if self.rollout_batch_size % self.global_batch_size:
             raise UserError(
                 f"--rollout-batch-size {self.rollout_batch_size} is not a multiple of --global-batch-size "
@@ -123,7 +122,7 @@ class Models:
 def run(options: PPOOptions) -> None:
     """Train, save state on the way, publish the policy."""
     host = prepare()
-    options.check(host.world_size)
+    options.check(host)
     with held(host, options.target, options.inputs, overwrite=options.overwrite) as target:
         source = open_source(options.source)
         prompts = read_prompts(
@@ -135,9 +134,25 @@ def run(options: PPOOptions) -> None:
         weights = full_weights(models.actor, host)
         if target.out is not None:
             facts = save_hf(models.actor.module, target.out.path, source, weights=weights)
-            (target.out.path / METRICS).write_bytes((target.state.path / METRICS).read_bytes())
-            target.out.describe(**facts, iterations=options.steps, prompts=len(prompts), precision=precision)
+            facts |= {"iterations": options.steps, "prompts": len(prompts), "precision": precision}
+            target.out.describe(**facts)
+            add_record(target, title=f"PPO run {options.target.name}", facts=facts, charts=_charts(models.reward))
         host.barrier()
+
+
+def _charts(reward: rewards.Reward) -> dict[str, tuple[str, ...]]:
+    components = tuple(f"reward/{name}" for name in reward.names)
+    return {
+        "Reward": ("reward", *(components if len(components) > 1 else ())),
+        "KL from the reference, nats a reply": ("kl_reply",),
+        "Entropy, nats a token": ("entropy",),
+        "Clipped": ("clip_fraction", "value_clip_fraction"),
+        "Value loss": ("value_loss",),
+        "Explained variance of the returns": ("explained_variance",),
+        "Reply length, tokens": ("reply_tokens",),
+        "Gap between roll-out and trainer log-probabilities, nats": ("log_prob_gap", "log_prob_gap_max"),
+        "Time of an iteration, s": ("seconds", "seconds_rollout", "seconds_update"),
+    }
 
 
 def _build(options: PPOOptions, source: Source, host: Host) -> tuple[Models, Precision]:

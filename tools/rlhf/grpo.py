@@ -1,0 +1,190 @@
+"""`rlhf grpo`: group relative policy optimisation (arXiv:2402.03300) by TRL's GRPOTrainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.console import log
+from shared.errors import UserError
+from tools.rlhf import rewards
+from tools.rlhf.data import Prompt, read_prompts
+from tools.rlhf.hold import Held, held
+from tools.rlhf.host import Host, Precision, prepare
+from tools.rlhf.models import Source, load_policy, open_source, save_hf
+from tools.rlhf.report import add_record
+from tools.rlhf.reward_spec import RewardSpec
+from tools.rlhf.trainers import Contract, check_batches, common_arguments, resume_point, train, unwrapped
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOOptions:
+    """The flags of `rlhf grpo`; see there for what each means."""
+
+    source: Path
+    prompts: Path
+    reward: tuple[RewardSpec, ...]
+    target: Path
+    overwrite: bool
+    steps: int
+    generations: int
+    global_batch_size: int
+    micro_batch_size: int
+    epochs: int
+    max_new_tokens: int
+    temperature: float
+    learning_rate: float
+    warmup_steps: int
+    kl_coefficient: float
+    clip_range: float
+    max_gradient_norm: float
+    precision: Precision | None
+    seed: int
+    save_every: int
+    log_every: int
+
+    @property
+    def inputs(self) -> dict[str, Path | list[Path]]:
+        """What the command reads; rewards not under their flag's name, since weights and functions are options."""
+        return {"source": self.source, "prompts": self.prompts, "reward_source": [spec.path for spec in self.reward]}
+
+    def check(self, host: Host) -> None:
+        """UserError for numbers that do not divide each other."""
+        check_batches(
+            global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size, host=host
+        )
+        if self.global_batch_size % self.generations:
+            raise UserError(
+                f"--global-batch-size {self.global_batch_size} is not a multiple of --generations {self.generations}"
+            )
+        if self.save_every % self.epochs:
+            raise UserError(
+                f"--save-every {self.save_every} is not a multiple of --epochs {self.epochs}: replies live for that many "
+                "updates and are not saved"
+            )
+
+
+def run(options: GRPOOptions) -> None:
+    """Train, publish the policy."""
+    host = prepare()
+    options.check(host)
+    with held(host, options.target, options.inputs, overwrite=options.overwrite) as target:
+        source = open_source(options.source)
+        prompts = read_prompts(
+            options.prompts, source.tokenizer, context=source.context, max_new_tokens=options.max_new_tokens
+        )
+        _check_uniform(prompts, options)
+        reward = rewards.load(
+            options.reward,
+            source.tokenizer,
+            device=host.device,
+            dtype=torch.float32,
+            batch_size=options.micro_batch_size,
+        )
+        _print_plan(options, source, prompts, host)
+        trained = _train(options, source, prompts, reward, target, host)
+        if target.out is not None:
+            facts = save_hf(trained, target.out.path, source) | {"updates": options.steps, "prompts": len(prompts)}
+            target.out.describe(**facts)
+            add_record(target, title=f"GRPO run {options.target.name}", facts=facts, charts=_charts(reward))
+        host.barrier()
+
+
+def _charts(reward: rewards.Reward) -> dict[str, tuple[str, ...]]:
+    components = tuple(f"rewards/{name}/mean" for name in reward.names)
+    return {
+        "Reward": ("reward", *(components if len(components) > 1 else ())),
+        "Spread of rewards": ("reward_std",),
+        "Entropy, nats a token": ("entropy",),
+        "KL from the source, nats a token": ("kl",),
+        "Reply length, tokens": ("completions/mean_length",),
+        "Gradient norm": ("grad_norm",),
+    }
+
+
+def _check_uniform(prompts: Sequence[Prompt], options: GRPOOptions) -> None:
+    if len({isinstance(prompt.raw, str) for prompt in prompts}) > 1:
+        raise UserError(f"--prompts {options.prompts} mixes texts and messages, which TRL does not take; use one of them")
+
+
+def _print_plan(options: GRPOOptions, source: Source, prompts: Sequence[Prompt], host: Host) -> None:
+    groups = options.global_batch_size // options.generations
+    log(f"policy    {source.path}, context {source.context}")
+    log(f"reward    {' + '.join(f'{spec.weight:g} * {spec.name}' for spec in options.reward)}")
+    log(f"prompts   {len(prompts)} used, none dropped")
+    log(
+        f"update    {groups} prompts with {options.generations} replies each of up to {options.max_new_tokens} tokens; "
+        f"{options.steps} updates, {options.epochs} on the same replies"
+    )
+    log(f"machine   {host.world_size} process(es) on {host.device.type}")
+
+
+def _train(
+    options: GRPOOptions, source: Source, prompts: Sequence[Prompt], reward: rewards.Reward, target: Held, host: Host
+) -> torch.nn.Module:
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    resumed = resume_point(target, host)
+    arguments = GRPOConfig(
+        **common_arguments(
+            target,
+            host,
+            micro_batch_size=options.micro_batch_size,
+            global_batch_size=options.global_batch_size,
+            learning_rate=options.learning_rate,
+            warmup_steps=options.warmup_steps,
+            max_gradient_norm=options.max_gradient_norm,
+            precision=options.precision,
+            seed=options.seed,
+            save_every=options.save_every,
+        ),
+        lr_scheduler_type="constant_with_warmup",
+        max_steps=options.steps,
+        num_generations=options.generations,
+        num_iterations=options.epochs,
+        max_completion_length=options.max_new_tokens,
+        temperature=options.temperature,
+        beta=options.kl_coefficient,
+        epsilon=options.clip_range,
+        reward_weights=[spec.weight for spec in options.reward],
+    )
+    trainer = GRPOTrainer(
+        model=load_policy(source, torch.float32),
+        reward_funcs=[_reward_function(spec, scorer, prompts, source) for spec, scorer in reward.components],
+        args=arguments,
+        train_dataset=Dataset.from_list([{"prompt": p.raw, "row": row} for row, p in enumerate(prompts)]),
+        processing_class=source.tokenizer,
+    )
+    contract = Contract(
+        target,
+        host,
+        resumed=resumed,
+        log_every=options.log_every,
+        line=lambda row: (
+            f"reward {row['reward']:.4f}, spread {row['reward_std']:.4f}, entropy {row['entropy']:.3f}, "
+            f"{row['completions/mean_length']:.1f} tokens, {row['step_time']:.1f} s"
+        ),
+        period=options.epochs,
+    )
+    train(trainer, contract, resumed)
+    return unwrapped(trainer)
+
+
+def _reward_function(spec: RewardSpec, scorer: rewards.Scorer, prompts: Sequence[Prompt], source: Source) -> Any:
+    """One of our rewards in the form TRL calls: it sees the sampled ids, so nothing is tokenised a second time."""
+
+    def function(*, row: list[int], completion_ids: list[list[int]], **unused: Any) -> list[float]:
+        texts = source.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        replies = [
+            rewards.Reply(ids=tuple(ids), text=text, ended=bool(ids) and ids[-1] in source.eos_ids)
+            for ids, text in zip(completion_ids, texts, strict=True)
+        ]
+        return scorer([prompts[i] for i in row], replies)
+
+    function.__name__ = spec.name
+    return function

@@ -1,0 +1,183 @@
+"""`rlhf reward`: a reward model from preference pairs, by TRL's RewardTrainer (the Bradley-Terry loss)."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.console import log
+from shared.errors import UserError
+from tools.rlhf.data import Pair, read_preferences
+from tools.rlhf.hold import Held, held
+from tools.rlhf.host import Host, Precision, prepare
+from tools.rlhf.models import Source, open_source, save_hf
+from tools.rlhf.report import add_record
+from tools.rlhf.rewards import score
+from tools.rlhf.trainers import Contract, check_batches, common_arguments, resume_point, train, unwrapped
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions:
+    """The flags of `rlhf reward`; see there for what each means."""
+
+    source: Path
+    data: Path
+    target: Path
+    overwrite: bool
+    validation_fraction: float
+    epochs: float
+    global_batch_size: int
+    micro_batch_size: int
+    sequence_length: int | None
+    learning_rate: float
+    warmup_steps: int
+    max_gradient_norm: float
+    precision: Precision | None
+    seed: int
+    save_every: int
+    log_every: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preferences:
+    """The pairs of `--data`, every row accounted for."""
+
+    train: list[Pair]
+    validation: list[Pair]
+    dropped: int
+    """Pairs with a sequence longer than `--sequence-length`."""
+
+
+def run(options: RewardOptions) -> None:
+    """Train, compare accuracy on held-out pairs before and after, publish."""
+    host = prepare()
+    check_batches(
+        global_batch_size=options.global_batch_size, micro_batch_size=options.micro_batch_size, host=host
+    )
+    inputs = {"source": options.source, "data": options.data}
+    with held(host, options.target, inputs, overwrite=options.overwrite) as target:
+        source = open_source(options.source)
+        pairs = _split(options, source)
+        model = _model(options, source)
+        _print_plan(options, source, pairs, host)
+        before = accuracy(model, pairs.validation, options.micro_batch_size, host)
+        if before is not None:
+            log(f"accuracy on held-out pairs before training: {before:.3f}")
+        trained = _train(options, source, pairs, model, target, host)
+        if target.out is not None:
+            after = accuracy(trained.to(host.device), pairs.validation, options.micro_batch_size, host)
+            counts = {"pairs": len(pairs.train), "held_out": len(pairs.validation), "dropped": pairs.dropped}
+            result = {"accuracy_before": before, "accuracy_after": after, **counts}
+            if after is not None:
+                log(f"accuracy on held-out pairs after training: {after:.3f}")
+            facts = save_hf(trained.to("cpu"), target.out.path, source) | result
+            target.out.describe(**facts)
+            add_record(target, title=f"Reward model {options.target.name}", facts=facts, charts=_CHARTS)
+            print(json.dumps(result), flush=True)
+        host.barrier()
+
+
+_CHARTS = {"Loss": ("loss",), "Accuracy on training pairs": ("accuracy",), "Margin": ("margin",)}
+
+
+def _split(options: RewardOptions, source: Source) -> Preferences:
+    """Hold out pairs by a shuffle of the seed; UserError when too few remain."""
+    length = options.sequence_length or source.context
+    if length > source.context:
+        raise UserError(f"--sequence-length {length} is above the model's context of {source.context}")
+    pairs, dropped = read_preferences(options.data, source.tokenizer, max_length=length)
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(options.seed)).tolist()
+    held_out = math.ceil(options.validation_fraction * len(pairs))
+    split = Preferences(
+        train=[pairs[i] for i in order[held_out:]], validation=[pairs[i] for i in order[:held_out]], dropped=dropped
+    )
+    if len(split.train) < options.global_batch_size:
+        raise UserError(
+            f"--data {options.data} leaves {len(split.train)} pairs to train on ({held_out} held out, {dropped} dropped "
+            f"as longer than {length} tokens), fewer than --global-batch-size {options.global_batch_size}; lower it"
+        )
+    return split
+
+
+def _model(options: RewardOptions, source: Source) -> Any:
+    """The source's body with a new head of one score."""
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(options.seed)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        source.path, num_labels=1, dtype=torch.float32, local_files_only=True
+    )
+    model.config.pad_token_id = source.pad_id
+    return model.eval()
+
+
+def _print_plan(options: RewardOptions, source: Source, pairs: Preferences, host: Host) -> None:
+    longest = max(max(len(pair.chosen), len(pair.rejected)) for pair in pairs.train)
+    updates = math.ceil(options.epochs * len(pairs.train) / options.global_batch_size)
+    log(f"model     {source.path}, context {source.context}")
+    log(
+        f"pairs     {len(pairs.train)} to train on, {len(pairs.validation)} held out, {pairs.dropped} dropped as too long; "
+        f"the longest sequence has {longest} tokens"
+    )
+    log(f"training  about {updates} updates of {options.global_batch_size} pairs, {options.epochs:g} epoch(s)")
+    log(f"machine   {host.world_size} process(es) on {host.device.type}")
+
+
+def accuracy(model: Any, pairs: list[Pair], batch_size: int, host: Host) -> float | None:
+    """Share of pairs whose chosen sequence scores strictly above the rejected one; None without pairs."""
+    if not pairs:
+        return None
+    model.to(host.device)
+    right = 0
+    # By length, so that a batch holds little padding.
+    ordered = sorted(pairs, key=lambda pair: len(pair.chosen) + len(pair.rejected))
+    for start in range(0, len(ordered), batch_size):
+        batch = ordered[start : start + batch_size]
+        sequences = [pair.chosen for pair in batch] + [pair.rejected for pair in batch]
+        chosen, rejected = score(model, sequences, model.config.pad_token_id, host.device).chunk(2)
+        right += int((chosen > rejected).sum())
+    return right / len(pairs)
+
+
+def _train(
+    options: RewardOptions, source: Source, pairs: Preferences, model: Any, target: Held, host: Host
+) -> torch.nn.Module:
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    resumed = resume_point(target, host)
+    arguments = RewardConfig(
+        **common_arguments(
+            target,
+            host,
+            micro_batch_size=options.micro_batch_size,
+            global_batch_size=options.global_batch_size,
+            learning_rate=options.learning_rate,
+            warmup_steps=options.warmup_steps,
+            max_gradient_norm=options.max_gradient_norm,
+            precision=options.precision,
+            seed=options.seed,
+            save_every=options.save_every,
+        ),
+        num_train_epochs=options.epochs,
+        max_length=None,  # ours dropped and counted what is too long
+        eval_strategy="no",
+    )
+    rows = [{"chosen_ids": list(pair.chosen), "rejected_ids": list(pair.rejected)} for pair in pairs.train]
+    trainer = RewardTrainer(
+        model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=source.tokenizer
+    )
+    contract = Contract(
+        target,
+        host,
+        resumed=resumed,
+        log_every=options.log_every,
+        line=lambda row: f"loss {row['loss']:.4f}, accuracy {row['accuracy']:.3f}, margin {row['margin']:.3f}",
+    )
+    train(trainer, contract, resumed)
+    return unwrapped(trainer).eval()

@@ -1,0 +1,176 @@
+"""What `reward` and `grpo` share: transformers' Trainer held to the contract of a stage.
+
+The Trainer keeps its checkpoints in TARGET.state/trainer. It writes them in place, so one cut short by a kill looks like
+a whole one: a marker, written after everything of the checkpoint is on the disk, tells them apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback
+
+from shared.checkpoint.files import remove_tree, sync, sync_tree
+from shared.console import log
+from shared.errors import Interrupted, StageError, UserError
+from shared.training.metrics import Metrics, peak_memory
+from tools.rlhf.hold import Held, StopRequest
+from tools.rlhf.host import Host, Precision
+
+_MARKER = "complete"
+_CHECKPOINT = "checkpoint-"
+
+
+def resume_point(held: Held, host: Host) -> Path | None:
+    """The newest whole checkpoint of the Trainer; half ones are removed."""
+    folder = held.state.path / "trainer"
+    if host.rank == 0:
+        for path in folder.glob(f"{_CHECKPOINT}*"):
+            if not (path / _MARKER).exists():
+                remove_tree(path)
+                log(f"removed {path.name}, whose saving was cut short")
+    host.barrier()
+    whole = sorted(folder.glob(f"{_CHECKPOINT}*"), key=_step_of)
+    if whole:
+        log(f"resuming after update {_step_of(whole[-1])}")
+    return whole[-1] if whole else None
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix(_CHECKPOINT))
+
+
+def common_arguments(
+    held: Held,
+    host: Host,
+    *,
+    micro_batch_size: int,
+    global_batch_size: int,
+    learning_rate: float,
+    warmup_steps: int,
+    max_gradient_norm: float,
+    precision: Precision | None,
+    seed: int,
+    save_every: int,
+) -> dict[str, Any]:
+    """Arguments of a Trainer that every command sets alike. Batch sizes are known to divide each other."""
+    chosen = precision or ("bf16" if host.device.type == "cuda" else "fp32")
+    return {
+        "output_dir": str(held.state.path / "trainer"),
+        "per_device_train_batch_size": micro_batch_size,
+        "gradient_accumulation_steps": global_batch_size // (micro_batch_size * host.world_size),
+        "learning_rate": learning_rate,
+        "warmup_steps": warmup_steps,
+        "adam_beta2": 0.95,
+        "weight_decay": 0.0,
+        "max_grad_norm": max_gradient_norm,
+        "bf16": chosen == "bf16",
+        "use_cpu": host.device.type == "cpu",
+        "gradient_checkpointing": False,
+        "seed": seed,
+        "save_strategy": "steps",
+        "save_steps": save_every,
+        "save_total_limit": 1,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would hide what must stop the run
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": host.device.type == "cuda",
+        "ddp_find_unused_parameters": False,
+        "ddp_backend": None if host.device.type == "cuda" else "gloo",
+    }
+
+
+class Contract(TrainerCallback):
+    """Metrics, log lines, whole checkpoints, stopping on a signal and on a loss that is not finite."""
+
+    def __init__(
+        self,
+        held: Held,
+        host: Host,
+        *,
+        resumed: Path | None,
+        log_every: int,
+        line: Callable[[Mapping[str, float]], str],
+        period: int = 1,
+    ) -> None:
+        """
+        Args:
+            held: the run.
+            host: this process's place.
+            resumed: the checkpoint that training goes on from.
+            log_every: updates between two log lines.
+            line: a log line's text from an update's metrics.
+            period: updates between two points at which a checkpoint holds everything that a resumed run needs.
+        """
+        self.interrupted_at: int | None = None
+        self._period = period
+        self._host, self._log_every, self._line = host, log_every, line
+        self._stop = StopRequest()
+        step = _step_of(resumed) if resumed else None
+        self._metrics = Metrics(held.state.path, resumed_step=step) if host.rank == 0 else None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        between = state.global_step == state.max_steps or state.global_step % self._period
+        if not between and self._host.any(self._stop.received):
+            self.interrupted_at = state.global_step
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if "loss" not in logs:  # the summary at the end
+            return
+        row = {name: float(value) for name, value in logs.items() if name not in ("total_flos", "step")}
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(row.get(name, 0.0)):
+                raise StageError(
+                    f"{name} is {row[name]} at update {state.global_step}; nothing is published. Lower --learning-rate"
+                )
+        if self._metrics is not None:
+            self._metrics.append(step=state.global_step, **row, peak_memory_bytes=peak_memory())
+        if state.global_step % self._log_every == 0 or state.global_step == state.max_steps:
+            log(f"update {state.global_step}/{state.max_steps}: {self._line(row)}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._host.barrier()  # every rank writes its generator state
+        if self._metrics is not None:
+            self._metrics.sync()
+            place = Path(args.output_dir) / f"{_CHECKPOINT}{state.global_step}"
+            sync_tree(place)
+            (place / _MARKER).touch()
+            sync(place)
+
+    def finish(self, max_steps: int) -> None:
+        """Call after training: closes the metrics; raises Interrupted if a signal ended it early."""
+        if self._metrics is not None:
+            self._metrics.close()
+        if self.interrupted_at is not None:
+            raise Interrupted(
+                f"stopped by a signal after update {self.interrupted_at} of {max_steps}; run the same command to go on"
+            )
+
+
+def train(trainer: Any, contract: Contract, resumed: Path | None) -> None:
+    """Run the Trainer to its end, from a checkpoint if there is one; raises Interrupted if a signal stopped it."""
+    trainer.remove_callback(PrinterCallback)  # a line per update on stdout, which is for results
+    trainer.add_callback(contract)
+    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    contract.finish(trainer.state.max_steps)
+
+
+def check_batches(*, global_batch_size: int, micro_batch_size: int, host: Host) -> None:
+    """UserError unless an update is a whole number of forward passes of every process."""
+    if global_batch_size % (micro_batch_size * host.world_size):
+        raise UserError(
+            f"--global-batch-size {global_batch_size} is not a multiple of --micro-batch-size {micro_batch_size} times "
+            f"{host.world_size} process(es)"
+        )
+
+
+def unwrapped(trainer: Any) -> torch.nn.Module:
+    """The trained model without the wrappers of distributed training, on the CPU."""
+    return trainer.accelerator.unwrap_model(trainer.model).to("cpu")
