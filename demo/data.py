@@ -1,0 +1,216 @@
+"""The demo's data, from text that every machine has: the source of Python's own standard library.
+
+    python3 demo/data.py DIR
+
+Modules are kept apart as a whole: a module (or package) is either trained on or held out, by the hash of its name.
+Nothing here depends on anything but the interpreter's own library. Written to DIR:
+
+    train/                  source files to pretrain on
+    heldout.jsonl           {"text"}: stretches of held-out modules, for bits per byte
+    sft.jsonl               {"messages"}: complete this function -> its body; sft-heldout.jsonl the same, held out
+    preferences.jsonl       {"prompt", "chosen", "rejected"}: real against damaged bodies
+    prompts.jsonl           {"messages"}: requests for PPO; prompts-heldout.jsonl the same, held out
+    tasks/heldout.yaml      an lm-evaluation-harness task on heldout.jsonl
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import random
+import shutil
+import sys
+import sysconfig
+import textwrap
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from damage import damaged
+from reward import INDENT, REQUEST, is_body
+
+# Tests, tables, long documents as strings, bundled wheels and whole programs: not what most modules look like.
+LEFT_OUT = {
+    *("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data"),
+    *("encodings", "ensurepip", "_pyrepl", "__pycache__", "this.py", "antigravity.py"),
+}
+HELD_OUT_SHARE = 0.10  # of modules
+HELD_OUT_SALT = "demo:"  # with it, no package that makes up much of the library is held out
+HEADER_CHARACTERS = 160  # longest signature and docstring
+BODY_CHARACTERS = 200  # longest body
+BODY_LINES = 6
+STRETCH_BYTES = 4000  # of a held-out document
+STRETCHES = 40  # held-out documents, taken evenly
+HELD_OUT_PROMPTS = 128
+
+TASK = """\
+task: heldout
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: ../heldout.jsonl
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list:
+  - metric: bits_per_byte
+metadata:
+  version: 1.0
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Function:
+    """A function short enough to ask for."""
+
+    header: str
+    """Signature and the docstring's first line."""
+    body: str
+    """Everything after the docstring, indented by four spaces."""
+
+    @property
+    def request(self) -> str:
+        """What a user asks."""
+        return REQUEST + self.header
+
+
+def modules(library: Path) -> Iterator[tuple[str, Path]]:
+    """(relative name, file) of every source file of the library that is UTF-8 and parses, in order of names."""
+    for file in sorted(library.rglob("*.py"), key=lambda f: f.relative_to(library).parts):
+        relative = file.relative_to(library)
+        if LEFT_OUT.intersection(relative.parts) or relative.parts[0].startswith(("config-", "_sysconfigdata")):
+            continue
+        try:
+            _parse(file.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, SyntaxError):
+            continue  # e.g. files that declare another encoding
+        yield relative.as_posix(), file
+
+
+def held_out(name: str) -> bool:
+    """Whether the module that a file belongs to is held out: by the hash of its top-level name."""
+    top = name.split("/")[0].removesuffix(".py").lstrip("_")
+    digest = hashlib.sha256((HELD_OUT_SALT + top).encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32 < HELD_OUT_SHARE
+
+
+def functions(source: str) -> Iterator[Function]:
+    """The short functions of a file that have a docstring and a body that does something."""
+    lines = source.splitlines()
+    for node in ast.walk(_parse(source)):
+        if not isinstance(node, ast.FunctionDef) or len(node.body) < 2:
+            continue
+        summary = (ast.get_docstring(node) or "").split("\n")[0].strip()
+        if not summary or '"""' in summary or "\\" in summary:
+            continue
+        returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+        header = f'def {node.name}({ast.unparse(node.args)}){returns}:\n{INDENT}"""{summary}"""'
+        text = textwrap.dedent("\n".join(lines[node.body[0].end_lineno : node.end_lineno])).strip("\n")
+        body = textwrap.indent(text, INDENT)
+        short = len(header) <= HEADER_CHARACTERS and len(body) <= BODY_CHARACTERS and body.count("\n") < BODY_LINES
+        if short and is_body(header, body):
+            yield Function(header=header, body=body)
+
+
+def stretches(text: str) -> Iterator[str]:
+    """The text in pieces of about `STRETCH_BYTES`, cut between lines; a short rest is left out."""
+    piece, size = [], 0
+    for line in text.splitlines(keepends=True):
+        piece.append(line)
+        size += len(line.encode())
+        if size >= STRETCH_BYTES:
+            yield "".join(piece)
+            piece, size = [], 0
+
+
+def write(library: Path, directory: Path) -> dict[str, int]:
+    """Write every file into an empty directory; returns what was written, counted."""
+    pieces: list[str] = []
+    pairs: dict[bool, dict[str, Function]] = {True: {}, False: {}}
+    for name, file in modules(library):
+        text = file.read_text(encoding="utf-8")
+        apart = held_out(name)
+        if apart:
+            pieces += stretches(text)
+        else:
+            (directory / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / "train" / name).write_text(text, encoding="utf-8")
+        for function in functions(text):
+            pairs[apart].setdefault(function.header, function)
+    for header in pairs[False].keys() & pairs[True].keys():  # the same function in two modules is not held out
+        del pairs[True][header]
+
+    train, rest = (list(pairs[apart].values()) for apart in (False, True))
+    order = random.Random(0)
+    order.shuffle(train)
+    order.shuffle(rest)
+    prompts = rest[:HELD_OUT_PROMPTS]
+    chosen = pieces[:: max(1, len(pieces) // STRETCHES)][:STRETCHES]
+    _rows(directory / "heldout.jsonl", [{"text": text} for text in chosen])
+    _rows(directory / "sft.jsonl", [_conversation(function) for function in train])
+    _rows(directory / "sft-heldout.jsonl", [_conversation(function) for function in rest])
+    _rows(directory / "preferences.jsonl", [_preference(function) for function in train])
+    _rows(directory / "prompts.jsonl", [_prompt(function) for function in train])
+    _rows(directory / "prompts-heldout.jsonl", [_prompt(function) for function in prompts])
+    (directory / "tasks").mkdir()
+    (directory / "tasks" / "heldout.yaml").write_text(TASK, encoding="utf-8")
+    return {
+        "train_files": sum(1 for _ in (directory / "train").rglob("*.py")),
+        "heldout_bytes": sum(len(text.encode()) for text in chosen),
+        "functions": len(train),
+        "heldout_functions": len(rest),
+    }
+
+
+def _conversation(function: Function) -> dict[str, object]:
+    return {"messages": [*_messages(function), {"role": "assistant", "content": function.body}]}
+
+
+def _prompt(function: Function) -> dict[str, object]:
+    return {"messages": _messages(function)}
+
+
+def _preference(function: Function) -> dict[str, object]:
+    seed = int.from_bytes(hashlib.sha256(function.header.encode()).digest()[:4], "big")
+    worse = damaged(function.body, random.Random(seed))
+    return {
+        "prompt": _messages(function),
+        "chosen": [{"role": "assistant", "content": function.body}],
+        "rejected": [{"role": "assistant", "content": worse}],
+    }
+
+
+def _messages(function: Function) -> list[dict[str, str]]:
+    return [{"role": "user", "content": function.request}]
+
+
+def _rows(path: Path, rows: list[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _parse(source: str) -> ast.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SyntaxWarning about escapes in the library's own source
+        return ast.parse(source)
+
+
+def main(directory: Path) -> None:
+    """Make the directory whole or not at all."""
+    if directory.exists():
+        print(f"already done: {directory}", file=sys.stderr)
+        return
+    new = directory.with_name(directory.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    counts = write(Path(sysconfig.get_path("stdlib")), new)
+    new.rename(directory)
+    print(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: data.py DIR")
+    main(Path(sys.argv[1]))

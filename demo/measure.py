@@ -1,0 +1,145 @@
+"""Running a stage: its time and the memory of its whole process tree, kept across kills. Standard library only (Linux)."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+PERIOD = 0.25  # seconds between two looks at the process tree
+SPOKEN = 5.0  # seconds between two writes of the record while a stage runs
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """What a stage took, all its runs together: a killed one counts, one that had nothing to do does not."""
+
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    """Largest sum of the resident memory of its processes; pages they share count for each."""
+    finished: bool = False
+
+
+class Record:
+    """`demo.json`: what each stage took, written while it runs."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self._running = content.pop("running", None)
+        self.stages = {name: Measured(**values) for name, values in content.get("stages", {}).items()}
+
+    def write(self, running: list[int] | None = None) -> None:
+        """Replace the file whole."""
+        stages = {name: asdict(measured) for name, measured in self.stages.items()}
+        beside = self._path.with_name(self._path.name + ".new")
+        beside.write_text(json.dumps({"stages": stages, "running": running}, indent=1) + "\n", encoding="utf-8")
+        beside.replace(self._path)
+
+    def wait_for_earlier(self) -> None:
+        """A killed demo's last stage is told to stop by the kernel; give it the time to save and go."""
+        if self._running is None:
+            return
+        pid, started = self._running
+        deadline = time.monotonic() + 120
+        while _started(pid) == started:
+            if time.monotonic() > deadline:
+                raise SystemExit(f"process {pid} of an earlier demo still runs; stop it first")
+            time.sleep(0.2)
+
+
+def run(name: str, command: Sequence[str], record: Record) -> int:
+    """Run a stage and note what it took; returns its exit code.
+
+    A finished stage that is run again answers at once that it is done: its numbers stay those of the run that did it.
+    """
+    earlier = record.stages.get(name, Measured())
+    process = subprocess.Popen(command, start_new_session=True, preexec_fn=_stop_with_parent)
+    began = spoken = time.monotonic()
+    peak = 0
+    try:
+        while process.poll() is None:
+            peak = max(peak, tree_bytes(process.pid))
+            now = time.monotonic()
+            if now - spoken > SPOKEN and not earlier.finished:
+                spoken = now
+                record.stages[name] = _added(earlier, now - began, peak, finished=False)
+                record.write(running=[process.pid, _started(process.pid)])
+            time.sleep(PERIOD)
+    finally:  # interrupted: the stage saves what it can and goes, then we do
+        stop(process)
+        if not earlier.finished:
+            finished = process.returncode == 0
+            record.stages[name] = _added(earlier, time.monotonic() - began, peak, finished=finished)
+        record.write()
+    return process.returncode
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process as a person would: SIGTERM, and a minute to save."""
+    if process.poll() is not None:
+        return
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def tree_bytes(root: int) -> int:
+    """Resident memory of a process and all that it started, [bytes]."""
+    children: dict[int, list[int]] = {}
+    session: list[int] = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and (fields := _stat(int(entry))):
+            children.setdefault(int(fields[1]), []).append(int(entry))
+            if int(fields[3]) == root:  # left behind by a parent that ended, but of the same session
+                session.append(int(entry))
+    found: set[int] = set()
+    waiting = [root, *session]
+    while waiting:
+        pid = waiting.pop()
+        if pid not in found:
+            found.add(pid)
+            waiting += children.get(pid, [])
+    return sum(_resident(pid) for pid in found)
+
+
+def _added(earlier: Measured, seconds: float, peak: int, *, finished: bool) -> Measured:
+    return Measured(
+        seconds=earlier.seconds + seconds, peak_bytes=max(earlier.peak_bytes, peak), finished=finished
+    )
+
+
+def _stat(pid: int) -> list[str] | None:
+    """Fields of /proc/PID/stat from the third on: state, parent, group, session, ..."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot: a pid alone may be somebody else by now."""
+    fields = _stat(pid)
+    return int(fields[19]) if fields and fields[0] != "Z" else None
+
+
+def _resident(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def _stop_with_parent() -> None:
+    """In the child: have the kernel send SIGTERM when this demo is killed (Linux: PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)

@@ -1,0 +1,236 @@
+"""The stages of the demo, in order: each one command on directories, and what there is to say of its result.
+
+Paths in the commands are relative to the repository root. Standard library only.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import metrics
+
+# Sized for two cores and a quarter of an hour.
+VOCAB_SIZE = 4096
+SEQUENCE_LENGTH = 512
+PRETRAIN_STEPS = 170
+SFT_EPOCHS = 3
+PPO_STEPS = 30
+MAX_NEW_TOKENS = 64
+CHECKPOINTS = ("init", "pretrained", "sft", "ppo")  # of which bits per byte and parse rate are measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One command."""
+
+    name: str
+    command: tuple[str, ...]
+    output: Path
+    says: Callable[[], str]
+    """The result in a few words, read from the output."""
+
+
+def tool(name: str, *words: object) -> tuple[str, ...]:
+    """A tool's command line."""
+    return (f"tools/{name}/.venv/bin/{name}", *map(str, words))
+
+
+def script(name: str, *words: object) -> tuple[str, ...]:
+    """A script of the demo, by the interpreter that runs the demo."""
+    return (sys.executable, f"demo/{name}.py", *map(str, words))
+
+
+def stages(work: Path) -> list[Stage]:
+    """Every stage, with its paths under `work`."""
+    data = work / "data"
+    return [
+        Stage(
+            name="data",
+            command=script("data", data),
+            output=data,
+            says=lambda: "the standard library's source, modules held out",
+        ),
+        *_base(work, data),
+        *_pretraining(work, data),
+        *_fine_tuning(work, data),
+        *_alignment(work, data),
+        Stage(
+            name="serve and ask",
+            command=script(
+                "serve",
+                *tool("infer", "serve", "--source", work / "ppo", "--port", 0),
+                *("--", data / "prompts-heldout.jsonl", work / "answer.json"),
+            ),
+            output=work / "answer.json",
+            says=lambda: "one question answered over HTTP",
+        ),
+    ]
+
+
+def _base(work: Path, data: Path) -> list[Stage]:
+    return [
+        Stage(
+            name="pretrain tokenizer",
+            command=tool(
+                *("pretrain", "tokenizer", "--source", data / "train", "--target", work / "tokenizer"),
+                *("--vocab-size", VOCAB_SIZE),
+            ),
+            output=work / "tokenizer",
+            says=lambda: f"{metrics.facts(work / 'tokenizer')['vocab_size']} tokens",
+        ),
+        Stage(
+            name="convert init",
+            command=tool(
+                *("convert", "init", "--config", "demo/model.json", "--tokenizer", work / "tokenizer"),
+                *("--target", work / "init"),
+            ),
+            output=work / "init",
+            says=lambda: f"{metrics.facts(work / 'init')['parameters'] / 1e6:.1f} M parameters",
+        ),
+        Stage(
+            name="convert to-megatron",
+            command=tool("convert", "to-megatron", "--source", work / "init", "--target", work / "init-mg"),
+            output=work / "init-mg",
+            says=lambda: "",
+        ),
+        Stage(
+            name="convert verify",
+            command=tool(
+                *("convert", "verify", "--source", work / "init", "--megatron", work / "init-mg"),
+                *("--target", work / "certificate"),
+            ),
+            output=work / "certificate",
+            says=lambda: "round trip exact, logits agree",
+        ),
+    ]
+
+
+def _pretraining(work: Path, data: Path) -> list[Stage]:
+    corpus = work / "corpus"
+    return [
+        Stage(
+            name="pretrain prepare",
+            command=tool(
+                *("pretrain", "prepare", "--source", data / "train", "--validation", data / "heldout.jsonl"),
+                *("--tokenizer", work / "tokenizer", "--target", corpus),
+            ),
+            output=corpus,
+            says=lambda: f"{metrics.facts(corpus)['splits']['train']['tokens'] / 1e6:.2f} M tokens",
+        ),
+        Stage(
+            name="unigram models",
+            command=script("unigram", corpus, data / "train", data / "heldout.jsonl", work / "unigram.json"),
+            output=work / "unigram.json",
+            says=lambda: "what a model has to beat",
+        ),
+        *_measures(work, data, "init"),
+        Stage(
+            name="pretrain train",
+            command=tool(
+                *("pretrain", "train", "--source", work / "init-mg", "--data", corpus),
+                *("--target", work / "pretrained-mg", "--sequence-length", SEQUENCE_LENGTH),
+                *("--steps", PRETRAIN_STEPS, "--global-batch-size", 8, "--micro-batch-size", 4),
+                *("--learning-rate", "3e-3", "--min-learning-rate", "1e-4", "--warmup-steps", 20),
+                *("--save-every", 50, "--validate-every", 100),
+            ),
+            output=work / "pretrained-mg",
+            says=lambda: loss_fell(work / "pretrained-mg"),
+        ),
+        _to_hf(work, "pretrained"),
+        *_measures(work, data, "pretrained"),
+    ]
+
+
+def _fine_tuning(work: Path, data: Path) -> list[Stage]:
+    conversations = work / "conversations"
+    return [
+        Stage(
+            name="sft prepare",
+            command=tool(
+                *("sft", "prepare", "--source", data / "sft.jsonl", "--validation", data / "sft-heldout.jsonl"),
+                *("--tokenizer", work / "tokenizer", "--target", conversations),
+                *("--sequence-length", SEQUENCE_LENGTH),
+            ),
+            output=conversations,
+            says=lambda: f"{metrics.facts(conversations)['splits']['train']['conversations']} conversations",
+        ),
+        Stage(
+            name="sft train",
+            command=tool(
+                *("sft", "train", "--source", work / "pretrained-mg", "--data", conversations),
+                *("--target", work / "sft-mg", "--epochs", SFT_EPOCHS, "--global-batch-size", 8),
+                *("--micro-batch-size", 4, "--learning-rate", "1e-3", "--save-every", 50),
+            ),
+            output=work / "sft-mg",
+            says=lambda: loss_fell(work / "sft-mg"),
+        ),
+        _to_hf(work, "sft"),
+        *_measures(work, data, "sft"),
+    ]
+
+
+def _alignment(work: Path, data: Path) -> list[Stage]:
+    return [
+        Stage(
+            name="rlhf reward",
+            command=tool(
+                *("rlhf", "reward", "--source", work / "sft", "--data", data / "preferences.jsonl"),
+                *("--target", work / "reward", "--learning-rate", "1e-4"),
+            ),
+            output=work / "reward",
+            says=lambda: "",
+        ),
+        Stage(
+            name="rlhf ppo",
+            command=tool(
+                *("rlhf", "ppo", "--source", work / "sft", "--prompts", data / "prompts.jsonl"),
+                *("--reward", f"0.2*model:{work / 'reward'},py:demo/reward.py:parses", "--target", work / "ppo"),
+                *("--steps", PPO_STEPS, "--max-new-tokens", MAX_NEW_TOKENS, "--learning-rate", "1e-4"),
+            ),
+            output=work / "ppo",
+            says=lambda: "",
+        ),
+        *_measures(work, data, "ppo"),
+    ]
+
+
+def _to_hf(work: Path, name: str) -> Stage:
+    return Stage(
+        name=f"convert to-hf ({name})",
+        command=tool("convert", "to-hf", "--source", work / f"{name}-mg", "--target", work / name),
+        output=work / name,
+        says=lambda: "",
+    )
+
+
+def _measures(work: Path, data: Path, name: str) -> list[Stage]:
+    """Held-out bits per byte and the share of replies to held-out requests that parse."""
+    scores, replies = work / "scores" / name, work / "replies" / name
+    return [
+        Stage(
+            name=f"infer evaluate ({name})",
+            command=tool(
+                "infer", "evaluate", "--source", work / name, "--tasks", data / "tasks/heldout.yaml", "--target", scores
+            ),
+            output=scores,
+            says=lambda: f"{metrics.bits_per_byte(scores):.3f} bits per byte",
+        ),
+        Stage(
+            name=f"infer generate ({name})",
+            command=tool(
+                *("infer", "generate", "--source", work / name, "--prompts", data / "prompts-heldout.jsonl"),
+                *("--target", replies, "--max-tokens", MAX_NEW_TOKENS, "--temperature", 1.0, "--samples", 2),
+            ),
+            output=replies,
+            says=lambda: f"{metrics.parse_rate(replies):.1%} of replies parse",
+        ),
+    ]
+
+
+def loss_fell(run: Path) -> str:
+    """The training loss at both ends of a run."""
+    losses = metrics.curve(run, "loss")
+    return f"loss {losses[0]:.2f} -> {losses[-1]:.2f}"
