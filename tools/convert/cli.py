@@ -1,0 +1,95 @@
+"""The `convert` command: checkpoints between Hugging Face and Megatron-Core."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from shared.cli import ExistingDir, ExistingFile, NonNegative, Positive, Tool
+
+tool = Tool("convert", summary="Convert checkpoints between Hugging Face and Megatron-Core, and prove it lossless.")
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+
+
+@tool.command
+def init(
+    target: Path,
+    size: str | None = None,
+    model_config: ExistingFile | None = None,
+    tokenizer: ExistingDir | None = None,
+    max_position_embeddings: Positive | None = None,
+    dtype: Dtype = "bf16",
+    seed: NonNegative = 0,
+    overwrite: bool = False,
+) -> None:
+    """Make a Hugging Face checkpoint with random weights, to pretrain from.
+
+    Weights are drawn as transformers draws them: normal with the family's standard deviation, norms one, biases zero.
+    `convert families` lists the named sizes.
+
+    Args:
+        target: the directory to publish.
+        size: a named size, such as llama-20m or qwen3-8b.
+        model_config: a config.json to follow instead of a named size.
+        tokenizer: a directory with tokenizer.json; copied, and the vocabulary and special tokens taken from it.
+        max_position_embeddings: longest sequence the model is for, in tokens; the size's own by default.
+        dtype: type of the weights.
+        seed: of the random numbers.
+        overwrite: replace what another run published at the target.
+    """
+    from tools.convert.init import run
+
+    run(target, size, model_config, tokenizer, max_position_embeddings, dtype, seed, overwrite)
+
+
+@tool.command
+def to_megatron(source: ExistingDir, target: Path, overwrite: bool = False) -> None:
+    """Convert a Hugging Face directory into a Megatron directory.
+
+    The result is a torch_dist checkpoint that Megatron-Core loads at any tensor- and pipeline-parallel size, with the
+    configuration, the tokenizer and every other file of the source in hf/. No model is built; memory stays at tens of
+    megabytes. A tensor that is missing, unknown or misshapen stops it.
+
+    Args:
+        source: a Hugging Face directory with safetensors weights.
+        target: the directory to publish.
+        overwrite: replace what another run published at the target.
+    """
+    from tools.convert.to_megatron import run
+
+    run(source, target, overwrite)
+
+
+@tool.command
+def to_hf(
+    source: ExistingDir,
+    target: Path,
+    dtype: Dtype | None = None,
+    hf_files: ExistingDir | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Convert a Megatron directory, converted or trained, into a Hugging Face directory.
+
+    Shards and types are those of the Hugging Face directory it once came from: unchanged weights come back byte for
+    byte. A run that is still training may be read; its latest saved iteration is taken.
+
+    Args:
+        source: a Megatron directory.
+        target: the directory to publish.
+        dtype: type of every weight; by default each tensor's type in the original checkpoint.
+        hf_files: a directory with config.json and tokenizer, for a Megatron directory that has no hf/.
+        overwrite: replace what another run published at the target.
+    """
+    from tools.convert.to_hf import run
+
+    run(source, target, dtype, hf_files, overwrite)
+
+
+def main() -> None:
+    """Console script."""
+    tool.run()
+
+
+if __name__ == "__main__":
+    main()

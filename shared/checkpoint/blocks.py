@@ -1,0 +1,87 @@
+"""Bytes in, bytes out, a bounded block at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import xxhash
+
+from shared.errors import UserError
+
+BLOCK = 8 << 20  # bytes
+
+
+class Files:
+    """Files kept open for reading by offset."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+
+    def descriptor(self, path: Path) -> int:
+        """An open descriptor of a file."""
+        if path not in self._open:
+            self._open[path] = os.open(path, os.O_RDONLY)
+        return self._open[path]
+
+    def read_into(self, path: Path, start: int, out: memoryview) -> None:
+        """Fill `out` with the file's bytes from `start` on."""
+        descriptor, done = self.descriptor(path), 0
+        while done < len(out):
+            count = os.preadv(descriptor, [out[done:]], start + done)
+            if count == 0:
+                raise UserError(f"{path} ends at byte {start + done}, though more was written of it; fetch it again")
+            done += count
+
+    def read(self, path: Path, start: int, size: int) -> bytes:
+        """A small piece of a file."""
+        out = bytearray(size)
+        self.read_into(path, start, memoryview(out))
+        return bytes(out)
+
+    def blocks(self, path: Path, start: int, size: int, unit: int) -> Iterator[memoryview]:
+        """A range of a file in blocks of whole units (rows); each block is valid until the next one is asked for."""
+        step = max(BLOCK // unit, 1) * unit if unit else BLOCK
+        buffer = memoryview(np.empty(min(step, size), dtype=np.uint8))
+        for position in range(start, start + size, step):
+            block = buffer[: min(step, start + size - position)]
+            self.read_into(path, position, block)
+            yield block
+
+    def close(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class HashedFile:
+    """A new file whose content hash is known when the last byte is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.position = 0  # bytes written
+        self._file = path.open("xb", buffering=0)
+        self._hash = xxhash.xxh3_128()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._hash.update(data)
+        view = memoryview(data)
+        while len(view):
+            view = view[self._file.write(view) :]
+        self.position += len(data)
+
+    def close(self) -> str:
+        """Close the file; `xxh3_128:<hex>` of what is in it."""
+        self._file.close()
+        return f"xxh3_128:{self._hash.hexdigest()}"

@@ -1,0 +1,92 @@
+"""Element types under their three names, and the conversions between floating-point ones that a checkpoint needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from shared.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dtype:
+    """An element type of weights."""
+
+    name: str  # torch's
+    safetensors: str
+    storage: str  # torch's storage class
+    size: int  # bytes
+
+
+BF16 = Dtype(name="bfloat16", safetensors="BF16", storage="BFloat16Storage", size=2)
+FP16 = Dtype(name="float16", safetensors="F16", storage="HalfStorage", size=2)
+FP32 = Dtype(name="float32", safetensors="F32", storage="FloatStorage", size=4)
+
+BY_NAME = {dtype.name: dtype for dtype in (BF16, FP16, FP32)}
+BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in (BF16, FP16, FP32)}
+BY_STORAGE = {dtype.storage: dtype for dtype in (BF16, FP16, FP32)}
+BY_FLAG = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
+
+# Bits of every type a safetensors header may name; those above are the ones that weights may have here.
+SAFETENSORS_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
+}
+
+
+def weight_dtype(name: str, tensor: str, place: str) -> Dtype:
+    """The type of a weight by its safetensors name; UserError for one that is not a plain floating-point type."""
+    if name not in BY_SAFETENSORS:
+        raise UserError(f"{place}: {tensor} is {name}; weights of BF16, F16 or F32 are wanted (quantised model?)")
+    return BY_SAFETENSORS[name]
+
+
+def common(dtypes: Iterable[Dtype]) -> Dtype:
+    """The smallest type that holds all of these exactly."""
+    distinct = set(dtypes)
+    return distinct.pop() if len(distinct) == 1 else FP32
+
+
+def to_float32(data: memoryview, dtype: Dtype) -> np.ndarray:
+    """The numbers of a block, flat. Exact."""
+    if dtype is FP32:
+        return np.frombuffer(data, dtype=np.float32)
+    if dtype is FP16:
+        return np.frombuffer(data, dtype=np.float16).astype(np.float32)
+    return (np.frombuffer(data, dtype=np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def from_float32(values: np.ndarray, dtype: Dtype) -> memoryview:
+    """Bytes of flat float32 numbers in another type, rounded to nearest, ties to even, as torch does."""
+    if dtype is FP32:
+        return memoryview(np.ascontiguousarray(values)).cast("B")
+    if dtype is FP16:
+        with np.errstate(over="ignore"):  # beyond half's range is infinity, as in torch
+            return memoryview(values.astype(np.float16)).cast("B")
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    if (nan := np.isnan(values)).any():  # rounding must not carry a NaN's payload into infinity or the sign
+        kept = (bits[nan] >> 16).astype(np.uint16)
+        rounded[nan] = np.where(kept & 0x7F, kept, kept | 0x40)
+    return memoryview(rounded).cast("B")
+
+
+def cast(data: memoryview, source: Dtype, target: Dtype) -> memoryview:
+    """A block of one type in another. Widening is exact, and narrowing what was widened gives back the same bits."""
+    return data if source is target else from_float32(to_float32(data, source), target)
+
+
+def count_not_finite(data: memoryview, dtype: Dtype) -> tuple[int, int]:
+    """How many NaN and how many infinities a block holds."""
+    values = np.frombuffer(data, dtype=np.uint32 if dtype is FP32 else np.uint16)
+    exponent, mantissa = {"BF16": (0x7F80, 0x7F), "F16": (0x7C00, 0x3FF), "F32": (0x7F800000, 0x7FFFFF)}[
+        dtype.safetensors
+    ]
+    special = values[(values & exponent) == exponent]
+    nan = int(np.count_nonzero(special & mantissa))
+    return nan, int(special.size) - nan

@@ -1,0 +1,223 @@
+"""Hugging Face directories: weights in safetensors shards, read and written tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from shared.checkpoint.blocks import Files, HashedFile
+from shared.checkpoint.passengers import complete_hf, config_of
+from shared.checkpoint.safetensors_file import (
+    Header,
+    TensorInfo,
+    encode_header,
+    header_bytes,
+    parse_header,
+    read_header,
+    tensor_bytes,
+)
+from shared.errors import UserError
+from shared.mapping.layout import Shape
+
+__all__ = ["HfReader", "Shard", "WeightLayout", "complete_hf", "config_of", "default_layout", "write_weights"]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+LAYOUT = "weights.json"  # beside the Megatron form: the source's shards, so that an export has the same
+SHARD_BYTES = 5_000_000_000  # transformers' default
+Record = Callable[[str, str], None]  # (relative name, content hash)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One safetensors file to be."""
+
+    file: str
+    header: Header
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightLayout:
+    """How a checkpoint's tensors are dealt over files, down to each header's text."""
+
+    shards: tuple[Shard, ...]
+    index: str | None  # text of the index file
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        return {tensor.name: tensor for shard in self.shards for tensor in shard.header.tensors}
+
+    def encode(self) -> str:
+        """As `hf/weights.json`."""
+        shards = [{"file": shard.file, "header": shard.header.text} for shard in self.shards]
+        return json.dumps({"version": 1, "shards": shards, "index": self.index}, indent=1) + "\n"
+
+    @staticmethod
+    def read(path: Path) -> WeightLayout:
+        """The layout in a `weights.json`; UserError if it is not one."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            shards = tuple(
+                Shard(file=shard["file"], header=parse_header(shard["header"], path)) for shard in content["shards"]
+            )
+            return WeightLayout(shards=shards, index=content["index"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}); convert the model again") from None
+
+    def with_dtypes(self, dtypes: Mapping[str, str]) -> WeightLayout:
+        """The same shards with other element types; unchanged where the types are."""
+        if all(dtypes.get(name, tensor.dtype) == tensor.dtype for name, tensor in self.tensors().items()):
+            return self
+        shards = []
+        for shard in self.shards:
+            triples = [(t.name, dtypes.get(t.name, t.dtype), t.shape) for t in shard.header.tensors]
+            header = parse_header(encode_header(triples, shard.header.metadata), Path(shard.file))
+            shards.append(Shard(file=shard.file, header=header))
+        return WeightLayout(shards=tuple(shards), index=_index(shards) if self.index is not None else None)
+
+
+class HfReader:
+    """The tensors of a Hugging Face directory, found by its index and checked against the files' own headers.
+
+    Raises UserError for a missing or damaged file, a tensor that the index places wrongly, and a tensor or shard that
+    the index does not mention: such a directory has lost something.
+    """
+
+    def __init__(self, path: Path, flag: str = "--source") -> None:
+        self.path = path
+        self.config = config_of(path / "config.json")
+        self.layout = _layout(path, flag)
+        self.tensors: dict[str, TensorInfo] = self.layout.tensors()
+        self._files = Files()
+
+    def rows(self, name: str, first: int = 0, count: int | None = None) -> Iterator[memoryview]:
+        """Bytes of `count` rows from row `first` on, in blocks of whole rows valid until the next is asked for."""
+        tensor = self.tensors[name]
+        size = tensor.size if count is None else count * tensor.row_bytes
+        return self._files.blocks(tensor.file, tensor.start + first * tensor.row_bytes, size, tensor.row_bytes)
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.size for tensor in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        return sum(prod(tensor.shape) for tensor in self.tensors.values())
+
+
+def _layout(path: Path, flag: str) -> WeightLayout:
+    shards_there = sorted(file.name for file in path.glob("model*.safetensors"))
+    if (path / INDEX).is_file():
+        return _sharded(path, flag, shards_there)
+    if SINGLE in shards_there:
+        if len(shards_there) > 1:
+            raise UserError(f"{flag} {path} holds {SINGLE} and {shards_there[0]} without {INDEX}; keep the right ones")
+        header = read_header(path / SINGLE)
+        return WeightLayout(shards=(Shard(file=SINGLE, header=header),), index=None)
+    if shards_there:
+        raise UserError(f"{flag} {path / INDEX} is missing, though {shards_there[0]} is there; fetch it again")
+    if old := sorted(path.glob("pytorch_model*.bin")):
+        raise UserError(
+            f"{flag} {old[0]} holds the weights as a pickle; write them as safetensors first: "
+            f"python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{path}', "
+            "dtype='auto').save_pretrained('NEW')\""
+        )
+    raise UserError(f"{flag} {path} holds no {SINGLE} and no {INDEX}")
+
+
+def _sharded(path: Path, flag: str, shards_there: Sequence[str]) -> WeightLayout:
+    text = (path / INDEX).read_text(encoding="utf-8")
+    try:
+        weight_map: dict[str, str] = dict(json.loads(text)["weight_map"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{flag} {path / INDEX} is not a weight index; fetch it again") from None
+    files = sorted(set(weight_map.values()))
+    if outside := [name for name in files if Path(name).name != name]:
+        raise UserError(f"{flag} {path / INDEX} names {outside[0]!r}, which is not a file of this directory")
+    for name in files:
+        if not (path / name).is_file():
+            raise UserError(f"{flag} {path / name} is missing, though {INDEX} names it; fetch it again")
+    if unnamed := [name for name in shards_there if name not in files]:
+        raise UserError(f"{flag} {path / unnamed[0]} is not in {INDEX}: its tensors would be lost; fetch both again")
+    shards, seen = [], {}
+    for name in files:
+        header = read_header(path / name)
+        shards.append(Shard(file=name, header=header))
+        for tensor in header.tensors:
+            if tensor.name in seen:
+                raise UserError(
+                    f"{flag} {path / name} and {seen[tensor.name]} both hold {tensor.name}; fetch them again"
+                )
+            seen[tensor.name] = name
+            named = weight_map.get(tensor.name)
+            if named is None:
+                raise UserError(f"{flag} {path / name}: {tensor.name} is not in {INDEX}; fetch both again")
+            if named != name:
+                raise UserError(f"{flag} {path / INDEX} says {tensor.name} is in {named}; it is in {name}")
+    if absent := [tensor for tensor in weight_map if tensor not in seen]:
+        raise UserError(f"{flag} {path / weight_map[absent[0]]}: {absent[0]} is not there, though {INDEX} says so")
+    return WeightLayout(shards=tuple(shards), index=text)
+
+
+def default_layout(
+    tensors: Sequence[tuple[str, str, Shape]], shard_bytes: int = SHARD_BYTES, file: str | None = None
+) -> WeightLayout:
+    """Files for (name, safetensors dtype, shape), cut as transformers does: at most `shard_bytes` in each.
+
+    With `file`, all of them in one file of that name.
+    """
+    if file is not None:
+        header = parse_header(encode_header(tensors, None), Path(file))
+        return WeightLayout(shards=(Shard(file=file, header=header),), index=None)
+    groups: list[list[tuple[str, str, Shape]]] = [[]]
+    room = shard_bytes
+    for name, dtype, shape in tensors:
+        size = tensor_bytes(dtype, shape)
+        if groups[-1] and size > room:
+            groups.append([])
+            room = shard_bytes
+        groups[-1].append((name, dtype, shape))
+        room -= size
+    count = len(groups)
+    shards = []
+    for number, group in enumerate(groups, 1):
+        name = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        header = parse_header(encode_header(group, {"format": "pt"}), Path(name))
+        shards.append(Shard(file=name, header=header))
+    return WeightLayout(shards=tuple(shards), index=_index(shards) if count > 1 else None)
+
+
+def _index(shards: Iterable[Shard]) -> str:
+    tensors = sorted((t.name, shard.file, t.size) for shard in shards for t in shard.header.tensors)
+    content: dict[str, Any] = {
+        "metadata": {"total_size": sum(size for _, _, size in tensors)},
+        "weight_map": {name: file for name, file, _ in tensors},
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+def write_weights(
+    directory: Path, layout: WeightLayout, blocks: Callable[[TensorInfo], Iterable[memoryview]], record: Record
+) -> None:
+    """Write every shard, and the index if there is one.
+
+    Args:
+        directory: where to.
+        layout: which tensors go where.
+        blocks: a tensor's bytes, in order.
+        record: told each file's content hash.
+    """
+    for shard in layout.shards:
+        file = HashedFile(directory / shard.file)
+        file.write(header_bytes(shard.header.text))
+        for tensor in shard.header.tensors:
+            for block in blocks(tensor):
+                file.write(block)
+            end = tensor.start + tensor.size
+            assert file.position == end, f"{tensor.name}: {file.position} bytes written instead of {end}"
+        record(shard.file, file.close())
+    if layout.index is not None:
+        (directory / INDEX).write_text(layout.index, encoding="utf-8")

@@ -1,0 +1,125 @@
+"""`convert init`: a Hugging Face checkpoint with random weights, to pretrain from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from shared.checkpoint.blocks import BLOCK
+from shared.checkpoint.dtypes import BY_FLAG, Dtype, from_float32
+from shared.checkpoint.hf import default_layout, write_weights
+from shared.checkpoint.passengers import both_spellings, config_of, copy_passengers
+from shared.checkpoint.publish import publish
+from shared.checkpoint.safetensors_file import TensorInfo
+from shared.cli import log, progress
+from shared.errors import UserError
+from shared.families import registry
+from shared.model.architecture import Architecture
+from tools.convert.report import plan_lines, summary
+from tools.convert.tokenizer_files import tokenizer_fields
+from tools.convert.transfer import counted
+
+DtypeFlag = Literal["bf16", "fp16", "fp32"]
+
+
+def run(
+    target: Path,
+    size: str | None,
+    model_config: Path | None,
+    tokenizer: Path | None,
+    max_position_embeddings: int | None,
+    dtype: DtypeFlag,
+    seed: int,
+    overwrite: bool,
+) -> None:
+    """Draw the weights; publishes `target` of kind hf."""
+    if (size is None) == (model_config is None):
+        raise UserError("give either --size NAME or --model-config FILE")
+    given = {"model_config": model_config, "tokenizer": tokenizer}
+    inputs = {name: path for name, path in given.items() if path is not None}
+    kind = BY_FLAG[dtype]
+    changes: dict[str, Any] = {"max_position_embeddings": max_position_embeddings} if max_position_embeddings else {}
+    tokens: dict[str, Any] = {}
+    if tokenizer is not None:
+        tokens = tokenizer_fields(tokenizer)
+        changes["vocab_size"] = tokens.pop("vocab_size")
+    types = {"dtype": kind.name, "torch_dtype": kind.name}
+    if model_config is not None:
+        given_config = config_of(model_config)
+        registry.from_config(given_config)
+        config = both_spellings(given_config | changes | tokens | types)
+    else:
+        config = registry.to_config(replace(_named(str(size)), **changes), **tokens, **types)
+    architecture = registry.from_config(config)
+
+    sources = [source for entry in registry.table_of(architecture).entries() for source in entry.sources]
+    layout = default_layout(sorted((source.name, kind.safetensors, source.shape) for source in sources))
+    total = sum(tensor.size for tensor in layout.tensors().values())
+    with publish(target, kind="hf", inputs=inputs, overwrite=overwrite) as out:
+        log(plan_lines("init", architecture, len(sources), total))
+        started = time.monotonic()
+        with progress(total, "bytes", "drawing weights") as advance:
+            draw = _drawer(architecture, kind, seed)
+            write_weights(out.path, layout, lambda tensor: counted(draw(tensor), advance), out.record_hash)
+        _write_files(out.path, config, tokenizer)
+        out.describe(
+            family=architecture.family,
+            architecture=architecture.to_dict(),
+            dtype=[kind.name],
+            tensors=len(sources),
+            parameters=architecture.parameter_count(),
+        )
+        log(summary(target, total, time.monotonic() - started))
+
+
+def _named(size: str) -> Architecture:
+    sizes = registry.sizes()
+    if size not in sizes:
+        near = get_close_matches(size, sizes, n=1, cutoff=0.3)
+        raise UserError(
+            f"--size {size} is not known{f'; did you mean {near[0]}?' if near else ''} (known: {', '.join(sizes)})"
+        )
+    return sizes[size]
+
+
+def _drawer(architecture: Architecture, dtype: Dtype, seed: int) -> Callable[[TensorInfo], Iterator[memoryview]]:
+    """Norms are one, biases zero, everything else normal with the family's standard deviation, as in transformers.
+
+    Each tensor has a generator of its own, seeded by its name, so that its numbers do not depend on the others.
+    """
+
+    def draw(tensor: TensorInfo) -> Iterator[memoryview]:
+        name, rest = tensor.name, tensor.size // dtype.size
+        key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "little")))
+        while rest:
+            count = min(rest, BLOCK // 4)
+            if name.endswith("norm.weight"):
+                values = np.ones(count, dtype=np.float32)
+            elif name.endswith(".bias"):
+                values = np.zeros(count, dtype=np.float32)
+            else:
+                values = generator.standard_normal(count, dtype=np.float32)
+                values *= np.float32(architecture.initializer_range)
+            yield from_float32(values, dtype)
+            rest -= count
+
+    return draw
+
+
+def _write_files(directory: Path, config: dict[str, Any], tokenizer: Path | None) -> None:
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if tokenizer is None:
+        return
+    copy_passengers(tokenizer, directory)
+    special = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
+    if not (directory / "generation_config.json").exists() and special:
+        (directory / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,70 @@
+"""`convert to-hf`: a Megatron directory, converted or trained, back into a Hugging Face one."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Literal
+
+from shared.checkpoint.dtypes import BY_FLAG
+from shared.checkpoint.hf import LAYOUT, WeightLayout, write_weights
+from shared.checkpoint.passengers import config_of, copy_passengers
+from shared.checkpoint.publish import publish
+from shared.checkpoint.reader import Checkpoint, open_checkpoint
+from shared.checkpoint.safetensors_file import TensorInfo, read_header
+from shared.checkpoint.torch_dist import TorchDistReader
+from shared.cli import log, progress
+from shared.families import registry
+from tools.convert.report import plan_lines, summary
+from tools.convert.to_megatron import ASIDES
+from tools.convert.transfer import Export, counted, plan_export, source_rows
+
+DtypeFlag = Literal["bf16", "fp16", "fp32"]
+
+
+def run(source: Path, target: Path, dtype: DtypeFlag | None, hf_files: Path | None, overwrite: bool) -> None:
+    """Convert; publishes `target` of kind hf."""
+    inputs = {"source": source} | ({"hf_files": hf_files} if hf_files else {})
+    with publish(target, kind="hf", inputs=inputs, overwrite=overwrite) as out:
+        checkpoint = open_checkpoint(source, kinds=("megatron",), flag="--source")
+        files = hf_files or checkpoint.hf_files
+        reader, plan = open_export(checkpoint, files, dtype)
+        tensors = plan.layout.tensors()
+        log(plan_lines("to-hf", plan.architecture, len(tensors), plan.bytes))
+        if plan.rounded:
+            held = sorted({reader.tensors[plan.origin[name][0].key].dtype.name for name in plan.rounded})
+            written = sorted({tensors[name].dtype for name in plan.rounded})
+            why = "--dtype" if dtype else "the source's type"
+            log(f"{len(plan.rounded)} tensors held in {', '.join(held)} are rounded to {', '.join(written)}, {why}")
+        started = time.monotonic()
+        with progress(plan.bytes, "bytes", "converting") as advance:
+            write_weights(
+                out.path, plan.layout, lambda t: counted(source_rows(plan, reader, t), advance), out.record_hash
+            )
+        copy_passengers(files, out.path)
+        out.describe(
+            family=plan.architecture.family,
+            architecture=plan.architecture.to_dict(),
+            dtype=sorted({tensor.dtype for tensor in tensors.values()}),
+            tensors=len(tensors),
+            parameters=plan.architecture.parameter_count(),
+            iteration=checkpoint.iteration_path.name,
+        )
+        log(summary(target, plan.bytes, time.monotonic() - started))
+
+
+def open_export(checkpoint: Checkpoint, files: Path, dtype: DtypeFlag | None) -> tuple[TorchDistReader, Export]:
+    """A Megatron checkpoint and what becomes of its tensors.
+
+    Args:
+        checkpoint: of kind megatron.
+        files: where config.json and, if the checkpoint was converted from a Hugging Face one, its shards' layout are.
+        dtype: the type to write; None for the source's.
+    """
+    architecture = registry.from_config(config_of(files / "config.json"))
+    layout = WeightLayout.read(files / LAYOUT) if (files / LAYOUT).is_file() else None
+    asides: dict[str, TensorInfo] = {}
+    if (files / ASIDES).is_file():
+        asides = {tensor.name: tensor for tensor in read_header(files / ASIDES).tensors}
+    reader = TorchDistReader(checkpoint.iteration_path)
+    return reader, plan_export(reader, architecture, layout, asides, BY_FLAG[dtype] if dtype else None)

@@ -1,0 +1,56 @@
+"""What a model's configuration takes from a tokenizer's files, read without the tokenizer library."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from shared.errors import UserError
+
+
+def tokenizer_fields(directory: Path) -> dict[str, Any]:
+    """`vocab_size` and the ids of the special tokens that the tokenizer has.
+
+    Raises:
+        UserError: the directory has no tokenizer.json, or names a special token that is not in it.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"--tokenizer {directory} holds no tokenizer.json")
+    content = _object(path)
+    ids = _vocabulary(content, path)
+    fields: dict[str, Any] = {"vocab_size": max(ids.values()) + 1}
+    settings = directory / "tokenizer_config.json"
+    named = _object(settings) if settings.is_file() else {}
+    for role in ("bos", "eos", "pad"):
+        token = named.get(f"{role}_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        if text is not None and text not in ids:
+            raise UserError(f"{settings}: {role}_token {text!r} is not in tokenizer.json")
+        fields[f"{role}_token_id"] = None if text is None else ids[text]
+    return fields
+
+
+def _vocabulary(content: dict[str, Any], path: Path) -> dict[str, int]:
+    try:
+        vocabulary = content["model"]["vocab"]
+        if isinstance(vocabulary, list):  # Unigram: [[piece, score], ...]
+            vocabulary = {piece: index for index, (piece, _) in enumerate(vocabulary)}
+        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+        ids = {str(piece): int(index) for piece, index in (vocabulary | added).items()}
+        if not ids:
+            raise ValueError("it is empty")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} has no vocabulary: {error}") from None
+    return ids
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content
