@@ -101,6 +101,10 @@ def transformer_config(
         "context_parallel_size": layout.context,
         "expert_model_parallel_size": layout.expert,
         "sequence_parallel": layout.sequence_parallel,
+        # Batched sends and receives of an interleaved schedule over two stages go between the same two processes
+        # both ways, where nothing tells them apart: forward and backward tensors would be exchanged silently.
+        "overlap_p2p_comm": layout.virtual_pipeline > 1,
+        "batch_p2p_comm": layout.virtual_pipeline == 1,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,

@@ -1,0 +1,80 @@
+"""Models and weights for the tests of this folder."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+warnings.filterwarnings("ignore", message=".*Apex.*")
+
+from megatron.core import dist_checkpointing  # noqa: E402
+
+from shared.model import weights  # noqa: E402
+from shared.model.architecture import Architecture  # noqa: E402
+from shared.model.gpt import build  # noqa: E402
+from shared.model.parallel import ParallelLayout, initialize  # noqa: E402
+
+ONE = ParallelLayout()
+
+
+@pytest.fixture(scope="session")
+def worker():
+    """The module `layouts_worker.py`."""
+    specification = importlib.util.spec_from_file_location(
+        "layouts_worker", Path(__file__).with_name("layouts_worker.py")
+    )
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def model_of():
+    """A function from an architecture to a single-process model with random weights, in evaluation mode."""
+
+    def make(architecture: Architecture, dtype: torch.dtype = torch.float32, **overrides):
+        initialize(ONE, 1)
+        return build(architecture, ONE, dtype=dtype, perform_initialization=True, **overrides)[0].eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def saved(worker, tmp_path_factory):
+    """A directory with two iterations of random weights: `weights`, and `one_group` of one key/value head."""
+    directory = tmp_path_factory.mktemp("layouts")
+    for name, architecture in {
+        "weights": worker.architecture(),
+        "one_group": worker.architecture(num_query_groups=1),
+    }.items():
+        initialize(ONE, 1)
+        chunks = build(architecture, ONE, dtype=torch.float32, perform_initialization=True)
+        with torch.no_grad():
+            for parameter in chunks[0].parameters():  # biases and norms differ from zero and one
+                parameter.add_(torch.randn(parameter.shape) * 0.02)
+            weights._clear_padding(chunks[0])
+        (directory / name).mkdir()
+        dist_checkpointing.save(weights.sharded_state_dict(chunks)["model"], str(directory / name))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def two_processes(saved):
+    """What `layouts_worker.py` found out in a world of two processes; one spawn serves all tests."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("layouts_worker.py")), str(saved)],
+        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    import json
+
+    return json.loads((saved / "results.json").read_text())

@@ -1,0 +1,167 @@
+"""One process of a two-process world, or all of a world of one: trains a tiny model in several layouts.
+
+Run as `python layouts_worker.py DIRECTORY`: loads `DIRECTORY/weights`, writes `DIRECTORY/results.json` from rank 0.
+"""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+from shared.training.launch import launch
+
+STEPS, ROWS, SEQUENCE, VOCAB = 3, 4, 24, 300
+LAYOUTS = {
+    "dp2": {},
+    "tp2": {"tensor": 2},
+    "tp2sp": {"tensor": 2, "sequence_parallel": True},
+    "pp2": {"pipeline": 2},
+    "pp2vp2": {"pipeline": 2, "virtual_pipeline": 2},
+}
+
+
+def architecture(**changes):
+    from shared.model.architecture import Architecture
+
+    fields = dict(
+        family="qwen3",
+        num_layers=4,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        num_query_groups=2,
+        head_dim=32,
+        vocab_size=VOCAB,
+        max_position_embeddings=512,
+        norm_epsilon=1e-5,
+        rope_theta=1e4,
+        tied_embeddings=True,
+        qk_norm=True,
+        qkv_bias=True,
+        attention_output_bias=True,
+        mlp_bias=True,
+        initializer_range=0.1,
+    )
+    return Architecture(**{**fields, **changes})
+
+
+def make_ids():
+    import torch
+
+    return torch.randint(0, VOCAB, (ROWS, SEQUENCE + 1), generator=torch.Generator().manual_seed(5))
+
+
+def train(description, layout, weights_path, dtype, recompute="none"):
+    """Losses of a few steps of Adam on the same rows; the distributed optimizer and the pipeline schedules."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from shared.model import weights
+    from shared.model.gpt import build
+    from shared.model.parallel import data_parallel_size, initialize
+
+    initialize(layout, 1)
+    chunks = build(description, layout, dtype=dtype, recompute=recompute, calculate_per_token_loss=True)
+    weights.load(chunks, weights_path)
+    config = chunks[0].config
+    config.finalize_model_grads_func = finalize_model_grads
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    model = [
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)
+    ]
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            lr=1e-3, weight_decay=0.1, clip_grad=1.0, bf16=dtype == torch.bfloat16, params_dtype=dtype,
+            use_distributed_optimizer=True,
+        ),
+        model,
+    )
+    ids = make_ids()[parallel_state.get_data_parallel_rank() :: data_parallel_size()]
+    positions = torch.arange(SEQUENCE)[None]
+
+    def forward(iterator, chunk):
+        row = next(iterator)
+        return chunk(row[:, :-1], positions, None, labels=row[:, 1:]), total
+
+    def total(loss):
+        return loss.sum(), torch.tensor(loss.numel(), dtype=torch.int), loss.detach().sum()
+
+    losses = []
+    for _ in range(STEPS):
+        for chunk in model:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        iterators = [iter(ids.split(1)) for _ in model]
+        summed = get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iterators if len(model) > 1 else iterators[0],
+            model=model if len(model) > 1 else model[0],
+            num_microbatches=len(ids),
+            seq_length=SEQUENCE,
+            micro_batch_size=1,
+        )
+        loss = torch.stack(summed).sum() if summed else torch.zeros(())
+        torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group())
+        torch.distributed.broadcast(
+            loss,
+            parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+        losses.append(loss.item() / (ROWS * SEQUENCE))
+        successful, _, _ = optimizer.step()
+        assert successful
+    return losses, chunks
+
+
+def main(directory):
+    import torch
+    from megatron.core import dist_checkpointing
+
+    from shared.model import weights
+    from shared.model.gpt import build
+    from shared.model.logits import logits
+    from shared.model.parallel import ParallelLayout, initialize
+
+    results = {}
+    ids = make_ids()[:3, :SEQUENCE]
+    for name, fields in LAYOUTS.items():
+        losses, chunks = train(architecture(), ParallelLayout(**fields), directory / "weights", torch.float32)
+        results[name] = losses
+        if name == "tp2":
+            trained = logits(chunks, ids)
+            if torch.distributed.get_rank() == 0:
+                (directory / "trained").mkdir()
+            torch.distributed.barrier()
+            dist_checkpointing.save(weights.sharded_state_dict(chunks)["model"], str(directory / "trained"))
+    results["bf16"], _ = train(
+        architecture(), ParallelLayout(tensor=2, sequence_parallel=True), directory / "weights", torch.bfloat16, "full"
+    )
+
+    layout = ParallelLayout(pipeline=2)
+    initialize(layout, 1)
+    chunks = build(architecture(), layout, dtype=torch.float32)
+    weights.load(chunks, directory / "trained")
+    results["tp2 loaded at pp2"] = (logits(chunks, ids) - trained).abs().max().item()
+
+    # One key/value head over two processes: Megatron-Core cuts inside the head.
+    for name, layout in {"one": ParallelLayout(), "cut": ParallelLayout(tensor=2)}.items():
+        initialize(layout, 1)
+        chunks = build(architecture(num_query_groups=1), layout, dtype=torch.float32)
+        weights.load(chunks, directory / "one_group")
+        results[f"one group {name}"] = logits(chunks, ids)[0, -1, :8].tolist()
+    if torch.distributed.get_rank() == 0:
+        (directory / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    if (code := launch(2)) is not None:
+        sys.exit(code)
+    main(Path(sys.argv[1]))
