@@ -142,7 +142,8 @@ def _sharded(path: Path, flag: str, shards_there: Sequence[str]) -> WeightLayout
             raise UserError(f"{flag} {path / name} is missing, though {INDEX} names it; fetch it again")
     if unnamed := [name for name in shards_there if name not in files]:
         raise UserError(f"{flag} {path / unnamed[0]} is not in {INDEX}: its tensors would be lost; fetch both again")
-    shards, seen = [], {}
+    shards: list[Shard] = []
+    seen: dict[str, str] = {}
     for name in files:
         header = read_header(path / name)
         shards.append(Shard(file=name, header=header))

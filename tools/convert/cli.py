@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from shared.cli import ExistingDir, ExistingFile, NonNegative, Positive, Tool
 
@@ -84,6 +86,59 @@ def to_hf(
     from tools.convert.to_hf import run
 
     run(source, target, dtype, hf_files, overwrite)
+
+
+@tool.command(positional=("source",))
+def inspect(source: ExistingDir, tensors: bool = False, scan: bool = False, json: bool = False) -> None:
+    """Say what a checkpoint directory is: kind, family, architecture, tensors, types, origin.
+
+    Only headers are read, unless --scan is given.
+
+    Args:
+        source: a Hugging Face or Megatron directory.
+        tensors: list every tensor with its type and shape.
+        scan: read every weight and report NaN and infinity; exits 1 if there is any.
+        json: print JSON instead of a table.
+    """
+    from tools.convert.inspect import run
+
+    run(source, tensors, scan, json)
+
+
+@tool.command
+def verify(
+    source: ExistingDir,
+    target: ExistingDir,
+    certificate: Path | None = None,
+    logits: bool = True,
+    positions: Annotated[int, Field(ge=256)] = 512,
+    seed: NonNegative = 0,
+) -> None:
+    """Prove that a Megatron directory is a Hugging Face directory: bits, configuration, files and logits.
+
+    Every tensor is brought back and compared bit for bit, every field of config.json and every other file too; then
+    the Megatron-Core model's logits are compared with those of transformers on the same random tokens, in fp32.
+    Exits 1 if anything differs. The certificate says what was compared.
+
+    Args:
+        source: the Hugging Face directory.
+        target: the Megatron directory made of it.
+        certificate: where to write the result; by default beside the target, as TARGET.certificate.json.
+        logits: compare logits, which builds the model, rather than bits and files only.
+        positions: length of the random sequence, in tokens; the model's longest if that is less.
+        seed: of the random tokens.
+    """
+    from tools.convert.verify import run
+
+    run(source, target, certificate, logits, positions, seed)
+
+
+@tool.command
+def families() -> None:
+    """List the supported model families and the sizes that `convert init` knows by name."""
+    from tools.convert.families import run
+
+    run()
 
 
 def main() -> None:

@@ -26,9 +26,8 @@ def run(source: Path, target: Path, overwrite: bool) -> None:
         plan = plan_import(reader)
         log(plan_lines("to-megatron", plan.architecture, len(reader.tensors), plan.bytes))
         if plan.widened:
-            log(
-                f"{', '.join(plan.widened)}: layers of different types are held in float32, and written back as they were"
-            )
+            names = ", ".join(plan.widened)
+            log(f"{names}: layers of different types are held in float32, and written back as they were")
         used = {shard.file for shard in reader.layout.shards}
         if others := other_weights(source, used):
             log(f"not carried over, being other forms of the weights: {', '.join(others)}")

@@ -1,0 +1,155 @@
+"""`convert inspect`: what a checkpoint directory is, read from its headers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from shared.checkpoint.dtypes import BY_NAME, BY_SAFETENSORS, count_not_finite
+from shared.checkpoint.hf import HfReader
+from shared.checkpoint.passengers import config_of
+from shared.checkpoint.reader import Checkpoint, open_checkpoint
+from shared.checkpoint.torch_dist import TorchDistReader
+from shared.cli import log, progress
+from shared.console import quantity
+from shared.errors import StageError, UserError
+from shared.families import registry
+from shared.mapping.account import account_sources, account_targets
+from shared.mapping.layout import Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One tensor."""
+
+    name: str
+    dtype: str  # torch's name
+    shape: Shape
+
+
+def run(source: Path, tensors: bool, scan: bool, as_json: bool) -> None:
+    """Print what the directory is; with `scan`, read every weight and raise StageError if one is not finite."""
+    checkpoint = open_checkpoint(source, kinds=("hf", "megatron"), flag="--source", verify="sizes")
+    reader = HfReader(source) if checkpoint.kind == "hf" else TorchDistReader(checkpoint.iteration_path)
+    rows = _rows(reader)
+    found = _describe(checkpoint, reader, rows)
+    not_finite = _scan(reader) if scan else {}
+    if scan:
+        found["not_finite"] = not_finite
+    if tensors:
+        found["tensor_list"] = {row.name: {"dtype": row.dtype, "shape": list(row.shape)} for row in rows}
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        _print(found, rows if tensors else [])
+    if not_finite:
+        name, what = next(iter(not_finite.items()))
+        raise StageError(f"{source}: {name} holds {what} ({len(not_finite)} tensors are not finite)")
+
+
+def _rows(reader: HfReader | TorchDistReader) -> list[Row]:
+    if isinstance(reader, HfReader):
+        named = {code: dtype.name for code, dtype in BY_SAFETENSORS.items()}
+        return [Row(name=t.name, dtype=named.get(t.dtype, t.dtype), shape=t.shape) for t in reader.tensors.values()]
+    return [Row(name=t.key, dtype=t.dtype.name, shape=t.shape) for t in reader.tensors.values()]
+
+
+def _describe(checkpoint: Checkpoint, reader: HfReader | TorchDistReader, rows: list[Row]) -> dict[str, Any]:
+    found: dict[str, Any] = {"path": str(checkpoint.path), "kind": checkpoint.kind}
+    types: Counter[str] = Counter()
+    for row in rows:
+        types[row.dtype] += prod(row.shape)
+    size = sum(prod(row.shape) * BY_NAME[row.dtype].size if row.dtype in BY_NAME else 0 for row in rows)
+    found |= {"tensors": len(rows), "numbers": dict(types), "weight_bytes": size}
+    if isinstance(reader, TorchDistReader):
+        found["iteration"] = checkpoint.iteration_path.name
+        found["chunks"] = sum(len(tensor.chunks) for tensor in reader.tensors.values())
+        found["optimizer_tensors"] = len(reader.other)
+    else:
+        found["shards"] = len(reader.layout.shards)
+    found |= _family(checkpoint, reader)
+    manifest = checkpoint.manifest
+    if manifest is not None:
+        found["made_by"] = f"{manifest.tool} {manifest.command} {manifest.version}"
+        found["created"] = manifest.created
+        found["state"] = manifest.state
+        found["parents"] = [f"{p.flag}: {p.name} ({p.fingerprint})" for p in manifest.parents]
+    else:
+        found["made_by"] = "another program (no manifest.json)"
+    return found
+
+
+def _family(checkpoint: Checkpoint, reader: HfReader | TorchDistReader) -> dict[str, Any]:
+    """Family and architecture, and whether every tensor is accounted for; what is wrong is said, not raised."""
+    path = checkpoint.hf_files / "config.json"
+    if not path.is_file():
+        return {"family": None, "problem": f"{path} is missing"}
+    config = config_of(path)
+    result: dict[str, Any] = {"family": config.get("model_type")}
+    try:
+        architecture = registry.from_config(config)
+        result |= {"parameters": architecture.parameter_count(), "architecture": architecture.to_dict()}
+        table = registry.table_of(architecture)
+        if isinstance(reader, HfReader):
+            account_sources(table, reader.tensors, str(checkpoint.path))
+        else:
+            account_targets(table, reader.tensors, str(checkpoint.path))
+    except UserError as error:
+        result["problem"] = str(error)
+    return result
+
+
+def _scan(reader: HfReader | TorchDistReader) -> dict[str, str]:
+    """Tensors with NaN or infinity in them."""
+    found: dict[str, list[int]] = {}
+    with progress(reader.bytes, "bytes", "scanning") as advance:
+        if isinstance(reader, HfReader):
+            weights = [(t.name, BY_SAFETENSORS.get(t.dtype), reader.rows(t.name)) for t in reader.tensors.values()]
+        else:
+            weights = [
+                (key, tensor.dtype, reader.rows(key, (), 0, tensor.shape[0])) for key, tensor in reader.tensors.items()
+            ]
+        for name, dtype, blocks in weights:
+            if dtype is None:
+                log(f"{name} is not scanned: not a floating-point type of weights")
+                continue
+            for block in blocks:
+                nan, infinite = count_not_finite(block, dtype)
+                if nan or infinite:
+                    counts = found.setdefault(name, [0, 0])
+                    counts[0], counts[1] = counts[0] + nan, counts[1] + infinite
+                advance(len(block))
+    return {name: f"{nan} NaN, {infinite} infinite" for name, (nan, infinite) in found.items()}
+
+
+def _print(found: dict[str, Any], rows: list[Row]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 160)
+    table = Table(show_header=False, box=None)
+    for name, value in found.items():
+        if name == "tensor_list":
+            continue
+        if name == "numbers":
+            value = ", ".join(f"{count:,} {dtype}" for dtype, count in value.items())
+        elif name == "weight_bytes":
+            value = quantity(value, "bytes")
+        elif name == "architecture":
+            value = ", ".join(f"{field}={setting}" for field, setting in value.items())
+        elif isinstance(value, list | dict):
+            value = "\n".join(map(str, value if isinstance(value, list) else value.items())) or "none"
+        elif name == "parameters":
+            value = f"{value:,}"
+        table.add_row(name.replace("_", " "), str(value))
+    console.print(table)
+    if rows:
+        listing = Table("tensor", "dtype", "shape", box=None)
+        for row in rows:
+            listing.add_row(row.name, row.dtype, str(list(row.shape)))
+        console.print(listing)

@@ -1,0 +1,199 @@
+"""`convert verify`: proof that a Megatron directory is the Hugging Face directory, in bits and in logits."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from shared.checkpoint.dtypes import count_not_finite, weight_dtype
+from shared.checkpoint.files import write_atomically
+from shared.checkpoint.hf import LAYOUT, HfReader
+from shared.checkpoint.manifest import fingerprint
+from shared.checkpoint.passengers import config_of, passengers
+from shared.checkpoint.reader import open_checkpoint
+from shared.checkpoint.torch_dist import TorchDistReader
+from shared.cli import invocation, log, progress
+from shared.errors import StageError, UserError
+from tools.convert.to_hf import open_export
+from tools.convert.transfer import Export, source_rows
+
+MAX_DIFFERENCES = 20  # named in the certificate
+
+
+@dataclass(kw_only=True)
+class Findings:
+    """What was compared and what differed."""
+
+    tensors: int = 0
+    bytes: int = 0
+    not_finite: dict[str, str] = field(default_factory=dict)  # tensor -> what it holds
+    config_fields: int = 0
+    files: int = 0
+    logits: dict[str, Any] | None = None
+    differences: list[str] = field(default_factory=list)
+
+
+def run(source: Path, target: Path, certificate: Path | None, logits: bool, positions: int, seed: int) -> None:
+    """Compare, write the certificate, and raise StageError if anything differs."""
+    started = time.monotonic()
+    certificate = certificate or target.with_name(f"{target.name}.certificate.json")
+    for name, directory in (("--source", source), ("--target", target)):
+        if certificate.resolve().is_relative_to(directory.resolve()):
+            raise UserError(
+                f"--certificate {certificate} lies in {name} {directory}, which is published; put it beside it"
+            )
+    open_checkpoint(source, kinds=("hf",), flag="--source")
+    megatron = open_checkpoint(target, kinds=("megatron",), flag="--target")
+    reader = HfReader(source)
+    findings = Findings()
+    _compare_config(reader.config, config_of(megatron.hf_files / "config.json"), findings)
+    if not findings.differences:  # of different shapes there is nothing to compare further
+        dist, plan = open_export(megatron, megatron.hf_files, None)
+        _compare_layout(reader, plan, megatron.hf_files / LAYOUT, findings)
+        with progress(reader.bytes, "bytes", "comparing") as advance:
+            for name in reader.tensors.keys() & plan.layout.tensors().keys():
+                _compare_tensor(name, reader, dist, plan, findings)
+                advance(reader.tensors[name].size)
+        _check_padding(dist, plan, findings)
+        _compare_files(source, megatron.hf_files, findings)
+        if logits and not findings.differences:
+            from tools.convert.verify_logits import compare_logits
+
+            found = compare_logits(plan.architecture, source, megatron.iteration_path, positions, seed)
+            findings.logits = found
+            if not found["passed"]:
+                findings.differences.append(
+                    f"logits differ by {found['max_difference']:.3g}, more than {found['tolerance']:.3g}"
+                )
+    seconds = time.monotonic() - started
+    content = {
+        "passed": not findings.differences,
+        "tool": f"{invocation().tool} {invocation().version}",
+        "source": {"name": source.resolve().name, "fingerprint": fingerprint(source)},
+        "target": {"name": target.resolve().name, "fingerprint": fingerprint(target)},
+        **asdict(findings),
+        "seconds": round(seconds, 1),
+    }
+    write_atomically(certificate, (json.dumps(content, indent=1) + "\n").encode())
+    for difference in findings.differences[:MAX_DIFFERENCES]:
+        log(f"different: {difference}")
+    if findings.not_finite:
+        log(f"not finite, alike on both sides: {', '.join(findings.not_finite)}")
+    if findings.differences:
+        raise StageError(
+            f"{target} is not {source}: {findings.differences[0]} ({len(findings.differences)} in all; {certificate})"
+        )
+    print(_summary(findings, certificate))
+
+
+def _summary(findings: Findings, certificate: Path) -> str:
+    parts = [
+        f"{findings.tensors} tensors ({findings.bytes} bytes), {findings.config_fields} config fields and "
+        f"{findings.files} files come back bit for bit"
+    ]
+    if findings.logits:
+        parts.append(
+            f"logits over {findings.logits['positions']} positions differ by at most "
+            f"{findings.logits['max_difference']:.2g} (allowed {findings.logits['tolerance']:.2g})"
+        )
+    return f"verified: {'; '.join(parts)}; {certificate}"
+
+
+def _compare_config(source: dict[str, Any], kept: dict[str, Any], findings: Findings) -> None:
+    for name in sorted(source.keys() | kept.keys()):
+        findings.config_fields += 1
+        if name not in kept:
+            findings.differences.append(f"config.json: {name} is lost")
+        elif name not in source:
+            findings.differences.append(f"config.json: {name} is added")
+        elif source[name] != kept[name]:
+            findings.differences.append(f"config.json: {name} is {kept[name]!r} instead of {source[name]!r}")
+
+
+def _compare_layout(reader: HfReader, plan: Export, path: Path, findings: Findings) -> None:
+    """The shards: which tensors, of which types, in which files and order."""
+    wanted, found = reader.tensors, plan.layout.tensors()
+    for name in sorted(wanted.keys() - found.keys()):
+        findings.differences.append(f"{name} is lost")
+    for name in sorted(found.keys() - wanted.keys()):
+        findings.differences.append(f"{name} is added")
+    if findings.differences:
+        return
+    if not path.is_file():
+        log(f"{path} is missing: tensors are compared, the shards they are in cannot be")
+        return
+    if [(shard.file, shard.header.text) for shard in reader.layout.shards] != [
+        (shard.file, shard.header.text) for shard in plan.layout.shards
+    ] or reader.layout.index != plan.layout.index:
+        findings.differences.append(f"{path}: the shards are not the source's")
+
+
+def _compare_tensor(name: str, reader: HfReader, dist: TorchDistReader, plan: Export, findings: Findings) -> None:
+    tensor, exported = reader.tensors[name], plan.layout.tensors()[name]
+    findings.tensors += 1
+    findings.bytes += tensor.size
+    if (tensor.dtype, tensor.shape) != (exported.dtype, exported.shape):
+        findings.differences.append(f"{name} comes back as {exported.dtype}{list(exported.shape)}")
+        return
+    weight = name in plan.origin
+    dtype = weight_dtype(tensor.dtype, name, tensor.place) if weight else None
+    position, nan, infinite, different = 0, 0, 0, False
+    for ours, theirs in _aligned(reader.rows(name), source_rows(plan, dist, exported)):
+        if dtype is not None:
+            counts = count_not_finite(ours, dtype)
+            nan, infinite = nan + counts[0], infinite + counts[1]
+        if not different and ours != theirs:
+            first = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+            findings.differences.append(f"{name} differs from byte {position + first} on")
+            different = True
+        position += len(ours)
+    if nan or infinite:
+        findings.not_finite[name] = f"{nan} NaN, {infinite} infinite"
+
+
+def _aligned(left: Iterator[memoryview], right: Iterator[memoryview]) -> Iterator[tuple[memoryview, memoryview]]:
+    """Two streams of the same bytes in pieces of equal size."""
+    a = b = memoryview(b"")
+    while True:
+        a = a if len(a) else next(left, memoryview(b""))
+        b = b if len(b) else next(right, memoryview(b""))
+        size = min(len(a), len(b))
+        if size == 0:
+            assert len(a) == len(b) == 0, "both streams have the tensor's size"
+            return
+        yield a[:size], b[:size]
+        a, b = a[size:], b[size:]
+
+
+def _check_padding(dist: TorchDistReader, plan: Export, findings: Findings) -> None:
+    """Rows beyond the vocabulary are zero in what a conversion wrote."""
+    for entry in {entry.key: entry for entry, _ in plan.origin.values() if entry.padded}.values():
+        kept = entry.sources[0].shape[0]
+        rows = dist.tensors[entry.key].shape[0] - kept
+        if rows and any(any(block) for block in dist.rows(entry.key, entry.index, kept, rows)):
+            findings.differences.append(f"{entry.key}: rows beyond the vocabulary are not zero")
+
+
+def _compare_files(source: Path, kept: Path, findings: Findings) -> None:
+    ours, theirs = set(passengers(source)), set(passengers(kept))
+    for relative in sorted(ours | theirs):
+        findings.files += 1
+        if relative not in theirs:
+            findings.differences.append(f"{relative} is lost")
+        elif relative not in ours:
+            findings.differences.append(f"{relative} is added")
+        elif not _same(source / relative, kept / relative):
+            findings.differences.append(f"{relative} differs")
+
+
+def _same(left: Path, right: Path) -> bool:
+    if left.stat().st_size != right.stat().st_size:
+        return False
+    with left.open("rb") as a, right.open("rb") as b:
+        pieces = zip_longest(iter(lambda: a.read(1 << 20), b""), iter(lambda: b.read(1 << 20), b""))
+        return all(x == y for x, y in pieces)

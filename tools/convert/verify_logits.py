@@ -1,0 +1,104 @@
+"""Logits of the Megatron-Core model against transformers', of the same weights on the same tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import shared.device
+from shared.cli import log
+from shared.console import quantity
+from shared.model.architecture import Architecture
+
+# Both sides compute in fp32 from the same bits and differ in the order of sums only. Each of a layer's dozen roundings
+# is 2^-24 relative to the activation, they add up like a random walk over the layers and the sums' lengths, and the
+# norms keep them relative: a few times 1e-6 of the logits' spread in practice. A misplaced row or a wrong frequency
+# shows at 1e-2 and above, so 1e-4 of the spread is wide enough for hundreds of layers and far from any defect.
+RELATIVE_TOLERANCE = 1e-4
+
+
+def compare_logits(
+    architecture: Architecture, source: Path, iteration: Path, positions: int, seed: int
+) -> dict[str, Any]:
+    """Build both models in fp32 one after the other and compare every logit of one random sequence.
+
+    Returns:
+        What the certificate says: positions, the largest difference, the tolerance and its reason, whether it holds.
+    """
+    positions = min(positions, architecture.max_position_embeddings)
+    log(
+        f"logits: two models in fp32, one after the other, {positions} positions; "
+        f"about {quantity(architecture.parameter_count() * 4 * 1.2, 'bytes')} of memory beside the libraries"
+    )
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(architecture.vocab_size, (1, positions), generator=generator)
+    with _quiet():
+        ours = _megatron(architecture, iteration, ids)
+        theirs = _transformers(source, ids)
+    spread = theirs.std().item()
+    difference = (ours - theirs).abs().max().item()
+    tolerance = RELATIVE_TOLERANCE * spread
+    return {
+        "passed": bool(difference <= tolerance),  # false for NaN as well
+        "positions": positions,
+        "precision": "fp32",
+        "max_difference": difference,
+        "tolerance": tolerance,
+        "spread": spread,
+        "same_next_token": (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item(),
+        "reason": f"fp32 sums in another order: {RELATIVE_TOLERANCE:g} of the logits' standard deviation",
+        "seed": seed,
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' notes on what is deprecated and which other libraries are absent; errors are raised."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _megatron(architecture: Architecture, iteration: Path, ids: torch.Tensor) -> torch.Tensor:
+    shared.device.prepare()  # before anything of Megatron-Core is imported
+    from shared.model import gpt, logits, weights
+    from shared.model.parallel import ParallelLayout, initialize
+
+    layout = ParallelLayout()
+    initialize(layout, seed=0)
+    try:
+        chunks = gpt.build(architecture, layout, dtype=torch.float32)
+        weights.load(chunks, iteration)
+        return logits.logits(chunks, ids).cpu()
+    finally:
+        _tear_down()
+
+
+def _tear_down() -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+@torch.no_grad()
+def _transformers(source: Path, ids: torch.Tensor) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    )
+    model.eval().to(shared.device.prepare())
+    return model(ids.to(model.device)).logits.float().cpu()
