@@ -73,7 +73,7 @@ def train(run: Run) -> None:
     training, validation = run.datasets()
 
     chunks = gpt.build(
-        architecture, layout, dtype=dtype, recompute=config.recompute, calculate_per_token_loss=True
+        architecture, layout, dtype=dtype, recompute=config.recompute, **model_overrides(config)
     )
     resumed = None if directory.resumed is None else directory.path / iteration_name(directory.resumed)
     weights.load(chunks, resumed or run.inputs.source.iteration_path)
@@ -113,6 +113,17 @@ def train(run: Run) -> None:
         if stopping and not finished:
             raise Interrupted(f"stopped by a signal after update {step}, which is saved; the same command goes on from it")
     directory.close()
+
+
+def model_overrides(config: TrainingConfig) -> dict[str, Any]:
+    """Fields of Megatron-Core's model configuration that training decides."""
+    return {
+        "calculate_per_token_loss": True,  # losses are sums over tokens: see loss.py
+        # In the interleaved schedule a stage sends activations and gradients at the same time. With two stages both
+        # go to the same rank, and in one batch of sends they would be mistaken for each other.
+        "overlap_p2p_comm": config.virtual_pipeline > 1,
+        "batch_p2p_comm": config.virtual_pipeline == 1,
+    }
 
 
 def forward_backward(

@@ -44,6 +44,11 @@ class Inputs:
                 f"--data {data} has token ids below {vocabulary} and the model of --source {source} only "
                 f"{architecture.vocab_size}; prepare the data with the model's tokenizer"
             )
+        if _differ(model.hf_files / "tokenizer.json", dataset.hf_files / "tokenizer.json"):
+            raise UserError(
+                f"--data {data} was made with another tokenizer than the model of --source {source} has; "
+                f"prepare it with --tokenizer {model.hf_files}"
+            )
         return cls(source=model, data=dataset, architecture=architecture)
 
     def split(self, name: str) -> dict[str, Any] | None:
@@ -54,6 +59,14 @@ class Inputs:
 def _verifies() -> bool:
     """Whether this process is the one that reads every byte of the inputs: not a launcher's child of another rank."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _differ(one: Path, other: Path) -> bool:
+    """Whether two tokenizers are there and give other ids: their vocabulary and rules differ, not their layout."""
+    if not (one.is_file() and other.is_file()) or one.read_bytes() == other.read_bytes():
+        return False
+    first, second = (json.loads(path.read_text(encoding="utf-8")) for path in (one, other))
+    return any(first.get(part) != second.get(part) for part in ("model", "added_tokens", "pre_tokenizer", "normalizer"))
 
 
 def _architecture(model: Checkpoint) -> Architecture:

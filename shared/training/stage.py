@@ -1,0 +1,146 @@
+"""What `pretrain train` and `sft train` have in common: options to a checked plan, workers, the loop.
+
+Light on purpose: a mistake in the options is answered, and workers are started, without importing torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shared.console import log
+from shared.errors import UserError
+from shared.training.config import (
+    Precision,
+    Recompute,
+    TrainingConfig,
+    default_decay_steps,
+    default_micro_batch_size,
+    default_warmup_steps,
+)
+from shared.training.launch import launch
+from shared.training.plan import Inputs, announce, default_processes
+from shared.training.quiet import hush
+from shared.training.schedule import ScheduleName
+
+if TYPE_CHECKING:
+    from shared.training.data import Dataset
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """The options of both commands as they were given; None leaves the choice to the plan."""
+
+    source: Path
+    data: Path
+    target: Path
+    steps: int | None
+    global_batch_size: int
+    micro_batch_size: int | None
+    learning_rate: float
+    min_learning_rate: float | None
+    schedule: ScheduleName
+    warmup_steps: int | None
+    decay_steps: int | None
+    weight_decay: float
+    clip_grad: float
+    adam_beta1: float
+    adam_beta2: float
+    seed: int
+    precision: Precision
+    recompute: Recompute
+    tensor_parallel: int
+    pipeline_parallel: int
+    virtual_pipeline: int
+    sequence_parallel: bool
+    processes: int | None
+    save_every: int
+    keep: int
+    log_every: int
+    validate_every: int | None
+    validation_sequences: int
+    overwrite: bool
+
+
+def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> TrainingConfig:
+    """Every choice made; UserError names the flag that mends what does not fit together."""
+    model_parallel = options.tensor_parallel * options.pipeline_parallel
+    processes = options.processes or default_processes(model_parallel)
+    data_parallel = max(processes // model_parallel, 1)
+    decay = default_decay_steps(steps) if options.decay_steps is None else options.decay_steps
+    if options.decay_steps is not None and options.schedule != "wsd":
+        raise UserError(f"--decay-steps belongs to --schedule wsd, not {options.schedule}")
+    return TrainingConfig(
+        steps=steps,
+        sequence_length=sequence_length,
+        micro_batch_size=options.micro_batch_size
+        or default_micro_batch_size(options.global_batch_size, data_parallel, sequence_length),
+        global_batch_size=options.global_batch_size,
+        learning_rate=options.learning_rate,
+        min_learning_rate=options.learning_rate / 10
+        if options.min_learning_rate is None
+        else options.min_learning_rate,
+        schedule=options.schedule,
+        warmup_steps=default_warmup_steps(steps) if options.warmup_steps is None else options.warmup_steps,
+        decay_steps=decay,
+        weight_decay=options.weight_decay,
+        clip_grad=options.clip_grad,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        seed=options.seed,
+        precision=options.precision,
+        recompute=options.recompute,
+        tensor_parallel=options.tensor_parallel,
+        pipeline_parallel=options.pipeline_parallel,
+        virtual_pipeline=options.virtual_pipeline,
+        sequence_parallel=options.sequence_parallel,
+        processes=processes,
+        save_every=options.save_every,
+        keep=options.keep,
+        log_every=options.log_every,
+        validate_every=max(steps // 10, 1) if options.validate_every is None else options.validate_every,
+        validation_sequences=options.validation_sequences,
+    )
+
+
+def run(
+    options: TrainingOptions,
+    config: TrainingConfig,
+    inputs: Inputs,
+    *,
+    sequences: int,
+    datasets: Callable[[], tuple[Dataset, Dataset | None]],
+    bytes_per_token: float | None = None,
+) -> int | None:
+    """Say the plan, then train in as many processes as it has; returns the exit code of worker processes, if any.
+
+    Args:
+        options: for the paths.
+        config: the plan.
+        inputs: the directories read, open.
+        sequences: sequences of the training split.
+        datasets: opens the training and the validation split; called in the workers.
+        bytes_per_token: UTF-8 bytes per token of the validation split, where the data says so.
+    """
+    config.check_architecture(inputs.architecture)
+    code = launch(config.processes)
+    if code is not None:
+        return code
+    announce(config, inputs, sequences=sequences)
+    if inputs.split("validation") is None:
+        log("validation  none: the data has no validation split")
+    hush()
+    from shared.training import loop  # torch and Megatron-Core, in the workers only
+
+    loop.train(
+        loop.Run(
+            config=config,
+            inputs=inputs,
+            target=options.target,
+            overwrite=options.overwrite,
+            datasets=datasets,
+            bytes_per_token=bytes_per_token,
+        )
+    )
+    return None

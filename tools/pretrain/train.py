@@ -1,0 +1,58 @@
+"""`pretrain train`: from a Megatron checkpoint and an indexed dataset to a Megatron checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shared.errors import UserError
+from shared.training import stage
+from shared.training.plan import Inputs
+from shared.training.stage import TrainingOptions
+
+if TYPE_CHECKING:
+    from shared.training.data import Dataset
+
+_SEQUENCE_LENGTH = 4096  # tokens; unless the model takes fewer
+
+
+def run(options: TrainingOptions, *, sequence_length: int | None) -> int | None:
+    """Train; returns the exit code of worker processes, where there are any.
+
+    Args:
+        options: the command's.
+        sequence_length: tokens per sequence; None for what the model takes, up to 4096.
+
+    Raises:
+        UserError: the inputs or options do not fit together.
+    """
+    inputs = Inputs.open(options.source, options.data, data_format="indexed")
+    length = sequence_length or min(inputs.architecture.max_position_embeddings, _SEQUENCE_LENGTH)
+    training = inputs.split("train")
+    if training is None:
+        raise UserError(f"--data {options.data} has no train split; make one with `pretrain prepare`")
+    sequences = (training["tokens"] - 1) // length
+    if sequences < 1:
+        raise UserError(
+            f"--data {options.data} has {training['tokens']} tokens to train on, fewer than one sequence of {length}; "
+            "give a smaller --sequence-length or more data"
+        )
+    steps = options.steps or max(sequences // options.global_batch_size, 1)  # one epoch
+    config = stage.plan(options, steps=steps, sequence_length=length)
+    validation = inputs.split("validation")
+
+    def datasets() -> tuple[Dataset, Dataset | None]:
+        from shared.training.data import IndexedSequences
+
+        return (
+            IndexedSequences(inputs.data.path / "train", length, seed=config.seed),
+            IndexedSequences(inputs.data.path / "validation", length, seed=None) if validation else None,
+        )
+
+    return stage.run(
+        options,
+        config,
+        inputs,
+        sequences=sequences,
+        datasets=datasets,
+        bytes_per_token=validation["utf8_bytes"] / validation["tokens"] if validation else None,
+    )
