@@ -48,14 +48,26 @@ class Renderer:
             ValueError: the template refuses the conversation, or the assistant's turns cannot be told apart.
         """
         text, spans = self._marked(conversation) if self.marked else self._by_prefix(conversation)
-        # The template writes every special token itself, so the tokenizer must not add any.
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = np.array(encoded["input_ids"], np.int64)
-        offsets = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+        ids, offsets = self._encode(text, [])
+        # A prompt ends where a turn starts, and a model never sees a token that reaches across: where the tokenizer would
+        # make one (say, of a line end before and one after), the text is cut there.
+        joined = [start for start, _ in spans if start and not (offsets[:, 1] == start).any()]
+        if joined:
+            ids, offsets = self._encode(text, joined)
         assistant = np.zeros(len(ids), bool)
         for start, end in spans:
             self._mark(assistant, ids, offsets, text, start, end)
         return Tokens(ids=ids.astype(np.int32), assistant=assistant)
+
+    def _encode(self, text: str, cuts: list[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Ids `[tokens]` and character ranges `[tokens, 2]` of the text, encoded in stretches between the cuts."""
+        ids, offsets = [], []
+        for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+            # The template writes every special token itself, so the tokenizer must not add any.
+            encoded = self._tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True)
+            ids.append(np.array(encoded["input_ids"], np.int64))
+            offsets.append(np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2) + start)
+        return np.concatenate(ids), np.concatenate(offsets)
 
     def _marked(self, conversation: Conversation) -> tuple[str, Spans]:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -80,7 +92,7 @@ class Renderer:
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = self._render(conversation, index, add_generation_prompt=True)
+            prompt = self._prompt(conversation, index, text)
             if not text.startswith(prompt):
                 raise ValueError(
                     f"message {index}: the chat template renders what comes before it differently once it is there, so "
@@ -100,6 +112,15 @@ class Renderer:
                 end = found + len(content)
             spans.append((len(prompt), end))
         return text, spans
+
+    def _prompt(self, conversation: Conversation, index: int, text: str) -> str:
+        """What a model reads before it writes message `index`."""
+        if index:
+            return self._render(conversation, index, add_generation_prompt=True)
+        # Nothing was said before, and templates refuse to render nothing: find what opens a turn.
+        anyone = Conversation(messages=[{"role": "user", "content": "."}])
+        opening = self._render(anyone, 1, add_generation_prompt=True).removeprefix(self._render(anyone, 1))
+        return text[: text.find(opening) + len(opening)] if opening in text else opening
 
     def _render(self, conversation: Conversation, count: int, *, add_generation_prompt: bool = False) -> str:
         try:

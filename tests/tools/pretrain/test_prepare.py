@@ -1,0 +1,253 @@
+"""Text to an indexed dataset: read back with Megatron-Core's reader and compared with the text itself."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from transformers import AutoTokenizer
+
+import shared.data.parts as parts
+from shared.checkpoint.reader import open_checkpoint
+from shared.cli import invoked
+from shared.data.parts import plan, set_up
+from shared.data.sources import Piece, expand, texts
+from shared.errors import AlreadyDone, UserError
+from tools.pretrain import prepare
+from tools.pretrain.tokenizer import train, write
+
+TEXTS = [f"def f{i}(x):\n    return x * {i}  # \u00e9 <|endoftext|>\n" * (1 + i % 5) for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write(train(iter(TEXTS), 320), folder)
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:50])
+    (folder / "rows.jsonl").write_text(rows)
+    for number, text in enumerate(TEXTS[50:]):
+        (folder / f"text{number}.txt").write_text(text)
+    (folder / "empty.txt").write_text("")
+    return folder
+
+
+def _prepare(source: Path, tokenizer: Path, target: Path, **options: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "validation": None,
+        "validation_fraction": 0.0,
+        "text_key": "text",
+        "workers": 1,
+        "overwrite": False,
+        **options,
+    }
+    recorded = {"source": [source], "tokenizer": tokenizer, "target": target, **given}
+    with invoked("pretrain", "prepare", recorded, neutral=("workers",)):
+        prepare.run(source=(source,), tokenizer=tokenizer, target=target, **given)
+    return open_checkpoint(target, kinds=("dataset",), flag="--data").facts
+
+
+def _read(target: Path, split: str) -> list[str]:
+    """Every document, decoded, its end checked and taken off."""
+    tokenizer = AutoTokenizer.from_pretrained(target / "tokenizer")
+    found = []
+    for document in IndexedDataset(str(target / split)):
+        assert document[-1] == tokenizer.eos_token_id
+        assert tokenizer.eos_token_id not in document[:-1], "a text that spells the token out is not the token"
+        found.append(tokenizer.decode(document[:-1].tolist()))
+    return found
+
+
+def _lengths(target: Path) -> list[int]:
+    dataset = IndexedDataset(str(target / "train"))  # kept: its arrays are views of files that it closes when it goes
+    return dataset.sequence_lengths.tolist()  # type: ignore[no-any-return]
+
+
+def test_documents_come_back_in_order(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+    facts = _prepare(source, tokenizer, tmp_path / "out")
+    expected = [text for file in expand([source], flag="") for piece in plan([file])[0].pieces for text in texts(piece, "text")]
+    assert _read(tmp_path / "out", "train") == [text for text in expected if text]
+    split = facts["splits"]["train"]
+    assert split["documents"] == 60
+    assert split["utf8_bytes"] == sum(len(text.encode()) for text in TEXTS)
+    assert split["tokens"] == sum(_lengths(tmp_path / "out"))
+    assert facts["empty_documents"] == 1
+    assert (facts["format"], facts["dtype"]) == ("indexed", "uint16")
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_the_number_of_workers_changes_nothing(
+    source: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "PART_BYTES", 500)  # many parts
+    one = _prepare(source, tokenizer, tmp_path / "one", workers=1, validation_fraction=0.3)
+    two = _prepare(source, tokenizer, tmp_path / "two", workers=2, validation_fraction=0.3)
+    assert one == two
+    for name in ("train.bin", "train.idx", "validation.bin", "validation.idx"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_parts_change_neither_tokens_nor_order(
+    source: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _prepare(source, tokenizer, tmp_path / "large")
+    monkeypatch.setattr(parts, "PART_BYTES", 100)
+    monkeypatch.setattr(parts, "BATCH_CHARACTERS", 40)  # long texts are encoded in stretches
+    _prepare(source, tokenizer, tmp_path / "small")
+    assert (tmp_path / "small" / "train.bin").read_bytes() == (tmp_path / "large" / "train.bin").read_bytes()
+    assert (tmp_path / "small" / "train.idx").read_bytes() == (tmp_path / "large" / "train.idx").read_bytes()
+
+
+def test_a_tokenizer_that_puts_a_space_first_is_not_given_stretches() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"[UNK]": 0, "\u2581a": 1, "a": 2, "\n": 3}
+    spaced = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    spaced.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    plain = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    plain.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+    assert not parts._may_cut(spaced)
+    assert parts._may_cut(plain)
+
+
+def test_a_share_for_validation_keeps_equal_texts_together(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+    (source / "again.jsonl").write_text((source / "rows.jsonl").read_text())
+    facts = _prepare(source, tokenizer, tmp_path / "out", validation_fraction=0.3)
+    train, validation = _read(tmp_path / "out", "train"), _read(tmp_path / "out", "validation")
+    assert sorted(train + validation) == sorted(TEXTS + TEXTS[:50])
+    assert not set(train) & set(validation)
+    assert facts["validation_documents_in_train"] == 0
+    assert 0.1 < len(validation) / 110 < 0.5
+
+
+def test_documents_in_both_splits_are_counted(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+    other = tmp_path / "validation.jsonl"
+    other.write_text("".join(json.dumps({"text": text}) + "\n" for text in [TEXTS[3], "something else", TEXTS[55]]))
+    facts = _prepare(source, tokenizer, tmp_path / "out", validation=(other,))
+    assert facts["validation_documents_in_train"] == 2
+    assert facts["splits"]["validation"]["documents"] == 3
+    assert _read(tmp_path / "out", "validation") == [TEXTS[3], "something else", TEXTS[55]]
+
+
+def test_a_large_vocabulary_is_stored_in_four_bytes(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+    wide = shutil.copytree(tokenizer, tmp_path / "wide")
+    content = json.loads((wide / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary |= {f"unused{i}": i for i in range(len(vocabulary), 65500)}
+    (wide / "tokenizer.json").write_text(json.dumps(content))
+    facts = _prepare(source, wide, tmp_path / "out")
+    assert (facts["dtype"], facts["vocab_size"]) == ("int32", 65500)
+    _prepare(source, tokenizer, tmp_path / "narrow")
+    assert _read(tmp_path / "out", "train") == _read(tmp_path / "narrow", "train")
+
+
+def test_a_mistake_names_file_and_line_and_publishes_nothing(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+    with (source / "rows.jsonl").open("a") as file:
+        file.write('{"text": "unfinished\n')
+    with pytest.raises(UserError, match=rf"{source}/rows\.jsonl:51: not JSON"):
+        _prepare(source, tokenizer, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def test_sources_without_text_are_refused(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(UserError, match="--source has no text"):
+        _prepare(tmp_path / "empty.txt", tokenizer, tmp_path / "out")
+    (tmp_path / "one.txt").write_text("one document")
+    with pytest.raises(UserError, match="--validation-fraction 0.001 leaves no document"):
+        _prepare(tmp_path / "one.txt", tokenizer, tmp_path / "out", validation_fraction=0.001)
+
+
+def test_both_kinds_of_validation_or_a_file_twice_are_refused(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not both"):
+        _prepare(source, tokenizer, tmp_path / "out", validation=(source,), validation_fraction=0.1)
+    with pytest.raises(UserError, match=r"rows\.jsonl: this file is also in --source"):
+        _prepare(source, tokenizer, tmp_path / "out", validation=(source / "rows.jsonl",))
+
+
+def test_a_killed_run_goes_on_from_its_parts(
+    source: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(parts, "PART_BYTES", 500)
+    whole = _prepare(source, tokenizer, tmp_path / "whole")
+    total = len(plan(expand([source], flag="")))
+
+    script = f"""
+import sys, os, signal
+sys.path.insert(0, {str(Path(__file__).parents[3])!r})
+import shared.data.parts as parts
+parts.PART_BYTES = 500
+from pathlib import Path
+from shared.cli import invoked
+from tools.pretrain import prepare
+before, count = parts.finish, 0
+def finish(part):
+    global count
+    count += 1
+    if count == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return before(part)
+prepare.finish = finish
+with invoked("pretrain", "prepare", {{}}):
+    prepare.run(source=(Path({str(source)!r}),), tokenizer=Path({str(tokenizer)!r}), target=Path({str(tmp_path / "out")!r}),
+        validation=None, validation_fraction=0.0, text_key="text", workers=1, overwrite=False)
+"""
+    killed = subprocess.run([sys.executable, "-c", script], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        open_checkpoint(tmp_path / "out.work", kinds=("dataset",), flag="--data")
+    with pytest.raises(UserError, match="killed run"):
+        open_checkpoint(next(tmp_path.glob("out.partial-*")), kinds=("dataset",), flag="--data")
+
+    (source / "text9.txt").write_text(TEXTS[0])  # the last part changes, those before are found again
+    capfd.readouterr()
+    changed = _prepare(source, tokenizer, tmp_path / "out")
+    assert f"5 of {total} parts were finished by an earlier run" in capfd.readouterr().err
+    (source / "text9.txt").write_text(TEXTS[59])
+    assert changed["source_hash"] != whole["source_hash"]
+    assert _prepare(source, tokenizer, tmp_path / "out", overwrite=True) == whole
+    assert (tmp_path / "out" / "train.bin").read_bytes() == (tmp_path / "whole" / "train.bin").read_bytes()
+
+
+def test_a_finished_dataset_is_not_made_again(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+    _prepare(source, tokenizer, tmp_path / "out")
+    (tmp_path / "out.work").mkdir()  # as when killed between publishing and clearing up
+    with pytest.raises(AlreadyDone):
+        _prepare(source, tokenizer, tmp_path / "out", workers=2)
+    assert not (tmp_path / "out.work").exists()
+    with pytest.raises(UserError, match="--overwrite"):
+        _prepare(source, tokenizer, tmp_path / "out", text_key="body")
+
+
+def test_two_at_once_are_told_apart(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+    work = tmp_path / "out.work"
+    held = prepare._open_work(work)
+    with pytest.raises(UserError, match="another process"):
+        _prepare(source, tokenizer, tmp_path / "out")
+    os.close(held)
+    _prepare(source, tokenizer, tmp_path / "out")
+
+
+def test_the_recipe_names_the_parts(source: Path, tokenizer: Path, tmp_path: Path) -> None:
+    part = plan(expand([source], flag=""))[0]
+    recipe = prepare._recipe(tokenizer, "text")
+    (tmp_path / "work").mkdir()
+    set_up(recipe, tmp_path / "work")
+    first = parts.finish(part)
+    assert parts.finish(part).reused
+    other = prepare.Recipe(**{**vars(recipe), "eos_token_id": recipe.eos_token_id + 1})
+    set_up(other, tmp_path / "work")
+    assert parts.finish(part).name != first.name
+    assert isinstance(part.pieces[0], Piece)

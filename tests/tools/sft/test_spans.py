@@ -1,0 +1,77 @@
+"""Which tokens the assistant said, for templates with marks and without, against the messages themselves."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from tools.sft.conversations import Conversation
+from tools.sft.spans import Renderer
+
+TALK = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "  what is it?\n"},
+    {"role": "assistant", "content": "it is  \U0001f600"},
+    {"role": "user", "content": "\u00e9"},
+    {"role": "assistant", "content": "  def hello(): \n"},
+]
+
+
+def _said(directory: Path, messages: list[dict[str, str]]) -> list[str]:
+    """The decoded stretches of tokens that carry a loss."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokens = Renderer(tokenizer).tokens(Conversation(messages=messages))
+    expected = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(tokens.ids) == expected, "the ids are those of the rendered conversation"
+    stretches: list[list[int]] = []
+    before = False
+    for token, said in zip(tokens.ids.tolist(), tokens.assistant.tolist(), strict=True):
+        if said:
+            stretches = stretches if before else [*stretches, []]
+            stretches[-1].append(token)
+        before = said
+    return [tokenizer.decode(stretch) for stretch in stretches]
+
+
+@pytest.mark.parametrize("trims", [True, False])
+@pytest.mark.parametrize("template", ["marked", "chatml"])
+def test_the_assistants_words_and_the_end_of_its_turns(
+    tokenizers: Callable[..., Path], template: str, trims: bool
+) -> None:
+    expected = ["it is  \U0001f600<|im_end|>", "  def hello(): \n<|im_end|>"]
+    assert _said(tokenizers(template, trims=trims), TALK) == expected
+
+
+def test_the_trained_tokenizers_template(tokenizers: Callable[..., Path]) -> None:
+    """A turn of an assistant that comes first, and the last word left to the user."""
+    talk = [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "what"}]
+    for template in ("marked", "chatml"):
+        assert _said(tokenizers(template), talk) == ["hello<|im_end|>"]
+
+
+def test_earlier_turns_may_be_rendered_otherwise_once_they_are_past(tokenizers: Callable[..., Path]) -> None:
+    said = _said(tokenizers("thinking"), TALK)
+    assert said == ["it is  \U0001f600<|im_end|>", "<think>\n\n</think>\n\n  def hello(): \n<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("backwards", "message 2: the chat template renders what comes before it differently"),
+        ("shouting", "message 2: the chat template rewrites the assistant's content"),
+    ],
+)
+def test_a_template_without_a_sure_answer_is_refused(
+    tokenizers: Callable[..., Path], template: str, problem: str
+) -> None:
+    renderer = Renderer(AutoTokenizer.from_pretrained(tokenizers(template)))
+    with pytest.raises(ValueError, match=problem):
+        renderer.tokens(Conversation(messages=TALK))
+
+
+def test_what_the_template_refuses_is_said(tokenizers: Callable[..., Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers("chatml"))
+    tokenizer.chat_template = "{{ raise_exception('no system message, please') }}"
+    with pytest.raises(ValueError, match="refuses it .*no system message, please"):
+        Renderer(tokenizer).tokens(Conversation(messages=TALK))
