@@ -37,13 +37,13 @@ environment="$folder/.venv"
 rm -rf "$environment"
 "$uv" venv --quiet --python "$python" "$environment"
 install() { "$uv" pip install --quiet --python "$environment/bin/python" --no-deps "$@"; }
-install --require-hashes --requirement "$folder/requirements.lock"
+lock="$folder/requirements.lock"
+if [ -f "$folder/requirements.gpu.lock" ] && nvidia-smi -L >/dev/null 2>&1; then lock="$folder/requirements.gpu.lock"; fi
+install --require-hashes --requirement "$lock"
 if [ -f "$folder/pyproject.toml" ]; then
     install --require-hashes --requirement tests/requirements.lock
     install --editable "$folder"
 fi
-# packages that carry only metadata (tools/infer/vllm-metadata says why)
-for extra in "$folder"/*-metadata; do
-    if [ -d "$extra" ]; then install "./$extra"; fi
-done
+# tools/infer/vllm-metadata says why; the CUDA build does not need it
+if [ -d "$folder/vllm-metadata" ] && [ "$lock" = "$folder/requirements.lock" ]; then install "./$folder/vllm-metadata"; fi
 touch "$environment/.ready"

@@ -5,13 +5,19 @@ cd "$(dirname "$0")/.."
 uv=$(command -v uv || echo "$PWD/.uv/bin/uv")
 python=$PWD/tools/pretrain/.venv/bin/python
 
-lock() { # FOLDER SOURCE
-    local overrides=()
-    if [ -f "$1/overrides.txt" ]; then overrides=(--override overrides.txt); fi
-    (cd "$1" && "$uv" pip compile --quiet --python "$python" --universal --python-version 3.12 --generate-hashes \
-        --no-emit-index-url --no-header --no-annotate "${overrides[@]}" --output-file requirements.lock "$2")
+lock() { # FOLDER SOURCE [LOCK-FILE OPTION ...]
+    local folder=$1 source=$2 file=${3:-requirements.lock}
+    (cd "$folder" && "$uv" pip compile --quiet --python "$python" --universal --python-version 3.12 --generate-hashes \
+        --no-emit-index-url --no-header --no-annotate "${@:4}" --output-file "$file" "$source")
 }
 
-for tool in "$@"; do lock "tools/$tool" pyproject.toml; done
+for tool in "$@"; do
+    if [ "$tool" = infer ]; then
+        lock tools/infer pyproject.toml requirements.lock --extra cpu --override overrides.txt
+        lock tools/infer pyproject.toml requirements.gpu.lock --extra gpu
+    else
+        lock "tools/$tool" pyproject.toml
+    fi
+done
 lock tests requirements.in
 lock tests/lint requirements.in
