@@ -73,7 +73,7 @@ class TorchDistReader:
         metadata = read_pickle(path.read_bytes(), path)
         try:
             states, stored = dict(metadata.state_dict_metadata), dict(metadata.storage_data)
-            places = {(index.fqn, index.offset): info for index, info in stored.items()}
+            places = {(index.fqn, getattr(index, "offset", None)): info for index, info in stored.items()}
         except (AttributeError, TypeError, ValueError) as error:
             raise UserError(f"{path} is not a torch.distributed.checkpoint metadata file: {error}") from None
         self.objects = {key for key, state in states.items() if not hasattr(state, "size")}
