@@ -19,32 +19,32 @@ WEIGHT_SUFFIXES = (
     *(".onnx_data", ".ot", ".mlmodel", ".nemo"),
 )
 _OF_WEIGHTS = (".index.json",)
-_OWN = {MANIFEST, "run.json", "weights.json", "asides.safetensors", "metrics.jsonl", "report.html"}
-_SKIPPED_FOLDERS = {".git", ".cache", "state", "runs", "tensorboard"}
+_OWN = {MANIFEST, "weights.json", "asides.safetensors"}  # ours, about this directory
+_OF_RUNS = ("metrics.jsonl", "report.html", "run.json", "state/", "runs/", "tensorboard/")  # of the run that made it
+_TOOLS_FOLDERS = {".git", ".cache"}  # of the programs that fetched it
 
 
 def passengers(directory: Path) -> Iterator[Path]:
-    """Relative paths of the files that travel, in a fixed order."""
+    """Relative paths of the files that travel, in a fixed order: of a published directory those it answers for."""
+    if (directory / MANIFEST).is_file():
+        names = [n for n in config_of(directory / MANIFEST)["files"] if not n.startswith(_OF_RUNS)]
+    else:
+        names = [path.relative_to(directory).as_posix() for path in _files(directory)]
+    for name in sorted(names):
+        if not name.endswith((*WEIGHT_SUFFIXES, *_OF_WEIGHTS)) and name not in _OWN:
+            yield Path(name)
+
+
+def _files(directory: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(directory, followlinks=True):
-        folders[:] = sorted(name for name in folders if name not in _SKIPPED_FOLDERS and ".partial-" not in name)
-        for name in sorted(names):
-            relative = Path(folder, name).relative_to(directory)
-            if name.endswith((*WEIGHT_SUFFIXES, *_OF_WEIGHTS)) or "tfevents" in name:
-                continue
-            if relative.as_posix() not in _OWN:
-                yield relative
+        folders[:] = [name for name in folders if name not in _TOOLS_FOLDERS]
+        yield from (Path(folder, name) for name in names)
 
 
 def other_weights(directory: Path, used: set[str]) -> list[str]:
     """Weights in the directory that are not the ones read: another format, or parts of another model."""
-    return sorted(
-        path.relative_to(directory).as_posix()
-        for path in directory.rglob("*")
-        if path.name.endswith(WEIGHT_SUFFIXES)
-        and path.relative_to(directory).as_posix() not in used
-        and not _SKIPPED_FOLDERS & set(path.relative_to(directory).parts)
-        and path.relative_to(directory).as_posix() not in _OWN
-    )
+    names = {path.relative_to(directory).as_posix() for path in _files(directory)}
+    return sorted(name for name in names - used - _OWN if name.endswith(WEIGHT_SUFFIXES))
 
 
 def copy_passengers(source: Path, target: Path) -> None:

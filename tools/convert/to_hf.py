@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Literal
@@ -42,6 +43,8 @@ def run(source: Path, target: Path, dtype: DtypeFlag | None, hf_files: Path | No
                 out.path, plan.layout, lambda t: counted(source_rows(plan, reader, t), advance), out.record_hash
             )
         copy_passengers(files, out.path)
+        if dtype:
+            _name_dtype(out.path / "config.json", BY_FLAG[dtype].name)
         out.describe(
             family=plan.architecture.family,
             architecture=plan.architecture.to_dict(),
@@ -51,6 +54,15 @@ def run(source: Path, target: Path, dtype: DtypeFlag | None, hf_files: Path | No
             iteration=checkpoint.iteration_path.name,
         )
         log(summary(target, plan.bytes, time.monotonic() - started))
+
+
+def _name_dtype(path: Path, name: str) -> None:
+    """Let config.json say the type that the weights were asked to have; loaders believe it."""
+    config = config_of(path)
+    changed = config | {field: name for field in ("dtype", "torch_dtype") if field in config}
+    if changed != config:
+        log(f"config.json: dtype is {name}")
+        path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def open_export(checkpoint: Checkpoint, files: Path, dtype: DtypeFlag | None) -> tuple[TorchDistReader, Export]:

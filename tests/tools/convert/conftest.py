@@ -1,0 +1,142 @@
+"""Tiny checkpoints of every kind that matters, and the tool called as a person calls it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from shared.checkpoint.dtypes import BF16, BY_FLAG, FP32, Dtype, from_float32
+from shared.checkpoint.hf import default_layout, write_weights
+from shared.families import registry
+from shared.model.architecture import Architecture, RopeScaling
+from tools.convert.cli import tool
+
+TINY = replace(registry.sizes()["tiny"], vocab_size=259, rope_theta=50_000.0)  # 259: padded on every layout
+LLAMA3 = RopeScaling(kind="llama3", factor=8.0, original_length=64)
+
+# name -> architecture and how the files differ from the plain ones
+VARIANTS: dict[str, tuple[Architecture, dict[str, Any]]] = {
+    "llama-gqa": (TINY, {}),
+    "llama-mha-tied": (replace(TINY, num_query_groups=4, tied_embeddings=True, vocab_size=256), {}),
+    "llama-mqa-head-dim": (replace(TINY, num_query_groups=1, head_dim=24), {"dtype": "fp32"}),
+    "llama-tied-head-stored": (replace(TINY, tied_embeddings=True), {"stored_head": True}),
+    "llama-biases": (replace(TINY, qkv_bias=True, attention_output_bias=True, mlp_bias=True), {}),
+    "llama-rope-llama3-sharded": (replace(TINY, rope_scaling=LLAMA3), {"shard_bytes": 100_000}),
+    "llama-rope-linear": (replace(TINY, rope_scaling=RopeScaling(kind="linear", factor=4.0)), {"dtype": "fp16"}),
+    "llama-fp32-norms": (TINY, {"fp32": lambda name: "norm" in name}),
+    "llama-one-fp32-layer": (TINY, {"fp32": lambda name: "layers.1" in name}),
+    "llama-inv-freq": (TINY, {"inv_freq": True}),
+    "qwen2-tied": (replace(registry.sizes()["qwen2-tiny"], vocab_size=259), {}),
+    "qwen2-untied": (replace(registry.sizes()["qwen2-tiny"], tied_embeddings=False), {"shard_bytes": 80_000}),
+    "qwen3": (replace(registry.sizes()["qwen3-tiny"], vocab_size=259), {}),
+}
+
+
+def write_hf(
+    path: Path,
+    architecture: Architecture,
+    *,
+    dtype: str = "bf16",
+    fp32: Callable[[str], bool] = lambda name: False,
+    stored_head: bool = False,
+    inv_freq: bool = False,
+    shard_bytes: int = 1 << 30,
+    seed: int = 0,
+    scale: float = 0.2,
+) -> Path:
+    """A Hugging Face directory with weights large enough that every misplacement shows in the logits."""
+    path.mkdir(parents=True)
+    kinds: dict[str, tuple[Dtype, tuple[int, ...]]] = {}
+    for entry in registry.table_of(architecture).entries():
+        for source in entry.sources:
+            kinds[source.name] = (FP32 if fp32(source.name) else BY_FLAG[dtype], source.shape)
+    if stored_head:
+        kinds["lm_head.weight"] = kinds["model.embed_tokens.weight"]
+    if inv_freq:
+        for layer in range(architecture.num_layers):
+            kinds[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = (FP32, (architecture.head_dim // 2,))
+    layout = default_layout([(n, k.safetensors, s) for n, (k, s) in sorted(kinds.items())], shard_bytes)
+
+    def blocks(tensor: Any) -> list[memoryview]:
+        name = "model.embed_tokens.weight" if stored_head and tensor.name == "lm_head.weight" else tensor.name
+        generator = np.random.default_rng([seed, *name.encode()])
+        kind, shape = kinds[name]
+        values = generator.standard_normal(int(np.prod(shape)), dtype=np.float32) * np.float32(scale)
+        return [from_float32(values + np.float32("norm" in name), kind)]
+
+    write_weights(path, layout, blocks, lambda name, digest: None)
+    config = registry.to_config(architecture, bos_token_id=1, eos_token_id=2, torch_dtype="bfloat16")
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+    (path / "generation_config.json").write_text('{"temperature": 0.6}\n')
+    (path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    (path / "extra").mkdir()
+    (path / "extra" / "note.txt").write_bytes(bytes(range(256)))
+    return path
+
+
+class Answer(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+Convert = Callable[..., Answer]
+
+
+@pytest.fixture
+def convert(capsys: pytest.CaptureFixture[str]) -> Convert:
+    def call(*words: str | Path) -> Answer:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            tool.run([str(word) for word in words])
+        captured = capsys.readouterr()
+        return Answer(int(ended.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def make_hf(tmp_path: Path) -> Callable[..., Path]:
+    def make(variant: str = "llama-gqa", name: str = "hf", **changes: Any) -> Path:
+        architecture, options = VARIANTS[variant]
+        return write_hf(tmp_path / name, architecture, **(options | changes))
+
+    return make
+
+
+@pytest.fixture(params=list(VARIANTS))
+def variant(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def three_families(tmp_path: Path) -> dict[str, Path]:
+    """One directory for each family, bf16, in the forms that plain Megatron-Core can build."""
+    return {name: write_hf(tmp_path / name, VARIANTS[name][0]) for name in ("llama-gqa", "qwen2-tied", "qwen3")}
+
+
+@pytest.fixture
+def overwrite_tensor() -> Callable[[Path, str, Callable[[np.ndarray], np.ndarray]], None]:
+    """Change a bf16 tensor of a single-file checkpoint in place: the function gets `[rows, columns]` of bits."""
+
+    def change(path: Path, name: str, function: Callable[[np.ndarray], np.ndarray]) -> None:
+        from shared.checkpoint.safetensors_file import read_header
+
+        tensor = next(t for t in read_header(path).tensors if t.name == name)
+        assert tensor.dtype == BF16.safetensors
+        data = bytearray(path.read_bytes())
+        place = slice(tensor.start, tensor.start + tensor.size)
+        bits = np.frombuffer(bytes(data[place]), dtype=np.uint16).reshape(tensor.shape)
+        data[place] = np.ascontiguousarray(function(bits)).tobytes()
+        path.write_bytes(bytes(data))
+
+    return change

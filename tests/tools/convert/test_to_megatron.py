@@ -1,0 +1,181 @@
+"""What a Hugging Face directory may not be missing, and what the conversion leaves in the Megatron one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shared.checkpoint.hf import HfReader, default_layout, write_weights
+from shared.checkpoint.torch_dist import TorchDistReader
+
+Make = Callable[..., Path]
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, tuple[str, tuple[int, ...], bytes]]], None]) -> None:
+    """Write a single-file checkpoint's weights again after a change of {name: (dtype, shape, bytes)}."""
+    reader = HfReader(directory)
+    tensors = {n: (t.dtype, t.shape, b"".join(map(bytes, reader.rows(n)))) for n, t in reader.tensors.items()}
+    change(tensors)
+    (directory / "model.safetensors").unlink()
+    layout = default_layout([(n, d, s) for n, (d, s, _) in tensors.items()])
+    write_weights(directory, layout, lambda t: [memoryview(tensors[t.name][2])], lambda name, digest: None)
+
+
+def refused(convert: Any, source: Path, target: Path) -> str:
+    answer = convert("to-megatron", "--source", source, "--target", target)
+    assert answer.code == 2, answer
+    assert answer.err.count("\n") == 1 + answer.err.count("to-megatron: llama"), answer.err
+    assert not target.exists()
+    assert not list(target.parent.glob("*.partial-*"))
+    return str(answer.err)
+
+
+def test_result_holds_all_that_travels(make_hf: Make, convert: Any, tmp_path: Path) -> None:
+    target = tmp_path / "megatron"
+    assert convert("to-megatron", "--source", make_hf(), "--target", target).code == 0
+    assert (target / "latest_checkpointed_iteration.txt").read_text() == "release"
+    assert {p.name for p in (target / "release").iterdir()} == {
+        *("__0_0.distcp", ".metadata", "metadata.json", "common.pt")
+    }
+    kept = {p.relative_to(target / "hf").as_posix() for p in (target / "hf").rglob("*") if p.is_file()}
+    assert kept == {
+        *("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "extra/note.txt"),
+        "weights.json",
+    }
+    facts = json.loads((target / "manifest.json").read_text())["facts"]
+    assert (facts["family"], facts["dtype"], facts["architecture"]["head_dim"]) == ("llama", ["bfloat16"], 16)
+
+
+def test_same_command_again_says_it_is_done(make_hf: Make, convert: Any, tmp_path: Path) -> None:
+    words = ("to-megatron", "--source", make_hf(), "--target", tmp_path / "megatron")
+    assert convert(*words).code == 0
+    answer = convert(*words)
+    assert answer.code == 0
+    assert "already done" in answer.err
+
+
+def test_extra_state_of_every_module_that_transformer_engine_has(make_hf: Make, convert: Any, tmp_path: Path) -> None:
+    convert("to-megatron", "--source", make_hf("qwen3"), "--target", tmp_path / "megatron")
+    objects = TorchDistReader(tmp_path / "megatron" / "release").objects
+    for layer in range(2):
+        for module in ("self_attention.linear_qkv", "self_attention.q_layernorm", "mlp.linear_fc1", "mlp.linear_fc2"):
+            assert f"decoder.layers.{module}._extra_state/shard_{layer}_2" in objects
+    assert "decoder.final_layernorm._extra_state/shard_0_1" in objects
+
+
+def test_one_tensor_missing(make_hf: Make, convert: Any, tmp_path: Path) -> None:
+    source = make_hf()
+    rewrite(source, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    assert "model.layers.1.mlp.up_proj.weight is missing" in refused(convert, source, tmp_path / "m")
+
+
+def test_lm_head_missing_though_untied(make_hf: Make, convert: Any, tmp_path: Path) -> None:
+    source = make_hf()
+    rewrite(source, lambda tensors: tensors.pop("lm_head.weight"))
+    assert "lm_head.weight is missing" in refused(convert, source, tmp_path / "m")
+
+
+def test_one_tensor_too_many(make_hf: Make, convert: Any, tmp_path: Path) -> None:
+    source = make_hf()
+    name = "model.layers.0.mlp.gate_proj.bias"
+    rewrite(source, lambda tensors: tensors.update({name: ("BF16", (160,), bytes(320))}))
+    message = refused(convert, source, tmp_path / "m")
+    assert f"{name} is unknown" in message
+    assert "model.safetensors" in message
+
+
+def test_one_tensor_of_another_shape(make_hf: Make, convert: Any, tmp_path: Path) -> None:
+    source, name = make_hf(), "model.layers.0.self_attn.k_proj.weight"
+    rewrite(source, lambda tensors: tensors.update({name: ("BF16", (16, 128), tensors[name][2])}))
+    message = refused(convert, source, tmp_path / "m")
+    assert name in message
+    assert "[16, 128]" in message
+    assert "[32, 64]" in message
+
+
+def test_quantised_weights(make_hf: Make, convert: Any, tmp_path: Path) -> None:
+    source, name = make_hf(), "model.layers.0.self_attn.k_proj.weight"
+    rewrite(source, lambda tensors: tensors.update({name: ("F8_E4M3", (32, 64), bytes(32 * 64))}))
+    assert "F8_E4M3" in refused(convert, source, tmp_path / "m")
+
+
+def test_stored_head_that_differs_from_the_embedding_it_is_tied_to(
+    make_hf: Make, convert: Any, tmp_path: Path, overwrite_tensor: Any
+) -> None:
+    source = make_hf("llama-tied-head-stored")
+
+    def flip(bits: np.ndarray) -> np.ndarray:
+        changed = bits.copy()
+        changed[-1, -1] ^= 1
+        return changed
+
+    overwrite_tensor(source / "model.safetensors", "lm_head.weight", flip)
+    assert "lm_head.weight differs from model.embed_tokens.weight" in refused(convert, source, tmp_path / "m")
+
+
+def test_missing_shard(make_hf: Make, convert: Any, tmp_path: Path) -> None:
+    source = make_hf("llama-rope-llama3-sharded")
+    gone = sorted(source.glob("*.safetensors"))[1]
+    gone.unlink()
+    assert f"{gone} is missing" in refused(convert, source, tmp_path / "m")
+
+
+def test_shard_and_its_lines_of_the_index_missing(make_hf: Make, convert: Any, tmp_path: Path) -> None:
+    """A self-consistent index of a part of the model."""
+    source = make_hf("llama-rope-llama3-sharded")
+    index = source / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    last = sorted(source.glob("*.safetensors"))[-1]
+    content["weight_map"] = {n: f for n, f in content["weight_map"].items() if f != last.name}
+    index.write_text(json.dumps(content))
+    assert f"{last} is not in model.safetensors.index.json" in refused(convert, source, tmp_path / "m")
+    last.unlink()
+    assert "missing, though config.json asks for it" in refused(convert, source, tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "lama"}, "the nearest is llama"),
+        ({"model_type": None}, "None"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"residual_multiplier": 0.22}, "residual_multiplier"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"num_key_value_heads": 3}, "num_query_groups"),
+    ],
+)
+def test_configuration_that_is_not_understood(
+    make_hf: Make, convert: Any, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    source = make_hf()
+    config = json.loads((source / "config.json").read_text()) | changes
+    (source / "config.json").write_text(json.dumps(config))
+    assert words in refused(convert, source, tmp_path / "m")
+
+
+def test_weights_in_another_form_are_named(make_hf: Make, convert: Any, tmp_path: Path) -> None:
+    source = make_hf()
+    (source / "original").mkdir()
+    (source / "original" / "consolidated.00.pth").write_bytes(b"x")
+    answer = convert("to-megatron", "--source", source, "--target", tmp_path / "m")
+    assert answer.code == 0
+    assert "not carried over" in answer.err
+    assert "original/consolidated.00.pth" in answer.err
+
+
+def test_links_of_a_download_cache_are_followed(make_hf: Make, convert: Any, tmp_path: Path) -> None:
+    source = make_hf()
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for file in source.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    assert convert("to-megatron", "--source", snapshot, "--target", tmp_path / "m").code == 0
+    assert (tmp_path / "m" / "hf" / "extra" / "note.txt").read_bytes() == bytes(range(256))
+    assert not (tmp_path / "m" / "hf" / "tokenizer.json").is_symlink()
