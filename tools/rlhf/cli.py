@@ -120,7 +120,7 @@ def ppo(
     whiten_advantages: bool = True,
     missing_eos_penalty: Rate = 0.0,
     max_gradient_norm: Above = 1.0,
-    zero: Literal[0, 1, 2, 3] = 0,
+    zero: Annotated[int, Field(ge=0, le=3)] = 0,
     precision: Literal["bf16", "fp32"] | None = None,
     processes: Positive = 1,
     seed: NonNegative = 0,

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 Precision = Literal["bf16", "fp32"]
-ZeroStage = Literal[0, 1, 2, 3]
+
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def quieten() -> None:
 class EngineOptions:
     """How an engine trains."""
 
-    zero: ZeroStage
+    zero: int
     """ZeRO stage: what is sharded over the ranks (1 optimizer state, 2 and gradients, 3 and parameters)."""
     precision: Precision
     """Of weights and activations; with bf16 the optimizer keeps float32 masters."""

@@ -108,7 +108,9 @@ def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def save_hf(model: Any, directory: Path, source: Source, *, weights: dict[str, Tensor] | None = None) -> dict[str, Any]:
+def save_hf(
+    model: Any, directory: Path, source: Source, *, weights: dict[str, Tensor] | None = None, new_config: bool = False
+) -> dict[str, Any]:
     """Write a Hugging Face directory and complete it with the source's other files.
 
     Args:
@@ -116,6 +118,7 @@ def save_hf(model: Any, directory: Path, source: Source, *, weights: dict[str, T
         directory: where to.
         source: the directory it was trained from.
         weights: whole tensors by name, for a sharded model.
+        new_config: write the model's config.json; by default the source's travels on, to the letter.
 
     Returns:
         facts for the manifest.
@@ -129,6 +132,8 @@ def save_hf(model: Any, directory: Path, source: Source, *, weights: dict[str, T
     model.save_pretrained(directory, state_dict=weights)
     # The sampling settings of training are not the checkpoint's: its own file is copied instead.
     (directory / "generation_config.json").unlink(missing_ok=True)
+    if not new_config:
+        (directory / "config.json").unlink()
     complete_hf(directory, source.path)
     return {
         "family": model.config.model_type,

@@ -29,7 +29,6 @@ from tools.rlhf.host import (
     EngineOptions,
     Host,
     Precision,
-    ZeroStage,
     frozen_engine,
     full_weights,
     prepare,
@@ -74,7 +73,7 @@ class PPOOptions:
     whiten_advantages: bool
     missing_eos_penalty: float
     max_gradient_norm: float
-    zero: ZeroStage
+    zero: int
     precision: Precision | None
     seed: int
     save_every: int

@@ -75,7 +75,7 @@ def run(options: RewardOptions) -> None:
             result = {"accuracy_before": before, "accuracy_after": after, **counts}
             if after is not None:
                 log(f"accuracy on held-out pairs after training: {after:.3f}")
-            facts = save_hf(trained.to("cpu"), target.out.path, source) | result
+            facts = save_hf(trained.to("cpu"), target.out.path, source, new_config=True) | result
             target.out.describe(**facts)
             add_record(target, title=f"Reward model {options.target.name}", facts=facts, charts=_CHARTS)
             print(json.dumps(result), flush=True)
