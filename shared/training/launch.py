@@ -43,6 +43,9 @@ def launch(processes: int) -> int | None:
     if processes < 1:
         raise UserError(f"--processes must be at least 1, not {processes}")
     if "RANK" in os.environ:
+        started = os.environ.get("WORLD_SIZE")
+        if processes != 1 and started != str(processes):  # 1 is the flag's default: a cluster's launcher decides
+            raise UserError(f"--processes {processes}, but the launcher of this job started {started} workers")
         return None
     if processes == 1:
         return None

@@ -51,6 +51,32 @@ def make_ids():
     return torch.randint(0, VOCAB, (ROWS, SEQUENCE + 1), generator=torch.Generator().manual_seed(5))
 
 
+def cross_entropy_case(vocab):
+    """Logits `[4, 2, 48]`, of which `vocab` columns count, labels with one to ignore, and weights of the losses."""
+    import torch
+
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(4, 2, 48, generator=generator) * 4
+    labels = torch.randint(0, vocab, (4, 2), generator=generator)
+    labels[0, 0] = -1
+    return logits, labels, torch.rand(4, 2, generator=generator)
+
+
+def cross_entropy(vocab):
+    """Of every rank: the losses, and the gradient of its half of the columns."""
+    import torch
+
+    from shared.model.cross_entropy import vocab_parallel_cross_entropy
+
+    logits, labels, weights = cross_entropy_case(vocab)
+    part = logits.chunk(2, dim=-1)[torch.distributed.get_rank()].clone().requires_grad_()
+    loss = vocab_parallel_cross_entropy(part, labels, vocab_size=vocab, group=torch.distributed.group.WORLD)
+    (loss * weights).sum().backward()
+    gathered = [None, None]
+    torch.distributed.all_gather_object(gathered, (loss.tolist(), part.grad.tolist()))
+    return gathered
+
+
 def train(description, layout, weights_path, dtype, recompute="none"):
     """Losses of a few steps of Adam on the same rows; the distributed optimizer and the pipeline schedules."""
     import torch
@@ -156,6 +182,8 @@ def main(directory):
         chunks = build(architecture(num_query_groups=1), layout, dtype=torch.float32)
         weights.load(chunks, directory / "one_group")
         results[f"one group {name}"] = logits(chunks, ids)[0, -1, :8].tolist()
+    for vocab in (37, 21):
+        results[f"cross entropy {vocab}"] = cross_entropy(vocab)
     if torch.distributed.get_rank() == 0:
         (directory / "results.json").write_text(json.dumps(results))
 

@@ -1,0 +1,37 @@
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_is_that_of_transformers_to_the_bit(dtype, model_of, worker):
+    norm = model_of(worker.architecture(), dtype).decoder.final_layernorm
+    theirs = LlamaRMSNorm(64, eps=1e-5).to(dtype)
+    with torch.no_grad():
+        norm.weight.normal_()
+        theirs.weight.copy_(norm.weight)
+    x = (torch.randn(7, 3, 64) * 5).to(dtype)
+    assert torch.equal(norm(x), theirs(x))
+
+
+def test_gradients_are_right(model_of, worker):
+    norm = model_of(worker.architecture()).decoder.final_layernorm
+    x = torch.randn(3, 64, requires_grad=True)
+    y, weight = x.detach().clone().requires_grad_(), norm.weight.detach().clone().requires_grad_()
+    gradient = torch.randn(3, 64)
+    norm(x).backward(gradient)
+    torch.nn.functional.rms_norm(y, (64,), weight, 1e-5).backward(gradient)
+    torch.testing.assert_close(x.grad, y.grad, atol=1e-5, rtol=0)  # fp32, numbers of size 1
+    torch.testing.assert_close(norm.weight.grad, weight.grad, atol=1e-5, rtol=0)
+
+
+def test_weights_are_marked_for_sequence_parallel_sums(worker):
+    from shared.model.gpt import transformer_config
+    from shared.model.norm import RMSNorm
+    from shared.model.parallel import ParallelLayout
+
+    for sequence_parallel in (False, True):
+        layout = ParallelLayout(tensor=2, sequence_parallel=sequence_parallel)
+        config = transformer_config(worker.architecture(), layout, torch.float32)
+        norm = RMSNorm(config=config, hidden_size=64, eps=1e-5)
+        assert norm.weight.sequence_parallel is sequence_parallel
