@@ -87,7 +87,8 @@ def evaluate(
     """Measure a model with lm-evaluation-harness.
 
     A task is a YAML file of your own, a directory of them, or the name of one that the harness brings. Files that a
-    YAML names (data_files, include, !function) are taken relative to it. Publishes TARGET/results.json and prints a table.
+    YAML names (data_files, include, !function) are taken relative to it. Publishes TARGET/results.json and prints a
+    table.
 
     Args:
         source: Hugging Face directory of the model.
@@ -178,7 +179,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP with OpenAI's API.
 
-    Prints `ready http://HOST:PORT/v1 NAME` on stdout once requests are answered. SIGTERM and Ctrl-C end it: exit code 0.
+    Prints `ready http://HOST:PORT/v1 NAME` on stdout once requests are answered. SIGTERM and Ctrl-C end it, with exit
+    code 0.
 
     Args:
         source: Hugging Face directory of the model.

@@ -8,7 +8,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +55,7 @@ def run(
         from tools.infer.tasks import choose  # the harness reads its environment, too
 
         chosen = choose(tasks, Path(cache))
-        inputs = {"source": source, "tasks": chosen.files}
+        inputs: dict[str, Path | Sequence[Path]] = {"source": source, "tasks": chosen.files}
         with publish(target, kind="result", inputs=inputs, overwrite=overwrite) as out:
             model = open_source(source)
             if apply_chat_template:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
+
 from shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -95,7 +97,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]
         raise UserError(f"{place}: messages need a chat template and the tokenizer has none; give a raw prompt instead")
     try:
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # the template is the model's own program: jinja2 and whatever it raises
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
         raise UserError(f"{place}: the chat template refuses these messages: {error}") from None
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 

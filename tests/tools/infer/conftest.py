@@ -1,0 +1,150 @@
+"""Tiny random models, and a launcher that runs `infer` commands without importing vLLM anew for each."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+LAUNCHER = Path(__file__).with_name("launcher.py")
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TEXT = "The quick brown fox jumps over the lazy dog. def f(x): return x + 1\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """What a command left behind."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+class Launcher:
+    """`infer` commands in forks of one warm process."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.count = 0
+        self.process = subprocess.Popen(
+            [sys.executable, str(LAUNCHER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=directory
+        )
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, *words: object, stdin: str = "") -> tuple[int, Path]:
+        """Start a command: its process id, and the path whose .out and .err it writes."""
+        self.count += 1
+        files = self.directory / f"command-{self.count}"
+        files.with_suffix(".in").write_text(stdin, encoding="utf-8")
+        names = {"stdin": ".in", "stdout": ".out", "stderr": ".err"}
+        request = {"run": [str(word) for word in words]}
+        return self.ask(request | {k: str(files.with_suffix(v)) for k, v in names.items()})["pid"], files
+
+    def wait(self, pid: int, files: Path) -> Finished:
+        """The end of a started command."""
+        code = self.ask({"wait": pid})["code"]
+        out, err = (files.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".out", ".err"))
+        return Finished(code=code, stdout=out, stderr=err)
+
+    def __call__(self, *words: object, stdin: str = "") -> Finished:
+        """Run a command to its end."""
+        return self.wait(*self.start(*words, stdin=stdin))
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    started = Launcher(tmp_path_factory.mktemp("launcher"))
+    yield started
+    assert started.process.stdin is not None
+    started.process.stdin.close()
+    started.process.wait(timeout=20)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """family -> a directory with a tiny random model of it. The LLaMA has a chat template, the others have none.
+
+    head_dim 32 is the smallest that vLLM's CPU attention takes. Weights are drawn wide, so that the likeliest token
+    leads by far and greedy decoding does not turn on rounding.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    root = tmp_path_factory.mktemp("models")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    # ASCII only: every token is whole characters, so that equal texts are equal tokens.
+    alphabet = [c for c in pre_tokenizers.ByteLevel.alphabet() if c.isascii() or c in "\u0120\u010a"]
+    bpe.train_from_iterator(
+        [TEXT] * 4, trainers.BpeTrainer(vocab_size=140, special_tokens=["<eos>"], initial_alphabet=alphabet)
+    )
+
+    def make(family: str) -> Path:
+        path = root / family
+        if path.exists():
+            return path
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>")
+        if family == "llama":
+            tokenizer.chat_template = TEMPLATE
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(
+            family,
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=32,
+            max_position_embeddings=128,
+            initializer_range=0.3,
+            bos_token_id=None,
+            eos_token_id=0,
+            pad_token_id=None,
+        )
+        model = AutoModelForCausalLM.from_config(config)
+        model.generation_config.eos_token_id = 0
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def greedy() -> Callable[[Path, str | list[dict[str, str]], int], str]:
+    """(directory, prompt, tokens) -> what transformers completes, taking the likeliest token each time, in fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def complete(path: Path, prompt: str | list[dict[str, str]], tokens: int) -> str:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        if isinstance(prompt, list):
+            prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            out = model.generate(ids, max_new_tokens=tokens, do_sample=False, attention_mask=torch.ones_like(ids))
+        return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+    return complete

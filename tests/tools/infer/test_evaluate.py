@@ -1,0 +1,126 @@
+"""`infer evaluate`: held-out bits per byte against a computation in float64, on both engines."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+from shared.checkpoint.reader import open_checkpoint
+from tools.infer.evaluate import table
+
+HELD_OUT = """
+task: held_out
+dataset_path: json
+dataset_kwargs: {data_files: held_out.jsonl}
+output_type: loglikelihood_rolling
+test_split: train
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: bits_per_byte}]
+"""
+LENGTH = """
+task: length
+dataset_path: json
+dataset_kwargs: {data_files: held_out.jsonl}
+output_type: generate_until
+test_split: train
+doc_to_text: "{{text[:20]}}"
+doc_to_target: ""
+process_results: !function metrics.length
+generation_kwargs: {until: [], do_sample: false, max_gen_toks: 5}
+metric_list: [{metric: length, aggregation: mean, higher_is_better: true}]
+"""
+METRICS = "def length(doc, results):\n    return {'length': float(len(results[0]) > 0)}\n"
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("tasks")
+    (directory / "held_out.yaml").write_text(HELD_OUT)
+    (directory / "length.yaml").write_text(LENGTH)
+    (directory / "metrics.py").write_text(METRICS)
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "dogs"]
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(words, k=3 + 12 * n)) for n in range(5)]
+    (directory / "held_out.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return directory
+
+
+def bits_per_byte(source: Path, texts: list[str], window: int) -> float:
+    """Held-out bits per byte in float64: texts cut to windows of `window` tokens, each read after the last token of
+    the one before, the first after the end-of-text token."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64)
+    nats = 0.0
+    for text in texts:
+        ids = [tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]
+        for start in range(0, len(ids) - 1, window):
+            piece = torch.tensor([ids[start : start + window + 1]])
+            with torch.no_grad():
+                logits = model(piece[:, :-1]).logits
+            assert logits.dtype == torch.float64
+            chosen = torch.log_softmax(logits, -1).gather(-1, piece[:, 1:, None])
+            nats -= chosen.sum().item()
+    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
+
+
+def test_bits_per_byte_equals_a_float64_computation_on_both_engines(launcher, models, tasks, tmp_path):
+    source = models("llama")
+    texts = [json.loads(line)["text"] for line in (tasks / "held_out.jsonl").read_text().splitlines()]
+    # The context is 128; the harness keeps two places free. A text fits one window or is cut in several.
+    wanted = bits_per_byte(source, texts, window=126)
+    found = {}
+    for engine, flags in {"vllm": ["--tasks", tasks], "hf": ["--tasks", tasks / "held_out.yaml"]}.items():
+        target = tmp_path / engine
+        words = ("evaluate", "--source", source, "--target", target, "--engine", engine, "--precision", "fp32")
+        done = launcher(*words, *flags, "--keep-samples")
+        assert done.code == 0, done.stderr
+        assert "held_out" in done.stdout
+        results = json.loads((target / "results.json").read_text())
+        found[engine] = results["results"]["held_out"]["bits_per_byte,none"]
+        facts = open_checkpoint(target, kinds=("result",), flag="--source").facts
+        assert facts["metrics"]["held_out"]["bits_per_byte"] == found[engine]
+        assert len((target / "samples_held_out.jsonl").read_text().splitlines()) == len(texts)
+    # fp32 log-probabilities carry a relative error of about 1e-6; sums over hundreds of tokens average it.
+    assert found["vllm"] == pytest.approx(wanted, rel=2e-5)
+    assert found["hf"] == pytest.approx(wanted, rel=2e-5)
+    assert wanted > 1  # a model that has learnt nothing
+
+    results = json.loads((tmp_path / "vllm/results.json").read_text())
+    assert results["results"]["length"]["length,none"] == 1.0
+    again = launcher("evaluate", "--source", source, "--tasks", tasks / "held_out.yaml", "--target", tmp_path / "hf")
+    assert again.code == 2  # other options: refused, not silently redone
+    assert "--overwrite" in again.stderr
+
+
+def test_a_data_file_that_changed_is_another_evaluation(launcher, models, tasks, tmp_path):
+    for file in tasks.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    words = ("evaluate", "--source", models("llama"), "--tasks", tmp_path / "held_out.yaml", "--engine", "hf")
+    words += ("--target", tmp_path / "out", "--limit", 2)
+    assert launcher(*words).code == 0
+    assert "already done" in launcher(*words).stderr
+    (tmp_path / "held_out.jsonl").write_text('{"text": "another text"}\n')
+    assert launcher(*words).code == 2
+
+
+def test_a_chat_template_that_is_not_there_is_said(launcher, models, tasks, tmp_path):
+    words = ("evaluate", "--source", models("qwen3"), "--tasks", tasks, "--target", tmp_path / "out")
+    done = launcher(*words, "--apply-chat-template")
+    assert done.code == 2
+    assert "has no chat template" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_table_lines_up():
+    lines = table({"a": {"bits_per_byte": 1.25}, "longer": {"acc": 0.5}}, {"a": 10, "longer": 3}).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[1].split() == ["a", "10", "bits_per_byte", "1.2500"]

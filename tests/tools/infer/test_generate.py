@@ -1,0 +1,110 @@
+"""`infer generate` against transformers, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from shared.checkpoint.publish import publish
+from shared.checkpoint.reader import open_checkpoint
+from shared.cli import invoked
+
+PROMPTS = ["The quick", "def f(x): return", "lazy dog. " * 9, "x", "brown fox jumps over the"]
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read(directory: Path) -> list[dict]:
+    text = (directory / "generations.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_greedy_tokens_equal_those_of_transformers(family, launcher, models, greedy, tmp_path):
+    source = models(family)
+    rows = [{"id": index, "prompt": prompt} for index, prompt in enumerate(PROMPTS)]
+    if family == "llama":
+        rows.append({"id": len(rows), "messages": [{"role": "user", "content": "fox?"}], "tags": ["kept"]})
+    prompts = write(tmp_path / "prompts.jsonl", rows)
+    command = ("generate", "--source", source, "--prompts", prompts, "--target", tmp_path / "out")
+    command += ("--precision", "fp32", "--max-tokens", 24)
+
+    done = launcher(*command)
+    assert done.code == 0, done.stderr
+    answers = read(tmp_path / "out")
+    assert [{k: row[k] for k in given} for row, given in zip(answers, rows, strict=True)] == rows
+    wanted = [greedy(source, row.get("prompt") or row["messages"], 24) for row in rows]
+    assert [row["completion"] for row in answers] == wanted
+    assert len(set(wanted)) == len(wanted)  # no degenerate model, which would agree on anything
+    for row in answers:
+        assert row["completion_tokens"] == 24 if row["finish_reason"] == "length" else row["finish_reason"] == "stop"
+
+    facts = open_checkpoint(tmp_path / "out", kinds=("result",), flag="--source").facts
+    assert facts["rows"] == len(rows)
+    assert facts["completion_tokens"] == sum(row["completion_tokens"] for row in answers)
+    again = launcher(*command)
+    assert again.code == 0
+    assert "already done" in again.stderr
+    other = launcher(*command, "--temperature", "0.5")
+    assert other.code == 2
+    assert "--overwrite" in other.stderr
+
+
+def test_samples_depend_on_the_seed_and_not_on_the_batch(launcher, models, tmp_path):
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "The quick"}, {"prompt": "The quick"}])
+
+    def sample(name: str, *flags: object) -> list[dict]:
+        target = tmp_path / name
+        words = ("--source", models("llama"), "--prompts", prompts, "--target", target, "--precision", "fp32")
+        done = launcher("generate", *words, "--temperature", 8, "--samples", 2, "--max-tokens", 12, *flags)
+        assert done.code == 0, done.stderr
+        return [row["completions"] for row in read(target)]
+
+    together, apart, other = sample("a"), sample("b", "--batch-size", 1), sample("c", "--seed", 7)
+    assert together == apart
+    assert together != other
+    assert len({text for texts in together for text in texts}) == 4  # each sample of each row has a stream of its own
+
+
+def test_a_damaged_directory_is_refused(launcher, models, tmp_path):
+    source = tmp_path / "model"
+    with invoked("convert", "init", {}), publish(source, kind="hf", inputs={}) as out:
+        for file in models("llama").iterdir():
+            (out.path / file.name).write_bytes(file.read_bytes())
+    weights = source / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "x"}])
+    done = launcher("generate", "--source", source, "--prompts", prompts, "--target", tmp_path / "out")
+    assert done.code == 2
+    assert "model.safetensors" in done.stderr
+    assert "damaged" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_that_does_not_fit_is_named(launcher, models, tmp_path):
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "x"}, {"prompt": "The fox " * 80}])
+    done = launcher("generate", "--source", models("llama"), "--prompts", prompts, "--target", tmp_path / "out")
+    assert done.code == 2
+    assert "prompts.jsonl:2: the prompt has" in done.stderr
+    assert "--max-model-len" in done.stderr
+
+
+def test_an_architecture_that_vllm_lacks_is_named(launcher, models, tmp_path):
+    source = tmp_path / "model"
+    source.mkdir()
+    for file in models("llama").iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    config = json.loads((source / "config.json").read_text()) | {"architectures": ["WaterwheelForCausalLM"]}
+    (source / "config.json").write_text(json.dumps(config))
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "x"}])
+    done = launcher("generate", "--source", source, "--prompts", prompts, "--target", tmp_path / "out")
+    assert done.code == 2
+    assert "WaterwheelForCausalLM" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,73 @@
+"""Reading prompts: what a line may hold, and how each mistake is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shared.errors import UserError
+from tools.infer.prompts import check_length, encode, load_tokenizer, read_rows
+
+
+def file(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    return path
+
+
+def test_rows_keep_their_fields_and_line_numbers(tmp_path):
+    rows = read_rows(
+        file(tmp_path, '{"prompt": "a", "id": 1}\n\n{"messages": [{"role": "user", "content": "b"}]}\n'), ()
+    )
+    assert [row.line for row in rows] == [1, 3]
+    assert rows[0].fields == {"prompt": "a", "id": 1}
+    assert rows[0].prompt == "a"
+    assert rows[1].prompt == [{"role": "user", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a"', "not JSON"),
+        ('["a"]', "an object"),
+        ('{"text": "a"}', 'either "prompt" or "messages"'),
+        ('{"prompt": "a", "messages": []}', 'either "prompt" or "messages"'),
+        ('{"prompt": 3}', "not int"),
+        ('{"messages": "a"}', "not str"),
+        ('{"messages": []}', "empty"),
+        ('{"messages": [{"role": "user"}]}', '"role" and "content"'),
+        ('{"prompt": "a", "completion": "b"}', '"completion"'),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, line, message):
+    path = file(tmp_path, f'{{"prompt": "fine"}}\n{line}\n')
+    with pytest.raises(UserError, match="p.jsonl:2: ") as caught:
+        read_rows(path, ("completion",))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "message"), [("\n \n", "no prompt"), ("\udcff", "not UTF-8")])
+def test_a_useless_file_is_named(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        read_rows(file(tmp_path, text), ())
+
+
+def test_messages_go_through_the_template_and_raw_text_does_not(models):
+    tokenizer = load_tokenizer(models("llama"))
+    ids = encode(tokenizer, [{"role": "user", "content": "fox"}], "here")
+    assert tokenizer.decode(ids) == "<user>fox\n<assistant>"
+    assert tokenizer.decode(encode(tokenizer, "fox", "here")) == "fox"
+
+
+def test_what_cannot_be_encoded_is_said(models):
+    with pytest.raises(UserError, match="here: messages need a chat template"):
+        encode(load_tokenizer(models("qwen3")), [{"role": "user", "content": "fox"}], "here")
+    with pytest.raises(UserError, match="here: the prompt is empty"):
+        encode(load_tokenizer(models("llama")), "", "here")
+
+
+def test_a_prompt_must_leave_room_for_one_token():
+    check_length([1] * 7, 8, "here")
+    with pytest.raises(UserError, match="here: the prompt has 8 tokens and the context 8"):
+        check_length([1] * 8, 8, "here")

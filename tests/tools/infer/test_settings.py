@@ -1,0 +1,46 @@
+"""The key-value cache on a machine without a GPU: enough, and never most of the memory."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from shared.errors import UserError
+from tools.infer.settings import cpu_cache_bytes
+
+CONFIG = {
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "dtype": "bfloat16",
+}
+PER_TOKEN = 2 * 4 * 2 * 32  # keys and values, layers, heads, head_dim
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    def free(size: int) -> None:
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=size))
+
+    return free
+
+
+def test_it_holds_every_sequence_in_full(memory):
+    memory(1 << 40)
+    assert cpu_cache_bytes(CONFIG, None, 32, None) == PER_TOKEN * 2 * (1024 + 128) * 32
+    assert cpu_cache_bytes(CONFIG, None, 32, "fp32") == PER_TOKEN * 4 * (1024 + 128) * 32
+    assert cpu_cache_bytes(CONFIG, 256, 1, None) == PER_TOKEN * 2 * (256 + 128)
+
+
+def test_it_stays_within_a_share_of_the_free_memory(memory):
+    memory(4 << 20)
+    assert cpu_cache_bytes(CONFIG, None, 32, None) == int((4 << 20) * 0.4)
+
+
+def test_a_context_that_cannot_be_held_is_said(memory):
+    memory(1 << 20)
+    with pytest.raises(UserError, match="--max-model-len: one context of 1024 tokens needs"):
+        cpu_cache_bytes(CONFIG, None, 32, None)

@@ -1,0 +1,112 @@
+"""How --tasks is resolved: files, directories, names; paths relative to the file that names them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shared.errors import UserError
+from tools.infer.tasks import choose
+
+TASK = """
+task: held_out
+dataset_path: json
+dataset_kwargs: {data_files: DATA}
+output_type: loglikelihood_rolling
+test_split: train
+doc_to_text: ""
+doc_to_target: "{{text}}"
+process_results: !function metrics.nothing
+include: _base.yaml
+"""
+
+
+@pytest.fixture
+def directory(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "data/b.jsonl").write_text('{"text": "b"}\n')
+    (tmp_path / "_base.yaml").write_text("metric_list: [{metric: bits_per_byte}]\n")
+    (tmp_path / "metrics.py").write_text("def nothing(doc, results):\n    return {}\n")
+    return tmp_path
+
+
+def task(directory: Path, data: str, name: str = "task.yaml") -> Path:
+    path = directory / name
+    path.write_text(TASK.replace("DATA", data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted"),
+    [
+        ("data/a.jsonl", "{0}/data/a.jsonl"),
+        ("[data/a.jsonl, data/b.jsonl]", ["{0}/data/a.jsonl", "{0}/data/b.jsonl"]),
+        ("{test: data/*.jsonl}", {"test": "{0}/data/*.jsonl"}),
+    ],
+)
+def test_paths_are_relative_to_the_task(directory, tmp_path, monkeypatch, data, wanted):
+    path = task(directory, data)
+    monkeypatch.chdir("/")
+    chosen = choose([str(path)], tmp_path / "cache")
+
+    def placed(value):
+        if isinstance(value, dict):
+            return {key: placed(item) for key, item in value.items()}
+        return [placed(item) for item in value] if isinstance(value, list) else value.format(directory.resolve())
+
+    assert chosen.specs[0]["dataset_kwargs"]["data_files"] == placed(wanted)
+    assert chosen.specs[0]["metric_list"] == [{"metric": "bits_per_byte"}]
+
+
+def test_every_file_that_decides_the_result_is_listed(directory, tmp_path):
+    chosen = choose([str(task(directory, "data/*.jsonl"))], tmp_path / "cache")
+    names = {file.resolve().relative_to(directory.resolve()).as_posix() for file in chosen.files}
+    assert names == {"task.yaml", "_base.yaml", "metrics.py", "data/a.jsonl", "data/b.jsonl"}
+
+
+def test_a_directory_gives_its_tasks_and_not_their_parts(directory, tmp_path):
+    task(directory, "data/a.jsonl")
+    chosen = choose([str(directory)], tmp_path / "cache")
+    assert [spec["task"] for spec in chosen.specs] == ["held_out"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [("data/none.jsonl", "data/none.jsonl does not exist"), ("[", "task.yaml: ")],
+)
+def test_what_is_missing_or_broken_is_named(directory, tmp_path, data, message):
+    with pytest.raises(UserError, match="--tasks .*task.yaml") as caught:
+        choose([str(task(directory, data))], tmp_path / "cache")
+    assert message in str(caught.value)
+
+
+def test_an_absent_function_and_an_absent_file_are_named(directory, tmp_path):
+    path = task(directory, "data/a.jsonl")
+    path.write_text(path.read_text().replace("metrics.nothing", "metrics.something"))
+    with pytest.raises(UserError, match="something"):
+        choose([str(path)], tmp_path / "cache")
+    with pytest.raises(UserError, match="none.yaml does not exist"):
+        choose([str(directory / "none.yaml")], tmp_path / "cache")
+    (directory / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no task"):
+        choose([str(directory / "empty")], tmp_path / "cache")
+
+
+def test_a_group_file_is_refused(directory, tmp_path):
+    path = directory / "group.yaml"
+    path.write_text("group: g\ntask: [a, b]\n")
+    with pytest.raises(UserError, match="groups"):
+        choose([str(path)], tmp_path / "cache")
+
+
+def test_the_nearest_name_is_offered(tmp_path, monkeypatch):
+    # The harness's own index takes twenty seconds to read; a short list of its names does for the message.
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr(TaskManager, "task_index", {}, raising=True)
+    monkeypatch.setattr(TaskManager, "all_tasks", ["hellaswag", "mmlu"], raising=True)
+    monkeypatch.setattr("lm_eval.tasks.manager.TaskIndex.build", lambda self, paths: {})
+    with pytest.raises(UserError, match="--tasks hellaswga .* did you mean hellaswag"):
+        choose(["hellaswga"], tmp_path)
