@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +67,6 @@ class Recorder:
         self._epoch = epoch  # sequences
         self._speaks = torch.distributed.get_rank() == 0
         self._saved = directory.resumed
-        self._first = directory.resumed or 0
-        self._started = time.perf_counter()
         self._flops = flops_per_token(inputs.architecture, config.sequence_length)
         self._peak = peak_flops()
         self._metrics = Metrics(directory.path, resumed_step=directory.resumed) if self._speaks else None
@@ -96,7 +93,8 @@ class Recorder:
             row["mfu"] = round(speed * self._flops / (self._peak * config.processes), 4)
         self._metrics.append(**row)
         if step % config.log_every == 0 or step == config.steps:
-            left = (time.perf_counter() - self._started) / (step - self._first) * (config.steps - step)
+            recent = [row["seconds"] for row in self._metrics.rows[-50:] if "seconds" in row]
+            left = sum(recent) / len(recent) * (config.steps - step)
             log(
                 f"update {step}/{config.steps}  loss {loss:.4f}  lr {rate:.2e}  grad {gradient_norm:.2f}  "
                 f"{speed:,.0f} tokens/s  {quantity(row['memory_bytes'], 'bytes')}  "

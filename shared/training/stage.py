@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shared.checkpoint.manifest import identity, parents_of, read_manifest
+from shared.checkpoint.target import check_target
 from shared.console import log
 from shared.errors import UserError
+from shared.invocation import invocation
 from shared.training.config import (
     Precision,
     Recompute,
@@ -124,6 +127,7 @@ def run(
         bytes_per_token: UTF-8 bytes per token of the validation split, where the data says so.
     """
     config.check_architecture(inputs.architecture)
+    _leave_if_done(options)
     code = launch(config.processes)
     if code is not None:
         return code
@@ -144,3 +148,14 @@ def run(
         )
     )
     return None
+
+
+def _leave_if_done(options: TrainingOptions) -> None:
+    """Raise AlreadyDone where the same run is finished, without starting the machinery that would find it out, too."""
+    manifest = read_manifest(options.target, flag="--target")
+    if manifest is None or manifest.state != "finished":
+        return
+    inputs = {"source": options.source, "data": options.data}
+    check_target(
+        options.target, same=identity(invocation(), inputs, parents_of(inputs)), overwrite=options.overwrite
+    )

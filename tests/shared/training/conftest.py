@@ -1,0 +1,98 @@
+"""A tiny model and run for the tests of this folder."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from shared.model.architecture import Architecture  # noqa: E402
+from shared.training.config import TrainingConfig  # noqa: E402
+from shared.training.quiet import hush  # noqa: E402
+
+hush()
+
+
+def tiny_config(**changes) -> TrainingConfig:
+    fields = dict(
+        steps=100,
+        sequence_length=64,
+        micro_batch_size=2,
+        global_batch_size=8,
+        learning_rate=1e-3,
+        min_learning_rate=1e-4,
+        schedule="cosine",
+        warmup_steps=10,
+        decay_steps=20,
+        weight_decay=0.1,
+        clip_grad=1.0,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        seed=1,
+        precision="fp32",
+        recompute="none",
+        tensor_parallel=1,
+        pipeline_parallel=1,
+        virtual_pipeline=1,
+        sequence_parallel=False,
+        processes=1,
+        save_every=10,
+        keep=2,
+        log_every=1,
+        validate_every=0,
+        validation_sequences=10,
+    )
+    return TrainingConfig(**{**fields, **changes})
+
+
+def tiny_architecture(**changes) -> Architecture:
+    fields = dict(
+        family="llama",
+        num_layers=4,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        num_query_groups=2,
+        head_dim=16,
+        vocab_size=300,
+        max_position_embeddings=128,
+        norm_epsilon=1e-5,
+        rope_theta=1e4,
+        tied_embeddings=True,
+    )
+    return Architecture(**{**fields, **changes})
+
+
+@pytest.fixture
+def make_config() -> Callable[..., TrainingConfig]:
+    """A function from changed fields to the configuration of a run."""
+    return tiny_config
+
+
+@pytest.fixture
+def make_architecture() -> Callable[..., Architecture]:
+    """A function from changed fields to a tiny model's architecture."""
+    return tiny_architecture
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory) -> Path:
+    """A torch_dist directory with random weights of the tiny model."""
+    from megatron.core import dist_checkpointing
+
+    from shared.model import gpt, parallel, weights
+
+    directory = tmp_path_factory.mktemp("start") / "release"
+    directory.mkdir()
+    parallel.initialize(parallel.ParallelLayout(), 5)
+    chunks = gpt.build(tiny_architecture(), parallel.ParallelLayout(), dtype=_float32(), perform_initialization=True)
+    dist_checkpointing.save(weights.sharded_state_dict(chunks)["model"], str(directory))
+    return directory
+
+
+def _float32():
+    import torch
+
+    return torch.float32

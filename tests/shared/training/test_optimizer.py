@@ -1,0 +1,137 @@
+"""AdamW as configured, and as restored, against torch's own on the whole model."""
+
+import math
+
+import pytest
+import torch
+
+import shared.device
+from shared.model import gpt, parallel, weights
+from shared.training import state
+from shared.training.data import Batch
+from shared.training.loop import forward_backward, model_overrides
+from shared.training.optimizer import build_optimizer, set_learning_rate, wrap
+
+
+class Words:
+    """Samples that repeat a few words: learnable."""
+
+    sequence_length = 24
+
+    def __len__(self) -> int:
+        return 64
+
+    def batch(self, positions) -> Batch:
+        rows = [(torch.arange(25) * (1 + int(position) % 3)) % 11 for position in positions]
+        samples = torch.stack(rows)
+        return Batch(tokens=samples[:, :-1].clone(), labels=samples[:, 1:].clone())
+
+
+@pytest.fixture
+def made(make_config, make_architecture, start):
+    """A function to a fresh model and optimizer, from `start` or a saved directory, and a function that trains them."""
+
+    def make(directory=None, precision="fp32", **changes):
+        config = make_config(sequence_length=24, precision=precision, **changes)
+        layout = parallel.ParallelLayout()
+        parallel.initialize(layout, 1)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        chunks = gpt.build(make_architecture(), layout, dtype=dtype, **model_overrides(config))
+        weights.load(chunks, directory or start)
+        model = wrap(chunks)
+        optimizer = build_optimizer(config, model)
+
+        def train(first: int, last: int, rate: float = 1e-2) -> list[tuple[float, float]]:
+            rows = []
+            for step in range(first, last):
+                loss, _ = forward_backward(config, model, Words(), step, shared.device.prepare())
+                set_learning_rate(optimizer, rate)
+                _, norm, _ = optimizer.step()
+                rows.append((loss, float(norm)))
+            return rows
+
+        return model, optimizer, train
+
+    return make
+
+
+def test_weight_decay_is_on_matrices_only(made):
+    model, optimizer, _ = made(weight_decay=0.25)
+    decays = {}
+    inner = optimizer.chained_optimizers[0]
+    for parameter, (group, _) in inner.model_param_group_index_map.items():
+        decays.setdefault(parameter.dim(), set()).add(inner.optimizer.param_groups[group]["weight_decay"])
+    assert decays == {1: {0.0}, 2: {0.25}}
+    assert sum(1 for _ in model[0].parameters()) == len(inner.model_param_group_index_map)
+
+
+def test_updates_are_those_of_torch_adamw(made):
+    """Three updates against torch.optim.AdamW and torch's own gradient clipping on the same gradients."""
+    model, _, train = made(weight_decay=0.1, clip_grad=0.5)
+    reference, _, _ = made()
+    names = [name for name, _ in reference[0].named_parameters()]
+    ours = dict(model[0].named_parameters())
+    theirs = {name: torch.nn.Parameter(parameter.detach().clone()) for name, parameter in reference[0].named_parameters()}
+    groups = [
+        {"params": [theirs[name] for name in names if theirs[name].dim() > 1], "weight_decay": 0.1},
+        {"params": [theirs[name] for name in names if theirs[name].dim() == 1], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    for step in range(3):
+        ((_, norm),) = train(step, step + 1)
+        # main_grad holds the mean over targets, clipped in place by the optimizer.
+        for name in names:
+            theirs[name].grad = ours[name].main_grad.clone()
+        clipped = torch.nn.utils.clip_grad_norm_(theirs.values(), math.inf)
+        assert float(clipped) == pytest.approx(min(norm, 0.5), rel=1e-4)
+        adamw.step()
+    for name in names:
+        # One ulp of fp32 weights near one, three times.
+        assert torch.allclose(ours[name], theirs[name], atol=1e-6), name
+
+
+def test_learning_rate_zero_leaves_every_bit(made):
+    for precision in ("fp32", "bf16"):
+        model, _, train = made(precision=precision, weight_decay=0.1)
+        before = [parameter.detach().clone() for parameter in model[0].parameters()]
+        train(0, 2, rate=0.0)
+        assert all(torch.equal(a, b) for a, b in zip(before, model[0].parameters(), strict=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_restored_run_goes_on_bit_for_bit(made, tmp_path, precision):
+    model, optimizer, train = made(precision=precision)
+    begun = train(0, 3)
+    state.save(tmp_path, model, optimizer, step=3)
+    expected = train(3, 7)
+    assert expected[-1][0] < begun[0][0] - 1.0  # it learns, so that a wrong state would show
+    restored, other, resume = made(tmp_path, precision=precision)
+    torch.manual_seed(77)
+    assert state.load(tmp_path, restored, other) == 3
+    assert resume(3, 7) == expected
+    assert all(torch.equal(a, b) for a, b in zip(model[0].parameters(), restored[0].parameters(), strict=True))
+
+
+def test_a_restored_run_counts_its_steps_once(made, tmp_path):
+    """Megatron-Core restores one step tensor for all parameters; AdamW would add one to it per parameter."""
+    model, optimizer, train = made()
+    train(0, 3)
+    state.save(tmp_path, model, optimizer, step=3)
+    restored, other, resume = made(tmp_path)
+    state.load(tmp_path, restored, other)
+    resume(3, 5)
+    states = other.chained_optimizers[0].optimizer.state.values()
+    assert {float(entry["step"]) for entry in states} == {5.0}
+    assert len({entry["step"].data_ptr() for entry in states}) == len(states) > 10
+
+
+def test_random_numbers_go_on(made, tmp_path):
+    model, optimizer, train = made()
+    train(0, 1)  # makes the optimizer's state
+    torch.manual_seed(9)
+    torch.rand(5)
+    state.save(tmp_path, model, optimizer, step=1)
+    expected = torch.rand(3)
+    restored, other, _ = made(tmp_path)
+    state.load(tmp_path, restored, other)
+    assert torch.equal(torch.rand(3), expected)
