@@ -118,10 +118,9 @@ def variant(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture
-def three_families(tmp_path: Path) -> dict[str, Path]:
-    """One directory for each family, bf16, in the forms that plain Megatron-Core can build."""
-    return {name: write_hf(tmp_path / name, VARIANTS[name][0]) for name in ("llama-gqa", "qwen2-tied", "qwen3")}
+@pytest.fixture(scope="session")
+def write_checkpoint() -> Callable[[Path, str], Path]:
+    return lambda path, variant: write_hf(path, VARIANTS[variant][0], **VARIANTS[variant][1])
 
 
 @pytest.fixture

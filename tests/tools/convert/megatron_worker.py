@@ -1,0 +1,115 @@
+"""One of two processes that use plain Megatron-Core on what `convert` made, on a machine without a GPU.
+
+Run as `megatron_worker.py WORK`: for each model in WORK, at TP=2 and then at PP=2, its own GPTModel with its own
+local layer spec loads WORK/<model>.megatron/release by `dist_checkpointing.load`, computes logits, continues greedily,
+and saves with `dist_checkpointing.save` what a training run would.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import shared.device
+
+shared.device.prepare()  # CUDA, or its surface on the CPU, before Megatron-Core is imported
+
+from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core.transformer import TransformerConfig  # noqa: E402
+
+from shared.checkpoint.passengers import config_of  # noqa: E402
+from shared.families import registry  # noqa: E402
+from shared.model.logits import logits  # noqa: E402
+
+CONTINUED = 32  # tokens
+
+
+def build(architecture: Any, tensor: int, pipeline: int) -> GPTModel:
+    config = TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        pipeline_dtype=torch.float32,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+    )
+    model = GPTModel(
+        config,
+        get_gpt_layer_local_spec(qk_layernorm=architecture.qk_norm, normalization="RMSNorm"),
+        vocab_size=architecture.padded_vocab_size(tensor),
+        max_sequence_length=architecture.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=architecture.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=architecture.rope_theta,
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    model.architecture = architecture  # what shared.model.logits asks of a model
+    return model
+
+
+def main(work: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    filesystem_async._results_queue = queue.Queue()  # no manager process that outlives this one
+    filesystem_async._process_memory = lambda: 0  # asks for psutil, for a debugging line
+    first = torch.distributed.get_rank() == 0
+    for layout, tensor, pipeline in (("tp2", 2, 1), ("pp2", 1, 2)):
+        parallel_state.initialize_model_parallel(tensor, pipeline)
+        model_parallel_cuda_manual_seed(0)
+        for source in sorted(work.glob("*.megatron")):
+            name = source.name.removesuffix(".megatron")
+            architecture = registry.from_config(config_of(source / "hf" / "config.json"))
+            model = build(architecture, tensor, pipeline)
+            loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(source / "release"))
+            model.load_state_dict(loaded["model"], strict=False)
+            ids = torch.load(work / f"{name}.ids.pt")
+            result = {"logits": logits([model], ids)}
+            while ids.shape[1] < result["logits"].shape[1] + CONTINUED:
+                following = logits([model], ids)[:, -1:].argmax(-1)
+                ids = torch.cat([ids, following], dim=1)
+            result["continued"] = ids[:, -CONTINUED:]
+            saved = work / f"{name}.{layout}" / "iter_0000007"
+            if first:
+                torch.save(result, work / f"{name}.{layout}.pt")
+                saved.mkdir(parents=True)
+                (saved.parent / "latest_checkpointed_iteration.txt").write_text("7")
+            torch.distributed.barrier()
+            state = {"model": model.sharded_state_dict(), "checkpoint_version": 3.0, "iteration": 7}
+            dist_checkpointing.save(state, str(saved))
+        parallel_state.destroy_model_parallel()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.update(RANK=sys.argv[2], LOCAL_RANK=sys.argv[2], WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = sys.argv[3]
+    main(Path(sys.argv[1]))

@@ -1,0 +1,103 @@
+"""Plain Megatron-Core reads what `convert` writes, computes what transformers does, and is read back bit for bit."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shared.checkpoint.hf import HfReader
+
+MODELS = ("llama-gqa", "qwen2-tied", "qwen3")
+LAYOUTS = ("tp2", "pp2")
+POSITIONS = 288
+# fp32 sums in another order (ranks add their parts of a row): a few 1e-6 of logits that spread over about 10.
+TOLERANCE = 2e-4
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, write_checkpoint: Any) -> Path:
+    """What the two processes made of each model, at each layout."""
+    folder = tmp_path_factory.mktemp("work")
+    convert = [sys.executable, "-m", "tools.convert.cli", "to-megatron"]
+    for name in MODELS:
+        source = write_checkpoint(folder / f"{name}.hf", name)
+        subprocess.run([*convert, "--source", source, "--target", folder / f"{name}.megatron"], check=True)
+        ids = torch.randint(259, (1, POSITIONS), generator=torch.Generator().manual_seed(1))
+        torch.save(ids, folder / f"{name}.ids.pt")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    worker = Path(__file__).with_name("megatron_worker.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, worker, folder, str(rank), port],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        texts = [process.communicate(timeout=240)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    for process, text in zip(ranks, texts, strict=True):
+        assert process.returncode == 0, text[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(work: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """transformers' logits and greedy continuation."""
+    from transformers import AutoModelForCausalLM
+
+    found = {}
+    for name in MODELS:
+        model = AutoModelForCausalLM.from_pretrained(work / f"{name}.hf", dtype=torch.float32).eval()
+        ids = torch.load(work / f"{name}.ids.pt")
+        with torch.no_grad():
+            found[name] = {"logits": model(ids).logits}
+            continued = model.generate(ids, max_new_tokens=32, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        found[name]["continued"] = continued[:, -32:]
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers(work: Path, reference: Any, name: str, layout: str) -> None:
+    ours, theirs = torch.load(work / f"{name}.{layout}.pt")["logits"], reference[name]["logits"]
+    assert ours.shape == theirs.shape == (1, POSITIONS, 259)
+    assert theirs.std() > 1  # logits that a misplaced row would change
+    assert (ours - theirs).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_continuation_is_that_of_transformers(work: Path, reference: Any, name: str, layout: str) -> None:
+    assert torch.equal(torch.load(work / f"{name}.{layout}.pt")["continued"], reference[name]["continued"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_what_megatron_core_saved_exports_bit_for_bit(
+    work: Path, convert: Any, tmp_path: Path, name: str, layout: str
+) -> None:
+    """Row and column shards of two ranks, fp32, padded for another layout: the bf16 source's bits come back."""
+    source = work / f"{name}.hf"
+    words = ("--source", work / f"{name}.{layout}", "--hf-files", source, "--dtype", "bf16")
+    answer = convert("to-hf", *words, "--target", tmp_path / "back")
+    assert answer.code == 0, answer.err
+    before, after = HfReader(source), HfReader(tmp_path / "back")
+    assert before.tensors.keys() == after.tensors.keys()
+    for tensor in before.tensors:
+        assert b"".join(map(bytes, before.rows(tensor))) == b"".join(map(bytes, after.rows(tensor))), tensor
