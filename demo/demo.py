@@ -30,11 +30,14 @@ WELL_BELOW = 0.8  # of the unigram model's bits per byte: a model that learnt wo
 def main() -> int:
     """Run what is not done yet; print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("demo-work"), help="directory for everything (default: %(default)s)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("demo-work"), help="directory for everything (default: %(default)s)"
+    )
     parser.add_argument("--until", metavar="STAGE", help="stop after this stage, named as in the table")
     options = parser.parse_args()
     # Relative paths mean the same to us, to the commands and to who copies them.
-    work = Path(os.path.relpath(options.work.resolve(), ROOT)) if options.work.resolve().is_relative_to(ROOT) else options.work.resolve()
+    work = options.work.resolve()
+    work = work.relative_to(ROOT) if work.is_relative_to(ROOT) else work
     os.chdir(ROOT)
     work.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
@@ -54,7 +57,10 @@ def main() -> int:
         for stage in every:
             code = run(stage, record)
             if code:
-                print(f"demo: `{stage.name}` ended with exit code {code}; the same command goes on from here", file=sys.stderr)
+                print(
+                    f"demo: `{stage.name}` ended with exit code {code}; the same command goes on from here",
+                    file=sys.stderr,
+                )
                 if code == 2:
                     print(f"demo: if its sizes were changed since, remove {work} to start afresh", file=sys.stderr)
                 return code
@@ -118,7 +124,10 @@ def verdict(work: Path) -> int:
         print(f"  {name:25}  {rate:.1%}")
     goal = WELL_BELOW * unigram["token_unigram"]
     checks = [
-        (scores["pretrained"] < goal, f"pretraining beats the unigram model: {scores['pretrained']:.3f} below {goal:.3f}"),
+        (
+            scores["pretrained"] < goal,
+            f"pretraining beats the unigram model: {scores['pretrained']:.3f} below {goal:.3f}",
+        ),
         (rates["ppo"] > rates["sft"], f"PPO raises the parse rate: {rates['sft']:.1%} to {rates['ppo']:.1%}"),
     ]
     for passed, claim in checks:

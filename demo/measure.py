@@ -61,7 +61,7 @@ def run(name: str, command: Sequence[str], record: Record) -> int:
     A finished stage that is run again answers at once that it is done: its numbers stay those of the run that did it.
     """
     earlier = record.stages.get(name, Measured())
-    process = subprocess.Popen(command, start_new_session=True, preexec_fn=_stop_with_parent)
+    process = subprocess.Popen(command, start_new_session=True, preexec_fn=stop_with_parent)  # noqa: PLW1509 -- no threads here
     began = spoken = time.monotonic()
     peak = 0
     try:
@@ -114,9 +114,7 @@ def tree_bytes(root: int) -> int:
 
 
 def _added(earlier: Measured, seconds: float, peak: int, *, finished: bool) -> Measured:
-    return Measured(
-        seconds=earlier.seconds + seconds, peak_bytes=max(earlier.peak_bytes, peak), finished=finished
-    )
+    return Measured(seconds=earlier.seconds + seconds, peak_bytes=max(earlier.peak_bytes, peak), finished=finished)
 
 
 def _stat(pid: int) -> list[str] | None:
@@ -140,6 +138,6 @@ def _resident(pid: int) -> int:
         return 0
 
 
-def _stop_with_parent() -> None:
+def stop_with_parent() -> None:
     """In the child: have the kernel send SIGTERM when this demo is killed (Linux: PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)

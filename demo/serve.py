@@ -7,13 +7,14 @@ Standard library only.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import signal
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+
+from measure import stop_with_parent
 
 MAX_TOKENS = 64
 
@@ -34,9 +35,7 @@ def main(command: list[str], prompts: Path, target: Path) -> int:
         print(f"already done: {target}", file=sys.stderr)
         return 0
     messages = json.loads(prompts.read_text(encoding="utf-8").splitlines()[0])["messages"]
-    server = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
-    )
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=stop_with_parent)  # noqa: PLW1509 -- no threads
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     try:
         assert server.stdout is not None

@@ -84,8 +84,8 @@ def _base(work: Path, data: Path) -> list[Stage]:
         Stage(
             name="convert init",
             command=tool(
-                *("convert", "init", "--config", "demo/model.json", "--tokenizer", work / "tokenizer"),
-                *("--target", work / "init"),
+                *("convert", "init", "--model-config", "demo/model.json", "--tokenizer", work / "tokenizer"),
+                *("--dtype", "fp32", "--target", work / "init"),
             ),
             output=work / "init",
             says=lambda: f"{metrics.facts(work / 'init')['parameters'] / 1e6:.1f} M parameters",
@@ -99,10 +99,10 @@ def _base(work: Path, data: Path) -> list[Stage]:
         Stage(
             name="convert verify",
             command=tool(
-                *("convert", "verify", "--source", work / "init", "--megatron", work / "init-mg"),
-                *("--target", work / "certificate"),
+                *("convert", "verify", "--source", work / "init", "--target", work / "init-mg"),
+                *("--certificate", work / "certificate.json"),
             ),
-            output=work / "certificate",
+            output=work / "certificate.json",
             says=lambda: "round trip exact, logits agree",
         ),
     ]
@@ -134,7 +134,7 @@ def _pretraining(work: Path, data: Path) -> list[Stage]:
                 *("--target", work / "pretrained-mg", "--sequence-length", SEQUENCE_LENGTH),
                 *("--steps", PRETRAIN_STEPS, "--global-batch-size", 8, "--micro-batch-size", 4),
                 *("--learning-rate", "3e-3", "--min-learning-rate", "1e-4", "--warmup-steps", 20),
-                *("--save-every", 50, "--validate-every", 100),
+                *("--precision", "fp32", "--save-every", 50, "--validate-every", 85),
             ),
             output=work / "pretrained-mg",
             says=lambda: loss_fell(work / "pretrained-mg"),
@@ -162,7 +162,8 @@ def _fine_tuning(work: Path, data: Path) -> list[Stage]:
             command=tool(
                 *("sft", "train", "--source", work / "pretrained-mg", "--data", conversations),
                 *("--target", work / "sft-mg", "--epochs", SFT_EPOCHS, "--global-batch-size", 8),
-                *("--micro-batch-size", 4, "--learning-rate", "1e-3", "--save-every", 50),
+                *("--micro-batch-size", 4, "--learning-rate", "1e-3"),
+                *("--precision", "fp32", "--save-every", 50),
             ),
             output=work / "sft-mg",
             says=lambda: loss_fell(work / "sft-mg"),

@@ -36,7 +36,7 @@ class IndexedWriter:
         self.dtype = np.dtype(dtype)
         self._index_path = Path(f"{prefix}.idx")
         self._lengths: list[npt.NDArray[np.int32]] = []
-        self._file = Path(f"{prefix}.bin").open("wb")
+        self._file = Path(f"{prefix}.bin").open("wb")  # noqa: SIM115 -- closed by close()
 
     @property
     def tokens(self) -> int:

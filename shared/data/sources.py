@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -111,7 +112,7 @@ def pieces(path: Path, piece_bytes: int) -> list[Piece]:
             bounds.append(file.tell())
     if bounds[-1] < size:
         bounds.append(size)
-    return [Piece(path=path, start=start, end=end) for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [Piece(path=path, start=start, end=end) for start, end in pairwise(bounds)]
 
 
 def rows(piece: Piece) -> Iterator[Row]:

@@ -1,8 +1,8 @@
 """Conversations in the three usual JSON-lines forms, as one list of messages.
 
-    messages   {"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}       (OpenAI, Hugging Face)
-    sharegpt   {"conversations": [{"from": "human", "value": "..."}, ...], "system": "..."}
-    alpaca     {"instruction": "...", "input": "...", "output": "...", "system": "...", "history": [["...", "..."]]}
+messages   {"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}       (OpenAI, Hugging Face)
+sharegpt   {"conversations": [{"from": "human", "value": "..."}, ...], "system": "..."}
+alpaca     {"instruction": "...", "input": "...", "output": "...", "system": "...", "history": [["...", "..."]]}
 """
 
 from __future__ import annotations

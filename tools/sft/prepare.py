@@ -232,7 +232,9 @@ def _duplicates(samples: dict[str, list[Sample]]) -> int:
 def _write(samples: list[Sample], length: int, padding: int, prefix: Path) -> dict[str, int]:
     """`PREFIX.{tokens,labels,segments}.npy`, int32 `[rows, length]`; returns the split's facts."""
     if not samples:
-        raise UserError(f"no conversation is left for the {prefix.name} split; give more, or a longer --sequence-length")
+        raise UserError(
+            f"no conversation is left for the {prefix.name} split; give more, or a longer --sequence-length"
+        )
     packed = best_fit_decreasing([len(sample.ids) for sample in samples], length)
     shape = (len(packed), length)
     tokens, labels, segments = (

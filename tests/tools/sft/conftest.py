@@ -39,7 +39,8 @@ def _save(folder: Path, template: str, *, trims: bool) -> Path:
     special = [AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        TEXT, trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        TEXT,
+        trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     if trims:  # as GPT-2's and Qwen's: white space is taken off the offsets
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)

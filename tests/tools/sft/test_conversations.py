@@ -15,7 +15,9 @@ EXPECTED = [
     {"role": "assistant", "content": "a"},
 ]
 FORMS: dict[Format, dict[str, Any]] = {
-    "messages": {"messages": [*EXPECTED[:1], {"role": "user", "content": [{"type": "text", "text": "q\n\ni"}]}, EXPECTED[2]]},
+    "messages": {
+        "messages": [*EXPECTED[:1], {"role": "user", "content": [{"type": "text", "text": "q\n\ni"}]}, EXPECTED[2]]
+    },
     "sharegpt": {"system": "s", "conversations": [{"from": "human", "value": "q\n\ni"}, {"from": "gpt", "value": "a"}]},
     "alpaca": {"system": "s", "instruction": "q", "input": "i", "output": "a"},
 }
@@ -51,7 +53,11 @@ def test_tools_are_handed_on_as_a_list_or_as_json() -> None:
         ({"messages": [{"role": "user", "content": None}]}, "auto", "content is NoneType, not text"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "auto", "only text parts"),
         ({"messages": [{"role": "user", "content": "x"}]}, "auto", "no assistant message"),
-        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}, "auto", "no assistant"),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]},
+            "auto",
+            "no assistant",
+        ),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "auto", "turn 0: 'from' 'bot'"),
         ({"conversations": [{"from": "gpt"}]}, "auto", "turn 0: 'value' is not text"),
         ({"instruction": "q", "output": 3}, "auto", "must be text"),

@@ -1,0 +1,111 @@
+"""Time and memory of a process tree, kept across kills; and the numbers that a model has to beat."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import measure
+import metrics
+import pytest
+import unigram
+
+GROW = "import subprocess, sys, time; x = bytearray(60 << 20); "
+CHILD = f"{GROW} subprocess.run([sys.executable, '-c', {(GROW + 'time.sleep(1.5)')!r}])"
+
+
+def test_memory_is_that_of_the_whole_tree(tmp_path: Path) -> None:
+    record = measure.Record(tmp_path / "demo.json")
+    assert measure.run("grow", [sys.executable, "-c", CHILD], record) == 0
+    took = record.stages["grow"]
+    assert took.finished
+    assert took.peak_bytes > 120 << 20
+    assert took.seconds > 1.5
+
+
+def test_the_numbers_of_a_finished_stage_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "demo.json"
+    command = [sys.executable, "-c", "import time; time.sleep(0.5)"]
+    record = measure.Record(path)
+    measure.run("a", command, record)
+    first = record.stages["a"]
+    again = measure.Record(path)
+    assert again.stages == {"a": first}
+    measure.run("a", [sys.executable, "-c", ""], again)
+    assert measure.Record(path).stages == {"a": first}
+
+
+def test_a_failed_stage_is_added_up(tmp_path: Path) -> None:
+    record = measure.Record(tmp_path / "demo.json")
+    assert measure.run("a", [sys.executable, "-c", "import time; time.sleep(0.5); raise SystemExit(3)"], record) == 3
+    before = record.stages["a"].seconds
+    assert not record.stages["a"].finished
+    assert measure.run("a", [sys.executable, "-c", "import time; time.sleep(0.5)"], record) == 0
+    assert record.stages["a"].seconds > before + 0.5
+    assert record.stages["a"].finished
+
+
+DRIVER = """
+import sys
+sys.path.insert(0, {demo!r})
+import measure
+from pathlib import Path
+measure.SPOKEN = 0.1
+code = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+measure.run("long", [sys.executable, "-c", code, {pid!r}], measure.Record(Path({record!r})))
+"""
+
+
+def test_a_killed_demo_stops_its_stage_and_remembers_it(tmp_path: Path) -> None:
+    pid, record = tmp_path / "pid", tmp_path / "demo.json"
+    script = DRIVER.format(demo=str(Path(measure.__file__).parent), pid=str(pid), record=str(record))
+    driver = subprocess.Popen([sys.executable, "-c", script])
+    deadline = time.monotonic() + 20
+    while not (pid.exists() and pid.read_text() and record.exists()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    driver.kill()
+    driver.wait()
+    measure.Record(record).wait_for_earlier()
+    assert measure._started(int(pid.read_text())) is None, "the stage outlived the demo"
+    assert 0 < measure.Record(record).stages["long"].seconds < 20
+
+
+def test_a_told_demo_lets_its_stage_save(tmp_path: Path) -> None:
+    code = (
+        "import signal, sys, time; signal.signal(15, lambda *a: sys.exit(75)); print('on', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    measure.stop(process)
+    assert process.returncode == 75
+    assert signal.SIGTERM == 15
+
+
+def test_unigram_code_length_is_the_sum_of_its_symbols() -> None:
+    train, held_out = unigram.Counter({0: 3, 1: 1}), unigram.Counter({0: 2, 2: 1})
+    expected = -2 * math.log2(4 / 7) - math.log2(1 / 7)
+    assert unigram.code_length(train, 3, held_out) == pytest.approx(expected)
+    assert unigram.byte_bits_per_byte([bytes(range(256))], [b"any"]) == pytest.approx(8)
+
+
+def test_the_end_of_documents_costs_nothing(tmp_path: Path) -> None:
+    facts = {"dtype": "uint16", "eos_token_id": 0, "vocab_size": 4, "splits": {"validation": {"utf8_bytes": 6}}}
+    (tmp_path / "manifest.json").write_text(json.dumps({"facts": facts}))
+    (tmp_path / "train.bin").write_bytes(b"\x01\0\x02\0\x03\0\0\0")
+    (tmp_path / "validation.bin").write_bytes(b"\x01\0\x01\0\x02\0\0\0\0\0")
+    assert unigram.token_bits_per_byte(tmp_path) == pytest.approx(3 * 2 / 6)
+
+
+def test_parse_rate_counts_every_sample(tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": 'def f(a, b):\n    """F."""'}]
+    rows = [
+        {"messages": asked, "completion": ["    return a + b", "    retur"]},
+        {"messages": asked, "completion": "x"},
+    ]
+    (tmp_path / "generations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert metrics.parse_rate(tmp_path) == pytest.approx(1 / 3)
