@@ -1,0 +1,76 @@
+"""Logits catch what a round trip cannot: a table that is wrong the same way in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.families import llama, registry
+from shared.mapping.layout import CONCAT
+from shared.mapping.rule import Rule, Table
+
+Make = Callable[..., Path]
+
+
+def mistaken(change: Callable[[Rule], Rule]) -> Any:
+    def table(architecture: Any) -> Table:
+        right = llama.FAMILY.table(architecture)
+        return replace(right, rules=tuple(change(rule) for rule in right.rules))
+
+    return replace(llama.FAMILY, table=table)
+
+
+def gate_after_up(rule: Rule) -> Rule:
+    return replace(rule, sources=rule.sources[::-1]) if rule.megatron.endswith("linear_fc1.weight") else rule
+
+
+def ungrouped_qkv(rule: Rule) -> Rule:
+    return replace(rule, layout=CONCAT) if rule.megatron.endswith("linear_qkv.weight") else rule
+
+
+def value_before_key(rule: Rule) -> Rule:
+    q_k_v = rule.megatron.endswith("linear_qkv.weight")
+    return replace(rule, sources=(rule.sources[0], *rule.sources[:0:-1])) if q_k_v else rule
+
+
+def swapped_norms(rule: Rule) -> Rule:
+    other = {"input_layernorm": "post_attention_layernorm", "post_attention_layernorm": "input_layernorm"}
+    if not rule.megatron.endswith("layer_norm_weight"):
+        return rule
+    (source,) = rule.sources
+    part = source.name.split(".")[-2]
+    return replace(rule, sources=(replace(source, name=source.name.replace(part, other[part])),))
+
+
+@pytest.mark.parametrize("variant", ["llama-rope-llama3-sharded", "llama-rope-linear", "llama-biases", "qwen3"])
+def test_logits_of_both_implementations_agree(make_hf: Make, convert: Any, tmp_path: Path, variant: str) -> None:
+    source, target = make_hf(variant), tmp_path / "megatron"
+    convert("to-megatron", "--source", source, "--target", target)
+    answer = convert("verify", "--source", source, "--target", target, "--positions", "256")
+    assert answer.code == 0, answer.err
+    assert "logits over 256 positions" in answer.out
+
+
+@pytest.mark.parametrize("change", [gate_after_up, ungrouped_qkv, value_before_key, swapped_norms])
+def test_mistaken_table_is_caught(
+    make_hf: Make, convert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any
+) -> None:
+    monkeypatch.setitem(registry.FAMILIES, "llama", mistaken(change))
+    source, target = make_hf(), tmp_path / "megatron"
+    convert("to-megatron", "--source", source, "--target", target)
+    words = ("verify", "--source", source, "--target", target, "--positions", "256")
+    assert convert(*words, "--no-logits").code == 0  # the mistake undoes itself on the way back
+    answer = convert(*words)
+    assert answer.code == 1
+    assert "logits differ by" in answer.err
+
+
+def test_fewer_positions_than_show_a_wrong_rotation_are_refused(make_hf: Make, convert: Any, tmp_path: Path) -> None:
+    source = make_hf()
+    answer = convert("verify", "--source", source, "--target", source, "--positions", "16")
+    assert answer.code == 2
+    assert "--positions" in answer.err
