@@ -11,7 +11,7 @@ from shared.cli import ExistingDir, ExistingFile, NonNegative, Positive, Tool
 
 Precision = Literal["bf16", "fp16", "fp32"]
 Fraction = Annotated[float, Field(gt=0, le=1)]
-Temperature = Annotated[float, Field(ge=0)]
+Temperature = Annotated[float, Field(ge=0, le=2)]  # the range that vLLM takes
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 tool = Tool("infer", summary="Serve, generate, chat and evaluate with vLLM, from a Hugging Face directory.")

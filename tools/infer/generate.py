@@ -33,8 +33,10 @@ class Sampling:
     def of_row(self, index: int) -> SamplingParams:
         """Sampling of the row with this index; vLLM gives sample i of a row the seed `seed + i`."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
+            output_kind=RequestOutputKind.FINAL_ONLY,  # else each output holds one of the samples
             n=self.samples,
             max_tokens=self.max_tokens,
             temperature=self.temperature,
@@ -109,6 +111,7 @@ def run(
 
 def _answer(output: RequestOutput, sampling: Sampling) -> dict[str, Any]:
     """The fields that the output adds to a row: single values, or a list of each with several samples."""
+    assert len(output.outputs) == sampling.samples
     ordered = sorted(output.outputs, key=lambda completion: completion.index)
     texts = [completion.text for completion in ordered]
     reasons = [completion.finish_reason for completion in ordered]
