@@ -43,23 +43,23 @@ def whiten(values: Tensor, mask: Tensor, reduce: Reduce = one_process) -> Tensor
     return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 
-def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability of each token and entropy of its distribution, under softmax(logits / temperature).
+def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities [B, T] of tokens [B, T] under softmax(logits / temperature), logits [B, T, vocabulary].
 
-    Args:
-        logits: [B, T, vocabulary], any float type; reduced in float32 (float64 stays).
-        tokens: [B, T] ids.
-        temperature: the sampling temperature, so that the trained distribution is the sampled one.
-
-    Returns:
-        log-probabilities [B, T] and entropies [B, T] in nats.
+    `temperature` is that of sampling, so that the trained distribution is the sampled one. Reduced in float32 or better.
     """
-    logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
-    log_probs = torch.log_softmax(logits, dim=-1)
-    chosen = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    with torch.no_grad():
-        entropy = -(log_probs.exp() * log_probs).sum(-1)
-    return chosen, entropy
+    logits = _scaled(logits, temperature)
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def token_entropies(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropies [B, T] in nats of softmax(logits / temperature), logits [B, T, vocabulary]."""
+    log_probs = torch.log_softmax(_scaled(logits, temperature), dim=-1)
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
 
 
 def kl_divergence(log_probs: Tensor, reference_log_probs: Tensor, estimator: KLEstimator) -> Tensor:

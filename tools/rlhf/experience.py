@@ -5,6 +5,7 @@ Shapes as in `tools.rlhf.rollout`: B replies on this rank, P prompt columns, T r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,17 @@ class Sequences:
         )
 
     @property
+    def reply_ids(self) -> Tensor:
+        """[B, T]."""
+        return self.ids[:, -self.reply_mask.shape[1] :]
+
+    def micro_batches(self, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Sequences]]:
+        """The given rows in parts of `size`, with their indices; by length, so that a part holds little padding."""
+        lengths = self.attention_mask[rows].sum(-1)
+        for index in rows[lengths.argsort(stable=True)].split(size):
+            yield index, self.rows(index)
+
+    @property
     def inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of a model."""
         return {"input_ids": self.ids, "attention_mask": self.attention_mask, "position_ids": self.position_ids}
@@ -73,11 +85,15 @@ class Recipe:
     micro_batch_size: int
 
 
-def policy_log_probs(model: Any, sequences: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies [B, T] of the reply tokens under a policy."""
+def reply_logits(model: Any, sequences: Sequences) -> Tensor:
+    """The logits [B, T, vocabulary] that the reply tokens were sampled from; those of the prompt are not computed."""
     columns = sequences.reply_mask.shape[1]
-    logits = model(**sequences.inputs, use_cache=False, logits_to_keep=columns + 1).logits
-    return algorithm.token_log_probs(logits[:, :-1], sequences.ids[:, -columns:], temperature)
+    return model(**sequences.inputs, use_cache=False, logits_to_keep=columns + 1).logits[:, :-1]
+
+
+def policy_log_probs(model: Any, sequences: Sequences, temperature: float) -> Tensor:
+    """Log-probabilities [B, T] of the reply tokens under a policy."""
+    return algorithm.token_log_probs(reply_logits(model, sequences), sequences.reply_ids, temperature)
 
 
 def reply_values(critic: Any, sequences: Sequences) -> Tensor:
@@ -122,11 +138,12 @@ def collect(
     )
     mask = rollout.reply_mask
     log_probs, entropies, reference_log_probs, values = (torch.zeros_like(mask) for _ in range(4))
-    for index in torch.arange(len(mask), device=mask.device).split(recipe.micro_batch_size):
-        part = sequences.rows(index)
+    for index, part in sequences.micro_batches(torch.arange(len(mask), device=mask.device), recipe.micro_batch_size):
         columns = part.reply_mask.shape[1]
-        log_probs[index, :columns], entropies[index, :columns] = policy_log_probs(actor, part, recipe.temperature)
-        reference_log_probs[index, :columns], _ = policy_log_probs(reference, part, recipe.temperature)
+        logits = reply_logits(actor, part)
+        log_probs[index, :columns] = algorithm.token_log_probs(logits, part.reply_ids, recipe.temperature)
+        entropies[index, :columns] = algorithm.token_entropies(logits, recipe.temperature)
+        reference_log_probs[index, :columns] = policy_log_probs(reference, part, recipe.temperature)
         values[index, :columns] = reply_values(critic, part)
 
     kl = algorithm.kl_divergence(log_probs, reference_log_probs, recipe.kl_estimator)

@@ -36,7 +36,7 @@ def held(host: Host, target: Path, inputs: Inputs, *, overwrite: bool) -> Iterat
         refusal = host.broadcast(None)
         if refusal is not None:
             raise SystemExit(refusal)
-        yield Held(out=None, state=State(target.with_name(f"{target.name}.state")))
+        yield Held(out=None, state=State.open(target, inputs, overwrite=True))
         return
     announced = False
     try:

@@ -304,11 +304,10 @@ def update(actor: Any, critic: Any, experience: Experience, options: PPOOptions,
     for _ in range(options.epochs):
         for chosen in torch.randperm(rows, generator=generator).to(device).split(rows // updates):
             tokens = host.sum(sequences.reply_mask[chosen].sum())
-            for index in chosen.split(options.micro_batch_size):
-                part = sequences.rows(index)
+            for index, part in sequences.micro_batches(chosen, options.micro_batch_size):
                 mask = part.reply_mask
                 old = (index, slice(mask.shape[1]))
-                log_probs, _ = policy_log_probs(actor, part, options.temperature)
+                log_probs = policy_log_probs(actor, part, options.temperature)
                 loss, clipped = algorithm.policy_loss(
                     log_probs, experience.log_probs[old], experience.advantages[old], mask, options.clip_range, tokens
                 )
@@ -392,6 +391,8 @@ def _save(models: Models, target: Held, step: int, kl_coefficient: float, host: 
 
 def _resume(options: PPOOptions, models: Models, target: Held, host: Host) -> tuple[int, float]:
     """The first iteration to run and its KL coefficient."""
+    if target.out is not None:
+        target.state.create()
     step = host.broadcast(target.state.step)
     if step is None:
         return 1, options.kl_coefficient

@@ -118,10 +118,12 @@ class ModelReward:
                 f"--reward model:{self._path} reads at most {self._context} tokens and a prompt with its reply has "
                 f"{longest}; lower --max-new-tokens or train a reward model of a longer context"
             )
-        scores: list[float] = []
+        scores = torch.zeros(len(sequences))
+        by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # a batch then holds little padding
         for start in range(0, len(sequences), self._batch_size):
-            scores += score(self._model, sequences[start : start + self._batch_size], self._pad, self._device).tolist()
-        return scores
+            batch = by_length[start : start + self._batch_size]
+            scores[batch] = score(self._model, [sequences[i] for i in batch], self._pad, self._device)
+        return scores.tolist()
 
     def _ids(self, prompt: Prompt, reply: Reply) -> Sequence[int]:
         if self._tokenizer is None:

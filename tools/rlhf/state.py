@@ -24,38 +24,41 @@ _PARTIAL = ".partial"
 class State:
     """The state directory of one run. Only rank 0 opens, commits and removes; every rank may write into `begin`'s."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, same: str) -> None:
         self.path = path
+        self._same = same
 
     @classmethod
     def open(cls, target: Path, inputs: Inputs, *, overwrite: bool) -> Self:
-        """The state of this command's run to `target`: new, or as an interrupted run left it.
+        """The state of this command's run to `target`: none yet, or as an interrupted run left it. Writes nothing.
 
         Call it while the target is held by `publish`, which keeps a second process away from both.
 
         Raises:
             UserError: an unfinished run of another command is there, and --overwrite was not given.
         """
-        state = cls(target.with_name(f"{target.name}.state"))
-        same = identity(invocation(), inputs, parents_of(inputs))
-        record = state.path / RUN
-        if state.path.exists():
-            try:
-                found = json.loads(record.read_text(encoding="utf-8"))["identity"]
-            except (FileNotFoundError, ValueError, KeyError):
-                found = None
-            if found != same and not overwrite:
-                raise UserError(
-                    f"{state.path} holds the state of an unfinished run with other inputs or options; "
-                    "run that command again to finish it, or use --overwrite to drop it"
-                )
-            if found != same:
-                remove_tree(state.path)
-        state.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(record, (json.dumps({"identity": same}) + "\n").encode())
-        for leftover in state.path.glob(f"*{_PARTIAL}"):
-            remove_tree(leftover)
+        state = cls(target.with_name(f"{target.name}.state"), same=identity(invocation(), inputs, parents_of(inputs)))
+        if state.path.exists() and not state._is_ours() and not overwrite:
+            raise UserError(
+                f"{state.path} holds the state of an unfinished run with other inputs or options; "
+                "run that command again to finish it, or use --overwrite to drop it"
+            )
         return state
+
+    def _is_ours(self) -> bool:
+        try:
+            return bool(json.loads((self.path / RUN).read_text(encoding="utf-8"))["identity"] == self._same)
+        except (FileNotFoundError, ValueError, KeyError):
+            return False
+
+    def create(self) -> None:
+        """Make the directory, or clear away what is not to be resumed; once the user's input is known to be right."""
+        if self.path.exists() and not self._is_ours():
+            remove_tree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / RUN, (json.dumps({"identity": self._same}) + "\n").encode())
+        for leftover in self.path.glob(f"*{_PARTIAL}"):
+            remove_tree(leftover)
 
     @property
     def step(self) -> int | None:

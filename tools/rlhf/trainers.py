@@ -29,6 +29,7 @@ def resume_point(held: Held, host: Host) -> Path | None:
     """The newest whole checkpoint of the Trainer; half ones are removed."""
     folder = held.state.path / "trainer"
     if host.rank == 0:
+        held.state.create()
         for path in folder.glob(f"{_CHECKPOINT}*"):
             if not (path / _MARKER).exists():
                 remove_tree(path)
@@ -124,7 +125,8 @@ class Contract(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if "loss" not in logs:  # the summary at the end
             return
-        row = {name: float(value) for name, value in logs.items() if name not in ("total_flos", "step")}
+        # TRL counts num_tokens from the last start on, not over the run.
+        row = {name: float(value) for name, value in logs.items() if name not in ("total_flos", "step", "num_tokens")}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(row.get(name, 0.0)):
                 raise StageError(

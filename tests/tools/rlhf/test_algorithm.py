@@ -133,7 +133,8 @@ def test_log_probabilities_and_entropy(temperature):
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(2, 3, 7, generator=generator, dtype=torch.float64)
     tokens = torch.randint(7, (2, 3), generator=generator)
-    log_probs, entropy = algorithm.token_log_probs(logits, tokens, temperature)
+    log_probs = algorithm.token_log_probs(logits, tokens, temperature)
+    entropy = algorithm.token_entropies(logits, temperature)
     for b in range(2):
         for t in range(3):
             weights = np.exp(logits[b, t].numpy() / temperature)

@@ -1,0 +1,81 @@
+"""Prompts and preferences: ids are those a roll-out has, and every bad row is named."""
+
+import json
+
+import pytest
+
+from shared.errors import UserError
+from tools.rlhf.data import read_preferences, read_prompts
+
+
+@pytest.fixture(scope="module")
+def tokenizer(world):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(world.policy)
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(*rows):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return path
+
+    return write
+
+
+def prompts(path, tokenizer):
+    return read_prompts(path, tokenizer, context=96, max_new_tokens=16)
+
+
+def test_prompts_as_text_and_as_messages(file, tokenizer):
+    text, chat = prompts(
+        file({"prompt": "colors: red", "answer": 3}, {"messages": [{"role": "user", "content": "red"}]}), tokenizer
+    )
+    assert text.text == chat.text == "colors: red"  # the template adds the beginning
+    assert text.ids == chat.ids == tuple(tokenizer("colors: red")["input_ids"])
+    assert (text.columns, chat.columns) == ({"answer": 3}, {"answer": None})
+
+
+def test_a_preference_is_prompt_reply_and_end(file, tokenizer):
+    rows = [
+        {"prompt": "colors:", "chosen": " red", "rejected": " blue"},
+        {
+            "prompt": [{"role": "user", "content": "red"}],
+            "chosen": [{"role": "assistant", "content": " red"}],
+            "rejected": " pink",
+        },
+    ]
+    (text, chat), dropped = read_preferences(file(*rows), tokenizer, max_length=96)
+    ids = {word: tuple(tokenizer(word)["input_ids"]) for word in ("colors:", "colors: red", " red", " blue")}
+    assert text.chosen == (*ids["colors:"], *ids[" red"], 1)
+    assert text.rejected == (*ids["colors:"], *ids[" blue"], 1)
+    assert chat.chosen == (*ids["colors: red"], *ids[" red"], 1)
+    assert dropped == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ("{", ":2: not JSON"),
+        ("[1]", ":2: a JSON object"),
+        ({"text": "a"}, ":2: no column 'prompt' or 'messages' (the row has: text)"),
+        ({"prompt": ""}, ":2: 'prompt' is empty"),
+        ({"prompt": 3}, ":2: 'prompt' is neither"),
+        ({"messages": [{"role": "user"}]}, ":2: 'messages' is neither"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, ":2: 'messages' ends with an assistant"),
+        ({"prompt": "red", "completions": 1}, ":2: a column may not be called 'completions'"),
+        ({"prompt": " red" * 81}, "do not fit the model's context of 96"),
+    ],
+)
+def test_bad_prompts_are_named(file, tokenizer, row, says):
+    path = file({"prompt": "red"}, row)
+    with pytest.raises(UserError, match="rows.jsonl:2") as error:
+        prompts(path, tokenizer)
+    assert says in str(error.value)
+
+
+def test_an_empty_file_is_named(file, tokenizer):
+    with pytest.raises(UserError, match="no row in it"):
+        prompts(file(""), tokenizer)

@@ -1,0 +1,71 @@
+"""Roll-outs: columns, masks and log-probabilities against a plain computation reply by reply."""
+
+import pytest
+import torch
+
+from tools.rlhf.data import Prompt
+from tools.rlhf.experience import Sequences, policy_log_probs
+from tools.rlhf.models import load_policy, open_source
+from tools.rlhf.rollout import sample
+
+
+@pytest.fixture(scope="module")
+def source(world):
+    return open_source(world.policy)
+
+
+def roll_out(source, model, temperature=1.3):
+    texts = ("colors:", "colors: red blue green", "colors: pink")
+    prompts = [Prompt(text=text, ids=tuple(source.tokenizer(text)["input_ids"])) for text in texts] * 8
+    torch.manual_seed(5)
+    return sample(
+        model, prompts, source.tokenizer, max_new_tokens=14, temperature=temperature, eos_ids=source.eos_ids,
+        pad_id=source.pad_id, in_step=False,
+    )  # fmt: skip
+
+
+def test_log_probabilities_are_those_of_each_reply_alone(source):
+    """Unpadded, one by one, position by position, in transformers' plain forward: sampler and trainer both agree."""
+    model = load_policy(source, torch.float32)
+    rollout = roll_out(source, model)
+    sequences = Sequences(
+        ids=rollout.ids, attention_mask=rollout.attention_mask, position_ids=rollout.position_ids,
+        reply_mask=rollout.reply_mask,
+    )  # fmt: skip
+    trainer = policy_log_probs(model, sequences, 1.3).detach()
+    for row, (prompt, reply) in enumerate(zip(rollout.prompts, rollout.replies, strict=True)):
+        ids = torch.tensor([[*prompt.ids, *reply.ids]])
+        with torch.no_grad():
+            table = (model(ids).logits[0].double() / 1.3).log_softmax(-1)
+        for t, token in enumerate(reply.ids):
+            expected = table[len(prompt.ids) + t - 1, token].item()
+            # float32 through two layers: the padded batch adds in another order
+            assert rollout.sampler_log_probs[row, t].item() == pytest.approx(expected, abs=1e-4)
+            assert trainer[row, t].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_replies_end_with_the_first_eos(source):
+    rollout = roll_out(source, load_policy(source, torch.float32))
+    ended = [reply.ended for reply in rollout.replies]
+    assert True in ended
+    assert False in ended
+    for reply, mask, scores in zip(rollout.replies, rollout.reply_mask, rollout.sampler_log_probs, strict=True):
+        assert mask.tolist() == [1.0] * len(reply.ids) + [0.0] * (len(mask) - len(reply.ids))
+        assert 1 not in reply.ids[:-1]
+        assert reply.ended == (reply.ids[-1] == 1)
+        assert "<eos>" not in reply.text
+        assert not scores[len(reply.ids) :].any()
+
+
+def test_rows_lose_only_padding(source):
+    rollout = roll_out(source, load_policy(source, torch.float32))
+    sequences = Sequences(
+        ids=rollout.ids, attention_mask=rollout.attention_mask, position_ids=rollout.position_ids,
+        reply_mask=rollout.reply_mask,
+    )  # fmt: skip
+    part = sequences.rows(torch.tensor([0]))  # the shortest prompt: columns of padding go
+    reply = rollout.replies[0]
+    assert part.ids[0].tolist() == [*rollout.prompts[0].ids, *reply.ids]
+    assert part.position_ids[0].tolist() == list(range(part.ids.shape[1]))
+    assert part.reply_mask.shape[1] == len(reply.ids)
+    assert part.reply_ids[0].tolist() == list(reply.ids)
