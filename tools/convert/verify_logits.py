@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import warnings
 from collections.abc import Iterator
@@ -79,7 +80,9 @@ def _megatron(architecture: Architecture, iteration: Path, ids: torch.Tensor) ->
     try:
         chunks = gpt.build(architecture, layout, dtype=torch.float32)
         weights.load(chunks, iteration)
-        return logits.logits(chunks, ids).cpu()
+        result = logits.logits(chunks, ids).cpu()
+        del chunks
+        return result
     finally:
         _tear_down()
 
@@ -89,6 +92,7 @@ def _tear_down() -> None:
 
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
+    gc.collect()  # modules refer to each other in circles; the second model needs the room
 
 
 @torch.no_grad()

@@ -1,0 +1,87 @@
+"""Nothing is lost, nothing is made up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+
+from shared.errors import UserError
+from shared.mapping.account import account_sources, account_targets
+from shared.mapping.layout import PadRows
+from shared.mapping.rule import Alias, Aside, Rule, Source, Table
+
+
+@dataclass(frozen=True)
+class Found:
+    shape: tuple[int, ...]
+    place: str = "model-00001.safetensors"
+
+
+TABLE = Table(
+    rules=(
+        Rule(megatron="embedding", sources=(Source(name="wte", shape=(5, 3)),), layout=PadRows(rows=8)),
+        Rule(megatron="layers.fc", axes=("layer",), sources=(Source(name="h.{layer}.fc", shape=(2, 3)),)),
+    ),
+    aliases=(Alias(name="head", of="wte"),),
+    asides=(Aside(name="h.{layer}.inv_freq"),),
+    sizes={"layer": 2},
+)
+SOURCES = {"wte": Found((5, 3)), "h.0.fc": Found((2, 3)), "h.1.fc": Found((2, 3))}
+TARGETS = {"embedding": Found((8, 3)), "layers.fc": Found((2, 2, 3))}
+
+
+def test_each_tensor_has_its_place() -> None:
+    account = account_sources(TABLE, SOURCES | {"head": Found((5, 3)), "h.1.inv_freq": Found((7,))}, "dir")
+    assert len(account.entries) == 3
+    assert [alias.name for alias in account.aliases] == ["head"]
+    assert account.asides == ("h.1.inv_freq",)
+    assert account_sources(TABLE, SOURCES, "dir").aliases == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"h.1.fc": None}, r"dir: h.1.fc is missing"),
+        ({"h.1.fc": None, "wte": None}, r"wte and 1 more are missing"),
+        ({"h.2.fc": Found((2, 3), "b.safetensors")}, r"b.safetensors: h.2.fc is unknown .*nearest: h\.\d\.fc"),
+        ({"h.2.inv_freq": Found((7,))}, r"h.2.inv_freq is unknown"),
+        ({"h.0.fc": Found((3, 2))}, r"model-00001.safetensors: h.0.fc is \[3, 2\], config.json asks for \[2, 3\]"),
+        ({"head": Found((4, 3))}, r"head is \[4, 3\]"),
+    ],
+)
+def test_sources_that_do_not_add_up(changes: dict[str, Found | None], message: str) -> None:
+    found = {name: tensor for name, tensor in (SOURCES | changes).items() if tensor is not None}
+    with pytest.raises(UserError, match=message):
+        account_sources(TABLE, found, "dir")
+
+
+def test_a_table_that_uses_a_source_twice_is_a_defect() -> None:
+    twice = replace(TABLE, rules=(*TABLE.rules, replace(TABLE.rules[0], megatron="output")))
+    with pytest.raises(AssertionError, match="once"):
+        account_sources(twice, SOURCES, "dir")
+
+
+@pytest.mark.parametrize("rows", [5, 8, 256])
+def test_any_padding_of_the_vocabulary_is_the_same_tensor(rows: int) -> None:
+    assert len(account_targets(TABLE, TARGETS | {"embedding": Found((rows, 3))}, "dir")) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers.fc": None}, "dir: layers.fc is missing"),
+        ({"layers.other": Found((1,))}, "dir: layers.other is unknown"),
+        ({"embedding": Found((4, 3))}, r"embedding is \[4, 3\], hf/config.json asks for \[8, 3\]"),
+        ({"embedding": Found((8, 2))}, r"embedding is \[8, 2\]"),
+        ({"layers.fc": Found((3, 2, 3))}, r"layers.fc is \[3, 2, 3\], hf/config.json asks for \[2, 2, 3\]"),
+    ],
+)
+def test_targets_that_do_not_add_up(changes: dict[str, Found | None], message: str) -> None:
+    found = {name: tensor for name, tensor in (TARGETS | changes).items() if tensor is not None}
+    with pytest.raises(UserError, match=message):
+        account_targets(TABLE, found, "dir", ignored=("optimizer",))
+
+
+def test_optimizer_state_is_knowingly_left_out() -> None:
+    assert account_targets(TABLE, TARGETS | {"optimizer.exp_avg": Found((1,))}, "dir", ignored=("optimizer",))

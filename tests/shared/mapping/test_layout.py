@@ -1,0 +1,103 @@
+"""Layouts tile their target and each source exactly once, and run backwards."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from shared.mapping.layout import (
+    CONCAT,
+    PADDING,
+    Interleave,
+    LayoutError,
+    PadRows,
+    RowLayout,
+    of_source,
+    of_target,
+)
+
+CASES: list[tuple[RowLayout, list[tuple[int, ...]]]] = [
+    (CONCAT, [(5, 3)]),
+    (CONCAT, [(4, 3), (4, 3)]),
+    (CONCAT, [(7,)]),
+    (Interleave(groups=2), [(8, 3), (4, 3), (4, 3)]),
+    (Interleave(groups=1), [(8, 3), (2, 3), (2, 3)]),
+    (Interleave(groups=4), [(4,), (4,), (4,)]),
+    (PadRows(rows=8), [(5, 3)]),
+    (PadRows(rows=8), [(8, 3)]),
+]
+
+
+def numbered(shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+    """Sources whose every number is another one."""
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    starts = np.cumsum([1, *sizes])
+    return [np.arange(a, a + n).reshape(s) for a, n, s in zip(starts, sizes, shapes, strict=False)]
+
+
+def apply(layout: RowLayout, sources: list[np.ndarray]) -> np.ndarray:
+    shapes = [source.shape for source in sources]
+    target = np.full(layout.target_shape(shapes), -1)
+    for segment in layout.segments(shapes):
+        rows = slice(segment.target_row, segment.target_row + segment.rows)
+        assert (target[rows] == -1).all(), "written twice"
+        if segment.source == PADDING:
+            target[rows] = 0
+        else:
+            target[rows] = sources[segment.source][segment.source_row : segment.source_row + segment.rows]
+    assert (target != -1).all(), "not written"
+    return target
+
+
+@pytest.mark.parametrize(("layout", "shapes"), CASES)
+def test_backwards_gives_every_source_back(layout: RowLayout, shapes: list[tuple[int, ...]]) -> None:
+    sources = numbered(shapes)
+    target = apply(layout, sources)
+    segments = layout.segments(shapes)
+    for place, source in enumerate(sources):
+        parts = [target[s.target_row : s.target_row + s.rows] for s in of_source(segments, place)]
+        assert np.array_equal(np.concatenate(parts), source)
+
+
+@pytest.mark.parametrize(("layout", "shapes"), CASES)
+def test_any_window_of_the_target_is_made_of_cut_segments(layout: RowLayout, shapes: list[tuple[int, ...]]) -> None:
+    sources = numbered(shapes)
+    target = apply(layout, sources)
+    segments = layout.segments(shapes)
+    for first in range(len(target)):
+        for rows in range(1, len(target) - first + 1):
+            parts = [
+                np.zeros((s.rows, *target.shape[1:]))
+                if s.source == PADDING
+                else sources[s.source][s.source_row : s.source_row + s.rows]
+                for s in of_target(segments, first, rows)
+            ]
+            assert np.array_equal(np.concatenate(parts), target[first : first + rows])
+
+
+def test_interleaving_is_megatron_s_qkv() -> None:
+    """Two groups of two query heads, head_dim 1: [q1 q2 k1 v1 | q3 q4 k2 v2]."""
+    q, k, v = np.array([1, 2, 3, 4]), np.array([10, 20]), np.array([100, 200])
+    assert apply(Interleave(groups=2), [q, k, v]).tolist() == [1, 2, 10, 100, 3, 4, 20, 200]
+
+
+def test_interleaving_agrees_with_the_reshape_of_megatron_bridge() -> None:
+    """The other formulation: view as [groups, heads, head_dim, hidden], concatenate over heads."""
+    groups, per_group, dim, hidden = 3, 4, 2, 5
+    q, k, v = numbered([(groups * per_group * dim, hidden), (groups * dim, hidden), (groups * dim, hidden)])
+    parts = [part.reshape(groups, -1, dim, hidden) for part in (q, k, v)]
+    expected = np.concatenate(parts, axis=1).reshape(-1, hidden)
+    assert np.array_equal(apply(Interleave(groups=groups), [q, k, v]), expected)
+
+
+@pytest.mark.parametrize(
+    ("layout", "shapes", "message"),
+    [
+        (Interleave(groups=3), [(6, 2), (4, 2)], "4 rows are not 3 equal groups"),
+        (CONCAT, [(4, 2), (4, 3)], "different widths"),
+        (PadRows(rows=4), [(5, 2)], "5 rows do not fit in 4"),
+    ],
+)
+def test_shapes_that_do_not_fit(layout: RowLayout, shapes: list[tuple[int, ...]], message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        layout.segments(shapes)

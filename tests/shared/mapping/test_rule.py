@@ -1,0 +1,44 @@
+"""Rules applied to every layer."""
+
+from __future__ import annotations
+
+import pytest
+
+from shared.errors import UserError
+from shared.mapping.layout import CONCAT, Interleave, PadRows
+from shared.mapping.rule import Aside, Rule, Source, Table
+
+QKV = Rule(
+    megatron="layers.qkv.weight",
+    axes=("layer",),
+    sources=(Source(name="h.{layer}.q", shape=(8, 3)), Source(name="h.{layer}.kv", shape=(4, 3))),
+    layout=Interleave(groups=2),
+)
+EMBEDDING = Rule(megatron="embedding", sources=(Source(name="wte", shape=(5, 3)),), layout=PadRows(rows=8))
+
+
+def test_entries_are_the_slices_of_stacked_tensors() -> None:
+    entries = list(Table(rules=(EMBEDDING, QKV), sizes={"layer": 3}).entries())
+    assert [(entry.key, entry.index) for entry in entries] == [
+        ("embedding", ()),
+        *(("layers.qkv.weight", (layer,)) for layer in range(3)),
+    ]
+    assert [source.name for source in entries[2].sources] == ["h.1.q", "h.1.kv"]
+    assert entries[2].global_shape == (3, 12, 3)
+    assert entries[0].global_shape == (8, 3)
+    assert (entries[0].padded, entries[0].padding_rows) == (True, 3)
+    assert (entries[1].padded, entries[1].padding_rows) == (False, 0)
+
+
+def test_aside_names() -> None:
+    table = Table(rules=(), asides=(Aside(name="h.{layer}.inv_freq"),), sizes={"layer": 2})
+    assert table.aside_names() == {"h.0.inv_freq", "h.1.inv_freq"}
+
+
+def test_sources_that_cannot_be_joined_are_named() -> None:
+    rule = Rule(
+        megatron="fc1", sources=(Source(name="gate", shape=(2, 3)), Source(name="up", shape=(2, 4))), layout=CONCAT
+    )
+    (entry,) = Table(rules=(rule,), sizes={}).entries()
+    with pytest.raises(UserError, match="gate, up do not make fc1"):
+        _ = entry.shape
