@@ -104,7 +104,7 @@ def both_spellings(config: dict[str, Any]) -> dict[str, Any]:
             scaling = {name: value for name, value in new.items() if name != "rope_theta"}
             result["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
     elif new is None and "rope_theta" in result:
-        scaling = dict(result.get("rope_scaling") or {})
+        scaling = dict(result.setdefault("rope_scaling", None) or {})
         kind = scaling.pop("type", "default")
         result["rope_parameters"] = {"rope_theta": result["rope_theta"], "rope_type": kind, **scaling}
     if "dtype" in result:

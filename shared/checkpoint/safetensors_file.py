@@ -61,10 +61,12 @@ def read_header(path: Path) -> Header:
     try:
         text = raw.decode("utf-8")
         parsed = json.loads(text, object_pairs_hook=_unique)
+        if not isinstance(parsed, dict):
+            raise ValueError("not an object")
         metadata = parsed.pop("__metadata__", None)
     except _Duplicate as error:
         raise UserError(f"{path}: tensor {error} is there twice; the file is damaged, fetch it again") from None
-    except (ValueError, AttributeError):
+    except ValueError:
         raise UserError(f"{path}: its header is not JSON; fetch it again") from None
     return Header(text=text, metadata=metadata, tensors=_tensors(path, parsed, _LENGTH + length, size))
 

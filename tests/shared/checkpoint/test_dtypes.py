@@ -1,0 +1,84 @@
+"""Conversions of element types against torch's, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from shared.checkpoint.dtypes import BF16, FP16, FP32, Dtype, cast, common, count_not_finite, weight_dtype
+from shared.errors import UserError
+
+TORCH = {BF16: torch.bfloat16, FP16: torch.float16, FP32: torch.float32}
+
+
+def all_16_bit_patterns() -> memoryview:
+    return memoryview(np.arange(1 << 16, dtype=np.uint16)).cast("B")
+
+
+def float32_patterns() -> memoryview:
+    """Random bits, and the ties, overflows and subnormals that rounding gets wrong."""
+    random = np.random.default_rng(0).integers(0, 1 << 32, 1 << 16, dtype=np.uint32)
+    edges = [
+        0x3F808000,
+        0x3F818000,
+        0x3F807FFF,
+        0x7F7FFFFF,
+        0x7F800000,
+        0xFF800000,
+        0x7F800001,
+        0x7FC00000,
+        1,
+        0x80000000,
+    ]
+    return memoryview(np.concatenate([random, np.array(edges, dtype=np.uint32)])).cast("B")
+
+
+def as_torch(data: memoryview, dtype: Dtype) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=TORCH[dtype])
+
+
+@pytest.mark.parametrize("target", [BF16, FP16], ids=lambda d: d.name)
+def test_narrowing_is_torch_s(target: Dtype) -> None:
+    data = float32_patterns()
+    ours, theirs = as_torch(cast(data, FP32, target), target), as_torch(data, FP32).to(TORCH[target])
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    kept = ~theirs.isnan()
+    assert torch.equal(ours[kept].view(torch.int16), theirs[kept].view(torch.int16))
+
+
+@pytest.mark.parametrize("source", [BF16, FP16], ids=lambda d: d.name)
+def test_widening_is_torch_s_and_undone_exactly(source: Dtype) -> None:
+    data = all_16_bit_patterns()
+    wide = cast(data, source, FP32)
+    theirs = as_torch(data, source).to(torch.float32)
+    kept = ~theirs.isnan()
+    assert torch.equal(as_torch(wide, FP32)[kept], theirs[kept])
+    back = np.frombuffer(cast(wide, FP32, source), np.uint16)
+    numbers = np.isfinite(theirs.numpy()) | np.isinf(theirs.numpy())
+    assert np.array_equal(back[numbers], np.arange(1 << 16, dtype=np.uint16)[numbers])
+    if source is BF16:  # a NaN's payload, too
+        assert np.array_equal(back, np.arange(1 << 16, dtype=np.uint16))
+
+
+def test_same_type_is_not_touched() -> None:
+    data = all_16_bit_patterns()
+    assert cast(data, BF16, BF16) is data
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=lambda d: d.name)
+def test_counting_nan_and_infinity(dtype: Dtype) -> None:
+    data = float32_patterns() if dtype is FP32 else all_16_bit_patterns()
+    values = as_torch(data, dtype)
+    assert count_not_finite(data, dtype) == (int(values.isnan().sum()), int(values.isinf().sum()))
+
+
+def test_common_type_holds_all_exactly() -> None:
+    assert common([BF16, BF16]) is BF16
+    assert common([BF16, FP32]) is FP32
+    assert common([BF16, FP16]) is FP32
+
+
+def test_quantised_weight_is_named() -> None:
+    with pytest.raises(UserError, match=r"a\.safetensors: w is F8_E4M3"):
+        weight_dtype("F8_E4M3", "w", "a.safetensors")
