@@ -24,6 +24,8 @@ from shared.checkpoint.torch_pickle import read_pickle
 from shared.errors import UserError
 from shared.mapping.layout import Shape
 
+Places = dict[tuple[str, Shape | None], Any]  # (key, offsets of a chunk) -> where it lies
+
 # Entries of a training checkpoint that are no weights of the model.
 NOT_WEIGHTS = ("optimizer", "rng_state", "opt_param_scheduler", "rerun_state_machine", "common_state", "scaler")
 
@@ -90,7 +92,7 @@ class TorchDistReader:
             else:
                 self.tensors[key] = self._tensor(key, state, places)
 
-    def _tensor(self, key: str, state: Any, places: dict[tuple[str, Shape], Any]) -> DistTensor:
+    def _tensor(self, key: str, state: Any, places: Places) -> DistTensor:
         dtype, shape, chunks = BY_NAME[state.properties.state[0]], tuple(state.size), []
         for chunk in state.chunks:
             info = places.get((key, chunk.offsets))
