@@ -32,7 +32,7 @@ def run(
     tensor_parallel: int,
 ) -> None:
     """Converse until /exit or the end of the input."""
-    prepare_environment(tensor_parallel=tensor_parallel)
+    prepare_environment()
     model = open_source(source)
     tokenizer = load_tokenizer(model)
     if not tokenizer.chat_template:

@@ -50,7 +50,7 @@ def generate(
         batch_size: most prompts at once; by default what suits the machine.
         max_model_len: context length in tokens; by default the model's own.
         precision: by default that of the checkpoint.
-        tensor_parallel: devices, or on a machine without a GPU processes, that share the model.
+        tensor_parallel: GPUs that share the model.
         overwrite: replace what is published at the target.
     """
     from tools.infer.generate import Sampling, run
@@ -101,7 +101,7 @@ def evaluate(
         keep_samples: publish samples_TASK.jsonl, every example with the model's answer, too.
         max_model_len: context length in tokens; by default the model's own.
         precision: by default that of the checkpoint.
-        tensor_parallel: devices, or on a machine without a GPU processes, that share the model (vllm only).
+        tensor_parallel: GPUs that share the model (vllm only).
         seed: of few-shot examples and sampling.
         overwrite: replace what is published at the target.
     """
@@ -149,7 +149,7 @@ def chat(
         seed: of the sampling.
         max_model_len: context length in tokens; by default the model's own.
         precision: by default that of the checkpoint.
-        tensor_parallel: devices, or on a machine without a GPU processes, that share the model.
+        tensor_parallel: GPUs that share the model.
     """
     from tools.infer.chat import run
 
@@ -189,7 +189,7 @@ def serve(
         served_model_name: name by which requests ask for the model; by default that of the directory.
         max_model_len: context length in tokens; by default the model's own.
         precision: by default that of the checkpoint.
-        tensor_parallel: devices, or on a machine without a GPU processes, that share the model.
+        tensor_parallel: GPUs that share the model.
         batch_size: most requests at once, further ones wait; by default what suits the machine.
     """
     from tools.infer.serve import run

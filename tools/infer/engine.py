@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from shared.checkpoint.reader import open_checkpoint
 from shared.cli import log
 from shared.errors import UserError
-from tools.infer.settings import on_gpu, prepare_environment, read_config
+from tools.infer.settings import on_gpu, read_config
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
@@ -77,6 +77,3 @@ def complete(llm: LLM, requests: Mapping[str, tuple[list[int], SamplingParams]])
         engine.add_request(name, TokensPrompt(prompt_token_ids=ids), sampling)
     while engine.has_unfinished_requests():
         yield from engine.step()
-
-
-__all__ = ["check_supported", "complete", "model_config", "open_source", "prepare_environment", "reason", "start"]

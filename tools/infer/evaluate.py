@@ -48,7 +48,7 @@ def run(
     overwrite: bool,
 ) -> None:
     """Evaluate and publish `target`. UserError names the task or file that cannot be used."""
-    prepare_environment(tensor_parallel=tensor_parallel)
+    prepare_environment()
     if engine == "hf" and tensor_parallel != 1:
         raise UserError("--tensor-parallel belongs to --engine vllm; leave it out")
     with tempfile.TemporaryDirectory(prefix="infer-") as cache:

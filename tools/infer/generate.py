@@ -66,7 +66,7 @@ def run(
     """Complete every row of `prompts` and publish `target`. UserError names the line that cannot be used."""
     rows = read_rows(prompts, sampling.fields)
     with publish(target, kind="result", inputs={"source": source, "prompts": prompts}, overwrite=overwrite) as out:
-        prepare_environment(tensor_parallel=tensor_parallel)
+        prepare_environment()
         model = open_source(source)
         tokenizer = load_tokenizer(model)
         places = [f"--prompts {prompts}:{row.line}" for row in rows]

@@ -41,7 +41,7 @@ def run(
     signal.signal(signal.SIGTERM, _leave)  # a server that is told to stop has done its work, also while it loads
     signal.signal(signal.SIGINT, _leave)
     with bind(host, port) as listener:
-        prepare_environment(tensor_parallel=tensor_parallel)
+        prepare_environment()
         model = open_source(source)
         check_supported(model)
         arguments = engine_arguments(
@@ -135,7 +135,7 @@ async def _engine(arguments: dict[str, Any]) -> AsyncIterator[AsyncLLM]:
         config = AsyncEngineArgs(**arguments).create_engine_config()
     except ValueError as error:
         raise UserError(f"--source {arguments['model']}: {reason(error)}") from None
-    if not on_gpu() and arguments["tensor_parallel_size"] == 1:
+    if not on_gpu():
         # The server needs the engine in a process of its own. vLLM starts it afresh on CPU, and it spends most of the
         # start importing again what this process has imported; a fork has it. No thread of torch runs here yet.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"

@@ -31,14 +31,10 @@ def on_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def prepare_environment(*, tensor_parallel: int, in_process: bool = True) -> None:
-    """Set the environment variables of vLLM and the hub. What the user has set stays.
-
-    Args:
-        tensor_parallel: devices or processes that share the model.
-        in_process: the engine runs in this process, not beside a server.
-    """
+def prepare_environment() -> None:
+    """Set the environment variables of torch, vLLM and the hub. What the user has set stays."""
     _quieten()
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looking for a GPU must not start CUDA: vLLM forks
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a directory is complete; nothing is to be asked of a model hub
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns about the fork of the engine
@@ -48,13 +44,10 @@ def prepare_environment(*, tensor_parallel: int, in_process: bool = True) -> Non
         return
     # A few helpers of vLLM are compiled on first use whatever enforce_eager says: 20 s for the first log-probability.
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-    if tensor_parallel == 1:
-        # Without it the engine runs in a process of its own and the model in a third; each imports torch and vLLM anew.
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    # Without it the engine runs in a process of its own and the model in a third; each imports torch and vLLM anew.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     # Pins one thread to each core but one. Right for a machine of our own, ruinous where cores are shared.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    if not in_process:
-        os.environ.setdefault("VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "0")
 
 
 def _quieten() -> None:
@@ -76,7 +69,11 @@ def engine_arguments(
     batch_size: int | None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Keyword arguments of `vllm.LLM` and `vllm.EngineArgs` that suit this machine."""
+    """Keyword arguments of `vllm.LLM` and `vllm.EngineArgs` that suit this machine.
+
+    Raises:
+        UserError: it has fewer devices than are asked for, or too little memory for one context.
+    """
     arguments: dict[str, Any] = {
         "model": str(source),
         "dtype": DTYPES[precision] if precision else "auto",
@@ -94,6 +91,11 @@ def engine_arguments(
         if tensor_parallel > torch.cuda.device_count():
             raise UserError(f"--tensor-parallel {tensor_parallel}: this machine has {torch.cuda.device_count()} GPUs")
         return arguments
+    if tensor_parallel != 1:
+        # vLLM's CPU workers return wrong tokens here, and one process uses every core already.
+        raise UserError(
+            f"--tensor-parallel {tensor_parallel}: this machine has no GPU to share a model among; leave it out"
+        )
     sequences = batch_size or _CPU_SEQUENCES
     return arguments | {
         "max_num_seqs": sequences,

@@ -14,7 +14,7 @@ import traceback
 
 from tools.infer.settings import prepare_environment
 
-prepare_environment(tensor_parallel=1)
+prepare_environment()
 
 import lm_eval.models.vllm_causallms  # noqa: E402, F401
 import vllm.entrypoints.launchers.api_server.entry  # noqa: E402

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from shared.errors import UserError
-from tools.infer.settings import cpu_cache_bytes
+from tools.infer.settings import cpu_cache_bytes, engine_arguments
 
 CONFIG = {
     "num_hidden_layers": 4,
@@ -44,3 +44,10 @@ def test_a_context_that_cannot_be_held_is_said(memory):
     memory(1 << 20)
     with pytest.raises(UserError, match="--max-model-len: one context of 1024 tokens needs"):
         cpu_cache_bytes(CONFIG, None, 32, None)
+
+
+def test_a_model_is_not_shared_among_processes_without_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr("tools.infer.settings.on_gpu", lambda: False)
+    flags = {"precision": None, "max_model_len": None, "batch_size": None}
+    with pytest.raises(UserError, match="--tensor-parallel 2: this machine has no GPU"):
+        engine_arguments(tmp_path, tensor_parallel=2, **flags)
