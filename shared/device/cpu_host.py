@@ -9,7 +9,8 @@ is the code a GPU would run.
 Plain replacements rather than a `TorchFunctionMode`: a mode is per thread (autograd and loader threads would be
 without it), and it adds Python work to every torch call, where a replacement costs only the calls it changes.
 
-`torch.cuda.is_available()` and `Tensor.is_cuda` keep telling the truth: torch's own code asks them. Nothing here may be installed where CUDA is present.
+`torch.cuda.is_available()` and `Tensor.is_cuda` keep telling the truth: torch's own code asks them. Nothing here
+may be installed where CUDA is present.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ CPU = torch.device("cpu")
 
 # Functions that take `device=` and `pin_memory=`; the names in Megatron-Core that are given CUDA come from here.
 FACTORIES = (
-    "arange as_tensor empty empty_like empty_strided eye full full_like linspace normal ones ones_like rand "
-    "rand_like randint randint_like randn randn_like randperm tensor tril_indices triu_indices zeros zeros_like"
-).split()
-TENSOR_FACTORIES = "new_empty new_full new_ones new_tensor new_zeros".split()
+    "arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace", "normal",
+    "ones", "ones_like", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm", "tensor",
+    "tril_indices", "triu_indices", "zeros", "zeros_like",
+)  # fmt: skip
+TENSOR_FACTORIES = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 
 _installed = False
 
@@ -93,11 +95,11 @@ def _replace_tensor_methods() -> None:
         # The optimizers know "torch.cuda.FloatTensor" and its kin only.
         return original_type(self).replace("torch.", "torch.cuda.", 1)
 
-    torch.Tensor.to = to  # type: ignore[method-assign,assignment]
-    torch.Tensor.type = type_  # type: ignore[method-assign,assignment]
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
-    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
-    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign,assignment]
+    torch.Tensor.to = to
+    torch.Tensor.type = type_
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
+    torch.Tensor.record_stream = lambda self, stream: None
 
 
 class Stream:

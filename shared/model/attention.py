@@ -44,7 +44,8 @@ class CoreAttention(torch.nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
-        assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
+        assert attn_mask_type == AttnMaskType.causal
+        assert attention_type == "self"
         assert config.context_parallel_size == 1
         self.softmax_scale = softmax_scale  # None: 1 / sqrt(head_dim)
         self.dropout = config.attention_dropout
@@ -62,7 +63,8 @@ class CoreAttention(torch.nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
         """`[sequence, batch, heads, head_dim]`, keys and values of fewer heads, to `[sequence, batch, heads * head_dim]`."""
-        assert attention_bias is None and packed_seq_params is None
+        assert attention_bias is None
+        assert packed_seq_params is None
         if self.training and self.dropout > 0.0:
             # Each tensor-parallel process holds other heads and must drop other weights.
             with get_cuda_rng_tracker().fork():

@@ -25,7 +25,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             target = log_probs.gather(-1, index.unsqueeze(-1)).squeeze(-1)
             loss = -target.where(owned, 0.0)
         else:
-            # log_probs are relative to this process's columns; the correction makes them relative to all.
+            # log_probs are relative to this process's columns; the normaliser makes them relative to all.
             if valid:
                 lse = logits[..., 0].float() - log_probs[..., 0]
                 target = log_probs.gather(-1, index.unsqueeze(-1)).squeeze(-1) + lse
@@ -37,18 +37,16 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             torch.distributed.all_reduce(highest, ReduceOp.MAX, group=group)
             sums = torch.stack(((lse - highest).exp(), target))
             torch.distributed.all_reduce(sums, ReduceOp.SUM, group=group)
-            correction = highest + sums[0].log() - lse
-            loss = (correction + lse - sums[1]).where(labels >= 0, 0.0) if valid else (
-                highest + sums[0].log() - sums[1]
-            ).where(labels >= 0, 0.0)
+            normaliser = highest + sums[0].log()
+            loss = (normaliser - sums[1]).where(labels >= 0, 0.0)
             if valid:
-                log_probs -= correction.unsqueeze(-1)
+                log_probs -= (normaliser - lse).unsqueeze(-1)
         ctx.save_for_backward(log_probs, labels, index, owned)
         ctx.shape, ctx.dtype, ctx.valid = logits.shape, logits.dtype, valid
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         log_probs, labels, index, owned = ctx.saved_tensors
         grad_loss = grad_loss.where(labels >= 0, 0.0).unsqueeze(-1)
         grad = torch.empty(ctx.shape, dtype=torch.float32, device=log_probs.device)

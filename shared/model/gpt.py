@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -88,7 +87,7 @@ def transformer_config(
         "normalization": "RMSNorm",
         "layernorm_epsilon": architecture.norm_epsilon,
         "gated_linear_unit": True,
-        "activation_func": F.silu,
+        "activation_func": torch.nn.functional.silu,
         "add_bias_linear": False,  # each layer's bias is in the spec
         "add_qkv_bias": architecture.qkv_bias,
         "qk_layernorm": architecture.qk_norm,

@@ -56,10 +56,8 @@ def logits(chunks: Sequence[LanguageModel], ids: torch.Tensor) -> torch.Tensor:
         chunk.train(was_training)
 
     shape = (ids.shape[0], ids.shape[1], architecture.vocab_size)
-    if collected:
-        result = torch.cat(collected)[: ids.shape[0]]
-    else:
-        result = torch.empty(shape, dtype=torch.float32, device=rows[0].device)
+    blank = torch.empty(shape, dtype=torch.float32, device=rows[0].device)  # for the last stage's to arrive in
+    result = torch.cat(collected)[: ids.shape[0]] if collected else blank
     torch.distributed.broadcast(
         result,
         src=parallel_state.get_pipeline_model_parallel_last_rank(),

@@ -21,9 +21,7 @@ def sharded_state_dict(chunks: Sequence[LanguageModel]) -> dict[str, dict[str, A
     """The model's entries for `dist_checkpointing`, keyed as Megatron-LM does: `model`, or `model0`, `model1`..."""
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-    return {
-        name: chunk.sharded_state_dict(metadata=dict(metadata)) for name, chunk in zip(names, chunks, strict=True)
-    }
+    return {name: chunk.sharded_state_dict(metadata=dict(metadata)) for name, chunk in zip(names, chunks, strict=True)}
 
 
 def load(chunks: Sequence[LanguageModel], iteration_path: Path) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from shared.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError
+from shared.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, UserError
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 POLL_SECONDS = 0.1
@@ -54,7 +54,7 @@ def launch(processes: int) -> int | None:
         workers = _start(processes, outputs)
         # What the caller ignores (SIGHUP under nohup) stays ignored.
         forwarded = [number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
-        previous = {number: signal.signal(number, _forward_to(workers)) for number in forwarded}
+        previous = {number: signal.signal(number, _Forward(workers)) for number in forwarded}
         try:
             return _wait(workers, outputs)
         finally:
@@ -87,7 +87,7 @@ def _start(processes: int, outputs: Sequence[Path]) -> list[subprocess.Popen[byt
                         stdout=None if rank == 0 else output,
                         stderr=None if rank == 0 else output,
                         start_new_session=True,  # a terminal's Ctrl-C comes once, from us
-                        preexec_fn=_die_with_parent,
+                        preexec_fn=_die_with_parent,  # noqa: PLW1509 -- this process has a single thread
                     )
                 )
     except BaseException:
@@ -110,7 +110,7 @@ def _die_with_parent() -> None:
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-class _forward_to:
+class _Forward:
     """A signal handler that passes every signal on."""
 
     def __init__(self, workers: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -143,6 +143,8 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]], outputs: Sequence[Path]) -
             return EXIT_INTERRUPTED
         first = next(rank for rank, w in enumerate(workers) if w.returncode not in (0, EXIT_INTERRUPTED))
         code = workers[first].returncode
+    if code == EXIT_USAGE and workers[0].returncode == code:
+        first = 0  # all found the same mistake, and rank 0 has told it
     _report(first, code, outputs[first])
     return EXIT_FAILED if code is None or code < 0 else code
 

@@ -69,7 +69,8 @@ def test_streams_and_events():
     end.record(stream)
     torch.cuda.synchronize()
     assert 0.0 <= start.elapsed_time(end) < 60_000.0
-    assert stream.query() and end.query()
+    assert stream.query()
+    assert end.query()
     torch.cuda.nvtx.range_push("x")
     torch.cuda.nvtx.range_pop()
 

@@ -1,6 +1,7 @@
 """Models and weights for the tests of this folder."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -73,8 +74,7 @@ def two_processes(saved):
         capture_output=True,
         text=True,
         timeout=180,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    import json
-
     return json.loads((saved / "results.json").read_text())

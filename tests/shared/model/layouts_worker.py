@@ -104,7 +104,11 @@ def train(description, layout, weights_path, dtype, recompute="none"):
     ]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            lr=1e-3, weight_decay=0.1, clip_grad=1.0, bf16=dtype == torch.bfloat16, params_dtype=dtype,
+            lr=1e-3,
+            weight_decay=0.1,
+            clip_grad=1.0,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
             use_distributed_optimizer=True,
         ),
         model,

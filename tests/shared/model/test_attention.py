@@ -6,7 +6,8 @@ from shared.model.attention import segment_mask
 
 def test_mask_is_causal_and_stays_within_segments():
     mask = segment_mask(torch.tensor([[1, 1, 2, 0], [3, 3, 3, 3]]))
-    assert mask.shape == (2, 1, 4, 4) and mask.dtype == torch.bool
+    assert mask.shape == (2, 1, 4, 4)
+    assert mask.dtype == torch.bool
     assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
     assert torch.equal(mask[1, 0], torch.ones(4, 4).tril().bool())
 

@@ -9,7 +9,9 @@ from shared.model.rope import inverse_frequencies
 
 
 def test_plain_frequencies_are_transformers(worker):
-    config = LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=32, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=4, head_dim=32, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
+    )
     assert torch.equal(inverse_frequencies(worker.architecture()), LlamaRotaryEmbedding(config).inv_freq)
 
 

@@ -120,15 +120,14 @@ def test_a_failing_worker_ends_the_job_with_its_error(rank, start):
 
 
 def test_a_users_mistake_keeps_its_code_and_is_told_once(start):
-    code, _, errors, _ = finish(start("print('no such flag', file=sys.stderr)\nsys.exit(2)"))
+    body = "time.sleep(0.5 * (rank == 0))\nprint('no such flag', file=sys.stderr)\nsys.exit(2)"
+    code, _, errors, _ = finish(start(body))
     assert code == 2
     assert errors.count("no such flag") == 1
 
 
 def test_a_killed_worker_is_named(start):
-    code, _, errors, seconds = finish(
-        start("if rank == 1:\n    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(300)")
-    )
+    code, _, errors, seconds = finish(start("if rank == 1:\n    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(300)"))
     assert code == 1
     assert "worker 1 was killed by SIGKILL" in errors
     assert seconds < 20
@@ -156,7 +155,9 @@ def test_signals_reach_every_worker_once_and_75_comes_back(number, start, tmp_pa
 
 
 def test_workers_die_with_a_launcher_that_is_killed(start, tmp_path):
-    process = start("(here / f'pid-{rank}').write_text(str(os.getpid()))\n(here / f'ready-{rank}').touch()\ntime.sleep(300)")
+    process = start(
+        "(here / f'pid-{rank}').write_text(str(os.getpid()))\n(here / f'ready-{rank}').touch()\ntime.sleep(300)"
+    )
     wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
     process.kill()
     process.wait()
