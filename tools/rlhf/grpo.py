@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,14 +165,20 @@ def _train(
         host,
         resumed=resumed,
         log_every=options.log_every,
-        line=lambda row: (
-            f"reward {row['reward']:.4f}, spread {row['reward_std']:.4f}, entropy {row['entropy']:.3f}, "
-            f"{row['completions/mean_length']:.1f} tokens, {row['step_time']:.1f} s"
-        ),
+        line=_line,
         period=options.epochs,
     )
     train(trainer, contract, resumed)
     return unwrapped(trainer)
+
+
+def _line(row: Mapping[str, float]) -> str:
+    if "reward" not in row:  # a further update on the same replies
+        return f"loss {row['loss']:.4f}, entropy {row['entropy']:.3f}"
+    return (
+        f"reward {row['reward']:.4f}, spread {row['reward_std']:.4f}, entropy {row['entropy']:.3f}, "
+        f"{row['completions/mean_length']:.1f} tokens, {row['step_time']:.1f} s"
+    )
 
 
 def _reward_function(spec: RewardSpec, scorer: rewards.Scorer, prompts: Sequence[Prompt], source: Source) -> Any:

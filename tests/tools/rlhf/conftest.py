@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,21 @@ def rlhf() -> Callable[..., int]:
         with pytest.raises(SystemExit) as end:
             tool.run([command, *words])
         return int(end.value.code or 0)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def process() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a command line in a process of its own."""
+
+    def run(command: str, **flags: Any) -> subprocess.CompletedProcess[str]:
+        words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+        job = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+        # Libraries loaded here note their place in a job in the environment; the new process is no part of it.
+        environment = {name: value for name, value in os.environ.items() if name not in job}
+        script = Path(sys.executable).with_name("rlhf")
+        return subprocess.run([script, command, *words], capture_output=True, text=True, check=False, env=environment)
 
     return run
 

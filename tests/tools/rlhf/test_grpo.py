@@ -65,10 +65,11 @@ def test_reward_models_and_messages(world, rlhf, reward_model, metrics, tmp_path
     target = tmp_path / "out"
     changes = {"prompts": prompts, "reward": f"2*model:{reward_model},{world.reward('red')}", "steps": 2, "epochs": 2}
     assert rlhf("grpo", **flags(world, target, **changes, kl_coefficient=0.1)) == 0
-    for row in metrics(target):
-        total = 2 * row["rewards/reward/mean"] + row["rewards/red/mean"]
-        assert row["reward"] == pytest.approx(total, abs=1e-4)
-        assert "kl" in row
+    first, second = metrics(target)
+    assert first["reward"] == pytest.approx(2 * first["rewards/reward/mean"] + first["rewards/red/mean"], abs=1e-4)
+    assert "reward" not in second  # an update on the same replies
+    assert first["kl"] == pytest.approx(0, abs=1e-6)
+    assert second["kl"] > 0
 
 
 @pytest.mark.parametrize(

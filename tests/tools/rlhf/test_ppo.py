@@ -2,9 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -71,13 +68,11 @@ def test_at_learning_rate_zero_nothing_moves(world, rlhf, metrics, sampled_red):
     assert sampled_red(target) == sampled_red(world.policy)
 
 
-def test_a_killed_and_a_stopped_run_go_on_to_the_same_end(world, rlhf, trained, metrics):
+def test_a_killed_and_a_stopped_run_go_on_to_the_same_end(world, rlhf, process, trained, metrics):
     """SIGKILL in iteration 3 of one process, SIGUSR1 in iteration 3 after that, then to the end: the same digits."""
     target = flags(world, "killed")
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in target.items()]
     world.order.write_text(str(int(signal.SIGKILL)))
-    script = Path(sys.executable).with_name("rlhf")
-    killed = subprocess.run([script, "ppo", *words], capture_output=True, text=True, check=False)
+    killed = process("ppo", **target)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not target["target"].exists()
 
@@ -110,14 +105,10 @@ def test_micro_batches_do_not_change_the_result(world, rlhf, metrics):
             assert one[name] == pytest.approx(other[name], rel=2e-3, abs=1e-5), name  # float32 sums in another order
 
 
-def test_two_processes_with_zero_2(world, reward_model, metrics):
+def test_two_processes_with_zero_2(world, process, reward_model, metrics):
     """Two gloo processes share optimizer state and gradients, and score with a reward model; the critic starts from it."""
     target = flags(world, "zero", reward=f"0.5*model:{reward_model},{world.reward('red')}", steps=4, micro_batch_size=8)
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in target.items()]
-    script = Path(sys.executable).with_name("rlhf")
-    done = subprocess.run(
-        [script, "ppo", *words, "--zero=2", "--processes=2"], capture_output=True, text=True, check=False
-    )
+    done = process("ppo", **target, zero=2, processes=2)
     assert done.returncode == 0, done.stderr
     assert f"critic    from {reward_model}" in done.stderr
     rows = metrics(target["target"])

@@ -19,7 +19,7 @@ def roll_out(source, model, temperature=1.3):
     prompts = [Prompt(text=text, ids=tuple(source.tokenizer(text)["input_ids"])) for text in texts] * 8
     torch.manual_seed(5)
     return sample(
-        model, prompts, source.tokenizer, max_new_tokens=14, temperature=temperature, eos_ids=source.eos_ids,
+        model, prompts, source.tokenizer, max_new_tokens=11, temperature=temperature, eos_ids=source.eos_ids,
         pad_id=source.pad_id, in_step=False,
     )  # fmt: skip
 
