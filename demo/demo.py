@@ -42,7 +42,8 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     os.environ["HF_HUB_OFFLINE"] = "1"  # every byte comes from here
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    for told in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(told, lambda *_: sys.exit(75))
     every = stages(work)
     if options.until and options.until not in [stage.name for stage in every]:
         parser.error(f"--until {options.until}: no such stage; one of: {', '.join(stage.name for stage in every)}")

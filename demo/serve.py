@@ -50,7 +50,9 @@ def main(command: list[str], prompts: Path, target: Path) -> int:
         server.terminate()
         code = server.wait()
     print(f"POST {url}/chat/completions\n{messages[-1]['content']}\n--- the model answers ---\n{reply}")
-    target.write_text(json.dumps({"messages": messages, "reply": reply}, indent=1) + "\n", encoding="utf-8")
+    beside = target.with_name(target.name + ".new")
+    beside.write_text(json.dumps({"messages": messages, "reply": reply}, indent=1) + "\n", encoding="utf-8")
+    beside.replace(target)
     return code
 
 
