@@ -111,7 +111,12 @@ def generalized_advantages(
 
 
 def policy_loss(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float, tokens: Tensor | float
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_range: float,
+    tokens: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
     """The clipped surrogate of PPO, summed over the masked tokens and divided by `tokens`.
 

@@ -54,7 +54,9 @@ def read_prompts(path: Path, tokenizer: Any, *, context: int, max_new_tokens: in
         columns = {name: value for name, value in row.value.items() if name != key}
         for name in _RESERVED:
             if name in columns:
-                raise row.error(f"a column may not be called {name!r}: reward functions get that name from us; rename it")
+                raise row.error(
+                    f"a column may not be called {name!r}: reward functions get that name from us; rename it"
+                )
         text = _prompt_text(row, key, tokenizer)
         ids = _encode(tokenizer, text, templated=not isinstance(row.value[key], str))
         if not ids:
@@ -142,7 +144,9 @@ def _is_messages(value: Any) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
-        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+        )
     )
 
 

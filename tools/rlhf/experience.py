@@ -150,9 +150,7 @@ def collect(
     ended = torch.tensor([reply.ended for reply in rollout.replies], dtype=torch.float32, device=mask.device)
     scores = scores.to(mask.device) - recipe.missing_eos_penalty * (1 - ended)
     rewards = algorithm.token_rewards(scores, kl, mask, recipe.kl_coefficient)
-    advantages, returns = algorithm.generalized_advantages(
-        rewards, values, mask, recipe.discount, recipe.gae_lambda
-    )
+    advantages, returns = algorithm.generalized_advantages(rewards, values, mask, recipe.discount, recipe.gae_lambda)
     explained = algorithm.explained_variance(values, returns, mask, host.sum)
     if recipe.whiten_advantages:
         advantages = algorithm.whiten(advantages, mask, host.sum)

@@ -54,9 +54,7 @@ class GRPOOptions:
 
     def check(self, host: Host) -> None:
         """UserError for numbers that do not divide each other."""
-        check_batches(
-            global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size, host=host
-        )
+        check_batches(global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size, host=host)
         if self.global_batch_size % self.generations:
             raise UserError(
                 f"--global-batch-size {self.global_batch_size} is not a multiple of --generations {self.generations}"
@@ -108,7 +106,9 @@ def _charts(reward: rewards.Reward) -> dict[str, tuple[str, ...]]:
 
 def _check_uniform(prompts: Sequence[Prompt], options: GRPOOptions) -> None:
     if len({isinstance(prompt.raw, str) for prompt in prompts}) > 1:
-        raise UserError(f"--prompts {options.prompts} mixes texts and messages, which TRL does not take; use one of them")
+        raise UserError(
+            f"--prompts {options.prompts} mixes texts and messages, which TRL does not take; use one of them"
+        )
 
 
 def _print_plan(options: GRPOOptions, source: Source, prompts: Sequence[Prompt], host: Host) -> None:

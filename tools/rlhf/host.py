@@ -21,7 +21,6 @@ from torch import Tensor, nn
 Precision = Literal["bf16", "fp32"]
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Host:
     """This process's place in the job."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.checkpoint.reader import open_checkpoint
 from shared.console import log
 from shared.errors import Interrupted, StageError, UserError
 from shared.training.metrics import Metrics, peak_memory
@@ -34,7 +35,7 @@ from tools.rlhf.host import (
     prepare,
     train_engine,
 )
-from tools.rlhf.models import Source, load_critic, load_policy, open_source, parameter_count, save_hf
+from tools.rlhf.models import Source, load_critic, load_policy, open_source, save_hf
 from tools.rlhf.report import add_record
 from tools.rlhf.reward_spec import RewardSpec
 from tools.rlhf.rollout import sample
@@ -98,9 +99,7 @@ class PPOOptions:
 
     def check(self, host: Host) -> None:
         """UserError for batch sizes that do not divide each other."""
-        check_batches(
-            global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size, host=host
-        )
+        check_batches(global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size, host=host)
         if self.rollout_batch_size % self.global_batch_size:
             raise UserError(
                 f"--rollout-batch-size {self.rollout_batch_size} is not a multiple of --global-batch-size "
@@ -173,6 +172,8 @@ def _build(options: PPOOptions, source: Source, host: Host) -> tuple[Models, Pre
         batch_size=options.micro_batch_size,
         wrap=lambda model: frozen_engine(model, engine),
     )
+    if options.critic is not None:
+        open_checkpoint(options.critic, kinds=("hf",), flag="--critic")
     critic = load_critic(options.critic_path, dtype, vocab_size=source.config.vocab_size)
     models = Models(
         actor=train_engine(load_policy(source, dtype), engine, learning_rate=options.learning_rate),
@@ -237,7 +238,9 @@ def _train(
                 metrics.sync()
             _save(models, target, step, kl_coefficient, host)
         if stopping:
-            raise Interrupted(f"stopped by a signal after iteration {step} of {options.steps}; run the same command to go on")
+            raise Interrupted(
+                f"stopped by a signal after iteration {step} of {options.steps}; run the same command to go on"
+            )
     if metrics is not None:
         metrics.close()
 
@@ -287,7 +290,9 @@ def _experience(
     return experience, row
 
 
-def update(actor: Any, critic: Any, experience: Experience, options: PPOOptions, step: int, host: Host) -> dict[str, float]:
+def update(
+    actor: Any, critic: Any, experience: Experience, options: PPOOptions, step: int, host: Host
+) -> dict[str, float]:
     """Several epochs of clipped updates over shuffled mini-batches; returns metrics, averaged over the updates.
 
     A mini-batch's loss is the mean over its tokens on all ranks: every micro-batch's sum is divided by the mini-batch's

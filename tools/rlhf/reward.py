@@ -56,9 +56,7 @@ class Preferences:
 def run(options: RewardOptions) -> None:
     """Train, compare accuracy on held-out pairs before and after, publish."""
     host = prepare()
-    check_batches(
-        global_batch_size=options.global_batch_size, micro_batch_size=options.micro_batch_size, host=host
-    )
+    check_batches(global_batch_size=options.global_batch_size, micro_batch_size=options.micro_batch_size, host=host)
     inputs = {"source": options.source, "data": options.data}
     with held(host, options.target, inputs, overwrite=options.overwrite) as target:
         source = open_source(options.source)

@@ -83,7 +83,9 @@ def load(
         model = wrap(load_reward_model(spec.path, dtype).to(device))
         own = open_tokenizer(spec.path, flag="--reward")
         same = own.get_vocab() == tokenizer.get_vocab()
-        components.append((spec, ModelReward(spec.path, model, None if same else own, device=device, batch_size=batch_size)))
+        components.append(
+            (spec, ModelReward(spec.path, model, None if same else own, device=device, batch_size=batch_size))
+        )
     return Reward(components)
 
 

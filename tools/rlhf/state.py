@@ -1,8 +1,8 @@
 """State of an unfinished run: `TARGET.state` beside the target, there from the first save until the target is published.
 
-    TARGET.state/run.json          identity of the command, so that another command never resumes it
-    TARGET.state/metrics.jsonl     one line per iteration
-    TARGET.state/step_0000020/     what the loop saved: there whole or not at all
+TARGET.state/run.json          identity of the command, so that another command never resumes it
+TARGET.state/metrics.jsonl     one line per iteration
+TARGET.state/step_0000020/     what the loop saved: there whole or not at all
 """
 
 from __future__ import annotations

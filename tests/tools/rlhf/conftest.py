@@ -102,7 +102,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     tokenizer.save_pretrained(world.policy)
 
     world.rewards.write_text(REWARDS)
-    starts = ["colors:" + "".join(f" {word}" for word in chance.sample(COLOURS, n)) for n in (0, 1, 2) for _ in range(16)]
+    starts = [
+        "colors:" + "".join(f" {word}" for word in chance.sample(COLOURS, n)) for n in (0, 1, 2) for _ in range(16)
+    ]
     world.prompts.write_text("".join(json.dumps({"prompt": s, "disturbance": str(world.order)}) + "\n" for s in starts))
     rows = []
     for _ in range(240):

@@ -92,9 +92,7 @@ def test_value_loss_is_the_larger_of_plain_and_clipped(batch):
             v, old, target = (batch[name][row, t].item() for name in ("values", "old_values", "returns"))
             near = old + min(max(v - old, -epsilon), epsilon)
             total += 0.5 * max((v - target) ** 2, (near - target) ** 2)
-    loss, _ = algorithm.value_loss(
-        batch["values"], batch["old_values"], batch["returns"], batch["mask"], epsilon, 11.0
-    )
+    loss, _ = algorithm.value_loss(batch["values"], batch["old_values"], batch["returns"], batch["mask"], epsilon, 11.0)
     assert loss.item() == pytest.approx(total / 11, abs=TOLERANCE)
 
 
