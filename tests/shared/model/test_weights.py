@@ -83,6 +83,17 @@ def test_weights_of_another_model_are_refused(changes, words, saved, worker):
     assert all(torch.isnan(parameter).all() for parameter in chunks[0].parameters())
 
 
+def test_padding_rows_come_out_zero_whatever_was_saved(saved, worker, tmp_path):
+    chunks = blank(worker.architecture())
+    weights.load(chunks, saved / "weights")
+    with torch.no_grad():
+        chunks[0].embedding.word_embeddings.weight[300:] = 7.0
+    dist_checkpointing.save(weights.sharded_state_dict(chunks)["model"], str(tmp_path))
+    again = blank(worker.architecture())
+    weights.load(again, tmp_path)
+    assert torch.count_nonzero(again[0].embedding.word_embeddings.weight[300:]) == 0
+
+
 def test_optimizer_state_is_left_alone(saved, worker, tmp_path):
     chunks = blank(worker.architecture())
     weights.load(chunks, saved / "weights")
