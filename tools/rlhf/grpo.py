@@ -13,12 +13,12 @@ from shared.console import log
 from shared.errors import UserError
 from tools.rlhf import rewards
 from tools.rlhf.data import Prompt, read_prompts
-from tools.rlhf.hold import Held, held
+from tools.rlhf.hold import Held, check_batches, held
 from tools.rlhf.host import Host, Precision, prepare
 from tools.rlhf.models import Source, load_policy, open_source, save_hf
 from tools.rlhf.report import add_record
 from tools.rlhf.reward_spec import RewardSpec
-from tools.rlhf.trainers import Contract, check_batches, common_arguments, resume_point, train, unwrapped
+from tools.rlhf.trainers import Contract, common_arguments, resume_point, train, unwrapped
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,3 +62,12 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = True
+
+
+def check_batches(*, global_batch_size: int, micro_batch_size: int, host: Host) -> None:
+    """UserError unless an update is a whole number of forward passes of every process."""
+    if global_batch_size % (micro_batch_size * host.world_size):
+        raise UserError(
+            f"--global-batch-size {global_batch_size} is not a multiple of --micro-batch-size {micro_batch_size} times "
+            f"{host.world_size} process(es)"
+        )

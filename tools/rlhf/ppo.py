@@ -25,7 +25,7 @@ from shared.training.schedule import Schedule
 from tools.rlhf import algorithm, rewards
 from tools.rlhf.data import Prompt, read_prompts
 from tools.rlhf.experience import Experience, Recipe, collect, policy_log_probs, reply_values
-from tools.rlhf.hold import Held, StopRequest, held
+from tools.rlhf.hold import Held, StopRequest, check_batches, held
 from tools.rlhf.host import (
     EngineOptions,
     Host,
@@ -39,7 +39,6 @@ from tools.rlhf.models import Source, load_critic, load_policy, open_source, sav
 from tools.rlhf.report import add_record
 from tools.rlhf.reward_spec import RewardSpec
 from tools.rlhf.rollout import sample
-from tools.rlhf.trainers import check_batches
 
 _KL_HORIZON = 10.0  # iterations; K_beta = 0.1 of arXiv:1909.08593
 
@@ -146,6 +145,7 @@ def _charts(reward: rewards.Reward) -> dict[str, tuple[str, ...]]:
         "Entropy, nats a token": ("entropy",),
         "Clipped": ("clip_fraction", "value_clip_fraction"),
         "Value loss": ("value_loss",),
+        "Gradient norm of the policy": ("gradient_norm",),
         "Explained variance of the returns": ("explained_variance",),
         "Reply length, tokens": ("reply_tokens",),
         "Gap between roll-out and trainer log-probabilities, nats": ("log_prob_gap", "log_prob_gap_max"),
@@ -306,6 +306,7 @@ def update(
     scale = micro_batches * host.world_size
     generator = torch.Generator().manual_seed(_seed(options.seed, step, host.rank))
     totals = torch.zeros(4, dtype=torch.float64, device=device)
+    norms: list[float] = []
     for _ in range(options.epochs):
         for chosen in torch.randperm(rows, generator=generator).to(device).split(rows // updates):
             tokens = host.sum(sequences.reply_mask[chosen].sum())
@@ -325,9 +326,13 @@ def update(
                 critic.backward(critic_loss * scale)
                 critic.step()
                 totals += torch.stack([loss, critic_loss, clipped / tokens, critic_clipped / tokens]).detach()
+            # DeepSpeed knows the norm of all but plain float32 (stage 0).
+            if (norm := actor.get_global_grad_norm()) is not None:
+                norms.append(float(norm))
     totals = host.sum(totals) / (options.epochs * updates)
     names = ("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction")
-    return dict(zip(names, totals.tolist(), strict=True))
+    row = dict(zip(names, totals.tolist(), strict=True))
+    return row | ({"gradient_norm": sum(norms) / len(norms)} if norms else {})
 
 
 def _draw(prompts: Sequence[Prompt], options: PPOOptions, step: int, host: Host) -> list[Prompt]:

@@ -13,12 +13,12 @@ import torch
 from shared.console import log
 from shared.errors import UserError
 from tools.rlhf.data import Pair, read_preferences
-from tools.rlhf.hold import Held, held
+from tools.rlhf.hold import Held, check_batches, held
 from tools.rlhf.host import Host, Precision, prepare
 from tools.rlhf.models import Source, open_source, save_hf
 from tools.rlhf.report import add_record
 from tools.rlhf.rewards import score
-from tools.rlhf.trainers import Contract, check_batches, common_arguments, resume_point, train, unwrapped
+from tools.rlhf.trainers import Contract, common_arguments, resume_point, train, unwrapped
 
 
 @dataclass(frozen=True, kw_only=True)

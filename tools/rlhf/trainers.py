@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from shared.checkpoint.files import remove_tree, sync, sync_tree
 from shared.console import log
-from shared.errors import Interrupted, StageError, UserError
+from shared.errors import Interrupted, StageError
 from shared.training.metrics import Metrics, peak_memory
 from tools.rlhf.hold import Held, StopRequest
 from tools.rlhf.host import Host, Precision
@@ -162,15 +162,6 @@ def train(trainer: Any, contract: Contract, resumed: Path | None) -> None:
     trainer.add_callback(contract)
     trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     contract.finish(trainer.state.max_steps)
-
-
-def check_batches(*, global_batch_size: int, micro_batch_size: int, host: Host) -> None:
-    """UserError unless an update is a whole number of forward passes of every process."""
-    if global_batch_size % (micro_batch_size * host.world_size):
-        raise UserError(
-            f"--global-batch-size {global_batch_size} is not a multiple of --micro-batch-size {micro_batch_size} times "
-            f"{host.world_size} process(es)"
-        )
 
 
 def unwrapped(trainer: Any) -> torch.nn.Module:
