@@ -13,8 +13,6 @@ import torch
 
 warnings.filterwarnings("ignore", message=".*Apex.*")
 
-from megatron.core import dist_checkpointing  # noqa: E402
-
 from shared.model import weights  # noqa: E402
 from shared.model.architecture import Architecture  # noqa: E402
 from shared.model.gpt import build  # noqa: E402
@@ -60,7 +58,7 @@ def saved(worker, tmp_path_factory):
                 parameter.add_(torch.randn(parameter.shape) * 0.02)
             weights._clear_padding(chunks[0])
         (directory / name).mkdir()
-        dist_checkpointing.save(weights.sharded_state_dict(chunks)["model"], str(directory / name))
+        worker.save(chunks, directory / name)
     return directory
 
 

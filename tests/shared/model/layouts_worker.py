@@ -45,6 +45,18 @@ def architecture(**changes):
     return Architecture(**{**fields, **changes})
 
 
+def save(chunks, directory):
+    """The weights as a torch_dist iteration, by Megatron-Core."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from shared.model import weights
+
+    filesystem_async._process_memory = lambda: 0  # asks psutil, no dependency of anything here, for a debugging line
+    state = weights.sharded_state_dict(chunks)["model"] if isinstance(chunks, list) else chunks
+    dist_checkpointing.save(state, str(directory))
+
+
 def make_ids():
     import torch
 
@@ -152,7 +164,6 @@ def train(description, layout, weights_path, dtype, recompute="none"):
 
 def main(directory):
     import torch
-    from megatron.core import dist_checkpointing
 
     from shared.model import weights
     from shared.model.gpt import build
@@ -169,7 +180,7 @@ def main(directory):
             if torch.distributed.get_rank() == 0:
                 (directory / "trained").mkdir()
             torch.distributed.barrier()
-            dist_checkpointing.save(weights.sharded_state_dict(chunks)["model"], str(directory / "trained"))
+            save(chunks, directory / "trained")
     results["bf16"], _ = train(
         architecture(), ParallelLayout(tensor=2, sequence_parallel=True), directory / "weights", torch.bfloat16, "full"
     )
