@@ -39,7 +39,7 @@ def save(directory: Path, model: list[DistributedDataParallel], optimizer: Megat
         "layout": _layout(),
         "rng_state": _random_object(_random_state()),
     }
-    _lighten_writer()
+    lighten_writer()
     dist_checkpointing.save(sharded, str(directory), content_metadata=dict(CONTENT))
 
 
@@ -110,7 +110,7 @@ def _random_object(state: dict[str, Any] | None) -> ShardedObject:
     return ShardedObject("rng_state", state, (ranks,), (rank,), replica_id=0)
 
 
-def _lighten_writer() -> None:
+def lighten_writer() -> None:
     """Take from Megatron-Core's writer two things that only its asynchronous mode needs; it has no option for either.
 
     It starts a manager process to pass results between processes, which would outlive a killed run: saving here is

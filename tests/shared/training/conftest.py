@@ -78,16 +78,24 @@ def make_architecture() -> Callable[..., Architecture]:
 
 
 @pytest.fixture(scope="session")
+def tiny_run() -> tuple[TrainingConfig, Architecture]:
+    """A run of the tiny model, for tests that share its results."""
+    return tiny_config(sequence_length=24, micro_batch_size=1), tiny_architecture()
+
+
+@pytest.fixture(scope="session")
 def start(tmp_path_factory) -> Path:
     """A torch_dist directory with random weights of the tiny model."""
     from megatron.core import dist_checkpointing
 
     from shared.model import gpt, parallel, weights
+    from shared.training.state import lighten_writer
 
     directory = tmp_path_factory.mktemp("start") / "release"
     directory.mkdir()
     parallel.initialize(parallel.ParallelLayout(), 5)
     chunks = gpt.build(tiny_architecture(), parallel.ParallelLayout(), dtype=_float32(), perform_initialization=True)
+    lighten_writer()
     dist_checkpointing.save(weights.sharded_state_dict(chunks)["model"], str(directory))
     return directory
 

@@ -1,0 +1,126 @@
+"""One process of a world of two: takes up a run of one process in every layout, and each layout's own again.
+
+Run as `python layouts_worker.py DIRECTORY`: reads `DIRECTORY/one`, saved by one process after update 3, and writes
+`DIRECTORY/<layout>` after update 5 and, from rank 0, `DIRECTORY/results.json`.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from shared.training.launch import launch
+from shared.training.quiet import hush
+
+LAYOUTS = {
+    "data": {},
+    "tensor": {"tensor_parallel": 2},
+    "tensor_and_sequence": {"tensor_parallel": 2, "sequence_parallel": True},
+    "pipeline": {"pipeline_parallel": 2},
+    "virtual_pipeline": {"pipeline_parallel": 2, "virtual_pipeline": 2},
+}
+
+
+class Session:
+    """A model in a layout, from a saved state."""
+
+    def __init__(self, config, architecture, directory: Path, restore: bool = True) -> None:
+        import torch
+
+        from shared.model import gpt, parallel, weights
+        from shared.training import state
+        from shared.training.loop import model_overrides
+        from shared.training.optimizer import build_optimizer, wrap
+
+        layout = parallel.ParallelLayout(
+            tensor=config.tensor_parallel,
+            pipeline=config.pipeline_parallel,
+            virtual_pipeline=config.virtual_pipeline,
+            sequence_parallel=config.sequence_parallel,
+        )
+        self.config = config
+        self.device = parallel.initialize(layout, 1)
+        chunks = gpt.build(architecture, layout, dtype=torch.float32, **model_overrides(config))
+        weights.load(chunks, directory)
+        self.model = wrap(chunks)
+        self.optimizer = build_optimizer(config, self.model)
+        if restore:
+            state.load(directory, self.model, self.optimizer)
+
+    def train(self, first: int, last: int) -> list[tuple[float, float]]:
+        """Loss and gradient norm of updates `first` to `last`, counted from 0."""
+        from shared.training.loop import forward_backward
+        from shared.training.optimizer import set_learning_rate
+
+        rows = []
+        for step in range(first, last):
+            loss, _ = forward_backward(self.config, self.model, Words(), step, self.device)
+            set_learning_rate(self.optimizer, 1e-2)
+            _, norm, _ = self.optimizer.step()
+            rows.append((loss, float(norm)))
+        return rows
+
+    def validate(self) -> float:
+        """Mean loss over eleven samples: no multiple of any batch."""
+        from shared.training.loop import validate
+
+        return validate(self.config, self.model, Words(), self.device)[0]
+
+    def save(self, directory: Path, step: int) -> None:
+        """The state, in an empty directory."""
+        import torch
+
+        from shared.training import state
+
+        if torch.distributed.get_rank() == 0:
+            directory.mkdir()
+        torch.distributed.barrier()
+        state.save(directory, self.model, self.optimizer, step=step)
+
+
+class Words:
+    """Samples that repeat a few words: learnable."""
+
+    sequence_length = 24
+
+    def __len__(self) -> int:
+        return 11
+
+    def batch(self, positions):
+        """Rows of multiples, of which every position has its own."""
+        import torch
+
+        from shared.training.data import Batch
+
+        samples = torch.stack([(torch.arange(25) * (1 + int(position) % 11)) % 13 for position in positions])
+        return Batch(tokens=samples[:, :-1].clone(), labels=samples[:, 1:].clone())
+
+
+def main() -> None:
+    """Every layout, one after another, in the same two processes."""
+    code = launch(2)
+    if code is not None:
+        raise SystemExit(code)
+    hush()
+    import torch
+
+    from shared.model.architecture import Architecture
+    from shared.training.config import TrainingConfig
+
+    directory = Path(sys.argv[1])
+    given = json.loads((directory / "run.json").read_text())
+    architecture = Architecture(**given["architecture"])
+    results = {}
+    for name, changes in LAYOUTS.items():
+        config = TrainingConfig(**{**given["config"], **changes, "processes": 2})
+        session = Session(config, architecture, directory / "one")
+        found = {"validation": session.validate(), "taken_up": session.train(3, 5)}
+        session.save(directory / name, step=5)
+        found["went_on"] = session.train(5, 7)
+        found["restored"] = Session(config, architecture, directory / name).train(5, 7)
+        results[name] = found
+    if torch.distributed.get_rank() == 0:
+        (directory / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
