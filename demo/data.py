@@ -44,6 +44,7 @@ BODY_LINES = 6
 STRETCH_BYTES = 4000  # of a held-out document
 STRETCHES = 40  # held-out documents, taken evenly
 HELD_OUT_PROMPTS = 128
+PREFERENCES = 900  # pairs for the reward model
 
 TASK = """\
 task: heldout
@@ -152,7 +153,7 @@ def write(library: Path, directory: Path) -> dict[str, int]:
     _rows(directory / "heldout.jsonl", [{"text": text} for text in chosen])
     _rows(directory / "sft.jsonl", [_conversation(function) for function in train])
     _rows(directory / "sft-heldout.jsonl", [_conversation(function) for function in rest])
-    _rows(directory / "preferences.jsonl", [_preference(function) for function in train])
+    _rows(directory / "preferences.jsonl", [_preference(function) for function in train[:PREFERENCES]])
     _rows(directory / "prompts.jsonl", [_prompt(function) for function in train])
     _rows(directory / "prompts-heldout.jsonl", [_prompt(function) for function in prompts])
     (directory / "tasks").mkdir()
