@@ -14,7 +14,7 @@ def parse_rate(directory: Path) -> float:
     rewards: list[float] = []
     for row in _rows(directory / "generations.jsonl"):
         request = row["messages"][-1]["content"]
-        replies = row["completion"] if isinstance(row["completion"], list) else [row["completion"]]
+        replies = row["completions"] if "completions" in row else [row["completion"]]
         rewards += parses([request] * len(replies), replies)
     return sum(rewards) / len(rewards)
 

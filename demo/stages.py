@@ -20,7 +20,8 @@ SFT_EPOCHS = 5
 PPO_STEPS = 30
 MAX_NEW_TOKENS = 48
 TEMPERATURE = 0.8  # of replies, in PPO and when they are measured
-CHECKPOINTS = ("init", "pretrained", "sft", "ppo")  # of which bits per byte and parse rate are measured
+SCORED = ("init", "pretrained", "sft", "ppo")  # the models whose bits per byte are measured
+ASKED = ("pretrained", "sft", "ppo")  # those whose replies are; random weights say random words, and never stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +137,7 @@ def _pretraining(work: Path, data: Path) -> list[Stage]:
             output=work / "unigram.json",
             says=lambda: "what a model has to beat",
         ),
-        *_measures(work, data, "init"),
+        _evaluate(work, data, "init"),
         Stage(
             name="pretrain train",
             command=tool(
@@ -150,7 +151,8 @@ def _pretraining(work: Path, data: Path) -> list[Stage]:
             says=lambda: loss_fell(work / "pretrained-mg"),
         ),
         _to_hf(work, "pretrained"),
-        *_measures(work, data, "pretrained"),
+        _evaluate(work, data, "pretrained"),
+        _generate(work, data, "pretrained"),
     ]
 
 
@@ -179,7 +181,8 @@ def _fine_tuning(work: Path, data: Path) -> list[Stage]:
             says=lambda: loss_fell(work / "sft-mg"),
         ),
         _to_hf(work, "sft"),
-        *_measures(work, data, "sft"),
+        _evaluate(work, data, "sft"),
+        _generate(work, data, "sft"),
     ]
 
 
@@ -205,7 +208,8 @@ def _alignment(work: Path, data: Path) -> list[Stage]:
             output=work / "ppo",
             says=lambda: reward_rose(work / "ppo"),
         ),
-        *_measures(work, data, "ppo"),
+        _evaluate(work, data, "ppo"),
+        _generate(work, data, "ppo"),
     ]
 
 
@@ -218,29 +222,31 @@ def _to_hf(work: Path, name: str) -> Stage:
     )
 
 
-def _measures(work: Path, data: Path, name: str) -> list[Stage]:
-    """Held-out bits per byte and the share of replies to held-out requests that parse."""
-    scores, replies = work / "scores" / name, work / "replies" / name
-    return [
-        Stage(
-            name=f"infer evaluate ({name})",
-            command=tool(
-                "infer", "evaluate", "--source", work / name, "--tasks", data / "tasks/heldout.yaml", "--target", scores
-            ),
-            output=scores,
-            says=lambda: f"{metrics.bits_per_byte(scores):.3f} bits per byte",
+def _evaluate(work: Path, data: Path, name: str) -> Stage:
+    """Held-out bits per byte."""
+    scores = work / "scores" / name
+    return Stage(
+        name=f"infer evaluate ({name})",
+        command=tool(
+            "infer", "evaluate", "--source", work / name, "--tasks", data / "tasks/heldout.yaml", "--target", scores
         ),
-        Stage(
-            name=f"infer generate ({name})",
-            command=tool(
-                *("infer", "generate", "--source", work / name, "--prompts", data / "prompts-heldout.jsonl"),
-                *("--target", replies, "--max-tokens", MAX_NEW_TOKENS, "--temperature", TEMPERATURE),
-                *("--samples", 2),
-            ),
-            output=replies,
-            says=lambda: f"{metrics.parse_rate(replies):.1%} of replies parse",
+        output=scores,
+        says=lambda: f"{metrics.bits_per_byte(scores):.3f} bits per byte",
+    )
+
+
+def _generate(work: Path, data: Path, name: str) -> Stage:
+    """The share of replies to held-out requests that parse."""
+    replies = work / "replies" / name
+    return Stage(
+        name=f"infer generate ({name})",
+        command=tool(
+            *("infer", "generate", "--source", work / name, "--prompts", data / "prompts-heldout.jsonl"),
+            *("--target", replies, "--max-tokens", MAX_NEW_TOKENS, "--temperature", TEMPERATURE, "--samples", 2),
         ),
-    ]
+        output=replies,
+        says=lambda: f"{metrics.parse_rate(replies):.1%} of replies parse",
+    )
 
 
 def loss_fell(run: Path) -> str:

@@ -104,7 +104,7 @@ def test_the_end_of_documents_costs_nothing(tmp_path: Path) -> None:
 def test_parse_rate_counts_every_sample(tmp_path: Path) -> None:
     asked = [{"role": "user", "content": 'def f(a, b):\n    """F."""'}]
     rows = [
-        {"messages": asked, "completion": ["    return a + b", "    retur"]},
+        {"messages": asked, "completions": ["    return a + b", "    retur"]},
         {"messages": asked, "completion": "x"},
     ]
     (tmp_path / "generations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
