@@ -33,7 +33,7 @@ def chart(title: str, lines: Sequence[Line], *, unit: str = "", from_zero: bool 
     steps = [step for line in drawn for step, _ in line.points]
     x_ticks = ticks(min(steps), max(steps), 6)
     y_ticks = ticks(0.0 if from_zero else min(values), max(values), 5)
-    x_low, x_high = min(steps), max(max(steps), min(steps) + 1)
+    x_low, x_high = min(steps), max(*steps, min(steps) + 1)
     y_low, y_high = min(y_ticks[0], *values), max(y_ticks[-1], *values)
 
     def x(step: float) -> float:

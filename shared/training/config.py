@@ -145,7 +145,9 @@ class TrainingConfig:
 def default_micro_batch_size(global_batch_size: int, data_parallel: int, sequence_length: int) -> int:
     """The largest micro batch of at most 8192 tokens that divides a rank's share of the global batch."""
     share = max(global_batch_size // max(data_parallel, 1), 1)
-    fitting = [size for size in range(1, share + 1) if share % size == 0 and size * sequence_length <= _MICRO_BATCH_TOKENS]
+    fitting = [
+        size for size in range(1, share + 1) if share % size == 0 and size * sequence_length <= _MICRO_BATCH_TOKENS
+    ]
     return max(fitting, default=1)
 
 

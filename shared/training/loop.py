@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 import shared.device
@@ -72,9 +71,7 @@ def train(run: Run) -> None:
     directory = take_up(run.target, run.inputs, overwrite=run.overwrite)
     training, validation = run.datasets()
 
-    chunks = gpt.build(
-        architecture, layout, dtype=dtype, recompute=config.recompute, **model_overrides(config)
-    )
+    chunks = gpt.build(architecture, layout, dtype=dtype, recompute=config.recompute, **model_overrides(config))
     resumed = None if directory.resumed is None else directory.path / iteration_name(directory.resumed)
     weights.load(chunks, resumed or run.inputs.source.iteration_path)
     model = wrap(chunks)
@@ -111,7 +108,9 @@ def train(run: Run) -> None:
             state.save(directory.begin(step), model, optimizer, step=step)
             directory.commit(step, facts=recorder.facts(step), finished=finished, keep=config.keep)
         if stopping and not finished:
-            raise Interrupted(f"stopped by a signal after update {step}, which is saved; the same command goes on from it")
+            raise Interrupted(
+                f"stopped by a signal after update {step}, which is saved; the same command goes on from it"
+            )
     directory.close()
 
 

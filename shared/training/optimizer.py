@@ -31,9 +31,7 @@ def wrap(chunks: list[GPTModel]) -> list[DistributedDataParallel]:
             ddp_config,
         )
         wrapped.append(
-            DistributedDataParallel(
-                config, ddp_config, chunk, disable_bucketing=index > 0, full_param_layout=places
-            )
+            DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0, full_param_layout=places)
         )
     chunks[0].config.finalize_model_grads_func = finalize_model_grads
     return wrapped

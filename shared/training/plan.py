@@ -108,7 +108,11 @@ def memory_estimate(config: TrainingConfig, architecture: Architecture) -> int:
     layers = architecture.num_layers / config.pipeline_parallel
     in_flight = config.pipeline_parallel if config.pipeline_parallel > 1 else 1  # micro batches of the first stage
     layer = 34 * tokens * architecture.hidden_size * width / 2 / config.tensor_parallel
-    kept = 2 * tokens * architecture.hidden_size * width / 2 * layers + layer if config.recompute == "full" else layer * layers
+    kept = (
+        2 * tokens * architecture.hidden_size * width / 2 * layers + layer
+        if config.recompute == "full"
+        else layer * layers
+    )
     logits = 3 * 4 * tokens * architecture.padded_vocab_size(config.tensor_parallel) / config.tensor_parallel
     return int(states + kept * in_flight + logits)
 

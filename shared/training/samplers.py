@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-Indices = npt.NDArray[np.int64]
+type Indices = npt.NDArray[np.int64]
 
 
 @lru_cache(maxsize=4)  # the epochs at both ends of a batch, for training and for validation

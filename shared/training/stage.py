@@ -31,6 +31,7 @@ from shared.training.schedule import ScheduleName
 if TYPE_CHECKING:
     from shared.training.data import Dataset
 
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
     """The options of both commands as they were given; None leaves the choice to the plan."""
@@ -156,6 +157,4 @@ def _leave_if_done(options: TrainingOptions) -> None:
     if manifest is None or manifest.state != "finished":
         return
     inputs = {"source": options.source, "data": options.data}
-    check_target(
-        options.target, same=identity(invocation(), inputs, parents_of(inputs)), overwrite=options.overwrite
-    )
+    check_target(options.target, same=identity(invocation(), inputs, parents_of(inputs)), overwrite=options.overwrite)

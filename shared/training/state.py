@@ -60,7 +60,9 @@ def load(directory: Path, model: list[DistributedDataParallel], optimizer: Megat
     if same_layout:
         _restore_random(loaded["rng_state"])
     else:
-        log(f"resuming at another layout ({_words(_layout())}, was {_words(common['layout'])}): random states start anew")
+        log(
+            f"resuming at another layout ({_words(_layout())}, was {_words(common['layout'])}): random states start anew"
+        )
     return int(common["iteration"])
 
 

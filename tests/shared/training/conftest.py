@@ -8,9 +8,9 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from shared.model.architecture import Architecture  # noqa: E402
-from shared.training.config import TrainingConfig  # noqa: E402
-from shared.training.quiet import hush  # noqa: E402
+from shared.model.architecture import Architecture
+from shared.training.config import TrainingConfig
+from shared.training.quiet import hush
 
 hush()
 

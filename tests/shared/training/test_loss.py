@@ -63,9 +63,7 @@ def row(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> Batch:
 def trained(make_config, make_architecture, start):
     """A function from rows and sizes to: validation loss, losses of three updates, and a weight after them."""
 
-    def train(
-        rows: list[Batch], micro_batch_size: int, **changes
-    ) -> tuple[float, list[float], torch.Tensor]:
+    def train(rows: list[Batch], micro_batch_size: int, **changes) -> tuple[float, list[float], torch.Tensor]:
         config = make_config(
             sequence_length=24,
             micro_batch_size=micro_batch_size,

@@ -71,7 +71,9 @@ def test_updates_are_those_of_torch_adamw(made):
     reference, _, _ = made()
     names = [name for name, _ in reference[0].named_parameters()]
     ours = dict(model[0].named_parameters())
-    theirs = {name: torch.nn.Parameter(parameter.detach().clone()) for name, parameter in reference[0].named_parameters()}
+    theirs = {
+        name: torch.nn.Parameter(parameter.detach().clone()) for name, parameter in reference[0].named_parameters()
+    }
     groups = [
         {"params": [theirs[name] for name in names if theirs[name].dim() > 1], "weight_decay": 0.1},
         {"params": [theirs[name] for name in names if theirs[name].dim() == 1], "weight_decay": 0.0},

@@ -200,7 +200,11 @@ tool.run(sys.argv[1:])
 """
     target = tmp_path / "run"
     killed = subprocess.run(
-        [sys.executable, "-c", script, *words(source, data, target)], cwd=REPOSITORY, capture_output=True, timeout=120
+        [sys.executable, "-c", script, *words(source, data, target)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        timeout=120,
+        check=False,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert record(target)[-1]["step"] == 7
@@ -231,6 +235,7 @@ def test_another_layout_takes_the_run_up(whole, stopped, source, data, tmp_path)
         capture_output=True,
         text=True,
         timeout=180,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "another layout" in done.stderr
