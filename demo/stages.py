@@ -250,9 +250,9 @@ def _generate(work: Path, data: Path, name: str) -> Stage:
 
 
 def loss_fell(run: Path) -> str:
-    """The training loss at both ends of a run."""
+    """The training loss of a run's first update, and the mean of its last twenty."""
     losses = metrics.curve(run, "loss")
-    return f"loss {losses[0]:.2f} -> {losses[-1]:.2f}"
+    return f"loss {losses[0]:.2f} -> {sum(losses[-20:]) / len(losses[-20:]):.2f}"
 
 
 def reward_accuracy(directory: Path) -> str:
