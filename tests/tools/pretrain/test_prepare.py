@@ -77,7 +77,9 @@ def _lengths(target: Path) -> list[int]:
 
 def test_documents_come_back_in_order(source: Path, tokenizer: Path, tmp_path: Path) -> None:
     facts = _prepare(source, tokenizer, tmp_path / "out")
-    expected = [text for file in expand([source], flag="") for piece in plan([file])[0].pieces for text in texts(piece, "text")]
+    expected = [
+        text for file in expand([source], flag="") for piece in plan([file])[0].pieces for text in texts(piece, "text")
+    ]
     assert _read(tmp_path / "out", "train") == [text for text in expected if text]
     split = facts["splits"]["train"]
     assert split["documents"] == 60
