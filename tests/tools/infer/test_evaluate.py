@@ -45,14 +45,17 @@ def tasks(tmp_path_factory) -> Path:
     (directory / "metrics.py").write_text(METRICS)
     words = ["the", "quick", "brown", "fox", "jumps", "over", "dogs"]
     draw = random.Random(0)
-    texts = [" ".join(draw.choices(words, k=3 + 12 * n)) for n in range(5)]
+    texts = [" ".join(draw.choices(words, k=3 + 45 * n)) for n in range(5)]
     (directory / "held_out.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return directory
 
 
 def bits_per_byte(source: Path, texts: list[str], window: int) -> float:
-    """Held-out bits per byte in float64: texts cut to windows of `window` tokens, each read after the last token of
-    the one before, the first after the end-of-text token."""
+    """Held-out bits per byte in float64, with the harness's windows.
+
+    A text, after an end-of-text token, is predicted `window` tokens at a time, each window reading what it predicts and
+    the one token before. What is left for the last window is fewer; it reads further back, to be as long.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -61,13 +64,14 @@ def bits_per_byte(source: Path, texts: list[str], window: int) -> float:
     nats = 0.0
     for text in texts:
         ids = [tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]
-        for start in range(0, len(ids) - 1, window):
-            piece = torch.tensor([ids[start : start + window + 1]])
+        for done in range(0, len(ids) - 1, window):
+            end = min(done + window, len(ids) - 1)
+            piece = torch.tensor([ids[max(0, end - window) : end + 1]])
             with torch.no_grad():
                 logits = model(piece[:, :-1]).logits
             assert logits.dtype == torch.float64
             chosen = torch.log_softmax(logits, -1).gather(-1, piece[:, 1:, None])
-            nats -= chosen.sum().item()
+            nats -= chosen[:, done - end :].sum().item()
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)
 
 
@@ -76,6 +80,7 @@ def test_bits_per_byte_equals_a_float64_computation_on_both_engines(launcher, mo
     texts = [json.loads(line)["text"] for line in (tasks / "held_out.jsonl").read_text().splitlines()]
     # The context is 128; the harness keeps two places free. A text fits one window or is cut in several.
     wanted = bits_per_byte(source, texts, window=126)
+    assert wanted != pytest.approx(bits_per_byte(source, texts, window=108), rel=1e-3)  # cutting elsewhere shows
     found = {}
     for engine, flags in {"vllm": ["--tasks", tasks], "hf": ["--tasks", tasks / "held_out.yaml"]}.items():
         target = tmp_path / engine
