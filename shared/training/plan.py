@@ -140,7 +140,7 @@ def announce(config: TrainingConfig, inputs: Inputs, *, sequences: int) -> None:
     log(f"layout      {config.processes} process{'es' * (config.processes > 1)}{': ' + layout if layout else ''}")
     log(
         f"update      {config.global_batch_size} sequences of {config.sequence_length} = {config.tokens_per_step:,} "
-        f"tokens, in {config.micro_batches} micro batches of {config.micro_batch_size} per rank"
+        f"tokens, in {config.micro_batches} micro batch{'es' * (config.micro_batches > 1)} of {config.micro_batch_size} per rank"
     )
     log(
         f"run         {config.steps:,} updates = {config.steps * config.tokens_per_step:,} tokens = {epochs:.2f} epochs; "
