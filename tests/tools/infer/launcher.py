@@ -48,15 +48,20 @@ def run(request: dict) -> int:
 
 
 def main() -> None:
-    """Answer requests until stdin ends."""
+    """Answer requests until stdin ends, then end what still runs: a test that failed leaves no server behind."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    running = set()
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
         if "run" in request:
             answer = {"pid": run(request)}
+            running.add(answer["pid"])
         else:
+            running.discard(request["wait"])
             answer = {"code": os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])}
         print(json.dumps(answer), flush=True)
+    for child in running:
+        os.kill(child, signal.SIGKILL)
 
 
 if __name__ == "__main__":

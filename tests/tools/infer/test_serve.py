@@ -91,7 +91,7 @@ def test_it_answers_the_api_and_ends_on_sigterm(models, greedy, tmp_path):
 
 def test_without_a_chat_template_the_chat_endpoint_says_so_and_a_dead_engine_ends_the_server(launcher, models):
     pid, files = launcher.start("serve", "--source", models("qwen3"), "--port", 0, "--precision", "fp32")
-    url = ready(files.with_suffix(".out"), lambda: Path(f"/proc/{pid}/stat").exists())
+    url = ready(files.with_suffix(".out"), lambda: not gone(pid))
     asked = {"model": "qwen3", "messages": [{"role": "user", "content": "fox?"}], "max_tokens": 3}
     status, answer = call(url + "/chat/completions", asked)
     assert status == 400
@@ -132,6 +132,27 @@ def test_a_port_in_use_is_said_at_once(models, tmp_path):
     imported = {line.rpartition("|")[2].strip() for line in imports}
     assert "tools.infer.serve" in imported
     assert not imported & {"torch", "vllm", "transformers"}  # they take half a minute
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, be it not reaped yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def test_a_server_that_is_killed_takes_its_engine_along(launcher, models):
+    pid, files = launcher.start("serve", "--source", models("llama"), "--port", 0, "--precision", "fp32")
+    ready(files.with_suffix(".out"), lambda: not gone(pid))
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    assert children
+    os.kill(pid, signal.SIGKILL)
+    assert launcher.wait(pid, files).code == -signal.SIGKILL
+    until = time.monotonic() + 20
+    while not all(gone(child) for child in children):
+        assert time.monotonic() < until, "the engine outlives its server"
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid"])
