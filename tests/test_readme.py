@@ -15,7 +15,9 @@ DOCUMENTS = sorted(p for p in [*ROOT.glob("*.md"), *ROOT.glob("tools/*/README.md
 
 
 def blocks(document: Path) -> list[str]:
-    return re.findall(r"^```(?:bash|sh|shell)\n(.*?)^```", document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return re.findall(
+        r"^```(?:bash|sh|shell)\n(.*?)^```", document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
 
 
 def commands(document: Path) -> list[str]:

@@ -25,7 +25,9 @@ def baton() -> Baton:
 
     def run(tool: str, *words: object, code: int = 0) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command(tool, *words), capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+        done = subprocess.run(
+            command(tool, *words), capture_output=True, text=True, check=False, env=environment, cwd=ROOT
+        )
         assert done.returncode == code, f"{tool} {words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
