@@ -23,7 +23,7 @@ from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
 from types import FrameType, NoneType, UnionType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import fire
 import yaml
@@ -150,16 +150,13 @@ class Tool:
         label = self.name
         try:
             if argv and argv[0] == "--version":
-                print(self.version)
-                raise SystemExit(EXIT_DONE)
+                _answer(self.version)
             command = self._select(argv)
             if command is None:
-                print(tool_help(self))
-                raise SystemExit(EXIT_DONE)
+                _answer(tool_help(self))
             label = f"{self.name} {command.name}"
             if {"--help", "-h"} & set(argv[1:]):
-                print(command_help(self, command))
-                raise SystemExit(EXIT_DONE)
+                _answer(command_help(self, command))
             arguments = _validate(command, _bind(command, _words(command, argv[1:])))
         except UserError as error:
             _complain(label, str(error))
@@ -198,11 +195,25 @@ class Tool:
         except KeyboardInterrupt:
             _complain(label, "interrupted")
             return 128 + signal.SIGINT
-        except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:
+            _reader_left()
             return EXIT_DONE
         except OSError as error:
             return _os_error(label, error)
+
+
+def _answer(text: str) -> NoReturn:
+    """Print what was asked for and end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _reader_left()
+    raise SystemExit(EXIT_DONE)
+
+
+def _reader_left() -> None:
+    """The reader of our output went away, e.g. `| head`: let the interpreter's last flush go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _install_sigterm() -> None:
@@ -344,6 +355,8 @@ def _validate(command: Command, given: dict[str, Any]) -> dict[str, Any]:
             raw = raw.lower() in _TRUE
         elif isinstance(raw, str) and _is_sequence(command.hints[name]):
             raw = [part for part in raw.split(",") if part]
+        elif isinstance(raw, str):
+            raw = _literal(command.hints[name], raw)
         try:
             arguments[name] = TypeAdapter(command.hints[name]).validate_python(raw)
         except ValidationError as error:
@@ -362,6 +375,12 @@ def _members(hint: Any) -> list[Any]:
     if typing.get_origin(hint) in (typing.Union, UnionType):
         return [m for arg in typing.get_args(hint) if arg is not NoneType for m in _members(arg)]
     return [hint]
+
+
+def _literal(hint: Any, text: str) -> Any:
+    """The member of a `Literal[0, 1]` that the text spells; pydantic compares without converting."""
+    spelt = [value for member in _members(hint) if typing.get_origin(member) is Literal for value in typing.get_args(member)]
+    return next((value for value in spelt if str(value) == text), text)
 
 
 def _is_bool(command: Command, parameter: str) -> bool:

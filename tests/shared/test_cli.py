@@ -27,6 +27,7 @@ def tool() -> Tool:
         steps: Positive = 3,
         rate: Annotated[float, Field(ge=0)] = 0.5,
         kind: Literal["a", "b"] = "a",
+        level: Literal[0, 1] | None = None,
         names: tuple[str, ...] = (),
         table: ExistingFile | None = None,
         workers: int = 1,
@@ -43,6 +44,7 @@ def tool() -> Tool:
             steps: how many.
             rate: how fast.
             kind: which.
+            level: how high.
             names: whose.
             table: by what.
             workers: by how many.
@@ -75,6 +77,8 @@ def test_values_arrive_in_the_annotated_types(run: Run, tmp_path: Path) -> None:
         "--rate=1e-3",
         "--kind",
         "b",
+        "--level",
+        "1",
         "--names",
         "x,y",
         "--overwrite",
@@ -87,6 +91,7 @@ def test_values_arrive_in_the_annotated_types(run: Run, tmp_path: Path) -> None:
             "steps": 7,
             "rate": 0.001,
             "kind": "b",
+            "level": 1,
             "names": ("x", "y"),
             "table": None,
             "workers": 1,
@@ -128,6 +133,7 @@ def test_false_is_false(run: Run, tmp_path: Path, words: list[str], value: bool)
         (["--steps", "-1"], "--steps -1: input should be greater than 0"),
         (["--rate", "inf"], "a finite number is wanted"),
         (["--kind", "c"], "--kind c: input should be 'a' or 'b'"),
+        (["--level", "2"], "--level 2: input should be 0 or 1"),
         (["--overwrite=maybe"], "neither true nor false"),
         (["--no-overwrite=true"], "takes no value"),
         (["word"], "unexpected word 'word'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from functools import cache
@@ -67,6 +68,16 @@ def test_help_anywhere_is_help_and_nothing_runs(tool: str, place: Path) -> None:
 
 
 @pytest.mark.parametrize("tool", TOOLS)
+def test_help_for_a_reader_that_left_is_no_error(tool: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    script = ROOT / "tools" / tool / ".venv" / "bin" / tool
+    done = subprocess.run([script, "--help"], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("tool", TOOLS)
 def test_false_is_false_and_the_command_runs(tool: str, place: Path) -> None:
     for result in rows(tool, place, "false is false"):
         assert (result["code"], result["ran"]) == (0, True), result
@@ -80,7 +91,8 @@ def test_every_flag_is_documented_and_few_are_required(tool: str, place: Path) -
     for result in documented:
         assert result["undocumented"] == [], result
         assert result["summary"], result
-        assert result["required"] <= 3, result
+        # a policy, its prompts, its reward and the target: none of the four is known to another
+        assert result["required"] <= (4 if result["command"] in ("ppo", "grpo") else 3), result
 
 
 @pytest.mark.parametrize("tool", TOOLS)
