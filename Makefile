@@ -4,6 +4,8 @@ ENVIRONMENTS := $(TOOLS:%=tools/%/.venv/.ready)
 WORK ?= demo-work
 PYTEST := -m pytest -q --numprocesses 2 --durations 5
 export OMP_NUM_THREADS ?= 2
+# where it is set, every start of a tool compiles its libraries anew, for half a minute
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help setup demo test lint format lock clean $(TOOLS:%=test-%) test-pipeline
 .DELETE_ON_ERROR:

@@ -379,7 +379,9 @@ def _members(hint: Any) -> list[Any]:
 
 def _literal(hint: Any, text: str) -> Any:
     """The member of a `Literal[0, 1]` that the text spells; pydantic compares without converting."""
-    spelt = [value for member in _members(hint) if typing.get_origin(member) is Literal for value in typing.get_args(member)]
+    spelt = [
+        value for member in _members(hint) if typing.get_origin(member) is Literal for value in typing.get_args(member)
+    ]
     return next((value for value in spelt if str(value) == text), text)
 
 

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
+from shared.data.zstd import open_frames
 from shared.errors import UserError
 
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
@@ -212,7 +213,7 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
                 yield file  # type: ignore[misc]
         elif suffix == ".zst":
             with path.open("rb") as raw:
-                yield _zstd(path, raw)
+                yield open_frames(raw)
         else:
             with path.open("rb") as file:
                 yield file
@@ -220,11 +221,3 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         raise UserError(f"{path}: damaged or truncated compressed file ({error})") from None
     except zlib.error as error:
         raise UserError(f"{path}: damaged compressed file ({error})") from None
-
-
-def _zstd(path: Path, raw: IO[bytes]) -> IO[bytes]:
-    try:
-        from shared.data.zstd import open_frames
-    except ModuleNotFoundError:
-        raise UserError(f"{path}: this environment has no `zstandard`; decompress the file first (unzstd)") from None
-    return open_frames(raw)

@@ -1,4 +1,4 @@
-"""Reading zstandard files. Apart from the rest because not every tool's environment has the package."""
+"""Reading zstandard files."""
 
 from __future__ import annotations
 

@@ -144,9 +144,18 @@ def announce(config: TrainingConfig, inputs: Inputs, *, sequences: int) -> None:
     )
     log(
         f"run         {config.steps:,} updates = {config.steps * config.tokens_per_step:,} tokens = {epochs:.2f} epochs; "
-        f"{config.schedule} to {config.learning_rate:g}, warm-up {config.warmup_steps}"
+        f"{_rates(config)}"
     )
     log(
         f"needs       about {quantity(memory_estimate(config, architecture), 'bytes')} of memory per process, "
         f"{quantity(parameters * (width + 12), 'bytes')} of disk per checkpoint, {config.keep} kept"
     )
+
+
+def _rates(config: TrainingConfig) -> str:
+    """The learning rate over the run, in words."""
+    peak = f"learning rate {config.learning_rate:g} after {config.warmup_steps} updates"
+    if config.schedule == "constant":
+        return peak
+    over = f"over the last {config.decay_steps}" if config.schedule == "wsd" else "as a cosine"
+    return f"{peak}, to {config.min_learning_rate:g} {over}"

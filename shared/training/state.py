@@ -39,7 +39,7 @@ def save(directory: Path, model: list[DistributedDataParallel], optimizer: Megat
         "layout": _layout(),
         "rng_state": _random_object(_random_state()),
     }
-    lighten_writer()
+    write_from_threads()
     dist_checkpointing.save(sharded, str(directory), content_metadata=dict(CONTENT))
 
 
@@ -112,12 +112,10 @@ def _random_object(state: dict[str, Any] | None) -> ShardedObject:
     return ShardedObject("rng_state", state, (ranks,), (rank,), replica_id=0)
 
 
-def lighten_writer() -> None:
-    """Take from Megatron-Core's writer two things that only its asynchronous mode needs; it has no option for either.
+def write_from_threads() -> None:
+    """Give Megatron-Core's writer a queue between threads; it has no option for it.
 
-    It starts a manager process to pass results between processes, which would outlive a killed run: saving here is
-    synchronous and writes from threads, so a queue between threads does. And it measures its memory for a debugging
-    line, with psutil, which it does not declare as a dependency.
+    Its own is a manager process's, for the asynchronous mode, and would outlive a killed run. Saving here is synchronous
+    and writes from threads.
     """
     filesystem_async._results_queue = queue.Queue()
-    filesystem_async._process_memory = lambda: 0

@@ -47,7 +47,7 @@ def read_prompts(path: Path, tokenizer: Any, *, context: int, max_new_tokens: in
         UserError: names the file and line.
     """
     prompts = []
-    for row in _rows(path, "--prompts"):
+    for row in _rows(path):
         key = "prompt" if "prompt" in row.value else "messages"
         if key not in row.value:
             raise row.error(f"no column 'prompt' or 'messages' (the row has: {', '.join(row.value) or 'nothing'})")
@@ -88,7 +88,7 @@ def read_preferences(path: Path, tokenizer: Any, *, max_length: int) -> tuple[li
         UserError: names the file and line.
     """
     pairs, dropped = [], 0
-    for row in _rows(path, "--data"):
+    for row in _rows(path):
         for key in ("prompt", "chosen", "rejected"):
             if key not in row.value:
                 raise row.error(f"no column {key!r} (the row has: {', '.join(row.value) or 'nothing'})")
@@ -109,10 +109,8 @@ def read_preferences(path: Path, tokenizer: Any, *, max_length: int) -> tuple[li
     return pairs, dropped
 
 
-def _rows(path: Path, flag: str) -> Iterator[Row]:
-    if path.suffix == ".zst":
-        raise UserError(f"{flag} {path}: .zst is not read here; give plain or .gz JSON lines")
-    yield from rows(Piece(path=path, start=0, end=path.stat().st_size))
+def _rows(path: Path) -> Iterator[Row]:
+    return rows(Piece(path=path, start=0, end=path.stat().st_size))
 
 
 def _prompt_text(row: Row, key: str, tokenizer: Any) -> str:

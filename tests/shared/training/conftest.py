@@ -89,13 +89,13 @@ def start(tmp_path_factory) -> Path:
     from megatron.core import dist_checkpointing
 
     from shared.model import gpt, parallel, weights
-    from shared.training.state import lighten_writer
+    from shared.training.state import write_from_threads
 
     directory = tmp_path_factory.mktemp("start") / "release"
     directory.mkdir()
     parallel.initialize(parallel.ParallelLayout(), 5)
     chunks = gpt.build(tiny_architecture(), parallel.ParallelLayout(), dtype=_float32(), perform_initialization=True)
-    lighten_writer()
+    write_from_threads()
     dist_checkpointing.save(weights.sharded_state_dict(chunks)["model"], str(directory))
     return directory
 

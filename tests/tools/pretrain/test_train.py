@@ -61,14 +61,14 @@ def source(tmp_path_factory) -> Path:
     from megatron.core import dist_checkpointing
 
     from shared.model import gpt, parallel, weights
-    from shared.training.state import lighten_writer
+    from shared.training.state import write_from_threads
 
     directory = tmp_path_factory.mktemp("source") / "model"
     (directory / "release").mkdir(parents=True)
     (directory / "hf").mkdir()
     parallel.initialize(parallel.ParallelLayout(), 5)
     chunks = gpt.build(MODEL, parallel.ParallelLayout(), dtype=torch.float32, perform_initialization=True)
-    lighten_writer()
+    write_from_threads()
     dist_checkpointing.save(weights.sharded_state_dict(chunks)["model"], str(directory / "release"))
     (directory / "hf" / "config.json").write_text(json.dumps(registry.to_config(MODEL)))
     (directory / "latest_checkpointed_iteration.txt").write_text("release")
