@@ -10,7 +10,7 @@ Nothing here depends on anything but the interpreter's own library. Written to D
     sft.jsonl               {"messages"}: complete this function -> its body; sft-heldout.jsonl the same, held out
     preferences.jsonl       {"prompt", "chosen", "rejected"}: real against damaged bodies
     prompts.jsonl           {"messages"}: requests for PPO; prompts-heldout.jsonl the same, held out
-    tasks/heldout.yaml      an lm-evaluation-harness task on heldout.jsonl
+    tasks/                  lm-evaluation-harness tasks: bits per byte of heldout.jsonl, replies to prompts-heldout.jsonl
 """
 
 from __future__ import annotations
@@ -43,10 +43,12 @@ BODY_CHARACTERS = 120  # longest body
 BODY_LINES = 6
 STRETCH_BYTES = 4000  # of a held-out document
 STRETCHES = 40  # held-out documents, taken evenly
-HELD_OUT_PROMPTS = 128
 PREFERENCES = 900  # pairs for the reward model
+SAMPLES = 2  # replies to each held-out request
+MAX_NEW_TOKENS = 48  # of a reply, in PPO and when replies are measured
+TEMPERATURE = 0.8  # the same
 
-TASK = """\
+TEXT_TASK = """\
 task: heldout
 dataset_path: json
 dataset_kwargs:
@@ -58,6 +60,35 @@ doc_to_text: ""
 doc_to_target: "{{text}}"
 metric_list:
   - metric: bits_per_byte
+metadata:
+  version: 1.0
+"""
+REPLIES_TASK = f"""\
+task: replies
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: ../prompts-heldout.jsonl
+test_split: test
+output_type: generate_until
+repeats: {SAMPLES}
+doc_to_text: "{{{{messages[0].content}}}}"
+doc_to_target: ""
+generation_kwargs:
+  until: []
+  do_sample: true
+  temperature: {TEMPERATURE}
+  max_gen_toks: {MAX_NEW_TOKENS}
+filter_list:
+  - name: samples
+    filter:
+      - function: take_first_k
+        k: {SAMPLES}
+process_results: !function reward.share_that_parses
+metric_list:
+  - metric: parses
+    aggregation: mean
+    higher_is_better: true
 metadata:
   version: 1.0
 """
@@ -148,16 +179,17 @@ def write(library: Path, directory: Path) -> dict[str, int]:
     order = random.Random(0)
     order.shuffle(train)
     order.shuffle(rest)
-    prompts = rest[:HELD_OUT_PROMPTS]
     chosen = pieces[:: max(1, len(pieces) // STRETCHES)][:STRETCHES]
     _rows(directory / "heldout.jsonl", [{"text": text} for text in chosen])
     _rows(directory / "sft.jsonl", [_conversation(function) for function in train])
     _rows(directory / "sft-heldout.jsonl", [_conversation(function) for function in rest])
     _rows(directory / "preferences.jsonl", [_preference(function) for function in train[:PREFERENCES]])
     _rows(directory / "prompts.jsonl", [_prompt(function) for function in train])
-    _rows(directory / "prompts-heldout.jsonl", [_prompt(function) for function in prompts])
+    _rows(directory / "prompts-heldout.jsonl", [_prompt(function) for function in rest])
     (directory / "tasks").mkdir()
-    (directory / "tasks" / "heldout.yaml").write_text(TASK, encoding="utf-8")
+    (directory / "tasks" / "heldout.yaml").write_text(TEXT_TASK, encoding="utf-8")
+    (directory / "tasks" / "replies.yaml").write_text(REPLIES_TASK, encoding="utf-8")
+    shutil.copy(Path(__file__).with_name("reward.py"), directory / "tasks")  # a task's function is found beside it
     return {
         "train_files": sum(1 for _ in (directory / "train").rglob("*.py")),
         "heldout_bytes": sum(len(text.encode()) for text in chosen),

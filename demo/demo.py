@@ -21,7 +21,7 @@ from pathlib import Path
 
 import measure
 import metrics
-from stages import ASKED, SCORED, Stage, stages
+from stages import SCORED, Stage, stages
 
 ROOT = Path(__file__).resolve().parents[1]
 WELL_BELOW = 0.8  # of the unigram model's bits per byte: a model that learnt words in context is far below
@@ -114,7 +114,7 @@ def verdict(work: Path) -> int:
     """The two measures of every checkpoint, and whether they did what they must."""
     unigram = json.loads((work / "unigram.json").read_text(encoding="utf-8"))
     scores = {name: metrics.bits_per_byte(work / "scores" / name) for name in SCORED}
-    rates = {name: metrics.parse_rate(work / "replies" / name) for name in ASKED}
+    rates = {name: metrics.parse_rate(work / "scores" / name) for name in SCORED}
     print("held-out text, bits per byte:")
     print(f"  unigram model over bytes   {unigram['byte_unigram']:.3f}")
     print(f"  unigram model over tokens  {unigram['token_unigram']:.3f}")

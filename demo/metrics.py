@@ -6,23 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-from reward import parses
-
 
 def parse_rate(directory: Path) -> float:
-    """Share of the replies in `infer generate`'s output that complete their function as Python."""
-    rewards: list[float] = []
-    for row in _rows(directory / "generations.jsonl"):
-        request = row["messages"][-1]["content"]
-        replies = row["completions"] if "completions" in row else [row["completion"]]
-        rewards += parses([request] * len(replies), replies)
-    return sum(rewards) / len(rewards)
+    """Share of the replies to held-out requests that complete their function as Python."""
+    return _score(directory, "replies", "parses,samples")
 
 
 def bits_per_byte(directory: Path) -> float:
-    """Held-out bits per byte in `infer evaluate`'s output."""
+    """Of held-out text."""
+    return _score(directory, "heldout", "bits_per_byte,none")
+
+
+def _score(directory: Path, task: str, metric: str) -> float:
+    """A number in what `infer evaluate` published."""
     results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
-    return float(results["results"]["heldout"]["bits_per_byte,none"])
+    return float(results["results"][task][metric])
 
 
 def curve(directory: Path, key: str) -> list[float]:

@@ -1,6 +1,6 @@
 """The demo's verifiable reward: does the reply complete the function it was asked for, as Python?
 
-Used as `--reward py:demo/reward.py:parses`, and by the demo to measure replies. Standard library only.
+Used as `--reward py:demo/reward.py:parses`, and by the evaluation task of replies. Standard library only.
 """
 
 from __future__ import annotations
@@ -27,6 +27,13 @@ def parses(prompts: list[str], completions: list[str], **columns: Any) -> list[f
         one reward per completion.
     """
     return [float(is_body(header_of(prompt), reply)) for prompt, reply in zip(prompts, completions, strict=True)]
+
+
+def share_that_parses(doc: dict[str, Any], results: list[list[str]]) -> dict[str, float]:
+    """The metric of the lm-evaluation-harness task: the mean of `parses` over the replies to one request."""
+    replies = results[0]
+    rewards = parses([doc["messages"][-1]["content"]] * len(replies), replies)
+    return {"parses": sum(rewards) / len(rewards)}
 
 
 def header_of(prompt: str) -> str:

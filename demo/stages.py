@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import metrics
+from data import MAX_NEW_TOKENS, TEMPERATURE
 
 # Sized for two cores and a quarter of an hour. With so little arithmetic many small updates of a small model learn most.
 VOCAB_SIZE = 4096
@@ -18,10 +19,8 @@ SEQUENCE_LENGTH = 512
 PRETRAIN_STEPS = 800
 SFT_EPOCHS = 5
 PPO_STEPS = 30
-MAX_NEW_TOKENS = 48
-TEMPERATURE = 0.8  # of replies, in PPO and when they are measured
-SCORED = ("init", "pretrained", "sft", "ppo")  # the models whose bits per byte are measured
-ASKED = ("pretrained", "sft", "ppo")  # those whose replies are; random weights say random words, and never stop
+CONTROL_STEPS = 8  # of PPO at learning rate 0
+SCORED = ("init", "pretrained", "sft", "ppo")  # the models that are measured, in order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +151,6 @@ def _pretraining(work: Path, data: Path) -> list[Stage]:
         ),
         _to_hf(work, "pretrained"),
         _evaluate(work, data, "pretrained"),
-        _generate(work, data, "pretrained"),
     ]
 
 
@@ -182,7 +180,6 @@ def _fine_tuning(work: Path, data: Path) -> list[Stage]:
         ),
         _to_hf(work, "sft"),
         _evaluate(work, data, "sft"),
-        _generate(work, data, "sft"),
     ]
 
 
@@ -197,20 +194,24 @@ def _alignment(work: Path, data: Path) -> list[Stage]:
             output=work / "reward",
             says=lambda: reward_accuracy(work / "reward"),
         ),
-        Stage(
-            name="rlhf ppo",
-            command=tool(
-                *("rlhf", "ppo", "--source", work / "sft", "--prompts", data / "prompts.jsonl"),
-                *("--reward", f"0.1*model:{work / 'reward'},py:demo/reward.py:parses", "--target", work / "ppo"),
-                *("--steps", PPO_STEPS, "--max-new-tokens", MAX_NEW_TOKENS, "--temperature", TEMPERATURE),
-                *("--micro-batch-size", 32, "--learning-rate", "1e-4"),
-            ),
-            output=work / "ppo",
-            says=lambda: reward_rose(work / "ppo"),
-        ),
+        _ppo(work, data, "ppo", "--steps", PPO_STEPS, "--learning-rate", "1e-4"),
+        _ppo(work, data, "ppo-control", "--steps", CONTROL_STEPS, "--learning-rate", 0),
         _evaluate(work, data, "ppo"),
-        _generate(work, data, "ppo"),
     ]
+
+
+def _ppo(work: Path, data: Path, name: str, *words: object) -> Stage:
+    """PPO on the reward model and on whether the reply parses; at learning rate 0 a control that must stay flat."""
+    return Stage(
+        name="rlhf ppo" if name == "ppo" else "rlhf ppo (control)",
+        command=tool(
+            *("rlhf", "ppo", "--source", work / "sft", "--prompts", data / "prompts.jsonl"),
+            *("--reward", f"0.1*model:{work / 'reward'},py:demo/reward.py:parses", "--target", work / name),
+            *("--max-new-tokens", MAX_NEW_TOKENS, "--temperature", TEMPERATURE, "--micro-batch-size", 32, *words),
+        ),
+        output=work / name,
+        says=lambda: reward_rose(work / name),
+    )
 
 
 def _to_hf(work: Path, name: str) -> Stage:
@@ -223,29 +224,16 @@ def _to_hf(work: Path, name: str) -> Stage:
 
 
 def _evaluate(work: Path, data: Path, name: str) -> Stage:
-    """Held-out bits per byte."""
+    """Held-out bits per byte, and the share of replies to held-out requests that parse."""
     scores = work / "scores" / name
     return Stage(
         name=f"infer evaluate ({name})",
         command=tool(
-            "infer", "evaluate", "--source", work / name, "--tasks", data / "tasks/heldout.yaml", "--target", scores
+            *("infer", "evaluate", "--source", work / name, "--tasks", data / "tasks", "--target", scores),
+            "--apply-chat-template",
         ),
         output=scores,
-        says=lambda: f"{metrics.bits_per_byte(scores):.3f} bits per byte",
-    )
-
-
-def _generate(work: Path, data: Path, name: str) -> Stage:
-    """The share of replies to held-out requests that parse."""
-    replies = work / "replies" / name
-    return Stage(
-        name=f"infer generate ({name})",
-        command=tool(
-            *("infer", "generate", "--source", work / name, "--prompts", data / "prompts-heldout.jsonl"),
-            *("--target", replies, "--max-tokens", MAX_NEW_TOKENS, "--temperature", TEMPERATURE, "--samples", 2),
-        ),
-        output=replies,
-        says=lambda: f"{metrics.parse_rate(replies):.1%} of replies parse",
+        says=lambda: f"{metrics.bits_per_byte(scores):.3f} bits per byte, {metrics.parse_rate(scores):.1%} of replies parse",
     )
 
 

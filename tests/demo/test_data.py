@@ -117,7 +117,7 @@ def test_a_kill_leaves_nothing_that_looks_finished(
     data.main(tmp_path / "out")
     data.main(tmp_path / "out")
     assert "already done" in capsys.readouterr().err
-    assert (tmp_path / "out" / "tasks" / "heldout.yaml").exists()
+    assert {file.name for file in (tmp_path / "out" / "tasks").iterdir()} == {"heldout.yaml", "replies.yaml", "reward.py"}
     assert not (tmp_path / "out.new").exists()
 
 

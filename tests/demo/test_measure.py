@@ -101,11 +101,7 @@ def test_the_end_of_documents_costs_nothing(tmp_path: Path) -> None:
     assert unigram.token_bits_per_byte(tmp_path) == pytest.approx(3 * 2 / 6)
 
 
-def test_parse_rate_counts_every_sample(tmp_path: Path) -> None:
-    asked = [{"role": "user", "content": 'def f(a, b):\n    """F."""'}]
-    rows = [
-        {"messages": asked, "completions": ["    return a + b", "    retur"]},
-        {"messages": asked, "completion": "x"},
-    ]
-    (tmp_path / "generations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert metrics.parse_rate(tmp_path) == pytest.approx(1 / 3)
+def test_scores_are_what_the_harness_wrote(tmp_path: Path) -> None:
+    results = {"heldout": {"bits_per_byte,none": 2.5}, "replies": {"parses,samples": 0.25}}
+    (tmp_path / "results.json").write_text(json.dumps({"results": results}))
+    assert (metrics.bits_per_byte(tmp_path), metrics.parse_rate(tmp_path)) == (2.5, 0.25)

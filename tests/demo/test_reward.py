@@ -1,7 +1,7 @@
 """The verifiable reward: real bodies count, and none of the short cuts an optimiser would find."""
 
 import pytest
-from reward import header_of, parses
+from reward import header_of, parses, share_that_parses
 
 HEADER = 'def area(width, height=2):\n    """Width times height."""'
 PLAIN = f"Complete this function.\n\n{HEADER}"
@@ -62,3 +62,8 @@ def test_a_prompt_without_a_function_is_an_error() -> None:
     assert header_of(PLAIN) == HEADER
     with pytest.raises(ValueError, match="no function to complete"):
         parses(["What is the time?"], [""])
+
+
+def test_the_metric_is_the_mean_over_the_replies_to_a_request() -> None:
+    doc = {"messages": [{"role": "user", "content": PLAIN}]}
+    assert share_that_parses(doc, [["    return width * height", "    return ("]]) == {"parses": 0.5}

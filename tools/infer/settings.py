@@ -55,6 +55,8 @@ def _quieten() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, which fill a log file
+        os.environ.setdefault("TQDM_MININTERVAL", "60")  # those that insist: first and last, or every minute
+        os.environ.setdefault("TQDM_MAXINTERVAL", "60")
     for name in ("torch.utils.flop_counter", "torch.utils.cpp_extension", "torch._library.triton", "lm_eval.api.task"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
