@@ -117,7 +117,11 @@ def test_a_kill_leaves_nothing_that_looks_finished(
     data.main(tmp_path / "out")
     data.main(tmp_path / "out")
     assert "already done" in capsys.readouterr().err
-    assert {file.name for file in (tmp_path / "out" / "tasks").iterdir()} == {"heldout.yaml", "replies.yaml", "reward.py"}
+    assert {file.name for file in (tmp_path / "out" / "tasks").iterdir()} == {
+        "heldout.yaml",
+        "replies.yaml",
+        "reward.py",
+    }
     assert not (tmp_path / "out.new").exists()
 
 
