@@ -88,11 +88,12 @@ def initialize(layout: ParallelLayout, seed: int) -> torch.device:
     """Process groups and random generators for `layout`; returns this process's device.
 
     Joins the world that `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` describe, or makes a world of one
-    when `RANK` is absent. Called again with another layout it replaces the model-parallel groups and keeps the
-    world. Raises `UserError` when the layout does not fit the world.
+    when `RANK` is absent. Called again it replaces the model-parallel groups. Raises `UserError` when the layout does
+    not fit the world.
     """
     layout._check_own()
     device = prepare()
+    _forget_groups()
     if not torch.distributed.is_initialized():
         if "RANK" in os.environ:
             torch.distributed.init_process_group(backend())
@@ -105,8 +106,6 @@ def initialize(layout: ParallelLayout, seed: int) -> torch.device:
             f"{world_size} processes cannot hold a model cut over {layout.model_parallel_size} "
             f"(--tensor-parallel {layout.tensor} x --pipeline-parallel {layout.pipeline})"
         )
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -121,6 +120,15 @@ def initialize(layout: ParallelLayout, seed: int) -> torch.device:
     torch.manual_seed(stage_seed)
     tensor_parallel.model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
     return device
+
+
+def _forget_groups() -> None:
+    """Take down what an earlier call made; a world of several processes stays, since all of them would have to meet."""
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.get_world_size() == 1:  # gloo's threads poll: those of dozens of old groups fill a core
+        torch.distributed.destroy_process_group()
 
 
 def data_parallel_size() -> int:
