@@ -45,9 +45,24 @@ def model_config(arguments: Mapping[str, Any]) -> Any:
     from vllm import EngineArgs
 
     try:
-        return EngineArgs(**arguments).create_model_config()
+        config = EngineArgs(**arguments).create_model_config()
     except ValueError as error:
         raise UserError(f"--source {arguments['model']}: {reason(error)}") from None
+    if not on_gpu():
+        _check_head_size(arguments["model"], config.get_head_size())
+    return config
+
+
+def _check_head_size(source: str, size: int) -> None:
+    """vLLM's attention on the CPU is compiled for some sizes and finds out in the first step."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    compiled = CPUAttentionBackend.get_supported_head_sizes()
+    if size not in compiled:
+        raise UserError(
+            f"--source {source}: vLLM on CPU has no attention for heads of {size}, only {', '.join(map(str, compiled))}; "
+            "use a GPU, or `infer evaluate --engine hf`"
+        )
 
 
 def start(arguments: Mapping[str, Any]) -> LLM:

@@ -99,15 +99,23 @@ def test_a_prompt_that_does_not_fit_is_named(launcher, models, tmp_path):
     assert "--max-model-len" in done.stderr
 
 
-def test_an_architecture_that_vllm_lacks_is_named(launcher, models, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"architectures": ["WaterwheelForCausalLM"]}, "WaterwheelForCausalLM"),
+        ({"head_dim": 16}, "no attention for heads of 16, only 32"),
+    ],
+)
+def test_what_vllm_lacks_is_named(launcher, models, tmp_path, change, says):
     source = tmp_path / "model"
     source.mkdir()
     for file in models("llama").iterdir():
         (source / file.name).write_bytes(file.read_bytes())
-    config = json.loads((source / "config.json").read_text()) | {"architectures": ["WaterwheelForCausalLM"]}
+    config = json.loads((source / "config.json").read_text()) | change
     (source / "config.json").write_text(json.dumps(config))
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "x"}])
     done = launcher("generate", "--source", source, "--prompts", prompts, "--target", tmp_path / "out")
     assert done.code == 2
-    assert "WaterwheelForCausalLM" in done.stderr
+    assert says in done.stderr
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
