@@ -19,7 +19,7 @@ SEQUENCE_LENGTH = 512
 PRETRAIN_STEPS = 800
 SFT_EPOCHS = 5
 PPO_STEPS = 30
-CONTROL_STEPS = 8  # of PPO at learning rate 0
+CONTROL_STEPS = 20  # of PPO at learning rate 0
 SCORED = ("init", "pretrained", "sft", "ppo")  # the models that are measured, in order
 
 
@@ -194,13 +194,15 @@ def _alignment(work: Path, data: Path) -> list[Stage]:
             output=work / "reward",
             says=lambda: reward_accuracy(work / "reward"),
         ),
-        _ppo(work, data, "ppo", "--steps", PPO_STEPS, "--learning-rate", "1e-4"),
-        _ppo(work, data, "ppo-control", "--steps", CONTROL_STEPS, "--learning-rate", 0),
+        _ppo(work, data, "ppo", 3, "--steps", PPO_STEPS, "--learning-rate", "1e-4"),
+        _ppo(
+            work, data, "ppo-control", CONTROL_STEPS // 2, "--steps", CONTROL_STEPS, "--learning-rate", 0, "--epochs", 1
+        ),
         _evaluate(work, data, "ppo"),
     ]
 
 
-def _ppo(work: Path, data: Path, name: str, *words: object) -> Stage:
+def _ppo(work: Path, data: Path, name: str, window: int, *words: object) -> Stage:
     """PPO on the reward model and on whether the reply parses; at learning rate 0 a control that must stay flat."""
     return Stage(
         name="rlhf ppo" if name == "ppo" else "rlhf ppo (control)",
@@ -210,7 +212,7 @@ def _ppo(work: Path, data: Path, name: str, *words: object) -> Stage:
             *("--max-new-tokens", MAX_NEW_TOKENS, "--temperature", TEMPERATURE, "--micro-batch-size", 32, *words),
         ),
         output=work / name,
-        says=lambda: reward_rose(work / name),
+        says=lambda: reward_moved(work / name, window),
     )
 
 
@@ -249,7 +251,8 @@ def reward_accuracy(directory: Path) -> str:
     return f"accuracy {facts['accuracy_before']:.2f} -> {facts['accuracy_after']:.2f} on pairs held out"
 
 
-def reward_rose(directory: Path) -> str:
-    """The verifiable reward of the roll-outs at both ends of a run, over three iterations each."""
-    parsed = metrics.curve(directory, "reward/parses")
-    return f"roll-outs that parse {sum(parsed[:3]) / 3:.1%} -> {sum(parsed[-3:]) / 3:.1%}"
+def reward_moved(directory: Path, window: int) -> str:
+    """The verifiable reward of the roll-outs at both ends of a run, over `window` iterations each."""
+    parsed, drift = metrics.curve(directory, "reward/parses"), metrics.curve(directory, "kl_reply")
+    first, last = sum(parsed[:window]) / window, sum(parsed[-window:]) / window
+    return f"roll-outs that parse {first:.1%} -> {last:.1%}, KL a reply {drift[-1]:.2f}"

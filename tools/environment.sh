@@ -6,16 +6,6 @@ cd "$(dirname "$0")/.."
 folder=$1
 export UV_PYTHON_DOWNLOADS=never # a Python that this machine does not have is named below, not fetched
 
-find_uv() {
-    if command -v uv; then return; fi
-    if [ ! -x .uv/bin/uv ]; then
-        rm -rf .uv
-        python3 -m venv .uv
-        .uv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9 >&2
-    fi
-    echo .uv/bin/uv
-}
-
 find_python() {
     local candidate
     for candidate in python3.12 python3.13 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[23].*/bin/python; do
@@ -25,14 +15,26 @@ find_python() {
             return
         fi
     done
-    "$1" python find --quiet '>=3.12,<3.14' 2>/dev/null || {
-        echo "No Python 3.12 or 3.13 found on PATH, under ~/.pyenv or by uv; install one (for example: uv python install 3.12)" >&2
-        return 1
-    }
 }
 
-uv=$(find_uv)
-python=$(find_python "$uv")
+find_uv() { # PYTHON
+    if command -v uv; then return; fi
+    if [ ! -x .uv/bin/uv ]; then
+        rm -rf .uv
+        "$1" -m venv .uv
+        .uv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9 >&2
+    fi
+    echo .uv/bin/uv
+}
+
+python=$(find_python)
+uv=$(find_uv "${python:-python3}")
+if [ -z "$python" ]; then
+    python=$("$uv" python find --quiet '>=3.12,<3.14' 2>/dev/null) || {
+        echo "No Python 3.12 or 3.13 found on PATH, under ~/.pyenv or by uv; install one (for example: uv python install 3.12)" >&2
+        exit 1
+    }
+fi
 environment="$folder/.venv"
 rm -rf "$environment"
 "$uv" venv --quiet --python "$python" "$environment"
