@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 2
 # where it is set, every start of a tool compiles its libraries anew, for half a minute
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo test lint format lock clean $(TOOLS:%=test-%) test-pipeline
+.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -21,8 +21,14 @@ tools/%/.venv/.ready: tools/%/requirements.lock tools/%/pyproject.toml tests/req
 tests/lint/.venv/.ready: tests/lint/requirements.lock tools/environment.sh
 	tools/environment.sh tests/lint
 
+containers/.venv/.ready: containers/requirements.lock tools/environment.sh
+	tools/environment.sh containers
+
 demo: setup ## the whole road on this machine: text -> tokenizer -> pretraining -> SFT -> PPO -> a served model
 	tools/pretrain/.venv/bin/python demo/demo.py --work $(WORK)
+
+pipeline-docker: containers/.venv/.ready ## the demo in containers, one for each stage
+	containers/.venv/bin/python containers/pipeline.py --work $(WORK)
 
 test: lint $(TOOLS:%=test-%) test-pipeline ## every test, each in its tool's environment
 
@@ -60,4 +66,4 @@ lock: tools/pretrain/.venv/.ready ## resolve every requirements.lock anew
 	tools/lock.sh $(TOOLS)
 
 clean: ## remove the environments and the demo
-	rm -rf $(TOOLS:%=tools/%/.venv) tests/lint/.venv .uv $(WORK)
+	rm -rf $(TOOLS:%=tools/%/.venv) tests/lint/.venv containers/.venv .uv $(WORK)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -25,6 +26,15 @@ def commands(document: Path) -> list[str]:
     return [line.strip() for line in joined.splitlines() if line.strip() and not line.strip().startswith("#")]
 
 
+def in_container(line: str, tool: str) -> str | None:
+    """The tool's own command line in `docker run ... TOOL[:TAG] ...` or `baton ... TOOL ...`; None in any other."""
+    if not re.match(r"(\w+=\S* )*(docker run|baton) ", line):
+        return None
+    words = shlex.split(line, comments=True)
+    places = [place for place, word in enumerate(words) if re.fullmatch(rf"{tool}(:[\w.-]+)?", word)]
+    return shlex.join([tool, *words[places[0] + 1 :]]) if places else None
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_blocks_are_shell(document: Path) -> None:
     for block in blocks(document):
@@ -36,11 +46,13 @@ def test_blocks_are_shell(document: Path) -> None:
 def test_every_command_line_is_accepted_by_its_tool(tool: str, tmp_path: Path) -> None:
     (tmp_path / "file.jsonl").write_text("{}\n")
     start = re.compile(rf"(?:\S*/)?{tool} ")
-    found = [(d, line) for d in DOCUMENTS for line in commands(d) if start.match(line)]
+    every = [(d, re.sub(r"\s[|&>].*", "", line)) for d in DOCUMENTS for line in commands(d)]
+    found = [(d, line) for d, line in every if start.match(line)]
+    found += [(d, words) for d, line in every if (words := in_container(line, tool))]
     assert any(d.parent.name == tool for d, _ in found), f"tools/{tool}/README.md shows no command"
     answer = subprocess.run(
         [ROOT / "tools" / tool / ".venv/bin/python", Path(__file__).with_name("readme_commands.py"), tool, tmp_path],
-        input="\n".join(re.sub(r"\s[|&>].*", "", line) for _, line in found),
+        input="\n".join(line for _, line in found),
         text=True,
         capture_output=True,
         check=False,
@@ -56,6 +68,26 @@ def test_every_command_is_shown_in_its_readme(tool: str) -> None:
     source = (ROOT / "tools" / tool / "cli.py").read_text(encoding="utf-8")
     for name in re.findall(r"^@tool\.command.*?\ndef (\w+)\(", source, re.MULTILINE | re.DOTALL):
         assert f"{tool} {name.rstrip('_').replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_command_is_shown_in_a_container(tool: str) -> None:
+    lines = commands(ROOT / "tools" / tool / "README.md")
+    known = {line.split()[1] for line in lines if line.startswith(f"{tool} ")}
+    shown = {words.split()[1] for line in lines if (words := in_container(line, tool))}
+    assert known
+    assert shown == known
+
+
+def test_the_function_that_the_pages_use_is_written_down() -> None:
+    """`baton` hands its words to docker run as they are, behind its own flags."""
+    (block,) = [block for block in blocks(ROOT / "README.md") if "baton() {" in block]
+    definition = block[: block.index("\n}\n") + 3]
+    called = f'docker() {{ printf "%s\\n" "$@"; }}\n{definition}baton --gpus all convert verify --target "a b"'
+    words = subprocess.run(["bash", "-c", called], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert words[0] == "run"
+    assert words[-6:] == ["--gpus", "all", "convert", "verify", "--target", "a b"]
+    assert {"--read-only", "--cap-drop", "--network", "--user"} <= set(words)
 
 
 def test_every_make_target_named_exists() -> None:

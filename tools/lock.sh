@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Resolve requirements.lock of the named tools, of the tests and of the linters: pinned, with hashes, no index address.
+# Resolve requirements.lock of the named tools, of the tests, of the linters and of image builds: pinned, with hashes, no index address.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 uv=$(command -v uv || echo "$PWD/.uv/bin/uv")
@@ -15,9 +15,14 @@ for tool in "$@"; do
     if [ "$tool" = infer ]; then
         lock tools/infer pyproject.toml requirements.lock --extra cpu --override overrides.txt
         lock tools/infer pyproject.toml requirements.gpu.lock --extra gpu
+    elif [ "$tool" = convert ]; then
+        lock tools/convert pyproject.toml requirements.lock --extra logits
+        lock tools/convert pyproject.toml requirements.slim.lock --constraint requirements.lock
     else
         lock "tools/$tool" pyproject.toml
     fi
 done
 lock tests requirements.in
 lock tests/lint requirements.in
+lock containers requirements.in
+lock containers/build installer.in installer.lock

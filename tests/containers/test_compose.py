@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -54,7 +55,7 @@ def read(name: str = "compose.yaml", **changed: str) -> dict[str, Any]:
     Loader.add_constructor("!override", lambda loader, node: loader.construct_sequence(node))
     text = re.sub(r"\$\{(\w+):([-?])([^}]*)\}", fill, (ROOT / name).read_text(encoding="utf-8"))
     assert "${" not in text
-    return yaml.load(text, Loader)  # noqa: S506 -- a safe loader, with one more tag
+    return yaml.load(text, Loader)  # a safe loader, with one more tag
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_every_command_is_the_demos(services: dict[str, Any], stages: list[Job])
 def test_each_service_starts_when_the_one_before_has_completed(services: dict[str, Any]) -> None:
     names = list(services)
     assert "depends_on" not in services[names[0]]
-    for before, name in zip(names, names[1:], strict=False):
+    for before, name in itertools.pairwise(names):
         assert services[name]["depends_on"] == {before: COMPLETED}
 
 
@@ -93,7 +94,7 @@ def locked_up(service: dict[str, Any]) -> dict[str, Any]:
     assert all(mount["type"] == "bind" and mount["bind"] == {"create_host_path": False} for mount in service["volumes"])
     return {
         **{name: service[name] for name in kept},
-        "tmpfs": {path: "" for path in service["tmpfs"]},
+        "tmpfs": dict.fromkeys(service["tmpfs"], ""),
         "shm_size": service["shm_size"].removesuffix("b"),
         "volumes": [f"{ROOT / source}:{target}{':ro' if sealed else ''}" for source, target, sealed in mounts],
     }
