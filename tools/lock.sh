@@ -25,4 +25,4 @@ done
 lock tests requirements.in
 lock tests/lint requirements.in
 lock containers requirements.in
-lock containers/build installer.in installer.lock
+lock containers/install installer.in installer.lock

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from tools.convert.to_hf import open_export
 from tools.convert.transfer import Export, source_rows
 
 MAX_DIFFERENCES = 20  # named in the certificate
+LOGITS_NEED = {"torch": "torch", "transformers": "transformers", "megatron.core": "megatron-core"}
 
 
 @dataclass(kw_only=True)
@@ -40,6 +42,8 @@ class Findings:
 
 def run(source: Path, target: Path, certificate: Path | None, logits: bool, positions: int, seed: int) -> None:
     """Compare, write the certificate, and raise StageError if anything differs."""
+    if logits:
+        _require_models()
     started = time.monotonic()
     certificate = certificate or target.with_name(f"{target.name}.certificate.json")
     for name, directory in (("--source", source), ("--target", target)):
@@ -89,6 +93,23 @@ def run(source: Path, target: Path, certificate: Path | None, logits: bool, posi
             f"{target} is not {source}: {findings.differences[0]} ({len(findings.differences)} in all; {certificate})"
         )
     print(_summary(findings, certificate))
+
+
+def _require_models() -> None:
+    """UserError where convert is installed without what builds the two models."""
+    absent = [name for module, name in LOGITS_NEED.items() if not _importable(module)]
+    if absent:
+        raise UserError(
+            f"comparing logits needs {', '.join(absent)}, which this installation of convert lacks: give --no-logits, or "
+            "use one with the extra `logits` (pip install 'baton-convert[logits]', image convert:logits)"
+        )
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is absent
+        return False
 
 
 def _summary(findings: Findings, certificate: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,3 +157,28 @@ def test_not_a_number_is_reported(make_hf: Make, convert: Any, tmp_path: Path, o
     assert answer.code == 0
     assert certificate(target)["not_finite"] == {GATE: "1 NaN, 1 infinite"}
     assert GATE in answer.err
+
+
+@pytest.mark.parametrize(
+    ("module", "distribution"),
+    [("torch", "torch"), ("transformers", "transformers"), ("megatron.core", "megatron-core"), ("megatron", "megatron-core")],
+)
+def test_where_the_models_are_not_installed_it_says_so_before_any_work(
+    pair: tuple[Path, Path], convert: Any, monkeypatch: pytest.MonkeyPatch, module: str, distribution: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # as Python marks a module that cannot be imported
+    monkeypatch.setattr("tools.convert.verify.open_checkpoint", lambda *_, **__: pytest.fail("work was begun"))
+    answer = convert("verify", "--source", pair[0], "--target", pair[1])
+    assert answer.code == 2
+    assert answer.err.count("\n") == 1
+    assert f"comparing logits needs {distribution}, which" in answer.err
+    assert "--no-logits" in answer.err
+    assert not pair[1].with_name(f"{pair[1].name}.certificate.json").exists()
+
+
+def test_without_logits_nothing_of_them_is_needed(
+    pair: tuple[Path, Path], convert: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("torch", "transformers", "megatron"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert convert("verify", "--source", pair[0], "--target", pair[1], "--no-logits").code == 0

@@ -1,0 +1,83 @@
+"""Which lines of a requirements.lock an image has to install: those that its base image does not bring.
+
+`requirements.py LOCK` runs under the base image's Python and leaves out what that has of PyTorch and of what is built
+against it: NVIDIA's and vLLM's images carry builds of their own, fitted to each other, that an index does not have.
+`requirements.py LOCK PATTERN ...` keeps only the distributions that a pattern matches, such as `nvidia-*`; one written
+`!triton` is left out. Standard library only.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
+from importlib import metadata
+from pathlib import Path
+
+# With torch in the base, these are the base's or are not needed. CUDA comes with the base's torch.
+WITH_TORCH = ("torch", "torchvision", "torchaudio", "torchcodec", "triton", "pytorch-triton", "nvidia-*", "cuda-*")
+# Compiled against one very torch; left to the base only where the base has the distribution itself.
+BUILT_AGAINST_TORCH = (
+    *(
+        "vllm",
+        "transformer-engine*",
+        "flash-attn*",
+        "flashinfer*",
+        "xformers",
+        "xgrammar",
+        "apex",
+        "deep-*",
+        "tilelang",
+    ),
+    *("apache-tvm-ffi", "quack-kernels", "torch-c-dlpack-ext", "humming-kernels*", "fastsafetensors", "tokenspeed*"),
+)
+
+
+def entries(lock: str) -> Iterator[tuple[str, str]]:
+    """(normalised name, text with its hashes) of every requirement."""
+    for text in re.split(r"^(?=[A-Za-z0-9])", lock, flags=re.MULTILINE):
+        name = re.match(r"[A-Za-z0-9][A-Za-z0-9._-]*", text)
+        if name:
+            yield re.sub(r"[-_.]+", "-", name[0]).lower(), text
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def left_to_base(names: Sequence[str], present: dict[str, str]) -> set[str]:
+    """Those of `names` that a base image with the distributions `present` is to keep as it has them."""
+    if "torch" not in present:
+        return set()
+    return {
+        name for name in names if matches(name, WITH_TORCH) or (name in present and matches(name, BUILT_AGAINST_TORCH))
+    }
+
+
+def installed() -> dict[str, str]:
+    """Distributions of the interpreter that runs this, by normalised name."""
+    found = {}
+    for distribution in metadata.distributions():
+        if distribution.metadata["Name"]:
+            found[re.sub(r"[-_.]+", "-", distribution.metadata["Name"]).lower()] = distribution.version
+    return found
+
+
+def main(lock: str, *patterns: str) -> None:
+    """Print the requirements to install; say on stderr what is left out, and for what."""
+    requirements = dict(entries(Path(lock).read_text(encoding="utf-8")))
+    if patterns:
+        out = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+        wanted = {n for n in requirements if matches(n, patterns) and not matches(n, out)}
+    else:
+        present = installed()
+        kept = left_to_base(list(requirements), present)
+        for name in sorted(kept):
+            print(f"left to the base image: {name} {present.get(name, '(not needed)')}", file=sys.stderr)
+        wanted = requirements.keys() - kept
+    print("".join(text for name, text in requirements.items() if name in wanted), end="")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
