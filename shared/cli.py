@@ -9,6 +9,7 @@ annotation. Only then does the command run.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import inspect
 import math
@@ -88,17 +89,45 @@ _TRUE, _FALSE = {"true", "yes", "1"}, {"false", "no", "0"}
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One command of a tool: a typed function whose docstring is its help."""
+    """One command of a tool: a typed function whose docstring is its help.
+
+    A parameter annotated with a dataclass stands for the fields of that class, each a flag.
+    """
 
     name: str
     function: Callable[..., int | None]
     positional: tuple[str, ...]  # parameters that may also be given as bare words, in order
     neutral: tuple[str, ...]  # parameters that do not change the result
+    parameters: dict[str, inspect.Parameter] = field(repr=False)
     hints: dict[str, Any] = field(repr=False)
+    groups: dict[str, type] = field(repr=False)  # parameters of the function that hold several flags
 
-    @property
-    def parameters(self) -> Mapping[str, inspect.Parameter]:
-        return inspect.signature(self.function).parameters
+    def call(self, arguments: Mapping[str, Any]) -> int | None:
+        """Run the function on one value for each flag."""
+        single, grouped = dict(arguments), {}
+        for name, kind in self.groups.items():
+            grouped[name] = kind(**{item.name: single.pop(item.name) for item in dataclasses.fields(kind)})
+        return self.function(**single, **grouped)
+
+
+def _flags(function: Callable[..., int | None]) -> dict[str, dict[str, Any]]:
+    """What `Command` knows of the flags: `parameters`, `hints` and `groups`."""
+    parameters: dict[str, inspect.Parameter] = {}
+    hints: dict[str, Any] = {}
+    groups: dict[str, type] = {}
+    annotations = typing.get_type_hints(function, include_extras=True)
+    for name, parameter in inspect.signature(function).parameters.items():
+        kind = annotations[name]
+        if not dataclasses.is_dataclass(kind):
+            parameters[name], hints[name] = parameter, kind
+            continue
+        assert isinstance(kind, type)
+        groups[name] = kind
+        hints |= typing.get_type_hints(kind, include_extras=True)
+        for item in dataclasses.fields(kind):
+            default = inspect.Parameter.empty if item.default is dataclasses.MISSING else item.default
+            parameters[item.name] = inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=default)
+    return {"parameters": parameters, "hints": hints, "groups": groups}
 
 
 class Tool:
@@ -125,7 +154,7 @@ class Tool:
         """Register a function as a command. Used bare or with arguments.
 
         Args:
-            function: the command; every parameter is annotated and becomes a flag.
+            function: the command; every parameter is annotated and becomes a flag, or several if it is a dataclass.
             name: its name on the command line; by default the function's, with hyphens.
             positional: parameters that may also be given as bare words.
             neutral: parameters that do not change the result, so that other values of them are the same run.
@@ -138,7 +167,7 @@ class Tool:
                 function=function,
                 positional=tuple(positional),
                 neutral=tuple(neutral),
-                hints=typing.get_type_hints(function, include_extras=True),
+                **_flags(function),
             )
             return function
 
@@ -179,7 +208,7 @@ class Tool:
         _install_sigterm()
         try:
             with invoked(self.name, command.name, arguments, version=self.version, neutral=command.neutral):
-                return command.function(**arguments) or EXIT_DONE
+                return command.call(arguments) or EXIT_DONE
         except AlreadyDone as done:
             log(str(done))
             return EXIT_DONE

@@ -64,18 +64,31 @@ def summary(command: Command) -> str:
 
 
 def documentation(command: Command) -> tuple[list[str], dict[str, str]]:
-    """The docstring's paragraphs, and its `Args:` section as {parameter: text}."""
+    """The paragraphs of the function's docstring, and what is said of each parameter as {parameter: text}.
+
+    The function's own `Args:` win over the `Attributes:` of a dataclass, and a class over what it derives from.
+    """
     body, _, section = (inspect.getdoc(command.function) or "").partition("\nArgs:\n")
     arguments: dict[str, str] = {}
+    for group in command.groups.values():
+        for kind in reversed(group.__mro__):
+            arguments |= _entries((inspect.cleandoc(kind.__doc__ or "")).partition("\nAttributes:\n")[2])
+    paragraphs = [" ".join(paragraph.split()) for paragraph in body.split("\n\n") if paragraph.strip()]
+    return paragraphs, arguments | _entries(section)
+
+
+def _entries(section: str) -> dict[str, str]:
+    """`    name: text, perhaps on several lines` as {name: text}."""
+    entries: dict[str, str] = {}
     name = ""
     for line in section.splitlines():
         entry = re.match(r" {4}(\w+): (.*)", line)
         if entry:
             name = entry[1]
-            arguments[name] = entry[2]
+            entries[name] = entry[2]
         elif name and line.strip():
-            arguments[name] += " " + line.strip()
-    return [" ".join(paragraph.split()) for paragraph in body.split("\n\n") if paragraph.strip()], arguments
+            entries[name] += " " + line.strip()
+    return entries
 
 
 def _required(command: Command) -> list[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import inspect
 import json
 import shlex
 import sys
@@ -47,8 +46,7 @@ def main(name: str, here: str) -> None:
         def accept(**options: Any) -> None:
             return None
 
-        accept.__signature__ = inspect.signature(command.function)  # type: ignore[attr-defined]
-        tool.commands[label] = dataclasses.replace(command, function=accept)
+        tool.commands[label] = dataclasses.replace(command, function=accept, groups={})
     answers = []
     for line in sys.stdin.read().splitlines():
         _, label, *words = shlex.split(line, comments=True)

@@ -6,8 +6,6 @@ Light on purpose: a mistake in the options is answered, and workers are started,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared.checkpoint.manifest import identity, parents_of, read_manifest
@@ -16,55 +14,18 @@ from shared.console import log
 from shared.errors import UserError
 from shared.invocation import invocation
 from shared.training.config import (
-    Precision,
-    Recompute,
     TrainingConfig,
     default_decay_steps,
     default_micro_batch_size,
     default_warmup_steps,
 )
 from shared.training.launch import launch
+from shared.training.options import TrainingOptions
 from shared.training.plan import Inputs, announce, default_processes
 from shared.training.quiet import hush
-from shared.training.schedule import ScheduleName
 
 if TYPE_CHECKING:
     from shared.training.data import Dataset
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """The options of both commands as they were given; None leaves the choice to the plan."""
-
-    source: Path
-    data: Path
-    target: Path
-    steps: int | None
-    global_batch_size: int
-    micro_batch_size: int | None
-    learning_rate: float
-    min_learning_rate: float | None
-    schedule: ScheduleName
-    warmup_steps: int | None
-    decay_steps: int | None
-    weight_decay: float
-    clip_grad: float
-    adam_beta1: float
-    adam_beta2: float
-    seed: int
-    precision: Precision
-    recompute: Recompute
-    tensor_parallel: int
-    pipeline_parallel: int
-    virtual_pipeline: int
-    sequence_parallel: bool
-    processes: int | None
-    save_every: int
-    keep: int
-    log_every: int
-    validate_every: int | None
-    validation_sequences: int
-    overwrite: bool
 
 
 def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> TrainingConfig:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -98,6 +99,56 @@ def test_values_arrive_in_the_annotated_types(run: Run, tmp_path: Path) -> None:
             "overwrite": True,
         }
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Basic:
+    """What many commands take.
+
+    Attributes:
+        target: where to.
+        steps: how many.
+    """
+
+    target: Path
+    steps: Positive = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Special(Basic):
+    """One command's defaults.
+
+    Attributes:
+        rate: how fast.
+        steps: how many of these.
+    """
+
+    rate: float = 0.5
+    steps: Positive = 7
+
+
+def test_a_dataclass_stands_for_its_flags(tool: Tool, run: Run) -> None:
+    seen: list[Any] = []
+
+    @tool.command(neutral=("steps",))
+    def walk(options: Special, far: bool = False) -> None:
+        """Walk.
+
+        Args:
+            far: how far.
+            target: where the walk ends.
+        """
+        seen.extend([options, far, invocation().options])
+
+    assert run("walk", "--target", "t", "--rate=2", "--far")[0] == 0
+    assert seen[:2] == [Special(target=Path("t"), rate=2.0), True]
+    assert seen[2] == {"target": "t", "steps": 7, "rate": 2.0, "far": True}
+    assert "--target must be given" in run("walk", "--steps", "3")[2]
+    assert "--steps 0: input should be greater than 0" in run("walk", "--target", "t", "--steps", "0")[2]
+    text = run("walk", "--help")[1]
+    for said in ("where the walk ends.", "how many of these.", "how fast.", "how far.", "(default 7)"):
+        assert said in text
+    assert "where to." not in text
 
 
 @pytest.mark.parametrize(

@@ -96,9 +96,8 @@ def main(name: str, here: str) -> None:
         def note(**options: Any) -> None:
             ran.append(options)
 
-        note.__signature__ = inspect.signature(command.function)  # type: ignore[attr-defined]
         note.__doc__ = command.function.__doc__
-        tool.commands[label] = dataclasses.replace(command, function=note)
+        tool.commands[label] = dataclasses.replace(command, function=note, groups={})
         for row, words in cases(command, here).items():
             rows.append({"command": label, "row": row, "words": words, **attempt(tool, [label, *words], ran)})
         prose, arguments = documentation(command)

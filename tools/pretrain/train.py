@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from shared.errors import UserError
 from shared.training import stage
+from shared.training.options import TrainingOptions
 from shared.training.plan import Inputs
-from shared.training.stage import TrainingOptions
 
 if TYPE_CHECKING:
     from shared.training.data import Dataset

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,62 +12,18 @@ from shared.errors import UserError
 from tools.rlhf import rewards
 from tools.rlhf.data import Prompt, read_prompts
 from tools.rlhf.hold import Held, check_batches, held
-from tools.rlhf.host import Host, Precision, prepare
+from tools.rlhf.host import Host, prepare
 from tools.rlhf.models import Source, load_policy, open_source, save_hf
+from tools.rlhf.options import GRPOOptions
 from tools.rlhf.report import add_record
 from tools.rlhf.reward_spec import RewardSpec
 from tools.rlhf.trainers import Contract, common_arguments, resume_point, train, unwrapped
 
 
-@dataclass(frozen=True, kw_only=True)
-class GRPOOptions:
-    """The flags of `rlhf grpo`; see there for what each means."""
-
-    source: Path
-    prompts: Path
-    reward: tuple[RewardSpec, ...]
-    target: Path
-    overwrite: bool
-    steps: int
-    generations: int
-    global_batch_size: int
-    micro_batch_size: int
-    epochs: int
-    max_new_tokens: int
-    temperature: float
-    learning_rate: float
-    warmup_steps: int
-    kl_coefficient: float
-    clip_range: float
-    max_gradient_norm: float
-    precision: Precision | None
-    seed: int
-    save_every: int
-    log_every: int
-
-    @property
-    def inputs(self) -> dict[str, Path | list[Path]]:
-        """What the command reads; rewards not under their flag's name, since weights and functions are options."""
-        return {"source": self.source, "prompts": self.prompts, "reward_source": [spec.path for spec in self.reward]}
-
-    def check(self, host: Host) -> None:
-        """UserError for numbers that do not divide each other."""
-        check_batches(global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size, host=host)
-        if self.global_batch_size % self.generations:
-            raise UserError(
-                f"--global-batch-size {self.global_batch_size} is not a multiple of --generations {self.generations}"
-            )
-        if self.save_every % self.epochs:
-            raise UserError(
-                f"--save-every {self.save_every} is not a multiple of --epochs {self.epochs}: replies live for that many "
-                "updates and are not saved"
-            )
-
-
 def run(options: GRPOOptions) -> None:
     """Train, publish the policy."""
     host = prepare()
-    options.check(host)
+    _check(options, host)
     with held(host, options.target, options.inputs, overwrite=options.overwrite) as target:
         source = open_source(options.source)
         prompts = read_prompts(
@@ -77,7 +31,7 @@ def run(options: GRPOOptions) -> None:
         )
         _check_uniform(prompts, options)
         reward = rewards.load(
-            options.reward,
+            options.rewards,
             source.tokenizer,
             device=host.device,
             dtype=torch.float32,
@@ -104,6 +58,20 @@ def _charts(reward: rewards.Reward) -> dict[str, tuple[str, ...]]:
     }
 
 
+def _check(options: GRPOOptions, host: Host) -> None:
+    """UserError for numbers that do not divide each other."""
+    check_batches(global_batch_size=options.global_batch_size, micro_batch_size=options.micro_batch_size, host=host)
+    if options.global_batch_size % options.generations:
+        raise UserError(
+            f"--global-batch-size {options.global_batch_size} is not a multiple of --generations {options.generations}"
+        )
+    if options.save_every % options.epochs:
+        raise UserError(
+            f"--save-every {options.save_every} is not a multiple of --epochs {options.epochs}: replies live for that "
+            "many updates and are not saved"
+        )
+
+
 def _check_uniform(prompts: Sequence[Prompt], options: GRPOOptions) -> None:
     if len({isinstance(prompt.raw, str) for prompt in prompts}) > 1:
         raise UserError(
@@ -114,7 +82,7 @@ def _check_uniform(prompts: Sequence[Prompt], options: GRPOOptions) -> None:
 def _print_plan(options: GRPOOptions, source: Source, prompts: Sequence[Prompt], host: Host) -> None:
     groups = options.global_batch_size // options.generations
     log(f"policy    {source.path}, context {source.context}")
-    log(f"reward    {' + '.join(f'{spec.weight:g} * {spec.name}' for spec in options.reward)}")
+    log(f"reward    {' + '.join(f'{spec.weight:g} * {spec.name}' for spec in options.rewards)}")
     log(f"prompts   {len(prompts)} used, none dropped")
     log(
         f"update    {groups} prompts with {options.generations} replies each of up to {options.max_new_tokens} tokens; "
@@ -151,7 +119,7 @@ def _train(
         temperature=options.temperature,
         beta=options.kl_coefficient,
         epsilon=options.clip_range,
-        reward_weights=[spec.weight for spec in options.reward],
+        reward_weights=[spec.weight for spec in options.rewards],
     )
     trainer = GRPOTrainer(
         model=load_policy(source, torch.float32),

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,74 +35,11 @@ from tools.rlhf.host import (
     train_engine,
 )
 from tools.rlhf.models import Source, load_critic, load_policy, open_source, save_hf
+from tools.rlhf.options import PPOOptions
 from tools.rlhf.report import add_record
-from tools.rlhf.reward_spec import RewardSpec
 from tools.rlhf.rollout import sample
 
 _KL_HORIZON = 10.0  # iterations; K_beta = 0.1 of arXiv:1909.08593
-
-
-@dataclass(frozen=True, kw_only=True)
-class PPOOptions:
-    """The flags of `rlhf ppo`; see there for what each means."""
-
-    source: Path
-    prompts: Path
-    reward: tuple[RewardSpec, ...]
-    target: Path
-    overwrite: bool
-    critic: Path | None
-    steps: int
-    rollout_batch_size: int
-    global_batch_size: int
-    micro_batch_size: int
-    epochs: int
-    max_new_tokens: int
-    temperature: float
-    learning_rate: float
-    critic_learning_rate: float | None
-    warmup_steps: int
-    kl_coefficient: float
-    kl_estimator: algorithm.KLEstimator
-    kl_target: float | None
-    clip_range: float
-    value_clip_range: float
-    discount: float
-    gae_lambda: float
-    whiten_advantages: bool
-    missing_eos_penalty: float
-    max_gradient_norm: float
-    zero: int
-    precision: Precision | None
-    seed: int
-    save_every: int
-    log_every: int
-
-    @property
-    def inputs(self) -> dict[str, Path | list[Path]]:
-        """What the command reads."""
-        inputs: dict[str, Path | list[Path]] = {
-            "source": self.source,
-            "prompts": self.prompts,
-            # Not under the flag's own name: its weights and function names count as an option.
-            "reward_source": [spec.path for spec in self.reward],
-        }
-        return inputs | ({"critic": self.critic} if self.critic else {})
-
-    @property
-    def critic_path(self) -> Path:
-        """Where the critic starts: --critic, else the first reward model, else the policy."""
-        models = [spec.path for spec in self.reward if spec.function is None]
-        return self.critic or (models[0] if models else self.source)
-
-    def check(self, host: Host) -> None:
-        """UserError for batch sizes that do not divide each other."""
-        check_batches(global_batch_size=self.global_batch_size, micro_batch_size=self.micro_batch_size, host=host)
-        if self.rollout_batch_size % self.global_batch_size:
-            raise UserError(
-                f"--rollout-batch-size {self.rollout_batch_size} is not a multiple of --global-batch-size "
-                f"{self.global_batch_size}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +55,7 @@ class Models:
 def run(options: PPOOptions) -> None:
     """Train, save state on the way, publish the policy."""
     host = prepare()
-    options.check(host)
+    _check(options, host)
     with held(host, options.target, options.inputs, overwrite=options.overwrite) as target:
         source = open_source(options.source)
         prompts = read_prompts(
@@ -153,6 +89,16 @@ def _charts(reward: rewards.Reward) -> dict[str, tuple[str, ...]]:
     }
 
 
+def _check(options: PPOOptions, host: Host) -> None:
+    """UserError for batch sizes that do not divide each other."""
+    check_batches(global_batch_size=options.global_batch_size, micro_batch_size=options.micro_batch_size, host=host)
+    if options.rollout_batch_size % options.global_batch_size:
+        raise UserError(
+            f"--rollout-batch-size {options.rollout_batch_size} is not a multiple of --global-batch-size "
+            f"{options.global_batch_size}"
+        )
+
+
 def _build(options: PPOOptions, source: Source, host: Host) -> tuple[Models, Precision]:
     precision: Precision = options.precision or ("bf16" if host.device.type == "cuda" else "fp32")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -165,7 +111,7 @@ def _build(options: PPOOptions, source: Source, host: Host) -> tuple[Models, Pre
     )
     # Rewards first: a function that does not load is found before minutes of loading models.
     reward = rewards.load(
-        options.reward,
+        options.rewards,
         source.tokenizer,
         device=host.device,
         dtype=dtype,
@@ -190,7 +136,7 @@ def _print_plan(
     replies = options.steps * options.rollout_batch_size
     log(f"policy    {source.path} ({type(models.actor.module).__name__}, context {source.context})")
     log(f"critic    from {options.critic_path}")
-    log(f"reward    {' + '.join(f'{spec.weight:g} * {spec.name}' for spec in options.reward)}")
+    log(f"reward    {' + '.join(f'{spec.weight:g} * {spec.name}' for spec in options.rewards)}")
     log(f"prompts   {len(prompts)} used, none dropped; {replies / len(prompts):.1f} replies to each over the run")
     log(
         f"iteration {options.rollout_batch_size} replies of up to {options.max_new_tokens} tokens, then "

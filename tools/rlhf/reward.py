@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,33 +13,12 @@ from shared.console import log
 from shared.errors import UserError
 from tools.rlhf.data import Pair, read_preferences
 from tools.rlhf.hold import Held, check_batches, held
-from tools.rlhf.host import Host, Precision, prepare
+from tools.rlhf.host import Host, prepare
 from tools.rlhf.models import Source, open_source, save_hf
+from tools.rlhf.options import RewardOptions
 from tools.rlhf.report import add_record
 from tools.rlhf.rewards import score
 from tools.rlhf.trainers import Contract, common_arguments, resume_point, train, unwrapped
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardOptions:
-    """The flags of `rlhf reward`; see there for what each means."""
-
-    source: Path
-    data: Path
-    target: Path
-    overwrite: bool
-    validation_fraction: float
-    epochs: float
-    global_batch_size: int
-    micro_batch_size: int
-    sequence_length: int | None
-    learning_rate: float
-    warmup_steps: int
-    max_gradient_norm: float
-    precision: Precision | None
-    seed: int
-    save_every: int
-    log_every: int
 
 
 @dataclass(frozen=True, kw_only=True)

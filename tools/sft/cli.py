@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from shared.cli import Existing, ExistingDir, NonNegative, Positive, Tool
-
-Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+from shared.training.options import NEUTRAL, Rate, TrainingOptions
 
 tool = Tool("sft", summary="Prepare conversations and fine-tune with Megatron-Core.")
 
@@ -61,52 +61,22 @@ def prepare(
     )
 
 
-@tool.command(
-    neutral=(
-        "micro_batch_size",
-        "tensor_parallel",
-        "pipeline_parallel",
-        "virtual_pipeline",
-        "sequence_parallel",
-        "processes",
-        "recompute",
-        "save_every",
-        "keep",
-        "log_every",
-    )
-)
-def train(
-    source: ExistingDir,
-    data: ExistingDir,
-    target: Path,
-    epochs: Positive | None = None,
-    steps: Positive | None = None,
-    global_batch_size: Positive = 32,
-    micro_batch_size: Positive | None = None,
-    learning_rate: Rate = 2e-5,
-    min_learning_rate: Rate | None = None,
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine",
-    warmup_steps: NonNegative | None = None,
-    decay_steps: NonNegative | None = None,
-    weight_decay: Rate = 0.0,
-    clip_grad: Rate = 1.0,
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9,
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95,
-    seed: NonNegative = 0,
-    precision: Literal["bf16", "fp32"] = "bf16",
-    recompute: Literal["none", "selective", "full"] = "none",
-    tensor_parallel: Positive = 1,
-    pipeline_parallel: Positive = 1,
-    virtual_pipeline: Positive = 1,
-    sequence_parallel: bool = False,
-    processes: Positive | None = None,
-    save_every: Positive = 500,
-    keep: Positive = 2,
-    log_every: Positive = 10,
-    validate_every: NonNegative | None = None,
-    validation_sequences: Positive = 1024,
-    overwrite: bool = False,
-) -> int | None:
+@dataclass(frozen=True, kw_only=True)
+class FineTuningOptions(TrainingOptions):
+    """The defaults of fine-tuning: fewer sequences an update, small steps, no decay.
+
+    Attributes:
+        data: a dataset of `sft prepare`.
+        steps: updates; instead of --epochs.
+    """
+
+    global_batch_size: Positive = 32
+    learning_rate: Rate = 2e-5
+    weight_decay: Rate = 0.0
+
+
+@tool.command(neutral=NEUTRAL)
+def train(options: FineTuningOptions, epochs: Positive | None = None) -> int | None:
     """Fine-tune a model of a Megatron checkpoint on packed conversations, into a run directory of checkpoints.
 
     Only the tokens of the assistant have a loss, and attention stays within a conversation. Killed or told to stop
@@ -114,76 +84,11 @@ def train(
     processes. The target has metrics.jsonl, TensorBoard events and report.html.
 
     Args:
-        source: the Megatron checkpoint to start from.
-        data: a dataset of `sft prepare`.
-        target: the run directory.
         epochs: passes over the data; by default 3, unless --steps says how long.
-        steps: updates.
-        global_batch_size: sequences per update.
-        micro_batch_size: sequences per forward pass of one process; by default as many as make about 8192 tokens.
-        learning_rate: the highest.
-        min_learning_rate: where cosine and wsd end; by default a tenth of the highest.
-        schedule: cosine, wsd (level, then 1 - sqrt) or constant, each after a linear warm-up.
-        warmup_steps: updates of the warm-up; by default one in a hundred, at most 2000.
-        decay_steps: updates of the falling end of wsd; by default a fifth.
-        weight_decay: decoupled, on matrices; norms and biases have none.
-        clip_grad: largest norm of the gradient; 0 leaves it as it is.
-        adam_beta1: decay of the mean of gradients.
-        adam_beta2: decay of the mean of their squares.
-        seed: of the order of the data.
-        precision: bf16 with fp32 main weights, or fp32.
-        recompute: activations to compute again instead of keeping them: attention's (selective) or all.
-        tensor_parallel: processes that share every matrix.
-        pipeline_parallel: processes that hold consecutive layers.
-        virtual_pipeline: groups of layers per process of a pipeline.
-        sequence_parallel: cut norms and residuals along the sequence over the tensor-parallel processes.
-        processes: one per GPU by default, without GPUs as many as the layout needs; what the layout leaves over is
-            data parallel.
-        save_every: updates between checkpoints; the last update is always saved.
-        keep: checkpoints left in the target.
-        log_every: updates between printed lines; metrics.jsonl has every update.
-        validate_every: updates between validations, 0 for none but the first and the last; by default a tenth of
-            the steps.
-        validation_sequences: sequences to validate on at most, the same ones every time.
-        overwrite: replace what another run left at the target.
     """
-    from shared.training.stage import TrainingOptions
     from tools.sft.train import run
 
-    return run(
-        TrainingOptions(
-            source=source,
-            data=data,
-            target=target,
-            steps=steps,
-            global_batch_size=global_batch_size,
-            micro_batch_size=micro_batch_size,
-            learning_rate=learning_rate,
-            min_learning_rate=min_learning_rate,
-            schedule=schedule,
-            warmup_steps=warmup_steps,
-            decay_steps=decay_steps,
-            weight_decay=weight_decay,
-            clip_grad=clip_grad,
-            adam_beta1=adam_beta1,
-            adam_beta2=adam_beta2,
-            seed=seed,
-            precision=precision,
-            recompute=recompute,
-            tensor_parallel=tensor_parallel,
-            pipeline_parallel=pipeline_parallel,
-            virtual_pipeline=virtual_pipeline,
-            sequence_parallel=sequence_parallel,
-            processes=processes,
-            save_every=save_every,
-            keep=keep,
-            log_every=log_every,
-            validate_every=validate_every,
-            validation_sequences=validation_sequences,
-            overwrite=overwrite,
-        ),
-        epochs=epochs,
-    )
+    return run(options, epochs=epochs)
 
 
 def main() -> None:

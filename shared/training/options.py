@@ -1,0 +1,89 @@
+"""The options of `pretrain train` and `sft train`, with their defaults. Standard library and pydantic only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from shared.cli import ExistingDir, NonNegative, Positive
+
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+# What decides memory and speed, and how often there is something to see: another value is the same run.
+NEUTRAL = (
+    *("micro_batch_size", "tensor_parallel", "pipeline_parallel", "virtual_pipeline", "sequence_parallel"),
+    *("processes", "recompute", "save_every", "keep", "log_every"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """A training run as it was asked for; None leaves the choice to the plan.
+
+    Attributes:
+        source: the Megatron checkpoint to start from.
+        data: a dataset of the tool's `prepare`.
+        target: the run directory.
+        steps: updates; by default one epoch of the data.
+        global_batch_size: sequences per update.
+        micro_batch_size: sequences per forward pass of one process; by default as many as make about 8192 tokens.
+        learning_rate: the highest.
+        min_learning_rate: where cosine and wsd end; by default a tenth of the highest.
+        schedule: cosine, wsd (level, then 1 - sqrt) or constant, each after a linear warm-up.
+        warmup_steps: updates of the warm-up; by default one in a hundred, at most 2000.
+        decay_steps: updates of the falling end of wsd; by default a fifth.
+        weight_decay: decoupled, on matrices; norms and biases have none.
+        clip_grad: largest norm of the gradient; 0 leaves it as it is.
+        adam_beta1: decay of the mean of gradients.
+        adam_beta2: decay of the mean of their squares.
+        seed: of the order of the data.
+        precision: bf16 with fp32 main weights, or fp32.
+        recompute: activations to compute again instead of keeping them: attention's (selective) or all.
+        tensor_parallel: processes that share every matrix.
+        pipeline_parallel: processes that hold consecutive layers.
+        virtual_pipeline: groups of layers per process of a pipeline.
+        sequence_parallel: cut norms and residuals along the sequence over the tensor-parallel processes.
+        processes: one per GPU by default, without GPUs as many as the layout needs; what the layout leaves over is
+            data parallel.
+        save_every: updates between checkpoints; the last update is always saved.
+        keep: checkpoints left in the target.
+        log_every: updates between printed lines; metrics.jsonl has every update.
+        validate_every: updates between validations, 0 for none but the first and the last; by default a tenth of
+            the steps.
+        validation_sequences: sequences to validate on at most, the same ones every time.
+        overwrite: replace what another run left at the target.
+    """
+
+    source: ExistingDir
+    data: ExistingDir
+    target: Path
+    steps: Positive | None = None
+    global_batch_size: Positive = 64
+    micro_batch_size: Positive | None = None
+    learning_rate: Rate = 3e-4
+    min_learning_rate: Rate | None = None
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: NonNegative | None = None
+    decay_steps: NonNegative | None = None
+    weight_decay: Rate = 0.1
+    clip_grad: Rate = 1.0
+    adam_beta1: Decay = 0.9
+    adam_beta2: Decay = 0.95
+    seed: NonNegative = 0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    recompute: Literal["none", "selective", "full"] = "none"
+    tensor_parallel: Positive = 1
+    pipeline_parallel: Positive = 1
+    virtual_pipeline: Positive = 1
+    sequence_parallel: bool = False
+    processes: Positive | None = None
+    save_every: Positive = 500
+    keep: Positive = 2
+    log_every: Positive = 10
+    validate_every: NonNegative | None = None
+    validation_sequences: Positive = 1024
+    overwrite: bool = False

@@ -1,0 +1,184 @@
+"""The options of the three commands, with their defaults. Standard library and pydantic only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from shared.cli import ExistingDir, ExistingFile, NonNegative, Positive
+from tools.rlhf.reward_spec import RewardSpec, parse
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0)]
+Above = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every command can be told.
+
+    Attributes:
+        source: the Hugging Face directory of the model to start from.
+        target: the directory to publish.
+        overwrite: replace what is published at the target.
+        global_batch_size: sequences an update, over all processes.
+        micro_batch_size: sequences a forward pass of one process.
+        learning_rate: of AdamW, constant after the warm-up.
+        warmup_steps: steps over which the rate rises from 0.
+        max_gradient_norm: gradients are scaled down to this norm.
+        precision: of the arithmetic; by default bf16 on a GPU and fp32 elsewhere. Weights train in fp32.
+        processes: worker processes on this machine, one a GPU where there are GPUs.
+        seed: of everything random.
+        save_every: steps between two saves of the state.
+        log_every: steps between two log lines; metrics.jsonl has every step.
+    """
+
+    source: ExistingDir
+    target: Path
+    overwrite: bool = False
+    global_batch_size: Positive = 32
+    micro_batch_size: Positive = 8
+    learning_rate: Rate = 1e-5
+    warmup_steps: NonNegative = 0
+    max_gradient_norm: Above = 1.0
+    precision: Literal["bf16", "fp32"] | None = None
+    processes: Positive = 1
+    seed: NonNegative = 0
+    save_every: Positive = 10
+    log_every: Positive = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions(Options):
+    """`rlhf reward`.
+
+    Attributes:
+        data: preference pairs, one JSON object a line; a prompt may be a text or a list of messages.
+        validation_fraction: share of the pairs held out of training.
+        epochs: passes over the training pairs.
+        global_batch_size: pairs an update, over all processes.
+        micro_batch_size: pairs a forward pass of one process.
+        sequence_length: tokens a prompt with its reply may have, longer pairs are dropped and counted; by default the
+            model's context.
+        learning_rate: of AdamW, falling linearly to 0 after the warm-up.
+        seed: of the held-out choice, the head's first weights and the order of pairs.
+    """
+
+    data: ExistingFile
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    epochs: Above = 1.0
+    sequence_length: Positive | None = None
+    save_every: Positive = 100
+    log_every: Positive = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyOptions(Options):
+    """What `rlhf ppo` and `rlhf grpo` share: a policy that replies to prompts and is rewarded.
+
+    Attributes:
+        source: the Hugging Face directory of the policy to start from.
+        prompts: one JSON object a line; other columns are handed to reward functions.
+        reward: model:DIR (of `rlhf reward`) or py:FILE:FUNCTION, weighted and added up as in 0.5*model:DIR,py:FILE:f.
+        steps: steps of the run.
+        max_new_tokens: tokens a reply may have.
+        temperature: of sampling, and of the distribution that is trained.
+        clip_range: how far the policy's probability ratio counts from 1.
+        global_batch_size: replies an update, over all processes.
+        micro_batch_size: replies a forward pass of one process.
+        seed: of sampling and of every order.
+    """
+
+    prompts: ExistingFile
+    reward: str
+    steps: Positive = 100
+    max_new_tokens: Positive = 128
+    temperature: Above = 1.0
+    clip_range: Above = 0.2
+
+    def __post_init__(self) -> None:
+        """A mistake in `reward` is answered before anything is started."""
+        parse(self.reward)
+
+    @cached_property
+    def rewards(self) -> tuple[RewardSpec, ...]:
+        """The components of `reward`."""
+        return parse(self.reward)
+
+    @property
+    def inputs(self) -> dict[str, Path | list[Path]]:
+        """What the command reads; rewards not under their flag's name, since weights and functions are options."""
+        return {"source": self.source, "prompts": self.prompts, "reward_source": [spec.path for spec in self.rewards]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOOptions(PolicyOptions):
+    """`rlhf ppo`.
+
+    Attributes:
+        source: the Hugging Face directory of the policy to start from; frozen, it is also the reference of the KL penalty.
+        critic: where the critic starts; by default the first reward model, else the policy.
+        steps: iterations of roll-out and update.
+        rollout_batch_size: replies an iteration, over all processes.
+        epochs: passes over the replies of an iteration.
+        learning_rate: of the policy's AdamW, constant after the warm-up.
+        critic_learning_rate: of the critic's; by default the policy's.
+        warmup_steps: iterations over which both rates rise from 0.
+        kl_coefficient: weight of the KL penalty on every token; the first one if --kl-target is given.
+        kl_estimator: k1 is log(policy / reference); k3 has the same mean, less variance and is never negative.
+        kl_target: nats of KL a reply that the coefficient is adapted to; by default the coefficient stays.
+        value_clip_range: how far a new value counts from the old one.
+        discount: gamma of the returns.
+        gae_lambda: lambda of generalized advantage estimation.
+        whiten_advantages: scale advantages to mean 0 and variance 1 over the iteration's tokens.
+        missing_eos_penalty: taken from the reward of a reply that does not end within --max-new-tokens.
+        zero: ZeRO stage: 1 shards the optimizer's state over processes, 2 gradients too, 3 parameters too.
+        precision: of weights and activations; by default bf16 on a GPU and fp32 elsewhere.
+    """
+
+    critic: ExistingDir | None = None
+    rollout_batch_size: Positive = 64
+    epochs: Positive = 2
+    critic_learning_rate: Rate | None = None
+    kl_coefficient: Rate = 0.05
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    kl_target: Above | None = None
+    value_clip_range: Above = 0.2
+    discount: Fraction = 1.0
+    gae_lambda: Fraction = 0.95
+    whiten_advantages: bool = True
+    missing_eos_penalty: Rate = 0.0
+    zero: Annotated[int, Field(ge=0, le=3)] = 0
+
+    @property
+    def inputs(self) -> dict[str, Path | list[Path]]:
+        """What the command reads."""
+        return super().inputs | ({"critic": self.critic} if self.critic else {})
+
+    @property
+    def critic_path(self) -> Path:
+        """Where the critic starts: --critic, else the first reward model, else the policy."""
+        models = [spec.path for spec in self.rewards if spec.function is None]
+        return self.critic or (models[0] if models else self.source)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOOptions(PolicyOptions):
+    """`rlhf grpo`.
+
+    Attributes:
+        steps: updates.
+        generations: replies to one prompt, which are compared with each other.
+        global_batch_size: replies an update, over all processes: a multiple of --generations.
+        epochs: updates on the same replies.
+        kl_coefficient: weight of the KL divergence from the source in the loss; 0 needs no reference model.
+    """
+
+    generations: Annotated[int, Field(ge=2)] = 8
+    global_batch_size: Positive = 64
+    epochs: Positive = 1
+    kl_coefficient: Rate = 0.0
