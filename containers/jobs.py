@@ -18,6 +18,7 @@ from stages import Stage, stages  # noqa: E402
 
 TOOL = re.compile(r"tools/(\w+)/\.venv/bin/\1")  # a tool's command in the demo
 SCRIPTS = "convert"  # the demo's own scripts need a Python and nothing else: the smallest image
+VARIANTS = {"convert verify": "logits"}  # with torch, to compute them
 COMPUTE = re.compile(r"(pretrain|sft) train|(rlhf|infer) .*|serve and ask")  # the stages that a GPU is for
 LIMITS = {"memlock": -1, "stack": 64 << 20}  # pinned memory
 FLAGS = {"environment": "--env", "network_mode": "--network", "volumes": "--volume", "working_dir": "--workdir"}
@@ -29,6 +30,8 @@ class Job:
 
     name: str
     tool: str
+    variant: str
+    """Of the image, where there are several: what its tag ends with."""
     entrypoint: str | None
     """Instead of the image's own, which is the tool."""
     words: tuple[str, ...]
@@ -41,7 +44,13 @@ class Job:
     @property
     def image(self) -> str:
         """Name and tag; the variable that chooses the tag is compose.yaml's."""
-        return f"{self.tool}:{os.environ.get(f'{self.tool.upper()}_VERSION') or 'latest'}"
+        version = os.environ.get(f"{self.tool.upper()}_VERSION") or ("" if self.variant else "latest")
+        return f"{self.tool}:{'-'.join(filter(None, (version, self.variant)))}"
+
+    @property
+    def target(self) -> str:
+        """What `make` makes the image by."""
+        return "-".join(filter(None, ("image", self.tool, self.variant)))
 
 
 def jobs(work: Path, *, gpus: bool = False) -> list[Job]:
@@ -60,6 +69,7 @@ def _job(stage: Stage, work: Path, gpus: bool, says: Callable[[], str]) -> Job:
     return Job(
         name=stage.name,
         tool=tool,
+        variant=VARIANTS.get(stage.name, ""),
         entrypoint=entrypoint,
         words=tuple(TOOL.sub(r"\1", word) for word in words),
         work=work,

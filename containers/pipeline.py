@@ -100,7 +100,7 @@ def run_all(chosen: list[Job], work: Path) -> int:
     missing = list(dict.fromkeys(job for job in chosen if job.image not in here))
     if missing:
         names = " ".join(dict.fromkeys(job.image for job in missing))
-        targets = " ".join(dict.fromkeys(f"image-{job.tool}" for job in missing))
+        targets = " ".join(dict.fromkeys(job.target for job in missing))
         return fail(f"missing images: {names}; build them with: make {targets}")
     try:
         return Pipeline(client, work).run(chosen)
@@ -210,9 +210,9 @@ class Pipeline:
         self._console.print(line, markup=False, emoji=False)
 
     def _table(self, results: list[tuple[Job, float]]) -> None:
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        table = Table("stage", "image", Table.Column("time", justify="right"), "result", box=None)
+        table = Table("stage", "image", Column("time", justify="right"), "result", box=None)
         for job, seconds in results:
             table.add_row(job.name, job.image, f"{seconds:.0f} s", job.says())
         self._console.print(table)

@@ -9,6 +9,8 @@ import re
 import shlex
 import subprocess
 import sys
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +43,13 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def read(name: str = "compose.yaml", **changed: str) -> dict[str, Any]:
-    """A compose file with variables filled in as compose does, `${NAME:-default}` and `${NAME:?reason}`; no Docker."""
+    """A compose file with variables filled in as compose does: `:-default`, `:?reason`, `:+where there is one`."""
     values = environment | changed
 
     def fill(found: re.Match[str]) -> str:
         given, rule, rest = values.get(found[1]), found[2], found[3]
+        if rule == "+":
+            return rest if given else ""
         assert given or rule == "-", f"{found[1]} is required: {rest}"
         return given or rest
 
@@ -53,8 +57,10 @@ def read(name: str = "compose.yaml", **changed: str) -> dict[str, Any]:
         pass
 
     Loader.add_constructor("!override", lambda loader, node: loader.construct_sequence(node))
-    text = re.sub(r"\$\{(\w+):([-?])([^}]*)\}", fill, (ROOT / name).read_text(encoding="utf-8"))
-    assert "${" not in text
+    text = (ROOT / name).read_text(encoding="utf-8")
+    while "${" in text:  # the innermost first
+        text, count = re.subn(r"\$\{(\w+):([-?+])([^${}]*)\}", fill, text)
+        assert count
     return yaml.load(text, Loader)  # a safe loader, with one more tag
 
 
@@ -114,7 +120,7 @@ def test_the_server_differs_by_its_network_alone(services: dict[str, Any]) -> No
     assert locked_up(server) == locked_up(stage) | {"network_mode": "bridge"}
     assert server["ports"] == ["127.0.0.1:8000:8000"]
     assert read(PORT="9000")["services"][SERVER]["ports"] == ["127.0.0.1:9000:8000"]
-    assert "/health" in server["healthcheck"]["test"][-1]
+    assert "healthcheck" in server
     assert not [name for name, service in services.items() if "ports" in service and name != SERVER]
 
 
@@ -126,8 +132,8 @@ def test_no_image_is_ever_fetched(services: dict[str, Any]) -> None:
 def test_one_variable_swaps_one_tool(services: dict[str, Any], tool: str) -> None:
     swapped = read(**{f"{tool.upper()}_VERSION": "9.8.7"})["services"]
     for name, service in services.items():
-        mine = service["image"] == f"{tool}:latest"
-        assert swapped[name] == (service | {"image": f"{tool}:9.8.7"} if mine else service)
+        image = {f"{tool}:latest": f"{tool}:9.8.7", f"{tool}:logits": f"{tool}:9.8.7-logits"}.get(service["image"])
+        assert swapped[name] == (service | {"image": image} if image else service)
     assert swapped != services
 
 
@@ -189,3 +195,70 @@ def test_who_runs_the_stages_has_to_be_said(name: str) -> None:
     assert done.returncode != 0
     assert f"variable {name}" in done.stderr
     assert "see the head of compose.yaml" in done.stderr
+
+
+FIRST = ["data", "pretrain-tokenizer", "convert-init", "convert-to-megatron"]
+USER = "12345" if os.getuid() == 0 else str(os.getuid())
+GROUP = "12346" if os.getuid() == 0 else str(os.getgid())
+
+
+class Project:
+    """Services on a work directory of their own, as a user who is not root."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.name = f"baton-test-{uuid.uuid4().hex[:8]}"
+        if os.getuid() == 0:
+            os.chown(work, int(USER), int(GROUP))
+
+    def __call__(self, *words: str, **changed: str) -> subprocess.CompletedProcess[str]:
+        mine = {"DATA": str(self.work), "UID": USER, "GID": GROUP}
+        return config("--ansi", "never", "--project-name", self.name, *words, **(mine | changed))
+
+
+@pytest.fixture
+def project(compose: None, images: None, tmp_path: Path) -> Iterator[Project]:
+    project = Project(tmp_path)
+    yield project
+    project("down", "--timeout", "0")
+
+
+def test_the_first_stages_run_one_after_the_other_and_are_skipped_the_second_time(project: Project) -> None:
+    done = project("up", "--attach-dependencies", FIRST[-1])
+    assert done.returncode == 0, done.stderr
+    times = []
+    for name in FIRST:
+        container = json.loads(subprocess.check_output(["docker", "inspect", f"{project.name}-{name}-1"]))[0]
+        assert container["State"]["ExitCode"] == 0
+        times += [container["State"]["StartedAt"], container["State"]["FinishedAt"]]
+    assert times == sorted(times)
+    manifests = {path: json.loads(path.read_text()) for path in sorted(project.work.glob("*/manifest.json"))}
+    assert [(path.parent.name, made["tool"]) for path, made in manifests.items()] == [
+        ("init", "convert"),
+        ("init-mg", "convert"),
+        ("tokenizer", "pretrain"),
+    ]
+    assert all(made["image"] == f"{made['tool']}:{made['version']}" for made in manifests.values())
+    owners = {(path.stat().st_uid, path.stat().st_gid) for path in project.work.rglob("*")}
+    assert owners == {(int(USER), int(GROUP))}
+
+    again = project("up", "--attach-dependencies", FIRST[-1])
+    assert again.returncode == 0, again.stderr
+    assert (again.stdout + again.stderr).count("already done") == len(FIRST)
+    assert {path: json.loads(path.read_text()) for path in manifests} == manifests
+
+
+def test_nothing_runs_after_a_stage_that_failed(project: Project) -> None:
+    (project.work / "data").mkdir()  # the stage takes it for done, and the next finds no text
+    done = project("up", "--attach-dependencies", "convert-init")
+    assert done.returncode != 0
+    assert "pretrain tokenizer: error: --source" in done.stdout + done.stderr
+    assert """service "pretrain-tokenizer" didn't complete successfully: exit 2""" in done.stderr
+    assert not (project.work / "init").exists()
+
+
+def test_a_work_directory_that_is_not_there_is_not_made_by_root(project: Project) -> None:
+    done = project("up", "data", DATA=str(project.work / "absent"))
+    assert done.returncode != 0
+    assert "bind source path does not exist" in done.stderr
+    assert not (project.work / "absent").exists()
