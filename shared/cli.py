@@ -205,7 +205,7 @@ class Tool:
         return self.commands[argv[0]]
 
     def _execute(self, label: str, command: Command, arguments: dict[str, Any]) -> int:
-        _install_sigterm()
+        _install_signals()
         try:
             with invoked(self.name, command.name, arguments, version=self.version, neutral=command.neutral):
                 return command.call(arguments) or EXIT_DONE
@@ -245,14 +245,18 @@ def _reader_left() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _install_sigterm() -> None:
-    """As PID 1 of a container a process ignores SIGTERM unless it has a handler; training installs its own."""
+def _install_signals() -> None:
+    """SIGTERM and SIGUSR1 end a command with the code that says: run it again; training installs handlers of its own.
+
+    Without one, PID 1 of a container ignores SIGTERM, and SIGUSR1, Slurm's warning before the time is up, kills.
+    """
 
     def leave(signum: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(EXIT_INTERRUPTED)
 
     with contextlib.suppress(ValueError):  # not the main thread, as when a test calls a tool in process
-        signal.signal(signal.SIGTERM, leave)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, leave)
 
 
 def _os_error(label: str, error: OSError) -> int:

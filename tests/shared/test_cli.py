@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,6 +272,30 @@ def test_what_ends_a_command_decides_the_exit_code(
     assert found == code
     assert says in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_told_to_stop_a_command_says_run_it_again(tool: Tool, run: Run, number: signal.Signals) -> None:
+    def unhandled(*_: object) -> None:
+        raise AssertionError("the command left the signal as it was")
+
+    before = signal.signal(number, unhandled)
+    left = []
+
+    @tool.command
+    def wait() -> None:
+        """Wait."""
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        finally:
+            left.append(number)
+
+    try:
+        assert run("wait")[0] == 75
+    finally:
+        signal.signal(number, before)
+    assert left == [number]
 
 
 def test_defects_keep_their_traceback(tool: Tool) -> None:
