@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 2
 # where it is set, every start of a tool compiles its libraries anew, for half a minute
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline
+.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-slurm
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -52,11 +52,14 @@ test-infer: setup ## vLLM and lm-evaluation-harness
 test-pipeline: setup ## the stages, through their commands and directories only
 	tools/convert/.venv/bin/python -m pytest -q tests/pipeline
 
+test-slurm: setup ## the Slurm scripts on a cluster of two nodes on this machine (Debian, as root)
+	tools/convert/.venv/bin/python -m pytest -q --durations 5 tests/slurm
+
 lint: tests/lint/.venv/.ready setup ## ruff, mypy, shellcheck
 	tests/lint/.venv/bin/ruff check .
 	tests/lint/.venv/bin/ruff format --check .
 	tests/lint/.venv/bin/mypy
-	tests/lint/.venv/bin/shellcheck tools/environment.sh tools/lock.sh .ci/run
+	tests/lint/.venv/bin/shellcheck tools/environment.sh tools/lock.sh .ci/run containers/slurm/*.sh containers/slurm/*.sbatch
 
 format: tests/lint/.venv/.ready ## lay the Python files out
 	tests/lint/.venv/bin/ruff check --fix .
