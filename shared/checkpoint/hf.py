@@ -1,4 +1,4 @@
-"""Hugging Face directories: weights in safetensors shards, read and written tensor by tensor."""
+"""Hugging Face directories: weights in safetensors shards, read and written tensor by tensor; torch's own are read."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from shared.checkpoint.safetensors_file import (
     read_header,
     tensor_bytes,
 )
+from shared.checkpoint.torch_weights import read_torch_weights
 from shared.errors import UserError
 from shared.mapping.layout import Shape
 
@@ -27,6 +28,8 @@ __all__ = ["HfReader", "Shard", "WeightLayout", "complete_hf", "config_of", "def
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TORCH_SINGLE = "pytorch_model.bin"
+TORCH_INDEX = "pytorch_model.bin.index.json"
 LAYOUT = "weights.json"  # beside the Megatron form: the source's shards, so that an export has the same
 SHARD_BYTES = 5_000_000_000  # transformers' default
 Record = Callable[[str, str], None]  # (relative name, content hash)
@@ -82,15 +85,18 @@ class WeightLayout:
 class HfReader:
     """The tensors of a Hugging Face directory, found by its index and checked against the files' own headers.
 
-    Raises UserError for a missing or damaged file, a tensor that the index places wrongly, and a tensor or shard that
-    the index does not mention: such a directory has lost something.
+    `layout` is what an export of them has: the source's own shards, or safetensors shards of the same tensors where the
+    source holds torch's. Raises UserError for a missing or damaged file, a tensor that the index places wrongly, and a
+    tensor or shard that the index does not mention: such a directory has lost something.
     """
 
     def __init__(self, path: Path, flag: str = "--source") -> None:
         self.path = path
         self.config = config_of(path / "config.json")
-        self.layout = _layout(path, flag)
-        self.tensors: dict[str, TensorInfo] = self.layout.tensors()
+        stored = _stored(path, flag)
+        self.files = [shard.file for shard in stored.shards]
+        self.tensors: dict[str, TensorInfo] = stored.tensors()
+        self.layout = stored if all(shard.header.text for shard in stored.shards) else _as_safetensors(stored)
         self._files = Files()
 
     def rows(self, name: str, first: int = 0, count: int | None = None) -> Iterator[memoryview]:
@@ -108,44 +114,53 @@ class HfReader:
         return sum(prod(tensor.shape) for tensor in self.tensors.values())
 
 
-def _layout(path: Path, flag: str) -> WeightLayout:
-    shards_there = sorted(file.name for file in path.glob("model*.safetensors"))
-    if (path / INDEX).is_file():
-        return _sharded(path, flag, shards_there)
-    if SINGLE in shards_there:
-        if len(shards_there) > 1:
-            raise UserError(f"{flag} {path} holds {SINGLE} and {shards_there[0]} without {INDEX}; keep the right ones")
-        header = read_header(path / SINGLE)
-        return WeightLayout(shards=(Shard(file=SINGLE, header=header),), index=None)
-    if shards_there:
-        raise UserError(f"{flag} {path / INDEX} is missing, though {shards_there[0]} is there; fetch it again")
-    if old := sorted(path.glob("pytorch_model*.bin")):
-        raise UserError(
-            f"{flag} {old[0]} holds the weights as a pickle; write them as safetensors first: "
-            f"python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{path}', "
-            "dtype='auto').save_pretrained('NEW')\""
-        )
-    raise UserError(f"{flag} {path} holds no {SINGLE} and no {INDEX}")
+def _stored(path: Path, flag: str) -> WeightLayout:
+    for pattern, single, index, read in (
+        ("model*.safetensors", SINGLE, INDEX, read_header),
+        ("pytorch_model*.bin", TORCH_SINGLE, TORCH_INDEX, read_torch_weights),
+    ):
+        there = sorted(file.name for file in path.glob(pattern))
+        if (path / index).is_file():
+            return _sharded(path, flag, there, index, read)
+        if single in there:
+            if others := [name for name in there if name != single]:
+                raise UserError(f"{flag} {path} holds {single} and {others[0]} without {index}; keep the right ones")
+            return WeightLayout(shards=(Shard(file=single, header=read(path / single)),), index=None)
+        if there:
+            raise UserError(f"{flag} {path / index} is missing, though {there[0]} is there; fetch it again")
+    raise UserError(f"{flag} {path} holds no {SINGLE} and no {INDEX}, nor {TORCH_SINGLE}")
 
 
-def _sharded(path: Path, flag: str, shards_there: Sequence[str]) -> WeightLayout:
-    text = (path / INDEX).read_text(encoding="utf-8")
+def _as_safetensors(stored: WeightLayout) -> WeightLayout:
+    """Torch's shards as transformers names and orders them in safetensors."""
+    shards = []
+    for shard in stored.shards:
+        name = Path(shard.file.removeprefix("pytorch_")).with_suffix(".safetensors").name
+        triples = [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard.header.tensors]
+        shards.append(Shard(file=name, header=parse_header(encode_header(triples, {"format": "pt"}), Path(name))))
+    return WeightLayout(shards=tuple(shards), index=_index(shards) if stored.index is not None else None)
+
+
+def _sharded(
+    path: Path, flag: str, shards_there: Sequence[str], index: str, read: Callable[[Path], Header]
+) -> WeightLayout:
+    text = (path / index).read_text(encoding="utf-8")
     try:
         weight_map: dict[str, str] = dict(json.loads(text)["weight_map"])
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{flag} {path / INDEX} is not a weight index; fetch it again") from None
+        raise UserError(f"{flag} {path / index} is not a weight index; fetch it again") from None
     files = sorted(set(weight_map.values()))
     if outside := [name for name in files if Path(name).name != name]:
-        raise UserError(f"{flag} {path / INDEX} names {outside[0]!r}, which is not a file of this directory")
+        raise UserError(f"{flag} {path / index} names {outside[0]!r}, which is not a file of this directory")
     for name in files:
         if not (path / name).is_file():
-            raise UserError(f"{flag} {path / name} is missing, though {INDEX} names it; fetch it again")
+            raise UserError(f"{flag} {path / name} is missing, though {index} names it; fetch it again")
     if unnamed := [name for name in shards_there if name not in files]:
-        raise UserError(f"{flag} {path / unnamed[0]} is not in {INDEX}: its tensors would be lost; fetch both again")
+        raise UserError(f"{flag} {path / unnamed[0]} is not in {index}: its tensors would be lost; fetch both again")
     shards: list[Shard] = []
     seen: dict[str, str] = {}
     for name in files:
-        header = read_header(path / name)
+        header = read(path / name)
         shards.append(Shard(file=name, header=header))
         for tensor in header.tensors:
             if tensor.name in seen:
@@ -155,11 +170,11 @@ def _sharded(path: Path, flag: str, shards_there: Sequence[str]) -> WeightLayout
             seen[tensor.name] = name
             named = weight_map.get(tensor.name)
             if named is None:
-                raise UserError(f"{flag} {path / name}: {tensor.name} is not in {INDEX}; fetch both again")
+                raise UserError(f"{flag} {path / name}: {tensor.name} is not in {index}; fetch both again")
             if named != name:
-                raise UserError(f"{flag} {path / INDEX} says {tensor.name} is in {named}; it is in {name}")
+                raise UserError(f"{flag} {path / index} says {tensor.name} is in {named}; it is in {name}")
     if absent := [tensor for tensor in weight_map if tensor not in seen]:
-        raise UserError(f"{flag} {path / weight_map[absent[0]]}: {absent[0]} is not there, though {INDEX} says so")
+        raise UserError(f"{flag} {path / weight_map[absent[0]]}: {absent[0]} is not there, though {index} says so")
     return WeightLayout(shards=tuple(shards), index=text)
 
 

@@ -55,6 +55,10 @@ def _rebuild_tensor(storage: Any, offset: int, size: Any, stride: Any, *rest: An
     return ("tensor", storage, int(offset), _shape(size), _shape(stride))
 
 
+def _rebuild_parameter(data: Any, *rest: Any) -> Any:
+    return data
+
+
 _RECORDS = {
     f"{_DCP}.metadata": (
         *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "ChunkStorageMetadata"),
@@ -71,6 +75,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     **{(module, name): Record for module, names in _RECORDS.items() for name in names},
     ("torch", "Size"): _shape,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("collections", "OrderedDict"): OrderedDict,
 }
 _DTYPES = {*BY_NAME, "float64", "uint8", "int8", "int16", "int32", "int64", "bool", "float8_e4m3fn", "float8_e5m2"}

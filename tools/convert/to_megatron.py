@@ -28,7 +28,7 @@ def run(source: Path, target: Path, overwrite: bool) -> None:
         if plan.widened:
             names = ", ".join(plan.widened)
             log(f"{names}: layers of different types are held in float32, and written back as they were")
-        used = {shard.file for shard in reader.layout.shards}
+        used = set(reader.files)
         if others := other_weights(source, used):
             log(f"not carried over, being other forms of the weights: {', '.join(others)}")
         started = time.monotonic()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+import torch
+from safetensors.numpy import load_file, save_file
 
 from shared.checkpoint.hf import INDEX, HfReader, WeightLayout, default_layout, write_weights
 from shared.errors import UserError
@@ -136,11 +137,40 @@ def test_shards_without_an_index(sharded: Path) -> None:
         HfReader(sharded)
 
 
-def test_pickled_weights_are_refused_with_the_mend(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match=r"pytorch_model.bin holds the weights as a pickle.*save_pretrained"):
-        HfReader(tmp_path)
+def torch_files(path: Path, parts: dict[str, list[str]], indexed: bool) -> Path:
+    """A directory with `TENSORS` in torch's own files."""
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    for file, names in parts.items():
+        torch.save({name: torch.from_numpy(TENSORS[name]) for name in names}, path / file)
+    if indexed:
+        weight_map = {name: file for file, names in parts.items() for name in names}
+        (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return path
+
+
+def test_torch_files_are_read_and_laid_out_as_safetensors(tmp_path: Path) -> None:
+    reader = HfReader(torch_files(tmp_path / "one", {"pytorch_model.bin": sorted(TENSORS)}, indexed=False))
+    assert {name: content(reader, name) for name in reader.tensors} == {n: t.tobytes() for n, t in TENSORS.items()}
+    assert ([shard.file for shard in reader.layout.shards], reader.layout.index) == (["model.safetensors"], None)
+    first, *rest = sorted(TENSORS)
+    parts = {"pytorch_model-00001-of-00002.bin": [first], "pytorch_model-00002-of-00002.bin": rest}
+    reader = HfReader(torch_files(tmp_path / "two", parts, indexed=True))
+    assert content(reader, first) == TENSORS[first].tobytes()
+    write_weights(tmp_path, reader.layout, lambda t: reader.rows(t.name), lambda name, digest: None)
+    written = {}
+    for shard in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        written |= load_file(tmp_path / shard)
+    assert {n: t.tobytes() for n, t in written.items()} == {n: t.tobytes() for n, t in TENSORS.items()}
+    assert json.loads((tmp_path / INDEX).read_text())["weight_map"][first] == "model-00001-of-00002.safetensors"
+
+
+def test_a_torch_file_that_the_index_names_and_is_missing(tmp_path: Path) -> None:
+    parts = {"pytorch_model-00001-of-00002.bin": ["t0"], "pytorch_model-00002-of-00002.bin": ["t1"]}
+    directory = torch_files(tmp_path / "two", parts, indexed=True)
+    (directory / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(UserError, match=r"pytorch_model-00002-of-00002.bin is missing, though"):
+        HfReader(directory)
 
 
 def test_large_rows_and_many_rows_come_in_bounded_blocks(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,28 @@ def test_result_holds_all_that_travels(make_hf: Make, convert: Any, tmp_path: Pa
     }
     facts = json.loads((target / "manifest.json").read_text())["facts"]
     assert (facts["family"], facts["dtype"], facts["architecture"]["head_dim"]) == ("llama", ["bfloat16"], 16)
+
+
+def test_torch_files_give_the_same_as_safetensors(make_hf: Make, convert: Any, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    plain = make_hf()
+    pickled = tmp_path / "pickled"
+    shutil.copytree(plain, pickled)
+    (pickled / "model.safetensors").unlink()
+    torch.save(load_file(plain / "model.safetensors"), pickled / "pytorch_model.bin")
+    for name, source in (("a", plain), ("b", pickled)):
+        assert convert("to-megatron", "--source", source, "--target", tmp_path / name).code == 0
+    weights = [(tmp_path / name / "release" / "__0_0.distcp").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+    certificate = ("--certificate", tmp_path / "certificate.json", "--no-logits")
+    assert convert("verify", "--source", pickled, "--target", tmp_path / "b", *certificate).code == 0
+    assert convert("to-hf", "--source", tmp_path / "b", "--target", tmp_path / "back").code == 0
+    assert {n: t.tolist() for n, t in load_file(tmp_path / "back" / "model.safetensors").items()} == {
+        n: t.tolist() for n, t in load_file(plain / "model.safetensors").items()
+    }
+    assert not list((tmp_path / "back").glob("*.bin"))
 
 
 def test_same_command_again_says_it_is_done(make_hf: Make, convert: Any, tmp_path: Path) -> None:
