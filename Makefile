@@ -34,7 +34,8 @@ test: lint $(TOOLS:%=test-%) test-pipeline ## every test, each in its tool's env
 
 test-convert: setup ## the contract, families, mapping, convert and the command lines
 	OMP_NUM_THREADS=1 tools/convert/.venv/bin/python $(PYTEST) tests/test_*.py tests/shared/test_*.py tests/shared/checkpoint \
-	    tests/shared/families tests/shared/mapping tests/tools/convert tests/tools/test_every_command.py
+	    tests/shared/families tests/shared/mapping tests/tools/convert tests/tools/test_every_command.py \
+	    tests/containers/test_compose.py
 
 test-pretrain: setup ## Megatron-Core on this machine, data, pretraining
 	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python $(PYTEST) tests/shared/data tests/shared/device tests/shared/model \
@@ -55,11 +56,13 @@ test-pipeline: setup ## the stages, through their commands and directories only
 test-slurm: setup ## the Slurm scripts on a cluster of two nodes on this machine (Debian, as root)
 	tools/convert/.venv/bin/python -m pytest -q --durations 5 tests/slurm
 
-lint: tests/lint/.venv/.ready setup ## ruff, mypy, shellcheck
+lint: tests/lint/.venv/.ready setup ## ruff, mypy, shellcheck, compose
 	tests/lint/.venv/bin/ruff check .
 	tests/lint/.venv/bin/ruff format --check .
 	tests/lint/.venv/bin/mypy
 	tests/lint/.venv/bin/shellcheck tools/environment.sh tools/lock.sh .ci/run containers/slurm/*.sh containers/slurm/*.sbatch
+	@if docker compose version >/dev/null 2>&1; then env UID=0 GID=0 docker compose -f compose.yaml -f compose.gpu.yaml config --quiet; \
+	else echo "compose.yaml not checked: docker compose is not here"; fi
 
 format: tests/lint/.venv/.ready ## lay the Python files out
 	tests/lint/.venv/bin/ruff check --fix .
