@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 2
 # where it is set, every start of a tool compiles its libraries anew, for half a minute
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-slurm
+.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-slurm test-containers images
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -26,6 +26,12 @@ containers/.venv/.ready: containers/requirements.lock tools/environment.sh
 
 demo: setup ## the whole road on this machine: text -> tokenizer -> pretraining -> SFT -> PPO -> a served model
 	tools/pretrain/.venv/bin/python demo/demo.py --work $(WORK)
+
+images: $(TOOLS:%=image-%) image-convert-logits ## an image for each tool; BASES=registry builds on those for GPUs
+
+image-%: ## image-convert: convert:0.1.0 and convert:latest
+	containers/engine.sh
+	containers/build.sh $(subst -, ,$*)
 
 pipeline-docker: containers/.venv/.ready ## the demo in containers, one for each stage
 	containers/.venv/bin/python containers/pipeline.py --work $(WORK)
@@ -56,11 +62,16 @@ test-pipeline: setup ## the stages, through their commands and directories only
 test-slurm: setup ## the Slurm scripts on a cluster of two nodes on this machine (Debian, as root)
 	tools/convert/.venv/bin/python -m pytest -q --durations 5 tests/slurm
 
-lint: tests/lint/.venv/.ready setup ## ruff, mypy, shellcheck, compose
+test-containers: setup containers/.venv/.ready ## images built and run (Debian as root, or where Docker is)
+	-containers/engine.sh
+	tools/convert/.venv/bin/python -m pytest -q --durations 5 tests/containers
+
+lint: tests/lint/.venv/.ready setup ## ruff, mypy, shellcheck, hadolint, compose
 	tests/lint/.venv/bin/ruff check .
 	tests/lint/.venv/bin/ruff format --check .
 	tests/lint/.venv/bin/mypy
-	tests/lint/.venv/bin/shellcheck tools/environment.sh tools/lock.sh .ci/run containers/slurm/*.sh containers/slurm/*.sbatch
+	tests/lint/.venv/bin/shellcheck tools/environment.sh tools/lock.sh .ci/run containers/*.sh containers/install/*.sh tests/golden/*.sh containers/slurm/*.sh containers/slurm/*.sbatch
+	tests/lint/.venv/bin/hadolint containers/*/Dockerfile
 	@if docker compose version >/dev/null 2>&1; then env UID=0 GID=0 docker compose -f compose.yaml -f compose.gpu.yaml config --quiet; \
 	else echo "compose.yaml not checked: docker compose is not here"; fi
 

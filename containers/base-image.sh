@@ -4,7 +4,8 @@
 set -euo pipefail
 
 readonly SAY=containers/base-image.sh TAG=localhost/python:slim SUITE=trixie
-readonly PACKAGES=python3,python3-pip,ca-certificates
+# ca-certificates: TLS for pip. libnuma1: vLLM's build for CPUs links to it.
+readonly PACKAGES=python3,python3-pip,ca-certificates,libnuma1
 
 fail() {
     echo "$SAY: $*" >&2
@@ -32,7 +33,7 @@ archive=$(mirror)
 [ -n "$archive" ] || fail "this machine's apt sources name no Debian archive"
 if ! command -v mmdebstrap >/dev/null; then
     apt-get update -qq
-    apt-get install -y -qq --no-install-recommends mmdebstrap debian-archive-keyring >/dev/null
+    apt-get install -y -qq --no-install-recommends mmdebstrap debian-archive-keyring >/dev/null 2>&1
 fi
 began=$SECONDS
 place=$(mktemp -d)

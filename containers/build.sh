@@ -7,6 +7,7 @@
 #   BASE_IMAGE   this very base
 #   WHEELS       a directory of wheels; then the build uses no network
 #   SOURCE_TREE  the tree to build from, by default this one
+#   LATEST=no    leave the tag `latest` where it is
 #   SOURCE       the address of the source, for the image's label
 #   PIP_CONFIG_FILE, PIP_INDEX_URL, SSL_CERT_FILE, PIP_CERT: as for pip; they reach the build as secrets, no image has them
 set -euo pipefail
@@ -38,8 +39,14 @@ certificates=${PIP_CERT:-${SSL_CERT_FILE:-$(python3 -m pip config get global.cer
 if [ -n "$certificates" ]; then given+=(--secret "id=ca.crt,src=$certificates"); fi
 if [ -n "${WHEELS:-}" ]; then given+=(--build-context "wheels=$WHEELS" --network none); fi
 
-build() { # NAME OPTION ...
-    docker buildx build --load --quiet --provenance=false "${given[@]}" --file "$tree/containers/$1/Dockerfile" "${@:2}" "$tree"
+build() { # FOLDER TAG OPTION ...
+    local log=$secrets/$1.log
+    docker buildx build --load --progress plain --provenance=false "${given[@]}" \
+        --file "$tree/containers/$1/Dockerfile" --tag "$2" "${@:3}" "$tree" >"$log" 2>&1 || {
+        tail -n 60 "$log" >&2
+        echo "containers/build.sh: building $2 failed" >&2
+        exit 1
+    }
 }
 
 local_base() { # the base that this tool takes on a machine without a registry
@@ -48,10 +55,7 @@ local_base() { # the base that this tool takes on a machine without a registry
         echo localhost/python:slim
         return
     fi
-    if ! docker image inspect localhost/python:torch >/dev/null 2>&1; then
-        build torch --tag localhost/python:torch >&2
-        echo "containers/build.sh: made localhost/python:torch" >&2
-    fi
+    build torch localhost/python:torch # at once where nothing changed
     echo localhost/python:torch
 }
 
@@ -83,8 +87,8 @@ if [ -n "$revision" ] && [ -n "$(git -C "$tree" status --porcelain -- shared "to
     revision=$revision-modified
 fi
 began=$SECONDS
-build "$tool" "${arguments[@]}" --build-arg "BASE_IMAGE=$base" --build-arg "BASE_DIGEST=$digest" \
-    --build-arg "VERSION=$version" --build-arg "REVISION=$revision" --build-arg "SOURCE=${SOURCE:-}" \
-    --tag "$tool:$version$suffix" --tag "$tool:${variant:-latest}" >/dev/null
+build "$tool" "$tool:$version$suffix" "${arguments[@]}" --build-arg "BASE_IMAGE=$base" --build-arg "BASE_DIGEST=$digest" \
+    --build-arg "VERSION=$version" --build-arg "REVISION=$revision" --build-arg "SOURCE=${SOURCE:-}"
+if [ "${LATEST:-}" != no ]; then docker tag "$tool:$version$suffix" "$tool:${variant:-latest}"; fi
 size=$(docker image inspect --format '{{.Size}}' "$tool:$version$suffix" | awk '{printf "%.0f MB", $1 / 1e6}')
 echo "$tool:$version$suffix on $base: $size, built in $((SECONDS - began)) s"

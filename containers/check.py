@@ -1,6 +1,6 @@
 """The last step of an image build: every module of the tool imports, its command answers, with the version that is said.
 
-`check.py TOOL VERSION [MODULE=REQUIREMENT ...]`: MODULE is one that may be left unimportable where REQUIREMENT is not
+`check.py TOOL VERSION [MODULE[=REQUIREMENT] ...]`: MODULE is imported as well, or left alone where REQUIREMENT is not
 installed. Standard library only.
 """
 
@@ -14,30 +14,32 @@ import sys
 import traceback
 
 
-def main(tool: str, version: str, *optional: str) -> int:
+def main(tool: str, version: str, *modules: str) -> int:
     """0 if the image is usable; otherwise says what is missing."""
     if not (3, 12) <= sys.version_info[:2] <= (3, 13):
         print(f"the base image has Python {sys.version.split()[0]}; 3.12 or 3.13 is needed", file=sys.stderr)
         return 1
-    needs = dict(word.split("=") for word in optional)
     package = importlib.import_module(f"tools.{tool}")
-    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    for name in names:
-        if name in needs and importlib.util.find_spec(needs[name]) is None:
-            print(f"{tool}: without {needs[name]}, and so without tools.{tool}.{name}")
+    needs = {f"tools.{tool}.{module.name}": "" for module in pkgutil.iter_modules(package.__path__)}
+    for word in modules:
+        module, _, requirement = word.partition("=")
+        needs[module] = requirement
+    for name, requirement in needs.items():
+        if requirement and importlib.util.find_spec(requirement) is None:
+            print(f"{tool}: without {requirement}, and so without {name}")
             continue
         try:
-            importlib.import_module(f"tools.{tool}.{name}")
+            importlib.import_module(name)
         except Exception:  # noqa: BLE001 -- whatever it is, the image is not usable
             traceback.print_exc()
-            print(f"tools.{tool}.{name} cannot be imported: the base image does not fit the tool", file=sys.stderr)
+            print(f"{name} cannot be imported: the base image does not fit the tool", file=sys.stderr)
             return 1
     answer = subprocess.run([tool, "--version"], check=True, capture_output=True, text=True).stdout.strip()
     if answer != version:
         print(f"{tool} --version says {answer}, the image is to be {version}", file=sys.stderr)
         return 1
     subprocess.run([tool, "--help"], check=True, stdout=subprocess.DEVNULL)
-    print(f"{tool} {version}: {len(names)} modules")
+    print(f"{tool} {version}: {len(needs)} modules")
     return 0
 
 

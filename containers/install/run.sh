@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs inside an image build, bind-mounted: installs into the environment /opt/baton, and leaves nothing else behind.
-#   run.sh dependencies LOCK     what the lock names, by hash, less what the base image brings (requirements.py)
-#   run.sh tool ROOT FOLDER      the tool in ROOT/FOLDER, built from a copy of ROOT
-#   run.sh base LOCK NAME ...    into the system's own Python: only the named distributions of the lock
+#   run.sh dependencies LOCK         what the lock names, by hash, less what the base image brings (requirements.py)
+#   run.sh tool ROOT FOLDER          the tool in ROOT/FOLDER, built from a copy of ROOT
+#   run.sh base LOCK                 what the lock names, into the system's own Python
 # Packages come from the index, or from the build context `wheels` if that holds any; then no network is used.
 set -euo pipefail
 
@@ -54,7 +54,6 @@ tool)
     rm -rf "$source"
     ;;
 base)
-    python3 "$here/requirements.py" "$2" "${@:3}" >"$wanted"
-    install "$(command -v python3)" --require-hashes --requirement "$wanted"
+    install "$(command -v python3)" --require-hashes --requirement "$2"
     ;;
 esac

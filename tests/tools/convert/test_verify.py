@@ -161,7 +161,12 @@ def test_not_a_number_is_reported(make_hf: Make, convert: Any, tmp_path: Path, o
 
 @pytest.mark.parametrize(
     ("module", "distribution"),
-    [("torch", "torch"), ("transformers", "transformers"), ("megatron.core", "megatron-core"), ("megatron", "megatron-core")],
+    [
+        ("torch", "torch"),
+        ("transformers", "transformers"),
+        ("megatron.core", "megatron-core"),
+        ("megatron", "megatron-core"),
+    ],
 )
 def test_where_the_models_are_not_installed_it_says_so_before_any_work(
     pair: tuple[Path, Path], convert: Any, monkeypatch: pytest.MonkeyPatch, module: str, distribution: str
