@@ -13,9 +13,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PIPELINE = ROOT / "containers" / "slurm" / "pipeline.sh"
-STEPS = 12
-TRAIN = "--global-batch-size 8 --micro-batch-size 4 --precision fp32 --learning-rate 3e-3"
-PRETRAIN = f"{TRAIN} --steps {STEPS} --save-every 100 --log-every 1"
+STEPS = 60  # of about 0.1 s: time enough to come in between
+TRAIN = "--global-batch-size 32 --micro-batch-size 4 --precision fp32 --learning-rate 3e-3"
+PRETRAIN = f"{TRAIN} --steps {STEPS} --save-every 100 --log-every 10"
 STAGES = ["to-megatron", "verify", "corpus", "pretrain", "chats", "sft", "to-hf", "reward", "ppo", "generate"]
 FEW = "--global-batch-size 8 --micro-batch-size 8"
 ROAD = {
@@ -76,7 +76,8 @@ def test_two_nodes_give_the_curve_of_one(cluster: Any, road: Path, curve: Curve)
 def test_a_preempted_run_goes_on_exactly(cluster: Any, road: Path, curve: Curve) -> None:
     """Told to save by USR1, as before a time limit; then preempted by a job of more urgency; then to its end."""
     words = ("--source", road / "to-megatron", "--data", road / "corpus", "--target", "preempted", *PRETRAIN.split())
-    job = cluster.submit("--nodes=2 --ntasks-per-node=1 --exclusive", "pretrain", "train", *words)
+    whole = "--nodes=2 --ntasks-per-node=1 --cpus-per-task=64"  # what is more urgent has to preempt
+    job = cluster.submit(whole, "pretrain", "train", *words)
     after = cluster.submit(f"--dependency=afterok:{job}", "echo", "after")
     run = cluster.place / "preempted"
 
@@ -92,7 +93,7 @@ def test_a_preempted_run_goes_on_exactly(cluster: Any, road: Path, curve: Curve)
     first = json.loads((run / "manifest.json").read_text())["iteration"]
     assert 2 <= first < STEPS
     cluster.until(lambda: updates() >= first + 2)
-    urgent = cluster.submit("--partition=urgent --nodes=2 --ntasks=1 --exclusive", "echo", "urgent")
+    urgent = cluster.submit("--partition=urgent --nodes=1 --ntasks=1 --cpus-per-task=64", "echo", "urgent")
     cluster.until(lambda: restarts() == 2)
     second = json.loads((run / "manifest.json").read_text())["iteration"]
     assert first < second < STEPS
