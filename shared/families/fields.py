@@ -68,8 +68,13 @@ class Fields:
                 "remove it if it changes nothing"
             )
 
-    def rope(self, default_theta: float, max_position_embeddings: int) -> tuple[float, RopeScaling | None]:
-        """Rotary base and scaling: `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
+    def rope(
+        self, default_theta: float, max_position_embeddings: int, *, partial: bool = False
+    ) -> tuple[float, RopeScaling | None]:
+        """Rotary base and scaling: `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5).
+
+        `partial` says that the family reads `rotary_fraction` as well; otherwise anything but 1 is refused.
+        """
         new = self.optional("rope_parameters", dict) or {}
         old = self.optional("rope_scaling", dict) or {}
         theta, old_theta = new.get("rope_theta"), self.optional("rope_theta", float)
@@ -78,15 +83,19 @@ class Fields:
         scaling, new_scaling = _scaling(old, "rope_scaling"), _scaling(new, "rope_parameters")
         if old and new and scaling != new_scaling:
             raise UserError("config.json: rope_scaling contradicts rope_parameters; keep the right one")
-        self._partial(new, old)
+        if not partial and self.rotary_fraction(1.0) != 1.0:
+            raise UserError("config.json: partial_rotary_factor other than 1 is not supported by this family")
         base = theta if theta is not None else old_theta if old_theta is not None else default_theta
         return float(base), new_scaling or scaling
 
-    def _partial(self, *spellings: Mapping[str, Any]) -> None:
-        for spelling in spellings:
-            if spelling.get("partial_rotary_factor", 1) != 1:
-                raise UserError("config.json: partial_rotary_factor other than 1 is not supported by this family")
-        self.expect("partial_rotary_factor", 1, why="this family rotates the whole head")
+    def rotary_fraction(self, default: float, name: str = "partial_rotary_factor") -> float:
+        """Which part of each head is rotated, from its three places; UserError where they disagree."""
+        old, new = (self.optional(field, dict) or {} for field in ("rope_scaling", "rope_parameters"))
+        given = [self.optional(name, float), *(place.get("partial_rotary_factor") for place in (old, new))]
+        found = {float(value) for value in given if value is not None}
+        if len(found) > 1:
+            raise UserError(f"config.json: {name} is given as {' and as '.join(map(str, sorted(found)))}")
+        return found.pop() if found else default
 
 
 _PLAIN = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
@@ -122,8 +131,8 @@ def _scaling(given: Mapping[str, Any], field: str) -> RopeScaling | None:
         raise UserError(f"config.json: {field}: {error}") from None
 
 
-def rope_fields(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
-    """The same for a config.json to be written, in both spellings."""
+def rope_fields(theta: float, scaling: RopeScaling | None, fraction: float | None = None) -> dict[str, Any]:
+    """The same for a config.json to be written, in both spellings; `fraction` where the family has one."""
     parameters: dict[str, Any] = {"rope_type": "default"}
     if scaling is not None:
         parameters = {"rope_type": scaling.kind, "factor": scaling.factor}
@@ -133,10 +142,12 @@ def rope_fields(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
                 "high_freq_factor": scaling.high_frequency_factor,
                 "original_max_position_embeddings": scaling.original_length,
             }
+    part = {} if fraction is None else {"partial_rotary_factor": fraction}
     return {
+        **part,
         "rope_theta": theta,
         "rope_scaling": parameters if scaling is not None else None,
-        "rope_parameters": {"rope_theta": theta, **parameters},
+        "rope_parameters": {"rope_theta": theta, **parameters, **part},
     }
 
 

@@ -72,6 +72,31 @@ class Interleave:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Deal:
+    """One source made of blocks of `parts` rows, dealt out as `Interleave` deals several sources.
+
+    A fused QKV `[q ; k ; v]` becomes `[q1..qn k1 v1 | q.. k2 v2 | ...]` with one group for every key/value head.
+    """
+
+    parts: tuple[int, ...]
+    groups: int
+
+    def target_shape(self, shapes: Sequence[Shape]) -> Shape:
+        (shape,) = shapes
+        if shape[0] != sum(self.parts):
+            raise LayoutError(f"{shape[0]} rows are not blocks of {list(self.parts)} rows")
+        return Interleave(groups=self.groups).target_shape([(part, *shape[1:]) for part in self.parts])
+
+    def segments(self, shapes: Sequence[Shape]) -> tuple[Segment, ...]:
+        self.target_shape(shapes)
+        starts = [sum(self.parts[:index]) for index in range(len(self.parts))]
+        return tuple(
+            Segment(source=0, source_row=starts[s.source] + s.source_row, target_row=s.target_row, rows=s.rows)
+            for s in Interleave(groups=self.groups).segments([(part,) for part in self.parts])
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PadRows:
     """One source followed by rows of zeros up to `rows`: a vocabulary padded so that it divides over ranks."""
 

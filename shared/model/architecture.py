@@ -31,9 +31,15 @@ class RopeScaling:
             raise ValueError(f"rope scaling factor must be at least 1, not {self.factor}")
 
 
+Activation = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A decoder-only transformer. Sizes are counts of elements; every projection is `[out, in]`."""
+    """A decoder-only transformer. Sizes are counts of elements; every projection is `[out, in]`.
+
+    Whatever has a default is as LLaMA has it.
+    """
 
     family: str
     num_layers: int
@@ -44,18 +50,48 @@ class Architecture:
     head_dim: int  # given by the family, not always hidden_size / num_attention_heads
     vocab_size: int  # without padding
     max_position_embeddings: int  # tokens
-    norm: Literal["rmsnorm"] = "rmsnorm"
+    tied_embeddings: bool
+    initializer_range: float = 0.02
+
+    norm: Literal["rmsnorm", "rmsnorm_1p", "layernorm"] = "rmsnorm"  # 1p: the weight is stored less one (Gemma)
+    norm_bias: bool = False
     norm_epsilon: float
-    activation: Literal["swiglu"] = "swiglu"
-    rope_theta: float
+    # pre: in front of attention and MLP. post: behind each, before the residual is added. sandwich: both.
+    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    embedding_norm: bool = False  # a norm on the embedded tokens (BLOOM)
+    # sequential: the MLP reads what attention left. parallel: both read the layer's input, through a norm each.
+    # parallel_shared: through one norm.
+    residual: Literal["sequential", "parallel", "parallel_shared"] = "sequential"
+
+    activation: Activation = "swiglu"
+    mlp_bias: bool = False
+
+    positions: Literal["rope", "learned", "alibi"] = "rope"
+    learned_position_offset: int = 0  # rows of the table before position 0 (OPT)
+    rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
+    rotary_dim: int | None = None  # leading elements of each head that are rotated; None: all of them
+    rotary_interleaved: bool = False  # pairs are neighbours (GPT-J, GLM), not elements half a head apart
+    layers_without_rope: tuple[int, ...] = ()  # by index from 0
+
     qkv_bias: bool = False
     attention_output_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm over head_dim on queries and keys, before rotation
-    tied_embeddings: bool
+    qk_norm: bool = False  # a norm on queries and keys, before rotation
+    qk_norm_scope: Literal["head", "projection"] = "head"  # over head_dim, or over all heads of the projection
+    attention_scale: float | None = None  # of queries times keys; None: 1 / sqrt(head_dim)
+    attention_softcap: float | None = None  # scores s become cap * tanh(s / cap)
+    sliding_window: int | None = None  # tokens that a position sees, itself included
+    full_attention_layers: tuple[int, ...] = ()  # by index from 0; only with a sliding window
+
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0  # of what attention and MLP add
+    logit_multiplier: float = 1.0
+    logit_softcap: float | None = None
+    output_bias: bool = False
+
     attention_dropout: float = 0.0
-    initializer_range: float = 0.02
+    hidden_dropout: float = 0.0  # of what attention and MLP add
+    embedding_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_query_groups:
@@ -63,8 +99,42 @@ class Architecture:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups "
                 f"{self.num_query_groups}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"rotary embedding needs an even head_dim, not {self.head_dim}")
+        if self.positions == "rope":
+            if self.head_dim % 2:
+                raise ValueError(f"rotary embedding needs an even head_dim, not {self.head_dim}")
+            if self.rotated % 2 or not 0 < self.rotated <= self.head_dim:
+                raise ValueError(
+                    f"rotary embedding of {self.rotated} of {self.head_dim} elements of a head is impossible"
+                )
+        elif self.rope_scaling or self.rotary_dim or self.rotary_interleaved or self.layers_without_rope:
+            raise ValueError(f"rotary embedding is set, but positions are {self.positions}")
+        if self.norm_bias and self.norm != "layernorm":
+            raise ValueError(f"{self.norm} has no bias")
+        if self.residual != "sequential" and self.norm_placement != "pre":
+            raise ValueError(f"a {self.residual} residual with {self.norm_placement} norms is not computed")
+        if self.output_bias and self.tied_embeddings:
+            raise ValueError("a bias of the output layer with tied embeddings is not computed")
+        if self.full_attention_layers and self.sliding_window is None:
+            raise ValueError("full_attention_layers are set without a sliding window")
+        if self.positions == "alibi" and (self.sliding_window or self.attention_softcap):
+            raise ValueError("ALiBi with a sliding window or a soft cap is not computed")
+        layers = self.layers_without_rope + self.full_attention_layers
+        if layers and not 0 <= min(layers) <= max(layers) < self.num_layers:
+            raise ValueError(f"there is no layer {max(layers)}: the model has {self.num_layers}")
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP multiplies an activated projection with a second one."""
+        return self.activation in ("swiglu", "geglu", "geglu_tanh")
+
+    @property
+    def rotated(self) -> int:
+        """Elements of each head that are rotated."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a position of this layer, counted from 0, sees; None for all."""
+        return None if layer in self.full_attention_layers else self.sliding_window
 
     @property
     def q_size(self) -> int:
@@ -76,6 +146,11 @@ class Architecture:
         """Rows of the key projection, and of the value projection."""
         return self.num_query_groups * self.head_dim
 
+    @property
+    def learned_positions(self) -> int:
+        """Rows of the table of learned positions."""
+        return self.max_position_embeddings + self.learned_position_offset
+
     def padded_vocab_size(self, tensor_parallel: int = 1) -> int:
         """Rows of the embedding in Megatron form: a multiple of 128 on every tensor-parallel rank."""
         multiple = VOCAB_MULTIPLE * tensor_parallel
@@ -83,17 +158,25 @@ class Architecture:
 
     def parameter_count(self) -> int:
         """Number of weights, without vocabulary padding."""
-        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+        norm = self.hidden_size * (2 if self.norm_bias else 1)
+        per_layer = {"parallel_shared": 1}.get(self.residual, 4 if self.norm_placement == "sandwich" else 2)
+        norms = per_layer * norm
+        if self.qk_norm:
+            norms += 2 * self.head_dim if self.qk_norm_scope == "head" else self.q_size + self.kv_size
         qkv = self.q_size + 2 * self.kv_size
+        fc1 = self.ffn_hidden_size * (2 if self.gated else 1)
         attention = self.hidden_size * (qkv + self.q_size)
-        mlp = 3 * self.hidden_size * self.ffn_hidden_size
+        mlp = self.hidden_size * (fc1 + self.ffn_hidden_size)
         biases = (
             self.qkv_bias * qkv
             + self.attention_output_bias * self.hidden_size
-            + self.mlp_bias * (2 * self.ffn_hidden_size + self.hidden_size)
+            + self.mlp_bias * (fc1 + self.hidden_size)
         )
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        return self.num_layers * (norms + attention + mlp + biases) + embeddings + self.hidden_size
+        embeddings += self.vocab_size * self.output_bias + norm * self.embedding_norm
+        if self.positions == "learned":
+            embeddings += self.learned_positions * self.hidden_size
+        return self.num_layers * (norms + attention + mlp + biases) + embeddings + norm
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON data, for a manifest or a report."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import scaled_dot_product_attention
+
+from shared.model import alibi
+from shared.model.architecture import Architecture
 
 
 def segment_mask(segments: torch.Tensor) -> torch.Tensor:
@@ -29,7 +33,8 @@ class CoreAttention(torch.nn.Module):
     """Causal attention with grouped queries, as a `core_attention` of Megatron-Core's self attention.
 
     `attention_mask` is either None (causal) or a mask by `segment_mask`. It holds True where attention is allowed,
-    as torch has it; Megatron-Core's own module reads masks the other way round.
+    as torch has it; Megatron-Core's own module reads masks the other way round. Sliding windows, ALiBi, soft caps and
+    the scale are the architecture's.
     """
 
     def __init__(
@@ -42,13 +47,21 @@ class CoreAttention(torch.nn.Module):
         cp_comm_type: str | None = None,
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        architecture: Architecture,
     ) -> None:
         super().__init__()
         assert attn_mask_type == AttnMaskType.causal
         assert attention_type == "self"
         assert config.context_parallel_size == 1
-        self.softmax_scale = softmax_scale  # None: 1 / sqrt(head_dim)
+        assert softmax_scale is None
+        self.softmax_scale = architecture.attention_scale  # None: 1 / sqrt(head_dim)
+        self.softcap = architecture.attention_softcap
+        self.window = architecture.window(layer_number - 1)
         self.dropout = config.attention_dropout
+        self.slopes: torch.Tensor | None = None
+        if architecture.positions == "alibi":
+            parts = alibi.slopes(architecture.num_attention_heads).chunk(config.tensor_model_parallel_size)
+            self.slopes = parts[parallel_state.get_tensor_model_parallel_rank()]
 
     def forward(
         self,
@@ -80,14 +93,46 @@ class CoreAttention(torch.nn.Module):
         dropout: float,
     ) -> torch.Tensor:
         sequence, batch = query.shape[:2]
-        context = scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            attn_mask=mask,
-            is_causal=mask is None,
-            dropout_p=dropout,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[2] != key.shape[2],
-        )
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if self.window is not None and self.window < sequence:
+            mask = _window_mask(sequence, self.window, query.device) & (True if mask is None else mask)
+        if self.slopes is not None:
+            mask = self._alibi_bias(sequence, query, mask)
+        if self.softcap is None:
+            context = scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None,
+                dropout_p=dropout,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[2] != key.shape[2],
+            )
+        else:
+            context = self._capped(q, k, v, mask, dropout)
         return context.permute(2, 0, 1, 3).reshape(sequence, batch, -1)
+
+    def _alibi_bias(self, sequence: int, query: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        assert self.slopes is not None
+        bias = alibi.bias(self.slopes.to(query.device), sequence)
+        allowed = _window_mask(sequence, sequence, query.device) if mask is None else mask
+        return bias.masked_fill(~allowed, -torch.inf).to(query.dtype)
+
+    def _capped(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout: float
+    ) -> torch.Tensor:
+        """Attention over `[batch, heads, sequence, head_dim]` with scores `cap * tanh(score / cap)` (Gemma 2)."""
+        repeats = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        scale = q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
+        scores = torch.tanh(q @ k.transpose(-1, -2) * scale / self.softcap) * self.softcap
+        allowed = _window_mask(q.shape[2], q.shape[2], q.device) if mask is None else mask
+        weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype)
+        return torch.nn.functional.dropout(weights, dropout) @ v
+
+
+def _window_mask(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """Causal, the last `window` positions only, `[1, 1, length, length]` bool."""
+    allowed = torch.ones(length, length, dtype=torch.bool, device=device).tril_()
+    return allowed.triu_(1 - window)[None, None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -9,10 +11,12 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional
 
 from shared.device import prepare
-from shared.model.architecture import Architecture
+from shared.model.architecture import Activation, Architecture
 from shared.model.cross_entropy import vocab_parallel_cross_entropy
+from shared.model.ends import adapt_embedding, adapt_output
 from shared.model.parallel import ParallelLayout
 from shared.model.rope import inverse_frequencies
 from shared.model.spec import block_spec
@@ -26,6 +30,16 @@ _RECOMPUTE: dict[Recompute, dict[str, Any]] = {
     # Every layer: activations shrink to one hidden state a layer, for a third more arithmetic.
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
+
+_ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "swiglu": functional.silu,
+    "geglu": functional.gelu,
+    "geglu_tanh": partial(functional.gelu, approximate="tanh"),
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+}
+_POSITIONS = {"rope": "rope", "learned": "learned_absolute", "alibi": "none"}  # Megatron-Core's names
 
 
 class LanguageModel(GPTModel):
@@ -44,16 +58,35 @@ class LanguageModel(GPTModel):
             config=config,
             transformer_layer_spec=block_spec(architecture, num_layers),
             vocab_size=architecture.padded_vocab_size(config.tensor_model_parallel_size),
-            max_sequence_length=architecture.max_position_embeddings,
+            max_sequence_length=architecture.learned_positions,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             share_embeddings_and_output_weights=architecture.tied_embeddings,
-            position_embedding_type="rope",
+            position_embedding_type=_POSITIONS[architecture.positions],
             vp_stage=vp_stage,
         )
         self.architecture = architecture
-        # A plain attribute, not a buffer: it stays fp32 when the model is cast, and out of checkpoints.
-        self.rotary_pos_emb.inv_freq = inverse_frequencies(architecture)
+        if architecture.positions == "rope":
+            # A plain attribute, not a buffer: it stays fp32 when the model is cast, and out of checkpoints.
+            self.rotary_pos_emb.inv_freq = inverse_frequencies(architecture)
+        if self.pre_process:
+            adapt_embedding(self.embedding, architecture)
+        if self.post_process:
+            adapt_output(self.output_layer, architecture)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **others: Any,
+    ) -> torch.Tensor:
+        """See the class; `others` are Megatron-Core's further arguments."""
+        if self.architecture.positions == "learned":
+            if attention_mask is not None:  # packed rows: positions count from the start of each segment
+                position_ids = attention_mask[:, 0].sum(-1) - 1
+            position_ids = position_ids + self.architecture.learned_position_offset
+        return super().forward(input_ids, position_ids, attention_mask, **others)
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Labels `[batch, sequence]`, logits `[sequence, batch, columns]` to losses `[batch, sequence]`."""
@@ -84,14 +117,19 @@ def transformer_config(
         "num_attention_heads": architecture.num_attention_heads,
         "num_query_groups": architecture.num_query_groups,
         "kv_channels": architecture.head_dim,
-        "normalization": "RMSNorm",
+        "normalization": "LayerNorm" if architecture.norm == "layernorm" else "RMSNorm",
+        "layernorm_zero_centered_gamma": architecture.norm == "rmsnorm_1p",
         "layernorm_epsilon": architecture.norm_epsilon,
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
+        "gated_linear_unit": architecture.gated,
+        "activation_func": _ACTIVATIONS[architecture.activation],
         "add_bias_linear": False,  # each layer's bias is in the spec
         "add_qkv_bias": architecture.qkv_bias,
         "qk_layernorm": architecture.qk_norm,
-        "hidden_dropout": 0.0,
+        "rotary_interleaved": architecture.rotary_interleaved,
+        "no_rope_freq": [int(i in architecture.layers_without_rope) for i in range(architecture.num_layers)]
+        if architecture.layers_without_rope
+        else None,
+        "hidden_dropout": architecture.hidden_dropout,
         "attention_dropout": architecture.attention_dropout,
         "init_method_std": architecture.initializer_range,
         "tensor_model_parallel_size": layout.tensor,

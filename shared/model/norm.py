@@ -1,9 +1,19 @@
-"""RMSNorm for Megatron-Core's layer specs, with or without sequence parallelism."""
+"""Norms for Megatron-Core's layer specs, with or without sequence parallelism."""
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from shared.model.architecture import Architecture
 
 
 class RMSNorm(torch.nn.Module):
@@ -17,18 +27,53 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, *, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight = _parameter(config, hidden_size, 1.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., hidden_size]` to the same shape and type."""
-        x_float = x.float()
-        scale = torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (x_float * scale).to(x.dtype)
+        return self.weight * self.scaled(x.float()).to(x.dtype)
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        """`x / sqrt(mean(x^2) + eps)`, fp32."""
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
 
 
-class CheckpointedRMSNorm(RMSNorm):
+class RMSNorm1p(RMSNorm):
+    """Gemma's: the weight is stored less one, and the product is rounded once."""
+
+    def __init__(self, *, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(config=config, hidden_size=hidden_size, eps=eps)
+        with torch.no_grad():
+            self.weight.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., hidden_size]` to the same shape and type."""
+        return (self.scaled(x.float()) * (1.0 + self.weight.float())).to(x.dtype)
+
+
+class PlainLayerNorm(torch.nn.Module):
+    """Layer normalisation (Ba et al., 2016) without a bias."""
+
+    def __init__(self, *, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = _parameter(config, hidden_size, 1.0)
+        self.bias: torch.nn.Parameter | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., hidden_size]` to the same shape and type."""
+        return torch.nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class LayerNorm(PlainLayerNorm):
+    """Layer normalisation with a bias."""
+
+    def __init__(self, *, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(config=config, hidden_size=hidden_size, eps=eps)
+        self.bias = _parameter(config, hidden_size, 0.0)
+
+
+class _Checkpointed(torch.nn.Module):
     """A norm that is a checkpoint entry of its own: the final norm, and those of queries and keys.
 
     TransformerEngine's norms keep an `_extra_state`, and loaders with its layer spec insist on finding one. The
@@ -41,3 +86,81 @@ class CheckpointedRMSNorm(RMSNorm):
 
     def set_extra_state(self, state: object) -> None:
         """There is nothing to set."""
+
+
+class CheckpointedRMSNorm(_Checkpointed, RMSNorm):
+    """An RMSNorm that is a checkpoint entry of its own."""
+
+
+class CheckpointedRMSNorm1p(_Checkpointed, RMSNorm1p):
+    """Gemma's norm as a checkpoint entry of its own."""
+
+
+class CheckpointedPlainLayerNorm(_Checkpointed, PlainLayerNorm):
+    """A layer norm without bias that is a checkpoint entry of its own."""
+
+
+class CheckpointedLayerNorm(_Checkpointed, LayerNorm):
+    """A layer norm that is a checkpoint entry of its own."""
+
+
+class ProjectionRMSNorm(_Checkpointed):
+    """RMSNorm over all heads of a projection (OLMo 2), which tensor-parallel processes share.
+
+    Every process holds the whole weight and uses the part of its heads, so that its gradient is zero elsewhere and
+    the sum over processes, which Megatron-Core takes of the norms of queries and keys, is the gradient.
+    """
+
+    def __init__(self, *, config: TransformerConfig, hidden_size: int, eps: float, heads: int) -> None:
+        """`hidden_size` is one head's; `heads` counts those of the whole model."""
+        super().__init__()
+        self.eps, self.heads = eps, heads
+        self.weight = _parameter(config, heads * hidden_size, 1.0)
+        self.group = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"]).tp
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[sequence, batch, heads of this process, head_dim]` to the same shape and type."""
+        flat = x.float().flatten(2)
+        copies = max(self.group.size() // self.heads, 1)  # processes that hold the same head
+        squares = flat.square().sum(-1, keepdim=True) / copies
+        # Forward a sum over processes; backward one as well, since each process goes on with the sum by itself.
+        squares = copy_to_tensor_model_parallel_region(
+            reduce_from_tensor_model_parallel_region(squares, group=self.group), group=self.group
+        )
+        scaled = flat * torch.rsqrt(squares / self.weight.numel() + self.eps)
+        first = self.group.rank() // copies * flat.shape[-1]
+        weight = self.weight[first : first + flat.shape[-1]]
+        return (weight * scaled.to(x.dtype)).view_as(x)
+
+
+_NORMS: dict[str, tuple[type[torch.nn.Module], type[torch.nn.Module]]] = {
+    "rmsnorm": (RMSNorm, CheckpointedRMSNorm),
+    "rmsnorm_1p": (RMSNorm1p, CheckpointedRMSNorm1p),
+    "layernorm": (PlainLayerNorm, CheckpointedPlainLayerNorm),
+}
+
+
+def norm_of(architecture: Architecture, *, checkpointed: bool) -> Any:
+    """The architecture's norm: a builder for a layer spec, of an entry of its own or of a part of a linear layer."""
+    kinds = (LayerNorm, CheckpointedLayerNorm) if architecture.norm_bias else _NORMS[architecture.norm]
+    return kinds[checkpointed]
+
+
+def head_norms(architecture: Architecture) -> tuple[Any, Any]:
+    """Builders of the norms of queries and of keys, or None."""
+    if not architecture.qk_norm:
+        return None, None
+    if architecture.qk_norm_scope == "head":
+        return (norm_of(architecture, checkpointed=True),) * 2
+    assert architecture.norm == "rmsnorm"
+    return (
+        partial(ProjectionRMSNorm, heads=architecture.num_attention_heads),
+        partial(ProjectionRMSNorm, heads=architecture.num_query_groups),
+    )
+
+
+def _parameter(config: TransformerConfig, size: int, value: float) -> torch.nn.Parameter:
+    device = None if config.use_cpu_initialization else torch.cuda.current_device()
+    parameter = torch.nn.Parameter(torch.full((size,), value, dtype=config.params_dtype, device=device))
+    parameter.sequence_parallel = config.sequence_parallel
+    return parameter

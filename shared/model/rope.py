@@ -10,12 +10,13 @@ from shared.model.architecture import Architecture, RopeScaling
 
 
 def inverse_frequencies(architecture: Architecture) -> torch.Tensor:
-    """Radians per token of every rotated pair, `[head_dim / 2]`, fp32 on the CPU.
+    """Radians per token of every rotated pair, `[rotated / 2]`, fp32 on the CPU.
 
-    `theta^(-2i / head_dim)` (Su et al., 2021), stretched as the architecture's `rope_scaling` says. Megatron-Core
-    has the LLaMA 3.1 stretch too, but with its factors and original length fixed.
+    `theta^(-2i / rotated)` (Su et al., 2021), where `rotated` is head_dim or the part of it that is rotated, stretched
+    as the architecture's `rope_scaling` says. Megatron-Core has the LLaMA 3.1 stretch too, but with its factors and
+    original length fixed.
     """
-    exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.float32) / architecture.head_dim
+    exponents = torch.arange(0, architecture.rotated, 2, dtype=torch.float32) / architecture.rotated
     frequencies = 1.0 / architecture.rope_theta**exponents
     scaling = architecture.rope_scaling
     if scaling is None:

@@ -10,6 +10,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -17,7 +18,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from shared.model.architecture import Architecture
 from shared.model.attention import CoreAttention
-from shared.model.norm import CheckpointedRMSNorm, RMSNorm
+from shared.model.layer import JoinedLayer, has_own_layer
+from shared.model.norm import head_norms, norm_of
 
 # Checkpoints carry TransformerEngine's names, where a norm in front of a linear layer is a part of that layer.
 CHECKPOINT_KEYS = {
@@ -27,14 +29,17 @@ CHECKPOINT_KEYS = {
 
 
 def block_spec(architecture: Architecture, num_layers: int) -> TransformerBlockSubmodules:
-    """`num_layers` equal layers and the final norm, from Megatron-Core's own modules, our norm and attention."""
+    """`num_layers` equal layers and the final norm, from Megatron-Core's own modules, our norms and attention."""
+    norm = norm_of(architecture, checkpointed=False) if architecture.norm_placement != "post" else IdentityOp
+    own = has_own_layer(architecture)
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=JoinedLayer if own else TransformerLayer,
+        params={"architecture": architecture} if own else {},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=_attention(architecture),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=IdentityOp if architecture.residual == "parallel_shared" else norm,
             mlp=partial(
                 MLP.as_mlp_submodule,
                 submodules=MLPSubmodules(
@@ -46,20 +51,22 @@ def block_spec(architecture: Architecture, num_layers: int) -> TransformerBlockS
             sharded_state_dict_keys_map=CHECKPOINT_KEYS,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=CheckpointedRMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * num_layers, layer_norm=norm_of(architecture, checkpointed=True)
+    )
 
 
 def _attention(architecture: Architecture) -> ModuleSpec:
-    qk_norm = CheckpointedRMSNorm if architecture.qk_norm else None
+    q_norm, k_norm = head_norms(architecture)
     return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=_linear(ColumnParallelLinear, bias=architecture.qkv_bias),
-            core_attention=CoreAttention,
+            core_attention=partial(CoreAttention, architecture=architecture),
             linear_proj=_linear(RowParallelLinear, bias=architecture.attention_output_bias),
-            q_layernorm=qk_norm,
-            k_layernorm=qk_norm,
+            q_layernorm=q_norm,
+            k_layernorm=k_norm,
         ),
     )
 

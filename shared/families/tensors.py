@@ -1,0 +1,119 @@
+"""The table of a decoder: which tensors an architecture has, under the names that a family gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from shared.mapping.layout import CONCAT, Deal, Interleave, PadRows, RowLayout
+from shared.mapping.rule import Alias, Aside, Rule, Source, Table
+from shared.model.architecture import Architecture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """Hugging Face's names of modules, whose tensors are `.weight` and `.bias`; the defaults are LLaMA's.
+
+    Names of parts of a layer follow `layer`. Several names are projections that Megatron-Core holds as one.
+    """
+
+    embedding: str = "model.embed_tokens"
+    embedding_norm: str = ""
+    positions: str = ""
+    layer: str = "model.layers.{layer}."
+    attention_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    post_attention_norm: str = ""
+    post_mlp_norm: str = ""
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    # How one fused projection is ordered: `[q ; k ; v]`, or as Megatron-Core's, group by group.
+    fused: Literal["blocks", "groups"] = "blocks"
+    q_norm: str = "self_attn.q_norm"
+    k_norm: str = "self_attn.k_norm"
+    proj: str = "self_attn.o_proj"
+    fc1: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    fc2: str = "mlp.down_proj"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    # Constants that files of old transformers versions hold; every implementation recomputes them.
+    asides: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
+
+
+def decoder_table(a: Architecture, names: Names) -> Table:
+    """Tensors of the decoder, as the architecture has them."""
+    tied = Alias(name=f"{names.head}.weight", of=f"{names.embedding}.weight")
+    return Table(
+        rules=tuple(_rules(a, names)),
+        aliases=(tied,) if a.tied_embeddings else (),
+        asides=tuple(Aside(name=names.layer + name) for name in names.asides),
+        sizes={"layer": a.num_layers},
+    )
+
+
+def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
+    hidden, ffn, q, kv = a.hidden_size, a.ffn_hidden_size, a.q_size, a.kv_size
+    vocabulary = PadRows(rows=a.padded_vocab_size())
+    attention, mlp = "decoder.layers.self_attention", "decoder.layers.mlp"
+
+    def whole(
+        key: str, name: str, *rows: int, columns: int = 0, kind: str = "weight", layout: RowLayout = CONCAT
+    ) -> Rule:
+        shape = (*rows, columns) if columns else rows
+        return Rule(megatron=key, sources=(Source(name=f"{name}.{kind}", shape=shape),), layout=layout)
+
+    def layer(
+        key: str, parts: tuple[str, ...], rows: tuple[int, ...], columns: int, bias: bool, layout: RowLayout = CONCAT
+    ) -> Iterator[Rule]:
+        """A linear layer: rows of each part, columns, and whether it has a bias."""
+        fused = (sum(rows),) if len(parts) == 1 else rows
+        for kind in ("weight", "bias") if bias else ("weight",):
+            shapes = [(part, columns) if kind == "weight" else (part,) for part in fused]
+            sources = [
+                Source(name=f"{names.layer}{name}.{kind}", shape=shape)
+                for name, shape in zip(parts, shapes, strict=True)
+            ]
+            yield Rule(megatron=f"{key}.{kind}", axes=("layer",), sources=tuple(sources), layout=layout)
+
+    def norm(key: str, name: str, size: int = hidden) -> Iterator[Rule]:
+        for kind in ("weight", "bias") if a.norm_bias else ("weight",):
+            source = Source(name=f"{names.layer}{name}.{kind}", shape=(size,))
+            yield Rule(megatron=f"{key}{kind}", axes=("layer",), sources=(source,))
+
+    def whole_norm(key: str, name: str) -> Iterator[Rule]:
+        for kind in ("weight", "bias") if a.norm_bias else ("weight",):
+            yield whole(f"{key}.{kind}", name, hidden, kind=kind)
+
+    yield whole("embedding.word_embeddings.weight", names.embedding, a.vocab_size, columns=hidden, layout=vocabulary)
+    if a.embedding_norm:
+        yield from whole_norm("embedding.word_embeddings_layernorm", names.embedding_norm)
+    if a.positions == "learned":
+        yield whole("embedding.position_embeddings.weight", names.positions, a.learned_positions, columns=hidden)
+
+    if a.norm_placement != "post":
+        yield from norm(f"{attention}.linear_qkv.layer_norm_", names.attention_norm)
+    groups: RowLayout = Interleave(groups=a.num_query_groups)  # [q1..qn k1 v1 | q.. k2 v2 | ...]
+    if len(names.qkv) == 1:
+        groups = CONCAT if names.fused == "groups" else Deal(parts=(q, kv, kv), groups=a.num_query_groups)
+    yield from layer(f"{attention}.linear_qkv", names.qkv, (q, kv, kv), hidden, a.qkv_bias, groups)
+    if a.qk_norm:
+        heads = a.qk_norm_scope == "head"
+        yield from norm(f"{attention}.q_layernorm.", names.q_norm, a.head_dim if heads else q)
+        yield from norm(f"{attention}.k_layernorm.", names.k_norm, a.head_dim if heads else kv)
+    yield from layer(f"{attention}.linear_proj", (names.proj,), (hidden,), q, a.attention_output_bias)
+    if a.norm_placement != "pre":
+        yield from norm("decoder.layers.post_self_attn_layernorm.", names.post_attention_norm)
+
+    if a.norm_placement != "post" and a.residual != "parallel_shared":
+        yield from norm(f"{mlp}.linear_fc1.layer_norm_", names.mlp_norm)
+    rows = (ffn, ffn) if a.gated else (ffn,)
+    yield from layer(f"{mlp}.linear_fc1", names.fc1, rows, hidden, a.mlp_bias)
+    yield from layer(f"{mlp}.linear_fc2", (names.fc2,), (hidden,), ffn, a.mlp_bias)
+    if a.norm_placement != "pre":
+        yield from norm("decoder.layers.post_mlp_layernorm.", names.post_mlp_norm)
+
+    yield from whole_norm("decoder.final_layernorm", names.final_norm)
+    if not a.tied_embeddings:
+        yield whole("output_layer.weight", names.head, a.vocab_size, columns=hidden, layout=vocabulary)
+    if a.output_bias:
+        yield whole("output_layer.bias", names.head, a.vocab_size, kind="bias", layout=vocabulary)

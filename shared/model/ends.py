@@ -1,0 +1,52 @@
+"""The two ends of a model, where families differ from Megatron-Core's GPT: after the embedding, and at the logits.
+
+Megatron-Core builds both ends itself and has no place for other ones; forward hooks add to their results.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+from shared.model.architecture import Architecture
+from shared.model.norm import norm_of
+
+
+def adapt_embedding(embedding: LanguageModelEmbedding, architecture: Architecture) -> None:
+    """The architecture's norm, multiplier and dropout of embedded tokens."""
+    embedding.embedding_dropout.p = architecture.embedding_dropout
+    if architecture.embedding_norm:
+        config = embedding.config
+        embedding.word_embeddings_layernorm = norm_of(architecture, checkpointed=False)(
+            config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+        )
+        embedding.word_embeddings.register_forward_hook(
+            lambda module, inputs, output: embedding.word_embeddings_layernorm(output)
+        )
+    if architecture.embedding_multiplier != 1.0:
+
+        def multiply(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            # Rounded to the activations' type, as transformers does.
+            return output * torch.tensor(architecture.embedding_multiplier, dtype=output.dtype, device=output.device)
+
+        embedding.word_embeddings.register_forward_hook(multiply)
+
+
+def adapt_output(layer: ColumnParallelLinear, architecture: Architecture) -> None:
+    """The architecture's multiplier and soft cap of logits."""
+    multiplier, cap = architecture.logit_multiplier, architecture.logit_softcap
+    if multiplier == 1.0 and cap is None:
+        return
+
+    def scale(module: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
+        logits, bias = output
+        if multiplier != 1.0:
+            logits = logits * multiplier
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return logits, bias
+
+    layer.register_forward_hook(scale)
