@@ -126,6 +126,12 @@ def test_no_image_is_ever_fetched(services: dict[str, Any]) -> None:
     assert {service["pull_policy"] for service in services.values()} == {"never"}
 
 
+def test_every_image_has_its_target(stages: list[Job]) -> None:
+    for job in stages:
+        build = subprocess.check_output(["make", "--dry-run", job.target], cwd=ROOT, text=True).splitlines()[-1]
+        assert build == " ".join(filter(None, ["containers/build.sh", job.tool, job.variant]))
+
+
 @pytest.mark.parametrize("tool", ["convert", "pretrain", "sft", "rlhf", "infer"])
 def test_one_variable_swaps_one_tool(services: dict[str, Any], tool: str) -> None:
     swapped = read(**{f"{tool.upper()}_VERSION": "9.8.7"})["services"]
