@@ -212,6 +212,29 @@ def test_a_signal_stops_the_stage_and_the_same_command_goes_on(work: Path, told:
     assert (work / "tokenizer" / "manifest.json").exists()
 
 
+DEAF = """
+import dataclasses, pathlib, sys
+sys.path.insert(0, "containers")
+import jobs, pipeline
+work = pathlib.Path(sys.argv[1])
+words = ("-c", "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(99)")
+sys.exit(pipeline.run_all([dataclasses.replace(jobs.jobs(work)[0], words=words)], work))
+"""
+
+
+def test_a_second_signal_does_not_wait_for_a_stage_that_does_not_go(place: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen([PYTHON, "-c", DEAF, tmp_path], cwd=ROOT, stdout=-1, stderr=-1, text=True)
+    assert process.stdout is not None
+    while process.stdout.readline() != "data | deaf\n":
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(3)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, left(tmp_path)) == (75, []), errors
+
+
 def test_the_stage_of_a_killed_pipeline_is_stopped_by_the_next(work: Path) -> None:
     process = tokenizing(work)
     process.kill()
