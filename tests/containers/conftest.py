@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,20 @@ def engine() -> None:
 
 
 @pytest.fixture(scope="session")
-def build(engine: None) -> Callable[..., str]:
-    """Build an image by containers/build.sh; its name and tag."""
+def build(engine: None) -> Iterator[Callable[..., str]]:
+    """Build an image by containers/build.sh; its name and tag. One made from another tree goes with the tests."""
+    passing = []
 
     def run(tool: str, *variant: str, **environment: str) -> str:
         done = shell(ROOT / "containers" / "build.sh", tool, *variant, BASES="local", **environment)
-        return done.stdout.splitlines()[-1].split()[0]
+        image = done.stdout.splitlines()[-1].split()[0]
+        if "SOURCE_TREE" in environment:
+            passing.append(image)
+        return image
 
-    return run
+    yield run
+    for image in passing:
+        shell("docker", "image", "rm", "--force", image)
 
 
 @pytest.fixture(scope="session")
@@ -120,4 +126,5 @@ def hashes() -> Callable[[Path], dict[str, str]]:
     return read
 
 
-sys.path.insert(0, str(ROOT / "containers"))  # its scripts run inside image builds and are no package
+# scripts of image builds, which are no package
+sys.path[:0] = [str(ROOT / "containers"), str(ROOT / "containers" / "install"), str(ROOT / "containers" / "infer")]

@@ -314,7 +314,7 @@ def test_a_training_told_to_stop_saves_says_75_and_goes_on_from_there(
     iterations = []
     for _ in range(2):
         name = started("pretrain:latest", *words)
-        until(lambda name=name: re.search(r"step \d*[5-9]", logs(name)), name)
+        until(lambda name=name: re.search(r"update \d", logs(name)), name)
         assert terminated(name) == 75, logs(name)
         iterations.append(int((work / "run" / "latest_checkpointed_iteration.txt").read_text()))
         assert json.loads((work / "run" / "manifest.json").read_text())["state"] == "running"
@@ -324,7 +324,14 @@ def test_a_training_told_to_stop_saves_says_75_and_goes_on_from_there(
     assert owners(work) == {(USER, USER)}
 
 
-# --- a base image that does not fit
+# --- the base image
+
+
+def test_the_torch_of_the_base_is_the_one_that_is_used(images: None, docker: Run) -> None:
+    words = ("-c", "import torch, numpy; print(torch.__file__, numpy.__file__)")
+    torch, numpy = docker("pretrain:latest", *words, options=("--entrypoint", "python")).stdout.split()
+    assert torch.startswith("/usr/")
+    assert numpy.startswith("/opt/baton/")
 
 
 def derived(base: str, change: str) -> str:

@@ -1,0 +1,147 @@
+"""What can be told of the images without an engine: their recipes, and the scripts that run inside a build."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import check
+import healthy
+import pytest
+import requirements
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ("convert", "pretrain", "sft", "rlhf", "infer")
+
+
+def recipe(tool: str) -> list[str]:
+    """The instructions of a Dockerfile, continued lines joined, comments left out."""
+    text = (ROOT / "containers" / tool / "Dockerfile").read_text()
+    assert not re.search(r"^#\s*syntax", text, re.MULTILINE), "it would fetch a frontend from a registry"
+    text = re.sub(r"^#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ")
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_the_base_is_an_argument_with_a_pinned_default(tool: str) -> None:
+    lines = recipe(tool)
+    assert lines[0].startswith("ARG BASE_IMAGE=")
+    default = lines[0].partition("=")[2]
+    # vLLM's digest is not known to us; its tag carries the version that the lock pins
+    locked = re.search(r"^vllm==(\S+)", (ROOT / "tools/infer/requirements.gpu.lock").read_text(), re.MULTILINE)
+    assert locked
+    assert re.search(r"@sha256:[0-9a-f]{64}$", default) or default == f"vllm/vllm-openai:v{locked[1]}"
+    assert [line for line in lines if line.startswith("FROM")] == ["FROM scratch AS wheels", "FROM ${BASE_IMAGE}"]
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_dependencies_come_before_sources(tool: str) -> None:
+    steps = [line for line in recipe(tool) if line.startswith("RUN")]
+    dependencies, source, checked = steps
+    assert "run.sh dependencies /opt/baton/requirements.lock" in dependencies
+    assert "source=shared" not in dependencies
+    assert re.findall(r"source=(shared|tools\S*?),", source) == ["shared", f"tools/{tool}"]
+    assert f'check.py {tool} "$VERSION"' in checked
+    assert all("--mount=type=secret" not in line or "required" not in line for line in steps), "secrets are optional"
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_the_end_of_every_recipe(tool: str) -> None:
+    lines = recipe(tool)
+    user = [line.split()[1] for line in lines if line.startswith("USER")][-1]
+    assert re.fullmatch(r"[1-9]\d+:[1-9]\d+", user)
+    assert f'ENTRYPOINT ["{tool}"]' in lines
+    labels = next(line for line in lines if line.startswith("LABEL"))
+    for name in ("title", "source", "revision", "version", "licenses", "base.name", "base.digest"):
+        assert f"org.opencontainers.image.{name}=" in labels
+    commands = [json.loads(line.partition(" ")[2]) for line in lines if line.startswith(("ENTRYPOINT", "CMD"))]
+    assert commands == [[tool], ["--help"]]
+    assert any(line.startswith("HEALTHCHECK") for line in lines) == (tool == "infer")
+    assert any(f"BATON_IMAGE={tool}:$VERSION BATON_REVISION=$REVISION" in line for line in lines)
+
+
+LOCK = """torch==2.13.0 ; sys_platform == 'linux' \\
+    --hash=sha256:aa
+nvidia-cublas==13.1 \\
+    --hash=sha256:bb
+triton==3.7.1 \\
+    --hash=sha256:cc \\
+    --hash=sha256:dd
+numpy==2.5.5 \\
+    --hash=sha256:ee
+Flash_Attn==2.8
+vllm==0.32.0 \\
+    --hash=sha256:ff
+"""
+
+
+def test_what_a_base_brings_of_torch_stays_as_it_is() -> None:
+    names = [name for name, _ in requirements.entries(LOCK)]
+    assert names == ["torch", "nvidia-cublas", "triton", "numpy", "flash-attn", "vllm"]
+    assert requirements.left_to_base(names, {"pip": "25", "numpy": "2.0"}) == set()
+    nvidia = {"torch": "2.13.0a0+nv26.06", "numpy": "1.26", "flash-attn": "2.7"}
+    assert requirements.left_to_base(names, nvidia) == {"torch", "nvidia-cublas", "triton", "flash-attn"}
+    vllm = {"torch": "2.13.0", "vllm": "0.32.0"}
+    assert requirements.left_to_base(names, vllm) == {"torch", "nvidia-cublas", "triton", "vllm"}
+
+
+def test_what_is_installed_keeps_its_hashes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lock = tmp_path / "requirements.lock"
+    lock.write_text(LOCK)
+    requirements.main(str(lock), "torch", "triton", "nvidia-*", "!nvidia-cublas")
+    assert capsys.readouterr().out == (
+        "torch==2.13.0 ; sys_platform == 'linux' \\\n    --hash=sha256:aa\n"
+        "triton==3.7.1 \\\n    --hash=sha256:cc \\\n    --hash=sha256:dd\n"
+    )
+
+
+def test_every_lock_is_read_whole() -> None:
+    for lock in sorted((ROOT / "tools").glob("*/requirements*.lock")):
+        text = lock.read_text()
+        found = list(requirements.entries(text))
+        assert "".join(part for _, part in found) == text, lock
+        assert len(found) == len(re.findall(r"^\S+==", text, re.MULTILINE)), lock
+        assert all("--hash=sha256:" in part for _, part in found), lock
+
+
+def test_the_slim_lock_is_a_part_of_the_whole_one() -> None:
+    whole = dict(requirements.entries((ROOT / "tools/convert/requirements.lock").read_text()))
+    slim = dict(requirements.entries((ROOT / "tools/convert/requirements.slim.lock").read_text()))
+    assert {name: text.split(" ")[0] for name, text in slim.items()} == {
+        name: whole[name].split(" ")[0] for name in slim
+    }
+    assert not {"torch", "transformers", "megatron-core"} & slim.keys()
+    assert {"torch", "transformers", "megatron-core"} <= whole.keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        ("/opt/baton/bin/python /opt/baton/bin/infer serve --source /data/hf", "127.0.0.1:8000"),
+        ("infer serve --source /data/hf --host 0.0.0.0 --port 9000", "127.0.0.1:9000"),
+        ("infer serve --port=9000 --host=10.0.0.7", "10.0.0.7:9000"),
+        ("infer serve --host ::1", "[::1]:8000"),
+        ("infer serve --host ::", "127.0.0.1:8000"),
+        ("infer generate --source serve", None),
+        ("/sbin/docker-init -- infer serve", "127.0.0.1:8000"),
+        ("python /opt/baton/healthy.py", None),
+        ("infer", None),
+    ],
+)
+def test_where_a_server_is_asked_for_its_health(words: str, where: str | None) -> None:
+    assert healthy.address(words.split()) == where
+
+
+def test_the_check_names_the_module_that_does_not_import(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    assert check.main("convert", "0.1.0", "shared.no_such_module") == 1
+    assert "shared.no_such_module cannot be imported" in capsys.readouterr().err
+    assert check.main("convert", "9.9.9", "shared.no_such_module=no_such_requirement") == 1
+    said = capsys.readouterr()
+    assert "without no_such_requirement" in said.out
+    assert "the image is to be 9.9.9" in said.err
