@@ -32,12 +32,17 @@ def common_fields(
     rotary_fraction: float | None = None,
     tied: bool = False,
     initializer_range: float = 0.02,
+    dropout: bool = False,
 ) -> dict[str, Any]:
     """The fields of an Architecture that all of these families spell alike.
 
     Defaults are those of the transformers classes, for fields that their files may leave out; `rotary_fraction` is
-    the default of `partial_rotary_factor` in families that have it.
+    the default of `partial_rotary_factor` in families that have it. Attention's dropout is refused unless zero, as in
+    every released model of most families; those that release models with one say `dropout` and read it.
     """
+    fields.expect("quantization_config", why="the weights are quantised; fetch the unquantised model")
+    if not dropout:
+        fields.expect("attention_dropout", 0, 0.0, why="train without dropout, or set it to 0.0")
     hidden, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
     positions = fields.get("max_position_embeddings", int)
     head_dim = fields.get("head_dim", int, hidden // heads)
@@ -58,26 +63,18 @@ def common_fields(
         "rotary_dim": None if rotary_fraction is None else rotary_dim(fields, head_dim, rotary_fraction),
         "tied_embeddings": fields.get("tie_word_embeddings", bool, tied),
         "initializer_range": fields.get("initializer_range", float, initializer_range),
-        **no_training_noise(fields),
     }
-
-
-def no_training_noise(fields: Fields) -> dict[str, Any]:
-    """Attention's dropout is refused unless zero, as in every released model of these families."""
-    fields.expect("attention_dropout", 0, 0.0, why="train without dropout, or set it to 0.0")
-    unquantised(fields)
-    return {}
-
-
-def unquantised(fields: Fields) -> None:
-    """Weights must be numbers, not codes of a quantiser."""
-    fields.expect("quantization_config", why="the weights are quantised; fetch the unquantised model")
 
 
 def activation(fields: Fields, field: str, known: Mapping[str, Activation], default: str) -> Activation:
     """The architecture's name of the MLP's function."""
     fields.expect(field, *known, why=f"computed here: {', '.join(known)}")
     return known[fields.get(field, str, default)]
+
+
+def gelu_name(a: Architecture) -> str:
+    """Hugging Face's name of an MLP's function without a gate."""
+    return next(name for name in ("gelu", "gelu_pytorch_tanh", "relu") if GELU[name] == a.activation)
 
 
 def rotary_dim(fields: Fields, head_dim: int, default: float, name: str = "partial_rotary_factor") -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from shared.families.fields import Fields
@@ -22,3 +22,18 @@ class Family:
     table: Callable[[Architecture], Table]
     write: Callable[[Architecture], dict[str, Any]]  # the family's own fields of a new config.json
     sizes: Mapping[str, Architecture] = field(default_factory=dict)  # named sizes for `convert init`
+
+
+def tiny(base: Architecture, **changes: Any) -> Architecture:
+    """A size of the same family for tests and first steps: two layers, 512 tokens."""
+    sizes: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "ffn_hidden_size": 160,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "head_dim": 16,
+        "vocab_size": 512,
+        "max_position_embeddings": 512,
+    }
+    return replace(base, **(sizes | changes))

@@ -42,10 +42,18 @@ class Fields:
             raise UserError(f"config.json: {name} is {value!r}, which is not of type {_name(kind)}")
         return value
 
+    def has(self, name: str) -> bool:
+        """Whether the field is there, be it null."""
+        return name in self._config
+
     def optional(self, name: str, kind: type) -> Any:
         """The field's value, or None where it is absent or null."""
         self._read.add(name)
         return None if self._config.get(name) is None else self.get(name, kind)
+
+    def nullable(self, name: str, kind: type, default: Any) -> Any:
+        """The field's value, None where it is null, or the default where it is absent."""
+        return self.optional(name, kind) if self.has(name) else default
 
     def expect(self, name: str, *allowed: Any, why: str) -> None:
         """Refuse any value but these; an absent or null field is fine."""

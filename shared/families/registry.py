@@ -7,13 +7,46 @@ from difflib import get_close_matches
 from typing import Any
 
 from shared.errors import UserError
-from shared.families import llama, qwen2, qwen3
+from shared.families import (
+    cohere,
+    gemma,
+    gemma2,
+    glm,
+    glm4,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from shared.families.family import Family
 from shared.families.fields import Fields
 from shared.mapping.rule import Table
 from shared.model.architecture import Architecture
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY)}
+_MODULES = (
+    llama,
+    mistral,
+    qwen2,
+    qwen3,
+    gemma,
+    gemma2,
+    phi3,
+    glm,
+    glm4,
+    olmo2,
+    smollm3,
+    granite,
+    stablelm,
+    cohere,
+    starcoder2,
+)
+FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
 
 
 def names() -> list[str]:
@@ -68,6 +101,7 @@ def to_config(architecture: Architecture, **fields: Any) -> dict[str, Any]:
         "model_type": family.name,
         **family.write(architecture),
         "use_cache": True,
+        "pad_token_id": None,  # some classes have a default beyond a small vocabulary
         **fields,
     }
 

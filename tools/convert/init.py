@@ -96,14 +96,22 @@ def _drawer(architecture: Architecture, dtype: Dtype, seed: int) -> Callable[[Te
     Each tensor has a generator of its own, seeded by its name, so that its numbers do not depend on the others.
     """
 
+    norms = {
+        source.name
+        for entry in registry.table_of(architecture).entries()
+        for source in entry.sources
+        if "norm" in entry.key and entry.key.endswith("weight")
+    }
+    one = np.float32(0.0 if architecture.norm == "rmsnorm_1p" else 1.0)  # Gemma stores its weights less one
+
     def draw(tensor: TensorInfo) -> Iterator[memoryview]:
         name, rest = tensor.name, tensor.size // dtype.size
         key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "little")))
         while rest:
             count = min(rest, BLOCK // 4)
-            if name.endswith("norm.weight"):
-                values = np.ones(count, dtype=np.float32)
+            if name in norms:
+                values = np.full(count, one, dtype=np.float32)
             elif name.endswith(".bias"):
                 values = np.zeros(count, dtype=np.float32)
             else:

@@ -53,9 +53,12 @@ def write_hf(
     """A Hugging Face directory with weights large enough that every misplacement shows in the logits."""
     path.mkdir(parents=True)
     kinds: dict[str, tuple[Dtype, tuple[int, ...]]] = {}
+    around_one: set[str] = set()  # weights of norms, unless the family stores them less one
     for entry in registry.table_of(architecture).entries():
         for source in entry.sources:
             kinds[source.name] = (FP32 if fp32(source.name) else BY_FLAG[dtype], source.shape)
+            if "norm" in entry.key and entry.key.endswith("weight") and architecture.norm != "rmsnorm_1p":
+                around_one.add(source.name)
     if stored_head:
         kinds["lm_head.weight"] = kinds["model.embed_tokens.weight"]
     if inv_freq:
@@ -68,7 +71,7 @@ def write_hf(
         generator = np.random.default_rng([seed, *name.encode()])
         kind, shape = kinds[name]
         values = generator.standard_normal(int(np.prod(shape)), dtype=np.float32) * np.float32(scale)
-        return [from_float32(values + np.float32("norm" in name), kind)]
+        return [from_float32(values + np.float32(name in around_one), kind)]
 
     write_weights(path, layout, blocks, lambda name, digest: None)
     config = registry.to_config(architecture, bos_token_id=1, eos_token_id=2, torch_dtype="bfloat16")
@@ -121,6 +124,11 @@ def variant(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def write_checkpoint() -> Callable[[Path, str], Path]:
     return lambda path, variant: write_hf(path, VARIANTS[variant][0], **VARIANTS[variant][1])
+
+
+@pytest.fixture(scope="session")
+def write_architecture() -> Callable[..., Path]:
+    return write_hf
 
 
 @pytest.fixture

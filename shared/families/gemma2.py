@@ -1,0 +1,138 @@
+"""Gemma 2: Gemma with a norm on both sides, soft caps, and windows in every other layer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from shared.errors import UserError
+from shared.families.decoder import common_fields, written_fields
+from shared.families.family import Family, tiny
+from shared.families.fields import Fields
+from shared.families.tensors import Names, decoder_table
+from shared.mapping.rule import Table
+from shared.model.architecture import Activation, Architecture
+
+_NAMES = Names(
+    mlp_norm="pre_feedforward_layernorm",
+    post_attention_norm="post_attention_layernorm",
+    post_mlp_norm="post_feedforward_layernorm",
+)
+
+
+_ACTIVATIONS: dict[str, Activation] = {"gelu_pytorch_tanh": "geglu_tanh"}
+
+
+def read(fields: Fields) -> Architecture:
+    """Without `layer_types` the even layers, from 0, have the sliding window."""
+    fields.expect("hidden_act", *_ACTIVATIONS, why="this family has tanh GELU")
+    fields.expect("use_bidirectional_attention", False, why="only causal attention is computed here")
+    fields.ignore("cache_implementation")
+    common = common_fields(
+        fields,
+        activations=_ACTIVATIONS,
+        activation_field="hidden_activation",
+        default_activation="gelu_pytorch_tanh",
+        tied=True,
+    )
+    bias = fields.get("attention_bias", bool, False)
+    full, window = window_layers(fields, common["num_layers"])
+    return Architecture(
+        family="gemma2",
+        norm="rmsnorm_1p",
+        norm_placement="sandwich",
+        embedding_multiplier=common["hidden_size"] ** 0.5,
+        attention_scale=fields.get("query_pre_attn_scalar", (int, float), 256) ** -0.5,
+        attention_softcap=fields.nullable("attn_logit_softcapping", float, 50.0),
+        logit_softcap=fields.nullable("final_logit_softcapping", float, 30.0),
+        sliding_window=window,
+        full_attention_layers=full,
+        qkv_bias=bias,
+        attention_output_bias=bias,
+        **(common | {"head_dim": fields.get("head_dim", int, 256)}),
+    )
+
+
+def window_layers(fields: Fields, num_layers: int) -> tuple[tuple[int, ...], int | None]:
+    """The layers that see everything, and the window of the others."""
+    default = ["full_attention" if index % 2 else "sliding_attention" for index in range(num_layers)]
+    kinds = fields.get("layer_types", list, default)
+    if len(kinds) != num_layers or set(kinds) - {"full_attention", "sliding_attention"}:
+        raise UserError(f"config.json: layer_types = {kinds!r} does not say full or sliding for {num_layers} layers")
+    window = fields.nullable("sliding_window", int, 4096)
+    full = tuple(index for index, kind in enumerate(kinds) if kind == "full_attention")
+    return (full, window) if window is not None and len(full) < num_layers else ((), None)
+
+
+def write(a: Architecture) -> dict[str, Any]:
+    assert a.attention_scale is not None
+    full = range(a.num_layers) if a.sliding_window is None else a.full_attention_layers
+    return {
+        **written_fields(a, activation_field="hidden_activation", activation="gelu_pytorch_tanh"),
+        "query_pre_attn_scalar": round(a.attention_scale**-2),
+        "attn_logit_softcapping": a.attention_softcap,
+        "final_logit_softcapping": a.logit_softcap,
+        "sliding_window": a.sliding_window,
+        "layer_types": [f"{'full' if index in full else 'sliding'}_attention" for index in range(a.num_layers)],
+        "attention_bias": a.qkv_bias,
+    }
+
+
+def table(a: Architecture) -> Table:
+    return decoder_table(a, _NAMES)
+
+
+_GEMMA_2_9B = Architecture(
+    family="gemma2",
+    num_layers=42,
+    hidden_size=3584,
+    ffn_hidden_size=14_336,
+    num_attention_heads=16,
+    num_query_groups=8,
+    head_dim=256,
+    vocab_size=256_000,
+    max_position_embeddings=8192,
+    norm="rmsnorm_1p",
+    norm_epsilon=1e-6,
+    norm_placement="sandwich",
+    activation="geglu_tanh",
+    embedding_multiplier=3584**0.5,
+    attention_scale=256**-0.5,
+    attention_softcap=50.0,
+    logit_softcap=30.0,
+    sliding_window=4096,
+    full_attention_layers=tuple(range(1, 42, 2)),
+    tied_embeddings=True,
+)
+
+FAMILY = Family(
+    name="gemma2",
+    title="Gemma 2",
+    hf_class="Gemma2ForCausalLM",
+    read=read,
+    table=table,
+    write=write,
+    sizes={
+        "gemma2-tiny": tiny(
+            _GEMMA_2_9B,
+            head_dim=32,
+            embedding_multiplier=8.0,
+            attention_scale=24**-0.5,
+            attention_softcap=5.0,
+            logit_softcap=6.0,
+            sliding_window=96,
+            full_attention_layers=(1,),
+        ),
+        "gemma-2-2b": replace(
+            _GEMMA_2_9B,
+            num_layers=26,
+            hidden_size=2304,
+            ffn_hidden_size=9216,
+            num_attention_heads=8,
+            num_query_groups=4,
+            embedding_multiplier=2304**0.5,
+            full_attention_layers=tuple(range(1, 26, 2)),
+        ),
+        "gemma-2-9b": _GEMMA_2_9B,
+    },
+)

@@ -1,0 +1,61 @@
+"""GLM-4-9B as transformers has it: neighbours rotated in half of each head, fused gate and up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shared.families.decoder import common_fields, written_fields
+from shared.families.family import Family, tiny
+from shared.families.fields import Fields
+from shared.families.tensors import Names, decoder_table
+from shared.mapping.rule import Table
+from shared.model.architecture import Architecture
+
+_NAMES = Names(fc1=("mlp.gate_up_proj",))
+
+
+def read(fields: Fields) -> Architecture:
+    """Biases are on q, k and v only."""
+    common = common_fields(fields, default_epsilon=1.5625e-7, rotary_fraction=0.5)
+    return Architecture(
+        family="glm",
+        rotary_interleaved=True,
+        qkv_bias=fields.get("attention_bias", bool, True),
+        **(common | {"head_dim": fields.get("head_dim", int, 128)}),
+    )
+
+
+def write(a: Architecture) -> dict[str, Any]:
+    return {**written_fields(a, partial=True), "attention_bias": a.qkv_bias}
+
+
+def table(a: Architecture) -> Table:
+    return decoder_table(a, _NAMES)
+
+
+_GLM_4_9B = Architecture(
+    family="glm",
+    num_layers=40,
+    hidden_size=4096,
+    ffn_hidden_size=13_696,
+    num_attention_heads=32,
+    num_query_groups=2,
+    head_dim=128,
+    vocab_size=151_552,
+    max_position_embeddings=131_072,
+    norm_epsilon=1.5625e-7,
+    rotary_dim=64,
+    rotary_interleaved=True,
+    qkv_bias=True,
+    tied_embeddings=False,
+)
+
+FAMILY = Family(
+    name="glm",
+    title="GLM-4-9B",
+    hf_class="GlmForCausalLM",
+    read=read,
+    table=table,
+    write=write,
+    sizes={"glm-tiny": tiny(_GLM_4_9B, rotary_dim=8), "glm-4-9b": _GLM_4_9B},
+)

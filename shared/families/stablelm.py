@@ -1,0 +1,76 @@
+"""StableLM 3B, 2-1.6B and 2-12B: LayerNorm, a quarter of each head rotated."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from shared.families.decoder import common_fields, table, written_fields
+from shared.families.family import Family, tiny
+from shared.families.fields import Fields
+from shared.model.architecture import Architecture
+
+
+def read(fields: Fields) -> Architecture:
+    """With `use_parallel_residual` attention and MLP share one norm."""
+    fields.expect("qk_layernorm", False, why="a norm with weights for each head is not computed here")
+    fields.expect("hidden_dropout", 0, 0.0, why="train without dropout, or set it to 0.0")
+    parallel = fields.get("use_parallel_residual", bool, False)
+    return Architecture(
+        family="stablelm",
+        norm="layernorm",
+        norm_bias=True,
+        residual="parallel_shared" if parallel else "sequential",
+        qkv_bias=fields.get("use_qkv_bias", bool, False),
+        **common_fields(fields, epsilon="layer_norm_eps", default_epsilon=1e-5, rotary_fraction=0.25),
+    )
+
+
+def write(a: Architecture) -> dict[str, Any]:
+    fields = written_fields(a, epsilon="layer_norm_eps", partial=True)
+    del fields["head_dim"]  # always hidden_size / num_attention_heads
+    parallel = a.residual == "parallel_shared"
+    return {**fields, "use_qkv_bias": a.qkv_bias, "use_parallel_residual": parallel, "qk_layernorm": False}
+
+
+_STABLELM_2_1_6B = Architecture(
+    family="stablelm",
+    num_layers=24,
+    hidden_size=2048,
+    ffn_hidden_size=5632,
+    num_attention_heads=32,
+    num_query_groups=32,
+    head_dim=64,
+    vocab_size=100_352,
+    max_position_embeddings=4096,
+    norm="layernorm",
+    norm_bias=True,
+    norm_epsilon=1e-5,
+    rotary_dim=16,
+    qkv_bias=True,
+    tied_embeddings=False,
+)
+
+FAMILY = Family(
+    name="stablelm",
+    title="StableLM 3B, StableLM 2 1.6B",
+    hf_class="StableLmForCausalLM",
+    read=read,
+    table=table,
+    write=write,
+    sizes={
+        "stablelm-tiny": tiny(_STABLELM_2_1_6B, rotary_dim=4),
+        "stablelm-tiny-parallel": tiny(_STABLELM_2_1_6B, rotary_dim=4, residual="parallel_shared", qkv_bias=False),
+        "stablelm-2-1.6b": _STABLELM_2_1_6B,
+        "stablelm-3b-4e1t": replace(
+            _STABLELM_2_1_6B,
+            num_layers=32,
+            hidden_size=2560,
+            ffn_hidden_size=6912,
+            head_dim=80,
+            rotary_dim=20,
+            vocab_size=50_304,
+            qkv_bias=False,
+        ),
+    },
+)

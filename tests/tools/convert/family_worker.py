@@ -1,0 +1,108 @@
+"""One of two processes that run and train every family's model, at TP=2 and then at PP=2.
+
+Run as `family_worker.py WORK RANK PORT`: for each WORK/<size>.megatron, the logits of WORK/<size>.ids.pt, and one
+training step on it with Megatron-Core's data-parallel wrapper and pipeline schedule. The gradients are saved as a
+checkpoint of their own, WORK/<size>.<layout>.gradients, each where its weight would be.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import shared.device
+
+shared.device.prepare()  # CUDA, or its surface on the CPU, before Megatron-Core is imported
+
+from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+
+from shared.checkpoint.passengers import config_of  # noqa: E402
+from shared.families import registry  # noqa: E402
+from shared.model import gpt, weights  # noqa: E402
+from shared.model.logits import logits  # noqa: E402
+from shared.model.parallel import ParallelLayout, initialize  # noqa: E402
+
+LAYOUTS = {"tp2": ParallelLayout(tensor=2, sequence_parallel=True), "pp2": ParallelLayout(pipeline=2)}
+ROWS, LENGTH = 2, 128  # of the training step; its labels are the next tokens
+
+
+def rows_of(ids: torch.Tensor) -> torch.Tensor:
+    """`[1, positions]` to `[ROWS, LENGTH + 1]`, which overlap."""
+    return ids[0].unfold(0, LENGTH + 1, ids.shape[1] - LENGTH - 1)[:ROWS]
+
+
+def step(chunk: Any, rows: torch.Tensor) -> float:
+    """Mean loss of the rows; leaves the gradients of its mean in `main_grad`."""
+    config = chunk.config
+    config.finalize_model_grads_func = finalize_model_grads
+    model = DistributedDataParallel(config, DistributedDataParallelConfig(), chunk)
+    model.zero_grad_buffer()
+    positions = torch.arange(LENGTH)[None]
+
+    def forward(iterator: Any, wrapped: Any) -> Any:
+        row = next(iterator)
+        return wrapped(row[:, :-1], positions, None, labels=row[:, 1:]), total
+
+    def total(loss: torch.Tensor) -> Any:
+        return loss.sum(), torch.tensor(loss.numel(), dtype=torch.int), loss.detach().sum()
+
+    summed = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=iter(rows.split(1)),
+        model=model,
+        num_microbatches=len(rows),
+        seq_length=LENGTH,
+        micro_batch_size=1,
+    )
+    loss = torch.stack(summed).sum() if summed else torch.zeros(())
+    torch.distributed.broadcast(
+        loss,
+        parallel_state.get_pipeline_model_parallel_last_rank(),
+        group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+    return loss.item() / (ROWS * LENGTH)
+
+
+def main(work: Path) -> None:
+    torch.set_num_threads(1)
+    filesystem_async._results_queue = queue.Queue()  # no manager process that outlives this one
+    filesystem_async._process_memory = lambda: 0  # asks for psutil, for a debugging line
+    for name, layout in LAYOUTS.items():
+        initialize(layout, 0)
+        for source in sorted(work.glob("*.megatron")):
+            size = source.name.removesuffix(".megatron")
+            architecture = registry.from_config(config_of(source / "hf" / "config.json"))
+            chunks = gpt.build(architecture, layout, dtype=torch.float32, calculate_per_token_loss=True)
+            weights.load(chunks, source / "release")
+            ids = torch.load(work / f"{size}.ids.pt")
+            result = {"logits": logits(chunks, ids), "loss": step(chunks[0], rows_of(ids))}
+            gradients = work / f"{size}.{name}.gradients" / "iter_0000001"
+            if torch.distributed.get_rank() == 0:
+                torch.save(result, work / f"{size}.{name}.pt")
+                gradients.mkdir(parents=True)
+                (gradients.parent / "latest_checkpointed_iteration.txt").write_text("1")
+            with torch.no_grad():
+                for parameter in chunks[0].parameters():
+                    parameter.copy_(parameter.main_grad)
+            torch.distributed.barrier()
+            dist_checkpointing.save(weights.sharded_state_dict(chunks)["model"], str(gradients))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.update(RANK=sys.argv[2], LOCAL_RANK=sys.argv[2], WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = sys.argv[3]
+    main(Path(sys.argv[1]))

@@ -1,0 +1,288 @@
+"""Every family against transformers, on tiny models of every size that is named so: nothing here names a family.
+
+A size's checkpoint goes to Megatron form and back bit for bit; both implementations' logits agree over hundreds of
+positions, alone, at TP=2 with sequence parallelism and at PP=2; a step of training gives the same loss and gradients;
+and a table or an architecture that is wrong in one place is found out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shared.checkpoint.hf import HfReader
+from shared.families import registry
+from shared.families.family import Family
+from shared.mapping.layout import Segment, Shape
+from shared.mapping.rule import Rule
+from shared.model.architecture import Architecture
+
+SIZES = [name for name in registry.sizes() if "tiny" in name]
+POSITIONS, CONTINUED = 256, 32
+# fp32 sums in another order, as `convert verify` explains: 1e-4 of the logits' spread.
+TOLERANCE = 1e-4
+# The same for gradients, which are sums over 256 positions of products of such numbers: relative to the largest of the
+# model, since some are zero but for rounding (a bias of keys shifts all scores alike).
+GRADIENT_TOLERANCE = 1e-4
+
+
+def tiny(size: str) -> Architecture:
+    return replace(registry.sizes()[size], vocab_size=509)  # padded, on every layout
+
+
+@pytest.fixture(params=SIZES)
+def size(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_round_trip_and_logits(size: str, write_architecture: Any, convert: Any, tmp_path: Path) -> None:
+    source, target, back = (tmp_path / name for name in ("hf", "megatron", "back"))
+    write_architecture(source, tiny(size))
+    assert convert("to-megatron", "--source", source, "--target", target).code == 0
+    answer = convert("verify", "--source", source, "--target", target, "--positions", "288")
+    assert answer.code == 0, answer.err
+    found = json.loads(target.with_name("megatron.certificate.json").read_text())["logits"]
+    assert found["positions"] == 288
+    assert found["max_difference"] < TOLERANCE * found["spread"]
+    assert found["spread"] > 0.1  # logits that a misplaced row would change
+    assert convert("to-hf", "--source", target, "--target", back).code == 0
+    for file in (file for file in source.rglob("*") if file.is_file()):
+        assert (back / file.relative_to(source)).read_bytes() == file.read_bytes(), file
+
+
+@pytest.fixture(scope="module")
+def worker() -> Any:
+    import importlib.util
+
+    path = Path(__file__).with_name("family_worker.py")
+    specification = importlib.util.spec_from_file_location("family_worker", path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def reference(source: Path, ids: torch.Tensor, worker: Any) -> dict[str, Any]:
+    """transformers' continuation of the ids, the logits of both, and the loss and gradients of one step."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        everything = {"attention_mask": torch.ones_like(ids), "eos_token_id": -1, "pad_token_id": 0}
+        ids = model.generate(ids, max_new_tokens=CONTINUED, do_sample=False, **everything)
+        logits = model(ids).logits
+    rows = worker.rows_of(ids)
+    scores = model(rows[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), rows[:, 1:].flatten())
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"ids": ids, "logits": logits, "loss": loss.item(), "gradients": gradients}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, write_architecture: Any, worker: Any) -> tuple[Path, dict[str, Any]]:
+    """What two processes made of each model, at each layout, and what transformers makes of it."""
+    from tools.convert.cli import tool
+
+    folder = tmp_path_factory.mktemp("families")
+    known = {}
+    for size in SIZES:
+        source = write_architecture(folder / f"{size}.hf", tiny(size), dtype="fp32")
+        with pytest.raises(SystemExit) as ended:
+            tool.run(["to-megatron", "--source", str(source), "--target", str(folder / f"{size}.megatron")])
+        assert not ended.value.code
+        ids = torch.randint(509, (1, POSITIONS), generator=torch.Generator().manual_seed(1))
+        known[size] = reference(source, ids, worker)
+        torch.save(known[size]["ids"], folder / f"{size}.ids.pt")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, Path(__file__).with_name("family_worker.py"), folder]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), port],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        texts = [process.communicate(timeout=400)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    for process, text in zip(ranks, texts, strict=True):
+        assert process.returncode == 0, text[-4000:]
+    return folder, known
+
+
+def test_two_processes_run_and_train_as_transformers_does(
+    work: tuple[Path, dict[str, Any]], convert: Any, tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    """One test, so that the processes are started once, however the tests are dealt over workers."""
+    folder, known = work
+    for size, layout in product(SIZES, ("tp2", "pp2")):
+        made, theirs = torch.load(folder / f"{size}.{layout}.pt"), known[size]
+        with subtests.test("logits and greedy continuation", size=size, layout=layout):
+            assert made["logits"].shape == (1, POSITIONS + CONTINUED, 509)
+            assert (made["logits"] - theirs["logits"]).abs().max() < TOLERANCE * theirs["logits"].std()
+            # Each next token given the same tokens before it: the continuations are equal, by induction.
+            assert torch.equal(made["logits"][:, POSITIONS - 1 : -1].argmax(-1), theirs["ids"][:, POSITIONS:])
+        with subtests.test("loss and gradients of a step", size=size, layout=layout):
+            assert made["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+            target = tmp_path / f"{size}.{layout}"
+            words = ("--source", folder / f"{size}.{layout}.gradients", "--hf-files", folder / f"{size}.hf")
+            answer = convert("to-hf", *words, "--dtype", "fp32", "--target", target)
+            assert answer.code == 0, answer.err
+            check_gradients(HfReader(target), theirs["gradients"])
+
+
+def check_gradients(reader: HfReader, theirs: dict[str, torch.Tensor]) -> None:
+    largest = max(gradient.abs().max() for gradient in theirs.values())
+    assert reader.tensors.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        data = bytearray(b"".join(map(bytes, reader.rows(name))))
+        ours = torch.frombuffer(data, dtype=torch.float32).view(reader.tensors[name].shape)
+        assert (ours - expected).abs().max() < GRADIENT_TOLERANCE * largest, name
+        assert expected.abs().max() > 0, name
+
+
+class Swapped:
+    """A layout with runs of rows of the target exchanged: wrong the same way in both directions."""
+
+    def __init__(self, layout: Any, *runs: tuple[int, int, int]) -> None:
+        """`runs` are (first row, other row, rows)."""
+        self.layout, self.runs = layout, runs
+
+    def target_shape(self, shapes: list[Shape]) -> Shape:
+        return tuple(self.layout.target_shape(shapes))
+
+    def segments(self, shapes: list[Shape]) -> tuple[Segment, ...]:
+        origin = [
+            (segment.source, segment.source_row + row)
+            for segment in self.layout.segments(shapes)
+            for row in range(segment.rows)
+        ]
+        for first, other, rows in self.runs:
+            a, b = slice(first, first + rows), slice(other, other + rows)
+            origin[a], origin[b] = origin[b], origin[a]
+        return tuple(
+            Segment(source=source, source_row=row, target_row=index, rows=1)
+            for index, (source, row) in enumerate(origin)
+        )
+
+
+def mistakes_of_tables(a: Architecture) -> Iterator[tuple[str, Callable[[Rule], Rule]]]:
+    """Mistakes in a table that undo themselves on the way back."""
+    group = (a.num_attention_heads // a.num_query_groups + 2) * a.head_dim
+    per_group = a.num_attention_heads // a.num_query_groups
+    starts = [index * group for index in range(a.num_query_groups)]
+
+    def swap(ending: str, *runs: tuple[int, int, int]) -> Callable[[Rule], Rule]:
+        return lambda rule: (
+            replace(rule, layout=Swapped(rule.layout, *runs)) if rule.megatron.endswith(ending) else rule
+        )
+
+    if a.gated:
+        yield "gate and up", swap("linear_fc1.weight", (0, a.ffn_hidden_size, a.ffn_hidden_size))
+    k, v = per_group * a.head_dim, (per_group + 1) * a.head_dim
+    yield "key and value", swap("linear_qkv.weight", *((s + k, s + v, a.head_dim) for s in starts))
+    if a.num_query_groups > 1:
+        yield "key of another group", swap("linear_qkv.weight", (starts[0] + k, starts[1] + k, a.head_dim))
+        yield "query of another group", swap("linear_qkv.weight", (starts[0], starts[1], a.head_dim))
+    if a.positions == "rope":
+        step = 2 if a.rotary_interleaved else 1
+        heads = [s + head * a.head_dim for s in starts for head in range(per_group + 1)]
+        half = 1 if a.rotary_interleaved else a.rotated // 2
+        pairs = [(h, h + step, 1) for h in heads] + [(h + half, h + half + step, 1) for h in heads]
+        yield "pairs of the rotation", swap("linear_qkv.weight", *pairs)
+
+
+# Architecture's fields that change no tensor, and what a careless reader of the configuration takes them for.
+CARELESS: dict[str, Any] = {
+    "norm": {"rmsnorm_1p": "rmsnorm"},
+    "residual": {"parallel": "sequential"},
+    "activation": {"swiglu": "geglu", "geglu_tanh": "swiglu", "gelu": "relu", "gelu_tanh": "relu"},
+    "rope_theta": 500.0,
+    "rotary_dim": None,
+    "rotary_interleaved": False,
+    "layers_without_rope": (),
+    "attention_scale": None,
+    "attention_softcap": None,
+    "sliding_window": None,
+    "full_attention_layers": (),
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logit_multiplier": 1.0,
+    "logit_softcap": None,
+}
+
+
+def careless_readings(a: Architecture) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Fields that are read as something else."""
+    assert CARELESS.keys() <= {field.name for field in fields(a)}
+    for name, wrong in CARELESS.items():
+        value = getattr(a, name)
+        other = wrong.get(value, value) if isinstance(wrong, dict) else wrong
+        if name == "rope_theta" and a.positions != "rope":
+            continue
+        if value == other:
+            continue
+        with_it = {"full_attention_layers": ()} if name == "sliding_window" else {}
+        yield name, {name: other, **with_it}
+
+
+def mistaken(family: Family, change: Callable[[Rule], Rule] = lambda rule: rule, **wrong: Any) -> Family:
+    def table(a: Architecture) -> Any:
+        right = family.table(a)
+        return replace(right, rules=tuple(change(rule) for rule in right.rules))
+
+    return replace(family, table=table, read=lambda given: replace(family.read(given), **wrong))
+
+
+def test_one_mistake_is_found_out(
+    size: str,
+    write_architecture: Any,
+    convert: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    subtests: pytest.Subtests,
+) -> None:
+    from tools.convert import verify_logits
+
+    right = verify_logits._transformers
+    known: list[torch.Tensor] = []
+
+    def once(source: Path, ids: torch.Tensor) -> torch.Tensor:  # the same ids each time: one seed
+        if not known:
+            known.append(right(source, ids))
+        return known[0]
+
+    monkeypatch.setattr(verify_logits, "_transformers", once)
+    architecture = tiny(size)
+    family = registry.FAMILIES[architecture.family]
+    source = write_architecture(tmp_path / "hf", architecture)
+    wrong = {name: mistaken(family, change) for name, change in mistakes_of_tables(architecture)}
+    wrong |= {name: mistaken(family, **changes) for name, changes in careless_readings(architecture)}
+    for index, (name, mistake) in enumerate(wrong.items()):
+        monkeypatch.setitem(registry.FAMILIES, family.name, mistake)
+        target = tmp_path / f"megatron{index}"
+        assert convert("to-megatron", "--source", source, "--target", target).code == 0
+        with subtests.test(name):
+            answer = convert("verify", "--source", source, "--target", target, "--positions", "256")
+            assert answer.code == 1
+            assert "logits differ by" in answer.err
