@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("convert", "pretrain", "sft", "rlhf", "infer")
-DOCUMENTS = sorted(p for p in [*ROOT.glob("*.md"), *ROOT.glob("tools/*/README.md"), *ROOT.glob("demo/*.md")])
+FOLDERS = ("", "tools/*/", "demo/", "containers/", "containers/*/")
+DOCUMENTS = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}*.md"))
 
 
 def blocks(document: Path) -> list[str]:
@@ -28,7 +29,7 @@ def commands(document: Path) -> list[str]:
 
 def in_container(line: str, tool: str) -> str | None:
     """The tool's own command line in `docker run ... TOOL[:TAG] ...` or `baton ... TOOL ...`; None in any other."""
-    if not re.match(r"(\w+=\S* )*(docker run|baton) ", line):
+    if not re.match(r"(\w+=\S* )*(docker run|baton) ", line) or "--entrypoint" in line:
         return None
     words = shlex.split(line, comments=True)
     places = [place for place, word in enumerate(words) if re.fullmatch(rf"{tool}(:[\w.-]+)?", word)]
