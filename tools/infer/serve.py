@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from shared.cli import log
-from shared.errors import EXIT_DONE, StageError, UserError
+from shared.errors import EXIT_DONE, EXIT_INTERRUPTED, Interrupted, StageError, UserError
 from tools.infer.engine import check_supported, model_config, open_source, reason
 from tools.infer.settings import engine_arguments, on_gpu, prepare_environment
 
@@ -37,9 +37,13 @@ def run(
     tensor_parallel: int,
     batch_size: int | None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT. UserError for what cannot be served, StageError if the engine dies."""
+    """Serve until SIGTERM or SIGINT, or SIGUSR1, which raises Interrupted.
+
+    UserError for what cannot be served, StageError if the engine dies.
+    """
     signal.signal(signal.SIGTERM, _leave)  # a server that is told to stop has done its work, also while it loads
     signal.signal(signal.SIGINT, _leave)
+    signal.signal(signal.SIGUSR1, _leave_for_now)
     with bind(host, port) as listener:
         prepare_environment()
         model = open_source(source)
@@ -56,10 +60,22 @@ def run(
         import uvloop
 
         uvloop.run(_serve(listener, host, arguments, name))
+    if _exit_code == EXIT_INTERRUPTED:
+        raise Interrupted("the time was up; the same command serves again")
+
+
+_exit_code = EXIT_DONE  # of a server that was told to stop
 
 
 def _leave(signum: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(EXIT_DONE)
+    raise SystemExit(_exit_code)
+
+
+def _leave_for_now(signum: int, frame: FrameType | None) -> None:
+    """Slurm's warning that the time is up: stop as SIGTERM does, with the exit code that says: start it again."""
+    global _exit_code
+    _exit_code = EXIT_INTERRUPTED
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -139,7 +155,7 @@ async def _engine(arguments: dict[str, Any]) -> AsyncIterator[AsyncLLM]:
         # The server needs the engine in a process of its own. vLLM starts it afresh on CPU, and it spends most of the
         # start importing again what this process has imported; a fork has it. No thread of torch runs here yet.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-        os.register_at_fork(after_in_child=_die_with_parent)
+        os.register_at_fork(after_in_child=_belong_to_parent)
     try:
         engine = AsyncLLM.from_vllm_config(config)
     except RuntimeError as error:
@@ -150,8 +166,9 @@ async def _engine(arguments: dict[str, Any]) -> AsyncIterator[AsyncLLM]:
         engine.shutdown(timeout=config.shutdown_timeout)
 
 
-def _die_with_parent() -> None:
+def _belong_to_parent() -> None:
     """Have the kernel end this process when its parent is gone, even by SIGKILL, so that no engine is left behind."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # where Slurm signals every process of a job: the server stops it
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -118,6 +118,18 @@ def test_sigterm_while_it_loads_ends_it_and_leaves_no_engine(launcher, models):
     assert done.stdout == ""
 
 
+def test_the_end_of_a_jobs_time_stops_it_with_the_code_to_start_again(launcher, models):
+    """SIGUSR1, sent to every process as some Slurm clusters do."""
+    pid, files = launcher.start("serve", "--source", models("llama"), "--port", 0, "--precision", "fp32")
+    ready(files.with_suffix(".out"), lambda: not gone(pid))
+    for process in (pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())):
+        os.kill(process, signal.SIGUSR1)
+    done = launcher.wait(pid, files)
+    assert done.code == 75, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "the same command serves again" in done.stderr
+
+
 def test_a_port_in_use_is_said_at_once(models, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
