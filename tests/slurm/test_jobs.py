@@ -52,7 +52,7 @@ def test_what_is_cancelled_stays_cancelled(cluster: Any) -> None:
     job = cluster.submit("", "sh", "-c", STOPPABLE.format("TERM"))
     cluster.until((cluster.place / f"ready-{job}").exists)
     cluster.run("scancel", job)
-    (record,) = cluster.wait(job)
+    (record,) = cluster.wait(job, seconds=60)
     assert (record["JobState"], record["Restarts"]) == ("CANCELLED", "0"), cluster.log(job)
     cluster.until(lambda: not cluster.run("squeue", "--noheader", "--jobs", job, code=None).stdout)
 
