@@ -8,15 +8,21 @@ from typing import Any
 
 from shared.errors import UserError
 from shared.families import (
+    bloom,
     cohere,
+    falcon,
     gemma,
     gemma2,
     glm,
     glm4,
+    gpt_bigcode,
+    gpt_neox,
+    gptj,
     granite,
     llama,
     mistral,
     olmo2,
+    opt,
     phi3,
     qwen2,
     qwen3,
@@ -45,6 +51,12 @@ _MODULES = (
     stablelm,
     cohere,
     starcoder2,
+    gpt_bigcode,
+    falcon,
+    bloom,
+    gpt_neox,
+    gptj,
+    opt,
 )
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
 

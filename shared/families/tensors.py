@@ -18,6 +18,7 @@ class Names:
     Names of parts of a layer follow `layer`. Several names are projections that Megatron-Core holds as one.
     """
 
+    prefix: str = ""  # which files that were saved without the head lack
     embedding: str = "model.embed_tokens"
     embedding_norm: str = ""
     positions: str = ""
@@ -47,6 +48,7 @@ def decoder_table(a: Architecture, names: Names) -> Table:
         rules=tuple(_rules(a, names)),
         aliases=(tied,) if a.tied_embeddings else (),
         asides=tuple(Aside(name=names.layer + name) for name in names.asides),
+        optional_prefix=names.prefix,
         sizes={"layer": a.num_layers},
     )
 

@@ -39,6 +39,7 @@ def account_sources(table: Table, found: Mapping[str, Found], where: str) -> Acc
     Raises:
         UserError: naming the tensor, both shapes, and the file.
     """
+    table = table.named_as(found)
     entries = tuple(table.entries())
     wanted = {source.name: source.shape for entry in entries for source in entry.sources}
     assert len(wanted) == sum(len(entry.sources) for entry in entries), "a table uses each source once"

@@ -6,8 +6,8 @@ A rule is `Megatron key | stacking axes | source names | layout`. Names may hold
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
@@ -58,7 +58,28 @@ class Table:
     rules: tuple[Rule, ...]
     aliases: tuple[Alias, ...] = ()
     asides: tuple[Aside, ...] = ()
+    optional_prefix: str = ""  # of all names but the head's; some programs save without it
     sizes: Mapping[Axis, int]  # how many of each axis
+
+    def named_as(self, found: Collection[str]) -> Table:
+        """The same table, without the optional prefix where none of the names found has it."""
+        prefix = self.optional_prefix
+        if not prefix or any(name.startswith(prefix) for name in found):
+            return self
+
+        def bare(name: str) -> str:
+            return name.removeprefix(prefix)
+
+        return replace(
+            self,
+            rules=tuple(
+                replace(rule, sources=tuple(replace(source, name=bare(source.name)) for source in rule.sources))
+                for rule in self.rules
+            ),
+            aliases=tuple(replace(alias, of=bare(alias.of)) for alias in self.aliases),
+            asides=tuple(replace(aside, name=bare(aside.name)) for aside in self.asides),
+            optional_prefix="",
+        )
 
     def entries(self) -> Iterator[Entry]:
         """The rules applied to every layer, in the order of the rules."""

@@ -33,6 +33,8 @@ class RopeScaling:
 
 Activation = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"]
 
+Residual = Literal["sequential", "parallel", "parallel_shared"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
@@ -61,7 +63,7 @@ class Architecture:
     embedding_norm: bool = False  # a norm on the embedded tokens (BLOOM)
     # sequential: the MLP reads what attention left. parallel: both read the layer's input, through a norm each.
     # parallel_shared: through one norm.
-    residual: Literal["sequential", "parallel", "parallel_shared"] = "sequential"
+    residual: Residual = "sequential"
 
     activation: Activation = "swiglu"
     mlp_bias: bool = False

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 from shared.model.architecture import Architecture
@@ -33,6 +34,22 @@ def adapt_embedding(embedding: LanguageModelEmbedding, architecture: Architectur
             return output * torch.tensor(architecture.embedding_multiplier, dtype=output.dtype, device=output.device)
 
         embedding.word_embeddings.register_forward_hook(multiply)
+
+
+def output_layer_with_bias(model: GPTModel) -> ColumnParallelLinear:
+    """An output layer as Megatron-Core's GPT has it, and a bias of the logits."""
+    layer = ColumnParallelLinear(
+        model.config.hidden_size,
+        model.vocab_size,
+        config=model.config,
+        init_method=model.config.init_method,
+        bias=True,
+        skip_bias_add=False,
+        gather_output=not model.parallel_output,
+        tp_group=model.pg_collection.tp,
+    )
+    layer.weight.is_embedding_or_output_parameter = True
+    return layer
 
 
 def adapt_output(layer: ColumnParallelLinear, architecture: Architecture) -> None:

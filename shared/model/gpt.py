@@ -16,7 +16,7 @@ from torch.nn import functional
 from shared.device import prepare
 from shared.model.architecture import Activation, Architecture
 from shared.model.cross_entropy import vocab_parallel_cross_entropy
-from shared.model.ends import adapt_embedding, adapt_output
+from shared.model.ends import adapt_embedding, adapt_output, output_layer_with_bias
 from shared.model.parallel import ParallelLayout
 from shared.model.rope import inverse_frequencies
 from shared.model.spec import block_spec
@@ -72,6 +72,8 @@ class LanguageModel(GPTModel):
         if self.pre_process:
             adapt_embedding(self.embedding, architecture)
         if self.post_process:
+            if architecture.output_bias:
+                self.output_layer = output_layer_with_bias(self)
             adapt_output(self.output_layer, architecture)
 
     def forward(

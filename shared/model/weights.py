@@ -80,7 +80,7 @@ def _check(
         raise UserError(f"{path}: {_some(unexpected)} unknown to the model; is hf/config.json of another model?")
     for key, shape in wanted.items():
         found = saved[key]
-        if key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        if key in ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias"):
             fits = found[1:] == shape[1:] and found[0] >= model.architecture.vocab_size
         else:
             fits = found == shape
@@ -98,6 +98,8 @@ def _clear_padding(chunk: LanguageModel) -> None:
     tables = [chunk.embedding.word_embeddings.weight] if chunk.pre_process else []
     if chunk.post_process and chunk.output_layer.weight is not None:
         tables.append(chunk.output_layer.weight)
+        if chunk.output_layer.bias is not None:
+            tables.append(chunk.output_layer.bias)
     for table in tables:
         first = table.shape[0] * parallel_state.get_tensor_model_parallel_rank()
         table[max(chunk.architecture.vocab_size - first, 0) :] = 0.0

@@ -156,6 +156,8 @@ def plan_export(
         dtype: the type of every weight; None for the source's own, or where there is no layout the checkpoint's.
     """
     table = registry.table_of(architecture)
+    if layout is not None:
+        table = table.named_as(layout.tensors())
     entries = account_targets(table, reader.tensors, str(reader.directory), NOT_WEIGHTS)
     origin = {source.name: (entry, place) for entry in entries for place, source in enumerate(entry.sources)}
     shapes = {name: entry.sources[place].shape for name, (entry, place) in origin.items()}

@@ -31,6 +31,8 @@ def transformers_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(kind.from_dict(dict(config)))
     found = {name: Tensor(tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+    if config["model_type"] == "gpt_neox":  # named otherwise in files than in the module
+        found["embed_out.weight"] = found.pop("lm_head.weight")
     if model.config.tie_word_embeddings:
         del found["lm_head.weight"]
     return found

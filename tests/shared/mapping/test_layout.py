@@ -8,6 +8,7 @@ import pytest
 from shared.mapping.layout import (
     CONCAT,
     PADDING,
+    Deal,
     Interleave,
     LayoutError,
     PadRows,
@@ -23,6 +24,8 @@ CASES: list[tuple[RowLayout, list[tuple[int, ...]]]] = [
     (Interleave(groups=2), [(8, 3), (4, 3), (4, 3)]),
     (Interleave(groups=1), [(8, 3), (2, 3), (2, 3)]),
     (Interleave(groups=4), [(4,), (4,), (4,)]),
+    (Deal(parts=(8, 4, 4), groups=2), [(16, 3)]),
+    (Deal(parts=(4, 1, 1), groups=1), [(6,)]),
     (PadRows(rows=8), [(5, 3)]),
     (PadRows(rows=8), [(8, 3)]),
 ]
@@ -101,3 +104,11 @@ def test_interleaving_agrees_with_the_reshape_of_megatron_bridge() -> None:
 def test_shapes_that_do_not_fit(layout: RowLayout, shapes: list[tuple[int, ...]], message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         layout.segments(shapes)
+
+
+def test_a_fused_projection_is_dealt_as_three_are() -> None:
+    q, k, v = (np.arange(rows)[:, None] + start for rows, start in ((8, 0), (2, 100), (2, 200)))
+    apart = apply(Interleave(groups=2), [q, k, v])
+    assert np.array_equal(apply(Deal(parts=(8, 2, 2), groups=2), [np.concatenate([q, k, v])]), apart)
+    with pytest.raises(LayoutError, match="12 rows are not blocks of"):
+        Deal(parts=(8, 2, 1), groups=1).target_shape([(12, 3)])

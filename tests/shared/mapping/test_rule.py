@@ -6,7 +6,7 @@ import pytest
 
 from shared.errors import UserError
 from shared.mapping.layout import CONCAT, Interleave, PadRows
-from shared.mapping.rule import Aside, Rule, Source, Table
+from shared.mapping.rule import Alias, Aside, Rule, Source, Table
 
 QKV = Rule(
     megatron="layers.qkv.weight",
@@ -42,3 +42,19 @@ def test_sources_that_cannot_be_joined_are_named() -> None:
     (entry,) = Table(rules=(rule,), sizes={}).entries()
     with pytest.raises(UserError, match="gate, up do not make fc1"):
         _ = entry.shape
+
+
+def test_a_prefix_that_no_name_has_is_left_out() -> None:
+    rule = Rule(megatron="fc", axes=("layer",), sources=(Source(name="model.h.{layer}.fc", shape=(2, 3)),))
+    table = Table(
+        rules=(rule,),
+        aliases=(Alias(name="head", of="model.wte"),),
+        asides=(Aside(name="model.h.{layer}.mask"),),
+        optional_prefix="model.",
+        sizes={"layer": 1},
+    )
+    assert table.named_as({"model.h.0.fc", "head"}) is table
+    bare = table.named_as({"h.0.fc", "head"})
+    assert [source.name for entry in bare.entries() for source in entry.sources] == ["h.0.fc"]
+    assert (bare.aliases[0].name, bare.aliases[0].of) == ("head", "wte")
+    assert bare.aside_names() == {"h.0.mask"}

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from transformers.models.cohere.modeling_cohere import CohereLayerNorm
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 
@@ -35,3 +37,29 @@ def test_weights_are_marked_for_sequence_parallel_sums(worker):
         config = transformer_config(worker.architecture(), layout, torch.float32)
         norm = RMSNorm(config=config, hidden_size=64, eps=1e-5)
         assert norm.weight.sequence_parallel is sequence_parallel
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_of_gemma_is_that_of_transformers_to_the_bit(dtype, model_of, worker):
+    norm = model_of(worker.architecture(norm="rmsnorm_1p"), dtype).decoder.final_layernorm
+    theirs = GemmaRMSNorm(64, eps=1e-5).to(dtype)
+    assert not norm.weight.any()
+    with torch.no_grad():
+        norm.weight.normal_()
+        theirs.weight.copy_(norm.weight)
+    x = (torch.randn(7, 3, 64) * 5).to(dtype)
+    assert torch.equal(norm(x), theirs(x))
+
+
+def test_layer_norms_are_those_of_torch_and_transformers(model_of, worker):
+    x = torch.randn(7, 3, 64) * 5 + 2
+    plain = model_of(worker.architecture(norm="layernorm")).decoder.final_layernorm
+    biased = model_of(worker.architecture(norm="layernorm", norm_bias=True)).decoder.final_layernorm
+    theirs, torchs = CohereLayerNorm(64, eps=1e-5), torch.nn.LayerNorm(64, eps=1e-5)
+    with torch.no_grad():
+        for ours, reference in ((plain, theirs), (biased, torchs)):
+            for parameter, other in zip(ours.parameters(), reference.parameters(), strict=True):
+                parameter.normal_()
+                other.copy_(parameter)
+    torch.testing.assert_close(plain(x), theirs(x), atol=1e-5, rtol=0)  # fp32, numbers of size 1
+    assert torch.equal(biased(x), torchs(x))

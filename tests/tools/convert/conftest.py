@@ -46,6 +46,7 @@ def write_hf(
     fp32: Callable[[str], bool] = lambda name: False,
     stored_head: bool = False,
     inv_freq: bool = False,
+    without_prefix: bool = False,
     shard_bytes: int = 1 << 30,
     seed: int = 0,
     scale: float = 0.2,
@@ -54,7 +55,8 @@ def write_hf(
     path.mkdir(parents=True)
     kinds: dict[str, tuple[Dtype, tuple[int, ...]]] = {}
     around_one: set[str] = set()  # weights of norms, unless the family stores them less one
-    for entry in registry.table_of(architecture).entries():
+    table = registry.table_of(architecture)
+    for entry in (table.named_as(()) if without_prefix else table).entries():
         for source in entry.sources:
             kinds[source.name] = (FP32 if fp32(source.name) else BY_FLAG[dtype], source.shape)
             if "norm" in entry.key and entry.key.endswith("weight") and architecture.norm != "rmsnorm_1p":

@@ -1,0 +1,131 @@
+"""OPT and Galactica: learned positions whose table starts two rows early, ReLU or GELU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from shared.families.decoder import GELU, activation, gelu_name
+from shared.families.family import Family, tiny
+from shared.families.fields import Fields
+from shared.families.tensors import Names, decoder_table
+from shared.mapping.rule import Table
+from shared.model.architecture import Architecture
+
+_NAMES = Names(
+    prefix="model.",
+    embedding="model.decoder.embed_tokens",
+    positions="model.decoder.embed_positions",
+    layer="model.decoder.layers.{layer}.",
+    attention_norm="self_attn_layer_norm",
+    mlp_norm="final_layer_norm",
+    proj="self_attn.out_proj",
+    fc1=("fc1",),
+    fc2="fc2",
+    final_norm="model.decoder.final_layer_norm",
+    asides=(),
+)
+
+
+def read(fields: Fields) -> Architecture:
+    """The 350M model, with norms behind each block and a narrower embedding, is refused."""
+    fields.expect("quantization_config", why="the weights are quantised; fetch the unquantised model")
+    fields.expect("do_layer_norm_before", True, why="norms behind the residual are not computed here")
+    fields.expect("layer_norm_elementwise_affine", True, why="norms without weights are not computed here")
+    fields.expect("_remove_final_layer_norm", False, why="the final norm is part of the family")
+    fields.expect("layerdrop", 0, 0.0, why="layers are never dropped here")
+    fields.ignore("activation_dropout")  # read by no version of the model
+    hidden, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
+    fields.expect("word_embed_proj_dim", hidden, why="projections around the embedding are not computed here")
+    bias = fields.get("enable_bias", bool, True)
+    return Architecture(
+        family="opt",
+        num_layers=fields.get("num_hidden_layers", int),
+        hidden_size=hidden,
+        ffn_hidden_size=fields.get("ffn_dim", int),
+        num_attention_heads=heads,
+        num_query_groups=heads,
+        head_dim=hidden // heads,
+        vocab_size=fields.get("vocab_size", int),
+        max_position_embeddings=fields.get("max_position_embeddings", int),
+        norm="layernorm",
+        norm_bias=True,
+        norm_epsilon=1e-5,  # torch's default: the family has no field for it
+        activation=activation(fields, "activation_function", GELU, "relu"),
+        mlp_bias=bias,
+        positions="learned",
+        learned_position_offset=2,
+        qkv_bias=bias,
+        attention_output_bias=bias,
+        attention_dropout=fields.get("attention_dropout", float, 0.0),
+        hidden_dropout=fields.get("dropout", float, 0.1),
+        tied_embeddings=fields.get("tie_word_embeddings", bool, True),
+        initializer_range=fields.get("init_std", float, 0.02),
+    )
+
+
+def write(a: Architecture) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": a.num_layers,
+        "hidden_size": a.hidden_size,
+        "word_embed_proj_dim": a.hidden_size,
+        "ffn_dim": a.ffn_hidden_size,
+        "num_attention_heads": a.num_attention_heads,
+        "vocab_size": a.vocab_size,
+        "max_position_embeddings": a.max_position_embeddings,
+        "activation_function": gelu_name(a),
+        "enable_bias": a.qkv_bias,
+        "attention_dropout": a.attention_dropout,
+        "dropout": a.hidden_dropout,
+        "tie_word_embeddings": a.tied_embeddings,
+        "init_std": a.initializer_range,
+    }
+
+
+def table(a: Architecture) -> Table:
+    return decoder_table(a, _NAMES)
+
+
+_OPT_1_3B = Architecture(
+    family="opt",
+    num_layers=24,
+    hidden_size=2048,
+    ffn_hidden_size=8192,
+    num_attention_heads=32,
+    num_query_groups=32,
+    head_dim=64,
+    vocab_size=50_272,
+    max_position_embeddings=2048,
+    norm="layernorm",
+    norm_bias=True,
+    norm_epsilon=1e-5,
+    activation="relu",
+    positions="learned",
+    learned_position_offset=2,
+    qkv_bias=True,
+    attention_output_bias=True,
+    mlp_bias=True,
+    hidden_dropout=0.1,
+    tied_embeddings=True,
+)
+
+FAMILY = Family(
+    name="opt",
+    title="OPT, Galactica",
+    hf_class="OPTForCausalLM",
+    read=read,
+    table=table,
+    write=write,
+    sizes={
+        "opt-tiny": tiny(_OPT_1_3B, num_query_groups=4, hidden_dropout=0.0),
+        "opt-125m": replace(
+            _OPT_1_3B,
+            num_layers=12,
+            hidden_size=768,
+            ffn_hidden_size=3072,
+            num_attention_heads=12,
+            num_query_groups=12,
+        ),
+        "opt-1.3b": _OPT_1_3B,
+    },
+)
