@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -155,6 +156,21 @@ def test_only_what_was_interrupted_goes_back_to_the_queue(
     assert done.returncode == int(exit_code)
     told = tmp_path / "record.scontrol"
     assert (told.read_text() if told.exists() else "") == ("requeue 41234\n" if requeued else "")
+
+
+def test_the_tools_accept_what_the_readme_submits(tmp_path: Path) -> None:
+    blocks = re.findall(r"^```bash\n(.*?)^```", (SLURM / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    submitted = [line.partition("stage.sbatch ")[2].strip() for line in lines if "stage.sbatch " in line]
+    shown = [words for words in submitted if not words.startswith("docker ")]
+    (tmp_path / "file.jsonl").write_text("{}\n")
+    assert {words.split()[0] for words in shown} == {"convert", "pretrain", "rlhf", "infer"}
+    for words in shown:
+        python = ROOT / "tools" / words.split()[0] / ".venv" / "bin" / "python"
+        parsed = [python, ROOT / "tests" / "readme_commands.py", words.split()[0], tmp_path]
+        answer = subprocess.run(parsed, input=words, capture_output=True, text=True, check=False)
+        assert answer.returncode == 0, answer.stderr
+        assert json.loads(answer.stdout)[0][0] == 0, f"{words}\n{answer.stdout}"
 
 
 def test_shellcheck_finds_nothing() -> None:
