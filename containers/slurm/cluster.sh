@@ -24,9 +24,9 @@ install() {
     export DEBIAN_FRONTEND=noninteractive
     # RUNLEVEL: the packages' own services stay off
     {
-        apt-get update -qq
-        RUNLEVEL=1 apt-get install -qq -y --no-install-recommends slurm-wlm munge
-    } >&2
+        apt-get update -qq &&
+            RUNLEVEL=1 apt-get install -qq -y --no-install-recommends -o DPkg::Lock::Timeout=120 slurm-wlm munge
+    } >&2 || no_cluster "slurm-wlm and munge could not be installed"
 }
 
 configure() {
