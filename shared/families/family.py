@@ -18,6 +18,7 @@ class Family:
     name: str  # Hugging Face's model_type
     title: str  # what people call it, and which members are meant
     hf_class: str  # the transformers class whose weights these are
+    other_classes: tuple[str, ...] = ()  # further names of it in published configurations
     read: Callable[[Fields], Architecture]
     table: Callable[[Architecture], Table]
     write: Callable[[Architecture], dict[str, Any]]  # the family's own fields of a new config.json

@@ -15,12 +15,14 @@ from shared.families import (
     gemma2,
     glm,
     glm4,
+    gpt2,
     gpt_bigcode,
     gpt_neox,
     gptj,
     granite,
     llama,
     mistral,
+    mpt,
     olmo2,
     opt,
     phi3,
@@ -57,6 +59,8 @@ _MODULES = (
     gpt_neox,
     gptj,
     opt,
+    gpt2,
+    mpt,
 )
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
 
@@ -82,7 +86,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         )
     family = FAMILIES[name]
     classes = config.get("architectures")
-    if classes and classes != [family.hf_class]:
+    if classes and classes not in [[name] for name in (family.hf_class, *family.other_classes)]:
         raise UserError(f"config.json: architectures {classes} is not supported; wanted: {family.hf_class}")
     return family
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from shared.mapping.layout import CONCAT, Deal, Interleave, PadRows, RowLayout
+from shared.mapping.layout import CONCAT, Deal, Interleave, PadRows, RowLayout, Transposed
 from shared.mapping.rule import Alias, Aside, Rule, Source, Table
 from shared.model.architecture import Architecture
 
@@ -37,6 +37,7 @@ class Names:
     fc2: str = "mlp.down_proj"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    inputs_first: bool = False  # weights of linear layers are `[in, out]`, as GPT-2's
     # Constants that files of old transformers versions hold; every implementation recomputes them.
     asides: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
 
@@ -71,11 +72,13 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
         fused = (sum(rows),) if len(parts) == 1 else rows
         for kind in ("weight", "bias") if bias else ("weight",):
             shapes = [(part, columns) if kind == "weight" else (part,) for part in fused]
+            across = kind == "weight" and names.inputs_first
             sources = [
-                Source(name=f"{names.layer}{name}.{kind}", shape=shape)
+                Source(name=f"{names.layer}{name}.{kind}", shape=shape[::-1] if across else shape)
                 for name, shape in zip(parts, shapes, strict=True)
             ]
-            yield Rule(megatron=f"{key}.{kind}", axes=("layer",), sources=tuple(sources), layout=layout)
+            rows_of = Transposed(rows=layout) if across else layout
+            yield Rule(megatron=f"{key}.{kind}", axes=("layer",), sources=tuple(sources), layout=rows_of)
 
     def norm(key: str, name: str, size: int = hidden) -> Iterator[Rule]:
         for kind in ("weight", "bias") if a.norm_bias else ("weight",):

@@ -117,6 +117,22 @@ class PadRows:
         return tuple(result)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Transposed:
+    """A layout of sources that are matrices the other way round, `[in, out]`: rows are their columns.
+
+    Its segments count columns of the sources; whoever moves them holds one tensor at a time.
+    """
+
+    rows: RowLayout
+
+    def target_shape(self, shapes: Sequence[Shape]) -> Shape:
+        return self.rows.target_shape([shape[::-1] for shape in shapes])
+
+    def segments(self, shapes: Sequence[Shape]) -> tuple[Segment, ...]:
+        return self.rows.segments([shape[::-1] for shape in shapes])
+
+
 COPY = Interleave(groups=1)
 CONCAT = Interleave(groups=1)
 

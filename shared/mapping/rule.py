@@ -12,7 +12,7 @@ from itertools import product
 from typing import Literal
 
 from shared.errors import UserError
-from shared.mapping.layout import COPY, PADDING, LayoutError, PadRows, RowLayout, Segment, Shape
+from shared.mapping.layout import COPY, PADDING, LayoutError, PadRows, RowLayout, Segment, Shape, Transposed
 
 Axis = Literal["layer"]
 
@@ -129,6 +129,11 @@ class Entry:
     def padded(self) -> bool:
         """Whether another padding of the rows is the same tensor."""
         return isinstance(self.layout, PadRows)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the segments count columns of the sources."""
+        return isinstance(self.layout, Transposed)
 
     @property
     def segments(self) -> tuple[Segment, ...]:

@@ -19,6 +19,8 @@ from shared.model.norm import norm_of
 def adapt_embedding(embedding: LanguageModelEmbedding, architecture: Architecture) -> None:
     """The architecture's norm, multiplier and dropout of embedded tokens."""
     embedding.embedding_dropout.p = architecture.embedding_dropout
+    if architecture.positions == "learned":  # Megatron-Core makes this table, alone, in fp32 whatever the type
+        embedding.position_embeddings.to(embedding.config.params_dtype)
     if architecture.embedding_norm:
         config = embedding.config
         embedding.word_embeddings_layernorm = norm_of(architecture, checkpointed=False)(

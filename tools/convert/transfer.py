@@ -6,7 +6,7 @@ each Hugging Face byte read once, in blocks, so that memory does not grow with t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -113,14 +113,27 @@ def write_import(plan: Import, reader: HfReader, writer: TorchDistWriter, advanc
 def target_rows(entry: Entry, dtype: Dtype, reader: HfReader, first: int, count: int) -> Iterator[memoryview]:
     """Bytes of rows of a Megatron tensor's slice, gathered from its sources."""
     row_bytes = prod(entry.shape[1:]) * dtype.size
+    turned: dict[str, np.ndarray] = {}  # of transposed sources
     for segment in of_target(entry.segments, first, count):
         if segment.source == PADDING:
             yield from _zeros(segment.rows * row_bytes)
             continue
         name = entry.sources[segment.source].name
         own = weight_dtype(reader.tensors[name].dtype, name, reader.tensors[name].place)
+        if entry.transposed:
+            if name not in turned:
+                turned[name] = _transpose(reader.rows(name), reader.tensors[name].shape, own)
+            columns = turned[name][segment.source_row : segment.source_row + segment.rows]
+            yield cast(memoryview(columns).cast("B"), own, dtype)
+            continue
         for block in reader.rows(name, segment.source_row, segment.rows):
             yield cast(block, own, dtype)
+
+
+def _transpose(blocks: Iterable[memoryview], shape: tuple[int, ...], dtype: Dtype) -> np.ndarray:
+    """A whole matrix, given by its rows, as rows of its transpose; numbers are moved as bits."""
+    data = np.frombuffer(b"".join(blocks), dtype=f"u{dtype.size}").reshape(shape)
+    return np.ascontiguousarray(data.T)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +215,15 @@ def source_rows(plan: Export, reader: TorchDistReader, tensor: TensorInfo) -> It
     entry, place = plan.origin[tensor.name]
     held = reader.tensors[entry.key].dtype
     wanted = weight_dtype(tensor.dtype, tensor.name, tensor.place)
+    if entry.transposed:
+        columns = tensor.shape[::-1]
+        rows = (
+            block
+            for segment in of_source(entry.segments, place)
+            for block in reader.rows(entry.key, entry.index, segment.target_row, segment.rows)
+        )
+        yield cast(memoryview(_transpose(rows, columns, held)).cast("B"), held, wanted)
+        return
     for segment in of_source(entry.segments, place):
         for block in reader.rows(entry.key, entry.index, segment.target_row, segment.rows):
             yield cast(block, held, wanted)

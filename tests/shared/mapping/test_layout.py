@@ -13,6 +13,7 @@ from shared.mapping.layout import (
     LayoutError,
     PadRows,
     RowLayout,
+    Transposed,
     of_source,
     of_target,
 )
@@ -112,3 +113,10 @@ def test_a_fused_projection_is_dealt_as_three_are() -> None:
     assert np.array_equal(apply(Deal(parts=(8, 2, 2), groups=2), [np.concatenate([q, k, v])]), apart)
     with pytest.raises(LayoutError, match="12 rows are not blocks of"):
         Deal(parts=(8, 2, 1), groups=1).target_shape([(12, 3)])
+
+
+def test_transposed_sources_are_dealt_by_columns() -> None:
+    inner = Deal(parts=(8, 2, 2), groups=2)
+    layout = Transposed(rows=inner)
+    assert layout.target_shape([(3, 12)]) == inner.target_shape([(12, 3)]) == (12, 3)
+    assert layout.segments([(3, 12)]) == inner.segments([(12, 3)])

@@ -24,7 +24,7 @@ import torch
 from shared.checkpoint.hf import HfReader
 from shared.families import registry
 from shared.families.family import Family
-from shared.mapping.layout import Segment, Shape
+from shared.mapping.layout import Segment, Shape, Transposed
 from shared.mapping.rule import Rule
 from shared.model.architecture import Architecture
 
@@ -195,9 +195,14 @@ def mistakes_of_tables(a: Architecture) -> Iterator[tuple[str, Callable[[Rule], 
     starts = [index * group for index in range(a.num_query_groups)]
 
     def swap(ending: str, *runs: tuple[int, int, int]) -> Callable[[Rule], Rule]:
-        return lambda rule: (
-            replace(rule, layout=Swapped(rule.layout, *runs)) if rule.megatron.endswith(ending) else rule
-        )
+        def wrong(rule: Rule) -> Rule:
+            if not rule.megatron.endswith(ending):
+                return rule
+            if isinstance(rule.layout, Transposed):
+                return replace(rule, layout=Transposed(rows=Swapped(rule.layout.rows, *runs)))
+            return replace(rule, layout=Swapped(rule.layout, *runs))
+
+        return wrong
 
     if a.gated:
         yield "gate and up", swap("linear_fc1.weight", (0, a.ffn_hidden_size, a.ffn_hidden_size))
@@ -269,7 +274,7 @@ def test_slopes_of_other_heads_are_found_out(
 
 
 def test_files_saved_without_the_prefix_of_their_names(write_architecture: Any, convert: Any, tmp_path: Path) -> None:
-    """BLOOM and OPT were published by a program that saved the model without its head."""
+    """BLOOM, GPT-2 and OPT were published by a program that saved the model without its head."""
     for size in (size for size in SIZES if registry.table_of(tiny(size)).optional_prefix):
         source, target, back = (tmp_path / f"{size}.{name}" for name in ("hf", "megatron", "back"))
         write_architecture(source, tiny(size), without_prefix=True)

@@ -102,7 +102,7 @@ def test_unknown_megatron_key_is_refused(make_hf: Make, convert: Any, tmp_path: 
     [
         ({"attention_bias": True}, "linear_qkv.bias and 1 more are missing"),
         ({"intermediate_size": 128}, "[2, 320, 64]"),
-        ({"model_type": "gpt_neox", "architectures": None}, "gpt_neox"),
+        ({"model_type": "mamba", "architectures": None}, "mamba"),
     ],
 )
 def test_configuration_that_does_not_fit_is_refused(

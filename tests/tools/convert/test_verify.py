@@ -172,6 +172,7 @@ def test_not_a_number_is_reported(make_hf: Make, convert: Any, tmp_path: Path, o
 def test_where_the_models_are_not_installed_it_says_so_before_any_work(
     pair: tuple[Path, Path], convert: Any, monkeypatch: pytest.MonkeyPatch, module: str, distribution: str
 ) -> None:
+    monkeypatch.delitem(sys.modules, "megatron.core", raising=False)  # another test may have imported it
     monkeypatch.setitem(sys.modules, module, None)  # as Python marks a module that cannot be imported
     monkeypatch.setattr("tools.convert.verify.open_checkpoint", lambda *_, **__: pytest.fail("work was begun"))
     answer = convert("verify", "--source", pair[0], "--target", pair[1])
