@@ -41,7 +41,7 @@ test: lint $(TOOLS:%=test-%) test-pipeline ## every test, each in its tool's env
 test-convert: setup ## the contract, families, mapping, convert and the command lines
 	OMP_NUM_THREADS=1 tools/convert/.venv/bin/python $(PYTEST) tests/test_*.py tests/shared/test_*.py tests/shared/checkpoint \
 	    tests/shared/families tests/shared/mapping tests/tools/convert tests/tools/test_every_command.py \
-	    tests/containers/test_compose.py
+	    tests/containers/test_compose.py tests/containers/test_dockerfiles.py
 
 test-pretrain: setup ## Megatron-Core on this machine, data, pretraining
 	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python $(PYTEST) tests/shared/data tests/shared/device tests/shared/model \
