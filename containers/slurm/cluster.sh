@@ -96,13 +96,21 @@ start() {
     echo "export SLURM_CONF=$SLURM_CONF"
 }
 
+end_jobs() { # what has outlived the daemons: slurmstepd, and processes of jobs
+    local folder
+    for folder in /proc/[0-9]*; do
+        grep -qzFx "SLURM_CONF=$SLURM_CONF" "$folder/environ" 2>/dev/null || continue
+        grep -qz "^SLURM_JOB_ID=" "$folder/environ" 2>/dev/null || grep -q "^slurmstepd: " "$folder/cmdline" 2>/dev/null || continue
+        kill -KILL "${folder#/proc/}" 2>/dev/null || true
+    done
+}
+
 stop() {
-    [ -d "$place" ] || return 0
-    if ready; then
-        scancel --user=root
-        scancel --user=root --signal=KILL
-        for _ in {1..150}; do
+    if [ -e "$SLURM_CONF" ] && ready; then
+        for _ in {1..25}; do # again and again: an interrupted job may just be on its way back to the queue
             [ -n "$(squeue --noheader)" ] || break
+            scancel --user=root
+            scancel --user=root --signal=KILL
             sleep 0.2
         done
     fi
@@ -116,6 +124,7 @@ stop() {
         done
         kill -KILL "$pid" 2>/dev/null || true
     done
+    end_jobs
     rm -rf "$place"
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -21,6 +22,8 @@ SLURM = ROOT / "containers" / "slurm"
 NO_CLUSTER = 3  # exit code of cluster.sh where there can be none
 TOOLS = ("convert", "pretrain", "sft", "rlhf", "infer")
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
+
+STUBBORN = "sleep 86399"
 
 CONFIG = {  # heads of 32, the smallest for which vLLM has attention on the CPU
     "model_type": "llama",
@@ -111,9 +114,22 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             pytest.skip(started.stderr.strip().splitlines()[-1])
         assert started.returncode == 0, started.stderr
         name, _, value = started.stdout.strip().splitlines()[-1].removeprefix("export ").partition("=")
-        yield Cluster(env=environment() | {name: value}, place=tmp_path_factory.mktemp("jobs"))
+        cluster = Cluster(env=environment() | {name: value}, place=tmp_path_factory.mktemp("jobs"))
+        yield cluster
+        cluster.submit("", "sh", "-c", f"trap '' TERM USR1; touch stubborn; while :; do {STUBBORN}; done")
+        cluster.until((cluster.place / "stubborn").exists)
     finally:
         subprocess.run([script, "stop"], check=True, capture_output=True)
+    assert not left_running()
+
+
+def left_running() -> list[str]:
+    """Processes of the cluster and of its last job, which ignores every signal that can be ignored."""
+    lines = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            lines.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in lines if STUBBORN in line or "baton-slurm" in line or re.match("slurmd -N n[12]", line)]
 
 
 @pytest.fixture(scope="session")
