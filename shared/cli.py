@@ -190,6 +190,8 @@ class Tool:
         except UserError as error:
             _complain(label, str(error))
             raise SystemExit(EXIT_USAGE) from None
+        except OSError as error:  # a path that this user may not even look at
+            raise SystemExit(_os_error(label, error)) from None
         raise SystemExit(self._execute(label, command, arguments))
 
     def _select(self, argv: list[str]) -> Command | None:

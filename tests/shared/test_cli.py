@@ -206,6 +206,19 @@ def test_usage_errors_exit_2_and_run_nothing(run: Run, tmp_path: Path, words: li
     assert err.count("\n") == 1
 
 
+def test_a_path_that_may_not_be_looked_at_is_one_line(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", closed)
+    code, _, err = run("copy-weights", tmp_path, "--target", "t")
+    assert (code, calls) == (2, [])
+    assert f"{tmp_path}: permission denied" in err
+    assert err.count("\n") == 1
+
+
 def test_required_flags_and_commands_are_named(run: Run, tmp_path: Path) -> None:
     assert "--source, --target must be given" in run("copy-weights")[2]
     assert "--target must be given" in run("copy-weights", tmp_path)[2]
