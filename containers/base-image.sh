@@ -47,7 +47,7 @@ mmdebstrap --quiet --variant=minbase --mode=root --include="$PACKAGES" \
     --dpkgopt='path-include=/usr/share/doc/*/copyright' \
     --customize-hook='rm -rf "$1"/var/lib/apt/lists/* "$1"/var/cache/* "$1"/var/log/* "$1"/etc/apt/apt.conf.d/99mmdebstrap' \
     --customize-hook='rm -f "$1"/etc/hostname "$1"/etc/resolv.conf "$1"/etc/machine-id' \
-    --customize-hook="echo 'deb http://deb.debian.org/debian $SUITE main' >\"\$1\"/etc/apt/sources.list" \
+    --customize-hook=': >"$1"/etc/apt/sources.list' \
     "$SUITE" "$place/root.tar" "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $archive $SUITE main" 2>"$log" || {
     tail -n 20 "$log" >&2
     fail "mmdebstrap failed; the whole log is $log"

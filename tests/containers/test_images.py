@@ -375,7 +375,7 @@ def test_the_base_has_python_and_no_address_of_the_archive_it_came_from(engine: 
         capture_output=True, text=True, check=False,
     ).stdout  # fmt: skip
     assert re.match(r"Python 3\.1[23]\.", said)
-    assert set(re.findall(r"https?://([^/ ]+)", said)) == {"deb.debian.org"}
+    assert "://" not in said
     assert "_Packages" not in said
     assert inspect("localhost/python:slim")["Size"] < 200e6
     assert sys.version_info >= (3, 12)

@@ -173,16 +173,6 @@ def test_the_tools_accept_what_the_readme_submits(tmp_path: Path) -> None:
         assert json.loads(answer.stdout)[0][0] == 0, f"{words}\n{answer.stdout}"
 
 
-def test_shellcheck_finds_nothing() -> None:
-    checker = ROOT / "tests" / "lint" / ".venv" / "bin" / "shellcheck"
-    if not checker.exists():
-        pytest.skip("shellcheck is in the environment of make lint")
-    scripts = sorted(p for p in SLURM.iterdir() if p.suffix in (".sh", ".sbatch"))
-    assert len(scripts) == 3
-    checked = subprocess.run([checker, *scripts], capture_output=True, text=True, check=False)
-    assert checked.returncode == 0, checked.stdout
-
-
 def test_no_site_is_written_down() -> None:
     for path in SLURM.iterdir():
         options = re.findall(r"^#SBATCH (--[a-z-]+)", path.read_text(), re.MULTILINE)
