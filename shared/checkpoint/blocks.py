@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -16,15 +17,18 @@ BLOCK = 8 << 20  # bytes
 
 
 class Files:
-    """Files kept open for reading by offset."""
+    """Files kept open for reading by offset, by any number of threads."""
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
 
     def descriptor(self, path: Path) -> int:
         """An open descriptor of a file."""
         if path not in self._open:
-            self._open[path] = os.open(path, os.O_RDONLY)
+            with self._lock:
+                if path not in self._open:
+                    self._open[path] = os.open(path, os.O_RDONLY)
         return self._open[path]
 
     def read_into(self, path: Path, start: int, out: memoryview) -> None:

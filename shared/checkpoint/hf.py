@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from shared.checkpoint.blocks import Files, HashedFile
+from shared.checkpoint.moves import Block, Constant, Move, NewFile, packed
 from shared.checkpoint.passengers import complete_hf, config_of
+from shared.checkpoint.region import Box, Region
 from shared.checkpoint.safetensors_file import (
     Header,
     TensorInfo,
@@ -104,6 +108,10 @@ class HfReader:
         tensor = self.tensors[name]
         size = tensor.size if count is None else count * tensor.row_bytes
         return self._files.blocks(tensor.file, tensor.start + first * tensor.row_bytes, size, tensor.row_bytes)
+
+    def region(self, name: str) -> Region:
+        """Where a tensor's rows lie."""
+        return region_of(self.tensors[name])
 
     @property
     def bytes(self) -> int:
@@ -215,6 +223,47 @@ def _index(shards: Iterable[Shard]) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
+def region_of(tensor: TensorInfo) -> Region:
+    """A tensor of one file as a matrix of bytes."""
+    rows = tensor.shape[0] if tensor.shape else 1
+    box = Box(file=tensor.file, start=tensor.start, row=0, rows=rows, left=0, width=tensor.row_bytes)
+    return Region(name=tensor.name, rows=rows, width=tensor.row_bytes, boxes=(box,))
+
+
+def weight_files(
+    layout: WeightLayout,
+    moves: Callable[[TensorInfo], Iterable[Move]],
+    sources: Callable[[TensorInfo], Iterable[Path]],
+) -> list[NewFile]:
+    """The shards as files to be.
+
+    Args:
+        layout: which tensors go where.
+        moves: make a tensor's bytes, in order.
+        sources: the files a tensor is made of.
+    """
+
+    def blocks(shard: Shard) -> Iterator[Block]:
+        pieces = (move for tensor in shard.header.tensors for move in moves(tensor))
+        return packed(chain([Constant(header_bytes(shard.header.text))], pieces))
+
+    return [
+        NewFile(
+            name=shard.file,
+            size=len(header_bytes(shard.header.text)) + sum(tensor.size for tensor in shard.header.tensors),
+            sources=frozenset(path for tensor in shard.header.tensors for path in sources(tensor)),
+            make_blocks=partial(blocks, shard),
+        )
+        for shard in layout.shards
+    ]
+
+
+def write_index(directory: Path, layout: WeightLayout) -> None:
+    """The index of the shards, if there is one."""
+    if layout.index is not None:
+        (directory / INDEX).write_text(layout.index, encoding="utf-8")
+
+
 def write_weights(
     directory: Path, layout: WeightLayout, blocks: Callable[[TensorInfo], Iterable[memoryview]], record: Record
 ) -> None:
@@ -235,5 +284,4 @@ def write_weights(
             end = tensor.start + tensor.size
             assert file.position == end, f"{tensor.name}: {file.position} bytes written instead of {end}"
         record(shard.file, file.close())
-    if layout.index is not None:
-        (directory / INDEX).write_text(layout.index, encoding="utf-8")
+    write_index(directory, layout)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.checkpoint.files import hash_files
+from shared.checkpoint.files import hash_file, hash_files
 from shared.checkpoint.manifest import MANIFEST, Kind, Manifest, read_manifest
 from shared.checkpoint.target import PARTIAL, RUN
 from shared.console import log, progress
@@ -57,12 +58,13 @@ def tracked(directory: Path) -> str:
 
 
 def open_checkpoint(
-    path: Path, *, kinds: Sequence[Kind], flag: str, verify: Literal["content", "sizes"] = "content"
+    path: Path, *, kinds: Sequence[Kind], flag: str, verify: Literal["content", "small", "sizes"] = "content"
 ) -> Checkpoint:
     """A directory of one of `kinds`, checked to be whole.
 
-    A Baton directory must agree with its manifest in every file's size and, with `verify="content"`, hash. A foreign
-    Hugging Face or Megatron directory must have what its own index names.
+    A Baton directory must agree with its manifest in every file's size and, with `verify="content"`, hash; with
+    "small", in the hashes of all that are no weights, and the others are for `content_checks`. A foreign Hugging Face or
+    Megatron directory must have what its own index names.
 
     Raises:
         UserError: one line that names the file and the mend.
@@ -97,7 +99,7 @@ def _verify(path: Path, manifest: Manifest, flag: str, verify: str) -> None:
                 raise UserError(f"{flag} {file} is not in {MANIFEST}: weights of unknown origin; move it away")
     if verify == "sizes":
         return
-    names = list(manifest.files)
+    names = [name for name in manifest.files if verify == "content" or not name.endswith(WEIGHTS)]
     paths = [path / name for name in names]
     if manifest.bytes > _ANNOUNCE:
         with progress(manifest.bytes, "bytes", f"verifying {path.name}") as advance:
@@ -105,8 +107,27 @@ def _verify(path: Path, manifest: Manifest, flag: str, verify: str) -> None:
     else:
         found = hash_files(paths)
     for name, digest in zip(names, found, strict=True):
-        if digest != manifest.files[name].hash:
-            raise UserError(f"{flag} {path / name} is damaged: its content does not match {MANIFEST}; publish it again")
+        _compare(path / name, digest, manifest.files[name].hash, flag)
+
+
+def _compare(path: Path, found: str, wanted: str, flag: str) -> None:
+    if found != wanted:
+        raise UserError(f"{flag} {path} is damaged: its content does not match {MANIFEST}; publish it again")
+
+
+def content_checks(checkpoint: Checkpoint, sources: Iterable[Path], *, flag: str) -> list[Callable[[], None]]:
+    """For each weights file that is read, a check of its content against the manifest, to be done while it is read.
+
+    Each raises UserError; whoever reads must not publish before all are done.
+    """
+    if checkpoint.manifest is None:
+        return []
+
+    def check(path: Path, wanted: str) -> None:
+        _compare(path, hash_file(path), wanted, flag)
+
+    entries = {checkpoint.path / name: entry for name, entry in checkpoint.manifest.files.items()}
+    return [partial(check, path, entries[path].hash) for path in sorted(sources) if path in entries]
 
 
 def _foreign_kind(path: Path, flag: str) -> Kind:

@@ -7,12 +7,14 @@ import os
 from pathlib import Path
 
 from shared.checkpoint.files import remove_tree
+from shared.checkpoint.journal import began
 from shared.checkpoint.manifest import MANIFEST, Inputs, Manifest, read_manifest
 from shared.console import log
 from shared.errors import AlreadyDone, UserError
 
 PARTIAL = ".partial-"
 REPLACED = ".replaced-"
+SHARDS = ".shards-of-"
 RUN = "run.json"  # written when a training run begins
 
 
@@ -41,10 +43,14 @@ def lock(directory: Path) -> int | None:
     return descriptor
 
 
-def clear_leftovers(target: Path) -> None:
-    """Remove what killed runs left beside the target; refuse when one of them still lives."""
+def clear_leftovers(target: Path, keep: str | None = None) -> tuple[Path | None, int | None]:
+    """Remove what killed runs left beside the target; refuse when one of them still lives.
+
+    With `keep`, what was left of that work (`manifest.identity`) is locked and returned instead: (directory, lock).
+    """
+    kept: tuple[Path | None, int | None] = None, None
     if not target.parent.is_dir():
-        return
+        return kept
     for beside in sorted(target.parent.glob(f"{_escaped(target.name)}{REPLACED}*")):
         if not target.exists():  # killed between the two renames of a replacement: the old one is still whole
             beside.rename(target)
@@ -54,10 +60,27 @@ def clear_leftovers(target: Path) -> None:
     for beside in sorted(target.parent.glob(f"{_escaped(target.name)}{PARTIAL}*")):
         descriptor = lock(beside)
         if descriptor is None:
+            if kept[1] is not None:
+                os.close(kept[1])
             raise UserError(f"--target {target}: another process is writing it ({beside.name}); wait for it or stop it")
+        if keep is not None and kept[0] is None and began(beside, keep):
+            kept = beside, descriptor
+            continue
         remove_tree(beside)
         os.close(descriptor)
         log(f"removed {beside.name}, left by a run that was killed")
+    return kept
+
+
+def check_no_shards(target: Path, own: Path | None = None) -> None:
+    """Refuse a target of which other processes are writing shards, but for those in `own`."""
+    for beside in sorted(target.parent.glob(f"{_escaped(target.name)}{SHARDS}*")):
+        if beside != own:
+            count = beside.name.rpartition("-")[2]
+            raise UserError(
+                f"--target {target}: {beside.name} holds parts of a conversion in {count} shards; finish it with "
+                f"--shard publish/{count}, or remove that directory"
+            )
 
 
 def check_target(target: Path, *, same: str, overwrite: bool) -> Manifest | None:

@@ -10,15 +10,14 @@ import io
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise, product
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from shared.checkpoint.blocks import BLOCK, Files
+from shared.checkpoint.blocks import Files
 from shared.checkpoint.dtypes import BY_NAME, Dtype
+from shared.checkpoint.region import Box, Region
 from shared.checkpoint.torch_archive import StoredTensor, find_tensor
 from shared.checkpoint.torch_pickle import read_pickle
 from shared.errors import UserError
@@ -119,39 +118,32 @@ class TorchDistReader:
 
         A block is valid until the next one is asked for.
         """
-        tensor, axis = self.tensors[key], len(index)
-        columns = prod(tensor.shape[axis + 1 :])
-        row_bytes = columns * tensor.dtype.size
-        meeting = [chunk for chunk in self._at(tensor, index) if _meets(chunk, axis, first, count)]
-        edges = {first, first + count}
-        for chunk in meeting:
-            edges |= {chunk.offsets[axis], chunk.offsets[axis] + chunk.sizes[axis]}
-        cuts = sorted(edge for edge in edges if first <= edge <= first + count)
-        for start, stop in pairwise(cuts):
-            band = [c for c in meeting if c.offsets[axis] <= start and c.offsets[axis] + c.sizes[axis] >= stop]
-            if len(band) == 1 and band[0].sizes[axis + 1 :] == tensor.shape[axis + 1 :]:
-                position = self._position(tensor, band[0], index, start)
-                yield from self._files.blocks(band[0].file, position, (stop - start) * row_bytes, row_bytes)
-            else:
-                yield from self._gather(tensor, band, index, start, stop)
+        if len(self.tensors[key].shape) - len(index) > 2:
+            for place in range(first, first + count):
+                yield from self.rows(key, (*index, place), 0, self.tensors[key].shape[len(index) + 1])
+            return
+        yield from self.region(key, index).blocks(self._files, first, count)
 
-    def _gather(
-        self, tensor: DistTensor, band: list[Chunk], index: Shape, start: int, stop: int
-    ) -> Iterator[memoryview]:
-        """Rows whose columns lie in several chunks."""
-        axis, size = len(index), tensor.dtype.size
-        if len(tensor.shape) != axis + 2 or sum(chunk.sizes[axis + 1] for chunk in band) != tensor.shape[axis + 1]:
-            raise UserError(f"{tensor.place}: {tensor.key} is cut up in a way that is not supported")
-        width = tensor.shape[axis + 1] * size
-        step = max(BLOCK // width, 1)
-        for row in range(start, stop, step):
-            rows = min(step, stop - row)
-            block = np.empty((rows, width), dtype=np.uint8)
-            for chunk in band:
-                left, run = chunk.offsets[axis + 1] * size, chunk.sizes[axis + 1] * size
-                piece = self._files.read(chunk.file, self._position(tensor, chunk, index, row), rows * run)
-                block[:, left : left + run] = np.frombuffer(piece, dtype=np.uint8).reshape(rows, run)
-            yield memoryview(block).cast("B")
+    def region(self, key: str, index: Shape) -> Region:
+        """Where the rows of `tensor[index]` lie."""
+        tensor, axis = self.tensors[key], len(index)
+        rest, size = tensor.shape[axis + 1 :], tensor.dtype.size
+        boxes = []
+        for chunk in self._at(tensor, index):
+            if chunk.sizes[axis + 2 :] != tensor.shape[axis + 2 :]:
+                raise UserError(f"{tensor.place}: {key} is cut up in a way that is not supported")
+            inner = prod(rest[1:]) * size  # bytes of one column
+            columns, left = (chunk.sizes[axis + 1], chunk.offsets[axis + 1]) if rest else (1, 0)
+            row, rows = chunk.offsets[axis], chunk.sizes[axis]
+            width = columns * inner
+            start = self._data(tensor, chunk) + _inside(chunk, index) * rows * width
+            boxes.append(Box(file=chunk.file, start=start, row=row, rows=rows, left=left * inner, width=width))
+        boxes.sort(key=lambda box: (box.row, box.left))
+        return Region(name=key, rows=tensor.shape[axis], width=prod(rest) * size, boxes=tuple(boxes))
+
+    def files_of(self, key: str, index: Shape) -> frozenset[Path]:
+        """The files that hold a part of `tensor[index]`."""
+        return frozenset(chunk.file for chunk in self._at(self.tensors[key], index))
 
     def _at(self, tensor: DistTensor, index: Shape) -> list[Chunk]:
         """The chunks that meet `tensor[index]`, looked up: large models have tens of thousands."""
@@ -165,19 +157,17 @@ class TorchDistReader:
             self._indexed[tensor.key, axis] = lookup
         return self._indexed[tensor.key, axis].get(index, [])
 
-    def _position(self, tensor: DistTensor, chunk: Chunk, index: Shape, row: int) -> int:
-        """Byte in its file of a row of a chunk."""
+    def _data(self, tensor: DistTensor, chunk: Chunk) -> int:
+        """Byte in its file of a chunk's first number."""
         if chunk.stored is None:
-            chunk.stored = find_tensor(self._files, chunk.file, chunk.start, chunk.length)
-            if chunk.stored.shape != chunk.sizes or chunk.stored.dtype is not tensor.dtype:
+            stored = find_tensor(self._files, chunk.file, chunk.start, chunk.length)
+            if stored.shape != chunk.sizes or stored.dtype is not tensor.dtype:
                 raise UserError(
-                    f"{chunk.file}: {tensor.key} is {chunk.stored.dtype.name}{list(chunk.stored.shape)}, "
+                    f"{chunk.file}: {tensor.key} is {stored.dtype.name}{list(stored.shape)}, "
                     f".metadata says {tensor.dtype.name}{list(chunk.sizes)}; the checkpoint is damaged"
                 )
-        inside = 0
-        for place, offset, size in zip((*index, row), chunk.offsets, chunk.sizes, strict=False):
-            inside = inside * size + place - offset
-        return chunk.stored.start + inside * prod(chunk.sizes[len(index) + 1 :]) * tensor.dtype.size
+            chunk.stored = stored
+        return chunk.stored.start
 
     def common(self) -> dict[str, Any]:
         """The plain values that the checkpoint holds beside its tensors, from `common.pt`; empty where it has none."""
@@ -193,6 +183,9 @@ class TorchDistReader:
         return sum(tensor.size for tensor in self.tensors.values())
 
 
-def _meets(chunk: Chunk, axis: int, first: int, count: int) -> bool:
-    start = chunk.offsets[axis]
-    return start < first + count and start + chunk.sizes[axis] > first
+def _inside(chunk: Chunk, index: Shape) -> int:
+    """Which of a chunk's slices `index` is."""
+    inside = 0
+    for place, offset, size in zip(index, chunk.offsets, chunk.sizes, strict=False):
+        inside = inside * size + place - offset
+    return inside

@@ -1,25 +1,30 @@
-"""Writes a torch_dist directory as Megatron-Core's `dist_checkpointing` does, without a model or a process group.
+"""Lays out a torch_dist directory as Megatron-Core's `dist_checkpointing` has it, without a model or a process group.
 
-Tensors are concatenated torch.save archives in `__0_<n>.distcp`; `.metadata`, which says where each lies, is last.
+Tensors are concatenated torch.save archives in `__0_<n>.distcp`; `.metadata`, which says where each lies, is last. All
+places are known before a byte is written, so that files, and the blocks of one, can be written in any order.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoint.blocks import HashedFile
+from shared.checkpoint import blocks
+from shared.checkpoint.blocks import Files
 from shared.checkpoint.dtypes import Dtype
+from shared.checkpoint.moves import Block, Constant, Move, NewFile, packed
 from shared.checkpoint.torch_archive import object_archive, tensor_archive
 from shared.checkpoint.torch_pickle import Call, Instance, Name, Pairs, write_pickle
 from shared.mapping.layout import Shape
 
 CHUNK_BYTES = 128 << 20  # a reader takes whole chunks, so this bounds what it holds beyond what it wants
-_FILE_BYTES = 4 << 30
+_FILES = 64  # about as many, so that as many processes can write at once,
+_SMALLEST, _LARGEST = 256 << 20, 4 << 30  # but none of fewer or more bytes than these
 _METADATA = "torch.distributed.checkpoint.metadata"
 _SIZE = Name("torch", "Size")
 _STRIDED = Call(Name("torch.serialization", "_get_layout"), ("torch.strided",))
@@ -40,70 +45,124 @@ class _Tensor:
     chunks: list[tuple[Shape, Shape]] = field(default_factory=list)  # (offsets, sizes)
 
 
-class TorchDistWriter:
-    """Tensors chunk by chunk into one directory.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Stored:
+    """One archive: a chunk of a tensor, or an object."""
 
-    Args:
-        directory: an existing, empty directory.
-        record: told each data file's name and content hash.
-    """
+    key: str
+    offsets: Shape | None
+    sizes: Shape
+    size: int  # bytes of the archive
+    moves: Callable[[], Iterable[Move]]
+    sources: frozenset[Path]
 
-    def __init__(self, directory: Path, record: Callable[[str, str], None]) -> None:
-        self._directory, self._record = directory, record
+
+class TorchDistLayout:
+    """Which archive goes where in a directory to be."""
+
+    def __init__(self) -> None:
         self._tensors: dict[str, _Tensor] = {}
         self._objects: list[str] = []
-        self._stored: list[tuple[str, Shape | None, str, int, int]] = []  # key, offsets, file, offset, length
-        self._file: HashedFile | None = None
-        self._files = 0
+        self._stored: list[_Stored] = []
 
     def declare(self, key: str, dtype: Dtype, shape: Shape) -> None:
         """A tensor's type and whole shape, before its chunks."""
         assert key not in self._tensors, key
         self._tensors[key] = _Tensor(dtype=dtype, shape=shape)
 
-    def chunk(self, key: str, offsets: Shape, sizes: Shape, blocks: Iterable[memoryview]) -> None:
-        """One box of a declared tensor: its bytes, row-major."""
+    def chunk(
+        self,
+        key: str,
+        offsets: Shape,
+        sizes: Shape,
+        moves: Callable[[], Iterable[Move]],
+        sources: Iterable[Path] = (),
+    ) -> None:
+        """One box of a declared tensor.
+
+        Args:
+            key: of the tensor.
+            offsets: of the box, along every dimension.
+            sizes: likewise.
+            moves: makes its bytes, row-major.
+            sources: the files that they are read from.
+        """
         tensor = self._tensors[key]
-        archive = tensor_archive(tensor.dtype, sizes)
-        file = self._next_file()
-        start, crc = file.position, 0
-        file.write(archive.prefix)
-        data = file.position
-        for block in blocks:
-            crc = zlib.crc32(block, crc)
-            file.write(block)
-        assert file.position - data == archive.data_size, f"{key}{offsets}: {file.position - data} bytes"
-        file.write(archive.suffix(crc))
         tensor.chunks.append((offsets, sizes))
-        self._stored.append((key, offsets, file.path.name, start, file.position - start))
+        size = _archive_size(tensor.dtype, sizes)
+        self._stored.append(
+            _Stored(key=key, offsets=offsets, sizes=sizes, size=size, moves=moves, sources=frozenset(sources))
+        )
 
     def put_object(self, key: str, value: Any) -> None:
         """A plain value under a key of its own."""
-        file = self._next_file()
-        start = file.position
-        file.write(object_archive(value))
         self._objects.append(key)
-        self._stored.append((key, None, file.path.name, start, file.position - start))
+        move = Constant(object_archive(value))
+        self._stored.append(
+            _Stored(key=key, offsets=None, sizes=(), size=move.size, moves=lambda: [move], sources=frozenset())
+        )
 
-    def finish(self, common: dict[str, Any]) -> None:
-        """Write what makes it a checkpoint; `.metadata` last, without which nobody reads it."""
-        self._close()
-        (self._directory / "common.pt").write_bytes(object_archive(common))
-        (self._directory / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
-        (self._directory / ".metadata").write_bytes(write_pickle(self._metadata()))
+    def files(self) -> list[NewFile]:
+        """The data files; they do not depend on who writes them."""
+        return [
+            NewFile(
+                name=name,
+                size=sum(stored.size for stored in held),
+                sources=frozenset().union(*(stored.sources for stored in held)),
+                make_blocks=partial(self._blocks, held),
+            )
+            for name, held in self._dealt()
+        ]
 
-    def _next_file(self) -> HashedFile:
-        if self._file is not None and self._file.position >= _FILE_BYTES:
-            self._close()
-        if self._file is None:
-            self._file = HashedFile(self._directory / f"__0_{self._files}.distcp")
-            self._files += 1
-        return self._file
+    def finish(self, directory: Path, common: dict[str, Any]) -> None:
+        """Write what makes the directory a checkpoint; `.metadata` last, without which nobody reads it."""
+        (directory / "common.pt").write_bytes(object_archive(common))
+        (directory / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
+        (directory / ".metadata").write_bytes(write_pickle(self._metadata()))
 
-    def _close(self) -> None:
-        if self._file is not None:
-            self._record(self._file.path.name, self._file.close())
-            self._file = None
+    def _dealt(self) -> Iterator[tuple[str, list[_Stored]]]:
+        total = sum(stored.size for stored in self._stored)
+        full = min(max(total // _FILES, _SMALLEST), _LARGEST)
+        held: list[_Stored] = []
+        size = number = 0
+        for stored in self._stored:
+            if held and size + stored.size > full:
+                yield f"__0_{number}.distcp", held
+                held, size, number = [], 0, number + 1
+            held.append(stored)
+            size += stored.size
+        yield f"__0_{number}.distcp", held
+
+    def _blocks(self, held: list[_Stored]) -> Iterator[Block]:
+        """Small archives several at once, large ones in several blocks."""
+        small: list[Move] = []
+        for stored in held:
+            if stored.offsets is None or stored.size <= blocks.BLOCK:
+                small.append(self._archive(stored))
+                continue
+            yield from packed(small)
+            small = []
+            yield from self._large(stored)
+        yield from packed(small)
+
+    def _archive(self, stored: _Stored) -> Move:
+        if stored.offsets is None:
+            (move,) = stored.moves()
+            return move
+        return _Archive(size=stored.size, dtype=self._tensors[stored.key].dtype, stored=stored)
+
+    def _large(self, stored: _Stored) -> Iterator[Block]:
+        archive = tensor_archive(self._tensors[stored.key].dtype, stored.sizes)
+        suffix = len(archive.suffix(0))
+        yield from packed([Constant(archive.prefix)])
+        crc = _Crc()
+        for block in packed(stored.moves()):
+            yield Block(size=block.size, fill=block.fill, seal=crc.update, whole=False)
+
+        def seal(out: memoryview) -> None:
+            out[:] = archive.suffix(crc.value)
+
+        yield Block(size=suffix, fill=lambda files, out: None, seal=seal)
 
     def _metadata(self) -> Instance:
         states: dict[str, Instance] = {}
@@ -132,12 +191,53 @@ class TorchDistWriter:
                     {"relative_path": file, "offset": offset, "length": length},
                 ),
             )
-            for key, offsets, file, offset, length in self._stored
+            for key, offsets, file, offset, length in self._places()
         )
         return Instance(
             Name(_METADATA, "Metadata"),
             {"state_dict_metadata": states, "planner_data": None, "storage_data": Pairs(stored), "storage_meta": None},
         )
+
+    def _places(self) -> Iterator[tuple[str, Shape | None, str, int, int]]:
+        for name, held in self._dealt():
+            position = 0
+            for stored in held:
+                yield stored.key, stored.offsets, name, position, stored.size
+                position += stored.size
+
+
+class _Crc:
+    """The checksum of one archive's data, block after block."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def update(self, data: memoryview) -> None:
+        self.value = zlib.crc32(data, self.value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Archive:
+    """A tensor's archive made at once."""
+
+    size: int
+    dtype: Dtype
+    stored: _Stored
+
+    def fill(self, files: Files, out: memoryview) -> None:
+        archive = tensor_archive(self.dtype, self.stored.sizes)
+        start = position = len(archive.prefix)
+        out[:start] = archive.prefix
+        for move in self.stored.moves():
+            move.fill(files, out[position : position + move.size])
+            position += move.size
+        assert position - start == archive.data_size, f"{self.stored.key}: {position - start} bytes"
+        out[position:] = archive.suffix(zlib.crc32(out[start:position]))
+
+
+def _archive_size(dtype: Dtype, sizes: Shape) -> int:
+    archive = tensor_archive(dtype, sizes)
+    return len(archive.prefix) + archive.data_size + len(archive.suffix(0))
 
 
 def _size(shape: Shape) -> Call:

@@ -45,8 +45,14 @@ def init(
     run(target, size, model_config, tokenizer, max_position_embeddings, dtype, seed, overwrite)
 
 
-@tool.command
-def to_megatron(source: ExistingDir, target: Path, overwrite: bool = False) -> None:
+@tool.command(neutral=("workers", "shard"))
+def to_megatron(
+    source: ExistingDir,
+    target: Path,
+    overwrite: bool = False,
+    workers: Positive | None = None,
+    shard: str | None = None,
+) -> None:
     """Convert a Hugging Face directory into a Megatron directory.
 
     The result is a torch_dist checkpoint that Megatron-Core loads at any tensor- and pipeline-parallel size, with the
@@ -57,19 +63,25 @@ def to_megatron(source: ExistingDir, target: Path, overwrite: bool = False) -> N
         source: a Hugging Face directory with safetensors weights.
         target: the directory to publish.
         overwrite: replace what another run published at the target.
+        workers: threads that read and write; by default one for each processor, at most 8. The result is the same.
+        shard: write one part of several, 1/4 to 4/4, in as many processes on machines that share the target's file
+            system; when all are done, publish/4 makes the directory of them. The result is the same.
     """
+    from shared.checkpoint.shards import Shard
     from tools.convert.to_megatron import run
 
-    run(source, target, overwrite)
+    run(source, target, overwrite, workers, Shard.parse(shard) if shard else None)
 
 
-@tool.command
+@tool.command(neutral=("workers", "shard"))
 def to_hf(
     source: ExistingDir,
     target: Path,
     dtype: Dtype | None = None,
     hf_files: ExistingDir | None = None,
     overwrite: bool = False,
+    workers: Positive | None = None,
+    shard: str | None = None,
 ) -> None:
     """Convert a Megatron directory, converted or trained, into a Hugging Face directory.
 
@@ -82,10 +94,14 @@ def to_hf(
         dtype: type of every weight; by default each tensor's type in the original checkpoint.
         hf_files: a directory with config.json and tokenizer, for a Megatron directory that has no hf/.
         overwrite: replace what another run published at the target.
+        workers: threads that read and write; by default one for each processor, at most 8. The result is the same.
+        shard: write one part of several, 1/4 to 4/4, in as many processes on machines that share the target's file
+            system; when all are done, publish/4 makes the directory of them. The result is the same.
     """
+    from shared.checkpoint.shards import Shard
     from tools.convert.to_hf import run
 
-    run(source, target, dtype, hf_files, overwrite)
+    run(source, target, dtype, hf_files, overwrite, workers, Shard.parse(shard) if shard else None)
 
 
 @tool.command(positional=("source",))

@@ -15,6 +15,7 @@ import numpy as np
 
 from shared.checkpoint.blocks import BLOCK
 from shared.checkpoint.dtypes import BY_FLAG, Dtype, from_float32
+from shared.checkpoint.execute import Advance
 from shared.checkpoint.hf import default_layout, write_weights
 from shared.checkpoint.passengers import both_spellings, config_of, copy_passengers
 from shared.checkpoint.publish import publish
@@ -25,7 +26,6 @@ from shared.families import registry
 from shared.model.architecture import Architecture
 from tools.convert.report import plan_lines, summary
 from tools.convert.tokenizer_files import tokenizer_fields
-from tools.convert.transfer import counted
 
 DtypeFlag = Literal["bf16", "fp16", "fp32"]
 
@@ -64,7 +64,7 @@ def run(
     layout = default_layout(sorted((source.name, kind.safetensors, source.shape) for source in sources))
     total = sum(tensor.size for tensor in layout.tensors().values())
     with publish(target, kind="hf", inputs=inputs, overwrite=overwrite) as out:
-        log(plan_lines("init", architecture, len(sources), total))
+        log(plan_lines("init", architecture, len(layout.shards), total, 1))
         started = time.monotonic()
         with progress(total, "bytes", "drawing weights") as advance:
             draw = _drawer(architecture, kind, seed)
@@ -121,6 +121,13 @@ def _drawer(architecture: Architecture, dtype: Dtype, seed: int) -> Callable[[Te
             rest -= count
 
     return draw
+
+
+def counted(blocks: Iterator[memoryview], advance: Advance) -> Iterator[memoryview]:
+    """The same blocks; `advance` is told the bytes of each."""
+    for block in blocks:
+        yield block
+        advance(len(block))
 
 
 def _write_files(directory: Path, config: dict[str, Any], tokenizer: Path | None) -> None:

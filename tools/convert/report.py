@@ -12,12 +12,12 @@ _INTERPRETER = 60 << 20  # bytes of Python, numpy and this tool at rest
 _BLOCKS = 4  # blocks at a time: read, converted, gathered, written
 
 
-def plan_lines(command: str, architecture: Architecture, tensors: int, size: int) -> str:
+def plan_lines(command: str, architecture: Architecture, files: int, size: int, workers: int) -> str:
     """One line that says what is going to happen."""
-    memory = quantity(_INTERPRETER + _BLOCKS * BLOCK, "bytes")
+    memory = quantity(_INTERPRETER + workers * _BLOCKS * BLOCK, "bytes")
     return (
-        f"{command}: {architecture.family}, {architecture.num_layers} layers, {tensors} tensors, "
-        f"{quantity(size, 'bytes')} of weights; about {memory} of memory"
+        f"{command}: {architecture.family}, {architecture.num_layers} layers, {quantity(size, 'bytes')} in "
+        f"{files} file{'s' * (files != 1)}; {workers} worker{'s' * (workers != 1)}, about {memory} of memory"
     )
 
 

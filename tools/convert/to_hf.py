@@ -3,45 +3,53 @@
 from __future__ import annotations
 
 import json
-import time
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from shared.checkpoint.dtypes import BY_FLAG
-from shared.checkpoint.hf import LAYOUT, WeightLayout, write_weights
+from shared.checkpoint.hf import LAYOUT, WeightLayout, write_index
 from shared.checkpoint.passengers import config_of, copy_passengers
-from shared.checkpoint.publish import publish
-from shared.checkpoint.reader import Checkpoint, open_checkpoint
+from shared.checkpoint.reader import Checkpoint, content_checks, open_checkpoint
 from shared.checkpoint.safetensors_file import TensorInfo, read_header
+from shared.checkpoint.shards import Shard, published
 from shared.checkpoint.torch_dist import TorchDistReader
-from shared.cli import log, progress
+from shared.cli import log
 from shared.families import registry
-from tools.convert.report import plan_lines, summary
+from tools.convert.execute import execute
 from tools.convert.to_megatron import ASIDES
-from tools.convert.transfer import Export, counted, plan_export, source_rows
+from tools.convert.transfer import Export, layout_export, plan_export
 
 DtypeFlag = Literal["bf16", "fp16", "fp32"]
 
 
-def run(source: Path, target: Path, dtype: DtypeFlag | None, hf_files: Path | None, overwrite: bool) -> None:
+def run(
+    source: Path,
+    target: Path,
+    dtype: DtypeFlag | None,
+    hf_files: Path | None,
+    overwrite: bool,
+    workers: int | None,
+    shard: Shard | None,
+) -> None:
     """Convert; publishes `target` of kind hf."""
     inputs = {"source": source} | ({"hf_files": hf_files} if hf_files else {})
-    with publish(target, kind="hf", inputs=inputs, overwrite=overwrite) as out:
-        checkpoint = open_checkpoint(source, kinds=("megatron",), flag="--source")
+    with published(target, kind="hf", inputs=inputs, overwrite=overwrite, shard=shard) as out:
+        checkpoint = open_checkpoint(source, kinds=("megatron",), flag="--source", verify="small")
         files = hf_files or checkpoint.hf_files
         reader, plan = open_export(checkpoint, files, dtype)
         tensors = plan.layout.tensors()
-        log(plan_lines("to-hf", plan.architecture, len(tensors), plan.bytes))
         if plan.rounded:
             held = sorted({reader.tensors[plan.origin[name][0].key].dtype.name for name in plan.rounded})
             written = sorted({tensors[name].dtype for name in plan.rounded})
             why = "--dtype" if dtype else "the source's type"
             log(f"{len(plan.rounded)} tensors held in {', '.join(held)} are rounded to {', '.join(written)}, {why}")
-        started = time.monotonic()
-        with progress(plan.bytes, "bytes", "converting") as advance:
-            write_weights(
-                out.path, plan.layout, lambda t: counted(source_rows(plan, reader, t), advance), out.record_hash
-            )
+        checks = partial(content_checks, checkpoint, flag="--source")
+        shards = layout_export(plan, reader)
+        execute("to-hf", plan.architecture, out, shards, target, workers=workers, checks=checks)
+        if not out.finishing:
+            return
+        write_index(out.path, plan.layout)
         copy_passengers(files, out.path)
         if dtype:
             _name_dtype(out.path / "config.json", BY_FLAG[dtype].name)
@@ -53,7 +61,6 @@ def run(source: Path, target: Path, dtype: DtypeFlag | None, hf_files: Path | No
             parameters=plan.architecture.parameter_count(),
             iteration=checkpoint.iteration_path.name,
         )
-        log(summary(target, plan.bytes, time.monotonic() - started))
 
 
 def _name_dtype(path: Path, name: str) -> None:

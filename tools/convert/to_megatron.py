@@ -2,54 +2,55 @@
 
 from __future__ import annotations
 
-import time
+from dataclasses import replace
 from pathlib import Path
 
+from shared.checkpoint.execute import Task
 from shared.checkpoint.hf import LAYOUT, HfReader, default_layout, write_weights
 from shared.checkpoint.passengers import copy_passengers, other_weights
-from shared.checkpoint.publish import publish
-from shared.checkpoint.reader import TRACKER, open_checkpoint
-from shared.checkpoint.torch_dist_writer import TorchDistWriter
-from shared.cli import log, progress
-from tools.convert.report import plan_lines, summary
-from tools.convert.transfer import plan_import, write_import
+from shared.checkpoint.reader import TRACKER, content_checks, open_checkpoint
+from shared.checkpoint.shards import Shard, published
+from shared.cli import log
+from tools.convert.execute import execute
+from tools.convert.transfer import COMMON, alias_checks, layout_import, plan_import
 
 RELEASE = "release"  # Megatron-LM's name for a checkpoint that no training run made: it asks for no optimizer
 ASIDES = "asides.safetensors"
 
 
-def run(source: Path, target: Path, overwrite: bool) -> None:
+def run(source: Path, target: Path, overwrite: bool, workers: int | None, shard: Shard | None) -> None:
     """Convert; publishes `target` of kind megatron."""
-    with publish(target, kind="megatron", inputs={"source": source}, overwrite=overwrite) as out:
-        open_checkpoint(source, kinds=("hf",), flag="--source")
+    with published(target, kind="megatron", inputs={"source": source}, overwrite=overwrite, shard=shard) as out:
+        checkpoint = open_checkpoint(source, kinds=("hf",), flag="--source", verify="small")
         reader = HfReader(source)
         plan = plan_import(reader)
-        log(plan_lines("to-megatron", plan.architecture, len(reader.tensors), plan.bytes))
+        layout = layout_import(plan, reader)
+        files = [replace(file, name=f"{RELEASE}/{file.name}") for file in layout.files()]
         if plan.widened:
             names = ", ".join(plan.widened)
             log(f"{names}: layers of different types are held in float32, and written back as they were")
         used = set(reader.files)
         if others := other_weights(source, used):
             log(f"not carried over, being other forms of the weights: {', '.join(others)}")
-        started = time.monotonic()
 
-        def record_release(name: str, digest: str) -> None:
-            out.record_hash(f"{RELEASE}/{name}", digest)
+        def checks(sources: frozenset[Path]) -> list[Task]:
+            ties = alias_checks(plan, reader) if shard is None or shard.index == 1 else []
+            return [*content_checks(checkpoint, sources, flag="--source"), *ties]
 
-        (out.path / RELEASE).mkdir()
-        with progress(plan.bytes, "bytes", "converting") as advance:
-            write_import(plan, reader, TorchDistWriter(out.path / RELEASE, record_release), advance)
+        execute("to-megatron", plan.architecture, out, files, target, workers=workers, checks=checks)
+        if not out.finishing:
+            return
+        layout.finish(out.path / RELEASE, COMMON)
         (out.path / TRACKER).write_text(RELEASE, encoding="utf-8")
-
-        files = out.path / "hf"
-        files.mkdir()
-        copy_passengers(source, files)
-        (files / LAYOUT).write_text(reader.layout.encode(), encoding="utf-8")
+        hf = out.path / "hf"
+        hf.mkdir(exist_ok=True)
+        copy_passengers(source, hf)
+        (hf / LAYOUT).write_text(reader.layout.encode(), encoding="utf-8")
         if plan.account.asides:
             kept = [reader.tensors[name] for name in plan.account.asides]
-            layout = default_layout([(tensor.name, tensor.dtype, tensor.shape) for tensor in kept], file=ASIDES)
+            aside = default_layout([(tensor.name, tensor.dtype, tensor.shape) for tensor in kept], file=ASIDES)
             write_weights(
-                files, layout, lambda t: reader.rows(t.name), lambda name, digest: out.record_hash(f"hf/{name}", digest)
+                hf, aside, lambda t: reader.rows(t.name), lambda name, digest: out.record_hash(f"hf/{name}", digest)
             )
         out.describe(
             family=plan.architecture.family,
@@ -58,4 +59,3 @@ def run(source: Path, target: Path, overwrite: bool) -> None:
             tensors=len(plan.dtypes),
             parameters=plan.architecture.parameter_count(),
         )
-        log(summary(target, plan.bytes, time.monotonic() - started))

@@ -1,4 +1,4 @@
-"""Moves tensors between the two forms: plans what goes where, then copies rows.
+"""Moves tensors between the two forms: plans what goes where, and of which moves each new file is made.
 
 Nothing here knows a family. A plan accounts for every tensor first; after that each Megatron byte is written once and
 each Hugging Face byte read once, in blocks, so that memory does not grow with the model.
@@ -6,26 +6,28 @@ each Hugging Face byte read once, in blocks, so that memory does not grow with t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from math import prod
+from pathlib import Path
 
-import numpy as np
-
-from shared.checkpoint.blocks import BLOCK, Files
-from shared.checkpoint.dtypes import Dtype, cast, common, weight_dtype
-from shared.checkpoint.hf import HfReader, WeightLayout, default_layout
+from shared.checkpoint import blocks
+from shared.checkpoint.blocks import Files
+from shared.checkpoint.dtypes import Dtype, common, weight_dtype
+from shared.checkpoint.execute import Task
+from shared.checkpoint.hf import HfReader, WeightLayout, default_layout, region_of, weight_files
+from shared.checkpoint.moves import Move, NewFile, Part, converted, stream, turned, windows, zeros
 from shared.checkpoint.safetensors_file import TensorInfo
 from shared.checkpoint.torch_dist import NOT_WEIGHTS, TorchDistReader
-from shared.checkpoint.torch_dist_writer import CHUNK_BYTES, TorchDistWriter
+from shared.checkpoint.torch_dist_writer import CHUNK_BYTES, TorchDistLayout
 from shared.errors import UserError
 from shared.families import registry
 from shared.mapping.account import Account, account_sources, account_targets
 from shared.mapping.layout import PADDING, of_source, of_target
 from shared.mapping.rule import Entry
 from shared.model.architecture import Architecture
-
-Advance = Callable[[int], None]
 
 # What TransformerEngine's modules keep beside their weights. Megatron-Core asks for these objects when its layers are
 # TransformerEngine's, and passes over them otherwise; for a model without FP8 state each is None.
@@ -60,14 +62,17 @@ def plan_import(reader: HfReader) -> Import:
         for source in entry.sources:
             tensor = reader.tensors[source.name]
             kinds.setdefault(entry.key, set()).add(weight_dtype(tensor.dtype, source.name, tensor.place))
-    for alias in account.aliases:
-        _check_alias(reader, alias.name, alias.of)
     return Import(
         architecture=architecture,
         account=account,
         dtypes={key: common(found) for key, found in kinds.items()},
         widened=tuple(key for key, found in kinds.items() if len(found) > 1),
     )
+
+
+def alias_checks(plan: Import, reader: HfReader) -> list[Task]:
+    """Reads of tensors that are stored though they are others; each raises UserError where they differ."""
+    return [partial(_check_alias, reader, alias.name, alias.of) for alias in plan.account.aliases]
 
 
 def _check_alias(reader: HfReader, name: str, of: str) -> None:
@@ -79,61 +84,62 @@ def _check_alias(reader: HfReader, name: str, of: str) -> None:
         )
 
 
-def write_import(plan: Import, reader: HfReader, writer: TorchDistWriter, advance: Advance) -> None:
-    """Write every tensor, then the objects that loaders ask for."""
-    declared: set[str] = set()
-    for entry in plan.account.entries:
-        dtype = plan.dtypes[entry.key]
-        if entry.key not in declared:
-            writer.declare(entry.key, dtype, entry.global_shape)
-            declared.add(entry.key)
+def layout_import(plan: Import, reader: HfReader) -> TorchDistLayout:
+    """Every tensor's chunks, and the objects that loaders ask for.
+
+    Chunks are in the order of what they are read from: a file of them needs few of the source's.
+    """
+    layout = TorchDistLayout()
+    for entry in {entry.key: entry for entry in plan.account.entries}.values():
+        layout.declare(entry.key, plan.dtypes[entry.key], entry.global_shape)
+
+    def place(entry: Entry) -> tuple[str, int]:
+        first = reader.tensors[entry.sources[0].name]
+        return str(first.file), first.start
+
+    for entry in sorted(plan.account.entries, key=place):
+        dtype, sources = plan.dtypes[entry.key], {reader.tensors[source.name].file for source in entry.sources}
         rows, columns = entry.shape[0], prod(entry.shape[1:])
         pieces = -(-rows * columns * dtype.size // CHUNK_BYTES)
         step = -(-rows // pieces)
         for first in range(0, rows, step):
             count = min(step, rows - first)
             rest = (0,) * (len(entry.shape) - 1)
-            blocks = counted(target_rows(entry, dtype, reader, first, count), advance)
             sizes = ((1,) * len(entry.index)) + (count, *entry.shape[1:])
-            writer.chunk(entry.key, (*entry.index, first, *rest), sizes, blocks)
+            moves = partial(target_moves, entry, dtype, reader, first, count)
+            layout.chunk(entry.key, (*entry.index, first, *rest), sizes, moves, sources)
     layers = plan.architecture.num_layers
     for module in _LAYER_STATES:
         for layer in range(layers):
-            writer.put_object(f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}", [None])
-    writer.put_object("decoder.final_layernorm._extra_state/shard_0_1", [None])
-    writer.finish(
-        {
-            "checkpoint_version": 3.0,
-            "iteration": 0,
-            "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
-        }
-    )
+            layout.put_object(f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}", [None])
+    layout.put_object("decoder.final_layernorm._extra_state/shard_0_1", [None])
+    return layout
 
 
-def target_rows(entry: Entry, dtype: Dtype, reader: HfReader, first: int, count: int) -> Iterator[memoryview]:
-    """Bytes of rows of a Megatron tensor's slice, gathered from its sources."""
+COMMON = {
+    "checkpoint_version": 3.0,
+    "iteration": 0,
+    "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+}
+
+
+def target_moves(entry: Entry, dtype: Dtype, reader: HfReader, first: int, count: int) -> Iterator[Move]:
+    """What makes rows of a Megatron tensor's slice, from its sources."""
     row_bytes = prod(entry.shape[1:]) * dtype.size
-    turned: dict[str, np.ndarray] = {}  # of transposed sources
     for segment in of_target(entry.segments, first, count):
         if segment.source == PADDING:
-            yield from _zeros(segment.rows * row_bytes)
+            yield from zeros(segment.rows * row_bytes)
             continue
-        name = entry.sources[segment.source].name
-        own = weight_dtype(reader.tensors[name].dtype, name, reader.tensors[name].place)
+        tensor = reader.tensors[entry.sources[segment.source].name]
+        own, region = weight_dtype(tensor.dtype, tensor.name, tensor.place), reader.region(tensor.name)
+        moves: Iterable[Move]
         if entry.transposed:
-            if name not in turned:
-                turned[name] = _transpose(reader.rows(name), reader.tensors[name].shape, own)
-            columns = turned[name][segment.source_row : segment.source_row + segment.rows]
-            yield cast(memoryview(columns).cast("B"), own, dtype)
-            continue
-        for block in reader.rows(name, segment.source_row, segment.rows):
-            yield cast(block, own, dtype)
-
-
-def _transpose(blocks: Iterable[memoryview], shape: tuple[int, ...], dtype: Dtype) -> np.ndarray:
-    """A whole matrix, given by its rows, as rows of its transpose; numbers are moved as bits."""
-    data = np.frombuffer(b"".join(blocks), dtype=f"u{dtype.size}").reshape(shape)
-    return np.ascontiguousarray(data.T)
+            rows = tensor.shape[0]
+            parts = (Part(region=region, row=0, rows=rows, at=0),)
+            moves = turned(parts, segment.source_row, segment.rows, rows, own.size, _limit(own, dtype))
+        else:
+            moves = windows(region, segment.source_row, segment.rows, _limit(own, dtype))
+        yield from (converted(move, own, dtype) for move in moves)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,40 +211,43 @@ def plan_export(
     return Export(architecture=architecture, layout=layout, origin=origin, asides=kept, rounded=rounded)
 
 
-def source_rows(plan: Export, reader: TorchDistReader, tensor: TensorInfo) -> Iterator[memoryview]:
-    """Bytes of a Hugging Face tensor, gathered from the Megatron one it is in."""
+def layout_export(plan: Export, reader: TorchDistReader) -> list[NewFile]:
+    """The shards of an export."""
+
+    def sources(tensor: TensorInfo) -> Iterable[Path]:
+        if tensor.name in plan.asides:
+            return [plan.asides[tensor.name].file]
+        entry, _ = plan.origin[tensor.name]
+        return reader.files_of(entry.key, entry.index)
+
+    return weight_files(plan.layout, lambda tensor: source_moves(plan, reader, tensor), sources)
+
+
+def source_moves(plan: Export, reader: TorchDistReader, tensor: TensorInfo) -> Iterator[Move]:
+    """What makes a Hugging Face tensor, from the Megatron one it is in."""
     if tensor.name in plan.asides:
-        kept = plan.asides[tensor.name]
-        with Files() as files:
-            yield from files.blocks(kept.file, kept.start, kept.size, kept.row_bytes)
+        region = region_of(plan.asides[tensor.name])
+        yield from windows(region, 0, region.rows)
         return
     entry, place = plan.origin[tensor.name]
     held = reader.tensors[entry.key].dtype
     wanted = weight_dtype(tensor.dtype, tensor.name, tensor.place)
+    region, segments = reader.region(entry.key, entry.index), of_source(entry.segments, place)
+    moves: Iterable[Move]
     if entry.transposed:
-        columns = tensor.shape[::-1]
-        rows = (
-            block
-            for segment in of_source(entry.segments, place)
-            for block in reader.rows(entry.key, entry.index, segment.target_row, segment.rows)
-        )
-        yield cast(memoryview(_transpose(rows, columns, held)).cast("B"), held, wanted)
-        return
-    for segment in of_source(entry.segments, place):
-        for block in reader.rows(entry.key, entry.index, segment.target_row, segment.rows):
-            yield cast(block, held, wanted)
+        parts = tuple(Part(region=region, row=s.target_row, rows=s.rows, at=s.source_row) for s in segments)
+        moves = turned(parts, 0, tensor.shape[0], tensor.shape[1], held.size, _limit(held, wanted))
+    else:
+        moves = chain.from_iterable(windows(region, s.target_row, s.rows, _limit(held, wanted)) for s in segments)
+    yield from (converted(move, held, wanted) for move in moves)
 
 
-def counted(blocks: Iterator[memoryview], advance: Advance) -> Iterator[memoryview]:
-    """The same blocks; `advance` is told the bytes of each."""
-    for block in blocks:
-        yield block
-        advance(len(block))
+def source_rows(plan: Export, reader: TorchDistReader, tensor: TensorInfo) -> Iterator[memoryview]:
+    """Bytes of a Hugging Face tensor; each block is valid until the next one is asked for."""
+    with Files() as files:
+        yield from stream(source_moves(plan, reader, tensor), files)
 
 
-_ZEROS = memoryview(np.zeros(BLOCK, dtype=np.uint8))
-
-
-def _zeros(size: int) -> Iterator[memoryview]:
-    for start in range(0, size, BLOCK):
-        yield _ZEROS[: min(BLOCK, size - start)]
+def _limit(source: Dtype, target: Dtype) -> int:
+    """Bytes to read at once, so that neither they nor what they become is more than a block."""
+    return blocks.BLOCK * source.size // max(source.size, target.size)

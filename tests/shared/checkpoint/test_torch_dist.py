@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 
 from shared.checkpoint.dtypes import FP32
+from shared.checkpoint.execute import write_files
+from shared.checkpoint.moves import Constant
 from shared.checkpoint.torch_dist import TorchDistReader
-from shared.checkpoint.torch_dist_writer import TorchDistWriter
+from shared.checkpoint.torch_dist_writer import TorchDistLayout
 from shared.errors import UserError
 
 WHOLE = np.arange(2 * 12 * 6, dtype=np.float32).reshape(2, 12, 6)
@@ -26,13 +29,14 @@ def boxes(*cuts: list[int]) -> list[Box]:
 
 def write(folder: Path, chunks: list[Box], key: str = "w") -> Path:
     folder.mkdir()
-    writer = TorchDistWriter(folder, lambda name, digest: None)
-    writer.declare(key, FP32, WHOLE.shape)
+    layout = TorchDistLayout()
+    layout.declare(key, FP32, WHOLE.shape)
     for offsets, sizes in chunks:
         part = WHOLE[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))]
-        writer.chunk(key, offsets, sizes, [memoryview(np.ascontiguousarray(part)).cast("B")])
-    writer.put_object("w._extra_state/shard_0_1", [None])
-    writer.finish({"iteration": 3})
+        layout.chunk(key, offsets, sizes, partial(list, [Constant(part.tobytes())]))
+    layout.put_object("w._extra_state/shard_0_1", [None])
+    layout.finish(folder, {"iteration": 3})
+    write_files(folder, layout.files(), workers=1)
     return folder
 
 

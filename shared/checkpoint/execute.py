@@ -1,0 +1,242 @@
+"""Writes files that are made of moves: several threads, one hash of each file, and a journal to go on from after a kill.
+
+Reading, writing and hashing release the interpreter's lock. Blocks of a file are made and written in any order, and
+hashed in the file's own, so that the bytes and hashes do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from shared.checkpoint import blocks
+from shared.checkpoint.blocks import Files
+from shared.checkpoint.journal import Journal
+from shared.checkpoint.moves import Block, NewFile
+
+Advance = Callable[[int], None]
+Task = Callable[[], None]
+
+
+class _Stopped(Exception):  # noqa: N818 -- another thread failed
+    pass
+
+
+def write_files(
+    directory: Path,
+    files: Sequence[NewFile],
+    *,
+    workers: int,
+    advance: Advance = lambda amount: None,
+    journal: Journal | None = None,
+    tasks: Sequence[Task] = (),
+) -> dict[str, str]:
+    """Write the files; returns the content hash of each by name.
+
+    Args:
+        directory: where to; folders that names ask for are there.
+        files: what to write.
+        workers: threads.
+        advance: told of bytes as they are written, or found written by an earlier run.
+        journal: what an earlier run wrote, and where this one notes what it wrote.
+        tasks: further work that is to be done by the time this returns, such as checks of what is read.
+
+    Raises:
+        Exception: the first one of a move or task, when all threads have ended.
+    """
+    crew = _Crew(directory, files, advance, journal, tasks)
+    threads = [threading.Thread(target=crew.work, name=f"copy-{n}", daemon=True) for n in range(workers)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.2)  # a signal is served between two waits
+    except BaseException:
+        crew.stop()
+        raise
+    finally:
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+        crew.close()
+    if crew.failure is not None:
+        raise crew.failure
+    return {output.file.name: output.digest for output in crew.outputs}
+
+
+class _Crew:
+    """What the threads share."""
+
+    def __init__(
+        self,
+        directory: Path,
+        files: Sequence[NewFile],
+        advance: Advance,
+        journal: Journal | None,
+        tasks: Sequence[Task],
+    ) -> None:
+        self.failure: BaseException | None = None
+        self.outputs = [_Output(directory / file.name, file, journal, self._raise_if_stopped) for file in files]
+        self._files = Files()
+        self._advance = advance
+        self._lock = threading.Lock()
+        self._waiting = list(reversed(self.outputs))
+        self._begun: list[_Output] = []
+        self._tasks = list(reversed(tasks))
+        self._stop = False
+
+    def work(self) -> None:
+        """One thread: a file of its own while there is one, then a hand with those that others write."""
+        buffer = memoryview(np.empty(blocks.BLOCK, dtype=np.uint8))
+        try:
+            while (output := self._next()) is not None:
+                for amount in output.write(self._files, buffer):
+                    with self._lock:
+                        self._advance(amount)
+                    self._raise_if_stopped()
+            while task := self._task():
+                task()
+                self._raise_if_stopped()
+        except _Stopped:
+            pass
+        except BaseException as error:  # noqa: BLE001 -- write_files raises it
+            with self._lock:
+                self.failure = self.failure or error
+            self.stop()
+
+    def _next(self) -> _Output | None:
+        with self._lock:
+            self._begun = [output for output in self._begun if not output.exhausted]
+            if self._waiting:
+                self._begun.append(self._waiting.pop())
+                return self._begun[-1]
+            return self._begun[0] if self._begun else None
+
+    def _task(self) -> Task | None:
+        with self._lock:
+            return self._tasks.pop() if self._tasks else None
+
+    def stop(self) -> None:
+        self._stop = True
+        for output in self.outputs:
+            output.wake()
+
+    def _raise_if_stopped(self) -> None:
+        if self._stop:
+            raise _Stopped
+
+    def close(self) -> None:
+        self._files.close()
+        for output in self.outputs:
+            output.close()
+
+
+class _Output:
+    """A file being written."""
+
+    def __init__(self, path: Path, file: NewFile, journal: Journal | None, check: Callable[[], None]) -> None:
+        self.file = file
+        self.digest = ""
+        self.exhausted = False  # every block has been taken
+        self._path, self._journal, self._check = path, journal, check
+        self._descriptor: int | None = None
+        self._hash = xxhash.xxh3_128()
+        self._taking = threading.Lock()
+        self._turn = threading.Condition()
+        self._numbered: Iterator[tuple[int, int, Block]] | None = None
+        self._hashed = 0  # blocks
+        self._written: dict[int, tuple[int, str] | None] = {}  # blocks written after one that is not yet
+        self._whole = 0  # blocks written without a gap
+
+    def write(self, files: Files, buffer: memoryview) -> Iterator[int]:
+        """Take blocks until there is none; yields the bytes of each."""
+        while (taken := self._take()) is not None:
+            if isinstance(taken, int):
+                yield taken
+                continue
+            number, start, block = taken
+            if block.size > len(buffer):
+                buffer = memoryview(np.empty(block.size, dtype=np.uint8))
+            data = buffer[: block.size]
+            block.fill(files, data)
+            mark = self._hash_in_turn(number, start, block, data)
+            self._put(data, start)
+            self._note(number, mark)
+            yield block.size
+
+    def _take(self) -> tuple[int, int, Block] | int | None:
+        with self._taking:
+            if self._numbered is None:
+                self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+                kept = self._journal.kept(self.file.name, self._descriptor, self._hash) if self._journal else 0
+                self._numbered = self._number(kept)
+                if kept:
+                    return kept
+            taken = next(self._numbered, None)
+            self.exhausted = taken is None
+            return taken
+
+    def _number(self, kept: int) -> Iterator[tuple[int, int, Block]]:
+        start = number = 0
+        for block in self.file.make_blocks():
+            if start >= kept:
+                yield number, start, block
+                number += 1
+            start += block.size
+        assert start == self.file.size, f"{self.file.name}: {start} bytes instead of {self.file.size}"
+        if number == 0:
+            self._finish()
+
+    def _hash_in_turn(self, number: int, start: int, block: Block, data: memoryview) -> tuple[int, str] | None:
+        with self._turn:
+            while self._hashed != number:
+                self._check()  # before waiting: who stops says so first, and wakes those that wait after that
+                self._turn.wait()
+        # only the thread whose turn it is comes here
+        if block.seal is not None:
+            block.seal(data)
+        self._hash.update(data)
+        mark = (start + block.size, self._hash.hexdigest()) if block.whole else None
+        with self._turn:
+            self._hashed += 1
+            self._turn.notify_all()
+        return mark
+
+    def _put(self, data: memoryview, start: int) -> None:
+        assert self._descriptor is not None
+        while len(data):
+            count = os.pwrite(self._descriptor, data, start)
+            data, start = data[count:], start + count
+
+    def _note(self, number: int, mark: tuple[int, str] | None) -> None:
+        """Let the journal know how far the file is written without a gap."""
+        with self._turn:
+            self._written[number] = mark
+            last = None
+            while self._whole in self._written:
+                last = self._written.pop(self._whole) or last
+                self._whole += 1
+            if last is not None:
+                if self._journal is not None:
+                    self._journal.note(self.file.name, *last, last=last[0] == self.file.size)
+                if last[0] == self.file.size:
+                    self._finish()
+
+    def _finish(self) -> None:
+        self.digest = f"xxh3_128:{self._hash.hexdigest()}"
+        self.close()
+
+    def wake(self) -> None:
+        with self._turn:
+            self._turn.notify_all()
+
+    def close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)

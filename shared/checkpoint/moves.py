@@ -1,0 +1,219 @@
+"""What a new file's bytes are made of: moves, each of bounded size, each made on its own and in any order.
+
+A file is a sequence of moves. `windows` cuts rows of a tensor into moves of at most a block, so that memory does not
+grow with the tensor, and `blocks` packs moves into the blocks that a file is written in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from shared.checkpoint import blocks
+from shared.checkpoint.blocks import Files
+from shared.checkpoint.dtypes import Dtype, cast
+from shared.checkpoint.region import Region
+
+_CAST_AT_ONCE = 1 << 18  # numbers; a conversion holds several copies of them
+
+
+class Move(Protocol):
+    """Makes `size` bytes of a file."""
+
+    @property
+    def size(self) -> int: ...
+
+    def fill(self, files: Files, out: memoryview) -> None:
+        """Write the bytes into `out`, which is of that size."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """Bytes known beforehand."""
+
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def fill(self, files: Files, out: memoryview) -> None:
+        out[:] = self.data
+
+
+@dataclass(frozen=True, slots=True)
+class Zeros:
+    """Padding."""
+
+    size: int
+
+    def fill(self, files: Files, out: memoryview) -> None:
+        np.frombuffer(out, dtype=np.uint8)[:] = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Window:
+    """Rows and columns of a tensor as they are."""
+
+    region: Region
+    row: int
+    rows: int
+    left: int
+    width: int
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.width
+
+    def fill(self, files: Files, out: memoryview) -> None:
+        self.region.read(files, self.row, self.rows, self.left, self.width, out)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """`rows` rows of a tensor that become as many columns, from column `at` on."""
+
+    region: Region
+    row: int
+    rows: int
+    at: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turned:
+    """A strip of tensors transposed: columns `first` to `first + count` of the parts become rows."""
+
+    parts: tuple[Part, ...]
+    first: int
+    count: int
+    columns: int  # of the result
+    item: int  # bytes of a number
+
+    @property
+    def size(self) -> int:
+        return self.count * self.columns * self.item
+
+    def fill(self, files: Files, out: memoryview) -> None:
+        result = np.frombuffer(out, dtype=f"u{self.item}").reshape(self.count, self.columns)
+        left, width = self.first * self.item, self.count * self.item
+        for part in self.parts:
+            strip = np.empty(part.rows * width, dtype=np.uint8)
+            part.region.read(files, part.row, part.rows, left, width, memoryview(strip))
+            turned = strip.view(f"u{self.item}").reshape(part.rows, self.count).T
+            result[:, part.at : part.at + part.rows] = turned
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Converted:
+    """Another move's numbers in another type."""
+
+    move: Move
+    source: Dtype
+    target: Dtype
+
+    @property
+    def size(self) -> int:
+        return self.move.size // self.source.size * self.target.size
+
+    def fill(self, files: Files, out: memoryview) -> None:
+        held = memoryview(np.empty(self.move.size, dtype=np.uint8))
+        self.move.fill(files, held)
+        for first in range(0, len(held) // self.source.size, _CAST_AT_ONCE):
+            stop = first + _CAST_AT_ONCE
+            numbers = held[first * self.source.size : stop * self.source.size]
+            out[first * self.target.size : stop * self.target.size] = cast(numbers, self.source, self.target)
+
+
+def converted(move: Move, source: Dtype, target: Dtype) -> Move:
+    """The move itself where the types are the same."""
+    return move if source is target else Converted(move=move, source=source, target=target)
+
+
+def zeros(size: int) -> Iterator[Move]:
+    """Padding in moves of at most a block."""
+    for start in range(0, size, blocks.BLOCK):
+        yield Zeros(min(blocks.BLOCK, size - start))
+
+
+def windows(region: Region, row: int, rows: int, limit: int | None = None) -> Iterator[Window]:
+    """Whole rows in moves of at most `limit` bytes; a longer row is cut, at a multiple of 8 bytes."""
+    limit = limit or blocks.BLOCK
+    if region.width > limit:
+        width = limit // 8 * 8
+        for line in range(row, row + rows):
+            for left in range(0, region.width, width):
+                yield Window(region=region, row=line, rows=1, left=left, width=min(width, region.width - left))
+        return
+    step = limit // max(region.width, 1)
+    for first in range(row, row + rows, step):
+        count = min(step, row + rows - first)
+        yield Window(region=region, row=first, rows=count, left=0, width=region.width)
+
+
+def turned(
+    parts: tuple[Part, ...], first: int, count: int, columns: int, item: int, limit: int | None = None
+) -> Iterator[Turned]:
+    """Columns `first` to `first + count` of the parts as rows, in strips of at most `limit` bytes (or one column)."""
+    step = max((limit or blocks.BLOCK) // (columns * item), 1)
+    for start in range(first, first + count, step):
+        yield Turned(parts=parts, first=start, count=min(step, first + count - start), columns=columns, item=item)
+
+
+def stream(moves: Iterable[Move], files: Files) -> Iterator[memoryview]:
+    """The moves' bytes one after the other; each block is valid until the next one is asked for."""
+    buffer = memoryview(bytearray())
+    for move in moves:
+        if len(buffer) < move.size:
+            buffer = memoryview(bytearray(move.size))
+        block = buffer[: move.size]
+        move.fill(files, block)
+        yield block
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """What is written to a file at once."""
+
+    size: int
+    fill: Callable[[Files, memoryview], None]  # in any order, several at a time
+    seal: Callable[[memoryview], None] | None = None  # after it, in the file's order: what depends on bytes before
+    whole: bool = True  # whether what follows can be written without knowing what came before
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewFile:
+    """A file to be."""
+
+    name: str  # relative to the directory it is written to
+    size: int  # bytes
+    sources: frozenset[Path]  # the files it is made of
+    make_blocks: Callable[[], Iterator[Block]]
+
+
+def packed(moves: Iterable[Move], limit: int | None = None) -> Iterator[Block]:
+    """Moves in blocks of about `limit` bytes: neighbours are written at once, a larger move alone."""
+    held: list[Move] = []
+    size = 0
+    for move in moves:
+        if held and size + move.size > (limit or blocks.BLOCK):
+            yield _block(held, size)
+            held, size = [], 0
+        held.append(move)
+        size += move.size
+    if held:
+        yield _block(held, size)
+
+
+def _block(moves: list[Move], size: int) -> Block:
+    def fill(files: Files, out: memoryview) -> None:
+        position = 0
+        for move in moves:
+            move.fill(files, out[position : position + move.size])
+            position += move.size
+
+    return Block(size=size, fill=fill)

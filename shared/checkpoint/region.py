@@ -1,0 +1,77 @@
+"""Where the rows of a tensor lie in files: boxes of one file each, read as any window of rows and columns.
+
+Everything is counted in bytes along a row, so that nothing here knows a number's type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from shared.checkpoint import blocks
+from shared.checkpoint.blocks import Files
+from shared.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Box:
+    """Rows `row` to `row + rows`, bytes `left` to `left + width` of each, stored without a gap."""
+
+    file: Path
+    start: int  # byte in the file
+    row: int
+    rows: int
+    left: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Region:
+    """A matrix of bytes, tiled by boxes."""
+
+    name: str  # of the tensor, for messages
+    rows: int
+    width: int
+    boxes: tuple[Box, ...]
+
+    def read(self, files: Files, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
+        """Fill `out`, of `rows * width` bytes, with a window of the matrix."""
+        filled = 0
+        for box in self.boxes:
+            top, bottom = max(row, box.row), min(row + rows, box.row + box.rows)
+            start, stop = max(left, box.left), min(left + width, box.left + box.width)
+            if top >= bottom or start >= stop:
+                continue
+            run, count = stop - start, bottom - top
+            filled += run * count
+            source = box.start + (top - box.row) * box.width + start - box.left
+            place = (top - row) * width + start - left
+            if run == width and (run == box.width or count == 1):
+                files.read_into(box.file, source, out[place : place + count * run])
+            elif run == box.width:
+                piece = np.empty(count * run, dtype=np.uint8)
+                files.read_into(box.file, source, memoryview(piece))
+                window = np.frombuffer(out, dtype=np.uint8).reshape(rows, width)
+                window[top - row : bottom - row, start - left : stop - left] = piece.reshape(count, run)
+            else:
+                for _ in range(count):
+                    files.read_into(box.file, source, out[place : place + run])
+                    source, place = source + box.width, place + width
+        if filled != rows * width:
+            raise UserError(
+                f"{self.name}: {filled} of {rows * width} bytes of rows {row} to {row + rows} are in its chunks; "
+                "the checkpoint is damaged, fetch or write it again"
+            )
+
+    def blocks(self, files: Files, row: int, rows: int) -> Iterator[memoryview]:
+        """Whole rows in blocks of bounded size; each block is valid until the next one is asked for."""
+        step = max(blocks.BLOCK // max(self.width, 1), 1)
+        buffer = memoryview(np.empty(min(step, rows) * self.width, dtype=np.uint8))
+        for first in range(row, row + rows, step):
+            count = min(step, row + rows - first)
+            block = buffer[: count * self.width]
+            self.read(files, first, count, 0, self.width, block)
+            yield block

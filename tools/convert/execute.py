@@ -1,0 +1,52 @@
+"""Carries out the plan of a conversion, whichever form it is into."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from shared.checkpoint.moves import NewFile
+from shared.checkpoint.publish import Checks, Publication
+from shared.cli import log, progress
+from shared.model.architecture import Architecture
+from tools.convert.report import plan_lines, summary
+
+_MOST = 8  # threads; more than these a disk seldom keeps busy
+
+
+def default_workers() -> int:
+    """A thread for each processor that this process may use, to a limit."""
+    return min(len(os.sched_getaffinity(0)), _MOST)
+
+
+def execute(
+    command: str,
+    architecture: Architecture,
+    out: Publication,
+    files: Sequence[NewFile],
+    target: Path,
+    *,
+    workers: int | None,
+    checks: Checks,
+) -> None:
+    """Say what is going to happen, write this process's files, and say what happened.
+
+    Args:
+        command: its name.
+        architecture: of the model.
+        out: where to.
+        files: all of the conversion.
+        target: the directory to be published.
+        workers: threads; None for as many as suit the machine.
+        checks: given the files that are read, what is to be checked meanwhile.
+    """
+    mine, workers = out.mine(files), workers or default_workers()
+    size = sum(file.size for file in mine)
+    log(plan_lines(command, architecture, len(mine), size, workers))
+    started = time.monotonic()
+    with progress(size, "bytes", "converting") as advance:
+        out.write(files, workers=workers, advance=advance, checks=checks)
+    if mine:
+        log(summary(target, size, time.monotonic() - started))
