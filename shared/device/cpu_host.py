@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -45,16 +44,18 @@ def install() -> None:
         raise RuntimeError("the CPU host layer must not be installed where CUDA is present")
     if _installed:
         return
-    # `with torch.device("meta")` and torch.compile recognise functions by identity, from tables that torch caches
-    # on first use: fill them with the originals, which our wrappers still call. Megatron-Core would import dynamo.
+    # `with torch.device("meta")` recognises functions by identity, from a table that torch caches on first use: fill it
+    # with the originals, which our wrappers still call.
     torch_device_context._device_constructors()
-    importlib.import_module("torch._dynamo")
+    # Compiling is for GPUs: Megatron-Core's router and activations run as they are written.
+    torch.compiler.set_stance("force_eager")
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in TENSOR_FACTORIES:
         setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
     _replace_tensor_methods()
     _replace_cuda_module()
+    _replace_all_to_all()
     _installed = True
 
 
@@ -166,6 +167,19 @@ class _Generators:
 @contextlib.contextmanager
 def _context(*args: Any, **kwargs: Any) -> Iterator[None]:
     yield
+
+
+def _replace_all_to_all() -> None:
+    """Split sizes as tensors: the dispatcher of experts makes numbers of them only where it copies them off a GPU."""
+    original = torch.distributed.all_to_all_single
+
+    @functools.wraps(original)
+    def all_to_all_single(output: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
+        args = tuple(size.tolist() if isinstance(size, torch.Tensor) else size for size in args)
+        kwargs = {name: v.tolist() if isinstance(v, torch.Tensor) else v for name, v in kwargs.items()}
+        return original(output, input, *args, **kwargs)
+
+    torch.distributed.all_to_all_single = all_to_all_single
 
 
 def _replace_cuda_module() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shared.mapping.layout import CONCAT, Deal, Interleave, PadRows, RowLayout, Transposed
-from shared.mapping.rule import Alias, Aside, Rule, Source, Table
+from shared.mapping.rule import Alias, Aside, Axis, Rule, Source, Table
 from shared.model.architecture import Architecture
 
 
@@ -35,6 +35,13 @@ class Names:
     proj: str = "self_attn.o_proj"
     fc1: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     fc2: str = "mlp.down_proj"
+    router: str = "mlp.gate"
+    correction_bias: str = "mlp.gate.e_score_correction_bias"  # the tensor itself
+    expert_fc1: tuple[str, ...] = ("mlp.experts.{expert}.gate_proj", "mlp.experts.{expert}.up_proj")
+    expert_fc2: str = "mlp.experts.{expert}.down_proj"
+    shared_fc1: tuple[str, ...] = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
+    shared_fc2: str = "mlp.shared_expert.down_proj"
+    shared_gate: str = "mlp.shared_expert_gate"
     final_norm: str = "model.norm"
     head: str = "lm_head"
     inputs_first: bool = False  # weights of linear layers are `[in, out]`, as GPT-2's
@@ -50,14 +57,15 @@ def decoder_table(a: Architecture, names: Names) -> Table:
         aliases=(tied,) if a.tied_embeddings else (),
         asides=tuple(Aside(name=names.layer + name) for name in names.asides),
         optional_prefix=names.prefix,
-        sizes={"layer": a.num_layers},
+        sizes={"layer": a.num_layers, "expert": a.experts.count if a.experts else 0},
     )
 
 
 def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
     hidden, ffn, q, kv = a.hidden_size, a.ffn_hidden_size, a.q_size, a.kv_size
     vocabulary = PadRows(rows=a.padded_vocab_size())
-    attention, mlp = "decoder.layers.self_attention", "decoder.layers.mlp"
+    layers = "decoder.layers" if a.homogeneous else "decoder.layers.{layer}"
+    attention, mlp = f"{layers}.self_attention", f"{layers}.mlp"
 
     def whole(
         key: str, name: str, *rows: int, columns: int = 0, kind: str = "weight", layout: RowLayout = CONCAT
@@ -66,9 +74,16 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
         return Rule(megatron=key, sources=(Source(name=f"{name}.{kind}", shape=shape),), layout=layout)
 
     def layer(
-        key: str, parts: tuple[str, ...], rows: tuple[int, ...], columns: int, bias: bool, layout: RowLayout = CONCAT
+        key: str,
+        parts: tuple[str, ...],
+        rows: tuple[int, ...],
+        columns: int,
+        bias: bool,
+        layout: RowLayout = CONCAT,
+        axes: tuple[Axis, ...] = ("layer",),
+        of: tuple[int, ...] | None = None,
     ) -> Iterator[Rule]:
-        """A linear layer: rows of each part, columns, and whether it has a bias."""
+        """A linear layer: rows of each part, columns, whether it has a bias, and which layers have it."""
         fused = (sum(rows),) if len(parts) == 1 else rows
         for kind in ("weight", "bias") if bias else ("weight",):
             shapes = [(part, columns) if kind == "weight" else (part,) for part in fused]
@@ -78,12 +93,12 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
                 for name, shape in zip(parts, shapes, strict=True)
             ]
             rows_of = Transposed(rows=layout) if across else layout
-            yield Rule(megatron=f"{key}.{kind}", axes=("layer",), sources=tuple(sources), layout=rows_of)
+            yield Rule(megatron=f"{key}.{kind}", axes=axes, layers=of, sources=tuple(sources), layout=rows_of)
 
-    def norm(key: str, name: str, size: int = hidden) -> Iterator[Rule]:
+    def norm(key: str, name: str, size: int = hidden, of: tuple[int, ...] | None = None) -> Iterator[Rule]:
         for kind in ("weight", "bias") if a.norm_bias else ("weight",):
             source = Source(name=f"{names.layer}{name}.{kind}", shape=(size,))
-            yield Rule(megatron=f"{key}{kind}", axes=("layer",), sources=(source,))
+            yield Rule(megatron=f"{key}{kind}", axes=("layer",), layers=of, sources=(source,))
 
     def whole_norm(key: str, name: str) -> Iterator[Rule]:
         for kind in ("weight", "bias") if a.norm_bias else ("weight",):
@@ -107,15 +122,37 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
         yield from norm(f"{attention}.k_layernorm.", names.k_norm, a.head_dim if heads else kv)
     yield from layer(f"{attention}.linear_proj", (names.proj,), (hidden,), q, a.attention_output_bias)
     if a.norm_placement != "pre":
-        yield from norm("decoder.layers.post_self_attn_layernorm.", names.post_attention_norm)
+        yield from norm(f"{layers}.post_self_attn_layernorm.", names.post_attention_norm)
 
-    if a.norm_placement != "post" and a.residual != "parallel_shared":
-        yield from norm(f"{mlp}.linear_fc1.layer_norm_", names.mlp_norm)
-    rows = (ffn, ffn) if a.gated else (ffn,)
-    yield from layer(f"{mlp}.linear_fc1", names.fc1, rows, hidden, a.mlp_bias)
-    yield from layer(f"{mlp}.linear_fc2", (names.fc2,), (hidden,), ffn, a.mlp_bias)
+    own_norm = a.norm_placement != "post" and a.residual != "parallel_shared"
+    sparse = a.moe_layers
+    dense = tuple(index for index in range(a.num_layers) if index not in sparse) if sparse else None
+    if dense != ():
+        if own_norm:
+            yield from norm(f"{mlp}.linear_fc1.layer_norm_", names.mlp_norm, of=dense)
+        rows = (ffn, ffn) if a.gated else (ffn,)
+        yield from layer(f"{mlp}.linear_fc1", names.fc1, rows, hidden, a.mlp_bias, of=dense)
+        yield from layer(f"{mlp}.linear_fc2", (names.fc2,), (hidden,), ffn, a.mlp_bias, of=dense)
+    if experts := a.experts:
+        if own_norm:
+            yield from norm(f"{layers}.pre_mlp_layernorm.", names.mlp_norm, of=sparse)
+        yield from layer(f"{mlp}.router", (names.router,), (experts.count,), hidden, bias=False, of=sparse)
+        if experts.correction_bias:
+            source = Source(name=names.layer + names.correction_bias, shape=(experts.count,))
+            yield Rule(megatron=f"{mlp}.router.expert_bias", axes=("layer",), layers=sparse, sources=(source,))
+        size, each = experts.ffn_hidden_size, f"{mlp}.experts.experts"
+        both: tuple[Axis, ...] = ("layer", "expert")
+        yield from layer(f"{each}.linear_fc1", names.expert_fc1, (size, size), hidden, False, axes=both, of=sparse)
+        yield from layer(f"{each}.linear_fc2", (names.expert_fc2,), (hidden,), size, False, axes=both, of=sparse)
+        if together := experts.shared_ffn_hidden_size:
+            shared = f"{mlp}.shared_experts"
+            yield from layer(f"{shared}.linear_fc1", names.shared_fc1, (together, together), hidden, False, of=sparse)
+            yield from layer(f"{shared}.linear_fc2", (names.shared_fc2,), (hidden,), together, False, of=sparse)
+        if experts.shared_gate:
+            source = Source(name=f"{names.layer}{names.shared_gate}.weight", shape=(1, hidden))
+            yield Rule(megatron=f"{mlp}.shared_experts.gate_weight", axes=("layer",), layers=sparse, sources=(source,))
     if a.norm_placement != "pre":
-        yield from norm("decoder.layers.post_mlp_layernorm.", names.post_mlp_norm)
+        yield from norm(f"{layers}.post_mlp_layernorm.", names.post_mlp_norm)
 
     yield from whole_norm("decoder.final_layernorm", names.final_norm)
     if not a.tied_embeddings:

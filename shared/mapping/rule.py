@@ -1,7 +1,9 @@
 """Rules: one line of a family's tensor table, and what a table says of one particular model.
 
-A rule is `Megatron key | stacking axes | source names | layout`. Names may hold `{layer}`; a rule over the axis
-`layer` makes one entry for every layer, stacked by Megatron-Core into one tensor `[layers, ...]`.
+A rule is `Megatron key | axes | source names | layout`. Names may hold `{layer}` and `{expert}`; a rule over the axis
+`layer` makes one entry for every layer, stacked by Megatron-Core into one tensor `[layers, ...]`, and over `layer` and
+`expert` one for every expert, `[layers, experts, ...]`. Where layers differ, Megatron-Core does not stack them: the key
+itself holds `{layer}` then.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Literal
 from shared.errors import UserError
 from shared.mapping.layout import COPY, PADDING, LayoutError, PadRows, RowLayout, Segment, Shape, Transposed
 
-Axis = Literal["layer"]
+Axis = Literal["layer", "expert"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,12 @@ class Rule:
     sources: tuple[Source, ...]
     layout: RowLayout = COPY
     axes: tuple[Axis, ...] = ()
+    layers: tuple[int, ...] | None = None  # those that have it; None: all
+
+    @property
+    def stacked(self) -> tuple[Axis, ...]:
+        """The axes that are dimensions of the Megatron tensor."""
+        return tuple(axis for axis in self.axes if f"{{{axis}}}" not in self.megatron)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +57,7 @@ class Aside:
 
     name: str
     axes: tuple[Axis, ...] = ("layer",)
+    layers: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,21 +93,24 @@ class Table:
     def entries(self) -> Iterator[Entry]:
         """The rules applied to every layer, in the order of the rules."""
         for rule in self.rules:
-            for index in self._indices(rule.axes):
+            for index in self._indices(rule.axes, rule.layers):
                 yield Entry(
-                    key=rule.megatron,
-                    stack=tuple(self.sizes[axis] for axis in rule.axes),
-                    index=tuple(index.values()),
+                    key=rule.megatron.format(**index),
+                    stack=tuple(self.sizes[axis] for axis in rule.stacked),
+                    index=tuple(index[axis] for axis in rule.stacked),
                     sources=tuple(Source(name=s.name.format(**index), shape=s.shape) for s in rule.sources),
                     layout=rule.layout,
                 )
 
     def aside_names(self) -> set[str]:
         """Names of the tensors that are kept beside the weights, if a checkpoint has them."""
-        return {aside.name.format(**index) for aside in self.asides for index in self._indices(aside.axes)}
+        return {
+            aside.name.format(**index) for aside in self.asides for index in self._indices(aside.axes, aside.layers)
+        }
 
-    def _indices(self, axes: Sequence[Axis]) -> Iterator[dict[str, int]]:
-        for index in product(*(range(self.sizes[axis]) for axis in axes)):
+    def _indices(self, axes: Sequence[Axis], layers: Sequence[int] | None) -> Iterator[dict[str, int]]:
+        ranges = [layers if axis == "layer" and layers is not None else range(self.sizes[axis]) for axis in axes]
+        for index in product(*ranges):
             yield dict(zip(axes, index, strict=True))
 
 

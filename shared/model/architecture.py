@@ -31,6 +31,41 @@ class RopeScaling:
             raise ValueError(f"rope scaling factor must be at least 1, not {self.factor}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A mixture of experts in place of the MLP: every token goes through the `top_k` that its router scores highest.
+
+    The router's logits `[tokens, experts]` become scores by softmax over all experts or by a sigmoid each; the chosen
+    ones' scores, divided by their sum if `normalized`, times `scaling`, weigh what those experts answer.
+    """
+
+    count: int
+    top_k: int
+    ffn_hidden_size: int  # of each
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalized: bool = True
+    scaling: float = 1.0
+    correction_bias: bool = False  # fp32, added to the scores for choosing only (DeepSeek V3)
+    groups: int = 1  # equal runs of experts, of which a token goes to the best `top_groups` only
+    top_groups: int = 1
+    shared_ffn_hidden_size: int | None = None  # of the experts that every token goes through, taken together
+    shared_gate: bool = False  # they are weighed by the sigmoid of a projection of the token (Qwen 1.5 and 2)
+    auxiliary_loss: float = 0.0  # weight of the load-balancing loss
+    dense_layers: tuple[int, ...] = ()  # by index from 0; these have an MLP of `Architecture.ffn_hidden_size`
+
+    def __post_init__(self) -> None:
+        if not 0 < self.top_k <= self.count:
+            raise ValueError(f"{self.top_k} experts a token of {self.count} are impossible")
+        if self.count % self.groups or not 0 < self.top_groups <= self.groups:
+            raise ValueError(f"{self.top_groups} of {self.groups} groups of {self.count} experts are impossible")
+        if self.score == "sigmoid" and not self.normalized:
+            raise ValueError("sigmoid scores of experts that are not normalised are not computed")
+        if self.score == "softmax" and self.correction_bias:
+            raise ValueError("a correction bias of softmax scores of experts is not computed")
+        if self.shared_gate and self.shared_ffn_hidden_size is None:
+            raise ValueError("a gate of shared experts is set, but there are none")
+
+
 Activation = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"]
 
 Residual = Literal["sequential", "parallel", "parallel_shared"]
@@ -67,6 +102,7 @@ class Architecture:
 
     activation: Activation = "swiglu"
     mlp_bias: bool = False
+    experts: Experts | None = None
 
     positions: Literal["rope", "learned", "alibi"] = "rope"
     learned_position_offset: int = 0  # rows of the table before position 0 (OPT)
@@ -120,7 +156,12 @@ class Architecture:
             raise ValueError("full_attention_layers are set without a sliding window")
         if self.positions == "alibi" and (self.sliding_window or self.attention_softcap):
             raise ValueError("ALiBi with a sliding window or a soft cap is not computed")
-        layers = self.layers_without_rope + self.full_attention_layers
+        dense = self.experts.dense_layers if self.experts else ()
+        if self.experts and (self.mlp_bias or not self.gated):
+            raise ValueError("experts with biases or without a gate are not computed")
+        if self.experts and self.residual == "parallel_shared":
+            raise ValueError("experts that share a norm with attention are not computed")
+        layers = self.layers_without_rope + self.full_attention_layers + dense
         if layers and not 0 <= min(layers) <= max(layers) < self.num_layers:
             raise ValueError(f"there is no layer {max(layers)}: the model has {self.num_layers}")
 
@@ -128,6 +169,18 @@ class Architecture:
     def gated(self) -> bool:
         """Whether the MLP multiplies an activated projection with a second one."""
         return self.activation in ("swiglu", "geglu", "geglu_tanh")
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Layers that have experts."""
+        if self.experts is None:
+            return ()
+        return tuple(layer for layer in range(self.num_layers) if layer not in self.experts.dense_layers)
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether all layers have the same tensors, so that Megatron-Core stacks them."""
+        return len(self.moe_layers) in (0, self.num_layers)
 
     @property
     def rotated(self) -> int:
@@ -158,27 +211,32 @@ class Architecture:
         multiple = VOCAB_MULTIPLE * tensor_parallel
         return -(-self.vocab_size // multiple) * multiple
 
-    def parameter_count(self) -> int:
-        """Number of weights, without vocabulary padding."""
+    def parameter_count(self, *, active: bool = False) -> int:
+        """Number of weights, without vocabulary padding; `active` counts the experts that one token goes through."""
         norm = self.hidden_size * (2 if self.norm_bias else 1)
         per_layer = {"parallel_shared": 1}.get(self.residual, 4 if self.norm_placement == "sandwich" else 2)
         norms = per_layer * norm
         if self.qk_norm:
             norms += 2 * self.head_dim if self.qk_norm_scope == "head" else self.q_size + self.kv_size
         qkv = self.q_size + 2 * self.kv_size
-        fc1 = self.ffn_hidden_size * (2 if self.gated else 1)
         attention = self.hidden_size * (qkv + self.q_size)
-        mlp = self.hidden_size * (fc1 + self.ffn_hidden_size)
-        biases = (
-            self.qkv_bias * qkv
-            + self.attention_output_bias * self.hidden_size
-            + self.mlp_bias * (fc1 + self.hidden_size)
-        )
+        biases = self.qkv_bias * qkv + self.attention_output_bias * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         embeddings += self.vocab_size * self.output_bias + norm * self.embedding_norm
         if self.positions == "learned":
             embeddings += self.learned_positions * self.hidden_size
-        return self.num_layers * (norms + attention + mlp + biases) + embeddings + norm
+        mlps = (self.num_layers - len(self.moe_layers)) * self._mlp_count(self.ffn_hidden_size)
+        if experts := self.experts:
+            used = experts.top_k if active else experts.count
+            each = used * self._mlp_count(experts.ffn_hidden_size) + experts.count * self.hidden_size
+            each += experts.correction_bias * experts.count + experts.shared_gate * self.hidden_size
+            each += self._mlp_count(experts.shared_ffn_hidden_size or 0)
+            mlps += len(self.moe_layers) * each
+        return self.num_layers * (norms + attention + biases) + mlps + embeddings + norm
+
+    def _mlp_count(self, ffn_hidden_size: int) -> int:
+        fc1 = ffn_hidden_size * (2 if self.gated else 1)
+        return self.hidden_size * (fc1 + ffn_hidden_size) + self.mlp_bias * (fc1 + self.hidden_size)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON data, for a manifest or a report."""

@@ -11,12 +11,14 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch.nn import functional
 
 from shared.device import prepare
 from shared.model.architecture import Activation, Architecture
 from shared.model.cross_entropy import vocab_parallel_cross_entropy
 from shared.model.ends import adapt_embedding, adapt_output, output_layer_with_bias
+from shared.model.experts import experts_config
 from shared.model.parallel import ParallelLayout
 from shared.model.rope import inverse_frequencies
 from shared.model.spec import block_spec
@@ -56,7 +58,7 @@ class LanguageModel(GPTModel):
         num_layers = get_num_layers_to_build(config, vp_stage)
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(architecture, num_layers),
+            transformer_layer_spec=block_spec(architecture, get_transformer_layer_offset(config, vp_stage), num_layers),
             vocab_size=architecture.padded_vocab_size(config.tensor_model_parallel_size),
             max_sequence_length=architecture.learned_positions,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -156,6 +158,7 @@ def transformer_config(
         "persist_layer_norm": False,
         "apply_rope_fusion": False,
         **_RECOMPUTE[recompute],
+        **(experts_config(architecture, architecture.experts) if architecture.experts else {}),
     }
     return TransformerConfig(**{**fields, **overrides})
 

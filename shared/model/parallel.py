@@ -59,6 +59,7 @@ class ParallelLayout:
                 f"--tensor-parallel {self.tensor} does not divide the model's feed-forward size "
                 f"{architecture.ffn_hidden_size}"
             )
+        self._check_experts(architecture, world_size)
         stages = self.pipeline * self.virtual_pipeline
         if architecture.num_layers % stages:
             flags = f"--pipeline-parallel {self.pipeline}"
@@ -66,18 +67,37 @@ class ParallelLayout:
                 flags += f" x --virtual-pipeline {self.virtual_pipeline}"
             raise UserError(f"{flags} does not divide the model's {architecture.num_layers} layers")
 
+    def _check_experts(self, architecture: Architecture, world_size: int) -> None:
+        experts = architecture.experts
+        if experts is None:
+            if self.expert != 1:
+                raise UserError(f"--expert-parallel {self.expert}: this model has no experts; only 1 is possible")
+            return
+        if experts.count % self.expert:
+            raise UserError(f"--expert-parallel {self.expert} does not divide the model's {experts.count} experts")
+        if world_size % (self.tensor * self.pipeline * self.expert):
+            raise UserError(
+                f"--processes {world_size} is not a multiple of --tensor-parallel {self.tensor} x "
+                f"--pipeline-parallel {self.pipeline} x --expert-parallel {self.expert}"
+            )
+        if self.tensor > 1 and not self.sequence_parallel:
+            raise UserError("experts with --tensor-parallel above 1 need --sequence-parallel")
+        if experts.ffn_hidden_size % self.tensor:
+            raise UserError(
+                f"--tensor-parallel {self.tensor} does not divide the experts' size {experts.ffn_hidden_size}"
+            )
+
     def _check_own(self) -> None:
         for flag, value in (
             ("--tensor-parallel", self.tensor),
             ("--pipeline-parallel", self.pipeline),
             ("--virtual-pipeline", self.virtual_pipeline),
+            ("--expert-parallel", self.expert),
         ):
             if value < 1:
                 raise UserError(f"{flag} must be at least 1, not {value}")
         if self.context != 1:
             raise UserError(f"--context-parallel {self.context}: only 1 is supported; use --tensor-parallel instead")
-        if self.expert != 1:
-            raise UserError(f"--expert-parallel {self.expert}: these models have no experts; only 1 is supported")
         if self.sequence_parallel and self.tensor == 1:
             raise UserError("--sequence-parallel needs --tensor-parallel above 1")
         if self.virtual_pipeline > 1 and self.pipeline == 1:

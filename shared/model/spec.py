@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from shared.model.architecture import Architecture
 from shared.model.attention import CoreAttention
+from shared.model.experts import experts_of
 from shared.model.layer import JoinedLayer, has_own_layer
 from shared.model.norm import head_norms, norm_of
 
@@ -26,13 +27,23 @@ CHECKPOINT_KEYS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
+# In front of experts it is a module of its own there too, for the router reads what it makes.
+SPARSE_CHECKPOINT_KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 
 
-def block_spec(architecture: Architecture, num_layers: int) -> TransformerBlockSubmodules:
-    """`num_layers` equal layers and the final norm, from Megatron-Core's own modules, our norms and attention."""
+def block_spec(architecture: Architecture, first_layer: int, num_layers: int) -> TransformerBlockSubmodules:
+    """Layers from `first_layer` on and the final norm, from Megatron-Core's own modules, our norms and attention."""
+    layers = range(first_layer, first_layer + num_layers)
+    return TransformerBlockSubmodules(
+        layer_specs=[_layer(architecture, layer) for layer in layers],
+        layer_norm=norm_of(architecture, checkpointed=True),
+    )
+
+
+def _layer(architecture: Architecture, layer: int) -> ModuleSpec:
     norm = norm_of(architecture, checkpointed=False) if architecture.norm_placement != "post" else IdentityOp
-    own = has_own_layer(architecture)
-    layer = ModuleSpec(
+    own, sparse = has_own_layer(architecture), layer in architecture.moe_layers
+    return ModuleSpec(
         module=JoinedLayer if own else TransformerLayer,
         params={"architecture": architecture} if own else {},
         submodules=TransformerLayerSubmodules(
@@ -40,19 +51,17 @@ def block_spec(architecture: Architecture, num_layers: int) -> TransformerBlockS
             self_attention=_attention(architecture),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp if architecture.residual == "parallel_shared" else norm,
-            mlp=partial(
-                MLP.as_mlp_submodule,
-                submodules=MLPSubmodules(
-                    linear_fc1=_linear(ColumnParallelLinear, bias=architecture.mlp_bias),
-                    linear_fc2=_linear(RowParallelLinear, bias=architecture.mlp_bias),
-                ),
-            ),
+            mlp=experts_of(architecture) if sparse else partial(MLP.as_mlp_submodule, submodules=_mlp(architecture)),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=CHECKPOINT_KEYS,
+            sharded_state_dict_keys_map=SPARSE_CHECKPOINT_KEYS if sparse else CHECKPOINT_KEYS,
         ),
     )
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * num_layers, layer_norm=norm_of(architecture, checkpointed=True)
+
+
+def _mlp(architecture: Architecture) -> MLPSubmodules:
+    return MLPSubmodules(
+        linear_fc1=_linear(ColumnParallelLinear, bias=architecture.mlp_bias),
+        linear_fc2=_linear(RowParallelLinear, bias=architecture.mlp_bias),
     )
 
 

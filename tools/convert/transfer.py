@@ -28,14 +28,7 @@ from shared.mapping.account import Account, account_sources, account_targets
 from shared.mapping.layout import PADDING, of_source, of_target
 from shared.mapping.rule import Entry
 from shared.model.architecture import Architecture
-
-# What TransformerEngine's modules keep beside their weights. Megatron-Core asks for these objects when its layers are
-# TransformerEngine's, and passes over them otherwise; for a model without FP8 state each is None.
-_LAYER_STATES = (
-    *("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"),
-    *("self_attention.q_layernorm", "self_attention.k_layernorm"),
-    *("mlp.linear_fc1", "mlp.linear_fc2"),
-)
+from shared.model.extra_states import extra_states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +101,8 @@ def layout_import(plan: Import, reader: HfReader) -> TorchDistLayout:
             sizes = ((1,) * len(entry.index)) + (count, *entry.shape[1:])
             moves = partial(target_moves, entry, dtype, reader, first, count)
             layout.chunk(entry.key, (*entry.index, first, *rest), sizes, moves, sources)
-    layers = plan.architecture.num_layers
-    for module in _LAYER_STATES:
-        for layer in range(layers):
-            layout.put_object(f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}", [None])
-    layout.put_object("decoder.final_layernorm._extra_state/shard_0_1", [None])
+    for name in extra_states(plan.architecture):
+        layout.put_object(name, [None])
     return layout
 
 

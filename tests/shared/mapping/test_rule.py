@@ -30,6 +30,24 @@ def test_entries_are_the_slices_of_stacked_tensors() -> None:
     assert (entries[1].padded, entries[1].padding_rows) == (False, 0)
 
 
+def test_experts_are_stacked_behind_layers() -> None:
+    rule = Rule(megatron="fc2", axes=("layer", "expert"), sources=(Source(name="h.{layer}.e.{expert}", shape=(2, 3)),))
+    entries = list(Table(rules=(rule,), sizes={"layer": 2, "expert": 3}).entries())
+    assert [entry.index for entry in entries] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert entries[5].global_shape == (2, 3, 2, 3)
+    assert entries[5].sources[0].name == "h.1.e.2"
+
+
+def test_layers_that_differ_have_keys_of_their_own() -> None:
+    source = Source(name="h.{layer}.e.{expert}", shape=(2, 3))
+    rule = Rule(megatron="layers.{layer}.fc2", axes=("layer", "expert"), layers=(0, 2), sources=(source,))
+    entries = list(Table(rules=(rule,), sizes={"layer": 3, "expert": 2}).entries())
+    keys = [("layers.0.fc2", (0,)), ("layers.0.fc2", (1,)), ("layers.2.fc2", (0,)), ("layers.2.fc2", (1,))]
+    assert [(entry.key, entry.index) for entry in entries] == keys
+    assert entries[3].sources[0].name == "h.2.e.1"
+    assert entries[3].global_shape == (2, 2, 3)
+
+
 def test_aside_names() -> None:
     table = Table(rules=(), asides=(Aside(name="h.{layer}.inv_freq"),), sizes={"layer": 2})
     assert table.aside_names() == {"h.0.inv_freq", "h.1.inv_freq"}

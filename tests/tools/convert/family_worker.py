@@ -31,10 +31,15 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from shared.checkpoint.passengers import config_of  # noqa: E402
 from shared.families import registry  # noqa: E402
 from shared.model import gpt, weights  # noqa: E402
+from shared.model.architecture import Architecture  # noqa: E402
 from shared.model.logits import logits  # noqa: E402
 from shared.model.parallel import ParallelLayout, initialize  # noqa: E402
 
-LAYOUTS = {"tp2": ParallelLayout(tensor=2, sequence_parallel=True), "pp2": ParallelLayout(pipeline=2)}
+LAYOUTS = {
+    "tp2": ParallelLayout(tensor=2, sequence_parallel=True),
+    "pp2": ParallelLayout(pipeline=2),
+    "ep2": ParallelLayout(expert=2),  # of models that have experts
+}
 ROWS, LENGTH = 2, 128  # of the training step; its labels are the next tokens
 
 
@@ -43,8 +48,14 @@ def rows_of(ids: torch.Tensor) -> torch.Tensor:
     return ids[0].unfold(0, LENGTH + 1, ids.shape[1] - LENGTH - 1)[:ROWS]
 
 
+def layouts_of(architecture: Architecture) -> list[str]:
+    """Those that a model is run at."""
+    return [name for name, layout in LAYOUTS.items() if layout.expert == 1 or architecture.experts]
+
+
 def step(chunk: Any, rows: torch.Tensor) -> float:
     """Mean loss of the rows; leaves the gradients of its mean in `main_grad`."""
+    rows = rows[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
     config = chunk.config
     config.finalize_model_grads_func = finalize_model_grads
     model = DistributedDataParallel(config, DistributedDataParallelConfig(), chunk)
@@ -67,6 +78,7 @@ def step(chunk: Any, rows: torch.Tensor) -> float:
         micro_batch_size=1,
     )
     loss = torch.stack(summed).sum() if summed else torch.zeros(())
+    torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group())
     torch.distributed.broadcast(
         loss,
         parallel_state.get_pipeline_model_parallel_last_rank(),
@@ -84,6 +96,8 @@ def main(work: Path) -> None:
         for source in sorted(work.glob("*.megatron")):
             size = source.name.removesuffix(".megatron")
             architecture = registry.from_config(config_of(source / "hf" / "config.json"))
+            if name not in layouts_of(architecture):
+                continue
             chunks = gpt.build(architecture, layout, dtype=torch.float32, calculate_per_token_loss=True)
             weights.load(chunks, source / "release")
             ids = torch.load(work / f"{size}.ids.pt")

@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +77,7 @@ def worker() -> Any:
 def reference(source: Path, ids: torch.Tensor, worker: Any) -> dict[str, Any]:
     """transformers' continuation of the ids, the logits of both, and the loss and gradients of one step."""
     from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
@@ -88,9 +88,8 @@ def reference(source: Path, ids: torch.Tensor, worker: Any) -> dict[str, Any]:
     scores = model(rows[:, :-1]).logits
     loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), rows[:, 1:].flatten())
     loss.backward()
-    # One class's head has another name in its files than in its module.
-    name_of = {"lm_head.weight": "embed_out.weight"} if model.config.model_type == "gpt_neox" else {}
-    gradients = {name_of.get(name, name): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = revert_weight_conversion(model, gradients)  # under the names that files have, one for every expert
     return {"ids": ids, "logits": logits, "loss": loss.item(), "gradients": gradients}
 
 
@@ -134,11 +133,11 @@ def work(tmp_path_factory: pytest.TempPathFactory, write_architecture: Any, work
 
 
 def test_two_processes_run_and_train_as_transformers_does(
-    work: tuple[Path, dict[str, Any]], convert: Any, tmp_path: Path, subtests: pytest.Subtests
+    work: tuple[Path, dict[str, Any]], worker: Any, convert: Any, tmp_path: Path, subtests: pytest.Subtests
 ) -> None:
     """One test, so that the processes are started once, however the tests are dealt over workers."""
     folder, known = work
-    for size, layout in product(SIZES, ("tp2", "pp2")):
+    for size, layout in ((name, at) for name in SIZES for at in worker.layouts_of(tiny(name))):
         made, theirs = torch.load(folder / f"{size}.{layout}.pt"), known[size]
         with subtests.test("logits and greedy continuation", size=size, layout=layout):
             assert made["logits"].shape == (1, POSITIONS + CONTINUED, 509)
@@ -205,8 +204,15 @@ def mistakes_of_tables(a: Architecture) -> Iterator[tuple[str, Callable[[Rule], 
 
         return wrong
 
-    if a.gated:
-        yield "gate and up", swap("linear_fc1.weight", (0, a.ffn_hidden_size, a.ffn_hidden_size))
+    if a.gated and len(a.moe_layers) < a.num_layers:
+        yield "gate and up", swap("mlp.linear_fc1.weight", (0, a.ffn_hidden_size, a.ffn_hidden_size))
+    if experts := a.experts:
+        size = experts.ffn_hidden_size
+        yield "gate and up of experts", swap("experts.experts.linear_fc1.weight", (0, size, size))
+        yield "rows of the router", swap("router.weight", (0, 1, 1))
+        yield "experts", another_expert
+        if size := experts.shared_ffn_hidden_size or 0:
+            yield "gate and up of the shared experts", swap("shared_experts.linear_fc1.weight", (0, size, size))
     k, v = per_group * a.head_dim, (per_group + 1) * a.head_dim
     yield "key and value", swap("linear_qkv.weight", *((s + k, s + v, a.head_dim) for s in starts))
     if a.num_query_groups > 1:
@@ -220,6 +226,20 @@ def mistakes_of_tables(a: Architecture) -> Iterator[tuple[str, Callable[[Rule], 
         yield "pairs of the rotation", swap("linear_qkv.weight", *pairs)
     if a.positions == "learned":
         yield "positions", swap("position_embeddings.weight", (0, 100, 100))
+
+
+def another_expert(rule: Rule) -> Rule:
+    """Down projections, each of them the next expert's."""
+    if not rule.megatron.endswith("experts.experts.linear_fc2.weight"):
+        return rule
+
+    class Next(str):
+        __slots__ = ()
+
+        def format(self, *args: object, **index: Any) -> str:
+            return str.format(self, **index | {"expert": index["expert"] ^ 1})
+
+    return replace(rule, sources=tuple(replace(source, name=Next(source.name)) for source in rule.sources))
 
 
 # Architecture's fields that change no tensor, and what a careless reader of the configuration takes them for.
@@ -254,6 +274,11 @@ def careless_readings(a: Architecture) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         with_it = {"full_attention_layers": ()} if name == "sliding_window" else {}
         yield name, {name: other, **with_it}
+    if experts := a.experts:
+        if experts.score == "softmax":
+            yield "experts' scores", {"experts": replace(experts, normalized=not experts.normalized)}
+        yield "experts a token", {"experts": replace(experts, top_k=experts.top_k + 1)}
+        yield "experts' scaling", {"experts": replace(experts, scaling=experts.scaling * 2)}
 
 
 def test_slopes_of_other_heads_are_found_out(

@@ -1,0 +1,97 @@
+"""Qwen 1.5 and 2 MoE: Qwen2's attention; experts whose scores keep their size, beside a gated one for every token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from shared.families.decoder import common_fields, full_attention_only, table, written_fields
+from shared.families.experts import dense_layers, written_dense_layers
+from shared.families.family import Family
+from shared.families.fields import Fields
+from shared.model.architecture import Architecture, Experts
+
+
+def read(fields: Fields) -> Architecture:
+    bias = fields.get("qkv_bias", bool, True)
+    common = common_fields(fields)
+    full_attention_only(fields, common["num_layers"])
+    experts = Experts(
+        count=fields.get("num_experts", int, 60),
+        top_k=fields.get("num_experts_per_tok", int, 4),
+        ffn_hidden_size=fields.get("moe_intermediate_size", int, 1408),
+        normalized=fields.get("norm_topk_prob", bool, False),
+        shared_ffn_hidden_size=fields.get("shared_expert_intermediate_size", int, 5632),
+        shared_gate=True,
+        auxiliary_loss=fields.get("router_aux_loss_coef", float, 0.001),
+        dense_layers=dense_layers(fields, common["num_layers"]),
+    )
+    return Architecture(family="qwen2_moe", qkv_bias=bias, experts=experts, **common)
+
+
+def write(a: Architecture) -> dict[str, Any]:
+    assert a.experts is not None
+    return {
+        **written_fields(a),
+        "qkv_bias": a.qkv_bias,
+        "use_sliding_window": False,
+        "num_experts": a.experts.count,
+        "num_experts_per_tok": a.experts.top_k,
+        "moe_intermediate_size": a.experts.ffn_hidden_size,
+        "norm_topk_prob": a.experts.normalized,
+        "shared_expert_intermediate_size": a.experts.shared_ffn_hidden_size,
+        "router_aux_loss_coef": a.experts.auxiliary_loss,
+        **written_dense_layers(a.experts),
+    }
+
+
+_QWEN_1_5_MOE = Architecture(
+    family="qwen2_moe",
+    num_layers=24,
+    hidden_size=2048,
+    ffn_hidden_size=5632,
+    num_attention_heads=16,
+    num_query_groups=16,
+    head_dim=128,
+    vocab_size=151_936,
+    max_position_embeddings=8192,
+    norm_epsilon=1e-6,
+    rope_theta=1_000_000.0,
+    qkv_bias=True,
+    experts=Experts(
+        count=60,
+        top_k=4,
+        ffn_hidden_size=1408,
+        normalized=False,
+        shared_ffn_hidden_size=5632,
+        shared_gate=True,
+        auxiliary_loss=0.001,
+    ),
+    tied_embeddings=False,
+)
+
+FAMILY = Family(
+    name="qwen2_moe",
+    title="Qwen 1.5 and 2 MoE",
+    hf_class="Qwen2MoeForCausalLM",
+    read=read,
+    table=table,
+    write=write,
+    sizes={
+        "qwen2-moe-tiny": replace(
+            _QWEN_1_5_MOE,
+            num_layers=2,
+            hidden_size=64,
+            ffn_hidden_size=160,
+            num_attention_heads=4,
+            num_query_groups=2,
+            head_dim=16,
+            vocab_size=512,
+            max_position_embeddings=512,
+            experts=Experts(
+                count=6, top_k=2, ffn_hidden_size=32, normalized=False, shared_ffn_hidden_size=64, shared_gate=True
+            ),
+        ),
+        "qwen1.5-moe-a2.7b": _QWEN_1_5_MOE,
+    },
+)

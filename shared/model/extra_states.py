@@ -1,0 +1,40 @@
+"""Names of what TransformerEngine's modules keep beside their weights.
+
+Megatron-Core asks for these objects when its layers are TransformerEngine's, and passes over them otherwise. For a
+model without FP8 state each is None. Pure data, importable without torch or Megatron-Core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+from shared.model.architecture import Architecture
+
+_ATTENTION = ("linear_qkv", "linear_proj", "core_attention", "q_layernorm", "k_layernorm")
+_DENSE = ("mlp.linear_fc1", "mlp.linear_fc2")
+_SPARSE = ("pre_mlp_layernorm", "mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
+_EXPERT = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
+
+
+def extra_states(architecture: Architecture) -> Iterator[str]:
+    """Keys of a torch_dist checkpoint: `decoder.layers.MODULE._extra_state/shard_LAYER_LAYERS` where layers are stacked."""
+    layers, experts = architecture.num_layers, architecture.experts
+    for layer in range(layers):
+        sparse = layer in architecture.moe_layers
+        modules = [f"self_attention.{module}" for module in _ATTENTION] + list(_SPARSE if sparse else _DENSE)
+        prefix, index, sizes = ("decoder.layers", [layer], [layers])
+        if not architecture.homogeneous:
+            prefix, index, sizes = (f"decoder.layers.{layer}", [], [])
+        for module in modules:
+            yield f"{prefix}.{module}._extra_state/{_shard(index, sizes)}"
+        if sparse and experts:
+            for module, expert in product(_EXPERT, range(experts.count)):
+                yield f"{prefix}.{module}._extra_state/{_shard([*index, expert], [*sizes, experts.count])}"
+    yield "decoder.final_layernorm._extra_state/shard_0_1"
+
+
+def _shard(index: list[int], sizes: list[int]) -> str:
+    if not index:
+        return "shard_0_1"
+    return f"shard_{'.'.join(map(str, index))}_{'.'.join(map(str, sizes))}"
