@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from shared.errors import UserError
+
+if TYPE_CHECKING:  # most conversions move bytes as they are: numpy is imported by those that do not
+    import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,8 @@ def common(dtypes: Iterable[Dtype]) -> Dtype:
 
 def to_float32(data: memoryview, dtype: Dtype) -> np.ndarray:
     """The numbers of a block, flat. Exact."""
+    import numpy as np
+
     if dtype is FP32:
         return np.frombuffer(data, dtype=np.float32)
     if dtype is FP16:
@@ -63,6 +67,8 @@ def to_float32(data: memoryview, dtype: Dtype) -> np.ndarray:
 
 def from_float32(values: np.ndarray, dtype: Dtype) -> memoryview:
     """Bytes of flat float32 numbers in another type, rounded to nearest, ties to even, as torch does."""
+    import numpy as np
+
     if dtype is FP32:
         return memoryview(np.ascontiguousarray(values)).cast("B")
     if dtype is FP16:
@@ -83,6 +89,8 @@ def cast(data: memoryview, source: Dtype, target: Dtype) -> memoryview:
 
 def count_not_finite(data: memoryview, dtype: Dtype) -> tuple[int, int]:
     """How many NaN and how many infinities a block holds."""
+    import numpy as np
+
     values = np.frombuffer(data, dtype=np.uint32 if dtype is FP32 else np.uint16)
     exponent, mantissa = {"BF16": (0x7F80, 0x7F), "F16": (0x7C00, 0x3FF), "F32": (0x7F800000, 0x7FFFFF)}[
         dtype.safetensors

@@ -7,18 +7,21 @@ hashed in the file's own, so that the bytes and hashes do not depend on the numb
 from __future__ import annotations
 
 import os
+import resource
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import xxhash
 
 from shared.checkpoint import blocks
 from shared.checkpoint.blocks import Files
+from shared.checkpoint.files import write_out
 from shared.checkpoint.journal import Journal
 from shared.checkpoint.moves import Block, NewFile
 
+_WRITE_OUT = 64 << 20  # bytes of a file, after which the kernel is told to bring them to the disk
 Advance = Callable[[int], None]
 Task = Callable[[], None]
 
@@ -49,6 +52,7 @@ def write_files(
     Raises:
         Exception: the first one of a move or task, when all threads have ended.
     """
+    _allow_files(len(files) + len(frozenset().union(*(file.sources for file in files))))
     crew = _Crew(directory, files, advance, journal, tasks)
     threads = [threading.Thread(target=crew.work, name=f"copy-{n}", daemon=True) for n in range(workers)]
     try:
@@ -82,7 +86,10 @@ class _Crew:
         tasks: Sequence[Task],
     ) -> None:
         self.failure: BaseException | None = None
-        self.outputs = [_Output(directory / file.name, file, journal, self._raise_if_stopped) for file in files]
+        self.disk = ThreadPoolExecutor(1, "disk")  # brings to the disk what is written, while more is
+        self.outputs = [
+            _Output(directory / file.name, file, journal, self._raise_if_stopped, self.disk) for file in files
+        ]
         self._files = Files()
         self._advance = advance
         self._lock = threading.Lock()
@@ -93,7 +100,7 @@ class _Crew:
 
     def work(self) -> None:
         """One thread: a file of its own while there is one, then a hand with those that others write."""
-        buffer = memoryview(np.empty(blocks.BLOCK, dtype=np.uint8))
+        buffer = memoryview(bytearray(blocks.BLOCK))
         try:
             while (output := self._next()) is not None:
                 for amount in output.write(self._files, buffer):
@@ -132,6 +139,8 @@ class _Crew:
             raise _Stopped
 
     def close(self) -> None:
+        """Raises OSError where the disk did not take what was written."""
+        self.disk.shutdown()
         self._files.close()
         for output in self.outputs:
             output.close()
@@ -140,11 +149,20 @@ class _Crew:
 class _Output:
     """A file being written."""
 
-    def __init__(self, path: Path, file: NewFile, journal: Journal | None, check: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        file: NewFile,
+        journal: Journal | None,
+        check: Callable[[], None],
+        disk: ThreadPoolExecutor,
+    ) -> None:
         self.file = file
         self.digest = ""
         self.exhausted = False  # every block has been taken
-        self._path, self._journal, self._check = path, journal, check
+        self._path, self._journal, self._check, self._disk = path, journal, check, disk
+        self._sent = 0  # bytes that the kernel was told to bring to the disk
+        self._settled: Future[None] | None = None
         self._descriptor: int | None = None
         self._hash = xxhash.xxh3_128()
         self._taking = threading.Lock()
@@ -162,7 +180,7 @@ class _Output:
                 continue
             number, start, block = taken
             if block.size > len(buffer):
-                buffer = memoryview(np.empty(block.size, dtype=np.uint8))
+                buffer = memoryview(bytearray(block.size))
             data = buffer[: block.size]
             block.fill(files, data)
             mark = self._hash_in_turn(number, start, block, data)
@@ -227,16 +245,41 @@ class _Output:
                     self._journal.note(self.file.name, *last, last=last[0] == self.file.size)
                 if last[0] == self.file.size:
                     self._finish()
+                elif last[0] - self._sent >= _WRITE_OUT:
+                    assert self._descriptor is not None
+                    self._disk.submit(write_out, self._descriptor, self._sent, last[0] - self._sent)
+                    self._sent = last[0]
 
     def _finish(self) -> None:
+        assert self._descriptor is not None
         self.digest = f"xxh3_128:{self._hash.hexdigest()}"
-        self.close()
+        self._settled = self._disk.submit(_settle, self._descriptor)
+        self._descriptor = None
 
     def wake(self) -> None:
         with self._turn:
             self._turn.notify_all()
 
     def close(self) -> None:
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
+        """After `disk` has ended; OSError if the disk did not take the file."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        if self._settled is not None:
+            self._settled.result()
+
+
+def _settle(descriptor: int) -> None:
+    """A whole file's last step: it is on the disk."""
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _allow_files(count: int) -> None:
+    """Let this process have as many files open; large models come in more than the usual limit of 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 64
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        ceiling = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (ceiling, hard))

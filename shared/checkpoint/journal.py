@@ -66,7 +66,8 @@ class Journal:
             length = 0
         if not length:
             digest.reset()
-            os.ftruncate(descriptor, 0)
+            if os.fstat(descriptor).st_size:  # an empty file that is truncated, ext4 writes out when it is closed
+                os.ftruncate(descriptor, 0)
         return length
 
     def note(self, name: str, length: int, digest: str, last: bool = False) -> None:

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
 from shared.checkpoint import blocks
 from shared.checkpoint.blocks import Files
 from shared.checkpoint.dtypes import Dtype, cast
@@ -53,7 +51,7 @@ class Zeros:
     size: int
 
     def fill(self, files: Files, out: memoryview) -> None:
-        np.frombuffer(out, dtype=np.uint8)[:] = 0
+        out[:] = bytes(self.size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +97,8 @@ class Turned:
         return self.count * self.columns * self.item
 
     def fill(self, files: Files, out: memoryview) -> None:
+        import numpy as np  # the only move, but for a change of type, that needs it
+
         result = np.frombuffer(out, dtype=f"u{self.item}").reshape(self.count, self.columns)
         left, width = self.first * self.item, self.count * self.item
         for part in self.parts:
@@ -121,7 +121,7 @@ class Converted:
         return self.move.size // self.source.size * self.target.size
 
     def fill(self, files: Files, out: memoryview) -> None:
-        held = memoryview(np.empty(self.move.size, dtype=np.uint8))
+        held = memoryview(bytearray(self.move.size))
         self.move.fill(files, held)
         for first in range(0, len(held) // self.source.size, _CAST_AT_ONCE):
             stop = first + _CAST_AT_ONCE

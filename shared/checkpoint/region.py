@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from shared.checkpoint import blocks
 from shared.checkpoint.blocks import Files
 from shared.errors import UserError
@@ -52,10 +50,9 @@ class Region:
             if run == width and (run == box.width or count == 1):
                 files.read_into(box.file, source, out[place : place + count * run])
             elif run == box.width:
-                piece = np.empty(count * run, dtype=np.uint8)
-                files.read_into(box.file, source, memoryview(piece))
-                window = np.frombuffer(out, dtype=np.uint8).reshape(rows, width)
-                window[top - row : bottom - row, start - left : stop - left] = piece.reshape(count, run)
+                piece = memoryview(bytearray(count * run))
+                files.read_into(box.file, source, piece)
+                _scatter(piece, out[(top - row) * width : (bottom - row) * width], width, start - left, run)
             else:
                 for _ in range(count):
                     files.read_into(box.file, source, out[place : place + run])
@@ -69,9 +66,17 @@ class Region:
     def blocks(self, files: Files, row: int, rows: int) -> Iterator[memoryview]:
         """Whole rows in blocks of bounded size; each block is valid until the next one is asked for."""
         step = max(blocks.BLOCK // max(self.width, 1), 1)
-        buffer = memoryview(np.empty(min(step, rows) * self.width, dtype=np.uint8))
+        buffer = memoryview(bytearray(min(step, rows) * self.width))
         for first in range(row, row + rows, step):
             count = min(step, row + rows - first)
             block = buffer[: count * self.width]
             self.read(files, first, count, 0, self.width, block)
             yield block
+
+
+def _scatter(piece: memoryview, out: memoryview, width: int, left: int, run: int) -> None:
+    """Rows of `run` bytes into rows of `width` bytes, from byte `left` on."""
+    import numpy as np  # only for tensors whose columns are cut: other conversions do without
+
+    window = np.frombuffer(out, dtype=np.uint8).reshape(-1, width)
+    window[:, left : left + run] = np.frombuffer(piece, dtype=np.uint8).reshape(-1, run)

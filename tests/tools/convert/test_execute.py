@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,3 +116,111 @@ def test_the_plan_says_how_many_workers(make_hf: Make, convert: Any, tmp_path: P
     answer = convert("to-megatron", "--source", make_hf(), "--target", tmp_path / "m", "--workers", "3")
     assert "3 workers" in answer.err
     assert convert("to-megatron", "--source", tmp_path / "hf", "--target", tmp_path / "n", "--workers", "0").code == 2
+
+
+KILLED = """
+import sys, time
+import shared.checkpoint.blocks, shared.checkpoint.execute, shared.checkpoint.journal, shared.checkpoint.torch_dist_writer
+import tools.convert.transfer
+from tools.convert.cli import tool
+shared.checkpoint.blocks.BLOCK = 1000
+shared.checkpoint.journal._EVERY = 3000
+shared.checkpoint.torch_dist_writer._SMALLEST = 40_000
+tools.convert.transfer.CHUNK_BYTES = 7000
+put = shared.checkpoint.execute._Output._put
+def slowly(*arguments):  # or all would be written before the one who watches has looked
+    time.sleep(0.001)
+    put(*arguments)
+shared.checkpoint.execute._Output._put = slowly
+print("begun", flush=True)
+tool.run(sys.argv[1:])
+"""
+
+
+def noted(directory: Path) -> int:
+    """Bytes of the journals of what is in the making."""
+    return sum(path.stat().st_size for path in directory.glob("t.*/**/.journal"))
+
+
+def start(*words: str | Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    return process
+
+
+@pytest.mark.parametrize("words", [(), ("--shard", "1/1")], ids=["whole", "shard"])
+@pytest.mark.parametrize("direction", ["to-megatron", "to-hf"])
+def test_sigkill_at_random_points_and_the_same_command_again(
+    make_hf: Make, convert: Any, tmp_path: Path, direction: str, words: tuple[str, ...]
+) -> None:
+    source, wanted = make_hf("llama-one-fp32-layer"), tmp_path / "wanted"
+    if direction == "to-hf":
+        convert("to-megatron", "--source", source, "--target", tmp_path / "m")
+        source = tmp_path / "m"
+    assert convert(direction, "--source", source, "--target", wanted).code == 0
+    target = tmp_path / "t"
+    command = (direction, "--source", source, "--target", target, *words)
+    seed = random.SystemRandom().randrange(1 << 30)
+    print("seed", seed)
+    chance, kept = random.Random(seed), 0
+    for _ in range(10):
+        enough = noted(tmp_path) + chance.uniform(0, 6000)  # bytes of some 15000; machines differ in time
+        process = start(*command)
+        while process.poll() is None:
+            if noted(tmp_path) >= enough:
+                process.send_signal(signal.SIGKILL)
+                break
+        _, said = process.communicate()
+        kept += "are checked and kept" in said
+        if process.returncode == 0 or kept >= 2:
+            break
+        assert not target.exists()
+    answer = convert(*command)
+    assert answer.code == 0, answer.err
+    if words:
+        assert convert(*command[:-2], "--shard", "publish/1").code == 0
+    assert kept + ("are checked and kept" in answer.err) >= 1, "no run found anything of the one before"
+    assert files(target) == files(wanted)
+    assert manifest(target) == manifest(wanted)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("t.")]
+
+
+@pytest.mark.parametrize("change", ["damage", "cut", "options", "source"])
+def test_what_a_kill_left_is_not_trusted(make_hf: Make, convert: Any, tmp_path: Path, change: str) -> None:
+    source = make_hf("llama-gqa")
+    convert("to-megatron", "--source", source, "--target", tmp_path / "m")
+    command = ["to-hf", "--source", tmp_path / "m", "--target", tmp_path / "t"]
+    with pytest.MonkeyPatch.context() as patch:  # all is written, and then it is told to stop
+        patch.setattr("tools.convert.to_hf.copy_passengers", interrupted)
+        assert convert(*command).code == 130
+    (partial,) = tmp_path.glob("t.partial-*")
+    weights = partial / "model.safetensors"
+    (partial / "config.json").write_text("half of a")
+    if change == "damage":
+        data = bytearray(weights.read_bytes())
+        data[5000] ^= 1
+        weights.write_bytes(data)
+    elif change == "cut":
+        weights.write_bytes(weights.read_bytes()[:7000])
+    elif change == "options":
+        command += ["--dtype", "bf16"]
+    else:
+        shutil.rmtree(tmp_path / "m")
+        shutil.rmtree(source)
+        convert("to-megatron", "--source", make_hf("llama-gqa", seed=1), "--target", tmp_path / "m")
+    answer = convert(*command)
+    assert answer.code == 0, answer.err
+    assert ("is damaged; it is written again" in answer.err) == (change in ("damage", "cut"))
+    assert ("left by a run that was killed" in answer.err) == (change in ("options", "source"))
+    assert {n: c for n, c in files(tmp_path / "t").items() if n != "config.json"} == {
+        n: c for n, c in files(source).items() if n != "config.json"
+    }
+    assert json.loads((tmp_path / "t" / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+    assert not list(tmp_path.glob("t.partial-*"))
+
+
+def interrupted(*arguments: object) -> None:
+    raise KeyboardInterrupt
