@@ -108,18 +108,21 @@ class Fields:
 
 _PLAIN = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 _LLAMA3 = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+_YARN = {"factor", "original_max_position_embeddings"}
+_YARN_OPTIONS = {"beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"}
 
 
 def _scaling(given: Mapping[str, Any], field: str) -> RopeScaling | None:
     kind = given.get("rope_type", given.get("type", "default"))
     if given.get("type", kind) != kind:
         raise UserError(f"config.json: {field} has type {given['type']!r} and rope_type {kind!r}; keep the right one")
-    allowed = {"default": set(), "linear": {"factor"}, "llama3": _LLAMA3}.get(kind)
-    if allowed is None:
-        raise UserError(f"config.json: {field} of type {kind!r} is not supported; supported: linear, llama3")
-    if kind == "linear" or kind == "default":
-        allowed = allowed | {"original_max_position_embeddings"}  # written, never read, for these two
-    if missing := ({"factor"} if kind == "linear" else allowed if kind == "llama3" else set()) - given.keys():
+    needed = {"default": set(), "linear": {"factor"}, "llama3": _LLAMA3, "yarn": _YARN}.get(kind)
+    if needed is None:
+        raise UserError(f"config.json: {field} of type {kind!r} is not supported; supported: linear, llama3, yarn")
+    allowed = needed | {"original_max_position_embeddings"}  # written, never read, for default and linear
+    if kind == "yarn":
+        allowed = allowed | _YARN_OPTIONS
+    if missing := needed - {name for name in given if given[name] is not None}:
         raise UserError(f"config.json: {field} of type {kind} lacks {', '.join(sorted(missing))}")
     if unknown := sorted(k for k in given.keys() - allowed - _PLAIN if given[k] is not None):
         raise UserError(f"config.json: {field}.{unknown[0]} = {given[unknown[0]]!r} is not supported for type {kind}")
@@ -128,6 +131,8 @@ def _scaling(given: Mapping[str, Any], field: str) -> RopeScaling | None:
     try:
         if kind == "linear":
             return RopeScaling(kind="linear", factor=float(given["factor"]))
+        if kind == "yarn":
+            return _yarn(given)
         return RopeScaling(
             kind="llama3",
             factor=float(given["factor"]),
@@ -137,6 +142,23 @@ def _scaling(given: Mapping[str, Any], field: str) -> RopeScaling | None:
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"config.json: {field}: {error}") from None
+
+
+def _yarn(given: Mapping[str, Any]) -> RopeScaling:
+    def optional(name: str) -> float | None:
+        return None if given.get(name) is None else float(given[name])
+
+    return RopeScaling(
+        kind="yarn",
+        factor=float(given["factor"]),
+        original_length=int(given["original_max_position_embeddings"]),
+        beta_fast=optional("beta_fast") or 32.0,  # zero is as good as absent, as in transformers
+        beta_slow=optional("beta_slow") or 1.0,
+        truncate=given.get("truncate") is not False,
+        attention_factor=optional("attention_factor"),
+        mscale=optional("mscale"),
+        mscale_all_dim=optional("mscale_all_dim"),
+    )
 
 
 def rope_fields(theta: float, scaling: RopeScaling | None, fraction: float | None = None) -> dict[str, Any]:
@@ -150,6 +172,10 @@ def rope_fields(theta: float, scaling: RopeScaling | None, fraction: float | Non
                 "high_freq_factor": scaling.high_frequency_factor,
                 "original_max_position_embeddings": scaling.original_length,
             }
+        if scaling.kind == "yarn":
+            options = {name: getattr(scaling, name) for name in sorted(_YARN_OPTIONS)}
+            parameters |= {"original_max_position_embeddings": scaling.original_length}
+            parameters |= {name: value for name, value in options.items() if value is not None}
     part = {} if fraction is None else {"partial_rotary_factor": fraction}
     return {
         **part,

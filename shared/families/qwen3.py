@@ -8,7 +8,7 @@ from typing import Any
 from shared.families.decoder import common_fields, full_attention_only, table, written_fields
 from shared.families.family import Family
 from shared.families.fields import Fields
-from shared.model.architecture import Architecture
+from shared.model.architecture import Architecture, RopeScaling
 
 _DEFAULT_HEAD_DIM = 128  # not hidden_size / num_attention_heads
 
@@ -39,6 +39,17 @@ _QWEN3_8B = Architecture(
     qk_norm=True,
     tied_embeddings=False,
 )
+_TINY = replace(
+    _QWEN3_8B,
+    num_layers=2,
+    hidden_size=64,
+    ffn_hidden_size=160,
+    num_attention_heads=4,
+    num_query_groups=2,
+    head_dim=32,
+    vocab_size=512,
+    max_position_embeddings=512,
+)
 
 FAMILY = Family(
     name="qwen3",
@@ -48,17 +59,9 @@ FAMILY = Family(
     table=table,
     write=write,
     sizes={
-        "qwen3-tiny": replace(
-            _QWEN3_8B,
-            num_layers=2,
-            hidden_size=64,
-            ffn_hidden_size=160,
-            num_attention_heads=4,
-            num_query_groups=2,
-            head_dim=32,
-            vocab_size=512,
-            max_position_embeddings=512,
-        ),
+        "qwen3-tiny": _TINY,
+        # As Qwen says to stretch its models.
+        "qwen3-tiny-yarn": replace(_TINY, rope_scaling=RopeScaling(kind="yarn", factor=4.0, original_length=128)),
         "qwen3-0.6b": replace(
             _QWEN3_8B,
             num_layers=28,

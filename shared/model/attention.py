@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import scaled_dot_product_attention
@@ -27,6 +30,17 @@ def segment_mask(segments: torch.Tensor) -> torch.Tensor:
     """
     same = segments[:, None, :, None] == segments[:, None, None, :]
     return same.tril_()
+
+
+class EnlargedSelfAttention(SelfAttention):
+    """Megatron-Core's self attention with sines and cosines of `amplitude` times their size (YaRN).
+
+    Megatron-Core knows that factor where it computes it itself.
+    """
+
+    def __init__(self, *args: Any, amplitude: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._yarn_concentration_factor = amplitude
 
 
 class CoreAttention(torch.nn.Module):

@@ -23,6 +23,8 @@ def inverse_frequencies(architecture: Architecture) -> torch.Tensor:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
+    if scaling.kind == "yarn":
+        return _yarn(frequencies, architecture.rope_theta, scaling)
     return _llama3(frequencies, scaling)
 
 
@@ -38,3 +40,25 @@ def _llama3(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
     is_long, is_short = wavelengths > length / low, wavelengths < length / high
     stretched = torch.where(is_long, frequencies / scaling.factor, interpolated)
     return torch.where(is_short, frequencies, stretched)
+
+
+def _yarn(frequencies: torch.Tensor, theta: float, scaling: RopeScaling) -> torch.Tensor:
+    """YaRN (Peng et al., 2023): fast pairs are kept, slow ones divided by `factor`, those between mixed linearly.
+
+    Order of operations of `_compute_yarn_parameters` in transformers' modeling_rope_utils.
+    """
+    pairs = len(frequencies)
+
+    def pair_of(turns: float) -> float:
+        """Which pair turns so often in the original length."""
+        return pairs * math.log(scaling.original_length / (turns * 2 * math.pi)) / math.log(theta)
+
+    first, last = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * pairs - 1)
+    if first == last:
+        last += 0.001  # no division by zero
+    ramp = ((torch.arange(pairs, dtype=torch.float32) - first) / (last - first)).clamp(0, 1)
+    kept = 1 - ramp
+    return 1.0 / (scaling.factor * (1.0 / frequencies)) * (1 - kept) + frequencies * kept

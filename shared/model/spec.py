@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from shared.model.architecture import Architecture
-from shared.model.attention import CoreAttention
+from shared.model.attention import CoreAttention, EnlargedSelfAttention
 from shared.model.experts import experts_of
 from shared.model.layer import JoinedLayer, has_own_layer
 from shared.model.norm import head_norms, norm_of
@@ -67,9 +67,11 @@ def _mlp(architecture: Architecture) -> MLPSubmodules:
 
 def _attention(architecture: Architecture) -> ModuleSpec:
     q_norm, k_norm = head_norms(architecture)
+    amplitude = architecture.rope_scaling.amplitude if architecture.rope_scaling else 1.0
+    enlarged = {"amplitude": amplitude} if amplitude != 1.0 else {}
     return ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
+        module=EnlargedSelfAttention if enlarged else SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal, **enlarged},
         submodules=SelfAttentionSubmodules(
             linear_qkv=_linear(ColumnParallelLinear, bias=architecture.qkv_bias),
             core_attention=partial(CoreAttention, architecture=architecture),

@@ -52,8 +52,11 @@ def test_what_is_written_is_read_back(scaling: RopeScaling | None) -> None:
     [
         ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, "contradicts"),
         ({"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "default"}}, "contradicts"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "'yarn' is not supported; supported: linear, llama3"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "'dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "lacks original_max_position_embeddings"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2}},
+            "'dynamic' is not supported; supported: linear, llama3, yarn",
+        ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2}}, "lacks high_freq_factor"),
         ({"rope_scaling": {"rope_type": "linear"}}, "lacks factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "at least 1"),

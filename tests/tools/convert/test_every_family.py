@@ -248,6 +248,7 @@ CARELESS: dict[str, Any] = {
     "residual": {"parallel": "sequential"},
     "activation": {"swiglu": "geglu", "geglu_tanh": "swiglu", "gelu": "relu", "gelu_tanh": "relu"},
     "rope_theta": 500.0,
+    "rope_scaling": None,
     "rotary_dim": None,
     "rotary_interleaved": False,
     "layers_without_rope": (),
@@ -274,6 +275,8 @@ def careless_readings(a: Architecture) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         with_it = {"full_attention_layers": ()} if name == "sliding_window" else {}
         yield name, {name: other, **with_it}
+    if a.rope_scaling and a.rope_scaling.kind == "yarn":
+        yield "amplitude of the rotation", {"rope_scaling": replace(a.rope_scaling, attention_factor=1.0)}
     if experts := a.experts:
         if experts.score == "softmax":
             yield "experts' scores", {"experts": replace(experts, normalized=not experts.normalized)}
