@@ -17,7 +17,7 @@ import xxhash
 
 from shared.checkpoint import blocks
 from shared.checkpoint.blocks import Files
-from shared.checkpoint.files import write_out
+from shared.checkpoint.files import small_stacks, write_out
 from shared.checkpoint.journal import Journal
 from shared.checkpoint.moves import Block, NewFile
 
@@ -56,8 +56,10 @@ def write_files(
     crew = _Crew(directory, files, advance, journal, tasks)
     threads = [threading.Thread(target=crew.work, name=f"copy-{n}", daemon=True) for n in range(workers)]
     try:
-        for thread in threads:
-            thread.start()
+        with small_stacks():
+            for thread in threads:
+                thread.start()
+            crew.disk.submit(int).result()  # starts its thread
         for thread in threads:
             while thread.is_alive():
                 thread.join(0.2)  # a signal is served between two waits

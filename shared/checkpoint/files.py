@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +18,16 @@ _BLOCK = 1 << 20  # bytes read at a time while hashing
 _HASH_WORKERS = 4  # xxhash releases the interpreter lock, so threads are enough
 _WRITE_OUT = 2  # SYNC_FILE_RANGE_WRITE, linux/fs.h
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+@contextlib.contextmanager
+def small_stacks() -> Iterator[None]:
+    """Threads that begin in the block have stacks of a megabyte: a limit of a process's memory counts them in full."""
+    usual = threading.stack_size(1 << 20)
+    try:
+        yield
+    finally:
+        threading.stack_size(usual)
 
 
 def hash_file(path: Path, advance: Callable[[int], None] = lambda amount: None) -> str:
@@ -39,7 +51,7 @@ def hash_bytes(content: bytes) -> str:
 
 def hash_files(paths: Iterable[Path], advance: Callable[[int], None] = lambda amount: None) -> list[str]:
     """`hash_file` of each path, several at a time, in order."""
-    with ThreadPoolExecutor(_HASH_WORKERS) as pool:
+    with small_stacks(), ThreadPoolExecutor(_HASH_WORKERS) as pool:
         return list(pool.map(lambda path: hash_file(path, advance), paths))
 
 

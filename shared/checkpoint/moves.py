@@ -16,6 +16,8 @@ from shared.checkpoint.blocks import Files
 from shared.checkpoint.dtypes import Dtype, cast
 from shared.checkpoint.region import Region
 
+STRIP = 8  # blocks that a strip of a transposed tensor may take
+_TILE = 64  # rows that are transposed at once, so that both sides stay in a core's cache
 _CAST_AT_ONCE = 1 << 18  # numbers; a conversion holds several copies of them
 
 
@@ -104,8 +106,10 @@ class Turned:
         for part in self.parts:
             strip = np.empty(part.rows * width, dtype=np.uint8)
             part.region.read(files, part.row, part.rows, left, width, memoryview(strip))
-            turned = strip.view(f"u{self.item}").reshape(part.rows, self.count).T
-            result[:, part.at : part.at + part.rows] = turned
+            numbers = strip.view(f"u{self.item}").reshape(part.rows, self.count)
+            for row in range(0, part.rows, _TILE):
+                tile = numbers[row : row + _TILE]
+                result[:, part.at + row : part.at + row + len(tile)] = tile.T
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,8 +162,11 @@ def windows(region: Region, row: int, rows: int, limit: int | None = None) -> It
 def turned(
     parts: tuple[Part, ...], first: int, count: int, columns: int, item: int, limit: int | None = None
 ) -> Iterator[Turned]:
-    """Columns `first` to `first + count` of the parts as rows, in strips of at most `limit` bytes (or one column)."""
-    step = max((limit or blocks.BLOCK) // (columns * item), 1)
+    """Columns `first` to `first + count` of the parts as rows, in strips of at most 8 `limit` bytes (or one column).
+
+    A strip is read in as many pieces as its parts have rows: the wider it is, the fewer.
+    """
+    step = max(STRIP * (limit or blocks.BLOCK) // (columns * item), 1)
     for start in range(first, first + count, step):
         yield Turned(parts=parts, first=start, count=min(step, first + count - start), columns=columns, item=item)
 

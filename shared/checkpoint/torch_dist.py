@@ -141,6 +141,16 @@ class TorchDistReader:
         boxes.sort(key=lambda box: (box.row, box.left))
         return Region(name=key, rows=tensor.shape[axis], width=prod(rest) * size, boxes=tuple(boxes))
 
+    @property
+    def cut_columns(self) -> bool:
+        """Whether a chunk of any tensor has less than whole rows."""
+        return any(
+            chunk.sizes[-1] != tensor.shape[-1]
+            for tensor in self.tensors.values()
+            for chunk in tensor.chunks
+            if chunk.sizes
+        )
+
     def files_of(self, key: str, index: Shape) -> frozenset[Path]:
         """The files that hold a part of `tensor[index]`."""
         return frozenset(chunk.file for chunk in self._at(self.tensors[key], index))

@@ -11,7 +11,7 @@ from shared.checkpoint.moves import NewFile
 from shared.checkpoint.publish import Checks, Publication
 from shared.cli import log, progress
 from shared.model.architecture import Architecture
-from tools.convert.report import plan_lines, summary
+from tools.convert.report import peak_memory, plan_lines, summary
 
 _MOST = 8  # threads; more than these a disk seldom keeps busy
 
@@ -29,6 +29,8 @@ def execute(
     target: Path,
     *,
     workers: int | None,
+    strips: bool,
+    converts: bool,
     checks: Checks,
 ) -> None:
     """Say what is going to happen, write this process's files, and say what happened.
@@ -40,11 +42,14 @@ def execute(
         files: all of the conversion.
         target: the directory to be published.
         workers: threads; None for as many as suit the machine.
+        strips: whether tensors are transposed.
+        converts: whether numbers change their type, or columns their place.
         checks: given the files that are read, what is to be checked meanwhile.
     """
     mine, workers = out.mine(files), workers or default_workers()
     size = sum(file.size for file in mine)
-    log(plan_lines(command, architecture, len(mine), size, workers))
+    memory = peak_memory(workers, strips, converts)
+    log(plan_lines(command, architecture, len(mine), size, workers, memory))
     started = time.monotonic()
     with progress(size, "bytes", "converting") as advance:
         out.write(files, workers=workers, advance=advance, checks=checks)

@@ -24,7 +24,7 @@ from shared.cli import log, progress
 from shared.errors import UserError
 from shared.families import registry
 from shared.model.architecture import Architecture
-from tools.convert.report import plan_lines, summary
+from tools.convert.report import peak_memory, plan_lines, summary
 from tools.convert.tokenizer_files import tokenizer_fields
 
 DtypeFlag = Literal["bf16", "fp16", "fp32"]
@@ -64,7 +64,7 @@ def run(
     layout = default_layout(sorted((source.name, kind.safetensors, source.shape) for source in sources))
     total = sum(tensor.size for tensor in layout.tensors().values())
     with publish(target, kind="hf", inputs=inputs, overwrite=overwrite) as out:
-        log(plan_lines("init", architecture, len(layout.shards), total, 1))
+        log(plan_lines("init", architecture, len(layout.shards), total, 1, peak_memory(1, strips=False, converts=True)))
         started = time.monotonic()
         with progress(total, "bytes", "drawing weights") as advance:
             draw = _drawer(architecture, kind, seed)

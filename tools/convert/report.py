@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
-from shared.checkpoint.blocks import BLOCK
+from shared.checkpoint import blocks, moves
 from shared.console import quantity
 from shared.model.architecture import Architecture
 
-_INTERPRETER = 60 << 20  # bytes of Python, numpy and this tool at rest
-_BLOCKS = 4  # blocks at a time: read, converted, gathered, written
+_BESIDES = 12 << 20  # bytes of what is not data: stacks, arenas, the metadata written at the end
+_NUMPY = 32 << 20  # bytes that it takes once numbers have to be moved or changed one by one
 
 
-def plan_lines(command: str, architecture: Architecture, files: int, size: int, workers: int) -> str:
+def peak_memory(workers: int, strips: bool, converts: bool) -> int:
+    """Bytes of memory that a conversion takes at most: what this process has now, and what the threads will.
+
+    Args:
+        workers: threads.
+        strips: whether tensors are transposed: a strip, and what it becomes.
+        converts: whether numbers change their type: a block of them in both, and in between.
+    """
+    each = blocks.BLOCK * (1 + 2 * moves.STRIP * strips + 6 * converts)
+    return (
+        _resident() + _BESIDES + workers * each + (_NUMPY if (strips or converts) and "numpy" not in sys.modules else 0)
+    )
+
+
+def _resident() -> int:
+    with Path("/proc/self/statm").open(encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def plan_lines(command: str, architecture: Architecture, files: int, size: int, workers: int, memory: int) -> str:
     """One line that says what is going to happen."""
-    memory = quantity(_INTERPRETER + workers * _BLOCKS * BLOCK, "bytes")
     return (
         f"{command}: {architecture.family}, {architecture.num_layers} layers, {quantity(size, 'bytes')} in "
-        f"{files} file{'s' * (files != 1)}; {workers} worker{'s' * (workers != 1)}, about {memory} of memory"
+        f"{files} file{'s' * (files != 1)}; {workers} worker{'s' * (workers != 1)}, at most {quantity(memory, 'bytes')} of memory"
     )
 
 

@@ -18,7 +18,7 @@ from shared.cli import log
 from shared.families import registry
 from tools.convert.execute import execute
 from tools.convert.to_megatron import ASIDES
-from tools.convert.transfer import Export, layout_export, plan_export
+from tools.convert.transfer import Export, changes_types, layout_export, plan_export
 
 DtypeFlag = Literal["bf16", "fp16", "fp32"]
 
@@ -46,7 +46,17 @@ def run(
             log(f"{len(plan.rounded)} tensors held in {', '.join(held)} are rounded to {', '.join(written)}, {why}")
         checks = partial(content_checks, checkpoint, flag="--source")
         shards = layout_export(plan, reader)
-        execute("to-hf", plan.architecture, out, shards, target, workers=workers, checks=checks)
+        execute(
+            "to-hf",
+            plan.architecture,
+            out,
+            shards,
+            target,
+            workers=workers,
+            strips=any(entry.transposed for entry, _ in plan.origin.values()),
+            converts=reader.cut_columns or changes_types(plan, reader),
+            checks=checks,
+        )
         if not out.finishing:
             return
         write_index(out.path, plan.layout)

@@ -37,7 +37,17 @@ def run(source: Path, target: Path, overwrite: bool, workers: int | None, shard:
             ties = alias_checks(plan, reader) if shard is None or shard.index == 1 else []
             return [*content_checks(checkpoint, sources, flag="--source"), *ties]
 
-        execute("to-megatron", plan.architecture, out, files, target, workers=workers, checks=checks)
+        execute(
+            "to-megatron",
+            plan.architecture,
+            out,
+            files,
+            target,
+            workers=workers,
+            strips=any(entry.transposed for entry in plan.account.entries),
+            converts=bool(plan.widened),
+            checks=checks,
+        )
         if not out.finishing:
             return
         layout.finish(out.path / RELEASE, COMMON)

@@ -201,6 +201,13 @@ def plan_export(
     return Export(architecture=architecture, layout=layout, origin=origin, asides=kept, rounded=rounded)
 
 
+def changes_types(plan: Export, reader: TorchDistReader) -> bool:
+    """Whether a tensor is written in another type than it is held in."""
+    tensors = plan.layout.tensors()
+    held = ((name, reader.tensors[entry.key].dtype.safetensors) for name, (entry, _) in plan.origin.items())
+    return any(tensors[name].dtype != dtype for name, dtype in held)
+
+
 def layout_export(plan: Export, reader: TorchDistReader) -> list[NewFile]:
     """The shards of an export."""
 

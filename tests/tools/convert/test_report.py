@@ -1,0 +1,113 @@
+"""The memory that a plan states is held, also by a checkpoint of twenty times as much."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shared.checkpoint.files import hash_file
+from shared.checkpoint.hf import default_layout, write_weights
+from shared.checkpoint.safetensors_file import TensorInfo
+from shared.families import registry
+from shared.model.architecture import Architecture
+
+RUN = """
+import sys
+from pathlib import Path
+from tools.convert.cli import tool
+try:
+    tool.run(sys.argv[1:])
+finally:
+    print(Path("/proc/self/status").read_text())
+"""
+_UNITS = {"MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def large(path: Path, architecture: Architecture) -> int:
+    """A checkpoint whose bytes all differ from zero, written at the speed of the disk; returns its size."""
+    path.mkdir()
+    sources = [source for entry in registry.table_of(architecture).entries() for source in entry.sources]
+    layout = default_layout([(source.name, "BF16", source.shape) for source in sources], file="model.safetensors")
+    pattern = memoryview(np.random.default_rng(0).integers(1, 256, 1_000_003, dtype=np.uint8)).cast("B")
+
+    def blocks(tensor: TensorInfo) -> list[memoryview]:
+        left = tensor.size
+        return [pattern[: min(len(pattern), left - start)] for start in range(0, left, len(pattern))]
+
+    write_weights(path, layout, blocks, lambda name, digest: None)
+    config = registry.to_config(architecture, torch_dtype="bfloat16")
+    (path / "config.json").write_text(json.dumps(config))
+    return (path / "model.safetensors").stat().st_size
+
+
+def converted(limit: int, *words: str | Path) -> tuple[int, int]:
+    """Run the command under a limit of memory; what its plan stated, and the most that it had, in bytes."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
+    )
+    assert done.returncode == 0, done.stderr
+    stated = re.search(r"at most ([\d.]+) (\w+) of memory", done.stderr)
+    peak = re.search(r"VmHWM:\s+(\d+) kB", done.stdout)
+    assert stated is not None
+    assert peak is not None
+    return int(float(stated[1]) * _UNITS[stated[2]]), int(peak[1]) << 10
+
+
+Both = Callable[[Architecture, int], int]
+
+
+@pytest.fixture
+def both_ways(tmp_path: Path) -> Both:
+    def convert(architecture: Architecture, limit: int) -> int:
+        size = large(tmp_path / "hf", architecture)
+        wanted = hash_file(tmp_path / "hf" / "model.safetensors")
+        for command, source, target in (("to-megatron", "hf", "megatron"), ("to-hf", "megatron", "back")):
+            words = (command, "--source", tmp_path / source, "--target", tmp_path / target, "--workers", "2")
+            stated, peak = converted(limit, *words)
+            assert peak <= stated
+            for file in (tmp_path / source).rglob("*.*t*"):  # the disk may be small
+                if file.suffix in (".safetensors", ".distcp"):
+                    file.unlink()
+        assert hash_file(tmp_path / "back" / "model.safetensors") == wanted
+        return size
+
+    return convert
+
+
+def test_a_checkpoint_of_twenty_times_the_limit(both_ways: Both) -> None:
+    """RLIMIT_DATA: the heap, the stacks and every other private page that can be written. The limit is real."""
+    limit = 44 << 20
+    architecture = replace(
+        registry.sizes()["tiny"], hidden_size=2048, ffn_hidden_size=11_000, num_layers=6, vocab_size=16_000
+    )
+    assert both_ways(architecture, limit) > 20 * limit
+
+
+def test_transposed_tensors_larger_than_the_limit(both_ways: Both) -> None:
+    """They are turned strip by strip; 134 MB each, and numpy takes much of the limit."""
+    limit = 120 << 20
+    architecture = replace(
+        registry.sizes()["gpt2-tiny"],
+        hidden_size=4096,
+        ffn_hidden_size=16_384,
+        num_attention_heads=32,
+        num_query_groups=32,
+        head_dim=128,
+        num_layers=1,
+        vocab_size=1024,
+    )
+    both_ways(architecture, limit)
+    assert limit < 4096 * 16_384 * 2
