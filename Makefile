@@ -2,12 +2,13 @@
 TOOLS := convert pretrain sft rlhf infer
 ENVIRONMENTS := $(TOOLS:%=tools/%/.venv/.ready)
 WORK ?= demo-work
+BENCH_WORK ?= bench-work
 PYTEST := -m pytest -q --numprocesses 2 --durations 5
 export OMP_NUM_THREADS ?= 2
 # where it is set, every start of a tool compiles its libraries anew, for half a minute
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-slurm test-containers images
+.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-slurm test-containers images bench-convert
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -41,7 +42,7 @@ test: lint $(TOOLS:%=test-%) test-pipeline ## every test, each in its tool's env
 test-convert: setup ## the contract, families, mapping, convert and the command lines
 	OMP_NUM_THREADS=1 tools/convert/.venv/bin/python $(PYTEST) tests/test_*.py tests/shared/test_*.py tests/shared/checkpoint \
 	    tests/shared/families tests/shared/mapping tests/tools/convert tests/tools/test_every_command.py \
-	    tests/containers/test_compose.py tests/containers/test_dockerfiles.py
+	    tests/containers/test_compose.py tests/containers/test_dockerfiles.py tests/benchmarks
 
 test-pretrain: setup ## Megatron-Core on this machine, data, pretraining
 	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python $(PYTEST) tests/shared/data tests/shared/device tests/shared/model \
@@ -65,6 +66,9 @@ test-slurm: setup ## the Slurm scripts on a cluster of two nodes on this machine
 test-containers: setup containers/.venv/.ready ## images built and run (Debian as root, or where Docker is)
 	-containers/engine.sh
 	tools/convert/.venv/bin/python -m pytest -q --durations 5 tests/containers
+
+bench-convert: setup ## how fast conversions are beside copying the same bytes (20 GB of disk at BENCH_WORK)
+	OMP_NUM_THREADS=1 tools/convert/.venv/bin/python tests/benchmarks/bench_convert.py --work $(BENCH_WORK)
 
 lint: tests/lint/.venv/.ready setup ## ruff, mypy, shellcheck, hadolint, compose
 	tests/lint/.venv/bin/ruff check .

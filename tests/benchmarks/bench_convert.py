@@ -1,0 +1,136 @@
+"""How fast a conversion is beside copying the same bytes: `make bench-convert`.
+
+Every piece of work is done once in each round, so that what else the machine does falls on all alike; ratios are of the
+same round. Outputs are removed between; the source stays in the page cache, as it is after a download.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = str(ROOT)
+
+from tests.benchmarks.checkpoints import SHAPES, generate  # noqa: E402
+from tests.benchmarks.measured import Measured, measure  # noqa: E402
+
+HERE = Path(__file__).parent
+COPY, DURABLE = "copy (`cp -r`)", "copy, and on the disk (`cp -r`, `sync`)"
+PEERS = {"Megatron-Bridge": "megatron.bridge", "mbridge": "mbridge"}
+
+
+def works(folder: Path) -> dict[str, list[str | Path]]:
+    """{what: command that makes `folder/out` of `folder/hf` or, on the way back, of `folder/megatron`}."""
+    hf, megatron, out = folder / "hf", folder / "megatron", folder / "out"
+    work = [sys.executable, HERE / "work.py"]
+    durable = f"cp -r '{hf}' '{out}' && find '{out}' -exec sync {{}} +"
+    return {
+        COPY: ["cp", "-r", hf, out],
+        DURABLE: ["sh", "-c", durable],
+        "mmap, and safetensors rewritten": [*work, "rewrite", hf, out],
+        "to-megatron": [*work, "to-megatron", hf, out],
+        "to-hf": [*work, "to-hf", megatron, out],
+        "to-megatron, without hashes": [*work, "bare-to-megatron", hf, out],
+        "to-hf, without hashes": [*work, "bare-to-hf", megatron, out],
+    }
+
+
+def bench(shape: str, rounds: int, folder: Path) -> list[str]:
+    """Lines of a Markdown table."""
+    size = generate(folder / "hf", SHAPES[shape])
+    commands = works(folder)
+    measure([*commands["to-megatron"][:-1], folder / "megatron"])
+    found: dict[str, list[Measured]] = {name: [] for name in commands}
+    for _ in range(rounds):
+        for name, command in commands.items():
+            settle(folder)
+            found[name].append(measure(command))
+    shutil.rmtree(folder)
+    lines = [
+        f"### {shape}: {size / 1e9:.2f} GB, {rounds} rounds",
+        "",
+        "| work | wall s: median (least to most) | of the copy | of the durable copy | processor s | memory MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    return lines + [row(name, runs, found[COPY], found[DURABLE]) for name, runs in found.items()] + [""]
+
+
+def row(name: str, runs: list[Measured], copies: list[Measured], durable: list[Measured]) -> str:
+    """One line of the table."""
+
+    def middle(value: Callable[[Measured], float]) -> float:
+        return statistics.median(value(run) for run in runs)
+
+    def ratio(floor: list[Measured]) -> float:
+        return statistics.median(run.seconds / other.seconds for run, other in zip(runs, floor, strict=True))
+
+    seconds = [run.seconds for run in runs]
+    return (
+        f"| {name} | {middle(lambda run: run.seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) "
+        f"| {ratio(copies):.2f} | {ratio(durable):.2f} | {middle(lambda run: run.processor):.2f} "
+        f"| {max(run.memory for run in runs) / 1e6:.0f} |"
+    )
+
+
+def settle(folder: Path) -> None:
+    """Nothing of the work before is left to be done, by the disk either."""
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    os.sync()
+    time.sleep(0.2)
+
+
+def machine() -> str:
+    """A line that says where it ran."""
+    cpu = platform.machine()
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
+    return (
+        f"{len(os.sched_getaffinity(0))} processors ({cpu}), {memory:.0f} GiB of memory, Linux {platform.release()}, "
+        f"Python {platform.python_version()}; load before: {os.getloadavg()[0]:.1f}"
+    )
+
+
+def peers() -> str:
+    """A line on each other program that does this work."""
+    absent = []
+    for name, module in PEERS.items():
+        try:
+            there = importlib.util.find_spec(module) is not None
+        except ModuleNotFoundError:
+            there = False
+        if not there:
+            absent.append(name)
+    return f"Not measured, not being importable here: {', '.join(absent)}." if absent else ""
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[name for name in SHAPES if name != "tiny"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--work", type=Path, default=ROOT / "bench-work", help="a directory to be made and removed")
+    given = parser.parse_args(words)
+    print(f"{machine()}\n", flush=True)
+    given.work.mkdir(parents=True)
+    try:
+        for shape in given.shapes:
+            print("\n".join(bench(shape, given.rounds, given.work / shape)), flush=True)
+    finally:
+        shutil.rmtree(given.work)
+    print(peers())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""One command, measured: wall time, processor time, and the most memory that its processes held together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_EVERY = 0.005  # seconds between two looks at the memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a command took."""
+
+    seconds: float
+    processor: float  # seconds, of all its processes
+    memory: int  # bytes that are its own: anonymous pages, not the files that it has mapped
+
+
+def measure(words: Sequence[str | Path]) -> Measured:
+    """Run a command to its end; RuntimeError with what it said if it fails."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    started, memory = time.perf_counter(), 0
+    process = subprocess.Popen(
+        [str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while process.poll() is None:
+        memory = max(memory, sum(_anonymous(pid) for pid in _tree(process.pid)))
+        time.sleep(_EVERY)
+    seconds = time.perf_counter() - started
+    said = process.communicate()[0]
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(map(str, words))}: {said}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Measured(seconds=seconds, processor=processor, memory=memory)
+
+
+def _tree(pid: int) -> list[int]:
+    found = [pid]
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            children = Path(f"/proc/{pid}/task/{thread}/children").read_text(encoding="ascii")
+            for child in children.split():
+                found += _tree(int(child))
+    return found
+
+
+def _anonymous(pid: int) -> int:
+    with contextlib.suppress(OSError):  # it has ended
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) << 10
+    return 0

@@ -1,0 +1,53 @@
+"""The benchmark runs, and measures what it says; its figures are for `make bench-convert`."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARK = Path(__file__).with_name("bench_convert.py")
+
+
+def test_it_prints_a_table_and_cleans_up(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    words = [sys.executable, BENCHMARK, "--shapes", "tiny", "--rounds", "1", "--work", work]
+    answer = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    rows = re.findall(
+        r"^\| (.*?) \| ([\d.]+) \(.*?\) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (\d+) \|$", answer.stdout, re.M
+    )
+    assert [name for name, *_ in rows] == [
+        "copy (`cp -r`)",
+        "copy, and on the disk (`cp -r`, `sync`)",
+        "mmap, and safetensors rewritten",
+        "to-megatron",
+        "to-hf",
+        "to-megatron, without hashes",
+        "to-hf, without hashes",
+    ]
+    figures = {name: [float(figure) for figure in rest] for name, *rest in rows}
+    assert figures["copy (`cp -r`)"][1] == 1.0
+    for name in ("to-megatron", "to-hf"):
+        seconds, _, _, processor, memory = figures[name]
+        assert seconds > 0.1
+        assert processor > 0.1
+        assert 15 < memory < 100
+    assert not work.exists()
+
+
+def test_memory_is_that_of_all_processes(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import subprocess, sys, time\n"
+        "held = bytearray(b'x') * (40 << 20)\n"
+        "if len(sys.argv) == 1: subprocess.run([sys.executable, __file__, 'child'])\n"
+        "else: time.sleep(0.3)\n"
+    )
+    sys.path.insert(0, str(BENCHMARK.parents[2]))
+    from tests.benchmarks.measured import measure
+
+    found = measure([sys.executable, program])
+    assert 80 << 20 < found.memory < 130 << 20
+    assert found.seconds > 0.3
