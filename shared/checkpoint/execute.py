@@ -1,7 +1,7 @@
 """Writes files that are made of moves: several threads, one hash of each file, and a journal to go on from after a kill.
 
-Reading, writing and hashing release the interpreter's lock. Blocks of a file are made and written in any order, and
-hashed in the file's own, so that the bytes and hashes do not depend on the number of threads.
+Reading, writing and hashing release the interpreter's lock. Blocks of a file are made in any order, and hashed and
+written in the file's own, so that the bytes and hashes do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -101,17 +101,18 @@ class _Crew:
         self._stop = False
 
     def work(self) -> None:
-        """One thread: a file of its own while there is one, then a hand with those that others write."""
+        """One thread: a file of its own while there is one, then a task, then a hand with files that others write."""
         buffer = memoryview(bytearray(blocks.BLOCK))
         try:
-            while (output := self._next()) is not None:
-                for amount in output.write(self._files, buffer):
+            while (step := self._next()) is not None:
+                if not isinstance(step, _Output):
+                    step()
+                    self._raise_if_stopped()
+                    continue
+                for amount in step.write(self._files, buffer):
                     with self._lock:
                         self._advance(amount)
                     self._raise_if_stopped()
-            while task := self._task():
-                task()
-                self._raise_if_stopped()
         except _Stopped:
             pass
         except BaseException as error:  # noqa: BLE001 -- write_files raises it
@@ -119,17 +120,15 @@ class _Crew:
                 self.failure = self.failure or error
             self.stop()
 
-    def _next(self) -> _Output | None:
+    def _next(self) -> _Output | Task | None:
         with self._lock:
-            self._begun = [output for output in self._begun if not output.exhausted]
             if self._waiting:
                 self._begun.append(self._waiting.pop())
                 return self._begun[-1]
+            if self._tasks:
+                return self._tasks.pop()
+            self._begun = [output for output in self._begun if not output.exhausted]
             return self._begun[0] if self._begun else None
-
-    def _task(self) -> Task | None:
-        with self._lock:
-            return self._tasks.pop() if self._tasks else None
 
     def stop(self) -> None:
         self._stop = True
@@ -170,9 +169,7 @@ class _Output:
         self._taking = threading.Lock()
         self._turn = threading.Condition()
         self._numbered: Iterator[tuple[int, int, Block]] | None = None
-        self._hashed = 0  # blocks
-        self._written: dict[int, tuple[int, str] | None] = {}  # blocks written after one that is not yet
-        self._whole = 0  # blocks written without a gap
+        self._written = 0  # blocks
 
     def write(self, files: Files, buffer: memoryview) -> Iterator[int]:
         """Take blocks until there is none; yields the bytes of each."""
@@ -185,9 +182,7 @@ class _Output:
                 buffer = memoryview(bytearray(block.size))
             data = buffer[: block.size]
             block.fill(files, data)
-            mark = self._hash_in_turn(number, start, block, data)
-            self._put(data, start)
-            self._note(number, mark)
+            self._write_in_turn(number, start, block, data)
             yield block.size
 
     def _take(self) -> tuple[int, int, Block] | int | None:
@@ -213,20 +208,25 @@ class _Output:
         if number == 0:
             self._finish()
 
-    def _hash_in_turn(self, number: int, start: int, block: Block, data: memoryview) -> tuple[int, str] | None:
+    def _write_in_turn(self, number: int, start: int, block: Block, data: memoryview) -> None:
+        """Seal, hash and write a block after all before it.
+
+        Two threads that write to one file wait for each other in the kernel, and busily; here they wait in peace, and
+        the file grows at its end only.
+        """
         with self._turn:
-            while self._hashed != number:
+            while self._written != number:
                 self._check()  # before waiting: who stops says so first, and wakes those that wait after that
                 self._turn.wait()
         # only the thread whose turn it is comes here
         if block.seal is not None:
             block.seal(data)
         self._hash.update(data)
-        mark = (start + block.size, self._hash.hexdigest()) if block.whole else None
+        self._put(data, start)
+        self._note(start + block.size, block.whole)
         with self._turn:
-            self._hashed += 1
+            self._written += 1
             self._turn.notify_all()
-        return mark
 
     def _put(self, data: memoryview, start: int) -> None:
         assert self._descriptor is not None
@@ -234,23 +234,16 @@ class _Output:
             count = os.pwrite(self._descriptor, data, start)
             data, start = data[count:], start + count
 
-    def _note(self, number: int, mark: tuple[int, str] | None) -> None:
-        """Let the journal know how far the file is written without a gap."""
-        with self._turn:
-            self._written[number] = mark
-            last = None
-            while self._whole in self._written:
-                last = self._written.pop(self._whole) or last
-                self._whole += 1
-            if last is not None:
-                if self._journal is not None:
-                    self._journal.note(self.file.name, *last, last=last[0] == self.file.size)
-                if last[0] == self.file.size:
-                    self._finish()
-                elif last[0] - self._sent >= _WRITE_OUT:
-                    assert self._descriptor is not None
-                    self._disk.submit(write_out, self._descriptor, self._sent, last[0] - self._sent)
-                    self._sent = last[0]
+    def _note(self, end: int, whole: bool) -> None:
+        """Let the journal know how far the file is written, and the disk."""
+        assert self._descriptor is not None
+        if whole and self._journal is not None:
+            self._journal.note(self.file.name, end, self._hash.hexdigest(), last=end == self.file.size)
+        if end == self.file.size:
+            self._finish()
+        elif end - self._sent >= _WRITE_OUT:
+            self._disk.submit(write_out, self._descriptor, self._sent, end - self._sent)
+            self._sent = end
 
     def _finish(self) -> None:
         assert self._descriptor is not None

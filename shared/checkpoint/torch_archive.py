@@ -10,7 +10,8 @@ import io
 import struct
 import zipfile
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ _DESCRIPTOR_MARK = b"PK\x07\x08"
 MAX_DATA = (1 << 32) - (1 << 20)  # bytes of one storage; above this a zip needs 64-bit fields
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class _Entry:
     name: bytes
     size: int
@@ -37,19 +38,25 @@ class _Entry:
     offset: int
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Archive:
     """An archive being written at the current end of a file: `prefix`, the data, `suffix(crc)`."""
 
     prefix: bytes
     data_size: int
-    entries: list[_Entry] = field(repr=False)
+    entries: tuple[_Entry, ...] = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all of it."""
+        return len(self.prefix) + self.data_size + len(self.suffix(0))
 
     def suffix(self, crc: int) -> bytes:
         """What follows the data, given its CRC-32."""
         descriptor = b""
-        if self.entries[-1].flags & _DESCRIPTOR:
-            self.entries[-1].crc = crc
+        *known, last = self.entries
+        if last.flags & _DESCRIPTOR:
+            last = replace(last, crc=crc)
             descriptor = struct.pack("<4sIII", _DESCRIPTOR_MARK, crc, self.data_size, self.data_size)
         start = len(self.prefix) + self.data_size + len(descriptor)
         central = b"".join(
@@ -59,12 +66,13 @@ class Archive:
                 *(len(entry.name), 0, 0, 0, 0, 0, entry.offset),
             )
             + entry.name
-            for entry in self.entries
+            for entry in (*known, last)
         )
         count = len(self.entries)
         return descriptor + central + struct.pack("<4s4H2IH", _END, 0, 0, count, count, len(central), start, 0)
 
 
+@lru_cache(maxsize=1024)  # a model has many tensors of one shape
 def tensor_archive(dtype: Dtype, shape: Shape) -> Archive:
     """The archive of a contiguous tensor."""
     stride = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
@@ -95,7 +103,7 @@ def _archive(content: bytes, data_size: int | None) -> Archive:
             _Entry(name=b"archive/data/0", size=data_size, crc=0, flags=_UTF8 | _DESCRIPTOR, offset=out.tell())
         )
         out.write(_local(entries[-1], out.tell()))
-    return Archive(prefix=out.getvalue(), data_size=data_size or 0, entries=entries)
+    return Archive(prefix=out.getvalue(), data_size=data_size or 0, entries=tuple(entries))
 
 
 def _local(entry: _Entry, position: int) -> bytes:

@@ -18,7 +18,7 @@ from typing import Any
 from shared.checkpoint.blocks import Files
 from shared.checkpoint.dtypes import BY_NAME, Dtype
 from shared.checkpoint.region import Box, Region
-from shared.checkpoint.torch_archive import StoredTensor, find_tensor
+from shared.checkpoint.torch_archive import MAX_DATA, StoredTensor, find_tensor, tensor_archive
 from shared.checkpoint.torch_pickle import read_pickle
 from shared.errors import UserError
 from shared.mapping.layout import Shape
@@ -170,6 +170,8 @@ class TorchDistReader:
     def _data(self, tensor: DistTensor, chunk: Chunk) -> int:
         """Byte in its file of a chunk's first number."""
         if chunk.stored is None:
+            chunk.stored = self._as_written_here(tensor, chunk)
+        if chunk.stored is None:
             stored = find_tensor(self._files, chunk.file, chunk.start, chunk.length)
             if stored.shape != chunk.sizes or stored.dtype is not tensor.dtype:
                 raise UserError(
@@ -178,6 +180,17 @@ class TorchDistReader:
                 )
             chunk.stored = stored
         return chunk.stored.start
+
+    def _as_written_here(self, tensor: DistTensor, chunk: Chunk) -> StoredTensor | None:
+        """Where the numbers are if the archive begins as this tool's do; one read then tells, of a model's thousands."""
+        if prod(chunk.sizes) * tensor.dtype.size >= MAX_DATA:
+            return None
+        archive = tensor_archive(tensor.dtype, chunk.sizes)
+        if chunk.length != archive.size:
+            return None
+        if self._files.read(chunk.file, chunk.start, len(archive.prefix)) != archive.prefix:
+            return None
+        return StoredTensor(dtype=tensor.dtype, shape=chunk.sizes, start=chunk.start + len(archive.prefix))
 
     def common(self) -> dict[str, Any]:
         """The plain values that the checkpoint holds beside its tensors, from `common.pt`; empty where it has none."""

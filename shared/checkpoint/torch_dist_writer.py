@@ -89,7 +89,7 @@ class TorchDistLayout:
         """
         tensor = self._tensors[key]
         tensor.chunks.append((offsets, sizes))
-        size = _archive_size(tensor.dtype, sizes)
+        size = tensor_archive(tensor.dtype, sizes).size
         self._stored.append(
             _Stored(key=key, offsets=offsets, sizes=sizes, size=size, moves=moves, sources=frozenset(sources))
         )
@@ -233,11 +233,6 @@ class _Archive:
             position += move.size
         assert position - start == archive.data_size, f"{self.stored.key}: {position - start} bytes"
         out[position:] = archive.suffix(zlib.crc32(out[start:position]))
-
-
-def _archive_size(dtype: Dtype, sizes: Shape) -> int:
-    archive = tensor_archive(dtype, sizes)
-    return len(archive.prefix) + archive.data_size + len(archive.suffix(0))
 
 
 def _size(shape: Shape) -> Call:

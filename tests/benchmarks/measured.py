@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_EVERY = 0.005  # seconds between two looks at the memory
+_EVERY = 0.02  # seconds between two looks at the memory
 
 
 @dataclass(frozen=True, kw_only=True)
