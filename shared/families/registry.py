@@ -10,6 +10,8 @@ from shared.errors import UserError
 from shared.families import (
     bloom,
     cohere,
+    deepseek_v2,
+    deepseek_v3,
     falcon,
     gemma,
     gemma2,
@@ -48,6 +50,8 @@ _MODULES = (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    deepseek_v2,
+    deepseek_v3,
     gemma,
     gemma2,
     phi3,

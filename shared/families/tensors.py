@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from shared.families.latent import latent_norms, latent_projections
 from shared.mapping.layout import CONCAT, Deal, Interleave, PadRows, RowLayout, Transposed
 from shared.mapping.rule import Alias, Aside, Axis, Rule, Source, Table
 from shared.model.architecture import Architecture
@@ -49,13 +50,19 @@ class Names:
     asides: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
 
 
-def decoder_table(a: Architecture, names: Names) -> Table:
+DEEPSEEK = Names(
+    shared_fc1=("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+    shared_fc2="mlp.shared_experts.down_proj",
+)
+
+
+def decoder_table(a: Architecture, names: Names, further_asides: Iterable[Aside] = ()) -> Table:
     """Tensors of the decoder, as the architecture has them."""
     tied = Alias(name=f"{names.head}.weight", of=f"{names.embedding}.weight")
     return Table(
         rules=tuple(_rules(a, names)),
         aliases=(tied,) if a.tied_embeddings else (),
-        asides=tuple(Aside(name=names.layer + name) for name in names.asides),
+        asides=(*(Aside(name=names.layer + name) for name in names.asides), *further_asides),
         optional_prefix=names.prefix,
         sizes={"layer": a.num_layers, "expert": a.experts.count if a.experts else 0},
     )
@@ -104,6 +111,16 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
         for kind in ("weight", "bias") if a.norm_bias else ("weight",):
             yield whole(f"{key}.{kind}", name, hidden, kind=kind)
 
+    def attention_rules() -> Iterator[Rule]:
+        groups: RowLayout = Interleave(groups=a.num_query_groups)  # [q1..qn k1 v1 | q.. k2 v2 | ...]
+        if len(names.qkv) == 1:
+            groups = CONCAT if names.fused == "groups" else Deal(parts=(q, kv, kv), groups=a.num_query_groups)
+        yield from layer(f"{attention}.linear_qkv", names.qkv, (q, kv, kv), hidden, a.qkv_bias, groups)
+        if a.qk_norm:
+            heads = a.qk_norm_scope == "head"
+            yield from norm(f"{attention}.q_layernorm.", names.q_norm, a.head_dim if heads else q)
+            yield from norm(f"{attention}.k_layernorm.", names.k_norm, a.head_dim if heads else kv)
+
     yield whole("embedding.word_embeddings.weight", names.embedding, a.vocab_size, columns=hidden, layout=vocabulary)
     if a.embedding_norm:
         yield from whole_norm("embedding.word_embeddings_layernorm", names.embedding_norm)
@@ -111,16 +128,16 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
         yield whole("embedding.position_embeddings.weight", names.positions, a.learned_positions, columns=hidden)
 
     if a.norm_placement != "post":
-        yield from norm(f"{attention}.linear_qkv.layer_norm_", names.attention_norm)
-    groups: RowLayout = Interleave(groups=a.num_query_groups)  # [q1..qn k1 v1 | q.. k2 v2 | ...]
-    if len(names.qkv) == 1:
-        groups = CONCAT if names.fused == "groups" else Deal(parts=(q, kv, kv), groups=a.num_query_groups)
-    yield from layer(f"{attention}.linear_qkv", names.qkv, (q, kv, kv), hidden, a.qkv_bias, groups)
-    if a.qk_norm:
-        heads = a.qk_norm_scope == "head"
-        yield from norm(f"{attention}.q_layernorm.", names.q_norm, a.head_dim if heads else q)
-        yield from norm(f"{attention}.k_layernorm.", names.k_norm, a.head_dim if heads else kv)
-    yield from layer(f"{attention}.linear_proj", (names.proj,), (hidden,), q, a.attention_output_bias)
+        of_attention = f"{layers}.input_layernorm." if a.latent else f"{attention}.linear_qkv.layer_norm_"
+        yield from norm(of_attention, names.attention_norm)
+    if latent := a.latent:
+        for key, name, size in latent_norms(latent):
+            yield from norm(f"{attention}.{key}", name, size)
+        for key, name, shape in latent_projections(a, latent):
+            yield from layer(f"{attention}.{key}", (name,), shape[:1], shape[1], bias=False)
+    else:
+        yield from attention_rules()
+    yield from layer(f"{attention}.linear_proj", (names.proj,), (hidden,), a.attended_size, a.attention_output_bias)
     if a.norm_placement != "pre":
         yield from norm(f"{layers}.post_self_attn_layernorm.", names.post_attention_norm)
 

@@ -47,6 +47,11 @@ def account_sources(table: Table, found: Mapping[str, Found], where: str) -> Acc
     asides = tuple(sorted(table.aside_names() & found.keys()))
     if missing := [name for name in wanted if name not in found]:
         raise UserError(f"{where}: {_some(missing)} missing, though config.json asks for it; fetch the model again")
+    together = table.aside_names(complete=True)
+    if together & found.keys() and (missing := sorted(together - found.keys())):
+        raise UserError(
+            f"{where}: {_some(missing)} missing, though others of its kind are there; fetch the model again"
+        )
     known = wanted.keys() | {alias.name for alias in aliases} | set(asides)
     if unknown := sorted(found.keys() - known):
         near = get_close_matches(unknown[0], list(wanted), n=1, cutoff=0.0)

@@ -53,11 +53,12 @@ class Alias:
 
 @dataclass(frozen=True, kw_only=True)
 class Aside:
-    """A source tensor that is no weight, a constant some versions stored: kept beside the weights and restored."""
+    """A source tensor that no Megatron tensor is made of: kept beside the weights and restored."""
 
     name: str
     axes: tuple[Axis, ...] = ("layer",)
     layers: tuple[int, ...] | None = None
+    complete: bool = False  # a checkpoint has all of those that say so, or none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +103,13 @@ class Table:
                     layout=rule.layout,
                 )
 
-    def aside_names(self) -> set[str]:
-        """Names of the tensors that are kept beside the weights, if a checkpoint has them."""
+    def aside_names(self, *, complete: bool = False) -> set[str]:
+        """Names of the tensors that are kept beside the weights, if a checkpoint has them; or of the complete ones."""
         return {
-            aside.name.format(**index) for aside in self.asides for index in self._indices(aside.axes, aside.layers)
+            aside.name.format(**index)
+            for aside in self.asides
+            if aside.complete or not complete
+            for index in self._indices(aside.axes, aside.layers)
         }
 
     def _indices(self, axes: Sequence[Axis], layers: Sequence[int] | None) -> Iterator[dict[str, int]]:

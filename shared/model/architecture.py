@@ -6,57 +6,11 @@ Pure data, importable without torch or Megatron-Core.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from math import log
 from typing import Any, Literal
 
+from shared.model.rope_scaling import RopeScaling as RopeScaling
+
 VOCAB_MULTIPLE = 128  # Megatron-LM's default make_vocab_size_divisible_by
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How rotary frequencies are stretched past the length a model was first trained at.
-
-    `linear` divides every position by `factor`; `llama3` (LLaMA 3.1) divides low frequencies only, with a smooth
-    passage between the wavelengths `original_length / high_frequency_factor` and
-    `original_length / low_frequency_factor`. `yarn` (Peng et al., 2023) does so by a ramp over the pairs, between
-    those that turn `beta_fast` and `beta_slow` times in the original length, and enlarges sines and cosines.
-    """
-
-    kind: Literal["linear", "llama3", "yarn"]
-    factor: float
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
-    original_length: int = 8192  # tokens
-
-    beta_fast: float = 32.0  # turns; the rest is YaRN's too
-    beta_slow: float = 1.0
-    truncate: bool = True  # the ramp starts and ends at whole pairs
-    attention_factor: float | None = None  # of sines and cosines; None: by the factor and the two below
-    mscale: float | None = None
-    mscale_all_dim: float | None = None  # DeepSeek multiplies scores by it as well
-
-    def __post_init__(self) -> None:
-        if self.factor < 1.0:
-            raise ValueError(f"rope scaling factor must be at least 1, not {self.factor}")
-        plain = (32.0, 1.0, True, None, None, None)
-        yarn = (self.beta_fast, self.beta_slow, self.truncate, self.attention_factor, self.mscale, self.mscale_all_dim)
-        if self.kind != "yarn" and yarn != plain:
-            raise ValueError(f"fields of yarn are set, but the rope scaling is {self.kind}")
-
-    @property
-    def amplitude(self) -> float:
-        """What sines and cosines are multiplied with: `0.1 ln(factor) + 1` unless given otherwise, for YaRN."""
-        if self.kind != "yarn":
-            return 1.0
-        if self.attention_factor is not None:
-            return self.attention_factor
-        if self.mscale and self.mscale_all_dim:
-            return self.magnitude(self.mscale) / self.magnitude(self.mscale_all_dim)
-        return self.magnitude(1.0)
-
-    def magnitude(self, mscale: float) -> float:
-        """`0.1 mscale ln(factor) + 1`, DeepSeek's `yarn_get_mscale`."""
-        return 0.1 * mscale * log(self.factor) + 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +30,11 @@ class Experts:
     correction_bias: bool = False  # fp32, added to the scores for choosing only (DeepSeek V3)
     groups: int = 1  # equal runs of experts, of which a token goes to the best `top_groups` only
     top_groups: int = 1
+    group_score_of: int = 2  # how many of a group's best scores, summed, stand for it
     shared_ffn_hidden_size: int | None = None  # of the experts that every token goes through, taken together
     shared_gate: bool = False  # they are weighed by the sigmoid of a projection of the token (Qwen 1.5 and 2)
     auxiliary_loss: float = 0.0  # weight of the load-balancing loss
+    auxiliary_loss_of: Literal["batch", "sequence"] = "batch"  # over whose tokens the load is to be balanced
     dense_layers: tuple[int, ...] = ()  # by index from 0; these have an MLP of `Architecture.ffn_hidden_size`
 
     def __post_init__(self) -> None:
@@ -86,12 +42,31 @@ class Experts:
             raise ValueError(f"{self.top_k} experts a token of {self.count} are impossible")
         if self.count % self.groups or not 0 < self.top_groups <= self.groups:
             raise ValueError(f"{self.top_groups} of {self.groups} groups of {self.count} experts are impossible")
+        if not 0 < self.group_score_of <= self.count // self.groups:
+            raise ValueError(f"the {self.group_score_of} best scores of a group of {self.count // self.groups} experts")
         if self.score == "sigmoid" and not self.normalized:
             raise ValueError("sigmoid scores of experts that are not normalised are not computed")
         if self.score == "softmax" and self.correction_bias:
             raise ValueError("a correction bias of softmax scores of experts is not computed")
         if self.shared_gate and self.shared_ffn_hidden_size is None:
             raise ValueError("a gate of shared experts is set, but there are none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttention:
+    """Queries, and keys and values together, made of vectors of a low rank (DeepSeek V2, section 2.1).
+
+    The last `qk_rope_head_dim` elements of each head's query and key are rotated, pairs being neighbours; that part of
+    the key is one for all heads, and comes straight from the hidden state. `Architecture.head_dim` counts all elements
+    of a query. Norms of the low-rank vectors have an epsilon of their own, whatever the model's.
+    """
+
+    q_lora_rank: int | None  # None: queries are projected directly
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    norm_epsilon: float = 1e-6
 
 
 Activation = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"]
@@ -131,6 +106,7 @@ class Architecture:
     activation: Activation = "swiglu"
     mlp_bias: bool = False
     experts: Experts | None = None
+    prediction_layers: int = 0  # behind the last, for tokens further ahead; without effect on the model's answer
 
     positions: Literal["rope", "learned", "alibi"] = "rope"
     learned_position_offset: int = 0  # rows of the table before position 0 (OPT)
@@ -140,6 +116,7 @@ class Architecture:
     rotary_interleaved: bool = False  # pairs are neighbours (GPT-J, GLM), not elements half a head apart
     layers_without_rope: tuple[int, ...] = ()  # by index from 0
 
+    latent: LatentAttention | None = None
     qkv_bias: bool = False
     attention_output_bias: bool = False
     qk_norm: bool = False  # a norm on queries and keys, before rotation
@@ -184,6 +161,8 @@ class Architecture:
             raise ValueError("full_attention_layers are set without a sliding window")
         if self.positions == "alibi" and (self.sliding_window or self.attention_softcap):
             raise ValueError("ALiBi with a sliding window or a soft cap is not computed")
+        if self.latent:
+            self._check_latent(self.latent)
         dense = self.experts.dense_layers if self.experts else ()
         if self.experts and (self.mlp_bias or not self.gated):
             raise ValueError("experts with biases or without a gate are not computed")
@@ -192,6 +171,18 @@ class Architecture:
         layers = self.layers_without_rope + self.full_attention_layers + dense
         if layers and not 0 <= min(layers) <= max(layers) < self.num_layers:
             raise ValueError(f"there is no layer {max(layers)}: the model has {self.num_layers}")
+
+    def _check_latent(self, latent: LatentAttention) -> None:
+        if latent.qk_nope_head_dim + latent.qk_rope_head_dim != self.head_dim:
+            raise ValueError(f"latent attention with queries of {self.head_dim} elements a head is impossible")
+        if self.num_query_groups != self.num_attention_heads:
+            raise ValueError("latent attention with groups of queries is not computed")
+        if self.positions != "rope" or self.rotary_dim or self.rotary_interleaved or self.layers_without_rope:
+            raise ValueError("latent attention with positions other than its own is not computed")
+        if self.qkv_bias or self.attention_output_bias or self.qk_norm or self.sliding_window:
+            raise ValueError("latent attention with biases, norms of heads or a window is not computed")
+        if (self.norm, self.norm_placement, self.residual) != ("rmsnorm", "pre", "sequential"):
+            raise ValueError("latent attention in layers that are not LLaMA's is not computed")
 
     @property
     def gated(self) -> bool:
@@ -213,6 +204,8 @@ class Architecture:
     @property
     def rotated(self) -> int:
         """Elements of each head that are rotated."""
+        if self.latent:
+            return self.latent.qk_rope_head_dim
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     def window(self, layer: int) -> int | None:
@@ -228,6 +221,11 @@ class Architecture:
     def kv_size(self) -> int:
         """Rows of the key projection, and of the value projection."""
         return self.num_query_groups * self.head_dim
+
+    @property
+    def attended_size(self) -> int:
+        """Columns of attention's output projection."""
+        return self.num_attention_heads * (self.latent.v_head_dim if self.latent else self.head_dim)
 
     @property
     def learned_positions(self) -> int:
@@ -248,6 +246,8 @@ class Architecture:
             norms += 2 * self.head_dim if self.qk_norm_scope == "head" else self.q_size + self.kv_size
         qkv = self.q_size + 2 * self.kv_size
         attention = self.hidden_size * (qkv + self.q_size)
+        if self.latent:
+            attention = self._latent_count(self.latent)
         biases = self.qkv_bias * qkv + self.attention_output_bias * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         embeddings += self.vocab_size * self.output_bias + norm * self.embedding_norm
@@ -261,6 +261,14 @@ class Architecture:
             each += self._mlp_count(experts.shared_ffn_hidden_size or 0)
             mlps += len(self.moe_layers) * each
         return self.num_layers * (norms + attention + biases) + mlps + embeddings + norm
+
+    def _latent_count(self, latent: LatentAttention) -> int:
+        rank, heads, queries = latent.kv_lora_rank, self.num_attention_heads, self.hidden_size * self.q_size
+        if low := latent.q_lora_rank:
+            queries = self.hidden_size * low + low + low * self.q_size
+        keys = self.hidden_size * (rank + latent.qk_rope_head_dim) + rank
+        values = rank * heads * (latent.qk_nope_head_dim + latent.v_head_dim)
+        return queries + keys + values + self.attended_size * self.hidden_size
 
     def _mlp_count(self, ffn_hidden_size: int) -> int:
         fc1 = ffn_hidden_size * (2 if self.gated else 1)

@@ -61,14 +61,17 @@ class CoreAttention(torch.nn.Module):
         cp_comm_type: str | None = None,
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        k_channels: int | None = None,  # of keys and of values, where they differ; their tensors say it too
+        v_channels: int | None = None,
         architecture: Architecture,
     ) -> None:
         super().__init__()
         assert attn_mask_type == AttnMaskType.causal
         assert attention_type == "self"
         assert config.context_parallel_size == 1
-        assert softmax_scale is None
-        self.softmax_scale = architecture.attention_scale  # None: 1 / sqrt(head_dim)
+        assert softmax_scale is None or (architecture.latent and architecture.attention_scale is None)
+        # None: 1 / sqrt(head_dim). Latent attention gives its own.
+        self.softmax_scale = architecture.attention_scale if softmax_scale is None else softmax_scale
         self.softcap = architecture.attention_softcap
         self.window = architecture.window(layer_number - 1)
         self.dropout = config.attention_dropout
@@ -89,7 +92,7 @@ class CoreAttention(torch.nn.Module):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """`[sequence, batch, heads, head_dim]`, keys and values of fewer heads, to `[sequence, batch, heads * head_dim]`."""
+        """`[sequence, batch, heads, head_dim]`, keys and values of fewer heads, to `[sequence, batch, heads * value_dim]`."""
         assert attention_bias is None
         assert packed_seq_params is None
         if self.training and self.dropout > 0.0:

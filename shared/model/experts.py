@@ -6,16 +6,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
 from shared.model.architecture import Architecture, Experts
 
 
-def experts_of(architecture: Architecture) -> Callable[..., Any]:
+def experts_of(experts: Experts) -> Callable[..., Any]:
     """Builds the layer's experts; without biases, as every family's that is computed here."""
     linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     return partial(
@@ -23,18 +25,55 @@ def experts_of(architecture: Architecture) -> Callable[..., Any]:
         submodules=MoESubmodules(
             experts=partial(SequentialMLP, submodules=linear),
             shared_experts=partial(SharedExpertMLP, submodules=linear),
+            router=_router(experts),
         ),
     )
 
 
-def experts_config(architecture: Architecture, experts: Experts) -> dict[str, Any]:
-    """Fields of `TransformerConfig`.
+class _BestGroups:
+    """Chooses groups by their best scores, where Megatron-Core asks whoever replays a choice."""
 
-    Raises:
-        ValueError: for a choice of groups of experts that Megatron-Core does not compute.
+    def __init__(self, score_of: int) -> None:
+        self.score_of = score_of
+        self.layer_number: int | None = None  # Megatron-Core tells it
+
+    def get_replay_topk(
+        self,
+        scores: torch.Tensor,
+        topk: int,
+        num_groups: int,
+        group_topk: int,
+        default_compute_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores `[tokens, experts]` to those of the chosen and their indices, `[tokens, topk]` each."""
+        groups = scores.view(len(scores), num_groups, -1)
+        best = groups.topk(self.score_of, dim=-1).values.sum(-1).topk(group_topk, dim=-1).indices
+        left_out = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, best, False)
+        return default_compute_topk(groups.masked_fill(left_out[..., None], -torch.inf).flatten(1), topk)
+
+
+class GroupRouter(TopKRouter):
+    """Megatron-Core's router, with groups of experts compared by as many scores as the architecture says.
+
+    Megatron-Core's own compares them by the sum of `top_k / top_groups` scores.
     """
-    if experts.groups > 1 and experts.top_k // experts.top_groups != _SCORES_OF_A_GROUP:
-        raise ValueError("groups of experts are compared by the sum of their two best scores, for which top_k is twice")
+
+    def __init__(self, *args: Any, score_of: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.router_replay = _BestGroups(score_of)
+
+
+def _router(experts: Experts) -> Callable[..., Any]:
+    if experts.groups == 1 or experts.top_k // experts.top_groups == experts.group_score_of:
+        return TopKRouter
+    return partial(GroupRouter, score_of=experts.group_score_of)
+
+
+_BALANCING = {"batch": "aux_loss", "sequence": "seq_aux_loss"}
+
+
+def experts_config(architecture: Architecture, experts: Experts) -> dict[str, Any]:
+    """Fields of `TransformerConfig`."""
     mixed = not architecture.homogeneous
     return {
         "num_moe_experts": experts.count,
@@ -49,12 +88,9 @@ def experts_config(architecture: Architecture, experts: Experts) -> dict[str, An
         "moe_router_num_groups": experts.groups if experts.groups > 1 else None,
         "moe_router_group_topk": experts.top_groups if experts.groups > 1 else None,
         "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "aux_loss" if experts.auxiliary_loss else "none",
+        "moe_router_load_balancing_type": _BALANCING[experts.auxiliary_loss_of] if experts.auxiliary_loss else "none",
         "moe_aux_loss_coeff": experts.auxiliary_loss,
         "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
         "moe_shared_expert_gate": experts.shared_gate,
         "moe_token_dispatcher_type": "alltoall",
     }
-
-
-_SCORES_OF_A_GROUP = 2

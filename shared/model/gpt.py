@@ -10,7 +10,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch.nn import functional
 
@@ -19,6 +19,7 @@ from shared.model.architecture import Activation, Architecture
 from shared.model.cross_entropy import vocab_parallel_cross_entropy
 from shared.model.ends import adapt_embedding, adapt_output, output_layer_with_bias
 from shared.model.experts import experts_config
+from shared.model.latent import latent_config
 from shared.model.parallel import ParallelLayout
 from shared.model.rope import inverse_frequencies
 from shared.model.spec import block_spec
@@ -68,7 +69,7 @@ class LanguageModel(GPTModel):
             vp_stage=vp_stage,
         )
         self.architecture = architecture
-        if architecture.positions == "rope":
+        if architecture.positions == "rope" and not architecture.latent:
             # A plain attribute, not a buffer: it stays fp32 when the model is cast, and out of checkpoints.
             self.rotary_pos_emb.inv_freq = inverse_frequencies(architecture)
         if self.pre_process:
@@ -160,6 +161,8 @@ def transformer_config(
         **_RECOMPUTE[recompute],
         **(experts_config(architecture, architecture.experts) if architecture.experts else {}),
     }
+    if architecture.latent:
+        return MLATransformerConfig(**{**fields, **latent_config(architecture, architecture.latent), **overrides})
     return TransformerConfig(**{**fields, **overrides})
 
 

@@ -59,6 +59,7 @@ class ParallelLayout:
                 f"--tensor-parallel {self.tensor} does not divide the model's feed-forward size "
                 f"{architecture.ffn_hidden_size}"
             )
+        self._check_latent(architecture)
         self._check_experts(architecture, world_size)
         stages = self.pipeline * self.virtual_pipeline
         if architecture.num_layers % stages:
@@ -66,6 +67,18 @@ class ParallelLayout:
             if self.virtual_pipeline > 1:
                 flags += f" x --virtual-pipeline {self.virtual_pipeline}"
             raise UserError(f"{flags} does not divide the model's {architecture.num_layers} layers")
+
+    def _check_latent(self, architecture: Architecture) -> None:
+        latent = architecture.latent
+        if latent is None or self.tensor == 1:
+            return
+        if not self.sequence_parallel:
+            raise UserError("latent attention with --tensor-parallel above 1 needs --sequence-parallel")
+        for size in (latent.q_lora_rank or 0, latent.kv_lora_rank + latent.qk_rope_head_dim):
+            if size % self.tensor:
+                raise UserError(
+                    f"--tensor-parallel {self.tensor} does not divide latent attention's low-rank projection of {size}"
+                )
 
     def _check_experts(self, architecture: Architecture, world_size: int) -> None:
         experts = architecture.experts

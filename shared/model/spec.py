@@ -19,16 +19,14 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from shared.model.architecture import Architecture
 from shared.model.attention import CoreAttention, EnlargedSelfAttention
 from shared.model.experts import experts_of
+from shared.model.latent import LATENT_CHECKPOINT_KEYS, latent_attention
 from shared.model.layer import JoinedLayer, has_own_layer
 from shared.model.norm import head_norms, norm_of
 
 # Checkpoints carry TransformerEngine's names, where a norm in front of a linear layer is a part of that layer.
-CHECKPOINT_KEYS = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
+_ATTENTION_KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 # In front of experts it is a module of its own there too, for the router reads what it makes.
-SPARSE_CHECKPOINT_KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+_DENSE_KEYS = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 def block_spec(architecture: Architecture, first_layer: int, num_layers: int) -> TransformerBlockSubmodules:
@@ -43,6 +41,7 @@ def block_spec(architecture: Architecture, first_layer: int, num_layers: int) ->
 def _layer(architecture: Architecture, layer: int) -> ModuleSpec:
     norm = norm_of(architecture, checkpointed=False) if architecture.norm_placement != "post" else IdentityOp
     own, sparse = has_own_layer(architecture), layer in architecture.moe_layers
+    experts = architecture.experts if sparse else None
     return ModuleSpec(
         module=JoinedLayer if own else TransformerLayer,
         params={"architecture": architecture} if own else {},
@@ -51,9 +50,12 @@ def _layer(architecture: Architecture, layer: int) -> ModuleSpec:
             self_attention=_attention(architecture),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp if architecture.residual == "parallel_shared" else norm,
-            mlp=experts_of(architecture) if sparse else partial(MLP.as_mlp_submodule, submodules=_mlp(architecture)),
+            mlp=experts_of(experts) if experts else partial(MLP.as_mlp_submodule, submodules=_mlp(architecture)),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=SPARSE_CHECKPOINT_KEYS if sparse else CHECKPOINT_KEYS,
+            sharded_state_dict_keys_map={
+                **(LATENT_CHECKPOINT_KEYS if architecture.latent else _ATTENTION_KEYS),
+                **({} if sparse else _DENSE_KEYS),
+            },
         ),
     )
 
@@ -66,6 +68,8 @@ def _mlp(architecture: Architecture) -> MLPSubmodules:
 
 
 def _attention(architecture: Architecture) -> ModuleSpec:
+    if architecture.latent:
+        return latent_attention(architecture, architecture.latent)
     q_norm, k_norm = head_norms(architecture)
     amplitude = architecture.rope_scaling.amplitude if architecture.rope_scaling else 1.0
     enlarged = {"amplitude": amplitude} if amplitude != 1.0 else {}

@@ -33,11 +33,12 @@ def flops_per_token(architecture: Architecture, sequence_length: int) -> float:
     """Training FLOPs per token, forward and backward: 6 per weight of a matrix and 12 L s q for attention.
 
     The accounting of PaLM (arXiv:2204.02311, appendix B): no input embedding, no recomputation, attention not halved
-    for causality.
+    for causality. Of experts those count that a token goes through.
     """
     embedding = architecture.vocab_size * architecture.hidden_size
-    matrices = architecture.parameter_count() - (0 if architecture.tied_embeddings else embedding)
-    return 6.0 * matrices + 12.0 * architecture.num_layers * architecture.q_size * sequence_length
+    matrices = architecture.parameter_count(active=True) - (0 if architecture.tied_embeddings else embedding)
+    scores_and_values = architecture.q_size + architecture.attended_size  # 2 q where heads of values are as large
+    return 6.0 * matrices + 6.0 * architecture.num_layers * scores_and_values * sequence_length
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:

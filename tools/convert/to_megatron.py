@@ -29,6 +29,9 @@ def run(source: Path, target: Path, overwrite: bool, workers: int | None, shard:
         if plan.widened:
             names = ", ".join(plan.widened)
             log(f"{names}: layers of different types are held in float32, and written back as they were")
+        if beside := plan.account.asides:
+            more = f" and {len(beside) - 1} more" if len(beside) > 1 else ""
+            log(f"{beside[0]}{more}: kept beside the weights as they are; training does not change them")
         used = set(reader.files)
         if others := other_weights(source, used):
             log(f"not carried over, being other forms of the weights: {', '.join(others)}")

@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from shared.errors import UserError
+from shared.families import registry
 from shared.model.parallel import ParallelLayout, initialize
 
 
@@ -51,6 +54,17 @@ def test_key_value_heads_that_cannot_be_cut(worker):
     with pytest.raises(UserError, match="--tensor-parallel 4 neither divides nor is a multiple of the model's 3"):
         ParallelLayout(tensor=4).check(architecture, 4)
     ParallelLayout(tensor=6).check(architecture, 6)
+
+
+def test_latent_attention_that_cannot_be_cut():
+    architecture = registry.sizes()["deepseek-v3-tiny"]
+    with pytest.raises(UserError, match="latent attention with --tensor-parallel above 1 needs --sequence-parallel"):
+        ParallelLayout(tensor=2).check(architecture, 2)
+    uneven = replace(architecture, latent=replace(architecture.latent, q_lora_rank=21))
+    with pytest.raises(
+        UserError, match="--tensor-parallel 2 does not divide latent attention's low-rank projection of 21"
+    ):
+        ParallelLayout(tensor=2, sequence_parallel=True).check(uneven, 2)
 
 
 def test_a_world_too_small_is_the_users_mistake():

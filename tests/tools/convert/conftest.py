@@ -58,9 +58,18 @@ def write_hf(
     table = registry.table_of(architecture)
     for entry in (table.named_as(()) if without_prefix else table).entries():
         for source in entry.sources:
-            kinds[source.name] = (FP32 if fp32(source.name) else BY_FLAG[dtype], source.shape)
+            always = source.name.endswith("e_score_correction_bias")  # as published
+            kinds[source.name] = (FP32 if always or fp32(source.name) else BY_FLAG[dtype], source.shape)
             if "norm" in entry.key and entry.key.endswith("weight") and architecture.norm != "rmsnorm_1p":
                 around_one.add(source.name)
+    behind = {name for name in table.aside_names() if not name.endswith("inv_freq")}
+    for name in behind:  # layers behind the last, shaped like it
+        layer, module = name.removeprefix("model.layers.").split(".", 1)
+        own = {"eh_proj.weight": (architecture.hidden_size, 2 * architecture.hidden_size)}
+        own |= dict.fromkeys(("embed_tokens.weight", "shared_head.head.weight"), kinds["model.embed_tokens.weight"][1])
+        own |= dict.fromkeys(("enorm.weight", "hnorm.weight", "shared_head.norm.weight"), (architecture.hidden_size,))
+        like = kinds.get(f"model.layers.{architecture.num_layers - 1}.{module}")
+        kinds[name] = like if like else (BY_FLAG[dtype], own[module])
     if stored_head:
         kinds["lm_head.weight"] = kinds["model.embed_tokens.weight"]
     if inv_freq:

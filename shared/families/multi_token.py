@@ -1,0 +1,36 @@
+"""Layers that predict tokens further ahead (multi-token prediction), which DeepSeek V3 publishes behind its last layer.
+
+They do not change the model's own answer. Megatron-Core keeps such layers inside a model of its own kind, which is not
+built here: their tensors stay beside the weights, as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from shared.families.latent import latent_norms, latent_projections
+from shared.mapping.rule import Aside
+from shared.model.architecture import Architecture
+
+_SHARED = ("embed_tokens", "shared_head.head")  # copies of the model's own, which some files leave out
+_OWN = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
+_LAYER = ("input_layernorm", "post_attention_layernorm", "self_attn.o_proj", "mlp.gate")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def multi_token_asides(a: Architecture) -> Iterator[Aside]:
+    """Names of the tensors of layers `num_layers` and on, each a whole decoder layer with experts."""
+    if not a.prediction_layers:
+        return
+    assert a.latent is not None
+    layers = tuple(range(a.num_layers, a.num_layers + a.prediction_layers))
+    modules = [*_OWN, *_LAYER, *(name for _, name, _ in latent_norms(a.latent))]
+    modules += [name for _, name, _ in latent_projections(a, a.latent)]
+    modules += [f"mlp.shared_experts.{name}" for name in _MLP]
+    for name in (*(f"{module}.weight" for module in modules), "mlp.gate.e_score_correction_bias"):
+        yield Aside(name=f"model.layers.{{layer}}.{name}", layers=layers, complete=True)
+    for name in _SHARED:
+        yield Aside(name=f"model.layers.{{layer}}.{name}.weight", layers=layers)
+    for name in _MLP:
+        path = f"model.layers.{{layer}}.mlp.experts.{{expert}}.{name}.weight"
+        yield Aside(name=path, axes=("layer", "expert"), layers=layers, complete=True)
