@@ -62,8 +62,8 @@ def write_hf(
             kinds[source.name] = (FP32 if always or fp32(source.name) else BY_FLAG[dtype], source.shape)
             if "norm" in entry.key and entry.key.endswith("weight") and architecture.norm != "rmsnorm_1p":
                 around_one.add(source.name)
-    behind = {name for name in table.aside_names() if not name.endswith("inv_freq")}
-    for name in behind:  # layers behind the last, shaped like it
+    asides = table.aside_names() if architecture.prediction_layers else set()
+    for name in (name for name in asides if not name.endswith("inv_freq")):  # layers behind the last, shaped like it
         layer, module = name.removeprefix("model.layers.").split(".", 1)
         own = {"eh_proj.weight": (architecture.hidden_size, 2 * architecture.hidden_size)}
         own |= dict.fromkeys(("embed_tokens.weight", "shared_head.head.weight"), kinds["model.embed_tokens.weight"][1])
