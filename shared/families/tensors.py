@@ -155,7 +155,7 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
             yield from norm(f"{layers}.pre_mlp_layernorm.", names.mlp_norm, of=sparse)
         yield from layer(f"{mlp}.router", (names.router,), (experts.count,), hidden, bias=False, of=sparse)
         if experts.correction_bias:
-            source = Source(name=names.layer + names.correction_bias, shape=(experts.count,))
+            source = Source(name=names.layer + names.correction_bias, shape=(experts.count,), fp32=True)
             yield Rule(megatron=f"{mlp}.router.expert_bias", axes=("layer",), layers=sparse, sources=(source,))
         size, each = experts.ffn_hidden_size, f"{mlp}.experts.experts"
         both: tuple[Axis, ...] = ("layer", "expert")

@@ -25,6 +25,7 @@ class Source:
 
     name: str
     shape: Shape
+    fp32: bool = False  # whatever the type of the model's other weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ class Table:
                     key=rule.megatron.format(**index),
                     stack=tuple(self.sizes[axis] for axis in rule.stacked),
                     index=tuple(index[axis] for axis in rule.stacked),
-                    sources=tuple(Source(name=s.name.format(**index), shape=s.shape) for s in rule.sources),
+                    sources=tuple(replace(s, name=s.name.format(**index)) for s in rule.sources),
                     layout=rule.layout,
                 )
 

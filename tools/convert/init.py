@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from shared.checkpoint.blocks import BLOCK
-from shared.checkpoint.dtypes import BY_FLAG, Dtype, from_float32
+from shared.checkpoint.dtypes import BY_FLAG, FP32, Dtype, from_float32
 from shared.checkpoint.execute import Advance
 from shared.checkpoint.hf import default_layout, write_weights
 from shared.checkpoint.passengers import both_spellings, config_of, copy_passengers
@@ -61,19 +61,20 @@ def run(
     architecture = registry.from_config(config)
 
     sources = [source for entry in registry.table_of(architecture).entries() for source in entry.sources]
-    layout = default_layout(sorted((source.name, kind.safetensors, source.shape) for source in sources))
+    kinds = {source.name: FP32 if source.fp32 else kind for source in sources}
+    layout = default_layout(sorted((source.name, kinds[source.name].safetensors, source.shape) for source in sources))
     total = sum(tensor.size for tensor in layout.tensors().values())
     with publish(target, kind="hf", inputs=inputs, overwrite=overwrite) as out:
         log(plan_lines("init", architecture, len(layout.shards), total, 1, peak_memory(1, strips=False, converts=True)))
         started = time.monotonic()
         with progress(total, "bytes", "drawing weights") as advance:
-            draw = _drawer(architecture, kind, seed)
+            draw = _drawer(architecture, kinds, seed)
             write_weights(out.path, layout, lambda tensor: counted(draw(tensor), advance), out.record_hash)
         _write_files(out.path, config, tokenizer)
         out.describe(
             family=architecture.family,
             architecture=architecture.to_dict(),
-            dtype=[kind.name],
+            dtype=sorted({found.name for found in kinds.values()}),
             tensors=len(sources),
             parameters=architecture.parameter_count(),
         )
@@ -90,7 +91,9 @@ def _named(size: str) -> Architecture:
     return sizes[size]
 
 
-def _drawer(architecture: Architecture, dtype: Dtype, seed: int) -> Callable[[TensorInfo], Iterator[memoryview]]:
+def _drawer(
+    architecture: Architecture, dtypes: Mapping[str, Dtype], seed: int
+) -> Callable[[TensorInfo], Iterator[memoryview]]:
     """Norms are one, biases zero, everything else normal with the family's standard deviation, as in transformers.
 
     Each tensor has a generator of its own, seeded by its name, so that its numbers do not depend on the others.
@@ -105,14 +108,15 @@ def _drawer(architecture: Architecture, dtype: Dtype, seed: int) -> Callable[[Te
     one = np.float32(0.0 if architecture.norm == "rmsnorm_1p" else 1.0)  # Gemma stores its weights less one
 
     def draw(tensor: TensorInfo) -> Iterator[memoryview]:
-        name, rest = tensor.name, tensor.size // dtype.size
+        name, dtype = tensor.name, dtypes[tensor.name]
+        rest = tensor.size // dtype.size
         key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "little")))
         while rest:
             count = min(rest, BLOCK // 4)
             if name in norms:
                 values = np.full(count, one, dtype=np.float32)
-            elif name.endswith(".bias"):
+            elif name.endswith("bias"):
                 values = np.zeros(count, dtype=np.float32)
             else:
                 values = generator.standard_normal(count, dtype=np.float32)

@@ -58,8 +58,7 @@ def write_hf(
     table = registry.table_of(architecture)
     for entry in (table.named_as(()) if without_prefix else table).entries():
         for source in entry.sources:
-            always = source.name.endswith("e_score_correction_bias")  # as published
-            kinds[source.name] = (FP32 if always or fp32(source.name) else BY_FLAG[dtype], source.shape)
+            kinds[source.name] = (FP32 if source.fp32 or fp32(source.name) else BY_FLAG[dtype], source.shape)
             if "norm" in entry.key and entry.key.endswith("weight") and architecture.norm != "rmsnorm_1p":
                 around_one.add(source.name)
     asides = table.aside_names() if architecture.prediction_layers else set()
