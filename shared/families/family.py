@@ -15,14 +15,26 @@ from shared.model.architecture import Architecture
 class Family:
     """A model family: its configuration both ways and its tensors."""
 
-    name: str  # Hugging Face's model_type
+    name: str
     title: str  # what people call it, and which members are meant
-    hf_class: str  # the transformers class whose weights these are
+    hf_class: str  # the class whose weights these are
     other_classes: tuple[str, ...] = ()  # further names of it in published configurations
+    remote: bool = False  # the class is not transformers': models are published with code of their own
+    model_types: tuple[str, ...] = ()  # as configurations say it, what is written first; empty: the name
+    # Where several families share a model_type: whether a configuration is this one's.
+    claims: Callable[[Mapping[str, Any]], bool] = lambda config: True
     read: Callable[[Fields], Architecture]
     table: Callable[[Architecture], Table]
     write: Callable[[Architecture], dict[str, Any]]  # the family's own fields of a new config.json
     sizes: Mapping[str, Architecture] = field(default_factory=dict)  # named sizes for `convert init`
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model_types", self.model_types or (self.name,))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Every name of its class."""
+        return (self.hf_class, *self.other_classes)
 
 
 def tiny(base: Architecture, **changes: Any) -> Architecture:

@@ -1,4 +1,4 @@
-"""Families by Hugging Face `model_type`."""
+"""Families, and which of them a Hugging Face configuration is of."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from shared.families import (
     gpt_neox,
     gptj,
     granite,
+    internlm2,
     llama,
     mistral,
     mixtral,
@@ -44,6 +45,7 @@ from shared.model.architecture import Architecture
 
 _MODULES = (
     llama,
+    internlm2,
     mistral,
     mixtral,
     qwen2,
@@ -76,7 +78,7 @@ FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _
 
 
 def names() -> list[str]:
-    """Every supported `model_type`."""
+    """Every supported family."""
     return list(FAMILIES)
 
 
@@ -88,15 +90,22 @@ def sizes() -> dict[str, Architecture]:
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config.json; UserError names the nearest one that is supported."""
     name = config.get("model_type")
-    if name not in FAMILIES:
-        near = get_close_matches(str(name), FAMILIES, n=1, cutoff=0.3)
+    types = [kind for family in FAMILIES.values() for kind in family.model_types]
+    if name not in types:
+        near = get_close_matches(str(name), types, n=1, cutoff=0.3)
         raise UserError(
             f"config.json: model_type {name!r} is not a supported family"
-            f"{f'; the nearest is {near[0]}' if near else ''} (supported: {', '.join(FAMILIES)})"
+            f"{f'; the nearest is {near[0]}' if near else ''} (supported: {', '.join(dict.fromkeys(types))})"
         )
-    family = FAMILIES[name]
+    named = [family for family in FAMILIES.values() if name in family.model_types]
+    found = [family for family in named if family.claims(config)]
+    if not found:
+        raise UserError(
+            f"config.json: this model of model_type {name} is none of {', '.join(family.title for family in named)}"
+        )
+    (family,) = found
     classes = config.get("architectures")
-    if classes and classes not in [[name] for name in (family.hf_class, *family.other_classes)]:
+    if classes and classes not in [[name] for name in family.classes]:
         raise UserError(f"config.json: architectures {classes} is not supported; wanted: {family.hf_class}")
     return family
 
@@ -124,7 +133,7 @@ def to_config(architecture: Architecture, **fields: Any) -> dict[str, Any]:
     family = FAMILIES[architecture.family]
     return {
         "architectures": [family.hf_class],
-        "model_type": family.name,
+        "model_type": family.model_types[0],
         **family.write(architecture),
         "use_cache": True,
         "pad_token_id": None,  # some classes have a default beyond a small vocabulary

@@ -129,6 +129,7 @@ def verify(
     logits: bool = True,
     positions: Annotated[int, Field(ge=256)] = 512,
     seed: NonNegative = 0,
+    trust_remote_code: bool = False,
 ) -> None:
     """Prove that a Megatron directory is a Hugging Face directory: bits, configuration, files and logits.
 
@@ -143,10 +144,12 @@ def verify(
         logits: compare logits, which builds the model, rather than bits and files only.
         positions: length of the random sequence, in tokens; the model's longest if that is less.
         seed: of the random tokens.
+        trust_remote_code: compute the source's logits by the modelling code that lies in the directory, which is run
+            then; needed where transformers does not have the model's class.
     """
     from tools.convert.verify import run
 
-    run(source, target, certificate, logits, positions, seed)
+    run(source, target, certificate, logits, positions, seed, trust_remote_code)
 
 
 @tool.command

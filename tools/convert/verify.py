@@ -20,6 +20,8 @@ from shared.checkpoint.reader import open_checkpoint
 from shared.checkpoint.torch_dist import TorchDistReader
 from shared.cli import invocation, log, progress
 from shared.errors import StageError, UserError
+from shared.families import registry
+from tools.convert.remote import remote_class
 from tools.convert.to_hf import open_export
 from tools.convert.transfer import Export, source_rows
 
@@ -40,7 +42,15 @@ class Findings:
     differences: list[str] = field(default_factory=list)
 
 
-def run(source: Path, target: Path, certificate: Path | None, logits: bool, positions: int, seed: int) -> None:
+def run(
+    source: Path,
+    target: Path,
+    certificate: Path | None,
+    logits: bool,
+    positions: int,
+    seed: int,
+    trust_remote_code: bool,
+) -> None:
     """Compare, write the certificate, and raise StageError if anything differs."""
     if logits:
         _require_models()
@@ -54,6 +64,8 @@ def run(source: Path, target: Path, certificate: Path | None, logits: bool, posi
     open_checkpoint(source, kinds=("hf",), flag="--source")
     megatron = open_checkpoint(target, kinds=("megatron",), flag="--target")
     reader = HfReader(source)
+    if logits:
+        _require_class(reader.config, source, trust_remote_code)
     findings = Findings()
     _compare_config(reader.config, config_of(megatron.hf_files / "config.json"), findings)
     if not findings.differences:  # of different shapes there is nothing to compare further
@@ -68,7 +80,9 @@ def run(source: Path, target: Path, certificate: Path | None, logits: bool, posi
         if logits and not findings.differences:
             from tools.convert.verify_logits import compare_logits
 
-            found = compare_logits(plan.architecture, source, megatron.iteration_path, positions, seed)
+            found = compare_logits(
+                plan.architecture, source, megatron.iteration_path, positions, seed, trust_remote_code
+            )
             findings.logits = found
             if not found["passed"]:
                 findings.differences.append(
@@ -102,6 +116,19 @@ def _require_models() -> None:
         raise UserError(
             f"comparing logits needs {', '.join(absent)}, which this installation of convert lacks: give --no-logits, or "
             "use one with the extra `logits` (pip install 'baton-convert[logits]', image convert:logits)"
+        )
+
+
+def _require_class(config: dict[str, Any], source: Path, trust_remote_code: bool) -> None:
+    """UserError where nothing computes the source's logits, or only code that nobody has said to run."""
+    family = registry.family_of(config)
+    if trust_remote_code:
+        if not remote_class(config):
+            raise UserError(f"--trust-remote-code: {source / 'config.json'} names no modelling code (auto_map)")
+    elif family.remote:
+        raise UserError(
+            f"transformers has no {family.hf_class} to compare logits with: give --no-logits, or --trust-remote-code to run "
+            f"the modelling code in {source}"
         )
 
 

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 import shared.device
+from shared.checkpoint.passengers import config_of
 from shared.cli import log
 from shared.console import quantity
 from shared.model.architecture import Architecture
+from tools.convert.remote import remote_class
 
 # Both sides compute in fp32 from the same bits and differ in the order of sums only. Each of a layer's dozen roundings
 # is 2^-24 relative to the activation, they add up like a random walk over the layers and the sums' lengths, and the
@@ -25,7 +27,12 @@ RELATIVE_TOLERANCE = 1e-4
 
 
 def compare_logits(
-    architecture: Architecture, source: Path, iteration: Path, positions: int, seed: int
+    architecture: Architecture,
+    source: Path,
+    iteration: Path,
+    positions: int,
+    seed: int,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Build both models in fp32 one after the other and compare every logit of one random sequence.
 
@@ -41,7 +48,7 @@ def compare_logits(
     ids = torch.randint(architecture.vocab_size, (1, positions), generator=generator)
     with _quiet():
         ours = _megatron(architecture, iteration, ids)
-        theirs = _transformers(source, ids)
+        theirs = _transformers(source, ids, trust_remote_code)
     spread = theirs.std().item()
     difference = (ours - theirs).abs().max().item()
     tolerance = RELATIVE_TOLERANCE * spread
@@ -55,6 +62,7 @@ def compare_logits(
         "same_next_token": (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item(),
         "reason": f"fp32 sums in another order: {RELATIVE_TOLERANCE:g} of the logits' standard deviation",
         "seed": seed,
+        "reference": "the directory's own code" if trust_remote_code else "transformers",
     }
 
 
@@ -96,13 +104,18 @@ def _tear_down() -> None:
 
 
 @torch.no_grad()
-def _transformers(source: Path, ids: torch.Tensor) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM
+def _transformers(source: Path, ids: torch.Tensor, trust_remote_code: bool) -> torch.Tensor:
+    import transformers
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    name = remote_class(config_of(source / "config.json")) if trust_remote_code else None
+    model = getattr(transformers, name or "AutoModelForCausalLM").from_pretrained(
+        source,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,  # given either way: transformers would ask on the terminal
     )
     model.eval().to(shared.device.prepare())
     return model(ids.to(model.device)).logits.float().cpu()

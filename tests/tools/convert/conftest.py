@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +20,14 @@ from shared.checkpoint.hf import default_layout, write_weights
 from shared.families import registry
 from shared.model.architecture import Architecture, RopeScaling
 from tools.convert.cli import tool
+
+# Of families that transformers lacks: written down here from the published arithmetic, and put into checkpoints as the
+# modelling code that such families are published with.
+REFERENCES = Path(__file__).parents[2] / "references"
+
+# transformers copies such code there before it runs it, and reads the variable when it is imported.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modelling-code-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 TINY = replace(registry.sizes()["tiny"], vocab_size=259, rope_theta=50_000.0)  # 259: padded on every layout
 LLAMA3 = RopeScaling(kind="llama3", factor=8.0, original_length=64)
@@ -85,6 +97,9 @@ def write_hf(
 
     write_weights(path, layout, blocks, lambda name, digest: None)
     config = registry.to_config(architecture, bos_token_id=1, eos_token_id=2, torch_dtype="bfloat16")
+    if registry.FAMILIES[architecture.family].remote:
+        (path / "modeling.py").write_bytes((REFERENCES / f"{architecture.family}.py").read_bytes())
+        config["auto_map"] = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.LanguageModel"}
     (path / "config.json").write_text(json.dumps(config, indent=2))
     (path / "generation_config.json").write_text('{"temperature": 0.6}\n')
     (path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')

@@ -41,6 +41,11 @@ def tiny(size: str) -> Architecture:
     return replace(registry.sizes()[size], vocab_size=509)  # padded, on every layout
 
 
+def code_of(architecture: Architecture) -> list[str]:
+    """`verify`'s flag for families that transformers lacks."""
+    return ["--trust-remote-code"] if registry.FAMILIES[architecture.family].remote else []
+
+
 @pytest.fixture(params=SIZES)
 def size(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -50,7 +55,7 @@ def test_round_trip_and_logits(size: str, write_architecture: Any, convert: Any,
     source, target, back = (tmp_path / name for name in ("hf", "megatron", "back"))
     write_architecture(source, tiny(size))
     assert convert("to-megatron", "--source", source, "--target", target).code == 0
-    answer = convert("verify", "--source", source, "--target", target, "--positions", "288")
+    answer = convert("verify", "--source", source, "--target", target, "--positions", "288", *code_of(tiny(size)))
     assert answer.code == 0, answer.err
     found = json.loads(target.with_name("megatron.certificate.json").read_text())["logits"]
     assert found["positions"] == 288
@@ -74,15 +79,20 @@ def worker() -> Any:
     return module
 
 
-def reference(source: Path, ids: torch.Tensor, worker: Any) -> dict[str, Any]:
+def reference(source: Path, ids: torch.Tensor, worker: Any, *, remote: bool) -> dict[str, Any]:
     """transformers' continuation of the ids, the logits of both, and the loss and gradients of one step."""
     from transformers import AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, attn_implementation="eager", trust_remote_code=remote
+    ).eval()
     with torch.no_grad():
         everything = {"attention_mask": torch.ones_like(ids), "eos_token_id": -1, "pad_token_id": 0}
-        ids = model.generate(ids, max_new_tokens=CONTINUED, do_sample=False, **everything)
+        if not remote:
+            ids = model.generate(ids, max_new_tokens=CONTINUED, do_sample=False, **everything)
+        while ids.shape[1] < POSITIONS + CONTINUED:  # our references have no cache
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
         logits = model(ids).logits
     rows = worker.rows_of(ids)
     scores = model(rows[:, :-1]).logits
@@ -106,7 +116,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, write_architecture: Any, work
             tool.run(["to-megatron", "--source", str(source), "--target", str(folder / f"{size}.megatron")])
         assert not ended.value.code
         ids = torch.randint(509, (1, POSITIONS), generator=torch.Generator().manual_seed(1))
-        known[size] = reference(source, ids, worker)
+        known[size] = reference(source, ids, worker, remote=bool(code_of(tiny(size))))
         torch.save(known[size]["ids"], folder / f"{size}.ids.pt")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -332,7 +342,7 @@ def test_slopes_of_other_heads_are_found_out(
         convert("to-megatron", "--source", source, "--target", target)
         with subtests.test(size):
             monkeypatch.setattr(alibi, "slopes", lambda heads: right(heads).roll(1))
-            answer = convert("verify", "--source", source, "--target", target)
+            answer = convert("verify", "--source", source, "--target", target, *code_of(tiny(size)))
             assert answer.code == 1
             assert "logits differ by" in answer.err
         monkeypatch.setattr(alibi, "slopes", right)
@@ -346,7 +356,7 @@ def test_files_saved_without_the_prefix_of_their_names(write_architecture: Any, 
         prefix = registry.table_of(tiny(size)).optional_prefix
         assert not any(name.startswith(prefix) for name in HfReader(source).tensors)
         assert convert("to-megatron", "--source", source, "--target", target).code == 0
-        answer = convert("verify", "--source", source, "--target", target)
+        answer = convert("verify", "--source", source, "--target", target, *code_of(tiny(size)))
         assert answer.code == 0, answer.err
         assert convert("to-hf", "--source", target, "--target", back).code == 0
         assert (back / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
@@ -374,9 +384,9 @@ def test_one_mistake_is_found_out(
     right = verify_logits._transformers
     known: list[torch.Tensor] = []
 
-    def once(source: Path, ids: torch.Tensor) -> torch.Tensor:  # the same ids each time: one seed
+    def once(source: Path, ids: torch.Tensor, remote: bool) -> torch.Tensor:  # the same ids each time: one seed
         if not known:
-            known.append(right(source, ids))
+            known.append(right(source, ids, remote))
         return known[0]
 
     monkeypatch.setattr(verify_logits, "_transformers", once)
@@ -390,6 +400,7 @@ def test_one_mistake_is_found_out(
         target = tmp_path / f"megatron{index}"
         assert convert("to-megatron", "--source", source, "--target", target).code == 0
         with subtests.test(name):
-            answer = convert("verify", "--source", source, "--target", target, "--positions", "256")
+            words = ("--source", source, "--target", target, "--positions", "256", *code_of(architecture))
+            answer = convert("verify", *words)
             assert answer.code == 1
             assert "logits differ by" in answer.err

@@ -74,3 +74,26 @@ def test_fewer_positions_than_show_a_wrong_rotation_are_refused(make_hf: Make, c
     answer = convert("verify", "--source", source, "--target", source, "--positions", "16")
     assert answer.code == 2
     assert "--positions" in answer.err
+
+
+def test_modelling_code_runs_only_where_the_user_says_so(
+    write_architecture: Any, convert: Any, make_hf: Make, tmp_path: Path
+) -> None:
+    source, target, ran = tmp_path / "hf", tmp_path / "megatron", tmp_path / "ran"
+    write_architecture(source, registry.sizes()["internlm2-tiny"])
+    code = source / "modeling.py"
+    code.write_text(f"open({str(ran)!r}, 'w').close()\n" + code.read_text())
+    assert convert("to-megatron", "--source", source, "--target", target).code == 0
+    words = ("verify", "--source", source, "--target", target)
+    refused = convert(*words)
+    assert refused.code == 2
+    assert "transformers has no InternLM2ForCausalLM to compare logits with: give --no-logits" in refused.err
+    assert convert(*words, "--no-logits").code == 0
+    assert not ran.exists()
+    assert convert(*words, "--trust-remote-code").code == 0
+    assert ran.exists()
+    plain, plain_target = make_hf(name="plain"), tmp_path / "plain-megatron"
+    convert("to-megatron", "--source", plain, "--target", plain_target)
+    answer = convert("verify", "--source", plain, "--target", plain_target, "--trust-remote-code")
+    assert answer.code == 2
+    assert "names no modelling code (auto_map)" in answer.err
