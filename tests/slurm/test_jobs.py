@@ -73,6 +73,19 @@ def test_an_array_converts_a_checkpoint_a_task(cluster: Any, inputs: Path) -> No
     assert not (cluster.place / "array-missing").exists()
 
 
+def test_an_array_converts_one_checkpoint_in_parts(cluster: Any, inputs: Path) -> None:
+    words = ("convert", "to-megatron", "--source", inputs / "hf", "--target", "parts", "--shard")
+    parts = cluster.submit("--array=1-3", *words, "{task}/{tasks}")
+    publish = cluster.submit(f"--dependency=afterok:{parts}", *words, "publish/3")
+    records = cluster.wait(parts, publish)
+    assert [record["ExitCode"] for record in records] == ["0:0"] * 4, cluster.logs()
+    whole = cluster.submit("", *words[:-2], "whole")
+    assert cluster.wait(whole)[0]["ExitCode"] == "0:0", cluster.logs()
+    hashes = [json.loads((cluster.place / name / "manifest.json").read_text())["files"] for name in ("parts", "whole")]
+    assert hashes[0] == hashes[1]
+    assert not list(cluster.place.glob("parts.*"))
+
+
 @pytest.mark.parametrize(
     "options", ["--nodes=3", "--gpus-per-node=9", "--nodes=1 --ntasks=65", "--partition=nowhere", "--constraint=h100"]
 )
@@ -129,7 +142,8 @@ def readme_lines(word: str) -> list[str]:
 def test_the_cluster_would_run_what_the_readme_says(cluster: Any, line: str) -> None:
     """Slurm itself looks at the options; nothing is started."""
     line = re.sub(r"\bsbatch\b(?= )", "sbatch --test-only", line, count=1).replace(" --wait", "")
-    answer = cluster.run("bash", "-c", f"cd {ROOT} && {line}")
+    before = "PARTS=$(sbatch --parsable --output=/dev/null --wrap=true) && " if "$PARTS" in line else ""
+    answer = cluster.run("bash", "-c", f"cd {ROOT} && {before}{line}")
     assert "to start at" in answer.stderr
 
 

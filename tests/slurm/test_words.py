@@ -133,8 +133,18 @@ def test_mistakes_are_named_before_anything_starts(
 
 def test_an_array_task_takes_its_line(stage: Stage, tmp_path: Path) -> None:
     (tmp_path / "list").write_text("one\ntwo & a half\nthree\n")
-    _, srun = stage("convert", "{}", "--target=x/{}/y{}", LIST="list", SLURM_ARRAY_TASK_ID="2")
+    _, srun = stage(
+        "convert", "{}", "--target=x/{}/y{}", LIST="list", SLURM_ARRAY_TASK_ID="2", SLURM_ARRAY_TASK_COUNT="3"
+    )
     assert srun == [*PLAIN, "convert", "two & a half", "--target=x/two & a half/ytwo & a half"]
+
+
+def test_an_array_task_takes_its_number(stage: Stage) -> None:
+    array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "4"}
+    _, srun = stage("convert", "--shard", "{task}/{tasks}", "--target", "a b-{task}", **array)
+    assert srun == [*PLAIN, "convert", "--shard", "3/4", "--target", "a b-3"]
+    _, srun = stage("convert", "--shard", "{task}/{tasks}")
+    assert srun == [*PLAIN, "convert", "--shard", "{task}/{tasks}"]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +171,7 @@ def test_only_what_was_interrupted_goes_back_to_the_queue(
 def test_the_tools_accept_what_the_readme_submits(tmp_path: Path) -> None:
     blocks = re.findall(r"^```bash\n(.*?)^```", (SLURM / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    submitted = [line.partition("stage.sbatch ")[2].strip() for line in lines if "stage.sbatch " in line]
+    submitted = [line.partition("stage.sbatch ")[2].strip(" )") for line in lines if "stage.sbatch " in line]
     shown = [words for words in submitted if not words.startswith("docker ")]
     (tmp_path / "file.jsonl").write_text("{}\n")
     assert {words.split()[0] for words in shown} == {"convert", "pretrain", "rlhf", "infer"}
