@@ -30,6 +30,7 @@ def common_fields(
     activation_field: str = "hidden_act",
     default_activation: str = "silu",
     rotary_fraction: float | None = None,
+    rope_by_kind: bool = False,
     tied: bool = False,
     initializer_range: float = 0.02,
     dropout: bool = False,
@@ -37,7 +38,8 @@ def common_fields(
     """The fields of an Architecture that all of these families spell alike.
 
     Defaults are those of the transformers classes, for fields that their files may leave out; `rotary_fraction` is
-    the default of `partial_rotary_factor` in families that have it. Attention's dropout is refused unless zero, as in
+    the default of `partial_rotary_factor` in families that have it, and `rope_by_kind` says that layers with a sliding
+    window have rotary embedding of their own. Attention's dropout is refused unless zero, as in
     every released model of most families; those that release models with one say `dropout` and read it.
     """
     fields.expect("quantization_config", why="the weights are quantised; fetch the unquantised model")
@@ -46,7 +48,11 @@ def common_fields(
     hidden, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
     positions = fields.get("max_position_embeddings", int)
     head_dim = fields.get("head_dim", int, hidden // heads)
-    theta, scaling = fields.rope(default_theta, positions, partial=rotary_fraction is not None)
+    if rope_by_kind:
+        theta, scaling, window_theta = fields.rope_by_kind(default_theta, positions)
+    else:
+        theta, scaling = fields.rope(default_theta, positions, partial=rotary_fraction is not None)
+        window_theta = None
     return {
         "num_layers": fields.get("num_hidden_layers", int),
         "hidden_size": hidden,
@@ -60,6 +66,7 @@ def common_fields(
         "activation": activation(fields, activation_field, activations, default_activation),
         "rope_theta": theta,
         "rope_scaling": scaling,
+        "window_rope_theta": window_theta,
         "rotary_dim": None if rotary_fraction is None else rotary_dim(fields, head_dim, rotary_fraction),
         "tied_embeddings": fields.get("tie_word_embeddings", bool, tied),
         "initializer_range": fields.get("initializer_range", float, initializer_range),

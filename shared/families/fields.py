@@ -84,11 +84,39 @@ class Fields:
         `partial` says that the family reads `rotary_fraction` as well; otherwise anything but 1 is refused.
         """
         new = self.optional("rope_parameters", dict) or {}
+        return self._rope(new, default_theta, max_position_embeddings, partial)
+
+    def rope_by_kind(
+        self, default_theta: float, max_position_embeddings: int
+    ) -> tuple[float, RopeScaling | None, float | None]:
+        """The same where layers with a sliding window have rotary embedding of their own, and the base of theirs.
+
+        `rope_parameters` holds those of `full_attention` and `sliding_attention` then; the base is None unless given.
+        """
+        both = self.optional("rope_parameters", dict) or {}
+        if unknown := sorted(both.keys() - {"full_attention", "sliding_attention"}):
+            raise UserError(f"config.json: rope_parameters.{unknown[0]} is not a kind of this family's layers")
+        full, windowed = (both.get(kind) or {} for kind in ("full_attention", "sliding_attention"))
+        for name, value in windowed.items():
+            if name != "rope_theta" and (name, value) != ("rope_type", "default"):
+                raise UserError(f"config.json: rope_parameters.sliding_attention.{name} = {value!r} is not supported")
+        if "partial_rotary_factor" in full:
+            raise UserError("config.json: partial_rotary_factor is not supported by this family")
+        theta, scaling = self._rope(full, default_theta, max_position_embeddings, partial=False)
+        own = windowed.get("rope_theta")
+        return theta, scaling, None if own is None else float(own)
+
+    def _rope(
+        self, new: Mapping[str, Any], default_theta: float, max_position_embeddings: int, partial: bool
+    ) -> tuple[float, RopeScaling | None]:
         old = self.optional("rope_scaling", dict) or {}
         theta, old_theta = new.get("rope_theta"), self.optional("rope_theta", float)
         if theta is not None and old_theta is not None and float(theta) != old_theta:
             raise UserError(f"config.json: rope_theta {old_theta} contradicts rope_parameters.rope_theta {theta}")
-        scaling, new_scaling = _scaling(old, "rope_scaling"), _scaling(new, "rope_parameters")
+        scaling, new_scaling = (
+            _scaling(given, field, max_position_embeddings, self.optional("original_max_position_embeddings", int))
+            for given, field in ((old, "rope_scaling"), (new, "rope_parameters"))
+        )
         if old and new and scaling != new_scaling:
             raise UserError("config.json: rope_scaling contradicts rope_parameters; keep the right one")
         if not partial and self.rotary_fraction(1.0) != 1.0:
@@ -106,22 +134,32 @@ class Fields:
         return found.pop() if found else default
 
 
+_LONGROPE = {"short_factor", "long_factor"}
 _PLAIN = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 _LLAMA3 = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 _YARN = {"factor", "original_max_position_embeddings"}
 _YARN_OPTIONS = {"beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"}
 
 
-def _scaling(given: Mapping[str, Any], field: str) -> RopeScaling | None:
+_KINDS = {"default": set(), "linear": {"factor"}, "llama3": _LLAMA3, "yarn": _YARN, "longrope": _LONGROPE}
+
+
+def _scaling(
+    given: Mapping[str, Any], field: str, max_position_embeddings: int, original_length: int | None
+) -> RopeScaling | None:
+    """`original_length` is what the configuration says outside of the scaling: Phi-3 does."""
     kind = given.get("rope_type", given.get("type", "default"))
     if given.get("type", kind) != kind:
         raise UserError(f"config.json: {field} has type {given['type']!r} and rope_type {kind!r}; keep the right one")
-    needed = {"default": set(), "linear": {"factor"}, "llama3": _LLAMA3, "yarn": _YARN}.get(kind)
+    needed = _KINDS.get(kind)
     if needed is None:
-        raise UserError(f"config.json: {field} of type {kind!r} is not supported; supported: linear, llama3, yarn")
+        known = ", ".join(name for name in _KINDS if name != "default")
+        raise UserError(f"config.json: {field} of type {kind!r} is not supported; supported: {known}")
     allowed = needed | {"original_max_position_embeddings"}  # written, never read, for default and linear
     if kind == "yarn":
         allowed = allowed | _YARN_OPTIONS
+    if kind == "longrope":
+        allowed = allowed | {"factor", "attention_factor"}
     if missing := needed - {name for name in given if given[name] is not None}:
         raise UserError(f"config.json: {field} of type {kind} lacks {', '.join(sorted(missing))}")
     if unknown := sorted(k for k in given.keys() - allowed - _PLAIN if given[k] is not None):
@@ -133,6 +171,8 @@ def _scaling(given: Mapping[str, Any], field: str) -> RopeScaling | None:
             return RopeScaling(kind="linear", factor=float(given["factor"]))
         if kind == "yarn":
             return _yarn(given)
+        if kind == "longrope":
+            return _longrope(given, field, max_position_embeddings, original_length)
         return RopeScaling(
             kind="llama3",
             factor=float(given["factor"]),
@@ -161,21 +201,33 @@ def _yarn(given: Mapping[str, Any]) -> RopeScaling:
     )
 
 
+def _longrope(
+    given: Mapping[str, Any], field: str, max_position_embeddings: int, original_length: int | None
+) -> RopeScaling:
+    """The factor is, unless given, how much longer sequences have become."""
+    own = given.get("original_max_position_embeddings")
+    if own is not None and original_length is not None and own != original_length:
+        raise UserError(
+            f"config.json: original_max_position_embeddings {original_length} contradicts {field}'s {own}; "
+            "keep the right one"
+        )
+    length = original_length or own
+    if length is None:
+        raise UserError(f"config.json: {field} of type longrope lacks original_max_position_embeddings")
+    factor, amplitude = given.get("factor"), given.get("attention_factor")
+    return RopeScaling(
+        kind="longrope",
+        factor=float(max_position_embeddings / length if factor is None else factor),
+        original_length=int(length),
+        attention_factor=None if amplitude is None else float(amplitude),
+        short_factors=tuple(map(float, given["short_factor"])),
+        long_factors=tuple(map(float, given["long_factor"])),
+    )
+
+
 def rope_fields(theta: float, scaling: RopeScaling | None, fraction: float | None = None) -> dict[str, Any]:
     """The same for a config.json to be written, in both spellings; `fraction` where the family has one."""
-    parameters: dict[str, Any] = {"rope_type": "default"}
-    if scaling is not None:
-        parameters = {"rope_type": scaling.kind, "factor": scaling.factor}
-        if scaling.kind == "llama3":
-            parameters |= {
-                "low_freq_factor": scaling.low_frequency_factor,
-                "high_freq_factor": scaling.high_frequency_factor,
-                "original_max_position_embeddings": scaling.original_length,
-            }
-        if scaling.kind == "yarn":
-            options = {name: getattr(scaling, name) for name in sorted(_YARN_OPTIONS)}
-            parameters |= {"original_max_position_embeddings": scaling.original_length}
-            parameters |= {name: value for name, value in options.items() if value is not None}
+    parameters = _written_scaling(scaling)
     part = {} if fraction is None else {"partial_rotary_factor": fraction}
     return {
         **part,
@@ -183,6 +235,33 @@ def rope_fields(theta: float, scaling: RopeScaling | None, fraction: float | Non
         "rope_scaling": parameters if scaling is not None else None,
         "rope_parameters": {"rope_theta": theta, **parameters, **part},
     }
+
+
+def rope_fields_by_kind(theta: float, scaling: RopeScaling | None, window_theta: float | None) -> dict[str, Any]:
+    """`rope_parameters` where layers with a sliding window have rotary embedding of their own."""
+    windowed = {"rope_theta": theta if window_theta is None else window_theta, "rope_type": "default"}
+    full = {"rope_theta": theta, **_written_scaling(scaling)}
+    return {"rope_parameters": {"full_attention": full, "sliding_attention": windowed}}
+
+
+def _written_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
+    if scaling is None:
+        return {"rope_type": "default"}
+    parameters: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind != "linear":
+        parameters["original_max_position_embeddings"] = scaling.original_length
+    if scaling.kind == "llama3":
+        parameters |= {
+            "low_freq_factor": scaling.low_frequency_factor,
+            "high_freq_factor": scaling.high_frequency_factor,
+        }
+    if scaling.kind == "yarn":
+        options = {name: getattr(scaling, name) for name in sorted(_YARN_OPTIONS)}
+        parameters |= {name: value for name, value in options.items() if value is not None}
+    if scaling.kind == "longrope":
+        parameters |= {"short_factor": list(scaling.short_factors), "long_factor": list(scaling.long_factors)}
+        parameters |= {} if scaling.attention_factor is None else {"attention_factor": scaling.attention_factor}
+    return parameters
 
 
 def _name(kind: type | tuple[type, ...]) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from shared.errors import UserError
 from shared.families.decoder import common_fields, written_fields
 from shared.families.family import Family, tiny
 from shared.families.fields import Fields
 from shared.families.tensors import Names, decoder_table
+from shared.families.windows import every, window_fields, written_window_fields
 from shared.mapping.rule import Table
 from shared.model.architecture import Activation, Architecture
 
@@ -18,25 +18,23 @@ _NAMES = Names(
     post_attention_norm="post_attention_layernorm",
     post_mlp_norm="post_feedforward_layernorm",
 )
-
-
-_ACTIVATIONS: dict[str, Activation] = {"gelu_pytorch_tanh": "geglu_tanh"}
+ACTIVATIONS: dict[str, Activation] = {"gelu_pytorch_tanh": "geglu_tanh"}
 
 
 def read(fields: Fields) -> Architecture:
     """Without `layer_types` the even layers, from 0, have the sliding window."""
-    fields.expect("hidden_act", *_ACTIVATIONS, why="this family has tanh GELU")
+    fields.expect("hidden_act", *ACTIVATIONS, why="this family has tanh GELU")
     fields.expect("use_bidirectional_attention", False, why="only causal attention is computed here")
     fields.ignore("cache_implementation")
     common = common_fields(
         fields,
-        activations=_ACTIVATIONS,
+        activations=ACTIVATIONS,
         activation_field="hidden_activation",
         default_activation="gelu_pytorch_tanh",
         tied=True,
     )
     bias = fields.get("attention_bias", bool, False)
-    full, window = window_layers(fields, common["num_layers"])
+    full = every(2, common["num_layers"])
     return Architecture(
         family="gemma2",
         norm="rmsnorm_1p",
@@ -45,35 +43,21 @@ def read(fields: Fields) -> Architecture:
         attention_scale=fields.get("query_pre_attn_scalar", (int, float), 256) ** -0.5,
         attention_softcap=fields.nullable("attn_logit_softcapping", float, 50.0),
         logit_softcap=fields.nullable("final_logit_softcapping", float, 30.0),
-        sliding_window=window,
-        full_attention_layers=full,
+        **window_fields(fields, common["num_layers"], 4096, full),
         qkv_bias=bias,
         attention_output_bias=bias,
         **(common | {"head_dim": fields.get("head_dim", int, 256)}),
     )
 
 
-def window_layers(fields: Fields, num_layers: int) -> tuple[tuple[int, ...], int | None]:
-    """The layers that see everything, and the window of the others."""
-    default = ["full_attention" if index % 2 else "sliding_attention" for index in range(num_layers)]
-    kinds = fields.get("layer_types", list, default)
-    if len(kinds) != num_layers or set(kinds) - {"full_attention", "sliding_attention"}:
-        raise UserError(f"config.json: layer_types = {kinds!r} does not say full or sliding for {num_layers} layers")
-    window = fields.nullable("sliding_window", int, 4096)
-    full = tuple(index for index, kind in enumerate(kinds) if kind == "full_attention")
-    return (full, window) if window is not None and len(full) < num_layers else ((), None)
-
-
 def write(a: Architecture) -> dict[str, Any]:
     assert a.attention_scale is not None
-    full = range(a.num_layers) if a.sliding_window is None else a.full_attention_layers
     return {
         **written_fields(a, activation_field="hidden_activation", activation="gelu_pytorch_tanh"),
         "query_pre_attn_scalar": round(a.attention_scale**-2),
         "attn_logit_softcapping": a.attention_softcap,
         "final_logit_softcapping": a.logit_softcap,
-        "sliding_window": a.sliding_window,
-        "layer_types": [f"{'full' if index in full else 'sliding'}_attention" for index in range(a.num_layers)],
+        **written_window_fields(a),
         "attention_bias": a.qkv_bias,
     }
 

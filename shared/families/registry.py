@@ -15,6 +15,7 @@ from shared.families import (
     falcon,
     gemma,
     gemma2,
+    gemma3,
     glm,
     glm4,
     gpt2,
@@ -28,6 +29,7 @@ from shared.families import (
     mixtral,
     mpt,
     olmo2,
+    olmo3,
     opt,
     phi3,
     qwen2,
@@ -56,10 +58,12 @@ _MODULES = (
     deepseek_v3,
     gemma,
     gemma2,
+    gemma3,
     phi3,
     glm,
     glm4,
     olmo2,
+    olmo3,
     smollm3,
     granite,
     stablelm,
@@ -74,6 +78,10 @@ _MODULES = (
     gpt2,
     mpt,
 )
+# Published under one roof with what is not a language model, and how to come by what is.
+_WHOLES = {
+    "gemma3": "its images are not computed here; save its language model alone, as Gemma3ForCausalLM (gemma3_text)",
+}
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
 
 
@@ -90,6 +98,8 @@ def sizes() -> dict[str, Architecture]:
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config.json; UserError names the nearest one that is supported."""
     name = config.get("model_type")
+    if why := _WHOLES.get(str(name)):
+        raise UserError(f"config.json: model_type {name!r} is not a supported family: {why}")
     types = [kind for family in FAMILIES.values() for kind in family.model_types]
     if name not in types:
         near = get_close_matches(str(name), types, n=1, cutoff=0.3)

@@ -112,6 +112,7 @@ class Architecture:
     learned_position_offset: int = 0  # rows of the table before position 0 (OPT)
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
+    window_rope_theta: float | None = None  # of layers with a sliding window, which are not stretched; None: as others
     rotary_dim: int | None = None  # leading elements of each head that are rotated; None: all of them
     rotary_interleaved: bool = False  # pairs are neighbours (GPT-J, GLM), not elements half a head apart
     layers_without_rope: tuple[int, ...] = ()  # by index from 0
@@ -149,7 +150,14 @@ class Architecture:
                 raise ValueError(
                     f"rotary embedding of {self.rotated} of {self.head_dim} elements of a head is impossible"
                 )
-        elif self.rope_scaling or self.rotary_dim or self.rotary_interleaved or self.layers_without_rope:
+            if self.window_rope_theta is not None and (self.sliding_window is None or self.latent):
+                raise ValueError("window_rope_theta is set, but no layer has a sliding window")
+            factors = self.rope_scaling.short_factors if self.rope_scaling else ()
+            if factors and 2 * len(factors) != self.rotated:
+                raise ValueError(
+                    f"{len(factors)} factors of longrope for {self.rotated} rotated elements are impossible"
+                )
+        elif self._rotates:
             raise ValueError(f"rotary embedding is set, but positions are {self.positions}")
         if self.norm_bias and self.norm != "layernorm":
             raise ValueError(f"{self.norm} has no bias")
@@ -171,6 +179,12 @@ class Architecture:
         layers = self.layers_without_rope + self.full_attention_layers + dense
         if layers and not 0 <= min(layers) <= max(layers) < self.num_layers:
             raise ValueError(f"there is no layer {max(layers)}: the model has {self.num_layers}")
+
+    @property
+    def _rotates(self) -> bool:
+        """Whether anything of rotary embedding is set."""
+        own = self.rotary_dim or self.rotary_interleaved or self.layers_without_rope
+        return bool(self.rope_scaling or own or self.window_rope_theta)
 
     def _check_latent(self, latent: LatentAttention) -> None:
         if latent.qk_nope_head_dim + latent.qk_rope_head_dim != self.head_dim:

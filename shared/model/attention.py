@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from shared.model import alibi
 from shared.model.architecture import Architecture
+from shared.model.rope import Rotation
 
 
 def segment_mask(segments: torch.Tensor) -> torch.Tensor:
@@ -32,15 +33,26 @@ def segment_mask(segments: torch.Tensor) -> torch.Tensor:
     return same.tril_()
 
 
-class EnlargedSelfAttention(SelfAttention):
-    """Megatron-Core's self attention with sines and cosines of `amplitude` times their size (YaRN).
+class RotatedSelfAttention(SelfAttention):
+    """Megatron-Core's self attention with sines and cosines of `amplitude` times their size, or angles of its own.
 
-    Megatron-Core knows that factor where it computes it itself.
+    Megatron-Core knows that factor where it computes it itself, and has the same angles in all layers.
     """
 
-    def __init__(self, *args: Any, amplitude: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, amplitude: float, rotation: Rotation | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._yarn_concentration_factor = amplitude
+        self.rotation = rotation
+
+    def forward(
+        self, *args: Any, rotary_pos_emb: torch.Tensor | None = None, **others: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As Megatron-Core's; `rotary_pos_emb` `[sequence, 1, 1, rotated]` are the angles of the other layers."""
+        if self.rotation is not None and rotary_pos_emb is not None:
+            rotary_pos_emb = self.rotation(len(rotary_pos_emb))
+        attended: tuple[torch.Tensor, torch.Tensor | None]
+        attended = super().forward(*args, rotary_pos_emb=rotary_pos_emb, **others)
+        return attended
 
 
 class CoreAttention(torch.nn.Module):

@@ -21,7 +21,7 @@ from shared.model.ends import adapt_embedding, adapt_output, output_layer_with_b
 from shared.model.experts import experts_config
 from shared.model.latent import latent_config
 from shared.model.parallel import ParallelLayout
-from shared.model.rope import inverse_frequencies
+from shared.model.rope import Rotation
 from shared.model.spec import block_spec
 
 Recompute = Literal["none", "selective", "full"]
@@ -70,8 +70,7 @@ class LanguageModel(GPTModel):
         )
         self.architecture = architecture
         if architecture.positions == "rope" and not architecture.latent:
-            # A plain attribute, not a buffer: it stays fp32 when the model is cast, and out of checkpoints.
-            self.rotary_pos_emb.inv_freq = inverse_frequencies(architecture)
+            self.rotary_pos_emb = Rotation(architecture)
         if self.pre_process:
             adapt_embedding(self.embedding, architecture)
         if self.post_process:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
@@ -18,7 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from shared.model.architecture import Architecture, LatentAttention
 from shared.model.attention import CoreAttention
 from shared.model.norm import norm_of
-from shared.model.rope import inverse_frequencies
+from shared.model.rope import Rotation
 
 # Checkpoints carry TransformerEngine's names, where a norm in front of a projection is a part of it.
 LATENT_CHECKPOINT_KEYS = {
@@ -27,18 +26,13 @@ LATENT_CHECKPOINT_KEYS = {
 }
 
 
-class _Rotation(RotaryEmbedding):
+class _Rotation(Rotation):
     """The architecture's angles, and the factor of their sines and cosines."""
-
-    def __init__(self, architecture: Architecture, *, on_cpu: bool, group: Any) -> None:
-        super().__init__(architecture.rotated, 1.0, use_cpu_initialization=on_cpu, cp_group=group)
-        # A plain attribute, not a buffer: it stays fp32 when the model is cast, and out of checkpoints.
-        self.inv_freq = inverse_frequencies(architecture)
-        self.amplitude = architecture.rope_scaling.amplitude if architecture.rope_scaling else 1.0
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, float]:  # as Megatron-Core's YaRN answers
         """Angles `[sequence, 1, 1, rotated]` in radians, and the factor."""
-        return super().forward(*args, **kwargs), self.amplitude
+        scaling = self.architecture.rope_scaling
+        return super().forward(*args, **kwargs), scaling.amplitude if scaling else 1.0
 
 
 class LatentSelfAttention(MLASelfAttention):
@@ -49,8 +43,7 @@ class LatentSelfAttention(MLASelfAttention):
 
     def __init__(self, config: Any, *args: Any, architecture: Architecture, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        group = self.pg_collection.cp
-        self.rotary_pos_emb = _Rotation(architecture, on_cpu=config.use_cpu_initialization, group=group)
+        self.rotary_pos_emb = _Rotation(architecture)
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
         """The spec as it is: Megatron-Core would put a norm in front of queries that are projected directly."""

@@ -1,30 +1,59 @@
-"""Rotary frequencies of an architecture."""
+"""Rotary frequencies and angles of an architecture."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from shared.model.architecture import Architecture, RopeScaling
 
 
-def inverse_frequencies(architecture: Architecture) -> torch.Tensor:
+class Rotation(RotaryEmbedding):
+    """Megatron-Core's angles `[sequence, 1, 1, rotated]` in radians, at the architecture's frequencies.
+
+    `windowed` are those of layers with a sliding window, where they have others.
+    """
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, architecture: Architecture, *, windowed: bool = False) -> None:
+        interleaved = architecture.rotary_interleaved
+        super().__init__(architecture.rotated, 1.0, rotary_interleaved=interleaved, use_cpu_initialization=True)
+        self.architecture, self.windowed = architecture, windowed
+
+    def get_freqs_non_repeated(self, max_seq_len: int, offset: int = 0) -> torch.Tensor:
+        """Angles of every pair, `[positions, rotated / 2]`, of the positions from `offset` on."""
+        frequencies = inverse_frequencies(self.architecture, offset + max_seq_len, windowed=self.windowed)
+        # A plain attribute, not a buffer: it stays fp32 when the model is cast, and out of checkpoints.
+        self.inv_freq = frequencies.to(self.inv_freq.device)
+        angles: torch.Tensor = super().get_freqs_non_repeated(max_seq_len, offset)
+        return angles
+
+
+def inverse_frequencies(architecture: Architecture, length: int = 1, *, windowed: bool = False) -> torch.Tensor:
     """Radians per token of every rotated pair, `[rotated / 2]`, fp32 on the CPU.
 
     `theta^(-2i / rotated)` (Su et al., 2021), where `rotated` is head_dim or the part of it that is rotated, stretched
-    as the architecture's `rope_scaling` says. Megatron-Core has the LLaMA 3.1 stretch too, but with its factors and
-    original length fixed.
+    as the architecture's `rope_scaling` says. `length` is the sequence's, in tokens: longrope's factors depend on it.
+    `windowed` asks for those of layers with a sliding window. Megatron-Core has the LLaMA 3.1 stretch too, but with its
+    factors and original length fixed.
     """
-    exponents = torch.arange(0, architecture.rotated, 2, dtype=torch.float32) / architecture.rotated
-    frequencies = 1.0 / architecture.rope_theta**exponents
-    scaling = architecture.rope_scaling
+    theta, scaling = architecture.rope_theta, architecture.rope_scaling
+    if windowed and architecture.window_rope_theta is not None:
+        theta, scaling = architecture.window_rope_theta, None
+    powers = theta ** (torch.arange(0, architecture.rotated, 2, dtype=torch.float32) / architecture.rotated)
+    if scaling is not None and scaling.kind == "longrope":
+        factors = scaling.long_factors if length > scaling.original_length else scaling.short_factors
+        return 1.0 / (torch.tensor(factors, dtype=torch.float32) * powers)
+    frequencies = 1.0 / powers
     if scaling is None:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
     if scaling.kind == "yarn":
-        return _yarn(frequencies, architecture.rope_theta, scaling)
+        return _yarn(frequencies, theta, scaling)
     return _llama3(frequencies, scaling)
 
 

@@ -17,11 +17,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from shared.model.architecture import Architecture
-from shared.model.attention import CoreAttention, EnlargedSelfAttention
+from shared.model.attention import CoreAttention, RotatedSelfAttention
 from shared.model.experts import experts_of
 from shared.model.latent import LATENT_CHECKPOINT_KEYS, latent_attention
 from shared.model.layer import JoinedLayer, has_own_layer
 from shared.model.norm import head_norms, norm_of
+from shared.model.rope import Rotation
 
 # Checkpoints carry TransformerEngine's names, where a norm in front of a linear layer is a part of that layer.
 _ATTENTION_KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
@@ -32,13 +33,15 @@ _DENSE_KEYS = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 def block_spec(architecture: Architecture, first_layer: int, num_layers: int) -> TransformerBlockSubmodules:
     """Layers from `first_layer` on and the final norm, from Megatron-Core's own modules, our norms and attention."""
     layers = range(first_layer, first_layer + num_layers)
+    # One for all of them, so that its angles are computed once.
+    windowed = Rotation(architecture, windowed=True) if architecture.window_rope_theta is not None else None
     return TransformerBlockSubmodules(
-        layer_specs=[_layer(architecture, layer) for layer in layers],
+        layer_specs=[_layer(architecture, layer, windowed if architecture.window(layer) else None) for layer in layers],
         layer_norm=norm_of(architecture, checkpointed=True),
     )
 
 
-def _layer(architecture: Architecture, layer: int) -> ModuleSpec:
+def _layer(architecture: Architecture, layer: int, rotation: Rotation | None) -> ModuleSpec:
     norm = norm_of(architecture, checkpointed=False) if architecture.norm_placement != "post" else IdentityOp
     own, sparse = has_own_layer(architecture), layer in architecture.moe_layers
     experts = architecture.experts if sparse else None
@@ -47,7 +50,7 @@ def _layer(architecture: Architecture, layer: int) -> ModuleSpec:
         params={"architecture": architecture} if own else {},
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=_attention(architecture),
+            self_attention=_attention(architecture, rotation),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp if architecture.residual == "parallel_shared" else norm,
             mlp=experts_of(experts) if experts else partial(MLP.as_mlp_submodule, submodules=_mlp(architecture)),
@@ -67,15 +70,16 @@ def _mlp(architecture: Architecture) -> MLPSubmodules:
     )
 
 
-def _attention(architecture: Architecture) -> ModuleSpec:
+def _attention(architecture: Architecture, rotation: Rotation | None) -> ModuleSpec:
     if architecture.latent:
         return latent_attention(architecture, architecture.latent)
     q_norm, k_norm = head_norms(architecture)
-    amplitude = architecture.rope_scaling.amplitude if architecture.rope_scaling else 1.0
-    enlarged = {"amplitude": amplitude} if amplitude != 1.0 else {}
+    # Angles of a layer's own are not stretched.
+    amplitude = architecture.rope_scaling.amplitude if architecture.rope_scaling and not rotation else 1.0
+    own = {"amplitude": amplitude, "rotation": rotation} if amplitude != 1.0 or rotation else {}
     return ModuleSpec(
-        module=EnlargedSelfAttention if enlarged else SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal, **enlarged},
+        module=RotatedSelfAttention if own else SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal, **own},
         submodules=SelfAttentionSubmodules(
             linear_qkv=_linear(ColumnParallelLinear, bias=architecture.qkv_bias),
             core_attention=partial(CoreAttention, architecture=architecture),

@@ -55,7 +55,7 @@ def test_what_is_written_is_read_back(scaling: RopeScaling | None) -> None:
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "lacks original_max_position_embeddings"),
         (
             {"rope_scaling": {"type": "dynamic", "factor": 2}},
-            "'dynamic' is not supported; supported: linear, llama3, yarn",
+            "'dynamic' is not supported; supported: linear, llama3, yarn, longrope",
         ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2}}, "lacks high_freq_factor"),
         ({"rope_scaling": {"rope_type": "linear"}}, "lacks factor"),

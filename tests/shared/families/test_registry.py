@@ -143,6 +143,30 @@ def test_what_cannot_be_represented_is_refused_by_name(changes: dict[str, Any], 
         registry.from_config(config | changes)
 
 
+def test_models_with_images_are_refused_with_the_way_to_their_text() -> None:
+    with pytest.raises(UserError, match=r"'gemma3' is not a supported family: .* Gemma3ForCausalLM \(gemma3_text\)"):
+        registry.family_of({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]})
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "message"),
+    [
+        ("gemma3-tiny", {"rope_local_base_freq": 5.0}, "rope_local_base_freq 5.0 contradicts"),
+        ("gemma3-tiny", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("gemma3-tiny", {"layer_types": ["full_attention"]}, "does not say full or sliding for 2 layers"),
+        ("olmo3-tiny", {"rope_parameters": None, "rope_scaling": None, "rope_theta": 1e4}, "rope_theta 10000.0 means"),
+        (
+            "olmo3-tiny",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "sliding_attention.rope_type = 'linear' is not supported",
+        ),
+    ],
+)
+def test_rotation_and_windows_by_layer_that_are_not_computed(size: str, changes: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        registry.from_config(registry.to_config(registry.sizes()[size]) | changes)
+
+
 def test_unknown_family_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"'qwen3_mo' is not a supported family; the nearest is qwen3_moe "):
         registry.family_of({"model_type": "qwen3_mo"})

@@ -1,12 +1,16 @@
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import Gemma3TextConfig, LlamaConfig, Olmo3Config, Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
+from shared.device import prepare
 from shared.families.fields import Fields
 from shared.model.architecture import RopeScaling
-from shared.model.rope import inverse_frequencies
+from shared.model.rope import Rotation, inverse_frequencies
 
 
 def test_plain_frequencies_are_transformers(worker):
@@ -76,3 +80,55 @@ def test_yarn_is_transformers(theirs, theta, worker):
     expected, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
     torch.testing.assert_close(inverse_frequencies(architecture), expected, atol=0, rtol=1e-6)
     assert scaling.amplitude == pytest.approx(attention_factor, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("config", "rotary"),
+    [
+        (
+            Gemma3TextConfig(
+                hidden_size=256, num_attention_heads=4, head_dim=64, num_hidden_layers=6, rope_theta=1e6,
+                rope_local_base_freq=2e4, rope_scaling={"rope_type": "linear", "factor": 8.0},
+            ),
+            Gemma3RotaryEmbedding,
+        ),
+        (
+            Olmo3Config(
+                hidden_size=256, num_attention_heads=4, num_hidden_layers=6, max_position_embeddings=65_536,
+                rope_scaling={"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192},
+            ),
+            Olmo3RotaryEmbedding,
+        ),
+    ],
+    ids=["gemma3", "olmo3"],
+)  # fmt: skip
+def test_layers_with_a_window_have_their_own_frequencies(config, rotary, worker):
+    theta, scaling, own = Fields(config.to_dict()).rope_by_kind(1.0, config.max_position_embeddings)
+    architecture = worker.architecture(
+        head_dim=64, rope_theta=theta, rope_scaling=scaling, window_rope_theta=own, sliding_window=8
+    )
+    theirs = rotary(config)
+    for windowed, kind in ((False, "full_attention"), (True, "sliding_attention")):
+        ours = inverse_frequencies(architecture, windowed=windowed)
+        torch.testing.assert_close(ours, getattr(theirs, f"{kind}_inv_freq"), atol=0, rtol=1e-6)
+    assert scaling is not None
+    assert not torch.equal(inverse_frequencies(architecture), inverse_frequencies(architecture, windowed=True))
+
+
+@pytest.mark.parametrize("further", [{}, {"attention_factor": 1.25}, {"factor": 7.0}, {"type": "longrope"}])
+@pytest.mark.parametrize("length", [1, 256, 257, 4096])
+def test_longrope_is_transformers_on_both_sides_of_the_original_length(further, length, worker):
+    factors = {"short_factor": [1.0 + i / 16 for i in range(12)], "long_factor": [1.5 + i for i in range(12)]}
+    plain = {"max_position_embeddings": 4096, "original_max_position_embeddings": 256, "rope_theta": 2e4}
+    given = {**plain, "partial_rotary_factor": 0.75, "rope_scaling": {"rope_type": "longrope", **factors, **further}}
+    theta, scaling = Fields(given).rope(1e4, 4096, partial=True)
+    architecture = worker.architecture(head_dim=32, rotary_dim=24, rope_theta=theta, rope_scaling=scaling)
+    theirs = Phi3RotaryEmbedding(Phi3Config(hidden_size=128, num_attention_heads=4, **given))
+    prepare()
+    cosines, sines = theirs(torch.zeros(1), torch.arange(length)[None])
+    angles = Rotation(architecture)(length)[:, 0, 0]
+    # Angles grow to thousands of radians, of which fp32 keeps four decimals.
+    torch.testing.assert_close(angles.cos() * scaling.amplitude, cosines[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(angles.sin() * scaling.amplitude, sines[0], atol=1e-5, rtol=0)
+    short = inverse_frequencies(architecture, 256)
+    assert torch.equal(inverse_frequencies(architecture, length), short) == (length <= 256)

@@ -285,6 +285,7 @@ CARELESS: dict[str, Any] = {
     "activation": {"swiglu": "geglu", "geglu_tanh": "swiglu", "gelu": "relu", "gelu_tanh": "relu"},
     "rope_theta": 500.0,
     "rope_scaling": None,
+    "window_rope_theta": None,
     "rotary_dim": None,
     "rotary_interleaved": False,
     "layers_without_rope": (),
@@ -309,7 +310,7 @@ def careless_readings(a: Architecture) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         if value == other:
             continue
-        with_it = {"full_attention_layers": ()} if name == "sliding_window" else {}
+        with_it = {"full_attention_layers": (), "window_rope_theta": None} if name == "sliding_window" else {}
         yield name, {name: other, **with_it}
     if a.latent and a.latent.norm_epsilon != a.norm_epsilon:
         yield "norms within attention", {"latent": replace(a.latent, norm_epsilon=a.norm_epsilon)}

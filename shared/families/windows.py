@@ -1,0 +1,37 @@
+"""Which layers of a model have a sliding window, as configurations say it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shared.errors import UserError
+from shared.families.fields import Fields
+from shared.model.architecture import Architecture
+
+_KINDS = {"full_attention", "sliding_attention"}
+
+
+def every(period: int, num_layers: int) -> tuple[int, ...]:
+    """The last layer, from 0, of each run of `period`: those that see everything in most families."""
+    return tuple(range(period - 1, num_layers, period))
+
+
+def window_fields(
+    fields: Fields, num_layers: int, default_window: int, default_full: tuple[int, ...]
+) -> dict[str, Any]:
+    """`layer_types` and `sliding_window`; the layers that see everything are `default_full` unless given."""
+    default = [f"{'full' if layer in default_full else 'sliding'}_attention" for layer in range(num_layers)]
+    kinds = fields.get("layer_types", list, default)
+    if len(kinds) != num_layers or set(kinds) - _KINDS:
+        raise UserError(f"config.json: layer_types = {kinds!r} does not say full or sliding for {num_layers} layers")
+    window = fields.nullable("sliding_window", int, default_window)
+    full = tuple(index for index, kind in enumerate(kinds) if kind == "full_attention")
+    if window is None or len(full) == num_layers:
+        return {"sliding_window": None, "full_attention_layers": ()}
+    return {"sliding_window": window, "full_attention_layers": full}
+
+
+def written_window_fields(a: Architecture) -> dict[str, Any]:
+    """The same backwards."""
+    kinds = ["full" if a.window(layer) is None else "sliding" for layer in range(a.num_layers)]
+    return {"sliding_window": a.sliding_window, "layer_types": [f"{kind}_attention" for kind in kinds]}
