@@ -19,7 +19,7 @@ from shared.checkpoint.blocks import Files
 from shared.checkpoint.dtypes import Dtype
 from shared.checkpoint.moves import Block, Constant, Move, NewFile, packed
 from shared.checkpoint.torch_archive import object_archive, tensor_archive
-from shared.checkpoint.torch_pickle import Call, Instance, Name, Pairs, write_pickle
+from shared.checkpoint.torch_pickle import Call, Instance, Name, Pairs, write_pickle_to
 from shared.mapping.layout import Shape
 
 CHUNK_BYTES = 128 << 20  # a reader takes whole chunks, so this bounds what it holds beyond what it wants
@@ -94,13 +94,15 @@ class TorchDistLayout:
             _Stored(key=key, offsets=offsets, sizes=sizes, size=size, moves=moves, sources=frozenset(sources))
         )
 
-    def put_object(self, key: str, value: Any) -> None:
-        """A plain value under a key of its own."""
-        self._objects.append(key)
-        move = Constant(object_archive(value))
-        self._stored.append(
-            _Stored(key=key, offsets=None, sizes=(), size=move.size, moves=lambda: [move], sources=frozenset())
-        )
+    def put_objects(self, keys: Iterable[str], value: Any) -> None:
+        """The same plain value under each of the keys."""
+        moves = [Constant(object_archive(value))]
+        size, sources = moves[0].size, frozenset[Path]()
+        for key in keys:
+            self._objects.append(key)
+            self._stored.append(
+                _Stored(key=key, offsets=None, sizes=(), size=size, moves=lambda: moves, sources=sources)
+            )
 
     def files(self) -> list[NewFile]:
         """The data files; they do not depend on who writes them."""
@@ -118,7 +120,8 @@ class TorchDistLayout:
         """Write what makes the directory a checkpoint; `.metadata` last, without which nobody reads it."""
         (directory / "common.pt").write_bytes(object_archive(common))
         (directory / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
-        (directory / ".metadata").write_bytes(write_pickle(self._metadata()))
+        with (directory / ".metadata").open("wb") as file:
+            write_pickle_to(file, self._metadata())
 
     def _dealt(self) -> Iterator[tuple[str, list[_Stored]]]:
         total = sum(stored.size for stored in self._stored)
@@ -165,7 +168,15 @@ class TorchDistLayout:
         yield Block(size=suffix, fill=lambda files, out: None, seal=seal)
 
     def _metadata(self) -> Instance:
-        states: dict[str, Instance] = {}
+        state = {
+            "state_dict_metadata": Pairs(self._states()),
+            "planner_data": None,
+            "storage_data": Pairs(self._storage()),
+            "storage_meta": None,
+        }
+        return Instance(Name(_METADATA, "Metadata"), state)
+
+    def _states(self) -> Iterator[tuple[str, Instance]]:
         for key, tensor in self._tensors.items():
             chunks = [
                 Instance(Name(_METADATA, "ChunkStorageMetadata"), {"offsets": _size(offsets), "sizes": _size(sizes)})
@@ -177,26 +188,18 @@ class TorchDistLayout:
                 "size": _size(tensor.shape),
                 "chunks": chunks,
             }
-            states[key] = Instance(Name(_METADATA, "TensorStorageMetadata"), state)
+            yield key, Instance(Name(_METADATA, "TensorStorageMetadata"), state)
         for key in self._objects:
-            states[key] = Instance(Name(_METADATA, "BytesStorageMetadata"), {})
-        stored = tuple(
-            (
-                Instance(
-                    Name(_METADATA, "MetadataIndex"),
-                    {"fqn": key, "index": None, "offset": None if offsets is None else _size(offsets)},
-                ),
-                Instance(
-                    Name("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-                    {"relative_path": file, "offset": offset, "length": length},
-                ),
+            yield key, Instance(Name(_METADATA, "BytesStorageMetadata"), {})
+
+    def _storage(self) -> Iterator[tuple[Instance, Instance]]:
+        for key, offsets, file, offset, length in self._places():
+            index = {"fqn": key, "index": None, "offset": None if offsets is None else _size(offsets)}
+            place = {"relative_path": file, "offset": offset, "length": length}
+            yield (
+                Instance(Name(_METADATA, "MetadataIndex"), index),
+                Instance(Name("torch.distributed.checkpoint.filesystem", "_StorageInfo"), place),
             )
-            for key, offsets, file, offset, length in self._places()
-        )
-        return Instance(
-            Name(_METADATA, "Metadata"),
-            {"state_dict_metadata": states, "planner_data": None, "storage_data": Pairs(stored), "storage_meta": None},
-        )
 
     def _places(self) -> Iterator[tuple[str, Shape | None, str, int, int]]:
         for name, held in self._dealt():

@@ -10,10 +10,10 @@ import io
 import pickle
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from shared.checkpoint.dtypes import BY_NAME
 from shared.errors import UserError
@@ -149,9 +149,9 @@ class Instance:
 
 @dataclass(frozen=True)
 class Pairs:
-    """A dict whose keys are objects."""
+    """A dict whose keys may be objects, and whose items may be made one by one while they are written."""
 
-    items: tuple[tuple[Any, Any], ...]
+    items: Iterable[tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -164,10 +164,15 @@ class Persistent:
 def write_pickle(value: Any) -> bytes:
     """Plain values and the kinds above as a pickle of protocol 2."""
     out = io.BytesIO()
+    write_pickle_to(out, value)
+    return out.getvalue()
+
+
+def write_pickle_to(out: BinaryIO, value: Any) -> None:
+    """The same into a file."""
     out.write(pickle.PROTO + b"\x02")
     _write(value, out.write, {})
     out.write(pickle.STOP)
-    return out.getvalue()
 
 
 def _write(value: Any, put: Callable[[bytes], Any], memo: dict[Name | str, int]) -> None:

@@ -101,8 +101,7 @@ def layout_import(plan: Import, reader: HfReader) -> TorchDistLayout:
             sizes = ((1,) * len(entry.index)) + (count, *entry.shape[1:])
             moves = partial(target_moves, entry, dtype, reader, first, count)
             layout.chunk(entry.key, (*entry.index, first, *rest), sizes, moves, sources)
-    for name in extra_states(plan.architecture):
-        layout.put_object(name, [None])
+    layout.put_objects(extra_states(plan.architecture), [None])
     return layout
 
 

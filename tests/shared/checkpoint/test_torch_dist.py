@@ -34,7 +34,7 @@ def write(folder: Path, chunks: list[Box], key: str = "w") -> Path:
     for offsets, sizes in chunks:
         part = WHOLE[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))]
         layout.chunk(key, offsets, sizes, partial(list, [Constant(part.tobytes())]))
-    layout.put_object("w._extra_state/shard_0_1", [None])
+    layout.put_objects(["w._extra_state/shard_0_1"], [None])
     layout.finish(folder, {"iteration": 3})
     write_files(folder, layout.files(), workers=1)
     return folder

@@ -31,7 +31,7 @@ def write(folder: Path, tensor: torch.Tensor, norm: torch.Tensor) -> dict[str, s
         pieces = [Constant(part[start : start + 8]) for start in range(0, len(part), 8)]
         layout.chunk("w", (layer, half, 0), (1, 3, 4), partial(list, pieces))
     layout.chunk("n", (0,), (5,), lambda: [Constant(norm.numpy().tobytes())])
-    layout.put_object("w._extra_state/shard_0_1", [None])
+    layout.put_objects(["w._extra_state/shard_0_1"], [None])
     layout.finish(folder, {"iteration": 0, "content_metadata": {"x": True}})
     return write_files(folder, layout.files(), workers=2)
 

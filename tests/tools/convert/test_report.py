@@ -18,7 +18,7 @@ from shared.checkpoint.files import hash_file
 from shared.checkpoint.hf import default_layout, write_weights
 from shared.checkpoint.safetensors_file import TensorInfo
 from shared.families import registry
-from shared.model.architecture import Architecture
+from shared.model.architecture import Architecture, Experts
 
 RUN = """
 import sys
@@ -94,6 +94,12 @@ def test_a_checkpoint_of_twenty_times_the_limit(both_ways: Both) -> None:
         registry.sizes()["tiny"], hidden_size=2048, ffn_hidden_size=11_000, num_layers=6, vocab_size=16_000
     )
     assert both_ways(architecture, limit) > 20 * limit
+
+
+def test_many_small_tensors(both_ways: Both) -> None:
+    """What is known of 20,000 tensors takes more memory than the blocks that are copied."""
+    experts = Experts(count=256, top_k=2, ffn_hidden_size=8)
+    both_ways(replace(registry.sizes()["qwen3-moe-tiny"], hidden_size=16, num_layers=26, experts=experts), 1 << 30)
 
 
 def test_transposed_tensors_larger_than_the_limit(both_ways: Both) -> None:
