@@ -10,7 +10,8 @@ from shared.model.architecture import RopeScaling
 
 # Fields of any model that say nothing of its arithmetic: the tokenizer's, generation's, the library's bookkeeping.
 _HARMLESS = """
-    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _name_or_path
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
+    _from_model_config _name_or_path
     architectures attn_implementation auto_map bos_token_id chunk_size_feed_forward decoder_start_token_id dtype
     eos_token_id finetuning_task id2label is_decoder is_encoder_decoder keys_to_ignore_at_inference label2id
     model_type name_or_path output_attentions output_hidden_states output_router_logits pad_token_id prefix

@@ -8,6 +8,7 @@ from typing import Any
 
 from shared.errors import UserError
 from shared.families import (
+    baichuan,
     bloom,
     cohere,
     deepseek_v2,
@@ -48,6 +49,7 @@ from shared.model.architecture import Architecture
 _MODULES = (
     llama,
     internlm2,
+    baichuan,
     mistral,
     mixtral,
     qwen2,

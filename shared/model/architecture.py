@@ -132,6 +132,7 @@ class Architecture:
     logit_multiplier: float = 1.0
     logit_softcap: float | None = None
     output_bias: bool = False
+    normalized_head: bool = False  # each row of the output layer is divided by its length (Baichuan 2's NormHead)
 
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0  # of what attention and MLP add
@@ -165,6 +166,8 @@ class Architecture:
             raise ValueError(f"a {self.residual} residual with {self.norm_placement} norms is not computed")
         if self.output_bias and self.tied_embeddings:
             raise ValueError("a bias of the output layer with tied embeddings is not computed")
+        if self.normalized_head and self.tied_embeddings:
+            raise ValueError("a normalised output layer with tied embeddings is not computed")
         if self.full_attention_layers and self.sliding_window is None:
             raise ValueError("full_attention_layers are set without a sliding window")
         if self.positions == "alibi" and (self.sliding_window or self.attention_softcap):

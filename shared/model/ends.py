@@ -55,7 +55,14 @@ def output_layer_with_bias(model: GPTModel) -> ColumnParallelLinear:
 
 
 def adapt_output(layer: ColumnParallelLinear, architecture: Architecture) -> None:
-    """The architecture's multiplier and soft cap of logits."""
+    """The architecture's norm of the layer's rows, and its multiplier and soft cap of logits."""
+    if architecture.normalized_head:
+
+        def normalize(layer: torch.nn.Module, inputs: Any, others: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            # Of the weight as it is, at every step: the gradient goes through the norm. A row is a process's own.
+            return inputs, others | {"weight": torch.nn.functional.normalize(layer.weight)}
+
+        layer.register_forward_pre_hook(normalize, with_kwargs=True)
     multiplier, cap = architecture.logit_multiplier, architecture.logit_softcap
     if multiplier == 1.0 and cap is None:
         return

@@ -297,6 +297,7 @@ CARELESS: dict[str, Any] = {
     "residual_multiplier": 1.0,
     "logit_multiplier": 1.0,
     "logit_softcap": None,
+    "normalized_head": False,
 }
 
 
