@@ -10,6 +10,7 @@ from shared.errors import UserError
 from shared.families import (
     baichuan,
     bloom,
+    chatglm2,
     cohere,
     deepseek_v2,
     deepseek_v3,
@@ -64,6 +65,7 @@ _MODULES = (
     phi3,
     glm,
     glm4,
+    chatglm2,
     olmo2,
     olmo3,
     smollm3,
