@@ -63,8 +63,8 @@ def cases(command: Command, here: str) -> dict[str, list[str]]:
     for name in parameters:
         if is_int(command.hints[name]):
             table["wrong type"] = words(**{name: "two"})
-        if command.hints[name] is bool:
-            table["false is false"] = words(**{name: "false"})
+    if switches := [name for name in parameters if command.hints[name] is bool]:
+        table["false is false"] = words(**dict.fromkeys(switches, "false"))
     if required:
         table["no arguments"] = []
     for name in required:
