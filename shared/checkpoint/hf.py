@@ -85,6 +85,14 @@ class WeightLayout:
             shards.append(Shard(file=shard.file, header=header))
         return WeightLayout(shards=tuple(shards), index=_index(shards) if self.index is not None else None)
 
+    def with_tensor(self, name: str, dtype: str, shape: Shape) -> WeightLayout:
+        """The same shards with one tensor more, at the end of the last."""
+        *shards, last = self.shards
+        triples = [(t.name, t.dtype, t.shape) for t in last.header.tensors] + [(name, dtype, shape)]
+        header = parse_header(encode_header(triples, last.header.metadata), Path(last.file))
+        shards.append(Shard(file=last.file, header=header))
+        return WeightLayout(shards=tuple(shards), index=_index(shards) if self.index is not None else None)
+
 
 class HfReader:
     """The tensors of a Hugging Face directory, found by its index and checked against the files' own headers.

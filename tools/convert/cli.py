@@ -104,6 +104,32 @@ def to_hf(
     run(source, target, dtype, hf_files, overwrite, workers, Shard.parse(shard) if shard else None)
 
 
+@tool.command(neutral=("workers",))
+def merge_lora(
+    source: ExistingDir,
+    adapter: ExistingDir,
+    target: Path,
+    overwrite: bool = False,
+    workers: Positive | None = None,
+) -> None:
+    """Merge a LoRA adapter of PEFT into the Hugging Face directory that it was trained on.
+
+    The result is a Hugging Face directory like the source, with the matrices that the adapter changes changed, and
+    every other byte as it was. No model is built; memory stays at tens of megabytes. A tensor of the adapter that is
+    missing, unknown or misshapen, and a setting of it that is not merged here, stop it.
+
+    Args:
+        source: the base: a Hugging Face directory.
+        adapter: a directory with adapter_config.json and adapter_model.safetensors (or .bin).
+        target: the directory to publish.
+        overwrite: replace what another run published at the target.
+        workers: threads that read and write; by default one for each processor, at most 8. The result is the same.
+    """
+    from tools.convert.merge_lora import run
+
+    run(source, adapter, target, overwrite, workers)
+
+
 @tool.command(positional=("source",))
 def inspect(source: ExistingDir, tensors: bool = False, scan: bool = False, json: bool = False) -> None:
     """Say what a checkpoint directory is: kind, family, architecture, tensors, types, origin.

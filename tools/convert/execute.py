@@ -32,6 +32,7 @@ def execute(
     strips: bool,
     converts: bool,
     checks: Checks,
+    beside: int = 0,
 ) -> None:
     """Say what is going to happen, write this process's files, and say what happened.
 
@@ -45,10 +46,11 @@ def execute(
         strips: whether tensors are transposed.
         converts: whether numbers change their type, or columns their place.
         checks: given the files that are read, what is to be checked meanwhile.
+        beside: bytes of memory that a thread holds beside its blocks.
     """
     mine, workers = out.mine(files), workers or default_workers()
     size = sum(file.size for file in mine)
-    memory = peak_memory(workers, strips, converts)
+    memory = peak_memory(workers, strips, converts, beside)
     log(plan_lines(command, architecture, len(mine), size, workers, memory))
     started = time.monotonic()
     with progress(size, "bytes", "converting") as advance:

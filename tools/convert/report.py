@@ -14,15 +14,16 @@ _BESIDES = 12 << 20  # bytes of what is not data: stacks, arenas, the metadata w
 _NUMPY = 32 << 20  # bytes that it takes once numbers have to be moved or changed one by one
 
 
-def peak_memory(workers: int, strips: bool, converts: bool) -> int:
+def peak_memory(workers: int, strips: bool, converts: bool, beside: int = 0) -> int:
     """Bytes of memory that a conversion takes at most: what this process has now, and what the threads will.
 
     Args:
         workers: threads.
         strips: whether tensors are transposed: a strip, and what it becomes.
         converts: whether numbers change their type: a block of them in both, and in between.
+        beside: bytes that each thread holds beside those.
     """
-    each = blocks.BLOCK * (1 + 2 * moves.STRIP * strips + 6 * converts)
+    each = blocks.BLOCK * (1 + 2 * moves.STRIP * strips + 6 * converts) + beside
     plan = _resident() * 17 // 16  # and what is planned only when a file is begun: it grows with the number of tensors
     return plan + _BESIDES + workers * each + (_NUMPY if (strips or converts) and "numpy" not in sys.modules else 0)
 

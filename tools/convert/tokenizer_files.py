@@ -8,6 +8,39 @@ from typing import Any
 
 from shared.errors import UserError
 
+FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+)
+_VOCABULARIES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+
+
+def check_same_vocabulary(adapter: Path, base: Path, rows: int) -> None:
+    """Whether a model of `base` with the tokenizer of `adapter` has a vector for each token, the one it was trained with.
+
+    Raises:
+        UserError: a token has another id than in the base, or an id that the embedding has no row for.
+    """
+    ours, theirs = adapter / "tokenizer.json", base / "tokenizer.json"
+    mend = f"remove the tokenizer from {adapter} to keep the base's, or merge into the base that it was trained with"
+    if not ours.is_file() or not theirs.is_file():
+        for name in ("tokenizer.json", *_VOCABULARIES):
+            if (adapter / name).is_file() and (
+                not (base / name).is_file() or (adapter / name).read_bytes() != (base / name).read_bytes()
+            ):
+                raise UserError(f"{adapter / name} is not the base's, and they cannot be compared; {mend}")
+        return
+    here, there = _vocabulary(_object(ours), ours), _vocabulary(_object(theirs), theirs)
+    if beyond := sorted((token for token, place in here.items() if place >= rows), key=here.__getitem__):
+        raise UserError(
+            f"{ours} has {len(beyond)} tokens that the base's {rows} embeddings have no row for ({beyond[0]!r}); resize "
+            f"the base's embeddings, save it and merge into that, or remove the tokenizer from {adapter}"
+        )
+    if other := [token for token, place in there.items() if here.get(token) != place]:
+        raise UserError(
+            f"{ours}: token {other[0]!r} is {here.get(other[0], 'missing')}, in the base {there[other[0]]}; {mend}"
+        )
+
 
 def tokenizer_fields(directory: Path) -> dict[str, Any]:
     """`vocab_size` and the ids of the special tokens that the tokenizer has.

@@ -1,0 +1,242 @@
+"""Matches a PEFT adapter's tensors with the tensors of a base: each is used, none is missing, each fits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.checkpoint.safetensors_file import Header, TensorInfo, read_header
+from shared.checkpoint.torch_weights import read_torch_weights
+from shared.errors import UserError
+from shared.mapping.layout import CONCAT, Shape
+from shared.mapping.rule import Entry, Table
+from tools.convert.adapter_config import AdapterConfig
+from tools.convert.lora import Delta
+
+_PREFIX = "base_model.model."
+_PART = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?"
+)
+_EXPERTS = re.compile(r"(?:.*\.)?(\d+)\.(?:[^.\d]+\.)*experts((?:\.base_layer)*)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What an adapter does to its base, by names of the base's tensors."""
+
+    deltas: Mapping[str, Delta]
+    whole: Mapping[str, TensorInfo]  # tensors that take the place of the base's
+
+    @property
+    def names(self) -> set[str]:
+        return {*self.deltas, *self.whole}
+
+
+def read_adapter(directory: Path) -> Header:
+    """Where the adapter's tensors lie."""
+    for name, read in (("adapter_model.safetensors", read_header), ("adapter_model.bin", read_torch_weights)):
+        if (directory / name).is_file():
+            return read(directory / name)
+    raise UserError(f"--adapter {directory} holds no adapter_model.safetensors and no adapter_model.bin")
+
+
+def match(config: AdapterConfig, stored: Header, table: Table, prefix: str) -> Changes:
+    """Which tensors of the base change.
+
+    Args:
+        config: the adapter's.
+        stored: its tensors.
+        table: the base's, under the names of its files.
+        prefix: which those names may lack, though the model's class has it.
+
+    Raises:
+        UserError: naming a tensor that is left over, missing or does not fit.
+    """
+    return _Match(config, table, prefix).changes(stored.tensors)
+
+
+class _Match:
+    def __init__(self, config: AdapterConfig, table: Table, prefix: str) -> None:
+        self.config, self.prefix = config, prefix
+        self.places: dict[str, tuple[Entry, int]] = {
+            source.name: (entry, place) for entry in table.entries() for place, source in enumerate(entry.sources)
+        }
+        self.embeddings = {
+            name
+            for name, (entry, _) in self.places.items()
+            if entry.key.startswith("embedding.") and entry.key.endswith("_embeddings.weight")
+        }
+        for alias in table.aliases:
+            self.places[alias.name] = self.places[alias.of]
+
+    def changes(self, tensors: Iterable[TensorInfo]) -> Changes:
+        parts: dict[str, dict[str, TensorInfo]] = {}
+        whole: dict[str, TensorInfo] = {}
+        for tensor in tensors:
+            if not tensor.name.startswith(_PREFIX):
+                raise UserError(f"{tensor.place}: {tensor.name} is no name that PEFT gives ({_PREFIX}...)")
+            name = tensor.name.removeprefix(_PREFIX)
+            if found := _PART.fullmatch(name):
+                parts.setdefault(found["module"], {})[found["part"]] = tensor
+            else:
+                whole[self._whole(name, tensor)] = tensor
+        deltas: dict[str, Delta] = {}
+        for module, own in parts.items():
+            deltas |= self._experts(module, own) if _EXPERTS.fullmatch(module) else self._module(module, own)
+        self._check_complete(deltas, whole)
+        return Changes(deltas=deltas, whole=whole)
+
+    def _resolve(self, name: str) -> str | None:
+        """A tensor's name in the base's files."""
+        names = (name, name.removeprefix(self.prefix), self.prefix + name)
+        return next((found for found in names if found in self.places), None)
+
+    def _shape(self, name: str) -> Shape:
+        entry, place = self.places[name]
+        return entry.sources[place].shape
+
+    def _whole(self, name: str, tensor: TensorInfo) -> str:
+        plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        found = self._resolve(plain)
+        if found is None:
+            raise UserError(f"{tensor.place}: {tensor.name} is for {plain}, which the base does not have")
+        if tensor.shape != self._shape(found):
+            mend = "merge into the base that it was trained on"
+            if self.places[found][0].padded:
+                mend = "its vocabulary was resized: resize the base's embeddings alike, save it, and merge into that"
+            raise UserError(
+                f"{tensor.place}: {tensor.name} is {list(tensor.shape)}, {found} of the base is "
+                f"{list(self._shape(found))}; {mend}"
+            )
+        return found
+
+    def _pair(
+        self, module: str, own: Mapping[str, TensorInfo], names: tuple[str, str]
+    ) -> tuple[TensorInfo, TensorInfo]:
+        place = next(iter(own.values())).place
+        for name in names:
+            if name not in own:
+                raise UserError(
+                    f"{place}: {module}.{name} is missing; the adapter is not whole, save or fetch it again"
+                )
+        if ("lora_magnitude_vector" in own) != self.config.dora:
+            raise UserError(
+                f"{place}: use_dora is {self.config.dora}, and {module} has "
+                f"{'a' if 'lora_magnitude_vector' in own else 'no'} lora_magnitude_vector; save or fetch the adapter again"
+            )
+        return own[names[0]], own[names[1]]
+
+    def _module(self, module: str, own: Mapping[str, TensorInfo]) -> dict[str, Delta]:
+        """An adapter of a linear layer or an embedding."""
+        embedded = any(name.startswith("lora_embedding") for name in own)
+        a, b = self._pair(module, own, ("lora_embedding_A", "lora_embedding_B") if embedded else ("lora_A", "lora_B"))
+        name = self._resolve(f"{module}.weight")
+        if name is None or len(self._shape(name)) != 2:
+            raise UserError(f"{a.place}: {a.name} is for {module}.weight, which is no matrix of the base")
+        if embedded != (name in self.embeddings):
+            raise UserError(
+                f"{a.place}: {a.name} does not fit {name}: one is of an embedding, the other of a linear layer"
+            )
+        across = embedded or self.places[name][0].transposed
+        rows, columns = self._shape(name)[::-1] if across else self._shape(name)
+        magnitude = own.get("lora_magnitude_vector")
+        rank = self.config.rank(module)
+        wanted = [(a, (rank, columns)), (b, (rows, rank))] + ([(magnitude, (rows,))] if magnitude else [])
+        self._check_shapes(name, wanted)
+        rounded = embedded or self.config.parameter(f"{module}.weight")
+        return {
+            name: Delta(
+                a=a,
+                b=b,
+                rank=rank,
+                scale=self.config.scale(module),
+                across=across,
+                rounded=rounded and magnitude is None,
+                magnitude=magnitude,
+            )
+        }
+
+    def _experts(self, module: str, own: Mapping[str, TensorInfo]) -> dict[str, Delta]:
+        """An adapter of all experts of a layer: of gate and up together, or of down; shapes tell which."""
+        a, b = self._pair(module, own, ("lora_A", "lora_B"))
+        found = _EXPERTS.fullmatch(module)
+        assert found is not None
+        module = module.removesuffix(found[2])
+        for part, parameter in (("linear_fc1", "gate_up_proj"), ("linear_fc2", "down_proj")):
+            entries = sorted(self._of_experts(int(found[1]), part), key=lambda entry: entry.index)
+            if not entries or not self.config.parameter(f"{module}.{parameter}"):
+                continue
+            (rows, columns), count = entries[0].shape, len(entries)
+            rank = self.config.rank(f"{module}.{parameter}")
+            if (a.shape, b.shape) != ((count * rank, columns), (rows, count * rank)):
+                continue
+            return self._each_expert(entries, a, b, rank, self.config.scale(f"{module}.{parameter}"))
+        raise UserError(
+            f"{a.place}: {a.name} is {list(a.shape)} and its B {list(b.shape)}, which fits no experts that "
+            f"target_parameters of {self.config.path.name} names"
+        )
+
+    def _of_experts(self, layer: int, part: str) -> Iterator[Entry]:
+        for entry in {id(entry): entry for entry, _ in self.places.values()}.values():
+            if entry.key.endswith(f".mlp.experts.experts.{part}.weight") and entry.layout == CONCAT:
+                named = re.search(r"\.layers\.(\d+)\.", entry.key)
+                if (int(named[1]) if named else entry.index[0]) == layer:
+                    yield entry
+
+    def _each_expert(
+        self, entries: Iterable[Entry], a: TensorInfo, b: TensorInfo, rank: int, scale: float
+    ) -> dict[str, Delta]:
+        deltas, listed = {}, list(entries)
+        for number, entry in enumerate(listed):
+            first = 0
+            for source in entry.sources:
+                deltas[source.name] = Delta(
+                    a=a,
+                    b=b,
+                    rank=rank,
+                    scale=scale,
+                    across=False,
+                    rounded=True,
+                    expert=number,
+                    experts=len(listed),
+                    first_output=first,
+                )
+                first += source.shape[0]
+        return deltas
+
+    def _check_shapes(self, name: str, wanted: Iterable[tuple[TensorInfo, Shape]]) -> None:
+        for tensor, shape in wanted:
+            if tensor.shape != shape:
+                raise UserError(
+                    f"{tensor.place}: {tensor.name} is {list(tensor.shape)}; {name} of the base, and the rank that "
+                    f"{self.config.path.name} gives, ask for {list(shape)}"
+                )
+
+    def _check_complete(self, deltas: Mapping[str, Delta], whole: Mapping[str, TensorInfo]) -> None:
+        """Whatever the configuration names has its tensors: an adapter that lost some is not merged in part."""
+        missing = []
+        for name in self.places:
+            module = name.removesuffix(".weight")
+            aimed = any(self.config.targets(form) for form in {module, self.prefix + module})
+            if name.endswith(".weight") and aimed and len(self._shape(name)) == 2 and name not in deltas:
+                missing.append(name)
+        # transformers 5 holds experts together, as parameters that target_modules does not reach
+        experts = {
+            source.name for entry, _ in self.places.values() if ".experts." in entry.key for source in entry.sources
+        }
+        if not experts & deltas.keys():
+            missing = [name for name in missing if name not in experts]
+        for name in self.places:
+            changed = self.config.bias == "all" or name.removesuffix("bias") + "weight" in deltas
+            if name.endswith(".bias") and self.config.bias != "none" and changed and name not in whole:
+                missing.append(name)
+        for module in self.config.modules_to_save:
+            if not any(re.match(rf"(^|.*\.){re.escape(module)}\.", name) for name in whole):
+                missing.append(module)
+        if missing:
+            raise UserError(
+                f"{self.config.path} asks for an adapter of {missing[0]}, which its weights do not have"
+                f"{f' (and {len(missing) - 1} more)' if len(missing) > 1 else ''}; save or fetch the adapter again"
+            )

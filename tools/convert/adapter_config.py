@@ -1,0 +1,115 @@
+"""`adapter_config.json` of PEFT: which modules of the base an adapter changes, and how much."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shared.checkpoint.passengers import config_of
+from shared.errors import UserError
+
+CONFIG = "adapter_config.json"
+_READ = {
+    *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
+    *("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters", "use_dora"),
+    *("init_lora_weights", "base_model_name_or_path", "bias"),
+}
+# How training began, ran or was distributed. fan_in_fan_out: PEFT goes by the module's class, and so do the weights.
+_WITHOUT_EFFECT = {
+    *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "fan_in_fan_out"),
+    *("megatron_core", "eva_config", "qalora_group_size", "runtime_config"),
+}
+# Why a field that is set cannot be merged; of other fields it is not known what they do.
+_WHY = {
+    "alora_invocation_tokens": "it applies from certain tokens on, which weights alone cannot do",
+    "arrow_config": "it is chosen token by token, which weights alone cannot do",
+    "trainable_token_indices": "rows of the embedding are trained apart; merge it with peft",
+    "layer_replication": "the layers are not the base's; merge it with peft",
+    "lora_bias": "B has a bias; merge it with peft",
+    "ensure_weight_tying": "the adapter is shared by tied layers; merge it with peft",
+}
+# Initial weights that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ) take something off it first.
+_PLAIN_INITS = (True, False, "true", "gaussian", "eva", "orthogonal")
+
+
+class AdapterConfig:
+    """What the fields say; UserError names one that would change the result and is not merged here."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / CONFIG
+        fields = config_of(self.path)
+        if fields.get("peft_type") != "LORA":
+            raise UserError(f"{self.path}: peft_type is {fields.get('peft_type')!r}; only LORA adapters are merged")
+        for name in sorted(fields.keys() - _READ - _WITHOUT_EFFECT):
+            if fields[name]:
+                why = _WHY.get(name, "what it does to the weights is not known here; merge it with peft")
+                raise UserError(f"{self.path}: {name} is {fields[name]!r}: {why}")
+        first = fields.get("init_lora_weights", True)
+        if (first.lower() if isinstance(first, str) else first) not in _PLAIN_INITS:
+            raise UserError(
+                f"{self.path}: init_lora_weights is {first!r}: such an adapter belongs to a base that was changed when "
+                "training began; save it again with peft's path_initial_model_for_weight_conversion"
+            )
+        self.base = fields.get("base_model_name_or_path")
+        self.bias = fields.get("bias", "none")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise UserError(f"{self.path}: bias is {self.bias!r}; PEFT knows none, all and lora_only")
+        self.dora = bool(fields.get("use_dora"))
+        self.modules_to_save: Sequence[str] = fields.get("modules_to_save") or ()
+        self.target_parameters: Sequence[str] = fields.get("target_parameters") or ()
+        self._targets: str | Sequence[str] = fields.get("target_modules") or ()
+        self._excluded: str | Sequence[str] = fields.get("exclude_modules") or ()
+        layers = fields.get("layers_to_transform")
+        self._layers = [layers] if isinstance(layers, int) else layers
+        pattern = fields.get("layers_pattern") or ()
+        self._layers_pattern = [pattern] if isinstance(pattern, str) else pattern
+        self._rank, self._ranks = self._number(fields, "r"), fields.get("rank_pattern") or {}
+        self._alpha, self._alphas = self._number(fields, "lora_alpha"), fields.get("alpha_pattern") or {}
+        self._root = bool(fields.get("use_rslora"))
+
+    def _number(self, fields: Mapping[str, Any], name: str) -> float:
+        value = fields.get(name, 8)  # PEFT's default of both
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{self.path}: {name} is {value!r}; a number is wanted")
+        return value
+
+    def rank(self, module: str) -> int:
+        """Of a module's matrices."""
+        return int(_matching(self._ranks, module, self._rank))
+
+    def scale(self, module: str) -> float:
+        """What `B @ A` is multiplied with: alpha / r, of rank-stabilised adapters alpha / sqrt(r)."""
+        rank = self.rank(module)
+        return float(_matching(self._alphas, module, self._alpha)) / (math.sqrt(rank) if self._root else rank)
+
+    def targets(self, module: str) -> bool:
+        """Whether PEFT gives this module of the base an adapter (`check_target_module_exists`)."""
+        if _named(self._excluded, module):
+            return False
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save):
+            return False
+        if not _named(self._targets, module):
+            return False
+        if isinstance(self._targets, str) or module in self._targets or not self._layers:
+            return True
+        patterns = [rf"(?:^|.*?\.){pattern}" for pattern in self._layers_pattern] or [r".*?\.[^.]*"]
+        found = next((match for pattern in patterns if (match := re.match(rf"{pattern}\.(\d+)\.", module))), None)
+        return found is not None and int(found[1]) in self._layers
+
+    def parameter(self, name: str) -> bool:
+        """Whether the adapter is of a parameter rather than of a module (`target_parameters`)."""
+        return _named(self.target_parameters, name)
+
+
+def _matching(patterns: Mapping[str, float], module: str, default: float) -> float:
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _named(names: str | Iterable[str], module: str) -> bool:
+    """A regular expression of the whole name, or names, each of them whole or its end."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)

@@ -1,0 +1,183 @@
+"""What an adapter adds to a matrix, computed strip by strip in float32, in the order and with the roundings of PEFT."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING
+
+from shared.checkpoint import blocks
+from shared.checkpoint.blocks import Files
+from shared.checkpoint.dtypes import Dtype, cast, count_not_finite, from_float32, to_float32, weight_dtype
+from shared.checkpoint.hf import region_of
+from shared.checkpoint.moves import Move
+from shared.checkpoint.region import Region
+from shared.checkpoint.safetensors_file import TensorInfo
+from shared.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class _Held(threading.local):
+    """The factor that a thread used last: the next strip is nearly always of the same matrix."""
+
+    key: object = None
+    values: np.ndarray
+
+
+_held = _Held()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Matrix:
+    """What is added to."""
+
+    region: Region
+    held: Dtype
+    dtype: Dtype  # what it is rounded to, before anything is added and after
+
+    @property
+    def columns(self) -> int:
+        return self.region.width // self.held.size
+
+    def rows(self, files: Files, first: int, count: int) -> np.ndarray:
+        """`[count, columns]` in float32, to be written to."""
+        data = memoryview(bytearray(count * self.region.width))
+        self.region.read(files, first, count, 0, self.region.width, data)
+        return to_float32(cast(data, self.held, self.dtype), self.dtype).reshape(count, self.columns)
+
+    def strips(self) -> Iterator[tuple[int, int]]:
+        """First row and number of rows of what is computed at once: a block of float32."""
+        step = max(blocks.BLOCK // (4 * self.columns), 1)
+        for first in range(0, self.region.rows, step):
+            yield first, min(step, self.region.rows - first)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Delta:
+    """`scale * B @ A`, of `A [rank, in]` and `B [out, rank]`, as rows of the matrix that it is added to.
+
+    Of experts, which PEFT adapts together, `A` is `[experts * rank, in]` and `B` is `[out, rank * experts]`: an expert's
+    rows of `A` are neighbours, its columns of `B` are `experts` apart.
+    """
+
+    a: TensorInfo
+    b: TensorInfo
+    rank: int
+    scale: float
+    across: bool  # the matrix is `[in, out]`: Conv1D, or an embedding, `[tokens, hidden]`
+    rounded: bool = False  # to the matrix's type before it is added, not only after
+    magnitude: TensorInfo | None = None  # DoRA: the norm of each output's weights
+    expert: int = 0
+    experts: int = 1
+    first_output: int = 0  # row of `B` that the matrix begins at: it may be one of two held together
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _factors: list[np.ndarray] = field(default_factory=list, repr=False)
+
+    @property
+    def bytes_held(self) -> int:
+        """Of memory, beside a strip: the factor that every strip needs, and what it is made of."""
+        return 3 * 4 * prod((self.b if self.across else self.a).shape) // self.experts
+
+    def rows(self, files: Files, first: int, count: int, columns: int) -> np.ndarray:
+        """`[count, columns]` of what is added, from row `first` of the matrix on."""
+        import numpy as np
+
+        if self.across:
+            left = self._a(files, first, count).T
+            right = self._once(files, (self, "b"), 0, columns).T
+        else:
+            left = self._b(files, first, count)
+            right = self._once(files, (self, "a"), 0, columns)
+        result = left @ right
+        result *= np.float32(self.scale)
+        return result
+
+    def _once(self, files: Files, key: tuple[Delta, str], first: int, count: int) -> np.ndarray:
+        if _held.key != key:
+            _held.values = self._b(files, first, count) if self.across else self._a(files, first, count)
+            _held.key = key
+        return _held.values
+
+    def _a(self, files: Files, first: int, count: int) -> np.ndarray:
+        """Columns of the expert's `A`: `[rank, count]`."""
+        return _window(self.a, files, self.expert * self.rank, self.rank, first, count)
+
+    def _b(self, files: Files, first: int, count: int) -> np.ndarray:
+        """Rows of the expert's `B`: `[count, rank]`."""
+        rows = _window(self.b, files, self.first_output + first, count, 0, self.b.shape[1])
+        return rows[:, self.expert :: self.experts]
+
+    def magnitudes(self, files: Files) -> np.ndarray:
+        """DoRA's vector, one number for each output."""
+        assert self.magnitude is not None
+        count = self.magnitude.shape[0]
+        return _window(self.magnitude, files, 0, count, 0, 1).reshape(count)
+
+    def column_factors(self, files: Files, base: Matrix) -> np.ndarray:
+        """DoRA's factor of each column of a matrix `[in, out]`: its norm needs all rows, which are read once for that."""
+        import numpy as np
+
+        with self._lock:
+            if not self._factors:
+                squares = np.zeros(base.columns, dtype=np.float64)
+                for first, count in base.strips():
+                    strip = base.rows(files, first, count)
+                    strip += self.rows(files, first, count, base.columns)
+                    squares += np.einsum("ij,ij->j", strip, strip, dtype=np.float64)
+                self._factors.append(self.magnitudes(files) / np.sqrt(squares).astype(np.float32))
+            return self._factors[0]
+
+
+def _window(tensor: TensorInfo, files: Files, row: int, rows: int, left: int, columns: int) -> np.ndarray:
+    """Rows and columns of one of the adapter's tensors in float32."""
+    dtype = weight_dtype(tensor.dtype, tensor.name, tensor.place)
+    data = memoryview(bytearray(rows * columns * dtype.size))
+    region_of(tensor).read(files, row, rows, left * dtype.size, columns * dtype.size, data)
+    return to_float32(data, dtype).reshape(rows, columns)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Merged:
+    """Rows of a matrix with what the adapter adds."""
+
+    base: Matrix
+    delta: Delta
+    first: int
+    count: int
+
+    @property
+    def size(self) -> int:
+        return self.count * self.base.columns * self.base.dtype.size
+
+    def fill(self, files: Files, out: memoryview) -> None:
+        import numpy as np
+
+        delta, base, dtype = self.delta, self.base, self.base.dtype
+        values = base.rows(files, self.first, self.count)
+        added = delta.rows(files, self.first, self.count, base.columns)
+        if delta.rounded:
+            added = to_float32(from_float32(added.reshape(-1), dtype), dtype).reshape(added.shape)
+        values += added
+        if delta.magnitude is not None:
+            if delta.across:
+                values *= delta.column_factors(files, base)
+            else:
+                norms = np.sqrt(np.einsum("ij,ij->i", values, values, dtype=np.float64)).astype(np.float32)
+                mine = slice(self.first, self.first + self.count)
+                values *= (delta.magnitudes(files)[mine] / norms)[:, None]
+        out[:] = from_float32(values.reshape(-1), dtype)
+        if any(count_not_finite(out, dtype)):
+            raise UserError(
+                f"{delta.b.place}: {base.region.name} is not finite after merging, in {dtype.name}; the adapter is "
+                "broken, or the base's type is too narrow for it"
+            )
+
+
+def merged(base: Matrix, delta: Delta) -> Iterator[Move]:
+    """A whole matrix with what the adapter adds."""
+    for first, count in base.strips():
+        yield Merged(base=base, delta=delta, first=first, count=count)

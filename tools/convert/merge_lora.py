@@ -1,0 +1,155 @@
+"""`convert merge-lora`: a LoRA adapter of PEFT merged into the Hugging Face directory that it was trained on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.checkpoint.blocks import BLOCK
+from shared.checkpoint.dtypes import weight_dtype
+from shared.checkpoint.execute import Task
+from shared.checkpoint.hf import HfReader, WeightLayout, region_of, weight_files, write_index
+from shared.checkpoint.moves import Move, converted, windows
+from shared.checkpoint.passengers import config_of, copy_passengers
+from shared.checkpoint.publish import publish
+from shared.checkpoint.reader import content_checks, open_checkpoint
+from shared.checkpoint.safetensors_file import TensorInfo
+from shared.cli import log
+from shared.families import registry
+from shared.mapping.rule import Table
+from tools.convert.adapter import Changes, match, read_adapter
+from tools.convert.adapter_config import AdapterConfig
+from tools.convert.execute import execute
+from tools.convert.lora import Matrix, merged
+from tools.convert.tokenizer_files import FILES, check_same_vocabulary
+from tools.convert.transfer import alias_checks, plan_import
+
+_MATRIX_THREADS = "OPENBLAS_NUM_THREADS"  # one each: the copying threads are many enough
+
+
+def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int | None) -> None:
+    """Merge; publishes `target` of kind hf."""
+    os.environ.setdefault(_MATRIX_THREADS, "1")  # read when numpy is imported, which is later
+    inputs = {"source": source, "adapter": adapter}
+    with publish(target, kind="hf", inputs=inputs, overwrite=overwrite, resumable=True) as out:
+        checkpoint = open_checkpoint(source, kinds=("hf",), flag="--source", verify="small")
+        reader, config = HfReader(source), AdapterConfig(adapter)
+        plan = plan_import(reader)
+        table = registry.table_of(plan.architecture)
+        prefix = table.optional_prefix
+        table = table.named_as(reader.tensors)
+        changes = match(config, read_adapter(adapter), table, prefix)
+        merge = _plan(reader, changes, table)
+        _say(config, changes, merge)
+        check_same_vocabulary(adapter, source, plan.architecture.vocab_size)
+
+        def checks(sources: frozenset[Path]) -> list[Task]:
+            return [*content_checks(checkpoint, sources, flag="--source"), *alias_checks(plan, reader)]
+
+        execute(
+            "merge-lora",
+            plan.architecture,
+            out,
+            weight_files(merge.layout, merge.moves, merge.sources),
+            target,
+            workers=workers,
+            strips=False,
+            converts=True,
+            checks=checks,
+            beside=8 * BLOCK + max((delta.bytes_held for delta in changes.deltas.values()), default=0),
+        )
+        write_index(out.path, merge.layout)
+        if own := [name for name in FILES if (adapter / name).is_file()]:
+            log(f"the adapter's own: {', '.join(own)}")
+            for name in own:
+                shutil.copyfile(adapter / name, out.path / name)
+        copy_passengers(source, out.path)
+        if merge.untied:
+            _untie(out.path / "config.json")
+        architecture = registry.from_config(config_of(out.path / "config.json"))
+        out.describe(
+            family=architecture.family,
+            architecture=architecture.to_dict(),
+            dtype=sorted({tensor.dtype for tensor in merge.layout.tensors().values()}),
+            tensors=len(merge.layout.tensors()),
+            parameters=architecture.parameter_count(),
+            adapter_base=config.base,
+            adapted=len(changes.names),
+        )
+
+
+def _plan(reader: HfReader, changes: Changes, table: Table) -> Merge:
+    layout, untied = reader.layout, None
+    for alias in table.aliases:
+        if changes.names & {alias.name, alias.of}:
+            untied = alias.name, alias.of
+            if alias.name not in layout.tensors():
+                embedding = reader.tensors[alias.of]
+                layout = layout.with_tensor(alias.name, embedding.dtype, embedding.shape)
+    if untied:
+        registry.from_config(reader.config | {"tie_word_embeddings": False})  # refuses by name what cannot be untied
+    return Merge(reader=reader, changes=changes, layout=layout, untied=untied)
+
+
+def _say(config: AdapterConfig, changes: Changes, merge: Merge) -> None:
+    log(
+        f"the adapter was trained on {config.base or 'a base that it does not name'}; it changes {len(changes.names)} tensors"
+    )
+    if merge.untied:
+        head, embedding = merge.untied
+        log(
+            f"{head} and {embedding} were one tensor and are two now, as they were while the adapter was trained; "
+            "config.json: tie_word_embeddings is false"
+        )
+    for name, tensor in changes.whole.items():
+        wanted = merge.layout.tensors()[name].dtype
+        if tensor.dtype != wanted:
+            log(f"{name}: the adapter's {tensor.dtype} becomes the base's {wanted}")
+
+
+def _untie(path: Path) -> None:
+    config = config_of(path) | {"tie_word_embeddings": False}
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """What the merged directory's tensors are made of."""
+
+    reader: HfReader
+    changes: Changes
+    layout: WeightLayout
+    untied: tuple[str, str] | None  # the head that becomes a tensor of its own, and the embedding that it was
+
+    def moves(self, tensor: TensorInfo) -> Iterator[Move]:
+        """Make one tensor."""
+        base = self._base(tensor.name)
+        if tensor.name not in self.changes.names:
+            region = region_of(base)
+            yield from windows(region, 0, region.rows)
+            return
+        whole = self.changes.whole.get(tensor.name, base)
+        held, dtype = (weight_dtype(t.dtype, t.name, t.place) for t in (whole, base))
+        if delta := self.changes.deltas.get(tensor.name):
+            yield from merged(Matrix(region=region_of(whole), held=held, dtype=dtype), delta)
+        else:
+            limit = BLOCK * held.size // max(held.size, dtype.size)
+            for move in windows(region_of(whole), 0, whole.shape[0], limit):
+                yield converted(move, held, dtype)
+
+    def sources(self, tensor: TensorInfo) -> Iterator[Path]:
+        """The files that a tensor is made of."""
+        yield self._base(tensor.name).file
+        if whole := self.changes.whole.get(tensor.name):
+            yield whole.file
+        if delta := self.changes.deltas.get(tensor.name):
+            yield delta.a.file
+
+    def _base(self, name: str) -> TensorInfo:
+        if self.untied and name == self.untied[0] and name not in self.reader.tensors:
+            name = self.untied[1]
+        return self.reader.tensors[name]
