@@ -25,10 +25,12 @@ class Dtype:
 BF16 = Dtype(name="bfloat16", safetensors="BF16", storage="BFloat16Storage", size=2)
 FP16 = Dtype(name="float16", safetensors="F16", storage="HalfStorage", size=2)
 FP32 = Dtype(name="float32", safetensors="F32", storage="FloatStorage", size=4)
+# Only in Megatron form, of numbers that are held less one: there the difference is exact.
+FP64 = Dtype(name="float64", safetensors="F64", storage="DoubleStorage", size=8)
 
-BY_NAME = {dtype.name: dtype for dtype in (BF16, FP16, FP32)}
+BY_NAME = {dtype.name: dtype for dtype in (BF16, FP16, FP32, FP64)}
 BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in (BF16, FP16, FP32)}
-BY_STORAGE = {dtype.storage: dtype for dtype in (BF16, FP16, FP32)}
+BY_STORAGE = {dtype.storage: dtype for dtype in (BF16, FP16, FP32, FP64)}
 BY_FLAG = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
 
 # Bits of every type a safetensors header may name; those above are the ones that weights may have here.
@@ -51,13 +53,17 @@ def weight_dtype(name: str, tensor: str, place: str) -> Dtype:
 def common(dtypes: Iterable[Dtype]) -> Dtype:
     """The smallest type that holds all of these exactly."""
     distinct = set(dtypes)
+    if FP64 in distinct:
+        return FP64
     return distinct.pop() if len(distinct) == 1 else FP32
 
 
 def to_float32(data: memoryview, dtype: Dtype) -> np.ndarray:
-    """The numbers of a block, flat. Exact."""
+    """The numbers of a block, flat. Exact, but for float64, which is rounded to nearest."""
     import numpy as np
 
+    if dtype is FP64:
+        return np.frombuffer(data, dtype=np.float64).astype(np.float32)
     if dtype is FP32:
         return np.frombuffer(data, dtype=np.float32)
     if dtype is FP16:
@@ -87,14 +93,28 @@ def cast(data: memoryview, source: Dtype, target: Dtype) -> memoryview:
     return data if source is target else from_float32(to_float32(data, source), target)
 
 
+def add(data: memoryview, number: float, source: Dtype, target: Dtype) -> memoryview:
+    """A block's numbers plus another, in another type: a sum in float64, rounded to float32 on the way to less."""
+    import numpy as np
+
+    wide = source is FP64
+    values = np.frombuffer(data, dtype=np.float64) if wide else to_float32(data, source).astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        summed = values + number
+        return memoryview(summed).cast("B") if target is FP64 else from_float32(summed.astype(np.float32), target)
+
+
 def count_not_finite(data: memoryview, dtype: Dtype) -> tuple[int, int]:
     """How many NaN and how many infinities a block holds."""
     import numpy as np
 
-    values = np.frombuffer(data, dtype=np.uint32 if dtype is FP32 else np.uint16)
-    exponent, mantissa = {"BF16": (0x7F80, 0x7F), "F16": (0x7C00, 0x3FF), "F32": (0x7F800000, 0x7FFFFF)}[
-        dtype.safetensors
-    ]
+    values = np.frombuffer(data, dtype=f"u{dtype.size}")
+    exponent, mantissa = {
+        BF16: (0x7F80, 0x7F),
+        FP16: (0x7C00, 0x3FF),
+        FP32: (0x7F800000, 0x7FFFFF),
+        FP64: (0x7FF << 52, (1 << 52) - 1),
+    }[dtype]
     special = values[(values & exponent) == exponent]
     nan = int(np.count_nonzero(special & mantissa))
     return nan, int(special.size) - nan

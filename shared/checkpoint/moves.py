@@ -13,8 +13,9 @@ from typing import Protocol
 
 from shared.checkpoint import blocks
 from shared.checkpoint.blocks import Files
-from shared.checkpoint.dtypes import Dtype, cast
+from shared.checkpoint.dtypes import Dtype, add, cast
 from shared.checkpoint.region import Region
+from shared.errors import UserError
 
 STRIP = 8  # blocks that a strip of a transposed tensor may take
 _TILE = 64  # rows that are transposed at once, so that both sides stay in a core's cache
@@ -131,6 +132,35 @@ class Converted:
             stop = first + _CAST_AT_ONCE
             numbers = held[first * self.source.size : stop * self.source.size]
             out[first * self.target.size : stop * self.target.size] = cast(numbers, self.source, self.target)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Added:
+    """Another move's numbers plus one or less one, in another type."""
+
+    move: Move
+    number: float
+    source: Dtype
+    target: Dtype
+    exact: str | None = None  # the tensor that must come back bit for bit, to be named where it does not
+
+    @property
+    def size(self) -> int:
+        return self.move.size // self.source.size * self.target.size
+
+    def fill(self, files: Files, out: memoryview) -> None:
+        held = memoryview(bytearray(self.move.size))
+        self.move.fill(files, held)
+        for first in range(0, len(held) // self.source.size, _CAST_AT_ONCE):
+            stop = first + _CAST_AT_ONCE
+            numbers = held[first * self.source.size : stop * self.source.size]
+            summed = add(numbers, self.number, self.source, self.target)
+            if self.exact and add(summed, -self.number, self.target, self.source) != numbers:
+                raise UserError(
+                    f"{self.exact} has numbers too small to be held as Megatron-Core does, less one, and given back "
+                    "bit for bit; set those below 2e-9 to zero"
+                )
+            out[first * self.target.size : stop * self.target.size] = summed
 
 
 def converted(move: Move, source: Dtype, target: Dtype) -> Move:

@@ -87,7 +87,9 @@ class TorchDistReader:
             if key.startswith(NOT_WEIGHTS):
                 self.other[key] = dtype
             elif dtype not in BY_NAME:
-                raise UserError(f"{path}: {key} is {dtype}; weights of bfloat16, float16 or float32 are wanted")
+                raise UserError(
+                    f"{path}: {key} is {dtype}; weights of bfloat16, float16, float32 or float64 are wanted"
+                )
             else:
                 self.tensors[key] = self._tensor(key, state, places)
 

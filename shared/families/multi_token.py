@@ -1,4 +1,4 @@
-"""Layers that predict tokens further ahead (multi-token prediction), which DeepSeek V3 publishes behind its last layer.
+"""Layers that predict tokens further ahead (multi-token prediction), which DeepSeek V3 and Qwen3-Next publish.
 
 They do not change the model's own answer. Megatron-Core keeps such layers inside a model of its own kind, which is not
 built here: their tensors stay beside the weights, as they are.
@@ -33,4 +33,23 @@ def multi_token_asides(a: Architecture) -> Iterator[Aside]:
         yield Aside(name=f"model.layers.{{layer}}.{name}.weight", layers=layers)
     for name in _MLP:
         path = f"model.layers.{{layer}}.mlp.experts.{{expert}}.{name}.weight"
+        yield Aside(name=path, axes=("layer", "expert"), layers=layers, complete=True)
+
+
+def mtp_asides(a: Architecture) -> Iterator[Aside]:
+    """Qwen's: under names of their own, counted from 0, each a whole layer with attention and experts."""
+    if not a.prediction_layers:
+        return
+    layers = tuple(range(a.prediction_layers))
+    for name in ("fc", "norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+        yield Aside(name=f"mtp.{name}.weight", axes=(), complete=True)
+    modules = [*_LAYER, *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm"))]
+    modules += ["mlp.shared_expert_gate", *(f"mlp.shared_expert.{name}" for name in _MLP)]
+    for name in modules:
+        yield Aside(name=f"mtp.layers.{{layer}}.{name}.weight", layers=layers, complete=True)
+    if a.qkv_bias:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            yield Aside(name=f"mtp.layers.{{layer}}.self_attn.{name}.bias", layers=layers, complete=True)
+    for name in _MLP:
+        path = f"mtp.layers.{{layer}}.mlp.experts.{{expert}}.{name}.weight"
         yield Aside(name=path, axes=("layer", "expert"), layers=layers, complete=True)

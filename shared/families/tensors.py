@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from shared.families.delta import delta_rules
 from shared.families.latent import latent_norms, latent_projections
-from shared.mapping.layout import CONCAT, Deal, Interleave, PadRows, RowLayout, Transposed
+from shared.mapping.layout import CONCAT, Deal, Gated, Interleave, PadRows, RowLayout, Transposed
 from shared.mapping.rule import Alias, Aside, Axis, Rule, Source, Table
 from shared.model.architecture import Architecture
 
@@ -33,6 +34,7 @@ class Names:
     fused: Literal["blocks", "groups"] = "blocks"
     q_norm: str = "self_attn.q_norm"
     k_norm: str = "self_attn.k_norm"
+    delta: str = "linear_attn."
     proj: str = "self_attn.o_proj"
     fc1: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     fc2: str = "mlp.down_proj"
@@ -73,6 +75,7 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
     vocabulary = PadRows(rows=a.padded_vocab_size())
     layers = "decoder.layers" if a.homogeneous else "decoder.layers.{layer}"
     attention, mlp = f"{layers}.self_attention", f"{layers}.mlp"
+    attending = a.attention_layers if a.delta else None
 
     def whole(
         key: str, name: str, *rows: int, columns: int = 0, kind: str = "weight", layout: RowLayout = CONCAT
@@ -113,13 +116,17 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
 
     def attention_rules() -> Iterator[Rule]:
         groups: RowLayout = Interleave(groups=a.num_query_groups)  # [q1..qn k1 v1 | q.. k2 v2 | ...]
-        if len(names.qkv) == 1:
+        queries = 2 * q if a.attention_gate else q
+        if a.attention_gate:
+            groups = Gated(groups=a.num_query_groups, head_dim=a.head_dim)
+        elif len(names.qkv) == 1:
             groups = CONCAT if names.fused == "groups" else Deal(parts=(q, kv, kv), groups=a.num_query_groups)
-        yield from layer(f"{attention}.linear_qkv", names.qkv, (q, kv, kv), hidden, a.qkv_bias, groups)
+        rows = (queries, kv, kv)
+        yield from layer(f"{attention}.linear_qkv", names.qkv, rows, hidden, a.qkv_bias, groups, of=attending)
         if a.qk_norm:
             heads = a.qk_norm_scope == "head"
-            yield from norm(f"{attention}.q_layernorm.", names.q_norm, a.head_dim if heads else q)
-            yield from norm(f"{attention}.k_layernorm.", names.k_norm, a.head_dim if heads else kv)
+            yield from norm(f"{attention}.q_layernorm.", names.q_norm, a.head_dim if heads else q, of=attending)
+            yield from norm(f"{attention}.k_layernorm.", names.k_norm, a.head_dim if heads else kv, of=attending)
 
     yield whole("embedding.word_embeddings.weight", names.embedding, a.vocab_size, columns=hidden, layout=vocabulary)
     if a.embedding_norm:
@@ -129,7 +136,7 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
 
     if a.norm_placement != "post":
         of_attention = f"{layers}.input_layernorm." if a.latent else f"{attention}.linear_qkv.layer_norm_"
-        yield from norm(of_attention, names.attention_norm)
+        yield from norm(of_attention, names.attention_norm, of=attending)
     if latent := a.latent:
         for key, name, size in latent_norms(latent):
             yield from norm(f"{attention}.{key}", name, size)
@@ -137,7 +144,11 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
             yield from layer(f"{attention}.{key}", (name,), shape[:1], shape[1], bias=False)
     else:
         yield from attention_rules()
-    yield from layer(f"{attention}.linear_proj", (names.proj,), (hidden,), a.attended_size, a.attention_output_bias)
+    output = (f"{attention}.linear_proj", (names.proj,), (hidden,), a.attended_size, a.attention_output_bias)
+    yield from layer(*output, of=attending)
+    if delta := a.delta:
+        yield from norm(f"{attention}.in_proj.layer_norm_", names.attention_norm, of=delta.layers)
+        yield from delta_rules(a, delta, attention, names.layer + names.delta)
     if a.norm_placement != "pre":
         yield from norm(f"{layers}.post_self_attn_layernorm.", names.post_attention_norm)
 

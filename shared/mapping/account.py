@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Protocol
 
 from shared.errors import UserError
-from shared.mapping.layout import Shape
+from shared.mapping.layout import Shape, of_source
 from shared.mapping.rule import Alias, Entry, Table
 
 
@@ -42,7 +42,7 @@ def account_sources(table: Table, found: Mapping[str, Found], where: str) -> Acc
     table = table.named_as(found)
     entries = tuple(table.entries())
     wanted = {source.name: source.shape for entry in entries for source in entry.sources}
-    assert len(wanted) == sum(len(entry.sources) for entry in entries), "a table uses each source once"
+    _check_rows(entries, wanted)
     aliases = tuple(alias for alias in table.aliases if alias.name in found)
     asides = tuple(sorted(table.aside_names() & found.keys()))
     if missing := [name for name in wanted if name not in found]:
@@ -65,6 +65,24 @@ def account_sources(table: Table, found: Mapping[str, Found], where: str) -> Acc
                 f"{found[name].place}: {name} is {list(found[name].shape)}, config.json asks for {list(shape)}"
             )
     return Account(entries=entries, aliases=aliases, asides=asides)
+
+
+def _check_rows(entries: Iterable[Entry], shapes: Mapping[str, Shape]) -> None:
+    """Several entries may take parts of one source; together they take each of its rows once."""
+    users: dict[str, list[tuple[Entry, int]]] = {}
+    for entry in entries:
+        for place, source in enumerate(entry.sources):
+            assert source.shape == shapes[source.name], f"a table says two shapes of {source.name}"
+            users.setdefault(source.name, []).append((entry, place))
+    for name, parts in users.items():
+        if len(parts) == 1 and not parts[0][0].partial:
+            continue
+        taken = sorted((s.source_row, s.rows) for entry, place in parts for s in of_source(entry.segments, place))
+        row = 0
+        for first, rows in taken:
+            assert first == row, f"a table uses each row of a source once: row {row} of {name}"
+            row += rows
+        assert row == shapes[name][0], f"a table uses each row of a source once: row {row} of {name}"
 
 
 def account_targets(

@@ -30,7 +30,7 @@ class Segment:
 
 
 class RowLayout(Protocol):
-    """A layout that moves whole rows. Its segments tile the target in order, and every source exactly once."""
+    """A layout that moves whole rows. Its segments tile the target in order, and use no source's row twice."""
 
     def target_shape(self, shapes: Sequence[Shape]) -> Shape:
         """Shape of the Megatron tensor made of sources of these shapes."""
@@ -93,6 +93,70 @@ class Deal:
         return tuple(
             Segment(source=0, source_row=starts[s.source] + s.source_row, target_row=s.target_row, rows=s.rows)
             for s in Interleave(groups=self.groups).segments([(part,) for part in self.parts])
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gated:
+    """Attention whose query heads each have a gate, `[q1 g1 ; q2 g2 ; ..]`, and keys and values beside them.
+
+    One group for every key/value head, as Megatron-Core has it: `[q1..qn g1..gn k1 v1 | q.. g.. k2 v2 | ...]`.
+    """
+
+    groups: int
+    head_dim: int
+
+    def target_shape(self, shapes: Sequence[Shape]) -> Shape:
+        queries, *_ = shapes
+        if queries[0] % (2 * self.head_dim * self.groups):
+            raise LayoutError(f"{queries[0]} rows are not {self.groups} groups of queries and gates")
+        return Interleave(groups=self.groups).target_shape(shapes)
+
+    def segments(self, shapes: Sequence[Shape]) -> tuple[Segment, ...]:
+        self.target_shape(shapes)
+        result: list[Segment] = []
+        for whole in Interleave(groups=self.groups).segments(shapes):
+            if whole.source:
+                result.append(whole)
+                continue
+            pairs = whole.rows // (2 * self.head_dim)
+            for index in range(2 * pairs):  # all queries of the group, then all gates
+                source = 2 * (index % pairs) + index // pairs
+                result.append(
+                    Segment(
+                        source=0,
+                        source_row=whole.source_row + source * self.head_dim,
+                        target_row=whole.target_row + index * self.head_dim,
+                        rows=self.head_dim,
+                    )
+                )
+        return tuple(result)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Undealt:
+    """One part of a source that `Interleave` would make of several: `[q1 k1 v1 | q2 k2 v2 | ...]` gives `[q1 ; q2 ..]`.
+
+    `parts` are rows of each of them in all; the other parts are other rules' to take.
+    """
+
+    parts: tuple[int, ...]
+    groups: int
+    part: int
+
+    def target_shape(self, shapes: Sequence[Shape]) -> Shape:
+        (shape,) = shapes
+        if shape[0] != sum(self.parts) or any(part % self.groups for part in self.parts):
+            raise LayoutError(f"{shape[0]} rows are not {self.groups} groups of {list(self.parts)} rows in all")
+        return (self.parts[self.part], *shape[1:])
+
+    def segments(self, shapes: Sequence[Shape]) -> tuple[Segment, ...]:
+        self.target_shape(shapes)
+        dealt = Interleave(groups=self.groups).segments([(part,) for part in self.parts])
+        return tuple(
+            Segment(source=0, source_row=s.target_row, target_row=s.source_row, rows=s.rows)
+            for s in dealt
+            if s.source == self.part
         )
 
 

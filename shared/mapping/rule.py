@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from math import prod
 from typing import Literal
 
 from shared.errors import UserError
@@ -21,11 +22,14 @@ Axis = Literal["layer", "expert"]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A tensor of the Hugging Face form."""
+    """A tensor of the Hugging Face form, of which a rule may take some rows and other rules the rest."""
 
     name: str
     shape: Shape
     fp32: bool = False  # whatever the type of the model's other weights
+    # What a new model's are: normal with the family's deviation (biases zero, norms one), all one, or logarithms of
+    # numbers spread evenly up to 16.
+    drawn: Literal["usual", "one", "log"] = "usual"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,7 @@ class Rule:
     layout: RowLayout = COPY
     axes: tuple[Axis, ...] = ()
     layers: tuple[int, ...] | None = None  # those that have it; None: all
+    less_one: bool = False  # Megatron-Core holds the numbers less one, and adds it when it computes
 
     @property
     def stacked(self) -> tuple[Axis, ...]:
@@ -102,6 +107,7 @@ class Table:
                     index=tuple(index[axis] for axis in rule.stacked),
                     sources=tuple(replace(s, name=s.name.format(**index)) for s in rule.sources),
                     layout=rule.layout,
+                    less_one=rule.less_one,
                 )
 
     def aside_names(self, *, complete: bool = False) -> set[str]:
@@ -128,6 +134,7 @@ class Entry:
     index: Shape  # this entry's place on them
     sources: tuple[Source, ...]
     layout: RowLayout
+    less_one: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -146,6 +153,11 @@ class Entry:
     def padded(self) -> bool:
         """Whether another padding of the rows is the same tensor."""
         return isinstance(self.layout, PadRows)
+
+    @property
+    def partial(self) -> bool:
+        """Whether rows of the sources are left to other entries."""
+        return prod(self.shape) < sum(prod(source.shape) for source in self.sources)
 
     @property
     def transposed(self) -> bool:

@@ -69,6 +69,38 @@ class LatentAttention:
     norm_epsilon: float = 1e-6
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeltaNet:
+    """Gated delta nets (Yang et al., 2024) in place of attention in `layers`.
+
+    A head of a value has a state `[key_head_dim, value_head_dim]`, which forgets, takes back what it would answer to
+    the token's key, and learns the token's value. Heads of values share those of queries and keys in equal runs.
+    """
+
+    layers: tuple[int, ...]  # by index from 0
+    key_heads: int  # and of queries
+    value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    conv_kernel: int  # tokens that a channel of queries, keys and values is mixed over, this one the last
+
+    def __post_init__(self) -> None:
+        if self.value_heads % self.key_heads:
+            raise ValueError(f"{self.value_heads} heads of values cannot share {self.key_heads} heads of keys equally")
+        if not self.layers:
+            raise ValueError("gated delta nets are described, but no layer has one")
+
+    @property
+    def key_size(self) -> int:
+        """Rows of the projection to keys, and of that to queries."""
+        return self.key_heads * self.key_head_dim
+
+    @property
+    def value_size(self) -> int:
+        """Rows of the projection to values, and of that to their gates."""
+        return self.value_heads * self.value_head_dim
+
+
 Activation = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"]
 
 Residual = Literal["sequential", "parallel", "parallel_shared"]
@@ -118,6 +150,8 @@ class Architecture:
     layers_without_rope: tuple[int, ...] = ()  # by index from 0
 
     latent: LatentAttention | None = None
+    delta: DeltaNet | None = None
+    attention_gate: bool = False  # heads' answers are weighed by the sigmoid of a projection of the token
     qkv_bias: bool = False
     attention_output_bias: bool = False
     qk_norm: bool = False  # a norm on queries and keys, before rotation
@@ -174,12 +208,15 @@ class Architecture:
             raise ValueError("ALiBi with a sliding window or a soft cap is not computed")
         if self.latent:
             self._check_latent(self.latent)
+        if self.delta and (self.norm_placement, self.residual) != ("pre", "sequential"):
+            raise ValueError("gated delta nets in layers that are not LLaMA's are not computed")
         dense = self.experts.dense_layers if self.experts else ()
         if self.experts and (self.mlp_bias or not self.gated):
             raise ValueError("experts with biases or without a gate are not computed")
         if self.experts and self.residual == "parallel_shared":
             raise ValueError("experts that share a norm with attention are not computed")
         layers = self.layers_without_rope + self.full_attention_layers + dense
+        layers += self.delta.layers if self.delta else ()
         if layers and not 0 <= min(layers) <= max(layers) < self.num_layers:
             raise ValueError(f"there is no layer {max(layers)}: the model has {self.num_layers}")
 
@@ -198,6 +235,8 @@ class Architecture:
             raise ValueError("latent attention with positions other than its own is not computed")
         if self.qkv_bias or self.attention_output_bias or self.qk_norm or self.sliding_window:
             raise ValueError("latent attention with biases, norms of heads or a window is not computed")
+        if self.attention_gate or self.delta:
+            raise ValueError("latent attention with gates or beside delta nets is not computed")
         if (self.norm, self.norm_placement, self.residual) != ("rmsnorm", "pre", "sequential"):
             raise ValueError("latent attention in layers that are not LLaMA's is not computed")
 
@@ -216,7 +255,13 @@ class Architecture:
     @property
     def homogeneous(self) -> bool:
         """Whether all layers have the same tensors, so that Megatron-Core stacks them."""
-        return len(self.moe_layers) in (0, self.num_layers)
+        return len(self.moe_layers) in (0, self.num_layers) and self.delta is None
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Layers that have attention."""
+        other = self.delta.layers if self.delta else ()
+        return tuple(layer for layer in range(self.num_layers) if layer not in other)
 
     @property
     def rotated(self) -> int:
@@ -258,14 +303,16 @@ class Architecture:
         """Number of weights, without vocabulary padding; `active` counts the experts that one token goes through."""
         norm = self.hidden_size * (2 if self.norm_bias else 1)
         per_layer = {"parallel_shared": 1}.get(self.residual, 4 if self.norm_placement == "sandwich" else 2)
-        norms = per_layer * norm
-        if self.qk_norm:
-            norms += 2 * self.head_dim if self.qk_norm_scope == "head" else self.q_size + self.kv_size
-        qkv = self.q_size + 2 * self.kv_size
+        qkv = self.q_size * (2 if self.attention_gate else 1) + 2 * self.kv_size
         attention = self.hidden_size * (qkv + self.q_size)
         if self.latent:
             attention = self._latent_count(self.latent)
-        biases = self.qkv_bias * qkv + self.attention_output_bias * self.hidden_size
+        if self.qk_norm:
+            attention += 2 * self.head_dim if self.qk_norm_scope == "head" else self.q_size + self.kv_size
+        attention += self.qkv_bias * qkv + self.attention_output_bias * self.hidden_size
+        mixers = len(self.attention_layers) * attention
+        if self.delta:
+            mixers += len(self.delta.layers) * self._delta_count(self.delta)
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         embeddings += self.vocab_size * self.output_bias + norm * self.embedding_norm
         if self.positions == "learned":
@@ -277,7 +324,13 @@ class Architecture:
             each += experts.correction_bias * experts.count + experts.shared_gate * self.hidden_size
             each += self._mlp_count(experts.shared_ffn_hidden_size or 0)
             mlps += len(self.moe_layers) * each
-        return self.num_layers * (norms + attention + biases) + mlps + embeddings + norm
+        return self.num_layers * per_layer * norm + mixers + mlps + embeddings + norm
+
+    def _delta_count(self, delta: DeltaNet) -> int:
+        projected = 2 * delta.key_size + 2 * delta.value_size + 2 * delta.value_heads
+        convolution = (2 * delta.key_size + delta.value_size) * delta.conv_kernel
+        rest = 2 * delta.value_heads + delta.value_head_dim + delta.value_size * self.hidden_size
+        return self.hidden_size * projected + convolution + rest
 
     def _latent_count(self, latent: LatentAttention) -> int:
         rank, heads, queries = latent.kv_lora_rank, self.num_attention_heads, self.hidden_size * self.q_size

@@ -14,6 +14,7 @@ from shared.model.architecture import Architecture
 _ATTENTION = ("linear_qkv", "linear_proj", "core_attention", "q_layernorm", "k_layernorm")
 _LATENT = ("linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj")
 _DIRECT_QUERIES = ("linear_q_proj", "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj")
+_DELTA = ("in_proj", "out_norm", "out_proj")
 _DENSE = ("mlp.linear_fc1", "mlp.linear_fc2")
 _SPARSE = ("pre_mlp_layernorm", "mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
 _EXPERT = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
@@ -24,7 +25,7 @@ def extra_states(architecture: Architecture) -> Iterator[str]:
     layers, experts = architecture.num_layers, architecture.experts
     for layer in range(layers):
         sparse = layer in architecture.moe_layers
-        modules = _attention(architecture) + list(_SPARSE if sparse else _DENSE)
+        modules = _attention(architecture, layer) + list(_SPARSE if sparse else _DENSE)
         prefix, index, sizes = ("decoder.layers", [layer], [layers])
         if not architecture.homogeneous:
             prefix, index, sizes = (f"decoder.layers.{layer}", [], [])
@@ -36,7 +37,9 @@ def extra_states(architecture: Architecture) -> Iterator[str]:
     yield "decoder.final_layernorm._extra_state/shard_0_1"
 
 
-def _attention(architecture: Architecture) -> list[str]:
+def _attention(architecture: Architecture, layer: int) -> list[str]:
+    if layer not in architecture.attention_layers:
+        return [f"self_attention.{module}" for module in _DELTA]
     if architecture.latent is None:
         return [f"self_attention.{module}" for module in _ATTENTION]
     projections = _LATENT if architecture.latent.q_lora_rank else _DIRECT_QUERIES

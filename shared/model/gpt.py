@@ -17,6 +17,7 @@ from torch.nn import functional
 from shared.device import prepare
 from shared.model.architecture import Activation, Architecture
 from shared.model.cross_entropy import vocab_parallel_cross_entropy
+from shared.model.delta_net import delta_config
 from shared.model.ends import adapt_embedding, adapt_output, output_layer_with_bias
 from shared.model.experts import experts_config
 from shared.model.latent import latent_config
@@ -129,6 +130,7 @@ def transformer_config(
         "add_bias_linear": False,  # each layer's bias is in the spec
         "add_qkv_bias": architecture.qkv_bias,
         "qk_layernorm": architecture.qk_norm,
+        "attention_output_gate": architecture.attention_gate,
         "rotary_interleaved": architecture.rotary_interleaved,
         "no_rope_freq": [int(i in architecture.layers_without_rope) for i in range(architecture.num_layers)]
         if architecture.layers_without_rope
@@ -159,6 +161,7 @@ def transformer_config(
         "apply_rope_fusion": False,
         **_RECOMPUTE[recompute],
         **(experts_config(architecture, architecture.experts) if architecture.experts else {}),
+        **(delta_config(architecture, architecture.delta) if architecture.delta else {}),
     }
     if architecture.latent:
         return MLATransformerConfig(**{**fields, **latent_config(architecture, architecture.latent), **overrides})

@@ -60,6 +60,7 @@ class ParallelLayout:
                 f"{architecture.ffn_hidden_size}"
             )
         self._check_latent(architecture)
+        self._check_delta(architecture)
         self._check_experts(architecture, world_size)
         stages = self.pipeline * self.virtual_pipeline
         if architecture.num_layers % stages:
@@ -79,6 +80,17 @@ class ParallelLayout:
                 raise UserError(
                     f"--tensor-parallel {self.tensor} does not divide latent attention's low-rank projection of {size}"
                 )
+
+    def _check_delta(self, architecture: Architecture) -> None:
+        delta = architecture.delta
+        if delta is None or self.tensor == 1:
+            return
+        if not self.sequence_parallel:
+            raise UserError("gated delta nets with --tensor-parallel above 1 need --sequence-parallel")
+        if delta.key_heads % self.tensor:
+            raise UserError(
+                f"--tensor-parallel {self.tensor} does not divide the gated delta nets' {delta.key_heads} heads of keys"
+            )
 
     def _check_experts(self, architecture: Architecture, world_size: int) -> None:
         experts = architecture.experts

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from shared.model.architecture import Architecture
 from shared.model.attention import CoreAttention, RotatedSelfAttention
+from shared.model.delta_net import DELTA_CHECKPOINT_KEYS, delta_net
 from shared.model.experts import experts_of
 from shared.model.latent import LATENT_CHECKPOINT_KEYS, latent_attention
 from shared.model.layer import JoinedLayer, has_own_layer
@@ -45,20 +46,19 @@ def _layer(architecture: Architecture, layer: int, rotation: Rotation | None) ->
     norm = norm_of(architecture, checkpointed=False) if architecture.norm_placement != "post" else IdentityOp
     own, sparse = has_own_layer(architecture), layer in architecture.moe_layers
     experts = architecture.experts if sparse else None
+    delta = architecture.delta if layer not in architecture.attention_layers else None
+    keys = LATENT_CHECKPOINT_KEYS if architecture.latent else DELTA_CHECKPOINT_KEYS if delta else _ATTENTION_KEYS
     return ModuleSpec(
         module=JoinedLayer if own else TransformerLayer,
         params={"architecture": architecture} if own else {},
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=_attention(architecture, rotation),
+            self_attention=delta_net(architecture, delta) if delta else _attention(architecture, rotation),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp if architecture.residual == "parallel_shared" else norm,
             mlp=experts_of(experts) if experts else partial(MLP.as_mlp_submodule, submodules=_mlp(architecture)),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map={
-                **(LATENT_CHECKPOINT_KEYS if architecture.latent else _ATTENTION_KEYS),
-                **({} if sparse else _DENSE_KEYS),
-            },
+            sharded_state_dict_keys_map={**keys, **({} if sparse else _DENSE_KEYS)},
         ),
     )
 

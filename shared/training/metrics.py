@@ -38,7 +38,7 @@ def flops_per_token(architecture: Architecture, sequence_length: int) -> float:
     embedding = architecture.vocab_size * architecture.hidden_size
     matrices = architecture.parameter_count(active=True) - (0 if architecture.tied_embeddings else embedding)
     scores_and_values = architecture.q_size + architecture.attended_size  # 2 q where heads of values are as large
-    return 6.0 * matrices + 6.0 * architecture.num_layers * scores_and_values * sequence_length
+    return 6.0 * matrices + 6.0 * len(architecture.attention_layers) * scores_and_values * sequence_length
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:

@@ -60,7 +60,8 @@ def run(
         config = registry.to_config(replace(_named(str(size)), **changes), **tokens, **types)
     architecture = registry.from_config(config)
 
-    sources = [source for entry in registry.table_of(architecture).entries() for source in entry.sources]
+    entries = registry.table_of(architecture).entries()
+    sources = list({source.name: source for entry in entries for source in entry.sources}.values())
     kinds = {source.name: FP32 if source.fp32 else kind for source in sources}
     layout = default_layout(sorted((source.name, kinds[source.name].safetensors, source.shape) for source in sources))
     total = sum(tensor.size for tensor in layout.tensors().values())
@@ -94,18 +95,15 @@ def _named(size: str) -> Architecture:
 def _drawer(
     architecture: Architecture, dtypes: Mapping[str, Dtype], seed: int
 ) -> Callable[[TensorInfo], Iterator[memoryview]]:
-    """Norms are one, biases zero, everything else normal with the family's standard deviation, as in transformers.
+    """As transformers draws them: norms are one, biases zero, most of the rest normal with the family's deviation.
 
     Each tensor has a generator of its own, seeded by its name, so that its numbers do not depend on the others.
     """
 
-    norms = {
-        source.name
-        for entry in registry.table_of(architecture).entries()
-        for source in entry.sources
-        if "norm" in entry.key and entry.key.endswith("weight")
-    }
-    one = np.float32(0.0 if architecture.norm == "rmsnorm_1p" else 1.0)  # Gemma stores its weights less one
+    entries = list(registry.table_of(architecture).entries())
+    of = {source.name: entry for entry in entries for source in entry.sources}
+    drawn = {source.name: source.drawn for entry in entries for source in entry.sources}
+    norms = {name for name, entry in of.items() if "norm" in entry.key and entry.key.endswith("weight")}
 
     def draw(tensor: TensorInfo) -> Iterator[memoryview]:
         name, dtype = tensor.name, dtypes[tensor.name]
@@ -114,8 +112,13 @@ def _drawer(
         generator = np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "little")))
         while rest:
             count = min(rest, BLOCK // 4)
-            if name in norms:
-                values = np.full(count, one, dtype=np.float32)
+            if drawn[name] == "one":
+                values = np.ones(count, dtype=np.float32)
+            elif drawn[name] == "log":
+                values = np.log(generator.uniform(0.01, 16.0, count)).astype(np.float32)
+            elif name in norms:  # Gemma stores its weights less one
+                less_one = architecture.norm == "rmsnorm_1p" and not of[name].less_one
+                values = np.full(count, 0.0 if less_one else 1.0, dtype=np.float32)
             elif name.endswith("bias"):
                 values = np.zeros(count, dtype=np.float32)
             else:

@@ -40,7 +40,9 @@ def run(
         reader, plan = open_export(checkpoint, files, dtype)
         tensors = plan.layout.tensors()
         if plan.rounded:
-            held = sorted({reader.tensors[plan.origin[name][0].key].dtype.name for name in plan.rounded})
+            held = sorted(
+                {reader.tensors[entry.key].dtype.name for name in plan.rounded for entry, _ in plan.origin[name]}
+            )
             written = sorted({tensors[name].dtype for name in plan.rounded})
             why = "--dtype" if dtype else "the source's type"
             log(f"{len(plan.rounded)} tensors held in {', '.join(held)} are rounded to {', '.join(written)}, {why}")
@@ -53,7 +55,7 @@ def run(
             shards,
             target,
             workers=workers,
-            strips=any(entry.transposed for entry, _ in plan.origin.values()),
+            strips=any(entry.transposed for parts in plan.origin.values() for entry, _ in parts),
             converts=reader.cut_columns or changes_types(plan, reader),
             checks=checks,
         )

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from shared.checkpoint import blocks
 from shared.checkpoint.blocks import Files
-from shared.checkpoint.dtypes import Dtype, common, weight_dtype
+from shared.checkpoint.dtypes import FP32, FP64, Dtype, common, weight_dtype
 from shared.checkpoint.execute import Task
 from shared.checkpoint.hf import HfReader, WeightLayout, default_layout, region_of, weight_files
-from shared.checkpoint.moves import Move, NewFile, Part, converted, stream, turned, windows, zeros
+from shared.checkpoint.moves import Added, Move, NewFile, Part, converted, stream, turned, windows, zeros
 from shared.checkpoint.safetensors_file import TensorInfo
 from shared.checkpoint.torch_dist import NOT_WEIGHTS, TorchDistReader
 from shared.checkpoint.torch_dist_writer import CHUNK_BYTES, TorchDistLayout
@@ -51,6 +51,7 @@ def plan_import(reader: HfReader) -> Import:
     architecture = registry.from_config(reader.config)
     account = account_sources(registry.table_of(architecture), reader.tensors, str(reader.path))
     kinds: dict[str, set[Dtype]] = {}
+    less_one = {entry.key for entry in account.entries if entry.less_one}
     for entry in account.entries:
         for source in entry.sources:
             tensor = reader.tensors[source.name]
@@ -58,7 +59,7 @@ def plan_import(reader: HfReader) -> Import:
     return Import(
         architecture=architecture,
         account=account,
-        dtypes={key: common(found) for key, found in kinds.items()},
+        dtypes={key: FP64 if key in less_one else common(found) for key, found in kinds.items()},
         widened=tuple(key for key, found in kinds.items() if len(found) > 1),
     )
 
@@ -128,7 +129,12 @@ def target_moves(entry: Entry, dtype: Dtype, reader: HfReader, first: int, count
             moves = turned(parts, segment.source_row, segment.rows, rows, own.size, _limit(own, dtype))
         else:
             moves = windows(region, segment.source_row, segment.rows, _limit(own, dtype))
-        yield from (converted(move, own, dtype) for move in moves)
+        if entry.less_one:
+            place = f"{tensor.place}: {tensor.name}"
+            moves = (Added(move=move, number=-1.0, source=own, target=dtype, exact=place) for move in moves)
+            yield from moves
+        else:
+            yield from (converted(move, own, dtype) for move in moves)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +143,7 @@ class Export:
 
     architecture: Architecture
     layout: WeightLayout
-    origin: dict[str, tuple[Entry, int]]  # Hugging Face name -> the slice it is in, and as which source
+    origin: dict[str, list[tuple[Entry, int]]]  # Hugging Face name -> the slices it is in, and as which source
     asides: dict[str, TensorInfo]  # tensors that are no weights, kept in a file of their own
     rounded: tuple[str, ...]  # tensors that are written in a narrower type than they are held in
 
@@ -167,15 +173,20 @@ def plan_export(
     if layout is not None:
         table = table.named_as(layout.tensors())
     entries = account_targets(table, reader.tensors, str(reader.directory), NOT_WEIGHTS)
-    origin = {source.name: (entry, place) for entry in entries for place, source in enumerate(entry.sources)}
-    shapes = {name: entry.sources[place].shape for name, (entry, place) in origin.items()}
+    origin: dict[str, list[tuple[Entry, int]]] = {}
+    for entry in entries:
+        for place, source in enumerate(entry.sources):
+            origin.setdefault(source.name, []).append((entry, place))
+    shapes = {name: entry.sources[place].shape for name, ((entry, place), *_) in origin.items()}
+    held = {name: common(reader.tensors[entry.key].dtype for entry, _ in parts) for name, parts in origin.items()}
     if layout is None:
-        held = [(n, reader.tensors[origin[n][0].key].dtype.safetensors, shapes[n]) for n in sorted(origin)]
-        layout = default_layout(held)
+        types = {name: (FP32 if dtype is FP64 else dtype).safetensors for name, dtype in held.items()}
+        layout = default_layout([(name, types[name], shapes[name]) for name in sorted(origin)])
     names = layout.tensors()
     for alias in table.aliases:
         if alias.name in names:
             origin[alias.name], shapes[alias.name] = origin[alias.of], shapes[alias.of]
+            held[alias.name] = held[alias.of]
     if absent := sorted(shapes.keys() - names.keys()):
         raise UserError(
             f"hf/weights.json has no place for {absent[0]}, which hf/config.json asks for; restore the file"
@@ -191,20 +202,22 @@ def plan_export(
         layout = layout.with_dtypes(dict.fromkeys(shapes, dtype.safetensors))
     final = layout.tensors()
     kept = {name: tensor for name, tensor in asides.items() if name in final}
-    rounded = tuple(
-        name
-        for name, (entry, _) in origin.items()
-        if common([reader.tensors[entry.key].dtype, weight_dtype(final[name].dtype, name, "hf/weights.json")]).size
-        > weight_dtype(final[name].dtype, name, "hf/weights.json").size
-    )
+
+    def rounds(name: str) -> bool:
+        written, own = (weight_dtype(of[name].dtype, name, "hf/weights.json") for of in (final, names))
+        if any(entry.less_one for entry, _ in origin[name]):  # exact as it was imported, and never after training
+            return held[name] is not FP64 or common([written, own]) is not written
+        return common([held[name], written]) is not written
+
+    rounded = tuple(name for name in origin if rounds(name))
     return Export(architecture=architecture, layout=layout, origin=origin, asides=kept, rounded=rounded)
 
 
 def changes_types(plan: Export, reader: TorchDistReader) -> bool:
     """Whether a tensor is written in another type than it is held in."""
     tensors = plan.layout.tensors()
-    held = ((name, reader.tensors[entry.key].dtype.safetensors) for name, (entry, _) in plan.origin.items())
-    return any(tensors[name].dtype != dtype for name, dtype in held)
+    held = ((name, reader.tensors[entry.key].dtype) for name, parts in plan.origin.items() for entry, _ in parts)
+    return any(tensors[name].dtype != dtype.safetensors for name, dtype in held)
 
 
 def layout_export(plan: Export, reader: TorchDistReader) -> list[NewFile]:
@@ -213,29 +226,35 @@ def layout_export(plan: Export, reader: TorchDistReader) -> list[NewFile]:
     def sources(tensor: TensorInfo) -> Iterable[Path]:
         if tensor.name in plan.asides:
             return [plan.asides[tensor.name].file]
-        entry, _ = plan.origin[tensor.name]
-        return reader.files_of(entry.key, entry.index)
+        parts = plan.origin[tensor.name]
+        return chain.from_iterable(reader.files_of(entry.key, entry.index) for entry, _ in parts)
 
     return weight_files(plan.layout, lambda tensor: source_moves(plan, reader, tensor), sources)
 
 
 def source_moves(plan: Export, reader: TorchDistReader, tensor: TensorInfo) -> Iterator[Move]:
-    """What makes a Hugging Face tensor, from the Megatron one it is in."""
+    """What makes a Hugging Face tensor, from those of Megatron that it is in."""
     if tensor.name in plan.asides:
         region = region_of(plan.asides[tensor.name])
         yield from windows(region, 0, region.rows)
         return
-    entry, place = plan.origin[tensor.name]
-    held = reader.tensors[entry.key].dtype
     wanted = weight_dtype(tensor.dtype, tensor.name, tensor.place)
-    region, segments = reader.region(entry.key, entry.index), of_source(entry.segments, place)
-    moves: Iterable[Move]
-    if entry.transposed:
-        parts = tuple(Part(region=region, row=s.target_row, rows=s.rows, at=s.source_row) for s in segments)
-        moves = turned(parts, 0, tensor.shape[0], tensor.shape[1], held.size, _limit(held, wanted))
-    else:
-        moves = chain.from_iterable(windows(region, s.target_row, s.rows, _limit(held, wanted)) for s in segments)
-    yield from (converted(move, held, wanted) for move in moves)
+    pieces = []
+    for entry, place in plan.origin[tensor.name]:
+        held, region = reader.tensors[entry.key].dtype, reader.region(entry.key, entry.index)
+        segments = of_source(entry.segments, place)
+        if entry.transposed:
+            parts = tuple(Part(region=region, row=s.target_row, rows=s.rows, at=s.source_row) for s in segments)
+            strips = turned(parts, 0, tensor.shape[0], tensor.shape[1], held.size, _limit(held, wanted))
+            yield from (converted(move, held, wanted) for move in strips)
+            return
+        pieces += [(segment, region, entry.less_one, held) for segment in segments]
+    for segment, region, less_one, held in sorted(pieces, key=lambda piece: piece[0].source_row):
+        for move in windows(region, segment.target_row, segment.rows, _limit(held, wanted)):
+            if less_one:
+                yield Added(move=move, number=1.0, source=held, target=wanted)
+            else:
+                yield converted(move, held, wanted)
 
 
 def source_rows(plan: Export, reader: TorchDistReader, tensor: TensorInfo) -> Iterator[memoryview]:

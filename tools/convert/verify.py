@@ -220,7 +220,7 @@ def _aligned(left: Iterator[memoryview], right: Iterator[memoryview]) -> Iterato
 
 def _check_padding(dist: TorchDistReader, plan: Export, findings: Findings) -> None:
     """Rows beyond the vocabulary are zero in what a conversion wrote."""
-    for entry in {entry.key: entry for entry, _ in plan.origin.values() if entry.padded}.values():
+    for entry in {entry.key: entry for parts in plan.origin.values() for entry, _ in parts if entry.padded}.values():
         kept = entry.sources[0].shape[0]
         rows = dist.tensors[entry.key].shape[0] - kept
         if rows and any(any(block) for block in dist.rows(entry.key, entry.index, kept, rows)):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from shared.checkpoint.dtypes import BF16, FP16, FP32, Dtype, cast, common, count_not_finite, weight_dtype
+from shared.checkpoint.dtypes import BF16, FP16, FP32, FP64, Dtype, add, cast, common, count_not_finite, weight_dtype
 from shared.errors import UserError
 
 TORCH = {BF16: torch.bfloat16, FP16: torch.float16, FP32: torch.float32}
@@ -66,6 +66,17 @@ def test_same_type_is_not_touched() -> None:
     assert cast(data, BF16, BF16) is data
 
 
+@pytest.mark.parametrize("source", [BF16, FP16, FP32], ids=lambda d: d.name)
+def test_one_less_in_float64_is_undone_exactly(source: Dtype) -> None:
+    values = as_torch(float32_patterns() if source is FP32 else all_16_bit_patterns(), source)
+    values = values[(values == 0) & ~values.signbit() | (values.abs() > 2e-9) & (values.abs() < 1e15)]
+    bits = torch.int32 if source is FP32 else torch.int16
+    data = memoryview(values.view(bits).numpy()).cast("B")
+    held = add(data, -1.0, source, FP64)
+    assert torch.equal(torch.frombuffer(bytearray(held), dtype=torch.float64), values.double() - 1)
+    assert add(held, 1.0, FP64, source) == data
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=lambda d: d.name)
 def test_counting_nan_and_infinity(dtype: Dtype) -> None:
     data = float32_patterns() if dtype is FP32 else all_16_bit_patterns()
@@ -77,6 +88,7 @@ def test_common_type_holds_all_exactly() -> None:
     assert common([BF16, BF16]) is BF16
     assert common([BF16, FP32]) is FP32
     assert common([BF16, FP16]) is FP32
+    assert common([FP64, BF16]) is FP64
 
 
 def test_quantised_weight_is_named() -> None:

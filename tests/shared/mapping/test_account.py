@@ -8,7 +8,7 @@ import pytest
 
 from shared.errors import UserError
 from shared.mapping.account import account_sources, account_targets
-from shared.mapping.layout import PadRows
+from shared.mapping.layout import PadRows, Undealt
 from shared.mapping.rule import Alias, Aside, Rule, Source, Table
 
 
@@ -60,6 +60,15 @@ def test_a_table_that_uses_a_source_twice_is_a_defect() -> None:
     twice = replace(TABLE, rules=(*TABLE.rules, replace(TABLE.rules[0], megatron="output")))
     with pytest.raises(AssertionError, match="once"):
         account_sources(twice, SOURCES, "dir")
+
+
+def test_rules_may_share_a_source_and_must_use_it_up() -> None:
+    source = (Source(name="qk", shape=(4, 3)),)
+    halves = [Rule(megatron=f"h.{p}", sources=source, layout=Undealt(parts=(2, 2), groups=2, part=p)) for p in (0, 1)]
+    shared = replace(TABLE, rules=(*TABLE.rules, *halves))
+    assert len(account_sources(shared, SOURCES | {"qk": Found((4, 3))}, "dir").entries) == 5
+    with pytest.raises(AssertionError, match="row 1 of qk"):
+        account_sources(replace(TABLE, rules=(*TABLE.rules, halves[0])), SOURCES | {"qk": Found((4, 3))}, "dir")
 
 
 @pytest.mark.parametrize("rows", [5, 8, 256])

@@ -9,11 +9,13 @@ from shared.mapping.layout import (
     CONCAT,
     PADDING,
     Deal,
+    Gated,
     Interleave,
     LayoutError,
     PadRows,
     RowLayout,
     Transposed,
+    Undealt,
     of_source,
     of_target,
 )
@@ -27,6 +29,8 @@ CASES: list[tuple[RowLayout, list[tuple[int, ...]]]] = [
     (Interleave(groups=4), [(4,), (4,), (4,)]),
     (Deal(parts=(8, 4, 4), groups=2), [(16, 3)]),
     (Deal(parts=(4, 1, 1), groups=1), [(6,)]),
+    (Gated(groups=2, head_dim=2), [(16, 3), (4, 3), (4, 3)]),
+    (Gated(groups=1, head_dim=1), [(6,), (1,), (1,)]),
     (PadRows(rows=8), [(5, 3)]),
     (PadRows(rows=8), [(8, 3)]),
 ]
@@ -100,11 +104,28 @@ def test_interleaving_agrees_with_the_reshape_of_megatron_bridge() -> None:
         (Interleave(groups=3), [(6, 2), (4, 2)], "4 rows are not 3 equal groups"),
         (CONCAT, [(4, 2), (4, 3)], "different widths"),
         (PadRows(rows=4), [(5, 2)], "5 rows do not fit in 4"),
+        (Gated(groups=2, head_dim=2), [(12, 3), (4, 3), (4, 3)], "12 rows are not 2 groups of queries and gates"),
+        (Undealt(parts=(2, 2), groups=2, part=0), [(6,)], r"6 rows are not 2 groups of \[2, 2\] rows in all"),
     ],
 )
 def test_shapes_that_do_not_fit(layout: RowLayout, shapes: list[tuple[int, ...]], message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         layout.segments(shapes)
+
+
+def test_gates_of_a_group_follow_its_queries() -> None:
+    """One group of two heads, head_dim 1: [q1 g1 ; q2 g2], k, v to [q1 q2 g1 g2 k v], as Megatron-Core splits it."""
+    queries, k, v = np.array([1, 51, 2, 52, 3, 53, 4, 54]), np.array([10, 20]), np.array([100, 200])
+    layout = Gated(groups=2, head_dim=1)
+    assert apply(layout, [queries, k, v]).tolist() == [1, 2, 51, 52, 10, 100, 3, 4, 53, 54, 20, 200]
+
+
+def test_parts_of_what_was_dealt_are_what_it_was_made_of() -> None:
+    sources = numbered([(4, 3), (4, 3), (8, 3), (2, 3)])
+    dealt = apply(Interleave(groups=2), sources)
+    sizes = tuple(len(source) for source in sources)
+    for place, source in enumerate(sources):
+        assert np.array_equal(apply(Undealt(parts=sizes, groups=2, part=place), [dealt]), source)
 
 
 def test_a_fused_projection_is_dealt_as_three_are() -> None:

@@ -14,7 +14,16 @@ from shared.model.parallel import ParallelLayout, initialize
 
 
 @pytest.mark.parametrize(
-    "size", ["tiny", "qwen3-tiny", "qwen2-moe-tiny", "qwen3-moe-tiny-mixed", "deepseek-v2-tiny", "deepseek-v3-tiny"]
+    "size",
+    [
+        "tiny",
+        "qwen3-tiny",
+        "qwen2-moe-tiny",
+        "qwen3-moe-tiny-mixed",
+        "deepseek-v2-tiny",
+        "deepseek-v3-tiny",
+        "qwen3-next-tiny",
+    ],
 )
 def test_every_object_that_a_model_asks_for_is_named(size: str) -> None:
     from megatron.core.dist_checkpointing.mapping import ShardedObject

@@ -67,6 +67,14 @@ def test_latent_attention_that_cannot_be_cut():
         ParallelLayout(tensor=2, sequence_parallel=True).check(uneven, 2)
 
 
+def test_delta_nets_that_cannot_be_cut():
+    architecture = registry.sizes()["qwen3-next-tiny"]
+    with pytest.raises(UserError, match="gated delta nets with --tensor-parallel above 1 need --sequence-parallel"):
+        ParallelLayout(tensor=2).check(architecture, 2)
+    with pytest.raises(UserError, match="does not divide the gated delta nets' 2 heads of keys"):
+        ParallelLayout(tensor=4, sequence_parallel=True).check(architecture, 4)
+
+
 def test_a_world_too_small_is_the_users_mistake():
     with pytest.raises(UserError, match="1 processes cannot hold a model cut over 2"):
         initialize(ParallelLayout(tensor=2), 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -71,14 +72,17 @@ def write_hf(
     for entry in (table.named_as(()) if without_prefix else table).entries():
         for source in entry.sources:
             kinds[source.name] = (FP32 if source.fp32 or fp32(source.name) else BY_FLAG[dtype], source.shape)
-            if "norm" in entry.key and entry.key.endswith("weight") and architecture.norm != "rmsnorm_1p":
+            stored_whole = architecture.norm != "rmsnorm_1p" or entry.less_one
+            if "norm" in entry.key and entry.key.endswith("weight") and stored_whole:
                 around_one.add(source.name)
     asides = table.aside_names() if architecture.prediction_layers else set()
     for name in (name for name in asides if not name.endswith("inv_freq")):  # layers behind the last, shaped like it
-        layer, module = name.removeprefix("model.layers.").split(".", 1)
-        own = {"eh_proj.weight": (architecture.hidden_size, 2 * architecture.hidden_size)}
+        module = re.sub(r"^(model\.layers\.\d+|mtp\.layers\.\d+|mtp)\.", "", name)
+        hidden = architecture.hidden_size
+        own = dict.fromkeys(("eh_proj.weight", "fc.weight"), (hidden, 2 * hidden))
         own |= dict.fromkeys(("embed_tokens.weight", "shared_head.head.weight"), kinds["model.embed_tokens.weight"][1])
-        own |= dict.fromkeys(("enorm.weight", "hnorm.weight", "shared_head.norm.weight"), (architecture.hidden_size,))
+        own |= {f"{n}.weight": (hidden,) for n in ("enorm", "hnorm", "shared_head.norm", "norm")}
+        own |= {f"pre_fc_norm_{n}.weight": (hidden,) for n in ("embedding", "hidden")}
         like = kinds.get(f"model.layers.{architecture.num_layers - 1}.{module}")
         kinds[name] = like if like else (BY_FLAG[dtype], own[module])
     if stored_head:

@@ -224,3 +224,21 @@ def test_layers_for_further_tokens_are_kept_whole(write_architecture: Any, conve
     answer = convert("to-megatron", "--source", source, "--target", tmp_path / "partial")
     assert answer.code == 2
     assert "model.layers.2.mlp.experts.3.up_proj.weight is missing, though others of its kind are there" in answer.err
+
+
+def test_numbers_that_cannot_be_held_less_one_are_refused(
+    write_architecture: Any, overwrite_tensor: Any, convert: Any, tmp_path: Path
+) -> None:
+    """Megatron-Core adds one to every norm's weight where it does so to one's; too small a number would be lost."""
+    source = write_architecture(tmp_path / "hf", registry.sizes()["qwen3-next-tiny"])
+    words = ("to-megatron", "--source", source, "--target", tmp_path / "m")
+    name = "model.layers.0.linear_attn.norm.weight"
+
+    def small(bits: Any) -> Any:
+        return np.concatenate([np.array([0x2000], bits.dtype), bits[1:]])  # 1e-19
+
+    overwrite_tensor(source / "model.safetensors", name, small)
+    answer = convert(*words)
+    assert answer.code == 2
+    assert f"{name} has numbers too small to be held as Megatron-Core does" in answer.err
+    assert not (tmp_path / "m").exists()
