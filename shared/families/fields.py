@@ -142,7 +142,14 @@ _YARN = {"factor", "original_max_position_embeddings"}
 _YARN_OPTIONS = {"beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"}
 
 
-_KINDS = {"default": set(), "linear": {"factor"}, "llama3": _LLAMA3, "yarn": _YARN, "longrope": _LONGROPE}
+_KINDS = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": _LLAMA3,
+    "yarn": _YARN,
+    "longrope": _LONGROPE,
+    "dynamic": {"factor"},
+}
 
 
 def _scaling(
@@ -156,7 +163,7 @@ def _scaling(
     if needed is None:
         known = ", ".join(name for name in _KINDS if name != "default")
         raise UserError(f"config.json: {field} of type {kind!r} is not supported; supported: {known}")
-    allowed = needed | {"original_max_position_embeddings"}  # written, never read, for default and linear
+    allowed = needed | {"original_max_position_embeddings"}  # written, never read, for default, linear and dynamic
     if kind == "yarn":
         allowed = allowed | _YARN_OPTIONS
     if kind == "longrope":
@@ -168,8 +175,8 @@ def _scaling(
     if kind == "default":
         return None
     try:
-        if kind == "linear":
-            return RopeScaling(kind="linear", factor=float(given["factor"]))
+        if kind in ("linear", "dynamic"):
+            return RopeScaling(kind=kind, factor=float(given["factor"]))
         if kind == "yarn":
             return _yarn(given)
         if kind == "longrope":
@@ -249,7 +256,7 @@ def _written_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
     if scaling is None:
         return {"rope_type": "default"}
     parameters: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind != "linear":
+    if scaling.kind not in ("linear", "dynamic"):
         parameters["original_max_position_embeddings"] = scaling.original_length
     if scaling.kind == "llama3":
         parameters |= {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from shared.families.decoder import common_fields, written_fields
@@ -9,7 +10,7 @@ from shared.families.family import Family, tiny
 from shared.families.fields import Fields
 from shared.families.tensors import Names, decoder_table
 from shared.mapping.rule import Table
-from shared.model.architecture import Architecture
+from shared.model.architecture import Architecture, RopeScaling
 
 _NAMES = Names(
     embedding="model.tok_embeddings",
@@ -53,6 +54,7 @@ _INTERNLM2_7B = Architecture(
     rope_theta=1_000_000.0,
     tied_embeddings=False,
 )
+_DYNAMIC = RopeScaling(kind="dynamic", factor=2.0)
 
 FAMILY = Family(
     name="internlm2",
@@ -65,6 +67,22 @@ FAMILY = Family(
     sizes={
         "internlm2-tiny": tiny(_INTERNLM2_7B),
         "internlm2-tiny-bias": tiny(_INTERNLM2_7B, qkv_bias=True, attention_output_bias=True),
+        "internlm2-1.8b": replace(
+            _INTERNLM2_7B,
+            num_layers=24,
+            hidden_size=2048,
+            ffn_hidden_size=8192,
+            num_attention_heads=16,
+            rope_scaling=_DYNAMIC,
+        ),
         "internlm2-7b": _INTERNLM2_7B,
+        "internlm2.5-7b": replace(_INTERNLM2_7B, rope_scaling=_DYNAMIC),
+        "internlm2-20b": replace(
+            _INTERNLM2_7B,
+            num_layers=48,
+            hidden_size=6144,
+            ffn_hidden_size=16_384,
+            num_attention_heads=48,
+        ),
     },
 )

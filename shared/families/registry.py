@@ -25,6 +25,7 @@ from shared.families import (
     gpt_neox,
     gptj,
     granite,
+    internlm,
     internlm2,
     llama,
     mistral,
@@ -34,6 +35,7 @@ from shared.families import (
     olmo3,
     opt,
     phi3,
+    qwen,
     qwen2,
     qwen2_moe,
     qwen3,
@@ -42,6 +44,7 @@ from shared.families import (
     smollm3,
     stablelm,
     starcoder2,
+    yi,
 )
 from shared.families.family import Family
 from shared.families.fields import Fields
@@ -50,10 +53,13 @@ from shared.model.architecture import Architecture
 
 _MODULES = (
     llama,
+    yi,
+    internlm,
     internlm2,
     baichuan,
     mistral,
     mixtral,
+    qwen,
     qwen2,
     qwen2_moe,
     qwen3,

@@ -36,25 +36,33 @@ def inverse_frequencies(architecture: Architecture, length: int = 1, *, windowed
     """Radians per token of every rotated pair, `[rotated / 2]`, fp32 on the CPU.
 
     `theta^(-2i / rotated)` (Su et al., 2021), where `rotated` is head_dim or the part of it that is rotated, stretched
-    as the architecture's `rope_scaling` says. `length` is the sequence's, in tokens: longrope's factors depend on it.
+    as the architecture's `rope_scaling` says. `length` is the sequence's, in tokens: longrope and dynamic depend on it.
     `windowed` asks for those of layers with a sliding window. Megatron-Core has the LLaMA 3.1 stretch too, but with its
     factors and original length fixed.
     """
     theta, scaling = architecture.rope_theta, architecture.rope_scaling
     if windowed and architecture.window_rope_theta is not None:
         theta, scaling = architecture.window_rope_theta, None
+    if scaling is not None and scaling.kind == "dynamic":
+        theta *= _dynamic(architecture, scaling.factor, length)
     powers = theta ** (torch.arange(0, architecture.rotated, 2, dtype=torch.float32) / architecture.rotated)
     if scaling is not None and scaling.kind == "longrope":
         factors = scaling.long_factors if length > scaling.original_length else scaling.short_factors
         return 1.0 / (torch.tensor(factors, dtype=torch.float32) * powers)
     frequencies = 1.0 / powers
-    if scaling is None:
+    if scaling is None or scaling.kind == "dynamic":
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
     if scaling.kind == "yarn":
         return _yarn(frequencies, theta, scaling)
     return _llama3(frequencies, scaling)
+
+
+def _dynamic(architecture: Architecture, factor: float, length: int) -> float:
+    """What theta is multiplied with, 1 up to the longest sequence that the model is for (transformers, InternLM)."""
+    excess = max(length / architecture.max_position_embeddings, 1.0) - 1.0
+    return (1.0 + factor * excess) ** (architecture.rotated / (architecture.rotated - 2))
 
 
 def _llama3(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:

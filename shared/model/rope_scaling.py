@@ -19,10 +19,11 @@ class RopeScaling:
     `original_length / low_frequency_factor`. `yarn` (Peng et al., 2023) does so by a ramp over the pairs, between
     those that turn `beta_fast` and `beta_slow` times in the original length, and enlarges sines and cosines.
     `longrope` (Ding et al., 2024) divides each pair's frequency by a factor of its own, of one list for sequences up to
-    the original length and of another for longer ones, and enlarges sines and cosines for both.
+    the original length and of another for longer ones, and enlarges sines and cosines for both. `dynamic` changes
+    nothing of sequences up to the model's `max_position_embeddings`, and enlarges theta by the length of longer ones.
     """
 
-    kind: Literal["linear", "llama3", "yarn", "longrope"]
+    kind: Literal["linear", "llama3", "yarn", "longrope", "dynamic"]
     factor: float
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0

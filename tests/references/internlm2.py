@@ -13,6 +13,10 @@ from transformers.modeling_outputs import CausalLMOutput
 class Config(PretrainedConfig):
     model_type = "internlm2"
 
+    def __init__(self, rope_theta=10_000.0, rope_scaling=None, **others):  # dynamic: of longer sequences alone
+        super().__init__(**others)
+        self.rope_theta = rope_theta
+
 
 class Norm(Module):
     def __init__(self, size, epsilon):

@@ -38,7 +38,9 @@ def test_rotary_embedding_in_both_spellings(config: dict[str, Any], theta: float
     fields.finish("llama")
 
 
-@pytest.mark.parametrize("scaling", [None, SCALED, RopeScaling(kind="linear", factor=2.0)])
+@pytest.mark.parametrize(
+    "scaling", [None, SCALED, *(RopeScaling(kind=kind, factor=2.0) for kind in ("linear", "dynamic"))]
+)
 def test_what_is_written_is_read_back(scaling: RopeScaling | None) -> None:
     written = rope_fields(5e5, scaling)
     assert Fields(written).rope(1.0, 8192) == (5e5, scaling)
@@ -54,8 +56,8 @@ def test_what_is_written_is_read_back(scaling: RopeScaling | None) -> None:
         ({"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "default"}}, "contradicts"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "lacks original_max_position_embeddings"),
         (
-            {"rope_scaling": {"type": "dynamic", "factor": 2}},
-            "'dynamic' is not supported; supported: linear, llama3, yarn, longrope",
+            {"rope_scaling": {"type": "su", "factor": 2}},
+            "'su' is not supported; supported: linear, llama3, yarn, longrope, dynamic",
         ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2}}, "lacks high_freq_factor"),
         ({"rope_scaling": {"rope_type": "linear"}}, "lacks factor"),

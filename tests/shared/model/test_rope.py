@@ -132,3 +132,26 @@ def test_longrope_is_transformers_on_both_sides_of_the_original_length(further, 
     torch.testing.assert_close(angles.sin() * scaling.amplitude, sines[0], atol=1e-5, rtol=0)
     short = inverse_frequencies(architecture, 256)
     assert torch.equal(inverse_frequencies(architecture, length), short) == (length <= 256)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0, 3.5])
+@pytest.mark.parametrize("length", [1, 512, 513, 2000])
+def test_dynamic_is_transformers_on_both_sides_of_the_longest_sequence(factor, length, worker):
+    given = {"rope_type": "dynamic", "factor": factor}
+    architecture = worker.architecture(
+        head_dim=32,
+        rope_theta=1e6,
+        rope_scaling=RopeScaling(kind="dynamic", factor=factor),
+        max_position_embeddings=512,
+    )
+    config = LlamaConfig(
+        hidden_size=128,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        rope_parameters={**given, "rope_theta": 1e6},
+    )
+    expected, amplitude = ROPE_INIT_FUNCTIONS["dynamic"](config, torch.device("cpu"), seq_len=length)
+    assert amplitude == 1.0
+    torch.testing.assert_close(inverse_frequencies(architecture, length), expected, atol=0, rtol=1e-6)
+    plain = inverse_frequencies(worker.architecture(head_dim=32, rope_theta=1e6))
+    assert torch.equal(inverse_frequencies(architecture, length), plain) == (length <= 512)
