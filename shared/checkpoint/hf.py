@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from shared.checkpoint.blocks import Files, HashedFile
-from shared.checkpoint.moves import Block, Constant, Move, NewFile, packed
+from shared.checkpoint.moves import Block, Constant, Move, NewFile, packed, stream, windows
+from shared.checkpoint.packed import Weight, weights_of
 from shared.checkpoint.passengers import complete_hf, config_of
-from shared.checkpoint.region import Box, Region
 from shared.checkpoint.safetensors_file import (
     Header,
     TensorInfo,
@@ -27,6 +27,7 @@ from shared.checkpoint.safetensors_file import (
 from shared.checkpoint.torch_weights import read_torch_weights
 from shared.errors import UserError
 from shared.mapping.layout import Shape
+from shared.mapping.quantization import Quantization, quantization_of
 
 __all__ = ["HfReader", "Shard", "WeightLayout", "complete_hf", "config_of", "default_layout", "write_weights"]
 
@@ -74,6 +75,20 @@ class WeightLayout:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}); convert the model again") from None
 
+    def plain(self, form: Quantization | None) -> WeightLayout:
+        """The same shards with plain numbers in place of codes, and without the scales."""
+        weights = weights_of(form, self.tensors())
+        if not any(weight.packed for weight in weights.values()):
+            return self
+        shards = []
+        for shard in self.shards:
+            plain = [weights[tensor.name] for tensor in shard.header.tensors if tensor.name in weights]
+            triples = [(weight.name, weight.dtype, weight.shape) for weight in plain]
+            if triples:
+                header = parse_header(encode_header(triples, shard.header.metadata), Path(shard.file))
+                shards.append(Shard(file=shard.file, header=header))
+        return WeightLayout(shards=tuple(shards), index=_index(shards) if self.index is not None else None)
+
     def with_dtypes(self, dtypes: Mapping[str, str]) -> WeightLayout:
         """The same shards with other element types; unchanged where the types are."""
         if all(dtypes.get(name, tensor.dtype) == tensor.dtype for name, tensor in self.tensors().items()):
@@ -117,9 +132,15 @@ class HfReader:
         size = tensor.size if count is None else count * tensor.row_bytes
         return self._files.blocks(tensor.file, tensor.start + first * tensor.row_bytes, size, tensor.row_bytes)
 
-    def region(self, name: str) -> Region:
-        """Where a tensor's rows lie."""
-        return region_of(self.tensors[name])
+    @cached_property
+    def weights(self) -> dict[str, Weight]:
+        """Raises UserError where they are stored in a form that is not read here."""
+        return weights_of(quantization_of(self.config), self.tensors)
+
+    def numbers(self, name: str) -> Iterator[memoryview]:
+        """Bytes of a weight's plain numbers, in blocks valid until the next is asked for."""
+        matrix = self.weights[name].matrix()
+        return stream(windows(matrix, 0, matrix.rows), self._files)
 
     @property
     def bytes(self) -> int:
@@ -229,13 +250,6 @@ def _index(shards: Iterable[Shard]) -> str:
         "weight_map": {name: file for name, file, _ in tensors},
     }
     return json.dumps(content, indent=2) + "\n"
-
-
-def region_of(tensor: TensorInfo) -> Region:
-    """A tensor of one file as a matrix of bytes."""
-    rows = tensor.shape[0] if tensor.shape else 1
-    box = Box(file=tensor.file, start=tensor.start, row=0, rows=rows, left=0, width=tensor.row_bytes)
-    return Region(name=tensor.name, rows=rows, width=tensor.row_bytes, boxes=(box,))
 
 
 def weight_files(

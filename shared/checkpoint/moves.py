@@ -14,7 +14,7 @@ from typing import Protocol
 from shared.checkpoint import blocks
 from shared.checkpoint.blocks import Files
 from shared.checkpoint.dtypes import Dtype, add, cast
-from shared.checkpoint.region import Region
+from shared.checkpoint.region import Matrix
 from shared.errors import UserError
 
 STRIP = 8  # blocks that a strip of a transposed tensor may take
@@ -61,7 +61,7 @@ class Zeros:
 class Window:
     """Rows and columns of a tensor as they are."""
 
-    region: Region
+    region: Matrix
     row: int
     rows: int
     left: int
@@ -79,7 +79,7 @@ class Window:
 class Part:
     """`rows` rows of a tensor that become as many columns, from column `at` on."""
 
-    region: Region
+    region: Matrix
     row: int
     rows: int
     at: int
@@ -174,7 +174,7 @@ def zeros(size: int) -> Iterator[Move]:
         yield Zeros(min(blocks.BLOCK, size - start))
 
 
-def windows(region: Region, row: int, rows: int, limit: int | None = None) -> Iterator[Window]:
+def windows(region: Matrix, row: int, rows: int, limit: int | None = None) -> Iterator[Window]:
     """Whole rows in moves of at most `limit` bytes; a longer row is cut, at a multiple of 8 bytes."""
     limit = limit or blocks.BLOCK
     if region.width > limit:

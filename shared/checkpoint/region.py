@@ -8,10 +8,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from shared.checkpoint import blocks
 from shared.checkpoint.blocks import Files
+from shared.checkpoint.safetensors_file import TensorInfo
 from shared.errors import UserError
+
+
+class Matrix(Protocol):
+    """Rows of a tensor that can be read, be they stored or made when they are read."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def width(self) -> int:
+        """Bytes of a row."""
+        ...
+
+    def read(self, files: Files, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
+        """Fill `out`, of `rows * width` bytes, with a window of the matrix."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +93,41 @@ class Region:
             block = buffer[: count * self.width]
             self.read(files, first, count, 0, self.width, block)
             yield block
+
+
+def region_of(tensor: TensorInfo) -> Region:
+    """A tensor of one file as a matrix of bytes."""
+    rows = tensor.shape[0] if tensor.shape else 1
+    box = Box(file=tensor.file, start=tensor.start, row=0, rows=rows, left=0, width=tensor.row_bytes)
+    return Region(name=tensor.name, rows=rows, width=tensor.row_bytes, boxes=(box,))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """Rows `row` to `row + rows` of a matrix, which are those from `at` on of another."""
+
+    matrix: Matrix
+    row: int
+    rows: int
+    at: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gathered:
+    """A matrix put together of rows of others."""
+
+    name: str
+    rows: int
+    width: int
+    parts: tuple[Rows, ...]
+
+    def read(self, files: Files, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
+        """As `Region.read`."""
+        for part in self.parts:
+            top, bottom = max(row, part.at), min(row + rows, part.at + part.rows)
+            if top < bottom:
+                place = out[(top - row) * width : (bottom - row) * width]
+                part.matrix.read(files, part.row + top - part.at, bottom - top, left, width, place)
 
 
 def _scatter(piece: memoryview, out: memoryview, width: int, left: int, run: int) -> None:

@@ -25,7 +25,6 @@ def read(fields: Fields) -> Architecture:
     `model_max_length` alone, and ALiBi. Baichuan 2's have `z_loss_weight`, though the published 13B leaves it out, and
     a normalised head.
     """
-    fields.expect("quantization_config", why="the weights are quantised; fetch the unquantised model")
     fields.expect("z_loss_weight", 0, 0.0, why="the loss is cross entropy alone; set it to 0")
     fields.expect("rope_theta", 10_000, why="Baichuan's rotary base is 10000, whatever this says")
     fields.ignore("model_max_length", "gradient_checkpointing")

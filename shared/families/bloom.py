@@ -28,7 +28,6 @@ _NAMES = Names(
 
 def read(fields: Fields) -> Architecture:
     """Number of layers and of heads are spelt in two ways; `seq_length` is what the model was trained at."""
-    fields.expect("quantization_config", why="the weights are quantised; fetch the unquantised model")
     fields.expect("apply_residual_connection_post_layernorm", False, why="the residual is the layer's input")
     fields.expect("slow_but_exact", False, why="sums are not split as they were in training")
     # Of the program that trained the models.

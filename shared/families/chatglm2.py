@@ -30,7 +30,6 @@ _THETA = 10_000.0  # times rope_ratio
 
 def read(fields: Fields) -> Architecture:
     """`rope_ratio` multiplies the base of the rotation; `add_bias_linear` adds biases to every linear layer."""
-    fields.expect("quantization_config", why="the weights are quantised; fetch the unquantised model")
     fields.expect("quantization_bit", 0, why="the weights are quantised; fetch the unquantised model")
     fields.expect("vision_config", why="its images are not computed here")
     fields.expect("pre_seq_len", why="a prefix of tuned keys and values (P-tuning) is not computed here")

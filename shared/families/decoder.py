@@ -42,7 +42,6 @@ def common_fields(
     window have rotary embedding of their own. Attention's dropout is refused unless zero, as in
     every released model of most families; those that release models with one say `dropout` and read it.
     """
-    fields.expect("quantization_config", why="the weights are quantised; fetch the unquantised model")
     if not dropout:
         fields.expect("attention_dropout", 0, 0.0, why="train without dropout, or set it to 0.0")
     hidden, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)

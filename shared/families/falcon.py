@@ -27,7 +27,6 @@ _NAMES = Names(
 
 def read(fields: Fields) -> Architecture:
     """The new decoder (40B on) has several key/value heads and, unless told otherwise, two norms."""
-    fields.expect("quantization_config", why="the weights are quantised; fetch the unquantised model")
     fields.expect("alibi", False, why="Falcon RW rounds ALiBi to bf16, which is not computed here")
     fields.expect("apply_residual_connection_post_layernorm", False, why="the residual is the layer's input")
     for name in ("attention_dropout", "hidden_dropout"):

@@ -11,7 +11,6 @@ from shared.model.architecture import Architecture
 
 def gpt_fields(fields: Fields, *, dropout: float, default_activation: str, tied: bool) -> dict[str, Any]:
     """The fields of an Architecture; `dropout` is the transformers class's default of all three kinds."""
-    fields.expect("quantization_config", why="the weights are quantised; fetch the unquantised model")
     fields.expect("scale_attn_weights", True, why="scores are scaled by 1 / sqrt(head_dim)")
     # Of heads that are no language models, and of programs that ran the models.
     fields.ignore("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type")

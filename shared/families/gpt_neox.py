@@ -28,7 +28,6 @@ _NAMES = Names(
 
 def read(fields: Fields) -> Architecture:
     """`rotary_pct` and `rotary_emb_base` are transformers 4's names of the rotary fields."""
-    fields.expect("quantization_config", why="the weights are quantised; fetch the unquantised model")
     for name in ("attention_probs_dropout_prob", "hidden_dropout_prob"):  # the 20B's names, read by no class
         fields.expect(name, 0, 0.0, why="dropout is in attention_dropout and hidden_dropout")
     fields.ignore("classifier_dropout", "rotary_pct", "rotary_emb_base", "partial_rotary_factor")

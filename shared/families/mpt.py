@@ -27,7 +27,6 @@ _NAMES = Names(
 
 def read(fields: Fields) -> Architecture:
     """Attention's fields are in `attn_config`; `learned_pos_emb` says nothing where there is ALiBi."""
-    fields.expect("quantization_config", why="the weights are quantised; fetch the unquantised model")
     fields.expect("no_bias", True, why="transformers computes no biases")
     fields.expect("logit_scale", why="logits are not scaled here")
     for name in ("resid_pdrop", "emb_pdrop"):

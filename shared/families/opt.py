@@ -29,7 +29,6 @@ _NAMES = Names(
 
 def read(fields: Fields) -> Architecture:
     """The 350M model, with norms behind each block and a narrower embedding, is refused."""
-    fields.expect("quantization_config", why="the weights are quantised; fetch the unquantised model")
     fields.expect("do_layer_norm_before", True, why="norms behind the residual are not computed here")
     fields.expect("layer_norm_elementwise_affine", True, why="norms without weights are not computed here")
     fields.expect("_remove_final_layer_norm", False, why="the final norm is part of the family")

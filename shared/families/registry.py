@@ -48,6 +48,7 @@ from shared.families import (
 )
 from shared.families.family import Family
 from shared.families.fields import Fields
+from shared.mapping.quantization import quantization_of
 from shared.mapping.rule import Table
 from shared.model.architecture import Architecture
 
@@ -139,7 +140,8 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
         UserError: a field asks for something that is not computed here, by name.
     """
     family = family_of(config)
-    fields = Fields(config)
+    quantization_of(config)  # says how weights are stored, not what is computed: known, or refused
+    fields = Fields({name: value for name, value in config.items() if name != "quantization_config"})
     try:
         architecture = family.read(fields)
     except UserError:

@@ -79,6 +79,7 @@ def to_hf(
     target: Path,
     dtype: Dtype | None = None,
     hf_files: ExistingDir | None = None,
+    quantized: bool = False,
     overwrite: bool = False,
     workers: Positive | None = None,
     shard: str | None = None,
@@ -86,13 +87,16 @@ def to_hf(
     """Convert a Megatron directory, converted or trained, into a Hugging Face directory.
 
     Shards and types are those of the Hugging Face directory it once came from: unchanged weights come back byte for
-    byte. A run that is still training may be read; its latest saved iteration is taken.
+    byte. A run that is still training may be read; its latest saved iteration is taken. Weights that were quantised
+    there are written as bfloat16, unless --quantized asks for their old form.
 
     Args:
         source: a Megatron directory.
         target: the directory to publish.
         dtype: type of every weight; by default each tensor's type in the original checkpoint.
         hf_files: a directory with config.json and tokenizer, for a Megatron directory that has no hf/.
+        quantized: write the weights that the original checkpoint stored quantised so again: unchanged ones as they
+            were, byte for byte, changed ones with new scales.
         overwrite: replace what another run published at the target.
         workers: threads that read and write; by default one for each processor, at most 8. The result is the same.
         shard: write one part of several, 1/4 to 4/4, in as many processes on machines that share the target's file
@@ -101,7 +105,7 @@ def to_hf(
     from shared.checkpoint.shards import Shard
     from tools.convert.to_hf import run
 
-    run(source, target, dtype, hf_files, overwrite, workers, Shard.parse(shard) if shard else None)
+    run(source, target, dtype, hf_files, overwrite, workers, Shard.parse(shard) if shard else None, quantized)
 
 
 @tool.command(neutral=("workers",))

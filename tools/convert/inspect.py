@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoint.dtypes import BY_NAME, BY_SAFETENSORS, count_not_finite
+from shared.checkpoint.dtypes import BY_SAFETENSORS, count_not_finite
 from shared.checkpoint.hf import HfReader
 from shared.checkpoint.passengers import config_of
 from shared.checkpoint.reader import Checkpoint, open_checkpoint
@@ -21,6 +21,7 @@ from shared.errors import StageError, UserError
 from shared.families import registry
 from shared.mapping.account import account_sources, account_targets
 from shared.mapping.layout import Shape
+from shared.mapping.quantization import quantization_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +65,7 @@ def _describe(checkpoint: Checkpoint, reader: HfReader | TorchDistReader, rows: 
     types: Counter[str] = Counter()
     for row in rows:
         types[row.dtype] += prod(row.shape)
-    size = sum(prod(row.shape) * BY_NAME[row.dtype].size if row.dtype in BY_NAME else 0 for row in rows)
-    found |= {"tensors": len(rows), "numbers": dict(types), "weight_bytes": size}
+    found |= {"tensors": len(rows), "numbers": dict(types), "weight_bytes": reader.bytes}
     if isinstance(reader, TorchDistReader):
         found["iteration"] = checkpoint.iteration_path.name
         found["chunks"] = sum(len(tensor.chunks) for tensor in reader.tensors.values())
@@ -92,11 +92,15 @@ def _family(checkpoint: Checkpoint, reader: HfReader | TorchDistReader) -> dict[
     config = config_of(path)
     result: dict[str, Any] = {"family": config.get("model_type")}
     try:
+        if form := quantization_of(config):
+            result["quantization"] = form.title
+            if isinstance(reader, HfReader):
+                result["quantized_weights"] = sum(weight.packed is not None for weight in reader.weights.values())
         architecture = registry.from_config(config)
         result |= {"parameters": architecture.parameter_count(), "architecture": architecture.to_dict()}
         table = registry.table_of(architecture)
         if isinstance(reader, HfReader):
-            account_sources(table, reader.tensors, str(checkpoint.path))
+            account_sources(table, reader.weights, str(checkpoint.path))
         else:
             account_targets(table, reader.tensors, str(checkpoint.path))
     except UserError as error:
@@ -107,13 +111,15 @@ def _family(checkpoint: Checkpoint, reader: HfReader | TorchDistReader) -> dict[
 def _scan(reader: HfReader | TorchDistReader) -> dict[str, str]:
     """Tensors with NaN or infinity in them."""
     found: dict[str, list[int]] = {}
-    with progress(reader.bytes, "bytes", "scanning") as advance:
-        if isinstance(reader, HfReader):
-            weights = [(t.name, BY_SAFETENSORS.get(t.dtype), reader.rows(t.name)) for t in reader.tensors.values()]
-        else:
-            weights = [
-                (key, tensor.dtype, reader.rows(key, (), 0, tensor.shape[0])) for key, tensor in reader.tensors.items()
-            ]
+    if isinstance(reader, HfReader):
+        size = sum(weight.tensor.size for weight in reader.weights.values())
+        weights = [(w.name, BY_SAFETENSORS.get(w.dtype), reader.numbers(w.name)) for w in reader.weights.values()]
+    else:
+        size = reader.bytes
+        weights = [
+            (key, tensor.dtype, reader.rows(key, (), 0, tensor.shape[0])) for key, tensor in reader.tensors.items()
+        ]
+    with progress(size, "bytes", "scanning") as advance:
         for name, dtype, blocks in weights:
             if dtype is None:
                 log(f"{name} is not scanned: not a floating-point type of weights")

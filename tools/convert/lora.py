@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 from shared.checkpoint import blocks
 from shared.checkpoint.blocks import Files
 from shared.checkpoint.dtypes import Dtype, cast, count_not_finite, from_float32, to_float32, weight_dtype
-from shared.checkpoint.hf import region_of
 from shared.checkpoint.moves import Move
-from shared.checkpoint.region import Region
+from shared.checkpoint.region import Region, region_of
 from shared.checkpoint.safetensors_file import TensorInfo
 from shared.errors import UserError
 

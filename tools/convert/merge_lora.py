@@ -12,11 +12,12 @@ from pathlib import Path
 from shared.checkpoint.blocks import BLOCK
 from shared.checkpoint.dtypes import weight_dtype
 from shared.checkpoint.execute import Task
-from shared.checkpoint.hf import HfReader, WeightLayout, region_of, weight_files, write_index
+from shared.checkpoint.hf import HfReader, WeightLayout, weight_files, write_index
 from shared.checkpoint.moves import Move, converted, windows
 from shared.checkpoint.passengers import config_of, copy_passengers
 from shared.checkpoint.publish import publish
 from shared.checkpoint.reader import content_checks, open_checkpoint
+from shared.checkpoint.region import region_of
 from shared.checkpoint.safetensors_file import TensorInfo
 from shared.cli import log
 from shared.families import registry

@@ -15,7 +15,9 @@ from shared.checkpoint.safetensors_file import TensorInfo, read_header
 from shared.checkpoint.shards import Shard, published
 from shared.checkpoint.torch_dist import TorchDistReader
 from shared.cli import log
+from shared.errors import UserError
 from shared.families import registry
+from shared.mapping.quantization import quantization_of
 from tools.convert.execute import execute
 from tools.convert.to_megatron import ASIDES
 from tools.convert.transfer import Export, changes_types, layout_export, plan_export
@@ -31,13 +33,16 @@ def run(
     overwrite: bool,
     workers: int | None,
     shard: Shard | None,
+    quantized: bool = False,
 ) -> None:
     """Convert; publishes `target` of kind hf."""
+    if quantized and dtype:
+        raise UserError("--quantized and --dtype contradict each other: the source's form says its types")
     inputs = {"source": source} | ({"hf_files": hf_files} if hf_files else {})
     with published(target, kind="hf", inputs=inputs, overwrite=overwrite, shard=shard) as out:
         checkpoint = open_checkpoint(source, kinds=("megatron",), flag="--source", verify="small")
         files = hf_files or checkpoint.hf_files
-        reader, plan = open_export(checkpoint, files, dtype)
+        reader, plan = open_export(checkpoint, files, dtype, quantized=quantized)
         tensors = plan.layout.tensors()
         if plan.rounded:
             held = sorted(
@@ -58,11 +63,14 @@ def run(
             strips=any(entry.transposed for parts in plan.origin.values() for entry, _ in parts),
             converts=reader.cut_columns or changes_types(plan, reader),
             checks=checks,
+            beside=max((packed.strip_bytes for packed, _ in plan.packed.values()), default=0),
         )
         if not out.finishing:
             return
         write_index(out.path, plan.layout)
         copy_passengers(files, out.path)
+        if not quantized:
+            _name_plain(out.path / "config.json")
         if dtype:
             _name_dtype(out.path / "config.json", BY_FLAG[dtype].name)
         out.describe(
@@ -84,18 +92,39 @@ def _name_dtype(path: Path, name: str) -> None:
         path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def open_export(checkpoint: Checkpoint, files: Path, dtype: DtypeFlag | None) -> tuple[TorchDistReader, Export]:
+def _name_plain(path: Path) -> None:
+    """Let config.json not say that the weights are quantised, where they were."""
+    config = config_of(path)
+    if config.pop("quantization_config", None) is not None:
+        log(
+            "config.json: without quantization_config, the weights are plain numbers (--quantized writes the source's form)"
+        )
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def open_export(
+    checkpoint: Checkpoint, files: Path, dtype: DtypeFlag | None, *, quantized: bool = False
+) -> tuple[TorchDistReader, Export]:
     """A Megatron checkpoint and what becomes of its tensors.
 
     Args:
         checkpoint: of kind megatron.
         files: where config.json and, if the checkpoint was converted from a Hugging Face one, its shards' layout are.
         dtype: the type to write; None for the source's.
+        quantized: whether weights that the source stored quantised are to be stored so again.
     """
-    architecture = registry.from_config(config_of(files / "config.json"))
+    config = config_of(files / "config.json")
+    architecture, form = registry.from_config(config), quantization_of(config)
+    if quantized and form is None:
+        raise UserError(
+            f"--quantized: {files / 'config.json'} has no quantization_config, which says how; leave it out"
+        )
+    if quantized and not (files / LAYOUT).is_file():
+        raise UserError(f"--quantized: {files / LAYOUT} is missing, which says which weights are; leave it out")
     layout = WeightLayout.read(files / LAYOUT) if (files / LAYOUT).is_file() else None
     asides: dict[str, TensorInfo] = {}
     if (files / ASIDES).is_file():
         asides = {tensor.name: tensor for tensor in read_header(files / ASIDES).tensors}
     reader = TorchDistReader(checkpoint.iteration_path)
-    return reader, plan_export(reader, architecture, layout, asides, BY_FLAG[dtype] if dtype else None)
+    wanted = BY_FLAG[dtype] if dtype else None
+    return reader, plan_export(reader, architecture, layout, asides, wanted, form=form, quantized=quantized)

@@ -12,7 +12,7 @@ from shared.checkpoint.reader import TRACKER, content_checks, open_checkpoint
 from shared.checkpoint.shards import Shard, published
 from shared.cli import log
 from tools.convert.execute import execute
-from tools.convert.transfer import COMMON, alias_checks, layout_import, plan_import
+from tools.convert.transfer import COMMON, alias_checks, beside, layout_import, plan_import
 
 RELEASE = "release"  # Megatron-LM's name for a checkpoint that no training run made: it asks for no optimizer
 ASIDES = "asides.safetensors"
@@ -29,9 +29,13 @@ def run(source: Path, target: Path, overwrite: bool, workers: int | None, shard:
         if plan.widened:
             names = ", ".join(plan.widened)
             log(f"{names}: layers of different types are held in float32, and written back as they were")
-        if beside := plan.account.asides:
-            more = f" and {len(beside) - 1} more" if len(beside) > 1 else ""
-            log(f"{beside[0]}{more}: kept beside the weights as they are; training does not change them")
+        if asides := plan.account.asides:
+            more = f" and {len(asides) - 1} more" if len(asides) > 1 else ""
+            log(f"{asides[0]}{more}: kept beside the weights as they are; training does not change them")
+        if packed := [weight.packed for weight in reader.weights.values() if weight.packed]:
+            log(
+                f"{len(packed)} weights in {packed[0].form.title} are written as bfloat16; their scales are kept in hf/"
+            )
         used = set(reader.files)
         if others := other_weights(source, used):
             log(f"not carried over, being other forms of the weights: {', '.join(others)}")
@@ -48,7 +52,7 @@ def run(source: Path, target: Path, overwrite: bool, workers: int | None, shard:
             target,
             workers=workers,
             strips=any(entry.transposed for entry in plan.account.entries),
-            converts=bool(plan.widened),
+            converts=bool(plan.widened or packed),
             checks=checks,
         )
         if not out.finishing:
@@ -59,8 +63,7 @@ def run(source: Path, target: Path, overwrite: bool, workers: int | None, shard:
         hf.mkdir(exist_ok=True)
         copy_passengers(source, hf)
         (hf / LAYOUT).write_text(reader.layout.encode(), encoding="utf-8")
-        if plan.account.asides:
-            kept = [reader.tensors[name] for name in plan.account.asides]
+        if kept := beside(plan, reader):
             aside = default_layout([(tensor.name, tensor.dtype, tensor.shape) for tensor in kept], file=ASIDES)
             write_weights(
                 hf, aside, lambda t: reader.rows(t.name), lambda name, digest: out.record_hash(f"hf/{name}", digest)

@@ -7,9 +7,8 @@ each Hugging Face byte read once, in blocks, so that memory does not grow with t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from math import prod
 from pathlib import Path
 
@@ -17,8 +16,10 @@ from shared.checkpoint import blocks
 from shared.checkpoint.blocks import Files
 from shared.checkpoint.dtypes import FP32, FP64, Dtype, common, weight_dtype
 from shared.checkpoint.execute import Task
-from shared.checkpoint.hf import HfReader, WeightLayout, default_layout, region_of, weight_files
+from shared.checkpoint.hf import HfReader, WeightLayout, default_layout, weight_files
 from shared.checkpoint.moves import Added, Move, NewFile, Part, converted, stream, turned, windows, zeros
+from shared.checkpoint.packed import Half, Packed, Weight, repacked, weights_of
+from shared.checkpoint.region import Gathered, Matrix, Rows
 from shared.checkpoint.safetensors_file import TensorInfo
 from shared.checkpoint.torch_dist import NOT_WEIGHTS, TorchDistReader
 from shared.checkpoint.torch_dist_writer import CHUNK_BYTES, TorchDistLayout
@@ -26,6 +27,7 @@ from shared.errors import UserError
 from shared.families import registry
 from shared.mapping.account import Account, account_sources, account_targets
 from shared.mapping.layout import PADDING, of_source, of_target
+from shared.mapping.quantization import Quantization
 from shared.mapping.rule import Entry
 from shared.model.architecture import Architecture
 from shared.model.extra_states import extra_states
@@ -49,12 +51,12 @@ class Import:
 def plan_import(reader: HfReader) -> Import:
     """Match a checkpoint with its family; UserError if a tensor would be lost, made up or misread."""
     architecture = registry.from_config(reader.config)
-    account = account_sources(registry.table_of(architecture), reader.tensors, str(reader.path))
+    account = account_sources(registry.table_of(architecture), reader.weights, str(reader.path))
     kinds: dict[str, set[Dtype]] = {}
     less_one = {entry.key for entry in account.entries if entry.less_one}
     for entry in account.entries:
         for source in entry.sources:
-            tensor = reader.tensors[source.name]
+            tensor = reader.weights[source.name]
             kinds.setdefault(entry.key, set()).add(weight_dtype(tensor.dtype, source.name, tensor.place))
     return Import(
         architecture=architecture,
@@ -64,16 +66,23 @@ def plan_import(reader: HfReader) -> Import:
     )
 
 
+def beside(plan: Import, reader: HfReader) -> list[TensorInfo]:
+    """What is kept beside the Megatron form as it is: tensors that are no weights, and the scales of those that are."""
+    kept = [tensor for name in plan.account.asides for tensor in reader.weights[name].stored]
+    scales = [weight.packed.scales for weight in reader.weights.values() if weight.packed]
+    return [*kept, *(tensor for tensor in scales if tensor not in kept)]
+
+
 def alias_checks(plan: Import, reader: HfReader) -> list[Task]:
     """Reads of tensors that are stored though they are others; each raises UserError where they differ."""
     return [partial(_check_alias, reader, alias.name, alias.of) for alias in plan.account.aliases]
 
 
 def _check_alias(reader: HfReader, name: str, of: str) -> None:
-    same = reader.tensors[name].dtype == reader.tensors[of].dtype
-    if not same or any(a != b for a, b in zip(reader.rows(name), reader.rows(of), strict=True)):
+    same = reader.weights[name].dtype == reader.weights[of].dtype
+    if not same or any(a != b for a, b in zip(reader.numbers(name), reader.numbers(of), strict=True)):
         raise UserError(
-            f"{reader.tensors[name].place}: {name} differs from {of}, though config.json ties them "
+            f"{reader.weights[name].place}: {name} differs from {of}, though config.json ties them "
             "(tie_word_embeddings) and one would be lost; set tie_word_embeddings to false, or remove it"
         )
 
@@ -88,11 +97,11 @@ def layout_import(plan: Import, reader: HfReader) -> TorchDistLayout:
         layout.declare(entry.key, plan.dtypes[entry.key], entry.global_shape)
 
     def place(entry: Entry) -> tuple[str, int]:
-        first = reader.tensors[entry.sources[0].name]
+        first = reader.weights[entry.sources[0].name].tensor
         return str(first.file), first.start
 
     for entry in sorted(plan.account.entries, key=place):
-        dtype, sources = plan.dtypes[entry.key], {reader.tensors[source.name].file for source in entry.sources}
+        dtype, read = plan.dtypes[entry.key], [reader.weights[source.name].files for source in entry.sources]
         rows, columns = entry.shape[0], prod(entry.shape[1:])
         pieces = -(-rows * columns * dtype.size // CHUNK_BYTES)
         step = -(-rows // pieces)
@@ -101,7 +110,7 @@ def layout_import(plan: Import, reader: HfReader) -> TorchDistLayout:
             rest = (0,) * (len(entry.shape) - 1)
             sizes = ((1,) * len(entry.index)) + (count, *entry.shape[1:])
             moves = partial(target_moves, entry, dtype, reader, first, count)
-            layout.chunk(entry.key, (*entry.index, first, *rest), sizes, moves, sources)
+            layout.chunk(entry.key, (*entry.index, first, *rest), sizes, moves, frozenset().union(*read))
     layout.put_objects(extra_states(plan.architecture), [None])
     return layout
 
@@ -120,8 +129,8 @@ def target_moves(entry: Entry, dtype: Dtype, reader: HfReader, first: int, count
         if segment.source == PADDING:
             yield from zeros(segment.rows * row_bytes)
             continue
-        tensor = reader.tensors[entry.sources[segment.source].name]
-        own, region = weight_dtype(tensor.dtype, tensor.name, tensor.place), reader.region(tensor.name)
+        tensor = reader.weights[entry.sources[segment.source].name]
+        own, region = weight_dtype(tensor.dtype, tensor.name, tensor.place), tensor.matrix()
         moves: Iterable[Move]
         if entry.transposed:
             rows = tensor.shape[0]
@@ -144,7 +153,8 @@ class Export:
     architecture: Architecture
     layout: WeightLayout
     origin: dict[str, list[tuple[Entry, int]]]  # Hugging Face name -> the slices it is in, and as which source
-    asides: dict[str, TensorInfo]  # tensors that are no weights, kept in a file of their own
+    asides: dict[str, Weight]  # tensors that are no weights, kept in a file of their own
+    packed: dict[str, tuple[Packed, Half]]  # tensors that a weight is to be stored as, in place of its numbers
     rounded: tuple[str, ...]  # tensors that are written in a narrower type than they are held in
 
     @property
@@ -159,6 +169,9 @@ def plan_export(
     layout: WeightLayout | None,
     asides: Mapping[str, TensorInfo],
     dtype: Dtype | None,
+    *,
+    form: Quantization | None = None,
+    quantized: bool = False,
 ) -> Export:
     """Match a Megatron checkpoint with its family and the shards it is to have.
 
@@ -168,7 +181,12 @@ def plan_export(
         layout: the source's shards; None for transformers' default.
         asides: tensors kept beside the Megatron form.
         dtype: the type of every weight; None for the source's own, or where there is no layout the checkpoint's.
+        form: how the source's weights were stored.
+        quantized: whether they are to be stored so again, not as plain numbers.
     """
+    stored = layout
+    if layout is not None:
+        layout = layout.plain(form)
     table = registry.table_of(architecture)
     if layout is not None:
         table = table.named_as(layout.tensors())
@@ -191,7 +209,8 @@ def plan_export(
         raise UserError(
             f"hf/weights.json has no place for {absent[0]}, which hf/config.json asks for; restore the file"
         )
-    if unknown := sorted(names.keys() - shapes.keys() - asides.keys()):
+    kept = weights_of(form, asides)
+    if unknown := sorted(names.keys() - shapes.keys() - kept.keys()):
         raise UserError(f"hf/weights.json asks for {unknown[0]}, which is in no file; restore hf/ from the source")
     for name, shape in shapes.items():
         if names[name].shape != shape:
@@ -201,7 +220,7 @@ def plan_export(
     if dtype is not None:
         layout = layout.with_dtypes(dict.fromkeys(shapes, dtype.safetensors))
     final = layout.tensors()
-    kept = {name: tensor for name, tensor in asides.items() if name in final}
+    kept = {name: weight for name, weight in kept.items() if name in final}
 
     def rounds(name: str) -> bool:
         written, own = (weight_dtype(of[name].dtype, name, "hf/weights.json") for of in (final, names))
@@ -210,14 +229,31 @@ def plan_export(
         return common([held[name], written]) is not written
 
     rounded = tuple(name for name in origin if rounds(name))
-    return Export(architecture=architecture, layout=layout, origin=origin, asides=kept, rounded=rounded)
+    packed: dict[str, tuple[Packed, Half]] = {}
+    if stored is not None and quantized:
+        for weight in weights_of(form, stored.tensors()).values():
+            if weight.packed and weight.name in origin:
+                scaled = _with_scales(weight.packed, asides)
+                packed |= {name: (scaled, half) for name, half in scaled.halves.items()}
+        layout, wanted = stored, stored.tensors().keys() - packed.keys()
+        kept = {name: Weight(tensor=tensor) for name, tensor in asides.items() if name in wanted}
+    return Export(architecture=architecture, layout=layout, origin=origin, asides=kept, packed=packed, rounded=rounded)
+
+
+def _with_scales(packed: Packed, asides: Mapping[str, TensorInfo]) -> Packed:
+    """With the scales that were kept beside the weights."""
+    scales = asides.get(packed.scales.name)
+    if scales is None or (scales.dtype, scales.shape) != (packed.scales.dtype, packed.scales.shape):
+        raise UserError(f"{packed.scales.name} is not beside the weights as hf/weights.json has it; restore hf/")
+    return replace(packed, scales=scales)
 
 
 def changes_types(plan: Export, reader: TorchDistReader) -> bool:
     """Whether a tensor is written in another type than it is held in."""
-    tensors = plan.layout.tensors()
+    tensors, kept = plan.layout.tensors(), plan.asides.values()
     held = ((name, reader.tensors[entry.key].dtype) for name, parts in plan.origin.items() for entry, _ in parts)
-    return any(tensors[name].dtype != dtype.safetensors for name, dtype in held)
+    changed = any(tensors[name].dtype != dtype.safetensors for name, dtype in held if name in tensors)
+    return changed or bool(plan.packed) or any(weight.packed for weight in kept)
 
 
 def layout_export(plan: Export, reader: TorchDistReader) -> list[NewFile]:
@@ -225,9 +261,12 @@ def layout_export(plan: Export, reader: TorchDistReader) -> list[NewFile]:
 
     def sources(tensor: TensorInfo) -> Iterable[Path]:
         if tensor.name in plan.asides:
-            return [plan.asides[tensor.name].file]
-        parts = plan.origin[tensor.name]
-        return chain.from_iterable(reader.files_of(entry.key, entry.index) for entry, _ in parts)
+            return plan.asides[tensor.name].files
+        name, scales = tensor.name, frozenset[Path]()
+        if tensor.name in plan.packed:
+            packed, _ = plan.packed[tensor.name]
+            name, scales = packed.name, frozenset([packed.scales.file])
+        return scales.union(*(reader.files_of(entry.key, entry.index) for entry, _ in plan.origin[name]))
 
     return weight_files(plan.layout, lambda tensor: source_moves(plan, reader, tensor), sources)
 
@@ -235,8 +274,13 @@ def layout_export(plan: Export, reader: TorchDistReader) -> list[NewFile]:
 def source_moves(plan: Export, reader: TorchDistReader, tensor: TensorInfo) -> Iterator[Move]:
     """What makes a Hugging Face tensor, from those of Megatron that it is in."""
     if tensor.name in plan.asides:
-        region = region_of(plan.asides[tensor.name])
-        yield from windows(region, 0, region.rows)
+        aside = plan.asides[tensor.name].matrix()
+        yield from windows(aside, 0, aside.rows)
+        return
+    if tensor.name in plan.packed:
+        packed, half = plan.packed[tensor.name]
+        numbers, held = _numbers(plan, reader, packed.name)
+        yield from repacked(numbers, held, packed, half)
         return
     wanted = weight_dtype(tensor.dtype, tensor.name, tensor.place)
     pieces = []
@@ -255,6 +299,21 @@ def source_moves(plan: Export, reader: TorchDistReader, tensor: TensorInfo) -> I
                 yield Added(move=move, number=1.0, source=held, target=wanted)
             else:
                 yield converted(move, held, wanted)
+
+
+def _numbers(plan: Export, reader: TorchDistReader, name: str) -> tuple[Matrix, Dtype]:
+    """A Hugging Face tensor of plain numbers, and the type that they are held in."""
+    parts: list[Rows] = []
+    held: set[Dtype] = set()
+    for entry, place in plan.origin[name]:
+        region = reader.region(entry.key, entry.index)
+        held.add(reader.tensors[entry.key].dtype)
+        segments = of_source(entry.segments, place)
+        parts += [Rows(matrix=region, row=s.target_row, rows=s.rows, at=s.source_row) for s in segments]
+    if len(held) > 1:
+        raise UserError(f"{reader.directory}: parts of {name} are of different types; leave out --quantized")
+    rows, width = entry.sources[place].shape[0], region.width
+    return Gathered(name=name, rows=rows, width=width, parts=tuple(parts)), held.pop()
 
 
 def source_rows(plan: Export, reader: TorchDistReader, tensor: TensorInfo) -> Iterator[memoryview]:

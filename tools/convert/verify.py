@@ -21,6 +21,7 @@ from shared.checkpoint.torch_dist import TorchDistReader
 from shared.cli import invocation, log, progress
 from shared.errors import StageError, UserError
 from shared.families import registry
+from shared.mapping.quantization import quantization_of
 from tools.convert.remote import remote_class
 from tools.convert.to_hf import open_export
 from tools.convert.transfer import Export, source_rows
@@ -69,12 +70,15 @@ def run(
     findings = Findings()
     _compare_config(reader.config, config_of(megatron.hf_files / "config.json"), findings)
     if not findings.differences:  # of different shapes there is nothing to compare further
-        dist, plan = open_export(megatron, megatron.hf_files, None)
+        quantized = any(weight.packed for weight in reader.weights.values())
+        dist, plan = open_export(megatron, megatron.hf_files, None, quantized=quantized)
         _compare_layout(reader, plan, megatron.hf_files / LAYOUT, findings)
         with progress(reader.bytes, "bytes", "comparing") as advance:
             for name in reader.tensors.keys() & plan.layout.tensors().keys():
                 _compare_tensor(name, reader, dist, plan, findings)
                 advance(reader.tensors[name].size)
+            if quantized:
+                _compare_numbers(reader, dist, open_export(megatron, megatron.hf_files, None)[1], findings)
         _check_padding(dist, plan, findings)
         _compare_files(source, megatron.hf_files, findings)
         if logits and not findings.differences:
@@ -122,6 +126,8 @@ def _require_models() -> None:
 def _require_class(config: dict[str, Any], source: Path, trust_remote_code: bool) -> None:
     """UserError where nothing computes the source's logits, or only code that nobody has said to run."""
     family = registry.family_of(config)
+    if (trust_remote_code or family.remote) and quantization_of(config):
+        raise UserError("logits of quantised models are computed by transformers' classes only: give --no-logits")
     if trust_remote_code:
         if not remote_class(config):
             raise UserError(f"--trust-remote-code: {source / 'config.json'} names no modelling code (auto_map)")
@@ -188,7 +194,7 @@ def _compare_tensor(name: str, reader: HfReader, dist: TorchDistReader, plan: Ex
     if (tensor.dtype, tensor.shape) != (exported.dtype, exported.shape):
         findings.differences.append(f"{name} comes back as {exported.dtype}{list(exported.shape)}")
         return
-    weight = name in plan.origin
+    weight = name in plan.origin and name not in plan.packed
     dtype = weight_dtype(tensor.dtype, name, tensor.place) if weight else None
     position, nan, infinite, different = 0, 0, 0, False
     for ours, theirs in _aligned(reader.rows(name), source_rows(plan, dist, exported)):
@@ -202,6 +208,25 @@ def _compare_tensor(name: str, reader: HfReader, dist: TorchDistReader, plan: Ex
         position += len(ours)
     if nan or infinite:
         findings.not_finite[name] = f"{nan} NaN, {infinite} infinite"
+
+
+def _compare_numbers(reader: HfReader, dist: TorchDistReader, plan: Export, findings: Findings) -> None:
+    """Of weights that are stored quantised: what their codes stand for is what is held, to the bit."""
+    wanted = plan.layout.tensors()
+    for name in (name for name, weight in reader.weights.items() if weight.packed and name in plan.origin):
+        dtype, nan, infinite, same = (
+            weight_dtype(reader.weights[name].dtype, name, reader.weights[name].place),
+            0,
+            0,
+            True,
+        )
+        for ours, theirs in _aligned(reader.numbers(name), source_rows(plan, dist, wanted[name])):
+            counts = count_not_finite(ours, dtype)
+            nan, infinite, same = nan + counts[0], infinite + counts[1], same and ours == theirs
+        if not same:
+            findings.differences.append(f"{name}: its numbers are not those that its codes stand for")
+        if nan or infinite:
+            findings.not_finite[name] = f"{nan} NaN, {infinite} infinite"
 
 
 def _aligned(left: Iterator[memoryview], right: Iterator[memoryview]) -> Iterator[tuple[memoryview, memoryview]]:

@@ -13,9 +13,12 @@ from typing import Any
 import torch
 
 import shared.device
+from shared.checkpoint.hf import HfReader
 from shared.checkpoint.passengers import config_of
 from shared.cli import log
 from shared.console import quantity
+from shared.families import registry
+from shared.mapping.quantization import quantization_of
 from shared.model.architecture import Architecture
 from tools.convert.remote import remote_class
 
@@ -109,13 +112,36 @@ def _transformers(source: Path, ids: torch.Tensor, trust_remote_code: bool) -> t
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    name = remote_class(config_of(source / "config.json")) if trust_remote_code else None
-    model = getattr(transformers, name or "AutoModelForCausalLM").from_pretrained(
-        source,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        local_files_only=True,
-        trust_remote_code=trust_remote_code,  # given either way: transformers would ask on the terminal
-    )
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    config = config_of(source / "config.json")
+    if quantization_of(config):
+        model = _plain(source, **options)
+    else:
+        name = remote_class(config) if trust_remote_code else None
+        model = getattr(transformers, name or "AutoModelForCausalLM").from_pretrained(
+            source,
+            **options,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,  # given either way: transformers would ask on the terminal
+        )
     model.eval().to(shared.device.prepare())
     return model(ids.to(model.device)).logits.float().cpu()
+
+
+def _plain(source: Path, **options: Any) -> Any:
+    """A quantised model of plain numbers, for those are compared, not the arithmetic of a format.
+
+    transformers would make fp32 numbers of the codes, which no program computes with that reads them as bf16.
+    """
+    import transformers
+
+    reader = HfReader(source)
+    config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
+    del config.quantization_config
+    types = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    state: dict[str, torch.Tensor] = {}
+    for name, weight in reader.weights.items():
+        data = bytearray(b"".join(reader.numbers(name)))
+        state[name] = torch.frombuffer(data, dtype=types[weight.dtype]).view(weight.shape)
+    kind = getattr(transformers, registry.family_of(reader.config).hf_class)
+    return kind.from_pretrained(None, config=config, state_dict=state, **options)

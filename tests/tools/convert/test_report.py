@@ -32,19 +32,28 @@ finally:
 _UNITS = {"MiB": 1 << 20, "GiB": 1 << 30}
 
 
-def large(path: Path, architecture: Architecture) -> int:
+def large(path: Path, architecture: Architecture, fp8: bool) -> int:
     """A checkpoint whose bytes all differ from zero, written at the speed of the disk; returns its size."""
     path.mkdir()
     sources = [source for entry in registry.table_of(architecture).entries() for source in entry.sources]
-    layout = default_layout([(source.name, "BF16", source.shape) for source in sources], file="model.safetensors")
+    triples = [(source.name, "BF16", source.shape) for source in sources]
+    if fp8:
+        coded = [(name, shape) for name, _, shape in triples if name.endswith("_proj.weight")]
+        triples = [(name, "F8_E4M3" if name.endswith("_proj.weight") else kind, shape) for name, kind, shape in triples]
+        triples += [(f"{name}_scale_inv", "F32", tuple(-(-size // 128) for size in shape)) for name, shape in coded]
+    layout = default_layout(triples, file="model.safetensors")
     pattern = memoryview(np.random.default_rng(0).integers(1, 256, 1_000_003, dtype=np.uint8)).cast("B")
 
     def blocks(tensor: TensorInfo) -> list[memoryview]:
+        if tensor.name.endswith("_scale_inv"):
+            return [memoryview(np.full(tensor.shape, 0.003, dtype=np.float32)).cast("B")]
         left = tensor.size
         return [pattern[: min(len(pattern), left - start)] for start in range(0, left, len(pattern))]
 
     write_weights(path, layout, blocks, lambda name, digest: None)
     config = registry.to_config(architecture, torch_dtype="bfloat16")
+    if fp8:
+        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (path / "config.json").write_text(json.dumps(config))
     return (path / "model.safetensors").stat().st_size
 
@@ -66,17 +75,18 @@ def converted(limit: int, *words: str | Path) -> tuple[int, int]:
     return int(float(stated[1]) * _UNITS[stated[2]]), int(peak[1]) << 10
 
 
-Both = Callable[[Architecture, int], int]
+Both = Callable[..., int]
 
 
 @pytest.fixture
 def both_ways(tmp_path: Path) -> Both:
-    def convert(architecture: Architecture, limit: int) -> int:
-        size = large(tmp_path / "hf", architecture)
+    def convert(architecture: Architecture, limit: int, fp8: bool = False) -> int:
+        size = large(tmp_path / "hf", architecture, fp8)
         wanted = hash_file(tmp_path / "hf" / "model.safetensors")
         for command, source, target in (("to-megatron", "hf", "megatron"), ("to-hf", "megatron", "back")):
             words = (command, "--source", tmp_path / source, "--target", tmp_path / target, "--workers", "2")
-            stated, peak = converted(limit, *words)
+            more = ("--quantized",) if fp8 and command == "to-hf" else ()
+            stated, peak = converted(limit, *words, *more)
             assert peak <= stated
             for file in (tmp_path / source).rglob("*.*t*"):  # the disk may be small
                 if file.suffix in (".safetensors", ".distcp"):
@@ -117,3 +127,20 @@ def test_transposed_tensors_larger_than_the_limit(both_ways: Both) -> None:
     )
     both_ways(architecture, limit)
     assert limit < 4096 * 16_384 * 2
+
+
+def test_quantized_tensors_larger_than_the_limit(both_ways: Both) -> None:
+    """Numbers are made of codes window by window, and codes of numbers band by band; 134 MB of numbers each."""
+    limit = 120 << 20
+    architecture = replace(
+        registry.sizes()["tiny"],
+        hidden_size=2048,
+        ffn_hidden_size=32_768,
+        num_attention_heads=16,
+        num_query_groups=2,
+        head_dim=128,
+        num_layers=1,
+        vocab_size=1024,
+    )
+    both_ways(architecture, limit, fp8=True)
+    assert limit < 2048 * 32_768 * 2

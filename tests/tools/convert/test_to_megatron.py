@@ -171,7 +171,7 @@ def test_shard_and_its_lines_of_the_index_missing(make_hf: Make, convert: Any, t
         ({"rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"residual_multiplier": 0.22}, "residual_multiplier"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"num_key_value_heads": 3}, "num_query_groups"),
     ],
 )

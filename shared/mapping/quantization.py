@@ -1,0 +1,79 @@
+"""Forms other than plain numbers in which weights are published, as a config.json says it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shared.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Blocks:
+    """E4M3 codes in `<name>`, and in `<name>_scale_inv` a scale for each block of rows and columns (DeepSeek V3).
+
+    A number is its code's times the scale; blocks at the lower and right edge may be cut.
+    """
+
+    block: tuple[int, int] = (128, 128)  # rows, columns
+    powers_of_two: bool = False  # scales that are made anew are powers of two
+
+    title = "FP8 (E4M3 in blocks)"
+
+
+Quantization = Fp8Blocks
+
+# What changes how a program computes with the weights, or which modules it looks for codes in; the weights' own types
+# tell the latter.
+_FREE = {"modules_to_not_convert", "modules_to_convert", "ignored_layers"}
+_FP8: dict[str, tuple[Any, ...]] = {
+    "quant_method": ("fp8",),
+    "fmt": ("e4m3",),
+    "activation_scheme": ("dynamic",),
+    "scale_fmt": ("float", "ue8m0"),
+    "expert_dtype": ("fp8",),
+    "dequantize": (False,),
+}
+
+
+def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
+    """The form of the weights; None where they are plain numbers.
+
+    Raises:
+        UserError: a form that is not read here, by name.
+    """
+    given = config.get("quantization_config")
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise UserError(f"config.json: quantization_config is {given!r}; an object is wanted")
+    method = given.get("quant_method")
+    if method != "fp8":
+        raise UserError(
+            f"config.json: quantization_config.quant_method {method!r} is not supported (supported: fp8 in blocks); "
+            "fetch the unquantised model, or let the program that quantised it write one"
+        )
+    _check(given, _FP8, {"weight_block_size"})
+    block = given.get("weight_block_size", [128, 128])
+    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
+        raise UserError(
+            f"config.json: quantization_config.weight_block_size is {block!r}; rows and columns of a block are wanted "
+            "(a scale for each whole tensor is not supported)"
+        )
+    return Fp8Blocks(block=(block[0], block[1]), powers_of_two=given.get("scale_fmt") == "ue8m0")
+
+
+def _check(given: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], read: set[str]) -> None:
+    for name, value in given.items():
+        if name in read or name in _FREE or value is None:
+            continue
+        if name not in allowed:
+            raise UserError(
+                f"config.json: quantization_config.{name} = {value!r} is not known, and may change the weights"
+            )
+        if value not in allowed[name]:
+            known = ", ".join(map(str, allowed[name]))
+            raise UserError(
+                f"config.json: quantization_config.{name} = {value!r} is not supported (supported: {known})"
+            )

@@ -1,0 +1,208 @@
+"""Checkpoints that are published quantised: into Megatron form as plain numbers, and back into the bytes they were."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from shared.checkpoint.hf import HfReader
+from shared.families import registry
+
+BLOCK = [24, 40]  # of tiny models: several blocks a matrix, cut at both edges
+FP8 = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "weight_block_size": BLOCK,
+    "activation_scheme": "dynamic",
+    "modules_to_not_convert": ["lm_head"],
+}
+Weights = dict[str, torch.Tensor]
+
+
+def as_fp8(path: Path, scale_type: torch.dtype = torch.float32, *, powers_of_two: bool = False) -> Weights:
+    """Quantise a checkpoint's linear layers in place; returns the numbers that its codes stand for, by torch's casts."""
+    tensors, plain = load_file(path / "model.safetensors"), {}
+    for name, weight in sorted(tensors.items()):
+        if (
+            weight.ndim != 2
+            or "embed" in name
+            or "head" in name
+            or name.endswith(("mlp.gate.weight", "eh_proj.weight"))
+        ):
+            continue
+        rows, columns = (-(-size // block) for size, block in zip(weight.shape, BLOCK, strict=True))
+        generator = torch.Generator().manual_seed(len(name))
+        scales = (torch.rand(rows, columns, generator=generator) + 0.5) / 100
+        if powers_of_two:
+            scales = torch.full_like(scales, 2.0 ** math.ceil(math.log2(weight.float().abs().max() / 448)))
+        scales = scales.to(scale_type)
+        wide = spread(scales.float(), weight.shape)
+        codes = (weight.float() / wide).clamp(-448, 448).to(torch.float8_e4m3fn)
+        tensors[name], tensors[f"{name}_scale_inv"] = codes, scales
+        plain[name] = (codes.float() * wide).bfloat16()
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    form = FP8 | ({"scale_fmt": "ue8m0"} if powers_of_two else {})
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": form}))
+    return plain
+
+
+def spread(scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A scale for each number."""
+    high, wide = BLOCK
+    return scales.repeat_interleave(high, 0)[: shape[0]].repeat_interleave(wide, 1)[:, : shape[1]]
+
+
+@pytest.fixture
+def source(write_architecture: Callable[..., Path], tmp_path: Path) -> Path:
+    return write_architecture(tmp_path / "hf", registry.sizes()["deepseek-v3-tiny"])
+
+
+def done(answer: Any) -> str:
+    assert answer.code == 0, answer.err
+    return str(answer.err)
+
+
+@pytest.mark.parametrize("scale_type", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_fp8_there_and_back(source: Path, convert: Any, tmp_path: Path, scale_type: torch.dtype) -> None:
+    plain = as_fp8(source, scale_type)
+    assert len(plain) > 40
+    target, back, again = (tmp_path / name for name in ("megatron", "plain", "fp8"))
+    said = done(convert("to-megatron", "--source", source, "--target", target))
+    held = [name for name in plain if ".layers.2." not in name]  # layers for further tokens stay as they are
+    assert f"{len(plain)} weights in FP8 (E4M3 in blocks) are written as bfloat16" in said
+    said = done(convert("verify", "--source", source, "--target", target))
+    answer = convert("to-hf", "--source", target, "--target", back)
+    assert "config.json: without quantization_config" in done(answer)
+    found, stored = load_file(back / "model.safetensors"), load_file(source / "model.safetensors")
+    assert held
+    assert found.keys() == {name for name in stored if not name.endswith("_scale_inv")}
+    for name, weight in found.items():
+        wanted = plain.get(name, stored[name])
+        assert weight.dtype == wanted.dtype, name
+        assert torch.equal(weight.view(torch.uint8), wanted.view(torch.uint8)), name
+    config = json.loads((source / "config.json").read_text())
+    del config["quantization_config"]
+    assert json.loads((back / "config.json").read_text()) == config
+    done(convert("to-hf", "--source", target, "--target", again, "--quantized"))
+    for name in ("model.safetensors", "config.json"):
+        assert (again / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_changed_blocks_get_new_scales(source: Path, convert: Any, tmp_path: Path) -> None:
+    """Back through a Megatron directory in which one number has changed."""
+    as_fp8(source)
+    plain, changed, target = (tmp_path / name for name in ("plain", "changed", "megatron"))
+    done(convert("to-megatron", "--source", source, "--target", target))
+    done(convert("to-hf", "--source", target, "--target", plain))
+    name = "model.layers.0.mlp.gate_proj.weight"
+    tensors, stored = load_file(plain / "model.safetensors"), load_file(source / "model.safetensors")
+    tensors[name][BLOCK[0] + 1, BLOCK[1] + 2] *= 1.07  # which is not on the grid
+    save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    (plain / "manifest.json").unlink()
+    done(convert("to-megatron", "--source", plain, "--target", changed))
+    (target / "release").rename(target / "old")  # as after training: other numbers beside the same hf/
+    (changed / "release").rename(target / "release")
+    (target / "manifest.json").unlink()
+    done(convert("to-hf", "--source", target, "--target", tmp_path / "back", "--quantized"))
+    found = load_file(tmp_path / "back" / "model.safetensors")
+    assert found.keys() == stored.keys()
+    different = {n for n in found if not torch.equal(found[n].view(torch.uint8), stored[n].view(torch.uint8))}
+    assert different == {name, f"{name}_scale_inv"}
+    scales, before = found[f"{name}_scale_inv"], stored[f"{name}_scale_inv"]
+    assert (scales != before).nonzero().tolist() == [[1, 1]]
+    block = tensors[name][BLOCK[0] : 2 * BLOCK[0], BLOCK[1] :].float()
+    assert scales[1, 1] == block.abs().max() / 448
+    codes = (block / scales[1, 1]).to(torch.float8_e4m3fn)
+    assert torch.equal(found[name][BLOCK[0] : 2 * BLOCK[0], BLOCK[1] :].view(torch.uint8), codes.view(torch.uint8))
+    answer = convert("verify", "--source", source, "--target", target, "--no-logits")
+    assert answer.code == 1
+    assert name in answer.err
+
+
+def test_numbers_that_give_the_same_codes_are_found_out(source: Path, convert: Any, tmp_path: Path) -> None:
+    """With scales that are powers of two, numbers that changed by little have the codes and the scale that they had."""
+    as_fp8(source, powers_of_two=True)
+    plain, changed, target = (tmp_path / name for name in ("plain", "changed", "megatron"))
+    done(convert("to-megatron", "--source", source, "--target", target))
+    done(convert("to-hf", "--source", target, "--target", plain))
+    tensors = load_file(plain / "model.safetensors")
+    weight = tensors["model.layers.0.mlp.gate_proj.weight"]
+    weight.view(torch.int16)[weight.abs() == weight[: BLOCK[0], : BLOCK[1]].abs().min()] += 1
+    save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    (plain / "manifest.json").unlink()
+    done(convert("to-megatron", "--source", plain, "--target", changed))
+    (target / "release").rename(target / "old")
+    (changed / "release").rename(target / "release")
+    (target / "manifest.json").unlink()
+    done(convert("to-hf", "--source", target, "--target", tmp_path / "back", "--quantized"))
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    answer = convert("verify", "--source", source, "--target", target, "--no-logits")
+    assert answer.code == 1
+    assert "gate_proj.weight: its numbers are not those that its codes stand for" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "'gptq' is not supported"),
+        ({"quant_method": "awq"}, "'awq' is not supported"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "'bitsandbytes' is not supported"),
+        ({"quant_method": "compressed-tensors"}, "'compressed-tensors' is not supported"),
+        (FP8 | {"activation_scheme": "static"}, "activation_scheme = 'static'"),
+        (FP8 | {"weight_block_size": None}, "weight_block_size"),
+        (FP8 | {"fmt": "e5m2"}, "fmt = 'e5m2'"),
+        (FP8 | {"surprise": 1}, "quantization_config.surprise = 1"),
+        (None, "config.json has no quantization_config"),
+        (FP8 | {"weight_block_size": [128, 128]}, "in blocks of [128, 128], asks for"),
+    ],
+)
+def test_other_forms_are_refused_by_name(
+    source: Path, convert: Any, tmp_path: Path, changes: dict[str, Any] | None, words: str
+) -> None:
+    as_fp8(source)
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": changes}
+    (source / "config.json").write_text(json.dumps(config))
+    answer = convert("to-megatron", "--source", source, "--target", tmp_path / "megatron")
+    assert answer.code == 2
+    assert words in answer.err
+    assert not (tmp_path / "megatron").exists()
+
+
+def test_scales_are_asked_for(source: Path, convert: Any, tmp_path: Path) -> None:
+    as_fp8(source)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    tensors = load_file(source / "model.safetensors")
+    scales = tensors.pop(f"{name}_scale_inv")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    answer = convert("to-megatron", "--source", source, "--target", tmp_path / "megatron")
+    assert (answer.code, f"{name}_scale_inv is missing" in answer.err) == (2, True)
+    save_file(tensors | {f"{name}_scale_inv": scales, "more_scale_inv": scales.clone()}, source / "model.safetensors")
+    answer = convert("to-megatron", "--source", source, "--target", tmp_path / "megatron")
+    assert (answer.code, "more_scale_inv is unknown to this family" in answer.err) == (2, True)
+
+
+def test_quantized_is_for_what_was(make_hf: Callable[..., Path], convert: Any, tmp_path: Path) -> None:
+    source, target = make_hf(), tmp_path / "megatron"
+    done(convert("to-megatron", "--source", source, "--target", target))
+    answer = convert("to-hf", "--source", target, "--target", tmp_path / "back", "--quantized")
+    assert (answer.code, "has no quantization_config" in answer.err) == (2, True)
+    answer = convert("to-hf", "--source", target, "--target", tmp_path / "back", "--quantized", "--dtype", "bf16")
+    assert (answer.code, "contradict" in answer.err) == (2, True)
+
+
+def test_inspect_names_it(source: Path, convert: Any, tmp_path: Path) -> None:
+    as_fp8(source)
+    answer = convert("inspect", source, "--json", "--scan")
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out)
+    assert found["quantization"] == "FP8 (E4M3 in blocks)"
+    assert found["quantized_weights"] == sum(n.endswith("_scale_inv") for n in HfReader(source).tensors)
+    assert "problem" not in found
