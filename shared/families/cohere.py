@@ -1,7 +1,8 @@
-"""Command-R and Aya: attention and MLP side by side on one LayerNorm without bias, scaled logits."""
+"""Command-R, Command-R+ and Aya: attention and MLP side by side on one LayerNorm without bias, scaled logits."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from shared.families.decoder import common_fields, table, written_fields
@@ -11,15 +12,17 @@ from shared.model.architecture import Architecture
 
 
 def read(fields: Fields) -> Architecture:
-    fields.expect("use_qk_norm", False, why="a norm with weights for each head is not computed here")
     fields.ignore("model_max_length")  # the tokenizer's
     bias = fields.get("attention_bias", bool, False)
+    normed = fields.get("use_qk_norm", bool, False)
     return Architecture(
         family="cohere",
         norm="layernorm",
         residual="parallel_shared",
         rotary_interleaved=True,
         logit_multiplier=fields.get("logit_scale", float, 0.0625),
+        qk_norm=normed,
+        qk_norm_scope="each_head" if normed else "head",
         qkv_bias=bias,
         attention_output_bias=bias,
         **common_fields(fields, default_theta=500_000.0, epsilon="layer_norm_eps", default_epsilon=1e-5, tied=True),
@@ -29,7 +32,7 @@ def read(fields: Fields) -> Architecture:
 def write(a: Architecture) -> dict[str, Any]:
     fields = written_fields(a, epsilon="layer_norm_eps")
     del fields["head_dim"]  # always hidden_size / num_attention_heads
-    return {**fields, "logit_scale": a.logit_multiplier, "attention_bias": a.qkv_bias, "use_qk_norm": False}
+    return {**fields, "logit_scale": a.logit_multiplier, "attention_bias": a.qkv_bias, "use_qk_norm": a.qk_norm}
 
 
 _COMMAND_R = Architecture(
@@ -50,13 +53,30 @@ _COMMAND_R = Architecture(
     logit_multiplier=0.0625,
     tied_embeddings=True,
 )
+_COMMAND_R_PLUS = replace(
+    _COMMAND_R,
+    num_layers=64,
+    hidden_size=12_288,
+    ffn_hidden_size=33_792,
+    num_attention_heads=96,
+    num_query_groups=8,
+    rope_theta=75_000_000.0,
+    logit_multiplier=0.8333333333333334,
+    qk_norm=True,
+    qk_norm_scope="each_head",
+)
 
 FAMILY = Family(
     name="cohere",
-    title="Command-R, Aya",
+    title="Command-R, Command-R+, Aya",
     hf_class="CohereForCausalLM",
     read=read,
     table=table,
     write=write,
-    sizes={"cohere-tiny": tiny(_COMMAND_R, logit_multiplier=0.25), "command-r": _COMMAND_R},
+    sizes={
+        "cohere-tiny": tiny(_COMMAND_R, logit_multiplier=0.25),
+        "cohere-tiny-qk-norm": tiny(_COMMAND_R_PLUS, logit_multiplier=0.25),
+        "command-r": _COMMAND_R,
+        "command-r-plus": _COMMAND_R_PLUS,
+    },
 )

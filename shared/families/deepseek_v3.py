@@ -1,4 +1,4 @@
-"""DeepSeek V3, V3.1, R1 and Moonlight: latent attention; sigmoid scores, and a bias that counts for choosing only."""
+"""DeepSeek V3, V3.1, R1, Moonlight and Kimi K2: latent attention; sigmoid scores, and a bias that counts for choosing only."""
 
 from __future__ import annotations
 
@@ -128,7 +128,8 @@ _MOONLIGHT = replace(
 )
 FAMILY = Family(
     name="deepseek_v3",
-    title="DeepSeek V3, V3.1, R1, Moonlight",
+    model_types=("deepseek_v3", "kimi_k2"),  # Kimi K2's modelling code is DeepSeek V3's
+    title="DeepSeek V3, V3.1, R1, Moonlight, Kimi K2",
     hf_class="DeepseekV3ForCausalLM",
     read=read,
     table=table,
@@ -153,5 +154,26 @@ FAMILY = Family(
         ),
         "deepseek-v3": _V3,
         "moonlight-16b-a3b": _MOONLIGHT,
+        "kimi-k2": replace(
+            _V3,
+            num_attention_heads=64,
+            num_query_groups=64,
+            vocab_size=163_840,
+            max_position_embeddings=131_072,
+            rope_theta=50_000.0,
+            rope_scaling=RopeScaling(
+                kind="yarn", factor=32.0, original_length=4096, beta_fast=1.0, mscale=1.0, mscale_all_dim=1.0
+            ),
+            experts=replace(
+                _EXPERTS,
+                count=384,
+                scaling=2.827,
+                groups=1,
+                top_groups=1,
+                auxiliary_loss=0.001,
+                dense_layers=(0,),
+            ),
+            prediction_layers=0,
+        ),
     },
 )

@@ -1,4 +1,7 @@
-"""Falcon 7B, 11B, 40B and 180B: attention and MLP side by side on one norm or two, QKV in Megatron-Core order."""
+"""Falcon 7B, 11B, 40B and 180B: attention and MLP side by side on one norm or two, QKV in Megatron-Core order.
+
+Falcon RW has them one after the other, biases, and ALiBi.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +30,11 @@ _NAMES = Names(
 
 def read(fields: Fields) -> Architecture:
     """The new decoder (40B on) has several key/value heads and, unless told otherwise, two norms."""
-    fields.expect("alibi", False, why="Falcon RW rounds ALiBi to bf16, which is not computed here")
     fields.expect("apply_residual_connection_post_layernorm", False, why="the residual is the layer's input")
     for name in ("attention_dropout", "hidden_dropout"):
         fields.expect(name, 0, 0.0, why="train without dropout, or set it to 0.0")
-    fields.ignore("parallel_attn", "multi_query", "num_ln_in_parallel_attn", "num_kv_heads")
+    fields.ignore("parallel_attn", "multi_query", "num_ln_in_parallel_attn", "num_kv_heads", "ff_factor")
+    alibi = fields.get("alibi", bool, False)
     hidden = fields.get("hidden_size", int) if fields.has("hidden_size") else fields.get("n_embed", int)
     heads = fields.get("num_attention_heads", int)
     positions = fields.get("max_position_embeddings", int, 2048)
@@ -62,7 +65,9 @@ def read(fields: Fields) -> Architecture:
         residual=residual,
         activation=activation(fields, "activation", GELU, "gelu"),
         mlp_bias=bias,
-        rope_theta=theta,
+        positions="alibi" if alibi else "rope",
+        alibi="rounded" if alibi else "exact",
+        rope_theta=10_000.0 if alibi else theta,
         rope_scaling=scaling,
         qkv_bias=bias,
         attention_output_bias=bias,
@@ -88,7 +93,7 @@ def write(a: Architecture) -> dict[str, Any]:
         "max_position_embeddings": a.max_position_embeddings,
         "layer_norm_epsilon": a.norm_epsilon,
         "activation": gelu_name(a),
-        "alibi": False,
+        "alibi": a.positions == "alibi",
         "bias": a.qkv_bias,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
@@ -129,10 +134,37 @@ _FALCON_40B = replace(
     num_query_groups=8,
     residual="parallel",
 )
+_FALCON_11B = replace(
+    _FALCON_7B,
+    num_layers=60,
+    hidden_size=4096,
+    ffn_hidden_size=16_384,
+    num_attention_heads=32,
+    num_query_groups=8,
+    head_dim=128,
+    max_position_embeddings=8192,
+    rope_theta=5_000_042.0,
+    tied_embeddings=False,
+)
+_FALCON_RW = replace(
+    _FALCON_7B,
+    num_layers=24,
+    hidden_size=2048,
+    ffn_hidden_size=8192,
+    num_attention_heads=32,
+    num_query_groups=32,
+    vocab_size=50_304,
+    residual="sequential",
+    positions="alibi",
+    alibi="rounded",
+    qkv_bias=True,
+    attention_output_bias=True,
+    mlp_bias=True,
+)
 
 FAMILY = Family(
     name="falcon",
-    title="Falcon 7B, 11B, 40B, 180B",
+    title="Falcon 7B, 11B, 40B, 180B, RW",
     hf_class="FalconForCausalLM",
     read=read,
     table=table,
@@ -140,15 +172,18 @@ FAMILY = Family(
     sizes={
         "falcon-tiny": tiny(_FALCON_7B, num_query_groups=1),
         "falcon-tiny-new": tiny(_FALCON_40B),
-        "falcon-tiny-sequential": tiny(
-            _FALCON_7B,
-            num_query_groups=4,
-            residual="sequential",
-            qkv_bias=True,
-            attention_output_bias=True,
-            mlp_bias=True,
-        ),
+        "falcon-tiny-11b": tiny(_FALCON_11B),
+        "falcon-tiny-rw": tiny(_FALCON_RW, num_query_groups=4),
+        "falcon-rw-1b": _FALCON_RW,
         "falcon-7b": _FALCON_7B,
+        "falcon-11b": _FALCON_11B,
         "falcon-40b": _FALCON_40B,
+        "falcon-180b": replace(
+            _FALCON_40B,
+            num_layers=80,
+            hidden_size=14_848,
+            ffn_hidden_size=59_392,
+            num_attention_heads=232,
+        ),
     },
 )

@@ -114,8 +114,10 @@ class Fields:
         theta, old_theta = new.get("rope_theta"), self.optional("rope_theta", float)
         if theta is not None and old_theta is not None and float(theta) != old_theta:
             raise UserError(f"config.json: rope_theta {old_theta} contradicts rope_parameters.rope_theta {theta}")
+        longrope = "longrope" in (_kind(old, "rope_scaling"), _kind(new, "rope_parameters"))
+        length = self.optional("original_max_position_embeddings", int) if longrope else None
         scaling, new_scaling = (
-            _scaling(given, field, max_position_embeddings, self.optional("original_max_position_embeddings", int))
+            _scaling(given, field, max_position_embeddings, length)
             for given, field in ((old, "rope_scaling"), (new, "rope_parameters"))
         )
         if old and new and scaling != new_scaling:
@@ -152,13 +154,18 @@ _KINDS = {
 }
 
 
+def _kind(given: Mapping[str, Any], field: str) -> Any:
+    kind = given.get("rope_type", given.get("type", "default"))
+    if given.get("type", kind) != kind:
+        raise UserError(f"config.json: {field} has type {given['type']!r} and rope_type {kind!r}; keep the right one")
+    return kind
+
+
 def _scaling(
     given: Mapping[str, Any], field: str, max_position_embeddings: int, original_length: int | None
 ) -> RopeScaling | None:
     """`original_length` is what the configuration says outside of the scaling: Phi-3 does."""
-    kind = given.get("rope_type", given.get("type", "default"))
-    if given.get("type", kind) != kind:
-        raise UserError(f"config.json: {field} has type {given['type']!r} and rope_type {kind!r}; keep the right one")
+    kind = _kind(given, field)
     needed = _KINDS.get(kind)
     if needed is None:
         known = ", ".join(name for name in _KINDS if name != "default")

@@ -39,7 +39,7 @@ def read(fields: Fields) -> Architecture:
     theta = new or old or 10_000.0
     bias = fields.get("attention_bias", bool, False)
     return Architecture(
-        family="gemma3_text",
+        family="gemma3",
         norm="rmsnorm_1p",
         norm_placement="sandwich",
         embedding_multiplier=common["hidden_size"] ** 0.5,
@@ -73,7 +73,7 @@ def write(a: Architecture) -> dict[str, Any]:
 def _size(layers: int, hidden: int, ffn: int, heads: int, groups: int, **further: Any) -> Architecture:
     return Architecture(
         **{
-            "family": "gemma3_text",
+            "family": "gemma3",
             "num_layers": layers,
             "hidden_size": hidden,
             "ffn_hidden_size": ffn,
@@ -118,7 +118,8 @@ def _small(layers: int, hidden: int, ffn: int) -> Architecture:
 _GEMMA_3_4B = _size(34, 2560, 10_240, 8, 4)
 
 FAMILY = Family(
-    name="gemma3_text",
+    name="gemma3",
+    model_types=("gemma3_text",),
     title="Gemma 3 (270M, 1B, and the text models of 4B, 12B, 27B)",
     hf_class="Gemma3ForCausalLM",
     read=read,

@@ -32,6 +32,8 @@ def read(fields: Fields) -> Architecture:
     fields.expect("do_layer_norm_before", True, why="norms behind the residual are not computed here")
     fields.expect("layer_norm_elementwise_affine", True, why="norms without weights are not computed here")
     fields.expect("_remove_final_layer_norm", False, why="the final norm is part of the family")
+    fields.expect("learned_embeddings", True, why="positions are learned in this family")
+    fields.expect("scale_embeddings", False, why="transformers computes none")
     fields.expect("layerdrop", 0, 0.0, why="layers are never dropped here")
     fields.ignore("activation_dropout")  # read by no version of the model
     hidden, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
@@ -107,6 +109,16 @@ _OPT_1_3B = Architecture(
     hidden_dropout=0.1,
     tied_embeddings=True,
 )
+_GALACTICA = replace(
+    _OPT_1_3B,
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=16_384,
+    head_dim=128,
+    vocab_size=50_000,
+    activation="gelu",
+    attention_dropout=0.1,
+)
 
 FAMILY = Family(
     name="opt",
@@ -117,6 +129,16 @@ FAMILY = Family(
     write=write,
     sizes={
         "opt-tiny": tiny(_OPT_1_3B, num_query_groups=4, hidden_dropout=0.0),
+        "galactica-tiny": tiny(
+            _GALACTICA,
+            num_query_groups=4,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            qkv_bias=False,
+            attention_output_bias=False,
+            mlp_bias=False,
+        ),
+        "galactica-6.7b": _GALACTICA,
         "opt-125m": replace(
             _OPT_1_3B,
             num_layers=12,

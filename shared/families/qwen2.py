@@ -5,20 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from shared.families.decoder import common_fields, full_attention_only, table, written_fields
-from shared.families.family import Family
+from shared.families.decoder import common_fields, table, written_fields
+from shared.families.family import Family, tiny
 from shared.families.fields import Fields
+from shared.families.windows import optional_window_fields, written_optional_window_fields
 from shared.model.architecture import Architecture
 
 
 def read(fields: Fields) -> Architecture:
     common = common_fields(fields)
-    full_attention_only(fields, common["num_layers"])
-    return Architecture(family="qwen2", qkv_bias=True, **common)
+    windows = optional_window_fields(fields, common["num_layers"], range(fields.get("max_window_layers", int, 28)))
+    return Architecture(family="qwen2", qkv_bias=True, **common, **windows)
 
 
 def write(a: Architecture) -> dict[str, Any]:
-    return {**written_fields(a), "use_sliding_window": False}
+    return {**written_fields(a), **written_optional_window_fields(a)}
 
 
 _QWEN_2_5_0_5B = Architecture(
@@ -45,16 +46,8 @@ FAMILY = Family(
     table=table,
     write=write,
     sizes={
-        "qwen2-tiny": replace(
-            _QWEN_2_5_0_5B,
-            num_layers=2,
-            hidden_size=64,
-            ffn_hidden_size=160,
-            num_attention_heads=4,
-            head_dim=16,
-            vocab_size=512,
-            max_position_embeddings=512,
-        ),
+        "qwen2-tiny": tiny(_QWEN_2_5_0_5B),
+        "qwen2-tiny-window": tiny(_QWEN_2_5_0_5B, sliding_window=96, full_attention_layers=(0,)),
         "qwen2.5-0.5b": _QWEN_2_5_0_5B,
         "qwen2.5-7b": replace(
             _QWEN_2_5_0_5B,

@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from shared.families.decoder import common_fields, full_attention_only, table, written_fields
+from shared.families.decoder import common_fields, table, written_fields
 from shared.families.experts import dense_layers, written_dense_layers
 from shared.families.family import Family
 from shared.families.fields import Fields
+from shared.families.windows import optional_window_fields, written_optional_window_fields
 from shared.model.architecture import Architecture, Experts
 
 
 def read(fields: Fields) -> Architecture:
     bias = fields.get("qkv_bias", bool, True)
     common = common_fields(fields)
-    full_attention_only(fields, common["num_layers"])
+    layers, windowed = common["num_layers"], fields.get("max_window_layers", int, 28)
+    # Of the first `max_window_layers` every other one has a window, and of those behind them none.
+    full = (layer for layer in range(layers) if layer % 2 or layer >= windowed)
+    windows = optional_window_fields(fields, layers, full)
     experts = Experts(
         count=fields.get("num_experts", int, 60),
         top_k=fields.get("num_experts_per_tok", int, 4),
@@ -26,7 +30,7 @@ def read(fields: Fields) -> Architecture:
         auxiliary_loss=fields.get("router_aux_loss_coef", float, 0.001),
         dense_layers=dense_layers(fields, common["num_layers"]),
     )
-    return Architecture(family="qwen2_moe", qkv_bias=bias, experts=experts, **common)
+    return Architecture(family="qwen2_moe", qkv_bias=bias, experts=experts, **common, **windows)
 
 
 def write(a: Architecture) -> dict[str, Any]:
@@ -34,7 +38,7 @@ def write(a: Architecture) -> dict[str, Any]:
     return {
         **written_fields(a),
         "qkv_bias": a.qkv_bias,
-        "use_sliding_window": False,
+        **written_optional_window_fields(a),
         "num_experts": a.experts.count,
         "num_experts_per_tok": a.experts.top_k,
         "moe_intermediate_size": a.experts.ffn_hidden_size,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from shared.families.decoder import common_fields, full_attention_only, table, written_fields
+from shared.families.decoder import common_fields, table, written_fields
 from shared.families.family import Family
 from shared.families.fields import Fields
+from shared.families.windows import optional_window_fields, written_optional_window_fields
 from shared.model.architecture import Architecture, RopeScaling
 
 _DEFAULT_HEAD_DIM = 128  # not hidden_size / num_attention_heads
@@ -16,12 +17,12 @@ _DEFAULT_HEAD_DIM = 128  # not hidden_size / num_attention_heads
 def read(fields: Fields) -> Architecture:
     bias = fields.get("attention_bias", bool, False)
     common = common_fields(fields) | {"head_dim": fields.get("head_dim", int, _DEFAULT_HEAD_DIM)}
-    full_attention_only(fields, common["num_layers"])
-    return Architecture(family="qwen3", qk_norm=True, qkv_bias=bias, attention_output_bias=bias, **common)
+    windows = optional_window_fields(fields, common["num_layers"], range(fields.get("max_window_layers", int, 28)))
+    return Architecture(family="qwen3", qk_norm=True, qkv_bias=bias, attention_output_bias=bias, **common, **windows)
 
 
 def write(a: Architecture) -> dict[str, Any]:
-    return {**written_fields(a), "attention_bias": a.qkv_bias, "use_sliding_window": False}
+    return {**written_fields(a), "attention_bias": a.qkv_bias, **written_optional_window_fields(a)}
 
 
 _QWEN3_8B = Architecture(

@@ -5,17 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from shared.families.decoder import common_fields, full_attention_only, table, written_fields
+from shared.errors import UserError
+from shared.families.decoder import common_fields, table, written_fields
 from shared.families.experts import dense_layers, expert_count, written_dense_layers
 from shared.families.family import Family
 from shared.families.fields import Fields
+from shared.families.windows import optional_window_fields, written_optional_window_fields
 from shared.model.architecture import Architecture, Experts
 
 
 def read(fields: Fields) -> Architecture:
     bias = fields.get("attention_bias", bool, False)
     common = common_fields(fields)
-    full_attention_only(fields, common["num_layers"])
+    fields.ignore("max_window_layers")
+    windows = optional_window_fields(fields, common["num_layers"], ())
+    if windows.get("full_attention_layers"):
+        raise UserError("config.json: layer_types: transformers gives all layers of this family the sliding window")
     experts = Experts(
         count=expert_count(fields, 128),
         top_k=fields.get("num_experts_per_tok", int, 8),
@@ -25,7 +30,13 @@ def read(fields: Fields) -> Architecture:
         dense_layers=dense_layers(fields, common["num_layers"]),
     )
     return Architecture(
-        family="qwen3_moe", qk_norm=True, qkv_bias=bias, attention_output_bias=bias, experts=experts, **common
+        family="qwen3_moe",
+        qk_norm=True,
+        qkv_bias=bias,
+        attention_output_bias=bias,
+        experts=experts,
+        **common,
+        **windows,
     )
 
 
@@ -34,7 +45,7 @@ def write(a: Architecture) -> dict[str, Any]:
     return {
         **written_fields(a),
         "attention_bias": a.qkv_bias,
-        "use_sliding_window": False,
+        **written_optional_window_fields(a),
         "num_experts": a.experts.count,
         "num_experts_per_tok": a.experts.top_k,
         "moe_intermediate_size": a.experts.ffn_hidden_size,

@@ -5,23 +5,29 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from shared.families.decoder import common_fields, table, written_fields
+from shared.families.decoder import common_fields, written_fields
 from shared.families.family import Family, tiny
 from shared.families.fields import Fields
+from shared.families.tensors import Names, decoder_table
+from shared.mapping.rule import Table
 from shared.model.architecture import Architecture
+
+_NAMES = Names(q_norm="self_attn.q_layernorm.norms.{query_head}", k_norm="self_attn.k_layernorm.norms.{key_head}")
 
 
 def read(fields: Fields) -> Architecture:
     """With `use_parallel_residual` attention and MLP share one norm."""
-    fields.expect("qk_layernorm", False, why="a norm with weights for each head is not computed here")
     fields.expect("hidden_dropout", 0, 0.0, why="train without dropout, or set it to 0.0")
     parallel = fields.get("use_parallel_residual", bool, False)
+    normed = fields.get("qk_layernorm", bool, False)
     return Architecture(
         family="stablelm",
         norm="layernorm",
         norm_bias=True,
         residual="parallel_shared" if parallel else "sequential",
         qkv_bias=fields.get("use_qkv_bias", bool, False),
+        qk_norm=normed,
+        qk_norm_scope="each_head" if normed else "head",
         **common_fields(fields, epsilon="layer_norm_eps", default_epsilon=1e-5, rotary_fraction=0.25),
     )
 
@@ -30,7 +36,11 @@ def write(a: Architecture) -> dict[str, Any]:
     fields = written_fields(a, epsilon="layer_norm_eps", partial=True)
     del fields["head_dim"]  # always hidden_size / num_attention_heads
     parallel = a.residual == "parallel_shared"
-    return {**fields, "use_qkv_bias": a.qkv_bias, "use_parallel_residual": parallel, "qk_layernorm": False}
+    return {**fields, "use_qkv_bias": a.qkv_bias, "use_parallel_residual": parallel, "qk_layernorm": a.qk_norm}
+
+
+def table(a: Architecture) -> Table:
+    return decoder_table(a, _NAMES)
 
 
 _STABLELM_2_1_6B = Architecture(
@@ -50,10 +60,23 @@ _STABLELM_2_1_6B = Architecture(
     qkv_bias=True,
     tied_embeddings=False,
 )
+_STABLELM_2_12B = replace(
+    _STABLELM_2_1_6B,
+    num_layers=40,
+    hidden_size=5120,
+    ffn_hidden_size=13_824,
+    num_query_groups=8,
+    head_dim=160,
+    rotary_dim=40,
+    residual="parallel_shared",
+    qkv_bias=False,
+    qk_norm=True,
+    qk_norm_scope="each_head",
+)
 
 FAMILY = Family(
     name="stablelm",
-    title="StableLM 3B, StableLM 2 1.6B",
+    title="StableLM 3B, StableLM 2 1.6B and 12B",
     hf_class="StableLmForCausalLM",
     read=read,
     table=table,
@@ -61,7 +84,9 @@ FAMILY = Family(
     sizes={
         "stablelm-tiny": tiny(_STABLELM_2_1_6B, rotary_dim=4),
         "stablelm-tiny-parallel": tiny(_STABLELM_2_1_6B, rotary_dim=4, residual="parallel_shared", qkv_bias=False),
+        "stablelm-tiny-qk-norm": tiny(_STABLELM_2_12B, rotary_dim=4),
         "stablelm-2-1.6b": _STABLELM_2_1_6B,
+        "stablelm-2-12b": _STABLELM_2_12B,
         "stablelm-3b-4e1t": replace(
             _STABLELM_2_1_6B,
             num_layers=32,

@@ -66,7 +66,12 @@ def decoder_table(a: Architecture, names: Names, further_asides: Iterable[Aside]
         aliases=(tied,) if a.tied_embeddings else (),
         asides=(*(Aside(name=names.layer + name) for name in names.asides), *further_asides),
         optional_prefix=names.prefix,
-        sizes={"layer": a.num_layers, "expert": a.experts.count if a.experts else 0},
+        sizes={
+            "layer": a.num_layers,
+            "expert": a.experts.count if a.experts else 0,
+            "query_head": a.num_attention_heads,
+            "key_head": a.num_query_groups,
+        },
     )
 
 
@@ -114,6 +119,17 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
         for kind in ("weight", "bias") if a.norm_bias else ("weight",):
             yield whole(f"{key}.{kind}", name, hidden, kind=kind)
 
+    def head_norm(key: str, name: str, axis: Axis, heads: int) -> Iterator[Rule]:
+        """The norm of queries or of keys, whose weights are one for all heads, or `[heads, head_dim]` for each head."""
+        if a.qk_norm_scope != "each_head":
+            size = a.head_dim if a.qk_norm_scope == "head" else heads * a.head_dim
+            yield from norm(f"{attention}.{key}.", name, size, of=attending)
+            return
+        apart = f"{{{axis}}}" in name  # a tensor for every head, or one for all of them
+        source = Source(name=f"{names.layer}{name}.weight", shape=(a.head_dim,) if apart else (heads, a.head_dim))
+        axes: tuple[Axis, ...] = ("layer", axis) if apart else ("layer",)
+        yield Rule(megatron=f"{attention}.{key}.weight", axes=axes, layers=attending, sources=(source,))
+
     def attention_rules() -> Iterator[Rule]:
         groups: RowLayout = Interleave(groups=a.num_query_groups)  # [q1..qn k1 v1 | q.. k2 v2 | ...]
         queries = 2 * q if a.attention_gate else q
@@ -124,9 +140,8 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
         rows = (queries, kv, kv)
         yield from layer(f"{attention}.linear_qkv", names.qkv, rows, hidden, a.qkv_bias, groups, of=attending)
         if a.qk_norm:
-            heads = a.qk_norm_scope == "head"
-            yield from norm(f"{attention}.q_layernorm.", names.q_norm, a.head_dim if heads else q, of=attending)
-            yield from norm(f"{attention}.k_layernorm.", names.k_norm, a.head_dim if heads else kv, of=attending)
+            yield from head_norm("q_layernorm", names.q_norm, "query_head", a.num_attention_heads)
+            yield from head_norm("k_layernorm", names.k_norm, "key_head", a.num_query_groups)
 
     yield whole("embedding.word_embeddings.weight", names.embedding, a.vocab_size, columns=hidden, layout=vocabulary)
     if a.embedding_norm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from shared.errors import UserError
@@ -35,3 +36,19 @@ def written_window_fields(a: Architecture) -> dict[str, Any]:
     """The same backwards."""
     kinds = ["full" if a.window(layer) is None else "sliding" for layer in range(a.num_layers)]
     return {"sliding_window": a.sliding_window, "layer_types": [f"{kind}_attention" for kind in kinds]}
+
+
+def optional_window_fields(fields: Fields, num_layers: int, full: Iterable[int]) -> dict[str, Any]:
+    """Qwen's, of which `use_sliding_window` says whether there are any; `full` are then those that see everything."""
+    if fields.get("use_sliding_window", bool, False):
+        return window_fields(fields, num_layers, 4096, tuple(full))
+    fields.expect("layer_types", ["full_attention"] * num_layers, why="use_sliding_window is false")
+    fields.ignore("sliding_window")
+    return {}
+
+
+def written_optional_window_fields(a: Architecture) -> dict[str, Any]:
+    """The same backwards."""
+    if a.sliding_window is None:
+        return {"use_sliding_window": False}
+    return {"use_sliding_window": True, **written_window_fields(a)}

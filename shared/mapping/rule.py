@@ -1,9 +1,9 @@
 """Rules: one line of a family's tensor table, and what a table says of one particular model.
 
-A rule is `Megatron key | axes | source names | layout`. Names may hold `{layer}` and `{expert}`; a rule over the axis
-`layer` makes one entry for every layer, stacked by Megatron-Core into one tensor `[layers, ...]`, and over `layer` and
-`expert` one for every expert, `[layers, experts, ...]`. Where layers differ, Megatron-Core does not stack them: the key
-itself holds `{layer}` then.
+A rule is `Megatron key | axes | source names | layout`. Names may hold `{layer}`, `{expert}`, `{query_head}` and
+`{key_head}`; a rule over the axis `layer` makes one entry for every layer, stacked by Megatron-Core into one tensor
+`[layers, ...]`, and over `layer` and `expert` one for every expert, `[layers, experts, ...]`; over heads likewise. Where
+layers differ, Megatron-Core does not stack them: the key itself holds `{layer}` then.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Literal
 from shared.errors import UserError
 from shared.mapping.layout import COPY, PADDING, LayoutError, PadRows, RowLayout, Segment, Shape, Transposed
 
-Axis = Literal["layer", "expert"]
+Axis = Literal["layer", "expert", "query_head", "key_head"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,3 +29,13 @@ def bias(slopes: torch.Tensor, length: int) -> torch.Tensor:
     positions = torch.arange(length, device=slopes.device)
     distance = positions[None, :] - positions[:, None]
     return slopes[None, :, None, None] * distance
+
+
+def rounded_bias(slopes: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The same as Falcon RW was trained: `slope * key` in bf16, `[batch, heads, length, length]` fp32.
+
+    Less the query's own, which changes no probability. `positions` `[batch, length]` count from the start of each
+    token's text, for the rounding depends on them. transformers' `build_alibi_tensor` of Falcon.
+    """
+    products = (slopes.bfloat16()[:, None] * positions[:, None, :]).float()  # [batch, heads, length]
+    return products[:, :, None, :] - products[:, :, :, None]

@@ -141,6 +141,8 @@ class Architecture:
     prediction_layers: int = 0  # behind the last, for tokens further ahead; without effect on the model's answer
 
     positions: Literal["rope", "learned", "alibi"] = "rope"
+    # rounded: products of slopes and positions in bf16, times the scale of the scores (Falcon RW)
+    alibi: Literal["exact", "rounded"] = "exact"
     learned_position_offset: int = 0  # rows of the table before position 0 (OPT)
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
@@ -155,7 +157,8 @@ class Architecture:
     qkv_bias: bool = False
     attention_output_bias: bool = False
     qk_norm: bool = False  # a norm on queries and keys, before rotation
-    qk_norm_scope: Literal["head", "projection"] = "head"  # over head_dim, or over all heads of the projection
+    # over head_dim, with one weight for all heads or a weight for each; or over all heads of the projection
+    qk_norm_scope: Literal["head", "each_head", "projection"] = "head"
     attention_scale: float | None = None  # of queries times keys; None: 1 / sqrt(head_dim)
     attention_softcap: float | None = None  # scores s become cap * tanh(s / cap)
     sliding_window: int | None = None  # tokens that a position sees, itself included
@@ -204,6 +207,8 @@ class Architecture:
             raise ValueError("a normalised output layer with tied embeddings is not computed")
         if self.full_attention_layers and self.sliding_window is None:
             raise ValueError("full_attention_layers are set without a sliding window")
+        if self.alibi != "exact" and self.positions != "alibi":
+            raise ValueError(f"ALiBi is {self.alibi}, but positions are {self.positions}")
         if self.positions == "alibi" and (self.sliding_window or self.attention_softcap):
             raise ValueError("ALiBi with a sliding window or a soft cap is not computed")
         if self.latent:

@@ -88,6 +88,7 @@ class CoreAttention(torch.nn.Module):
         self.window = architecture.window(layer_number - 1)
         self.dropout = config.attention_dropout
         self.slopes: torch.Tensor | None = None
+        self.alibi_scale = architecture.head_dim**-0.5 if architecture.alibi == "rounded" else None
         if architecture.positions == "alibi":
             parts = alibi.slopes(architecture.num_attention_heads).chunk(config.tensor_model_parallel_size)
             self.slopes = parts[parallel_state.get_tensor_model_parallel_rank()]
@@ -144,8 +145,12 @@ class CoreAttention(torch.nn.Module):
 
     def _alibi_bias(self, sequence: int, query: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         assert self.slopes is not None
-        bias = alibi.bias(self.slopes.to(query.device), sequence)
         allowed = _window_mask(sequence, sequence, query.device) if mask is None else mask
+        if self.alibi_scale is None:
+            bias = alibi.bias(self.slopes.to(query.device), sequence)
+        else:
+            positions = allowed[:, 0].sum(-1) - 1  # of packed rows: counted from the start of each segment
+            bias = alibi.rounded_bias(self.slopes.to(query.device), positions) * self.alibi_scale
         return bias.masked_fill(~allowed, -torch.inf).to(query.dtype)
 
     def _capped(

@@ -27,7 +27,7 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, *, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = _parameter(config, hidden_size, 1.0)
+        self.weight = _parameter(config, (hidden_size,), 1.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., hidden_size]` to the same shape and type."""
@@ -57,7 +57,7 @@ class PlainLayerNorm(torch.nn.Module):
     def __init__(self, *, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = _parameter(config, hidden_size, 1.0)
+        self.weight = _parameter(config, (hidden_size,), 1.0)
         self.bias: torch.nn.Parameter | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,7 @@ class LayerNorm(PlainLayerNorm):
 
     def __init__(self, *, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__(config=config, hidden_size=hidden_size, eps=eps)
-        self.bias = _parameter(config, hidden_size, 0.0)
+        self.bias = _parameter(config, (hidden_size,), 0.0)
 
 
 class _Checkpointed(torch.nn.Module):
@@ -115,7 +115,7 @@ class ProjectionRMSNorm(_Checkpointed):
         """`hidden_size` is one head's; `heads` counts those of the whole model."""
         super().__init__()
         self.eps, self.heads = eps, heads
-        self.weight = _parameter(config, heads * hidden_size, 1.0)
+        self.weight = _parameter(config, (heads * hidden_size,), 1.0)
         self.group = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"]).tp
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -131,6 +131,29 @@ class ProjectionRMSNorm(_Checkpointed):
         first = self.group.rank() // copies * flat.shape[-1]
         weight = self.weight[first : first + flat.shape[-1]]
         return (weight * scaled.to(x.dtype)).view_as(x)
+
+
+class EachHeadLayerNorm(_Checkpointed):
+    """Layer normalisation over every head, without a bias and with a weight for each (Command-R+, StableLM 2 12B).
+
+    Every process holds the whole weight and uses that of its heads, so that its gradient is zero elsewhere and the sum
+    over processes, which Megatron-Core takes of the norms of queries and keys, is the gradient.
+    """
+
+    def __init__(self, *, config: TransformerConfig, hidden_size: int, eps: float, heads: int) -> None:
+        """`hidden_size` is one head's; `heads` counts those of the whole model."""
+        super().__init__()
+        self.eps = eps
+        self.weight = _parameter(config, (heads, hidden_size), 1.0)
+        self.group = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"]).tp
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[sequence, batch, heads of this process, head_dim]` to the same shape and type."""
+        heads = x.shape[2]
+        copies = max(self.group.size() // len(self.weight), 1)  # processes that hold the same head
+        first = self.group.rank() // copies * heads
+        scaled = torch.nn.functional.layer_norm(x.float(), x.shape[-1:], eps=self.eps)
+        return (self.weight[first : first + heads].float() * scaled).to(x.dtype)
 
 
 _NORMS: dict[str, tuple[type[torch.nn.Module], type[torch.nn.Module]]] = {
@@ -152,15 +175,17 @@ def head_norms(architecture: Architecture) -> tuple[Any, Any]:
         return None, None
     if architecture.qk_norm_scope == "head":
         return (norm_of(architecture, checkpointed=True),) * 2
-    assert architecture.norm == "rmsnorm"
+    each = architecture.qk_norm_scope == "each_head"
+    assert architecture.norm == ("layernorm" if each else "rmsnorm")
+    norm = EachHeadLayerNorm if each else ProjectionRMSNorm
     return (
-        partial(ProjectionRMSNorm, heads=architecture.num_attention_heads),
-        partial(ProjectionRMSNorm, heads=architecture.num_query_groups),
+        partial(norm, heads=architecture.num_attention_heads),
+        partial(norm, heads=architecture.num_query_groups),
     )
 
 
-def _parameter(config: TransformerConfig, size: int, value: float) -> torch.nn.Parameter:
+def _parameter(config: TransformerConfig, shape: tuple[int, ...], value: float) -> torch.nn.Parameter:
     device = None if config.use_cpu_initialization else torch.cuda.current_device()
-    parameter = torch.nn.Parameter(torch.full((size,), value, dtype=config.params_dtype, device=device))
+    parameter = torch.nn.Parameter(torch.full(shape, value, dtype=config.params_dtype, device=device))
     parameter.sequence_parallel = config.sequence_parallel
     return parameter

@@ -106,24 +106,29 @@ def _tear_down() -> None:
     gc.collect()  # modules refer to each other in circles; the second model needs the room
 
 
+def attention_of(architecture: Architecture) -> str:
+    """transformers' implementation of attention to compare with: the plainest that is right."""
+    # Its plainest of Falcon RW adds ALiBi twice: with the mask, which holds it for the other one, and by itself.
+    return "sdpa" if architecture.alibi == "rounded" else "eager"
+
+
 @torch.no_grad()
 def _transformers(source: Path, ids: torch.Tensor, trust_remote_code: bool) -> torch.Tensor:
     import transformers
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    options = {"dtype": torch.float32, "attn_implementation": "eager"}
     config = config_of(source / "config.json")
+    options = {"dtype": torch.float32, "attn_implementation": attention_of(registry.from_config(config))}
     if quantization_of(config):
         model = _plain(source, **options)
-    else:
-        name = remote_class(config) if trust_remote_code else None
-        model = getattr(transformers, name or "AutoModelForCausalLM").from_pretrained(
-            source,
-            **options,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,  # given either way: transformers would ask on the terminal
+    elif trust_remote_code and (name := remote_class(config)):
+        model = getattr(transformers, name).from_pretrained(
+            source, **options, local_files_only=True, trust_remote_code=True
         )
+    else:
+        kind, known = _known(config)
+        model = kind.from_pretrained(source, config=known, **options, local_files_only=True)
     model.eval().to(shared.device.prepare())
     return model(ids.to(model.device)).logits.float().cpu()
 
@@ -133,15 +138,19 @@ def _plain(source: Path, **options: Any) -> Any:
 
     transformers would make fp32 numbers of the codes, which no program computes with that reads them as bf16.
     """
-    import transformers
-
     reader = HfReader(source)
-    config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
-    del config.quantization_config
+    kind, known = _known({name: value for name, value in reader.config.items() if name != "quantization_config"})
     types = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
     state: dict[str, torch.Tensor] = {}
     for name, weight in reader.weights.items():
         data = bytearray(b"".join(reader.numbers(name)))
         state[name] = torch.frombuffer(data, dtype=types[weight.dtype]).view(weight.shape)
-    kind = getattr(transformers, registry.family_of(reader.config).hf_class)
-    return kind.from_pretrained(None, config=config, state_dict=state, **options)
+    return kind.from_pretrained(None, config=known, state_dict=state, **options)
+
+
+def _known(config: dict[str, Any]) -> tuple[Any, Any]:
+    """transformers' class and configuration, which is published under a model_type it does not know by some."""
+    import transformers
+
+    kind = getattr(transformers, registry.family_of(config).hf_class)
+    return kind, kind.config_class.from_dict({**config, "model_type": kind.config_class.model_type})

@@ -38,8 +38,13 @@ def test_rotary_embedding_in_both_spellings(config: dict[str, Any], theta: float
     fields.finish("llama")
 
 
+LONG = RopeScaling(
+    kind="longrope", factor=8.0, original_length=1024, attention_factor=1.5, short_factors=(1.0,), long_factors=(2.0,)
+)
+
+
 @pytest.mark.parametrize(
-    "scaling", [None, SCALED, *(RopeScaling(kind=kind, factor=2.0) for kind in ("linear", "dynamic"))]
+    "scaling", [None, SCALED, *(RopeScaling(kind=kind, factor=2.0) for kind in ("linear", "dynamic")), LONG]
 )
 def test_what_is_written_is_read_back(scaling: RopeScaling | None) -> None:
     written = rope_fields(5e5, scaling)
@@ -61,6 +66,17 @@ def test_what_is_written_is_read_back(scaling: RopeScaling | None) -> None:
         ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2}}, "lacks high_freq_factor"),
         ({"rope_scaling": {"rope_type": "linear"}}, "lacks factor"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+            "longrope lacks original_max_position_embeddings",
+        ),
+        (
+            {
+                "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": []},
+                "original_max_position_embeddings": 64,
+            },
+            "1 short and 0 long factors",
+        ),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "at least 1"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "x"}}, "rope_scaling"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2, "attention_factor": 1.1}}, "attention_factor"),

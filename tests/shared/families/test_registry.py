@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,9 @@ def transformers_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
             code = runpy.run_path(str(REFERENCES / f"{family.name}.py"))
             model = code["LanguageModel"](code["Config"](**config))
         else:
-            kind = transformers.CONFIG_MAPPING[config["model_type"]]
-            model = transformers.AutoModelForCausalLM.from_config(kind.from_dict(dict(config)))
+            kind = transformers.CONFIG_MAPPING[family.model_types[0]]  # which may be published under another
+            theirs = kind.from_dict({**config, "model_type": kind.model_type})
+            model = transformers.AutoModelForCausalLM.from_config(theirs)
     weights = revert_weight_conversion(model, model.state_dict())  # under the names that files have
     found = {name: Tensor(tuple(tensor.shape)) for name, tensor in weights.items()}
     if model.config.tie_word_embeddings:
@@ -56,7 +58,21 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+def in_form(name: str) -> Architecture:
+    """The model without what changes no tensor, so that twins are built once."""
+    a = registry.from_config(PUBLISHED[name]["config"])
+    return replace(a, experts=replace(a.experts, auxiliary_loss=0.0)) if a.experts else a
+
+
+DISTINCT = list({in_form(name): name for name in PUBLISHED}.values())
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED.keys() - set(DISTINCT)))
+def test_published_twins(name: str) -> None:
+    assert in_form(name) in {in_form(other) for other in DISTINCT}
+
+
+@pytest.mark.parametrize("name", DISTINCT)
 def test_every_tensor_of_a_published_model_is_accounted_for(name: str) -> None:
     config = PUBLISHED[name]["config"]
     architecture = registry.from_config(config)
@@ -130,7 +146,6 @@ def test_configuration_as_transformers_5_rewrites_it(size: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_sliding_window": True}, "use_sliding_window = True is not supported"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"head_dim": 17}, "even head_dim"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
@@ -143,6 +158,39 @@ def test_what_cannot_be_represented_is_refused_by_name(changes: dict[str, Any], 
         registry.from_config(config | changes)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_window_layers": 1},
+        {"max_window_layers": 3, "sliding_window": 32},
+        {"max_window_layers": 28},
+        {"sliding_window": None},
+        {"use_sliding_window": False},
+        {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    ],
+)
+@pytest.mark.parametrize("size", ["qwen2-tiny", "qwen3-tiny", "qwen2-moe-tiny"])
+def test_windows_of_qwen_are_where_transformers_has_them(size: str, changes: dict[str, Any]) -> None:
+    from transformers import CONFIG_MAPPING
+
+    config = registry.to_config(replace(registry.sizes()[size], num_layers=4)) | {"use_sliding_window": True, **changes}
+    if not config["use_sliding_window"]:
+        config |= {"sliding_window": 32}
+    theirs = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    kinds = [theirs.sliding_window if kind == "sliding_attention" else None for kind in theirs.layer_types]
+    architecture = registry.from_config(config)
+    assert [architecture.window(layer) for layer in range(4)] == kinds
+
+
+def test_windows_of_all_layers_of_qwen3_moe() -> None:
+    config = registry.to_config(registry.sizes()["qwen3-moe-tiny"]) | {"use_sliding_window": True, "sliding_window": 32}
+    architecture = registry.from_config(config)
+    assert [architecture.window(layer) for layer in range(2)] == [32, 32]
+    assert registry.from_config(registry.to_config(architecture)) == architecture
+    with pytest.raises(UserError, match="all layers of this family"):
+        registry.from_config(config | {"layer_types": ["full_attention", "sliding_attention"]})
+
+
 def test_models_with_images_are_refused_with_the_way_to_their_text() -> None:
     with pytest.raises(UserError, match=r"'gemma3' is not a supported family: .* Gemma3ForCausalLM \(gemma3_text\)"):
         registry.family_of({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]})
@@ -151,6 +199,14 @@ def test_models_with_images_are_refused_with_the_way_to_their_text() -> None:
 @pytest.mark.parametrize(
     ("size", "changes", "message"),
     [
+        ("phi3-tiny", {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "longrope only"),
+        (
+            "phi3-tiny-longrope",
+            {"original_max_position_embeddings": 64},
+            "original_max_position_embeddings 64 contradicts",
+        ),
+        ("glm4-moe-tiny", {"num_mtp_layers": 3}, "num_nextn_predict_layers 1 contradicts num_mtp_layers 3"),
+        ("cohere2-tiny", {"layer_switch": 3}, "layer_switch"),
         ("gemma3-tiny", {"rope_local_base_freq": 5.0}, "rope_local_base_freq 5.0 contradicts"),
         ("gemma3-tiny", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ("gemma3-tiny", {"layer_types": ["full_attention"]}, "does not say full or sliding for 2 layers"),
@@ -162,7 +218,7 @@ def test_models_with_images_are_refused_with_the_way_to_their_text() -> None:
         ),
     ],
 )
-def test_rotation_and_windows_by_layer_that_are_not_computed(size: str, changes: Any, message: str) -> None:
+def test_further_fields_that_are_not_computed_or_contradict(size: str, changes: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         registry.from_config(registry.to_config(registry.sizes()[size]) | changes)
 

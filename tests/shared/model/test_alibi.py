@@ -1,8 +1,10 @@
 import pytest
 import torch
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+from transformers.models.falcon.modeling_falcon import build_alibi_tensor as falcons_alibi
 
 from shared.model import alibi
+from shared.model.attention import segment_mask
 
 
 @pytest.mark.parametrize("heads", [1, 2, 6, 8, 12, 40, 71, 112])
@@ -23,3 +25,24 @@ def test_bias_falls_with_distance():
     assert bias.shape == (1, 2, 3, 3)
     assert bias[0, 0, 2].tolist() == [-1.0, -0.5, 0.0]
     assert bias[0, 1, 2].tolist() == [-0.5, -0.25, 0.0]
+
+
+@pytest.mark.parametrize("heads", [6, 32])
+def test_rounded_bias_is_falcons(heads):
+    """Positions past 256 and their products are not all bf16 numbers."""
+    theirs = falcons_alibi(torch.ones(1, 700, dtype=torch.long), heads, torch.float32)[:, 0]
+    ours = alibi.rounded_bias(alibi.slopes(heads), torch.arange(700)[None])
+    for query in (0, 300, 699):
+        assert torch.equal(ours[0, :, query], theirs - theirs[:, query, None])
+    exact = alibi.bias(alibi.slopes(heads), 700)
+    assert (ours - exact).abs().max() > 0.1
+
+
+def test_rounded_bias_counts_from_the_start_of_each_text(model_of, worker):
+    model = model_of(worker.architecture(positions="alibi", alibi="rounded"))
+    ids, positions = torch.randint(64, (1, 700)), torch.arange(700)[None]
+    segments = torch.arange(700)[None] // 350
+    with torch.no_grad():
+        packed = model(ids, positions, segment_mask(segments))
+        alone = model(ids[:, 350:], positions[:, :350], None)
+    torch.testing.assert_close(packed[:, 350:], alone, atol=1e-5, rtol=0)  # fp32, numbers of size 1

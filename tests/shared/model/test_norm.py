@@ -3,6 +3,7 @@ import torch
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.stablelm.modeling_stablelm import StableLmLayerNormPerHead
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -63,3 +64,24 @@ def test_layer_norms_are_those_of_torch_and_transformers(model_of, worker):
                 other.copy_(parameter)
     torch.testing.assert_close(plain(x), theirs(x), atol=1e-5, rtol=0)  # fp32, numbers of size 1
     assert torch.equal(biased(x), torchs(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_each_head_are_those_of_both_families(dtype, model_of, worker):
+    changes = {"norm": "layernorm", "qk_norm": True, "qk_norm_scope": "each_head"}
+    norm = model_of(worker.architecture(**changes), dtype).decoder.layers[0].self_attention.q_layernorm
+    heads, size = norm.weight.shape
+    cohere, stablelm = (
+        CohereLayerNorm((heads, size), eps=1e-5).to(dtype),
+        StableLmLayerNormPerHead(size, heads).to(dtype),
+    )
+    with torch.no_grad():
+        norm.weight.normal_()
+        cohere.weight.copy_(norm.weight)
+        for each, weight in zip(stablelm.norms, norm.weight, strict=True):
+            each.weight.copy_(weight)
+    x = (torch.randn(7, 3, heads, size) * 5).to(dtype)
+    # fp32 numbers of size 1; bf16 keeps 8 bits, and is rounded in another order by one of the two.
+    torch.testing.assert_close(norm(x), cohere(x), atol=1e-5 if dtype == torch.float32 else 0.03, rtol=0)
+    theirs = stablelm(x.permute(1, 2, 0, 3)).permute(2, 0, 1, 3)
+    torch.testing.assert_close(norm(x), theirs, atol=1e-5 if dtype == torch.float32 else 0.03, rtol=0)

@@ -79,13 +79,13 @@ def worker() -> Any:
     return module
 
 
-def reference(source: Path, ids: torch.Tensor, worker: Any, *, remote: bool) -> dict[str, Any]:
+def reference(source: Path, ids: torch.Tensor, worker: Any, *, remote: bool, attention: str) -> dict[str, Any]:
     """transformers' continuation of the ids, the logits of both, and the loss and gradients of one step."""
     from transformers import AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
     model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, attn_implementation="eager", trust_remote_code=remote
+        source, dtype=torch.float32, attn_implementation=attention, trust_remote_code=remote
     ).eval()
     with torch.no_grad():
         everything = {"attention_mask": torch.ones_like(ids), "eos_token_id": -1, "pad_token_id": 0}
@@ -107,6 +107,7 @@ def reference(source: Path, ids: torch.Tensor, worker: Any, *, remote: bool) -> 
 def work(tmp_path_factory: pytest.TempPathFactory, write_architecture: Any, worker: Any) -> tuple[Path, dict[str, Any]]:
     """What two processes made of each model, at each layout, and what transformers makes of it."""
     from tools.convert.cli import tool
+    from tools.convert.verify_logits import attention_of
 
     folder = tmp_path_factory.mktemp("families")
     known = {}
@@ -116,7 +117,8 @@ def work(tmp_path_factory: pytest.TempPathFactory, write_architecture: Any, work
             tool.run(["to-megatron", "--source", str(source), "--target", str(folder / f"{size}.megatron")])
         assert not ended.value.code
         ids = torch.randint(509, (1, POSITIONS), generator=torch.Generator().manual_seed(1))
-        known[size] = reference(source, ids, worker, remote=bool(code_of(tiny(size))))
+        attention = attention_of(tiny(size))
+        known[size] = reference(source, ids, worker, remote=bool(code_of(tiny(size))), attention=attention)
         torch.save(known[size]["ids"], folder / f"{size}.ids.pt")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -249,6 +251,8 @@ def mistakes_of_tables(a: Architecture) -> Iterator[tuple[str, Callable[[Rule], 
         half = 1 if a.rotary_interleaved else a.rotated // 2
         pairs = [(h, h + step, 1) for h in heads] + [(h + half, h + half + step, 1) for h in heads]
         yield "pairs of the rotation", swap("linear_qkv.weight", *pairs)
+    if a.qk_norm_scope == "each_head":
+        yield "norms of another head", another_head
     if a.positions == "learned":
         yield "positions", swap("position_embeddings.weight", (0, 100, 100))
 
@@ -303,16 +307,31 @@ def mistakes_of_latent_attention(
         yield "rows of the queries' low rank", swap("linear_q_down_proj.weight", (0, 1, 1))
 
 
+def another_head(rule: Rule) -> Rule:
+    """Norms of queries, each of them the next head's."""
+    if not rule.megatron.endswith("q_layernorm.weight"):
+        return rule
+    if "query_head" not in rule.axes:
+        return replace(rule, layout=Swapped(rule.layout, (0, 1, 1)))
+    return exchanged(rule, "query_head")
+
+
 def another_expert(rule: Rule) -> Rule:
     """Down projections, each of them the next expert's."""
     if not rule.megatron.endswith("experts.experts.linear_fc2.weight"):
         return rule
 
+    return exchanged(rule, "expert")
+
+
+def exchanged(rule: Rule, axis: str) -> Rule:
+    """The rule with the sources of every two neighbours on the axis exchanged."""
+
     class Next(str):
         __slots__ = ()
 
         def format(self, *args: object, **index: Any) -> str:
-            return str.format(self, **index | {"expert": index["expert"] ^ 1})
+            return str.format(self, **index | {axis: index[axis] ^ 1})
 
     return replace(rule, sources=tuple(replace(source, name=Next(source.name)) for source in rule.sources))
 
@@ -322,6 +341,7 @@ CARELESS: dict[str, Any] = {
     "norm": {"rmsnorm_1p": "rmsnorm"},
     "residual": {"parallel": "sequential"},
     "activation": {"swiglu": "geglu", "geglu_tanh": "swiglu", "gelu": "relu", "gelu_tanh": "relu"},
+    "alibi": {"rounded": "exact"},
     "rope_theta": 500.0,
     "rope_scaling": None,
     "window_rope_theta": None,
@@ -350,11 +370,18 @@ def careless_readings(a: Architecture) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         if value == other:
             continue
-        with_it = {"full_attention_layers": (), "window_rope_theta": None} if name == "sliding_window" else {}
+        with_it: dict[str, Any] = {}
+        if name == "sliding_window":
+            with_it = {"full_attention_layers": (), "window_rope_theta": None}
+        if name == "rotary_dim" and a.rope_scaling and a.rope_scaling.kind == "longrope":
+            with_it = {"rope_scaling": None}  # which has a factor for each pair
         yield name, {name: other, **with_it}
     if a.latent and a.latent.norm_epsilon != a.norm_epsilon:
         yield "norms within attention", {"latent": replace(a.latent, norm_epsilon=a.norm_epsilon)}
-    if a.rope_scaling and a.rope_scaling.kind == "yarn":
+    if a.rope_scaling and a.rope_scaling.kind == "longrope":
+        short = replace(a.rope_scaling, long_factors=a.rope_scaling.short_factors)
+        yield "short factors for long sequences", {"rope_scaling": short}
+    if a.rope_scaling and a.rope_scaling.kind in ("yarn", "longrope"):
         if a.latent:
             by_length = replace(a.rope_scaling, attention_factor=a.rope_scaling.amplitude, mscale_all_dim=None)
             yield "scale of the scores", {"rope_scaling": by_length}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,20 @@ def test_logits_of_both_implementations_agree(make_hf: Make, convert: Any, tmp_p
     answer = convert("verify", "--source", source, "--target", target, "--positions", "256")
     assert answer.code == 0, answer.err
     assert "logits over 256 positions" in answer.out
+
+
+def test_published_under_another_model_type(write_architecture: Any, convert: Any, tmp_path: Path) -> None:
+    """Kimi K2 is DeepSeek V3 by another name, which transformers does not know, and which must come back."""
+    source, target, back = (tmp_path / name for name in ("hf", "megatron", "back"))
+    write_architecture(source, registry.sizes()["deepseek-v3-tiny"])
+    config = json.loads((source / "config.json").read_text()) | {"model_type": "kimi_k2"}
+    (source / "config.json").write_text(json.dumps(config))
+    assert convert("to-megatron", "--source", source, "--target", target).code == 0
+    answer = convert("verify", "--source", source, "--target", target, "--positions", "256")
+    assert answer.code == 0, answer.err
+    assert "logits over 256 positions" in answer.out
+    assert convert("to-hf", "--source", target, "--target", back).code == 0
+    assert (back / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
 @pytest.mark.parametrize("change", [gate_after_up, ungrouped_qkv, value_before_key, swapped_norms])
