@@ -33,12 +33,17 @@ def flops_per_token(architecture: Architecture, sequence_length: int) -> float:
     """Training FLOPs per token, forward and backward: 6 per weight of a matrix and 12 L s q for attention.
 
     The accounting of PaLM (arXiv:2204.02311, appendix B): no input embedding, no recomputation, attention not halved
-    for causality. Of experts those count that a token goes through.
+    for causality. Of experts those count that a token goes through. A gated delta net reads its state for the key and
+    for the query, and adds to it: three products of the state's size.
     """
     embedding = architecture.vocab_size * architecture.hidden_size
     matrices = architecture.parameter_count(active=True) - (0 if architecture.tied_embeddings else embedding)
     scores_and_values = architecture.q_size + architecture.attended_size  # 2 q where heads of values are as large
-    return 6.0 * matrices + 6.0 * len(architecture.attention_layers) * scores_and_values * sequence_length
+    attention = len(architecture.attention_layers) * scores_and_values * sequence_length
+    states = 0
+    if delta := architecture.delta:
+        states = 3 * len(delta.layers) * delta.key_head_dim * delta.value_size
+    return 6.0 * (matrices + attention + states)
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:

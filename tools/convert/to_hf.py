@@ -20,7 +20,7 @@ from shared.families import registry
 from shared.mapping.quantization import quantization_of
 from tools.convert.execute import execute
 from tools.convert.to_megatron import ASIDES
-from tools.convert.transfer import Export, changes_types, layout_export, plan_export
+from tools.convert.transfer import Export, changes_types, layout_export, named, plan_export
 
 DtypeFlag = Literal["bf16", "fp16", "fp32"]
 
@@ -51,6 +51,8 @@ def run(
             written = sorted({tensors[name].dtype for name in plan.rounded})
             why = "--dtype" if dtype else "the source's type"
             log(f"{len(plan.rounded)} tensors held in {', '.join(held)} are rounded to {', '.join(written)}, {why}")
+        if plan.asides:
+            log(f"{named(list(plan.asides))}: as the original checkpoint had them, whatever was trained since")
         checks = partial(content_checks, checkpoint, flag="--source")
         shards = layout_export(plan, reader)
         execute(

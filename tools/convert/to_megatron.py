@@ -12,7 +12,7 @@ from shared.checkpoint.reader import TRACKER, content_checks, open_checkpoint
 from shared.checkpoint.shards import Shard, published
 from shared.cli import log
 from tools.convert.execute import execute
-from tools.convert.transfer import COMMON, alias_checks, beside, layout_import, plan_import
+from tools.convert.transfer import COMMON, alias_checks, beside, layout_import, named, plan_import
 
 RELEASE = "release"  # Megatron-LM's name for a checkpoint that no training run made: it asks for no optimizer
 ASIDES = "asides.safetensors"
@@ -30,8 +30,7 @@ def run(source: Path, target: Path, overwrite: bool, workers: int | None, shard:
             names = ", ".join(plan.widened)
             log(f"{names}: layers of different types are held in float32, and written back as they were")
         if asides := plan.account.asides:
-            more = f" and {len(asides) - 1} more" if len(asides) > 1 else ""
-            log(f"{asides[0]}{more}: kept beside the weights as they are; training does not change them")
+            log(f"{named(asides)}: kept beside the weights as they are; training does not change them")
         if packed := [weight.packed for weight in reader.weights.values() if weight.packed]:
             log(
                 f"{len(packed)} weights in {packed[0].form.title} are written as bfloat16; their scales are kept in hf/"
@@ -52,7 +51,7 @@ def run(source: Path, target: Path, overwrite: bool, workers: int | None, shard:
             target,
             workers=workers,
             strips=any(entry.transposed for entry in plan.account.entries),
-            converts=bool(plan.widened or packed),
+            converts=bool(plan.widened or packed) or any(entry.less_one for entry in plan.account.entries),
             checks=checks,
         )
         if not out.finishing:

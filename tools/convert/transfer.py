@@ -6,7 +6,7 @@ each Hugging Face byte read once, in blocks, so that memory does not grow with t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -246,6 +246,11 @@ def _with_scales(packed: Packed, asides: Mapping[str, TensorInfo]) -> Packed:
     if scales is None or (scales.dtype, scales.shape) != (packed.scales.dtype, packed.scales.shape):
         raise UserError(f"{packed.scales.name} is not beside the weights as hf/weights.json has it; restore hf/")
     return replace(packed, scales=scales)
+
+
+def named(tensors: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    return f"{tensors[0]} and {len(tensors) - 1} more" if len(tensors) > 1 else tensors[0]
 
 
 def changes_types(plan: Export, reader: TorchDistReader) -> bool:

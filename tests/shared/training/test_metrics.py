@@ -6,6 +6,7 @@ import math
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from shared.families import registry
 from shared.model.architecture import Architecture
 from shared.training.metrics import Metrics, bits_per_byte, flops_per_token, read
 
@@ -63,6 +64,13 @@ def test_flops_of_a_known_model():
     layer = 8 * (8 + 4 + 4) + 8 * 8 + 3 * 8 * 16 + 2 * 8  # qkv, output, gated MLP, norms
     weights = 2 * layer + 10 * 8 + 8  # with the output matrix, without the input embedding
     assert flops_per_token(tiny, 32) == 6 * weights + 12 * 2 * 8 * 32
+
+
+def test_flops_of_a_model_with_states():
+    """By hand: three products with a state of 4 heads, 16 x 12 each, in the first layer; attention in the second."""
+    tiny = registry.sizes()["qwen3-next-tiny"]
+    matrices = tiny.parameter_count(active=True) - 512 * 64
+    assert flops_per_token(tiny, 32) == 6 * matrices + 12 * 4 * 32 * 32 + 6 * 3 * 4 * 16 * 12
 
 
 def test_bits_per_byte():
