@@ -10,6 +10,7 @@ from shared.errors import UserError
 from shared.families import (
     baichuan,
     bloom,
+    chatglm,
     chatglm2,
     cohere,
     cohere2,
@@ -77,6 +78,7 @@ _MODULES = (
     glm,
     glm4,
     glm4_moe,
+    chatglm,
     chatglm2,
     olmo2,
     olmo3,

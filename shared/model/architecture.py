@@ -101,9 +101,24 @@ class DeltaNet:
         return self.value_heads * self.value_head_dim
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prefix:
+    """A row is a text with a blank, then what fills it (Du et al., 2022): tokens before the first `start_token` see
+    each other, those from it on see them and the past.
+
+    The blank is at the first of `blank_tokens` that the row has. Tokens before the start are at their place in the
+    text, those from it on at the blank's, and how far they are into what fills it, from 1, is their second position; that
+    of the others is 0. Behind a blank of `counted_tokens` places count on.
+    """
+
+    start_token: int
+    blank_tokens: tuple[int, ...]
+    counted_tokens: tuple[int, ...] = ()
+
+
 Activation = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"]
 
-Residual = Literal["sequential", "parallel", "parallel_shared"]
+Residual = Literal["sequential", "normed", "parallel", "parallel_shared"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +147,7 @@ class Architecture:
     norm_placement: Literal["pre", "post", "sandwich"] = "pre"
     embedding_norm: bool = False  # a norm on the embedded tokens (BLOOM)
     # sequential: the MLP reads what attention left. parallel: both read the layer's input, through a norm each.
-    # parallel_shared: through one norm.
+    # parallel_shared: through one norm. normed: as sequential, but what is added to is what the norm made of it.
     residual: Residual = "sequential"
 
     activation: Activation = "swiglu"
@@ -148,8 +163,11 @@ class Architecture:
     rope_scaling: RopeScaling | None = None
     window_rope_theta: float | None = None  # of layers with a sliding window, which are not stretched; None: as others
     rotary_dim: int | None = None  # leading elements of each head that are rotated; None: all of them
+    rotary_streams: Literal[1, 2] = 1  # 2: half of each head by the place in the text, half by that in the blank
+    rotary_fp16: bool = False  # the frequencies are rounded to fp16
     rotary_interleaved: bool = False  # pairs are neighbours (GPT-J, GLM), not elements half a head apart
     layers_without_rope: tuple[int, ...] = ()  # by index from 0
+    prefix: Prefix | None = None  # which tokens see those behind them; None: none do
 
     latent: LatentAttention | None = None
     delta: DeltaNet | None = None
@@ -166,6 +184,7 @@ class Architecture:
 
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0  # of what attention and MLP add
+    input_multiplier: float = 1.0  # of what they are added to (DeepNorm)
     logit_multiplier: float = 1.0
     logit_softcap: float | None = None
     output_bias: bool = False
@@ -199,6 +218,12 @@ class Architecture:
             raise ValueError(f"rotary embedding is set, but positions are {self.positions}")
         if self.norm_bias and self.norm != "layernorm":
             raise ValueError(f"{self.norm} has no bias")
+        if self.prefix:
+            self._check_prefix(self.prefix)
+        elif self.rotary_streams != 1:
+            raise ValueError("two streams of positions need a blank that is filled")
+        if self.input_multiplier != 1.0 and self.residual not in ("sequential", "normed"):
+            raise ValueError(f"a multiplied input of a {self.residual} residual is not computed")
         if self.residual != "sequential" and self.norm_placement != "pre":
             raise ValueError(f"a {self.residual} residual with {self.norm_placement} norms is not computed")
         if self.output_bias and self.tied_embeddings:
@@ -228,8 +253,19 @@ class Architecture:
     @property
     def _rotates(self) -> bool:
         """Whether anything of rotary embedding is set."""
-        own = self.rotary_dim or self.rotary_interleaved or self.layers_without_rope
+        own = self.rotary_dim or self.rotary_interleaved or self.layers_without_rope or self.rotary_fp16
         return bool(self.rope_scaling or own or self.window_rope_theta)
+
+    def _check_prefix(self, prefix: Prefix) -> None:
+        tokens = (prefix.start_token, *prefix.blank_tokens)
+        if not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
+            raise ValueError(f"there is no token {max(tokens)}: the vocabulary has {self.vocab_size}")
+        if self.positions != "rope" or self.latent or self.sliding_window or self.rope_scaling:
+            raise ValueError("a blank that is filled, with positions other than plain rotary ones, is not computed")
+        if self.rotary_dim or self.rotary_interleaved or self.layers_without_rope:
+            raise ValueError("a blank that is filled, with heads rotated in part or by neighbours, is not computed")
+        if self.head_dim % (2 * self.rotary_streams):
+            raise ValueError(f"{self.rotary_streams} rotations of heads of {self.head_dim} elements are impossible")
 
     def _check_latent(self, latent: LatentAttention) -> None:
         if latent.qk_nope_head_dim + latent.qk_rope_head_dim != self.head_dim:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -55,12 +56,37 @@ class RotatedSelfAttention(SelfAttention):
         return attended
 
 
+class StreamedSelfAttention(SelfAttention):
+    """Megatron-Core's self attention with the two halves of each head rotated by themselves, by angles of their own.
+
+    Megatron-Core would pair elements half a head apart; these are a quarter of a head apart.
+    """
+
+    def forward(
+        self, *args: Any, rotary_pos_emb: torch.Tensor, **others: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As Megatron-Core's; `rotary_pos_emb` `[sequence, batch, 1, head_dim]` are the angles of both halves."""
+        self.angles = rotary_pos_emb
+        attended: tuple[torch.Tensor, torch.Tensor | None]
+        attended = super().forward(*args, rotary_pos_emb=None, **others)
+        return attended
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        """Queries and keys `[sequence, batch, heads, head_dim]`, rotated, and values."""
+        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        return self._rotated(query), self._rotated(key), value
+
+    def _rotated(self, x: torch.Tensor) -> torch.Tensor:
+        halves = zip(x.chunk(2, -1), self.angles.chunk(2, -1), strict=True)
+        return torch.cat([apply_rotary_pos_emb(half, angles, self.config) for half, angles in halves], -1)
+
+
 class CoreAttention(torch.nn.Module):
     """Causal attention with grouped queries, as a `core_attention` of Megatron-Core's self attention.
 
-    `attention_mask` is either None (causal) or a mask by `segment_mask`. It holds True where attention is allowed,
-    as torch has it; Megatron-Core's own module reads masks the other way round. Sliding windows, ALiBi, soft caps and
-    the scale are the architecture's.
+    `attention_mask` is either None (causal) or a mask by `segment_mask` or `prefix_inputs`. It holds True where attention
+    is allowed, as torch has it; Megatron-Core's own module reads masks the other way round. Sliding windows, ALiBi, soft
+    caps and the scale are the architecture's.
     """
 
     def __init__(

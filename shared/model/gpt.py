@@ -22,7 +22,8 @@ from shared.model.ends import adapt_embedding, adapt_output, output_layer_with_b
 from shared.model.experts import experts_config
 from shared.model.latent import latent_config
 from shared.model.parallel import ParallelLayout
-from shared.model.rope import Rotation
+from shared.model.prefix import prefix_inputs
+from shared.model.rope import PlacedRotation, Rotation
 from shared.model.spec import block_spec
 
 Recompute = Literal["none", "selective", "full"]
@@ -53,7 +54,7 @@ class LanguageModel(GPTModel):
     `[batch, sequence]` and a mask by `segment_mask` or None for plain causal attention, the last pipeline stage
     returns the loss of every label, `[batch, sequence]` fp32 in nats (0 where a label is negative), and without
     labels this process's logits `[batch, sequence, padded_vocab / tensor_parallel]`. Other stages return their
-    hidden states.
+    hidden states. Where the architecture has a prefix, every stage reads positions and mask from the ids.
     """
 
     def __init__(self, architecture: Architecture, config: TransformerConfig, vp_stage: int | None) -> None:
@@ -66,11 +67,14 @@ class LanguageModel(GPTModel):
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             share_embeddings_and_output_weights=architecture.tied_embeddings,
-            position_embedding_type=_POSITIONS[architecture.positions],
+            # Of several streams of positions: the one kind that hands the positions on.
+            position_embedding_type="mrope" if architecture.prefix else _POSITIONS[architecture.positions],
             vp_stage=vp_stage,
         )
         self.architecture = architecture
-        if architecture.positions == "rope" and not architecture.latent:
+        if architecture.prefix:
+            self.rotary_pos_emb = PlacedRotation(architecture)
+        elif architecture.positions == "rope" and not architecture.latent:
             self.rotary_pos_emb = Rotation(architecture)
         if self.pre_process:
             adapt_embedding(self.embedding, architecture)
@@ -87,6 +91,10 @@ class LanguageModel(GPTModel):
         **others: Any,
     ) -> torch.Tensor:
         """See the class; `others` are Megatron-Core's further arguments."""
+        if self.architecture.prefix:
+            labels = others.get("labels")
+            streams, attention_mask = prefix_inputs(self.architecture.prefix, input_ids, attention_mask, labels)
+            position_ids = streams[: self.architecture.rotary_streams]
         if self.architecture.positions == "learned":
             if attention_mask is not None:  # packed rows: positions count from the start of each segment
                 position_ids = attention_mask[:, 0].sum(-1) - 1
@@ -132,6 +140,7 @@ def transformer_config(
         "qk_layernorm": architecture.qk_norm,
         "attention_output_gate": architecture.attention_gate,
         "rotary_interleaved": architecture.rotary_interleaved,
+        "mrope_section": [architecture.rotated] if architecture.prefix else None,
         "no_rope_freq": [int(i in architecture.layers_without_rope) for i in range(architecture.num_layers)]
         if architecture.layers_without_rope
         else None,

@@ -15,14 +15,15 @@ from shared.model.norm import norm_of
 def has_own_layer(architecture: Architecture) -> bool:
     """Whether Megatron-Core's own layer does not compute it."""
     plain = (architecture.residual, architecture.norm_placement) == ("sequential", "pre")
-    return not plain or architecture.residual_multiplier != 1.0
+    return not plain or (architecture.residual_multiplier, architecture.input_multiplier) != (1.0, 1.0)
 
 
 class JoinedLayer(TransformerLayer):
     """A layer of any residual and norm placement; Megatron-Core's modules, joined here.
 
-    sequential: `h = x + m * post(attention(norm(x)))`, then `h + m * post(mlp(norm(h)))`, where norms and post norms
-    are there as the placement says and `m` is the residual multiplier. parallel: `x + attention(norm(x)) +
+    sequential: `h = i * x + m * post(attention(norm(x)))`, then `i * h + m * post(mlp(norm(h)))`, where norms and post
+    norms are there as the placement says, and `i` and `m` are the multipliers of the input and of what is added. normed:
+    the same with `i * norm(x)` and `i * norm(h)`. parallel: `x + attention(norm(x)) +
     mlp(norm'(x))`, with `norm' = norm` for parallel_shared.
     """
 
@@ -36,7 +37,7 @@ class JoinedLayer(TransformerLayer):
     ) -> None:
         super().__init__(config, submodules, *args, **kwargs)
         self.residual_kind = architecture.residual
-        self.multiplier = architecture.residual_multiplier
+        self.multiplier, self.input_multiplier = architecture.residual_multiplier, architecture.input_multiplier
         self.post_self_attn_layernorm: torch.nn.Module = torch.nn.Identity()
         self.post_mlp_layernorm: torch.nn.Module = torch.nn.Identity()
         if architecture.norm_placement != "pre":
@@ -55,10 +56,12 @@ class JoinedLayer(TransformerLayer):
         assert all(value is None for value in others.values()), others
         attended = self.input_layernorm(hidden_states)
         attention = self.self_attention(attended, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)
-        if self.residual_kind == "sequential":
-            hidden_states = self._add(attention, hidden_states, self.post_self_attn_layernorm)
-            mlp = self.mlp(self.pre_mlp_layernorm(hidden_states))
-            return self._add(mlp, hidden_states, self.post_mlp_layernorm), None
+        normed = self.residual_kind == "normed"
+        if normed or self.residual_kind == "sequential":
+            added_to = attended if normed else hidden_states
+            hidden_states = self._add(attention, added_to, self.post_self_attn_layernorm)
+            read = self.pre_mlp_layernorm(hidden_states)
+            return self._add(self.mlp(read), read if normed else hidden_states, self.post_mlp_layernorm), None
         read = attended if self.residual_kind == "parallel_shared" else self.pre_mlp_layernorm(hidden_states)
         added = self._dropped(self.mlp(read)) + self._dropped(attention)
         return hidden_states + self.multiplier * added, None
@@ -66,7 +69,7 @@ class JoinedLayer(TransformerLayer):
     def _add(
         self, output: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, norm: torch.nn.Module
     ) -> torch.Tensor:
-        return residual + self.multiplier * norm(self._dropped(output))
+        return self.input_multiplier * residual + self.multiplier * norm(self._dropped(output))
 
     def _dropped(self, output: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
         """A row-parallel layer's sum and its bias, after dropout."""

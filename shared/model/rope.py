@@ -32,8 +32,25 @@ class Rotation(RotaryEmbedding):
         return angles
 
 
+class PlacedRotation(torch.nn.Module):
+    """Angles of given positions, in place of Megatron-Core's rotation by several streams of them (M-RoPE).
+
+    Each stream rotates an equal part of the head, by frequencies of its own that are the same for all.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.architecture = architecture
+
+    def forward(self, position_ids: torch.Tensor, section: object, cp_group: object = None) -> torch.Tensor:
+        """Positions `[streams, batch, sequence]` to angles `[sequence, batch, 1, rotated]` in radians."""
+        frequencies = inverse_frequencies(self.architecture).to(position_ids.device)
+        angles = position_ids.float()[..., None] * frequencies
+        return torch.cat([torch.cat((part, part), -1) for part in angles], -1).transpose(0, 1)[:, :, None]
+
+
 def inverse_frequencies(architecture: Architecture, length: int = 1, *, windowed: bool = False) -> torch.Tensor:
-    """Radians per token of every rotated pair, `[rotated / 2]`, fp32 on the CPU.
+    """Radians per token of every rotated pair, `[rotated / 2]`, fp32 on the CPU; of each stream where there are several.
 
     `theta^(-2i / rotated)` (Su et al., 2021), where `rotated` is head_dim or the part of it that is rotated, stretched
     as the architecture's `rope_scaling` says. `length` is the sequence's, in tokens: longrope and dynamic depend on it.
@@ -45,11 +62,14 @@ def inverse_frequencies(architecture: Architecture, length: int = 1, *, windowed
         theta, scaling = architecture.window_rope_theta, None
     if scaling is not None and scaling.kind == "dynamic":
         theta *= _dynamic(architecture, scaling.factor, length)
-    powers = theta ** (torch.arange(0, architecture.rotated, 2, dtype=torch.float32) / architecture.rotated)
+    rotated = architecture.rotated // architecture.rotary_streams
+    powers = theta ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
     if scaling is not None and scaling.kind == "longrope":
         factors = scaling.long_factors if length > scaling.original_length else scaling.short_factors
         return 1.0 / (torch.tensor(factors, dtype=torch.float32) * powers)
     frequencies = 1.0 / powers
+    if architecture.rotary_fp16:
+        frequencies = frequencies.half().float()
     if scaling is None or scaling.kind == "dynamic":
         return frequencies
     if scaling.kind == "linear":

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from shared.model.architecture import Architecture
-from shared.model.attention import CoreAttention, RotatedSelfAttention
+from shared.model.attention import CoreAttention, RotatedSelfAttention, StreamedSelfAttention
 from shared.model.delta_net import DELTA_CHECKPOINT_KEYS, delta_net
 from shared.model.experts import experts_of
 from shared.model.latent import LATENT_CHECKPOINT_KEYS, latent_attention
@@ -77,8 +77,9 @@ def _attention(architecture: Architecture, rotation: Rotation | None) -> ModuleS
     # Angles of a layer's own are not stretched.
     amplitude = architecture.rope_scaling.amplitude if architecture.rope_scaling and not rotation else 1.0
     own = {"amplitude": amplitude, "rotation": rotation} if amplitude != 1.0 or rotation else {}
+    streamed = architecture.rotary_streams > 1
     return ModuleSpec(
-        module=RotatedSelfAttention if own else SelfAttention,
+        module=RotatedSelfAttention if own else StreamedSelfAttention if streamed else SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal, **own},
         submodules=SelfAttentionSubmodules(
             linear_qkv=_linear(ColumnParallelLinear, bias=architecture.qkv_bias),

@@ -20,6 +20,7 @@ from shared.console import quantity
 from shared.families import registry
 from shared.mapping.quantization import quantization_of
 from shared.model.architecture import Architecture
+from shared.model.prefix import with_blank
 from tools.convert.remote import remote_class
 
 # Both sides compute in fp32 from the same bits and differ in the order of sums only. Each of a layer's dozen roundings
@@ -49,6 +50,7 @@ def compare_logits(
     )
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(architecture.vocab_size, (1, positions), generator=generator)
+    ids = with_blank(ids, architecture)
     with _quiet():
         ours = _megatron(architecture, iteration, ids)
         theirs = _transformers(source, ids, trust_remote_code)

@@ -47,7 +47,7 @@ def transformers_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
     weights = revert_weight_conversion(model, model.state_dict())  # under the names that files have
     found = {name: Tensor(tuple(tensor.shape)) for name, tensor in weights.items()}
     if model.config.tie_word_embeddings:
-        del found["lm_head.weight"]
+        found.pop("lm_head.weight", None)
     return found
 
 

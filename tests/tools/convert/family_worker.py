@@ -34,6 +34,7 @@ from shared.model import gpt, weights  # noqa: E402
 from shared.model.architecture import Architecture  # noqa: E402
 from shared.model.logits import logits  # noqa: E402
 from shared.model.parallel import ParallelLayout, initialize  # noqa: E402
+from shared.model.prefix import with_blank  # noqa: E402
 
 LAYOUTS = {
     "tp2": ParallelLayout(tensor=2, sequence_parallel=True),
@@ -43,9 +44,9 @@ LAYOUTS = {
 ROWS, LENGTH = 2, 128  # of the training step; its labels are the next tokens
 
 
-def rows_of(ids: torch.Tensor) -> torch.Tensor:
+def rows_of(ids: torch.Tensor, architecture: Architecture) -> torch.Tensor:
     """`[1, positions]` to `[ROWS, LENGTH + 1]`, which overlap."""
-    return ids[0].unfold(0, LENGTH + 1, ids.shape[1] - LENGTH - 1)[:ROWS]
+    return with_blank(ids[0].unfold(0, LENGTH + 1, ids.shape[1] - LENGTH - 1)[:ROWS], architecture)
 
 
 def layouts_of(architecture: Architecture) -> list[str]:
@@ -101,7 +102,7 @@ def main(work: Path) -> None:
             chunks = gpt.build(architecture, layout, dtype=torch.float32, calculate_per_token_loss=True)
             weights.load(chunks, source / "release")
             ids = torch.load(work / f"{size}.ids.pt")
-            result = {"logits": logits(chunks, ids), "loss": step(chunks[0], rows_of(ids))}
+            result = {"logits": logits(chunks, ids), "loss": step(chunks[0], rows_of(ids, architecture))}
             gradients = work / f"{size}.{name}.gradients" / "iter_0000001"
             if torch.distributed.get_rank() == 0:
                 torch.save(result, work / f"{size}.{name}.pt")

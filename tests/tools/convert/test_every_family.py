@@ -26,6 +26,7 @@ from shared.families.family import Family
 from shared.mapping.layout import Segment, Shape, Transposed
 from shared.mapping.rule import Rule
 from shared.model.architecture import Architecture, DeltaNet, LatentAttention
+from shared.model.prefix import with_blank
 
 CHOSEN = os.environ.get("FAMILIES", "").split()  # while one family is worked on; empty: all of them
 SIZES = [n for n, size in registry.sizes().items() if "tiny" in n and (not CHOSEN or size.family in CHOSEN)]
@@ -79,13 +80,16 @@ def worker() -> Any:
     return module
 
 
-def reference(source: Path, ids: torch.Tensor, worker: Any, *, remote: bool, attention: str) -> dict[str, Any]:
+def reference(source: Path, ids: torch.Tensor, worker: Any, architecture: Architecture) -> dict[str, Any]:
     """transformers' continuation of the ids, the logits of both, and the loss and gradients of one step."""
     from transformers import AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
+    from tools.convert.verify_logits import attention_of
+
+    remote = bool(code_of(architecture))
     model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, attn_implementation=attention, trust_remote_code=remote
+        source, dtype=torch.float32, attn_implementation=attention_of(architecture), trust_remote_code=remote
     ).eval()
     with torch.no_grad():
         everything = {"attention_mask": torch.ones_like(ids), "eos_token_id": -1, "pad_token_id": 0}
@@ -94,7 +98,7 @@ def reference(source: Path, ids: torch.Tensor, worker: Any, *, remote: bool, att
         while ids.shape[1] < POSITIONS + CONTINUED:  # our references have no cache
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
         logits = model(ids).logits
-    rows = worker.rows_of(ids)
+    rows = worker.rows_of(ids, architecture)
     scores = model(rows[:, :-1]).logits
     loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), rows[:, 1:].flatten())
     loss.backward()
@@ -107,7 +111,6 @@ def reference(source: Path, ids: torch.Tensor, worker: Any, *, remote: bool, att
 def work(tmp_path_factory: pytest.TempPathFactory, write_architecture: Any, worker: Any) -> tuple[Path, dict[str, Any]]:
     """What two processes made of each model, at each layout, and what transformers makes of it."""
     from tools.convert.cli import tool
-    from tools.convert.verify_logits import attention_of
 
     folder = tmp_path_factory.mktemp("families")
     known = {}
@@ -117,8 +120,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, write_architecture: Any, work
             tool.run(["to-megatron", "--source", str(source), "--target", str(folder / f"{size}.megatron")])
         assert not ended.value.code
         ids = torch.randint(509, (1, POSITIONS), generator=torch.Generator().manual_seed(1))
-        attention = attention_of(tiny(size))
-        known[size] = reference(source, ids, worker, remote=bool(code_of(tiny(size))), attention=attention)
+        known[size] = reference(source, with_blank(ids, tiny(size)), worker, tiny(size))
         torch.save(known[size]["ids"], folder / f"{size}.ids.pt")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -248,7 +250,7 @@ def mistakes_of_tables(a: Architecture) -> Iterator[tuple[str, Callable[[Rule], 
         step = 2 if a.rotary_interleaved else 1
         queries = range(a.num_attention_heads // a.num_query_groups)
         heads = [s + head * a.head_dim for s in starts for head in (*queries, per_group)]
-        half = 1 if a.rotary_interleaved else a.rotated // 2
+        half = 1 if a.rotary_interleaved else a.rotated // (2 * a.rotary_streams)
         pairs = [(h, h + step, 1) for h in heads] + [(h + half, h + half + step, 1) for h in heads]
         yield "pairs of the rotation", swap("linear_qkv.weight", *pairs)
     if a.qk_norm_scope == "each_head":
@@ -339,7 +341,7 @@ def exchanged(rule: Rule, axis: str) -> Rule:
 # Architecture's fields that change no tensor, and what a careless reader of the configuration takes them for.
 CARELESS: dict[str, Any] = {
     "norm": {"rmsnorm_1p": "rmsnorm"},
-    "residual": {"parallel": "sequential"},
+    "residual": {"parallel": "sequential", "normed": "sequential"},
     "activation": {"swiglu": "geglu", "geglu_tanh": "swiglu", "gelu": "relu", "gelu_tanh": "relu"},
     "alibi": {"rounded": "exact"},
     "rope_theta": 500.0,
@@ -347,6 +349,8 @@ CARELESS: dict[str, Any] = {
     "window_rope_theta": None,
     "rotary_dim": None,
     "rotary_interleaved": False,
+    "rotary_streams": 1,
+    "rotary_fp16": False,
     "layers_without_rope": (),
     "attention_scale": None,
     "attention_softcap": None,
@@ -354,6 +358,7 @@ CARELESS: dict[str, Any] = {
     "full_attention_layers": (),
     "embedding_multiplier": 1.0,
     "residual_multiplier": 1.0,
+    "input_multiplier": 1.0,
     "logit_multiplier": 1.0,
     "logit_softcap": None,
     "normalized_head": False,
@@ -398,22 +403,31 @@ def careless_readings(a: Architecture) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "experts' scaling", {"experts": replace(experts, scaling=experts.scaling * 2)}
 
 
-def test_slopes_of_other_heads_are_found_out(
+def mistakes_of_modules(a: Architecture) -> Iterator[tuple[str, Any, str, Callable[..., Any]]]:
+    """Functions of `shared.model` that compute what no field says: the module, its function's name, and a wrong one."""
+    from shared.model import alibi, gpt
+
+    slopes, inputs = alibi.slopes, gpt.prefix_inputs
+    if a.positions == "alibi":
+        yield "slopes of other heads", alibi, "slopes", lambda heads: slopes(heads).roll(1)
+    if a.prefix:
+        yield "a text that does not see itself", gpt, "prefix_inputs", lambda *given: (inputs(*given)[0], None)
+
+
+def test_wrong_modules_are_found_out(
     write_architecture: Any, convert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
 ) -> None:
-    from shared.model import alibi
-
-    right = alibi.slopes
-    for size in (size for size in SIZES if tiny(size).positions == "alibi"):
+    for size, mistakes in ((size, list(mistakes_of_modules(tiny(size)))) for size in SIZES):
         source, target = tmp_path / f"{size}.hf", tmp_path / f"{size}.megatron"
-        write_architecture(source, tiny(size))
-        convert("to-megatron", "--source", source, "--target", target)
-        with subtests.test(size):
-            monkeypatch.setattr(alibi, "slopes", lambda heads: right(heads).roll(1))
-            answer = convert("verify", "--source", source, "--target", target, *code_of(tiny(size)))
-            assert answer.code == 1
-            assert "logits differ by" in answer.err
-        monkeypatch.setattr(alibi, "slopes", right)
+        if mistakes:
+            write_architecture(source, tiny(size))
+            convert("to-megatron", "--source", source, "--target", target)
+        for name, module, function, wrong in mistakes:
+            with subtests.test(name, size=size), monkeypatch.context() as patch:
+                patch.setattr(module, function, wrong)
+                answer = convert("verify", "--source", source, "--target", target, *code_of(tiny(size)))
+                assert answer.code == 1
+                assert "logits differ by" in answer.err
 
 
 def test_files_saved_without_the_prefix_of_their_names(write_architecture: Any, convert: Any, tmp_path: Path) -> None:
