@@ -120,7 +120,7 @@ class HfReader:
     def __init__(self, path: Path, flag: str = "--source") -> None:
         self.path = path
         self.config = config_of(path / "config.json")
-        stored = _stored(path, flag)
+        stored = stored_weights(path, flag)
         self.files = [shard.file for shard in stored.shards]
         self.tensors: dict[str, TensorInfo] = stored.tensors()
         self.layout = stored if all(shard.header.text for shard in stored.shards) else _as_safetensors(stored)
@@ -151,7 +151,8 @@ class HfReader:
         return sum(prod(tensor.shape) for tensor in self.tensors.values())
 
 
-def _stored(path: Path, flag: str) -> WeightLayout:
+def stored_weights(path: Path, flag: str) -> WeightLayout:
+    """The shards of a directory, as its index and their headers say; UserError where those disagree."""
     for pattern, single, index, read in (
         ("model*.safetensors", SINGLE, INDEX, read_header),
         ("pytorch_model*.bin", TORCH_SINGLE, TORCH_INDEX, read_torch_weights),

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from shared.checkpoint.files import hash_file, hash_files
 from shared.checkpoint.manifest import MANIFEST, Kind, Manifest, read_manifest
 from shared.checkpoint.target import PARTIAL, RUN
+from shared.checkpoint.te import LAYERS
 from shared.console import log, progress
 from shared.errors import UserError
 
@@ -137,6 +138,8 @@ def _foreign_kind(path: Path, flag: str) -> Kind:
         return _complete_megatron(path, flag)
     if (path / "config.json").is_file():
         return _complete_hf(path, flag)
+    if (path / LAYERS).is_file():
+        return "te"  # whose weights are checked when they are read
     if (path / "tokenizer.json").is_file():
         return "tokenizer"
     raise UserError(f"{flag} {path} holds no checkpoint: neither {MANIFEST}, config.json nor {TRACKER}")

@@ -182,6 +182,19 @@ class PadRows:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Zeros:
+    """No source: a tensor that the target has to have, and whose numbers are all zero."""
+
+    shape: Shape
+
+    def target_shape(self, shapes: Sequence[Shape]) -> Shape:
+        return self.shape
+
+    def segments(self, shapes: Sequence[Shape]) -> tuple[Segment, ...]:
+        return (Segment(source=PADDING, source_row=0, target_row=0, rows=self.shape[0]),)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Transposed:
     """A layout of sources that are matrices the other way round, `[in, out]`: rows are their columns.
 

@@ -1,4 +1,4 @@
-"""The `convert` command: checkpoints between Hugging Face and Megatron-Core."""
+"""The `convert` command: checkpoints between Hugging Face, Megatron-Core and TransformerEngine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pydantic import Field
 
 from shared.cli import ExistingDir, ExistingFile, NonNegative, Positive, Tool
 
-tool = Tool("convert", summary="Convert checkpoints between Hugging Face and Megatron-Core, and prove it lossless.")
+tool = Tool(
+    "convert",
+    summary="Convert checkpoints between Hugging Face, Megatron-Core and TransformerEngine, and prove it lossless.",
+)
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 
@@ -74,6 +77,34 @@ def to_megatron(
 
 
 @tool.command(neutral=("workers", "shard"))
+def to_te(
+    source: ExistingDir,
+    target: Path,
+    overwrite: bool = False,
+    workers: Positive | None = None,
+    shard: str | None = None,
+) -> None:
+    """Convert a Hugging Face directory into a directory of TransformerEngine's parameters.
+
+    The result is safetensors files with the names that transformer_engine's modules give their parameters, and
+    layers.json with the arguments that each layer is made with. A layer that TransformerLayer cannot compute is a set
+    of smaller modules, and layers.json says why.
+
+    Args:
+        source: a Hugging Face directory with safetensors weights.
+        target: the directory to publish.
+        overwrite: replace what another run published at the target.
+        workers: threads that read and write; by default one for each processor, at most 8. The result is the same.
+        shard: write one part of several, 1/4 to 4/4, in as many processes on machines that share the target's file
+            system; when all are done, publish/4 makes the directory of them. The result is the same.
+    """
+    from shared.checkpoint.shards import Shard
+    from tools.convert.to_te import run
+
+    run(source, target, overwrite, workers, Shard.parse(shard) if shard else None)
+
+
+@tool.command(neutral=("workers", "shard"))
 def to_hf(
     source: ExistingDir,
     target: Path,
@@ -84,17 +115,17 @@ def to_hf(
     workers: Positive | None = None,
     shard: str | None = None,
 ) -> None:
-    """Convert a Megatron directory, converted or trained, into a Hugging Face directory.
+    """Convert a Megatron or TransformerEngine directory, converted or trained, into a Hugging Face directory.
 
     Shards and types are those of the Hugging Face directory it once came from: unchanged weights come back byte for
     byte. A run that is still training may be read; its latest saved iteration is taken. Weights that were quantised
     there are written as bfloat16, unless --quantized asks for their old form.
 
     Args:
-        source: a Megatron directory.
+        source: a directory of kind megatron or te.
         target: the directory to publish.
         dtype: type of every weight; by default each tensor's type in the original checkpoint.
-        hf_files: a directory with config.json and tokenizer, for a Megatron directory that has no hf/.
+        hf_files: a directory with config.json and tokenizer, for a directory that has no hf/.
         quantized: write the weights that the original checkpoint stored quantised so again: unchanged ones as they
             were, byte for byte, changed ones with new scales.
         overwrite: replace what another run published at the target.
@@ -141,7 +172,7 @@ def inspect(source: ExistingDir, tensors: bool = False, scan: bool = False, json
     Only headers are read, unless --scan is given.
 
     Args:
-        source: a Hugging Face or Megatron directory.
+        source: a directory of kind hf, megatron or te.
         tensors: list every tensor with its type and shape.
         scan: read every weight and report NaN and infinity; exits 1 if there is any.
         json: print JSON instead of a table.
@@ -161,15 +192,16 @@ def verify(
     seed: NonNegative = 0,
     trust_remote_code: bool = False,
 ) -> None:
-    """Prove that a Megatron directory is a Hugging Face directory: bits, configuration, files and logits.
+    """Prove that a Megatron or TransformerEngine directory is a Hugging Face directory: bits, files and logits.
 
     Every tensor is brought back and compared bit for bit, every field of config.json and every other file too; then
-    the Megatron-Core model's logits are compared with those of transformers on the same random tokens, in fp32.
+    the Megatron-Core model's logits are compared with those of transformers on the same random tokens, in fp32 (not
+    for TransformerEngine's form, whose modules need GPUs).
     Exits 1 if anything differs. The certificate says what was compared.
 
     Args:
         source: the Hugging Face directory.
-        target: the Megatron directory made of it.
+        target: the directory of kind megatron or te made of it.
         certificate: where to write the result; by default beside the target, as TARGET.certificate.json.
         logits: compare logits, which builds the model, rather than bits and files only.
         positions: length of the random sequence, in tokens; the model's longest if that is less.

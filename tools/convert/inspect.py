@@ -14,6 +14,7 @@ from shared.checkpoint.dtypes import BY_SAFETENSORS, count_not_finite
 from shared.checkpoint.hf import HfReader
 from shared.checkpoint.passengers import config_of
 from shared.checkpoint.reader import Checkpoint, open_checkpoint
+from shared.checkpoint.te import LAYERS, TeReader
 from shared.checkpoint.torch_dist import TorchDistReader
 from shared.cli import log, progress
 from shared.console import quantity
@@ -22,6 +23,10 @@ from shared.families import registry
 from shared.mapping.account import account_sources, account_targets
 from shared.mapping.layout import Shape
 from shared.mapping.quantization import quantization_of
+from shared.mapping.te import te_form
+from tools.convert.to_te import summary
+
+Reader = HfReader | TorchDistReader | TeReader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +40,8 @@ class Row:
 
 def run(source: Path, tensors: bool, scan: bool, as_json: bool) -> None:
     """Print what the directory is; with `scan`, read every weight and raise StageError if one is not finite."""
-    checkpoint = open_checkpoint(source, kinds=("hf", "megatron"), flag="--source", verify="sizes")
-    reader = HfReader(source) if checkpoint.kind == "hf" else TorchDistReader(checkpoint.iteration_path)
+    checkpoint = open_checkpoint(source, kinds=("hf", "megatron", "te"), flag="--source", verify="sizes")
+    reader = _reader(checkpoint)
     rows = _rows(reader)
     found = _describe(checkpoint, reader, rows)
     not_finite = _scan(reader) if scan else {}
@@ -53,14 +58,20 @@ def run(source: Path, tensors: bool, scan: bool, as_json: bool) -> None:
         raise StageError(f"{source}: {name} holds {what} ({len(not_finite)} tensors are not finite)")
 
 
-def _rows(reader: HfReader | TorchDistReader) -> list[Row]:
+def _reader(checkpoint: Checkpoint) -> Reader:
+    if checkpoint.kind == "hf":
+        return HfReader(checkpoint.path)
+    return TeReader(checkpoint.path) if checkpoint.kind == "te" else TorchDistReader(checkpoint.iteration_path)
+
+
+def _rows(reader: Reader) -> list[Row]:
     if isinstance(reader, HfReader):
         named = {code: dtype.name for code, dtype in BY_SAFETENSORS.items()}
         return [Row(name=t.name, dtype=named.get(t.dtype, t.dtype), shape=t.shape) for t in reader.tensors.values()]
     return [Row(name=t.key, dtype=t.dtype.name, shape=t.shape) for t in reader.tensors.values()]
 
 
-def _describe(checkpoint: Checkpoint, reader: HfReader | TorchDistReader, rows: list[Row]) -> dict[str, Any]:
+def _describe(checkpoint: Checkpoint, reader: Reader, rows: list[Row]) -> dict[str, Any]:
     found: dict[str, Any] = {"path": str(checkpoint.path), "kind": checkpoint.kind}
     types: Counter[str] = Counter()
     for row in rows:
@@ -70,6 +81,8 @@ def _describe(checkpoint: Checkpoint, reader: HfReader | TorchDistReader, rows: 
         found["iteration"] = checkpoint.iteration_path.name
         found["chunks"] = sum(len(tensor.chunks) for tensor in reader.tensors.values())
         found["optimizer_tensors"] = len(reader.other)
+    elif isinstance(reader, TeReader):
+        found["layers"] = summary(config_of(checkpoint.path / LAYERS)["layers"])
     else:
         found["shards"] = len(reader.layout.shards)
     found |= _family(checkpoint, reader)
@@ -84,7 +97,7 @@ def _describe(checkpoint: Checkpoint, reader: HfReader | TorchDistReader, rows: 
     return found
 
 
-def _family(checkpoint: Checkpoint, reader: HfReader | TorchDistReader) -> dict[str, Any]:
+def _family(checkpoint: Checkpoint, reader: Reader) -> dict[str, Any]:
     """Family and architecture, and whether every tensor is accounted for; what is wrong is said, not raised."""
     path = checkpoint.hf_files / "config.json"
     if not path.is_file():
@@ -101,6 +114,8 @@ def _family(checkpoint: Checkpoint, reader: HfReader | TorchDistReader) -> dict[
         table = registry.table_of(architecture)
         if isinstance(reader, HfReader):
             account_sources(table, reader.weights, str(checkpoint.path))
+        elif isinstance(reader, TeReader):
+            account_targets(te_form(table, architecture).table, reader.tensors, str(checkpoint.path))
         else:
             account_targets(table, reader.tensors, str(checkpoint.path))
     except UserError as error:
@@ -108,7 +123,7 @@ def _family(checkpoint: Checkpoint, reader: HfReader | TorchDistReader) -> dict[
     return result
 
 
-def _scan(reader: HfReader | TorchDistReader) -> dict[str, str]:
+def _scan(reader: Reader) -> dict[str, str]:
     """Tensors with NaN or infinity in them."""
     found: dict[str, list[int]] = {}
     if isinstance(reader, HfReader):

@@ -39,8 +39,9 @@ def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int
     with publish(target, kind="hf", inputs=inputs, overwrite=overwrite, resumable=True) as out:
         checkpoint = open_checkpoint(source, kinds=("hf",), flag="--source", verify="small")
         reader, config = HfReader(source), AdapterConfig(adapter)
-        plan = plan_import(reader)
-        table = registry.table_of(plan.architecture)
+        architecture = registry.from_config(reader.config)
+        table = registry.table_of(architecture)
+        plan = plan_import(reader, architecture, table)
         prefix = table.optional_prefix
         table = table.named_as(reader.tensors)
         changes = match(config, read_adapter(adapter), table, prefix)

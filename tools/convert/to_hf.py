@@ -1,26 +1,36 @@
-"""`convert to-hf`: a Megatron directory, converted or trained, back into a Hugging Face one."""
+"""`convert to-hf`: a directory of Megatron's or TransformerEngine's form, back into a Hugging Face one."""
 
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from shared.checkpoint.dtypes import BY_FLAG
+from shared.checkpoint.execute import Task
 from shared.checkpoint.hf import LAYOUT, WeightLayout, write_index
 from shared.checkpoint.passengers import config_of, copy_passengers
 from shared.checkpoint.reader import Checkpoint, content_checks, open_checkpoint
 from shared.checkpoint.safetensors_file import TensorInfo, read_header
 from shared.checkpoint.shards import Shard, published
+from shared.checkpoint.te import TeReader
 from shared.checkpoint.torch_dist import TorchDistReader
 from shared.cli import log
 from shared.errors import UserError
 from shared.families import registry
 from shared.mapping.quantization import quantization_of
+from shared.mapping.te import te_form
+from tools.convert.beside import ASIDES
 from tools.convert.execute import execute
-from tools.convert.to_megatron import ASIDES
-from tools.convert.transfer import Export, changes_types, layout_export, named, plan_export
+from tools.convert.transfer import (
+    Export,
+    FormReader,
+    changes_types,
+    layout_export,
+    named,
+    plan_export,
+    zero_checks,
+)
 
 DtypeFlag = Literal["bf16", "fp16", "fp32"]
 
@@ -40,7 +50,7 @@ def run(
         raise UserError("--quantized and --dtype contradict each other: the source's form says its types")
     inputs = {"source": source} | ({"hf_files": hf_files} if hf_files else {})
     with published(target, kind="hf", inputs=inputs, overwrite=overwrite, shard=shard) as out:
-        checkpoint = open_checkpoint(source, kinds=("megatron",), flag="--source", verify="small")
+        checkpoint = open_checkpoint(source, kinds=("megatron", "te"), flag="--source", verify="small")
         files = hf_files or checkpoint.hf_files
         reader, plan = open_export(checkpoint, files, dtype, quantized=quantized)
         tensors = plan.layout.tensors()
@@ -53,7 +63,11 @@ def run(
             log(f"{len(plan.rounded)} tensors held in {', '.join(held)} are rounded to {', '.join(written)}, {why}")
         if plan.asides:
             log(f"{named(list(plan.asides))}: as the original checkpoint had them, whatever was trained since")
-        checks = partial(content_checks, checkpoint, flag="--source")
+
+        def checks(sources: frozenset[Path]) -> list[Task]:
+            zeros = zero_checks(plan, reader) if shard is None or shard.index == 1 else []
+            return [*content_checks(checkpoint, sources, flag="--source"), *zeros]
+
         shards = layout_export(plan, reader)
         execute(
             "to-hf",
@@ -81,7 +95,7 @@ def run(
             dtype=sorted({tensor.dtype for tensor in tensors.values()}),
             tensors=len(tensors),
             parameters=plan.architecture.parameter_count(),
-            iteration=checkpoint.iteration_path.name,
+            **({"iteration": checkpoint.iteration_path.name} if checkpoint.kind == "megatron" else {}),
         )
 
 
@@ -106,11 +120,11 @@ def _name_plain(path: Path) -> None:
 
 def open_export(
     checkpoint: Checkpoint, files: Path, dtype: DtypeFlag | None, *, quantized: bool = False
-) -> tuple[TorchDistReader, Export]:
-    """A Megatron checkpoint and what becomes of its tensors.
+) -> tuple[FormReader, Export]:
+    """A checkpoint and what becomes of its tensors.
 
     Args:
-        checkpoint: of kind megatron.
+        checkpoint: of kind megatron or te.
         files: where config.json and, if the checkpoint was converted from a Hugging Face one, its shards' layout are.
         dtype: the type to write; None for the source's.
         quantized: whether weights that the source stored quantised are to be stored so again.
@@ -127,6 +141,10 @@ def open_export(
     asides: dict[str, TensorInfo] = {}
     if (files / ASIDES).is_file():
         asides = {tensor.name: tensor for tensor in read_header(files / ASIDES).tensors}
-    reader = TorchDistReader(checkpoint.iteration_path)
-    wanted = BY_FLAG[dtype] if dtype else None
-    return reader, plan_export(reader, architecture, layout, asides, wanted, form=form, quantized=quantized)
+    table, wanted = registry.table_of(architecture), BY_FLAG[dtype] if dtype else None
+    reader: FormReader
+    if checkpoint.kind == "te":
+        table, reader = te_form(table, architecture).table, TeReader(checkpoint.path)
+    else:
+        reader = TorchDistReader(checkpoint.iteration_path)
+    return reader, plan_export(reader, architecture, table, layout, asides, wanted, form=form, quantized=quantized)

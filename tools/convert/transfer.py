@@ -1,7 +1,7 @@
-"""Moves tensors between the two forms: plans what goes where, and of which moves each new file is made.
+"""Moves tensors between Hugging Face's form and another: plans what goes where, and of which moves each new file is made.
 
-Nothing here knows a family. A plan accounts for every tensor first; after that each Megatron byte is written once and
-each Hugging Face byte read once, in blocks, so that memory does not grow with the model.
+Nothing here knows a family. A plan accounts for every tensor first; after that each byte of the other form is written
+once and each Hugging Face byte read once, in blocks, so that memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from shared.checkpoint.moves import Added, Move, NewFile, Part, converted, strea
 from shared.checkpoint.packed import Half, Packed, Weight, repacked, weights_of
 from shared.checkpoint.region import Gathered, Matrix, Rows
 from shared.checkpoint.safetensors_file import TensorInfo
+from shared.checkpoint.te import STATE_TYPE, TeReader
 from shared.checkpoint.torch_dist import NOT_WEIGHTS, TorchDistReader
 from shared.checkpoint.torch_dist_writer import CHUNK_BYTES, TorchDistLayout
 from shared.errors import UserError
-from shared.families import registry
 from shared.mapping.account import Account, account_sources, account_targets
 from shared.mapping.layout import PADDING, of_source, of_target
 from shared.mapping.quantization import Quantization
-from shared.mapping.rule import Entry
+from shared.mapping.rule import Entry, Table
 from shared.model.architecture import Architecture
 from shared.model.extra_states import extra_states
+
+FormReader = TorchDistReader | TeReader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,29 +50,24 @@ class Import:
         return sum(prod(entry.shape) * self.dtypes[entry.key].size for entry in self.account.entries)
 
 
-def plan_import(reader: HfReader) -> Import:
-    """Match a checkpoint with its family; UserError if a tensor would be lost, made up or misread."""
-    architecture = registry.from_config(reader.config)
-    account = account_sources(registry.table_of(architecture), reader.weights, str(reader.path))
+def plan_import(reader: HfReader, architecture: Architecture, table: Table) -> Import:
+    """Match a checkpoint with its family's table; UserError if a tensor would be lost, made up or misread."""
+    account = account_sources(table, reader.weights, str(reader.path))
     kinds: dict[str, set[Dtype]] = {}
     less_one = {entry.key for entry in account.entries if entry.less_one}
     for entry in account.entries:
         for source in entry.sources:
             tensor = reader.weights[source.name]
             kinds.setdefault(entry.key, set()).add(weight_dtype(tensor.dtype, source.name, tensor.place))
+    for entry in account.entries:
+        if not entry.sources:  # a bias that the model lacks, beside a weight that it has
+            kinds[entry.key] = kinds[entry.key.removesuffix("bias") + "weight"]
     return Import(
         architecture=architecture,
         account=account,
         dtypes={key: FP64 if key in less_one else common(found) for key, found in kinds.items()},
         widened=tuple(key for key, found in kinds.items() if len(found) > 1),
     )
-
-
-def beside(plan: Import, reader: HfReader) -> list[TensorInfo]:
-    """What is kept beside the Megatron form as it is: tensors that are no weights, and the scales of those that are."""
-    kept = [tensor for name in plan.account.asides for tensor in reader.weights[name].stored]
-    scales = [weight.packed.scales for weight in reader.weights.values() if weight.packed]
-    return [*kept, *(tensor for tensor in scales if tensor not in kept)]
 
 
 def alias_checks(plan: Import, reader: HfReader) -> list[Task]:
@@ -115,6 +112,31 @@ def layout_import(plan: Import, reader: HfReader) -> TorchDistLayout:
     return layout
 
 
+def layout_te(plan: Import, reader: HfReader, states: Iterable[str]) -> tuple[WeightLayout, list[NewFile]]:
+    """The shards of TransformerEngine's form, layer after layer, with empty states of these names; and their files."""
+    entries: dict[str, list[Entry]] = {}
+    for entry in plan.account.entries:  # slices of a tensor in their order
+        entries.setdefault(entry.key, []).append(entry)
+    triples = [(key, plan.dtypes[key].safetensors, slices[0].global_shape) for key, slices in entries.items()]
+    triples += [(name, STATE_TYPE, (0,)) for name in states]
+    layout = default_layout(sorted(triples, key=lambda triple: _by_layer(triple[0])))
+
+    def moves(tensor: TensorInfo) -> Iterator[Move]:
+        for entry in entries.get(tensor.name, ()):
+            yield from target_moves(entry, plan.dtypes[entry.key], reader, 0, entry.shape[0])
+
+    def sources(tensor: TensorInfo) -> Iterable[Path]:
+        names = [source.name for entry in entries.get(tensor.name, ()) for source in entry.sources]
+        return [path for name in names for path in reader.weights[name].files]
+
+    return layout, weight_files(layout, moves, sources)
+
+
+def _by_layer(name: str) -> tuple[bool, int, str]:
+    number = name.split(".", 2)[1] if name.startswith("layers.") else ""
+    return (bool(number), int(number or 0), name)
+
+
 COMMON = {
     "checkpoint_version": 3.0,
     "iteration": 0,
@@ -155,6 +177,7 @@ class Export:
     origin: dict[str, list[tuple[Entry, int]]]  # Hugging Face name -> the slices it is in, and as which source
     asides: dict[str, Weight]  # tensors that are no weights, kept in a file of their own
     packed: dict[str, tuple[Packed, Half]]  # tensors that a weight is to be stored as, in place of its numbers
+    zeros: tuple[str, ...]  # tensors of the form that the model has none of
     rounded: tuple[str, ...]  # tensors that are written in a narrower type than they are held in
 
     @property
@@ -164,8 +187,9 @@ class Export:
 
 
 def plan_export(
-    reader: TorchDistReader,
+    reader: FormReader,
     architecture: Architecture,
+    table: Table,
     layout: WeightLayout | None,
     asides: Mapping[str, TensorInfo],
     dtype: Dtype | None,
@@ -173,11 +197,12 @@ def plan_export(
     form: Quantization | None = None,
     quantized: bool = False,
 ) -> Export:
-    """Match a Megatron checkpoint with its family and the shards it is to have.
+    """Match a checkpoint with its family's table and the shards it is to have.
 
     Args:
-        reader: the iteration.
+        reader: the checkpoint, of Megatron's or TransformerEngine's form.
         architecture: what hf/config.json says.
+        table: its tensors, in that form.
         layout: the source's shards; None for transformers' default.
         asides: tensors kept beside the Megatron form.
         dtype: the type of every weight; None for the source's own, or where there is no layout the checkpoint's.
@@ -187,7 +212,6 @@ def plan_export(
     stored = layout
     if layout is not None:
         layout = layout.plain(form)
-    table = registry.table_of(architecture)
     if layout is not None:
         table = table.named_as(layout.tensors())
     entries = account_targets(table, reader.tensors, str(reader.directory), NOT_WEIGHTS)
@@ -237,7 +261,15 @@ def plan_export(
                 packed |= {name: (scaled, half) for name, half in scaled.halves.items()}
         layout, wanted = stored, stored.tensors().keys() - packed.keys()
         kept = {name: Weight(tensor=tensor) for name, tensor in asides.items() if name in wanted}
-    return Export(architecture=architecture, layout=layout, origin=origin, asides=kept, packed=packed, rounded=rounded)
+    return Export(
+        architecture=architecture,
+        layout=layout,
+        origin=origin,
+        asides=kept,
+        packed=packed,
+        zeros=tuple(entry.key for entry in entries if not entry.sources),
+        rounded=rounded,
+    )
 
 
 def _with_scales(packed: Packed, asides: Mapping[str, TensorInfo]) -> Packed:
@@ -253,7 +285,7 @@ def named(tensors: Sequence[str]) -> str:
     return f"{tensors[0]} and {len(tensors) - 1} more" if len(tensors) > 1 else tensors[0]
 
 
-def changes_types(plan: Export, reader: TorchDistReader) -> bool:
+def changes_types(plan: Export, reader: FormReader) -> bool:
     """Whether a tensor is written in another type than it is held in."""
     tensors, kept = plan.layout.tensors(), plan.asides.values()
     held = ((name, reader.tensors[entry.key].dtype) for name, parts in plan.origin.items() for entry, _ in parts)
@@ -261,7 +293,7 @@ def changes_types(plan: Export, reader: TorchDistReader) -> bool:
     return changed or bool(plan.packed) or any(weight.packed for weight in kept)
 
 
-def layout_export(plan: Export, reader: TorchDistReader) -> list[NewFile]:
+def layout_export(plan: Export, reader: FormReader) -> list[NewFile]:
     """The shards of an export."""
 
     def sources(tensor: TensorInfo) -> Iterable[Path]:
@@ -276,8 +308,8 @@ def layout_export(plan: Export, reader: TorchDistReader) -> list[NewFile]:
     return weight_files(plan.layout, lambda tensor: source_moves(plan, reader, tensor), sources)
 
 
-def source_moves(plan: Export, reader: TorchDistReader, tensor: TensorInfo) -> Iterator[Move]:
-    """What makes a Hugging Face tensor, from those of Megatron that it is in."""
+def source_moves(plan: Export, reader: FormReader, tensor: TensorInfo) -> Iterator[Move]:
+    """What makes a Hugging Face tensor, from those of the other form that it is in."""
     if tensor.name in plan.asides:
         aside = plan.asides[tensor.name].matrix()
         yield from windows(aside, 0, aside.rows)
@@ -306,7 +338,7 @@ def source_moves(plan: Export, reader: TorchDistReader, tensor: TensorInfo) -> I
                 yield converted(move, held, wanted)
 
 
-def _numbers(plan: Export, reader: TorchDistReader, name: str) -> tuple[Matrix, Dtype]:
+def _numbers(plan: Export, reader: FormReader, name: str) -> tuple[Matrix, Dtype]:
     """A Hugging Face tensor of plain numbers, and the type that they are held in."""
     parts: list[Rows] = []
     held: set[Dtype] = set()
@@ -321,7 +353,20 @@ def _numbers(plan: Export, reader: TorchDistReader, name: str) -> tuple[Matrix, 
     return Gathered(name=name, rows=rows, width=width, parts=tuple(parts)), held.pop()
 
 
-def source_rows(plan: Export, reader: TorchDistReader, tensor: TensorInfo) -> Iterator[memoryview]:
+def zero_checks(plan: Export, reader: FormReader) -> list[Task]:
+    """Reads of what the form holds though the model has none; each raises UserError where it is not zero."""
+    return [partial(_check_zero, reader, key) for key in plan.zeros]
+
+
+def _check_zero(reader: FormReader, key: str) -> None:
+    tensor = reader.tensors[key]
+    if any(any(block) for block in reader.rows(key, (), 0, tensor.shape[0])):
+        raise UserError(
+            f"{tensor.place}: {key} is not zero, and this family has no such bias: it would be lost; train with it frozen at zero"
+        )
+
+
+def source_rows(plan: Export, reader: FormReader, tensor: TensorInfo) -> Iterator[memoryview]:
     """Bytes of a Hugging Face tensor; each block is valid until the next one is asked for."""
     with Files() as files:
         yield from stream(source_moves(plan, reader, tensor), files)

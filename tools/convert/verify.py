@@ -1,4 +1,4 @@
-"""`convert verify`: proof that a Megatron directory is the Hugging Face directory, in bits and in logits."""
+"""`convert verify`: proof that a directory of another form is the Hugging Face directory, in bits and in logits."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from shared.checkpoint.hf import LAYOUT, HfReader
 from shared.checkpoint.manifest import fingerprint
 from shared.checkpoint.passengers import config_of, passengers
 from shared.checkpoint.reader import open_checkpoint
-from shared.checkpoint.torch_dist import TorchDistReader
+from shared.checkpoint.te import LAYERS
 from shared.cli import invocation, log, progress
 from shared.errors import StageError, UserError
 from shared.families import registry
 from shared.mapping.quantization import quantization_of
+from shared.mapping.te import te_form
 from tools.convert.remote import remote_class
 from tools.convert.to_hf import open_export
-from tools.convert.transfer import Export, source_rows
+from tools.convert.transfer import Export, FormReader, source_rows
 
 MAX_DIFFERENCES = 20  # named in the certificate
 LOGITS_NEED = {"torch": "torch", "transformers": "transformers", "megatron.core": "megatron-core"}
@@ -53,6 +54,9 @@ def run(
     trust_remote_code: bool,
 ) -> None:
     """Compare, write the certificate, and raise StageError if anything differs."""
+    if logits and (target / LAYERS).is_file():
+        log("logits are not compared: TransformerEngine's modules need its GPUs; bits, configuration and files are")
+        logits = False
     if logits:
         _require_models()
     started = time.monotonic()
@@ -63,30 +67,30 @@ def run(
                 f"--certificate {certificate} lies in {name} {directory}, which is published; put it beside it"
             )
     open_checkpoint(source, kinds=("hf",), flag="--source")
-    megatron = open_checkpoint(target, kinds=("megatron",), flag="--target")
+    made = open_checkpoint(target, kinds=("megatron", "te"), flag="--target")
     reader = HfReader(source)
     if logits:
         _require_class(reader.config, source, trust_remote_code)
     findings = Findings()
-    _compare_config(reader.config, config_of(megatron.hf_files / "config.json"), findings)
+    _compare_config(reader.config, config_of(made.hf_files / "config.json"), findings)
     if not findings.differences:  # of different shapes there is nothing to compare further
         quantized = any(weight.packed for weight in reader.weights.values())
-        dist, plan = open_export(megatron, megatron.hf_files, None, quantized=quantized)
-        _compare_layout(reader, plan, megatron.hf_files / LAYOUT, findings)
+        held, plan = open_export(made, made.hf_files, None, quantized=quantized)
+        _compare_layout(reader, plan, made.hf_files / LAYOUT, findings)
         with progress(reader.bytes, "bytes", "comparing") as advance:
             for name in reader.tensors.keys() & plan.layout.tensors().keys():
-                _compare_tensor(name, reader, dist, plan, findings)
+                _compare_tensor(name, reader, held, plan, findings)
                 advance(reader.tensors[name].size)
             if quantized:
-                _compare_numbers(reader, dist, open_export(megatron, megatron.hf_files, None)[1], findings)
-        _check_padding(dist, plan, findings)
-        _compare_files(source, megatron.hf_files, findings)
+                _compare_numbers(reader, held, open_export(made, made.hf_files, None)[1], findings)
+        _check_added(held, plan, findings)
+        if made.kind == "te":
+            _check_layers(made.path / LAYERS, plan, findings)
+        _compare_files(source, made.hf_files, findings)
         if logits and not findings.differences:
             from tools.convert.verify_logits import compare_logits
 
-            found = compare_logits(
-                plan.architecture, source, megatron.iteration_path, positions, seed, trust_remote_code
-            )
+            found = compare_logits(plan.architecture, source, made.iteration_path, positions, seed, trust_remote_code)
             findings.logits = found
             if not found["passed"]:
                 findings.differences.append(
@@ -187,7 +191,7 @@ def _compare_layout(reader: HfReader, plan: Export, path: Path, findings: Findin
         findings.differences.append(f"{path}: the shards are not the source's")
 
 
-def _compare_tensor(name: str, reader: HfReader, dist: TorchDistReader, plan: Export, findings: Findings) -> None:
+def _compare_tensor(name: str, reader: HfReader, held: FormReader, plan: Export, findings: Findings) -> None:
     tensor, exported = reader.tensors[name], plan.layout.tensors()[name]
     findings.tensors += 1
     findings.bytes += tensor.size
@@ -197,7 +201,7 @@ def _compare_tensor(name: str, reader: HfReader, dist: TorchDistReader, plan: Ex
     weight = name in plan.origin and name not in plan.packed
     dtype = weight_dtype(tensor.dtype, name, tensor.place) if weight else None
     position, nan, infinite, different = 0, 0, 0, False
-    for ours, theirs in _aligned(reader.rows(name), source_rows(plan, dist, exported)):
+    for ours, theirs in _aligned(reader.rows(name), source_rows(plan, held, exported)):
         if dtype is not None:
             counts = count_not_finite(ours, dtype)
             nan, infinite = nan + counts[0], infinite + counts[1]
@@ -210,7 +214,7 @@ def _compare_tensor(name: str, reader: HfReader, dist: TorchDistReader, plan: Ex
         findings.not_finite[name] = f"{nan} NaN, {infinite} infinite"
 
 
-def _compare_numbers(reader: HfReader, dist: TorchDistReader, plan: Export, findings: Findings) -> None:
+def _compare_numbers(reader: HfReader, held: FormReader, plan: Export, findings: Findings) -> None:
     """Of weights that are stored quantised: what their codes stand for is what is held, to the bit."""
     wanted = plan.layout.tensors()
     for name in (name for name, weight in reader.weights.items() if weight.packed and name in plan.origin):
@@ -220,7 +224,7 @@ def _compare_numbers(reader: HfReader, dist: TorchDistReader, plan: Export, find
             0,
             True,
         )
-        for ours, theirs in _aligned(reader.numbers(name), source_rows(plan, dist, wanted[name])):
+        for ours, theirs in _aligned(reader.numbers(name), source_rows(plan, held, wanted[name])):
             counts = count_not_finite(ours, dtype)
             nan, infinite, same = nan + counts[0], infinite + counts[1], same and ours == theirs
         if not same:
@@ -243,13 +247,23 @@ def _aligned(left: Iterator[memoryview], right: Iterator[memoryview]) -> Iterato
         a, b = a[size:], b[size:]
 
 
-def _check_padding(dist: TorchDistReader, plan: Export, findings: Findings) -> None:
-    """Rows beyond the vocabulary are zero in what a conversion wrote."""
+def _check_added(held: FormReader, plan: Export, findings: Findings) -> None:
+    """Zero in what a conversion wrote: rows beyond the vocabulary, and biases that the model does not have."""
+    for key in plan.zeros:
+        if any(any(block) for block in held.rows(key, (), 0, held.tensors[key].shape[0])):
+            findings.differences.append(f"{key} is not zero, though the model has none")
     for entry in {entry.key: entry for parts in plan.origin.values() for entry, _ in parts if entry.padded}.values():
         kept = entry.sources[0].shape[0]
-        rows = dist.tensors[entry.key].shape[0] - kept
-        if rows and any(any(block) for block in dist.rows(entry.key, entry.index, kept, rows)):
+        rows = held.tensors[entry.key].shape[0] - kept
+        if rows and any(any(block) for block in held.rows(entry.key, entry.index, kept, rows)):
             findings.differences.append(f"{entry.key}: rows beyond the vocabulary are not zero")
+
+
+def _check_layers(path: Path, plan: Export, findings: Findings) -> None:
+    """What says how the layers are made is what the configuration asks for."""
+    form = te_form(registry.table_of(plan.architecture), plan.architecture)
+    if config_of(path) != json.loads(json.dumps(form.modules)):
+        findings.differences.append(f"{path.name} does not describe this model")
 
 
 def _compare_files(source: Path, kept: Path, findings: Findings) -> None:

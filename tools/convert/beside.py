@@ -1,0 +1,66 @@
+"""What goes beside a model's weights in another form, so that the way back gives the same Hugging Face directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shared.checkpoint.execute import Task
+from shared.checkpoint.hf import LAYOUT, HfReader, default_layout, write_weights
+from shared.checkpoint.passengers import copy_passengers, other_weights
+from shared.checkpoint.publish import Checks, Publication
+from shared.checkpoint.reader import Checkpoint, content_checks
+from shared.checkpoint.safetensors_file import TensorInfo
+from shared.checkpoint.shards import Shard
+from shared.cli import log
+from tools.convert.transfer import Import, alias_checks, named
+
+ASIDES = "asides.safetensors"
+
+
+def announce(plan: Import, reader: HfReader) -> None:
+    """Say what is not simply carried over."""
+    if plan.widened:
+        names = ", ".join(plan.widened)
+        log(f"{names}: parts of different types are held in float32, and written back as they were")
+    if asides := plan.account.asides:
+        log(f"{named(asides)}: kept beside the weights as they are; training does not change them")
+    if packed := [weight.packed for weight in reader.weights.values() if weight.packed]:
+        log(f"{len(packed)} weights in {packed[0].form.title} are written as bfloat16; their scales are kept in hf/")
+    if others := other_weights(reader.path, set(reader.files)):
+        log(f"not carried over, being other forms of the weights: {', '.join(others)}")
+
+
+def converts(plan: Import, reader: HfReader) -> bool:
+    """Whether numbers change their type."""
+    shifted = any(entry.less_one for entry in plan.account.entries)
+    return bool(plan.widened) or shifted or any(weight.packed for weight in reader.weights.values())
+
+
+def source_checks(checkpoint: Checkpoint, plan: Import, reader: HfReader, shard: Shard | None) -> Checks:
+    """What is checked of the source while it is read: its hashes, and by one process what is stored twice."""
+
+    def checks(sources: frozenset[Path]) -> list[Task]:
+        ties = alias_checks(plan, reader) if shard is None or shard.index == 1 else []
+        return [*content_checks(checkpoint, sources, flag="--source"), *ties]
+
+    return checks
+
+
+def keep_hf_files(out: Publication, plan: Import, reader: HfReader) -> None:
+    """Write `hf/`: every other file of the source, the shards it had, and the tensors that are not in the other form."""
+    hf = out.path / "hf"
+    hf.mkdir(exist_ok=True)
+    copy_passengers(reader.path, hf)
+    (hf / LAYOUT).write_text(reader.layout.encode(), encoding="utf-8")
+    if kept := _kept(plan, reader):
+        aside = default_layout([(tensor.name, tensor.dtype, tensor.shape) for tensor in kept], file=ASIDES)
+        write_weights(
+            hf, aside, lambda t: reader.rows(t.name), lambda name, digest: out.record_hash(f"hf/{name}", digest)
+        )
+
+
+def _kept(plan: Import, reader: HfReader) -> list[TensorInfo]:
+    """What is kept as it is: tensors that are no weights, and the scales of those that are."""
+    kept = [tensor for name in plan.account.asides for tensor in reader.weights[name].stored]
+    scales = [weight.packed.scales for weight in reader.weights.values() if weight.packed]
+    return [*kept, *(tensor for tensor in scales if tensor not in kept)]
