@@ -3,12 +3,13 @@ TOOLS := convert pretrain sft rlhf infer
 ENVIRONMENTS := $(TOOLS:%=tools/%/.venv/.ready)
 WORK ?= demo-work
 BENCH_WORK ?= bench-work
+PROOFS := $(CURDIR)/.proofs
 PYTEST := -m pytest -q --numprocesses 2 --durations 5
 export OMP_NUM_THREADS ?= 2
 # where it is set, every start of a tool compiles its libraries anew, for half a minute
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-slurm test-containers images bench-convert
+.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-slurm test-containers images bench-convert proofs
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -69,6 +70,14 @@ test-containers: setup containers/.venv/.ready ## images built and run (Debian a
 
 bench-convert: setup ## how fast conversions are beside copying the same bytes (20 GB of disk at BENCH_WORK)
 	OMP_NUM_THREADS=1 tools/convert/.venv/bin/python tests/benchmarks/bench_convert.py --work $(BENCH_WORK)
+
+proofs: setup ## run what proves each family and record it for `convert families`; FAMILIES="gemma2 glm" for some
+	rm -rf $(PROOFS) && mkdir -p $(PROOFS)
+	-PROOFS=$(PROOFS) OMP_NUM_THREADS=1 tools/convert/.venv/bin/python $(PYTEST) tests/shared/families tests/tools/convert
+	-PROOFS=$(PROOFS) OMP_NUM_THREADS=1 tools/infer/.venv/bin/python $(PYTEST) tests/tools/infer
+	tools/convert/.venv/bin/python tests/record_proofs.py $(PROOFS)
+	tools/convert/.venv/bin/convert families --markdown > tools/convert/FAMILIES.md
+	tools/convert/.venv/bin/python -m pytest -q tests/tools/convert/test_proofs.py
 
 lint: tests/lint/.venv/.ready setup ## ruff, mypy, shellcheck, hadolint, compose
 	tests/lint/.venv/bin/ruff check .

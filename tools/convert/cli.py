@@ -215,11 +215,19 @@ def verify(
 
 
 @tool.command
-def families() -> None:
-    """List the supported model families and the sizes that `convert init` knows by name."""
+def families(markdown: bool = False, json: bool = False) -> None:
+    """List the supported model families, the sizes that `convert init` knows by name, and what tests proved of them.
+
+    The proofs are those that were recorded last, with their date, revision and versions; a family that has changed
+    since then is said to have, whatever was proven of it before.
+
+    Args:
+        markdown: print Markdown.
+        json: print JSON, with the proofs of every size.
+    """
     from tools.convert.families import run
 
-    run()
+    run(markdown, json)
 
 
 def main() -> None:

@@ -68,20 +68,23 @@ DISTINCT = list({in_form(name): name for name in PUBLISHED}.values())
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED.keys() - set(DISTINCT)))
-def test_published_twins(name: str) -> None:
-    assert in_form(name) in {in_form(other) for other in DISTINCT}
+def test_published_twins(name: str, proof: Any) -> None:
+    with proof("tensors", family=registry.family_of(PUBLISHED[name]["config"]).name, model=name):
+        assert in_form(name) in {in_form(other) for other in DISTINCT}
 
 
 @pytest.mark.parametrize("name", DISTINCT)
-def test_every_tensor_of_a_published_model_is_accounted_for(name: str) -> None:
+def test_every_tensor_of_a_published_model_is_accounted_for(name: str, proof: Any) -> None:
     config = PUBLISHED[name]["config"]
-    architecture = registry.from_config(config)
-    found = transformers_tensors(config)
-    account = account_sources(registry.table_of(architecture), found, name)
-    assert {source.name for entry in account.entries for source in entry.sources} == found.keys()
-    count = sum(math.prod(tensor.shape) for tensor in found.values())
-    assert count == architecture.parameter_count()
-    assert PUBLISHED[name]["parameters"] in (count, None)
+    with proof("tensors", family=registry.family_of(config).name, model=name) as figures:
+        architecture = registry.from_config(config)
+        found = transformers_tensors(config)
+        account = account_sources(registry.table_of(architecture), found, name)
+        assert {source.name for entry in account.entries for source in entry.sources} == found.keys()
+        count = sum(math.prod(tensor.shape) for tensor in found.values())
+        figures |= {"tensors": len(found), "parameters": count}
+        assert count == architecture.parameter_count()
+        assert PUBLISHED[name]["parameters"] in (count, None)
 
 
 @pytest.mark.parametrize("size", ["tiny", "qwen2-tiny", "qwen3-tiny"])

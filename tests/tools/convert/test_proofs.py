@@ -1,0 +1,69 @@
+"""The record of proofs that is shipped: of every family and tested size as they are, and nothing in it failed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.families import registry
+from tools.convert import proofs
+
+recorded = pytest.mark.skipif(not proofs.RECORD.exists(), reason="no record; `make proofs` makes one")
+
+
+@recorded
+def test_every_family_and_size_is_proven_as_it_is() -> None:
+    assert proofs.shortcomings(proofs.load()) == []
+
+
+@recorded
+def test_the_document_is_what_the_command_prints(convert: Any) -> None:
+    document = proofs.RECORD.with_name("FAMILIES.md")
+    assert document.read_text(encoding="utf-8") == convert("families", "--markdown").out
+
+
+def test_whatever_a_family_says_is_in_its_description() -> None:
+    family = registry.FAMILIES["gemma"]
+    sizes = dict(family.sizes)
+    tiny = sizes["gemma-tiny"]
+    changed = [
+        replace(family, sizes=sizes | {"another": tiny}),
+        replace(family, sizes=sizes | {"gemma-tiny": replace(tiny, rope_theta=1e6)}),
+    ]
+    found = {proofs.description(given) for given in (family, *changed)}
+    assert len(found) == 3
+    assert proofs.description(family) in found
+
+
+@pytest.mark.parametrize("part", ["table", "read", "write"])
+def test_a_change_in_the_table_or_the_configuration_is_one_of_the_description(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = registry.FAMILIES["gemma"]
+    before = proofs.description(family)
+
+    def table(a: Any) -> Any:
+        known = family.table(a)
+        return replace(known, rules=known.rules[::-1])
+
+    other = {
+        "table": table,
+        "read": lambda fields: replace(family.read(fields), norm_epsilon=0.5),
+        "write": lambda a: family.write(a) | {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": None},
+    }
+    changed = replace(family, **{part: other[part]})
+    monkeypatch.setitem(registry.FAMILIES, "gemma", changed)
+    assert proofs.description(changed) != before
+
+
+def test_the_files_that_are_shared_are_in_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("families", "mapping", "model"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.py").write_text("1")
+    monkeypatch.setattr(proofs, "_SHARED", tmp_path)
+    before = proofs.code()
+    (tmp_path / "model" / "a.py").write_text("2")
+    assert proofs.code() != before
