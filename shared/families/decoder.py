@@ -79,8 +79,11 @@ def activation(fields: Fields, field: str, known: Mapping[str, Activation], defa
 
 
 def gelu_name(a: Architecture) -> str:
-    """Hugging Face's name of an MLP's function without a gate."""
-    return next(name for name in ("gelu", "gelu_pytorch_tanh", "relu") if GELU[name] == a.activation)
+    """Hugging Face's name of an MLP's function without a gate; ValueError for one with."""
+    names = {GELU[name]: name for name in ("gelu", "gelu_pytorch_tanh", "relu")}
+    if a.activation not in names:
+        raise ValueError(f"its MLP's function is {a.activation}")
+    return names[a.activation]
 
 
 def rotary_dim(fields: Fields, head_dim: int, default: float, name: str = "partial_rotary_factor") -> int | None:

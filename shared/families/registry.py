@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -147,19 +148,19 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
     """
     family = family_of(config)
     quantization_of(config)  # says how weights are stored, not what is computed: known, or refused
-    fields = Fields({name: value for name, value in config.items() if name != "quantization_config"})
+    given = Fields({name: value for name, value in config.items() if name != "quantization_config"})
     try:
-        architecture = family.read(fields)
+        architecture = family.read(given)
     except UserError:
         raise
     except ValueError as error:  # the architecture's own checks
         raise UserError(f"config.json: {error}") from None
-    fields.finish(family.name)
+    given.finish(family.name)
     return architecture
 
 
-def to_config(architecture: Architecture, **fields: Any) -> dict[str, Any]:
-    """A config.json for a new model; `fields` are added as they are (token ids, dtype)."""
+def to_config(architecture: Architecture, **further: Any) -> dict[str, Any]:
+    """A config.json for a new model; `further` fields are added as they are (token ids, dtype)."""
     family = FAMILIES[architecture.family]
     return {
         "architectures": [family.hf_class],
@@ -167,8 +168,46 @@ def to_config(architecture: Architecture, **fields: Any) -> dict[str, Any]:
         **family.write(architecture),
         "use_cache": True,
         "pad_token_id": None,  # some classes have a default beyond a small vocabulary
-        **fields,
+        **further,
     }
+
+
+def as_family(architecture: Architecture, name: str) -> Architecture:
+    """The same model as one of another family, whose configuration and tensor names programs may know better.
+
+    Dynamic rotary scaling is left out, which changes nothing up to `max_position_embeddings`.
+
+    Raises:
+        UserError: the other family cannot say something of this model, by name.
+    """
+    if name not in FAMILIES:
+        raise UserError(f"--family {name} is unknown; known: {', '.join(FAMILIES)}")
+    scaling = architecture.rope_scaling
+    same = replace(architecture, family=name, rope_scaling=None if scaling and scaling.kind == "dynamic" else scaling)
+    known = [_structure(size) for size in FAMILIES[name].sizes.values()]
+    different = [field for field, kind in _structure(same).items() if all(other[field] != kind for other in known)]
+    if not different:
+        try:
+            read = from_config(to_config(same))
+        except ValueError as error:
+            raise UserError(f"--family {name} cannot be this {architecture.family} model: {error}") from None
+        different = [field.name for field in fields(same) if getattr(same, field.name) != getattr(read, field.name)]
+    if different:
+        what = f"whose {different[0]} is {getattr(same, different[0])!r}"
+        raise UserError(f"--family {name} cannot be this {architecture.family} model, {what}")
+    return same
+
+
+def _structure(architecture: Architecture) -> dict[str, Any]:
+    """Kinds of parts, by field: what members of a family have in common, and the writer of its configuration expects."""
+
+    def kind(value: Any) -> Any:
+        if is_dataclass(value):
+            return [field.name for field in fields(value) if getattr(value, field.name) is not None]
+        return value if isinstance(value, str) else None
+
+    named = (field.name for field in fields(architecture) if field.name not in ("family", "rope_scaling"))
+    return {name: kind(getattr(architecture, name)) for name in named}
 
 
 def table_of(architecture: Architecture) -> Table:

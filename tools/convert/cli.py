@@ -110,6 +110,7 @@ def to_hf(
     target: Path,
     dtype: Dtype | None = None,
     hf_files: ExistingDir | None = None,
+    family: str | None = None,
     quantized: bool = False,
     overwrite: bool = False,
     workers: Positive | None = None,
@@ -126,6 +127,9 @@ def to_hf(
         target: the directory to publish.
         dtype: type of every weight; by default each tensor's type in the original checkpoint.
         hf_files: a directory with config.json and tokenizer, for a directory that has no hf/.
+        family: write the configuration and the tensor names of another family that computes the same, for programs
+            that lack the model's own: llama for Baichuan-7B, InternLM, InternLM2 and Yi, qwen2 for Qwen 1. What the
+            other family cannot say is refused by name.
         quantized: write the weights that the original checkpoint stored quantised so again: unchanged ones as they
             were, byte for byte, changed ones with new scales.
         overwrite: replace what another run published at the target.
@@ -136,7 +140,8 @@ def to_hf(
     from shared.checkpoint.shards import Shard
     from tools.convert.to_hf import run
 
-    run(source, target, dtype, hf_files, overwrite, workers, Shard.parse(shard) if shard else None, quantized)
+    part = Shard.parse(shard) if shard else None
+    run(source, target, dtype, hf_files, family, overwrite, workers, part, quantized)
 
 
 @tool.command(neutral=("workers",))

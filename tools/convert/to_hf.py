@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from shared.checkpoint.dtypes import BY_FLAG
+from shared.checkpoint.dtypes import BY_FLAG, Dtype
 from shared.checkpoint.execute import Task
 from shared.checkpoint.hf import LAYOUT, WeightLayout, write_index
 from shared.checkpoint.passengers import config_of, copy_passengers
@@ -20,6 +21,7 @@ from shared.errors import UserError
 from shared.families import registry
 from shared.mapping.quantization import quantization_of
 from shared.mapping.te import te_form
+from shared.model.architecture import Architecture
 from tools.convert.beside import ASIDES
 from tools.convert.execute import execute
 from tools.convert.transfer import (
@@ -40,6 +42,7 @@ def run(
     target: Path,
     dtype: DtypeFlag | None,
     hf_files: Path | None,
+    family: str | None,
     overwrite: bool,
     workers: int | None,
     shard: Shard | None,
@@ -48,11 +51,13 @@ def run(
     """Convert; publishes `target` of kind hf."""
     if quantized and dtype:
         raise UserError("--quantized and --dtype contradict each other: the source's form says its types")
+    if quantized and family:
+        raise UserError("--quantized and --family contradict each other: the source's form is of its own names")
     inputs = {"source": source} | ({"hf_files": hf_files} if hf_files else {})
     with published(target, kind="hf", inputs=inputs, overwrite=overwrite, shard=shard) as out:
         checkpoint = open_checkpoint(source, kinds=("megatron", "te"), flag="--source", verify="small")
         files = hf_files or checkpoint.hf_files
-        reader, plan = open_export(checkpoint, files, dtype, quantized=quantized)
+        reader, plan = open_export(checkpoint, files, dtype, family, quantized=quantized)
         tensors = plan.layout.tensors()
         if plan.rounded:
             held = sorted(
@@ -84,6 +89,9 @@ def run(
         if not out.finishing:
             return
         write_index(out.path, plan.layout)
+        own = config_of(files / "config.json")
+        if plan.architecture.family != registry.family_of(own).name:
+            _write_config(out.path / "config.json", plan.architecture, own)
         copy_passengers(files, out.path)
         if not quantized:
             _name_plain(out.path / "config.json")
@@ -97,6 +105,20 @@ def run(
             parameters=plan.architecture.parameter_count(),
             **({"iteration": checkpoint.iteration_path.name} if checkpoint.kind == "megatron" else {}),
         )
+
+
+_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")  # of any family's configuration
+
+
+def _write_config(path: Path, architecture: Architecture, source: Mapping[str, Any]) -> None:
+    """The configuration as another family's, with what it says beside the architecture."""
+    kept = {name: source[name] for name in _KEPT if name in source}
+    config = registry.to_config(architecture, **kept)
+    log(
+        f"config.json: as {config['model_type']} ({config['architectures'][0]}), for sequences of up to "
+        f"{architecture.max_position_embeddings} tokens"
+    )
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _name_dtype(path: Path, name: str) -> None:
@@ -119,7 +141,12 @@ def _name_plain(path: Path) -> None:
 
 
 def open_export(
-    checkpoint: Checkpoint, files: Path, dtype: DtypeFlag | None, *, quantized: bool = False
+    checkpoint: Checkpoint,
+    files: Path,
+    dtype: DtypeFlag | None,
+    family: str | None = None,
+    *,
+    quantized: bool = False,
 ) -> tuple[FormReader, Export]:
     """A checkpoint and what becomes of its tensors.
 
@@ -127,6 +154,7 @@ def open_export(
         checkpoint: of kind megatron or te.
         files: where config.json and, if the checkpoint was converted from a Hugging Face one, its shards' layout are.
         dtype: the type to write; None for the source's.
+        family: whose tensors are written; None for the model's own.
         quantized: whether weights that the source stored quantised are to be stored so again.
     """
     config = config_of(files / "config.json")
@@ -141,10 +169,25 @@ def open_export(
     asides: dict[str, TensorInfo] = {}
     if (files / ASIDES).is_file():
         asides = {tensor.name: tensor for tensor in read_header(files / ASIDES).tensors}
-    table, wanted = registry.table_of(architecture), BY_FLAG[dtype] if dtype else None
+    wanted = BY_FLAG[dtype] if dtype else None
+    if family and family != architecture.family:
+        if asides and architecture.prediction_layers:
+            raise UserError(f"--family {family} has no place for layers behind the last, which {files / ASIDES} holds")
+        architecture = registry.as_family(architecture, family)
+        wanted = wanted or _type_of(layout)
+        if asides:
+            log(f"{len(asides)} constants that {family} has no place for are left out: {min(asides)}..")
+        layout, asides, form = None, {}, None  # the names are others
+    table = registry.table_of(architecture)
     reader: FormReader
     if checkpoint.kind == "te":
         table, reader = te_form(table, architecture).table, TeReader(checkpoint.path)
     else:
         reader = TorchDistReader(checkpoint.iteration_path)
     return reader, plan_export(reader, architecture, table, layout, asides, wanted, form=form, quantized=quantized)
+
+
+def _type_of(layout: WeightLayout | None) -> Dtype | None:
+    """The type of all weights of the source; None where there are several."""
+    found = {tensor.dtype for tensor in layout.tensors().values()} if layout else set()
+    return next((dtype for dtype in BY_FLAG.values() if found == {dtype.safetensors}), None)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.checkpoint.reader import open_checkpoint
 from shared.cli import log
 from shared.errors import UserError
+from shared.families import registry
 from tools.infer.settings import on_gpu, read_config
 
 if TYPE_CHECKING:
@@ -31,13 +33,29 @@ def check_supported(source: Path) -> None:
     if not known:
         raise UserError(
             f"--source {source}: vLLM does not carry the architecture {', '.join(names) or '(none named)'} "
-            f"(model_type {config.get('model_type')}); `infer evaluate --engine hf` may still run it"
+            f"(model_type {config.get('model_type')}); {_way_out(config, supported)}"
         )
     if not on_gpu():
         # vLLM looks at a model's class in a second process, so as not to touch CUDA in this one; that costs half a
         # minute of imports. Without a GPU there is nothing to protect, and the class is needed here anyway.
         for name in known:
             ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
+def _way_out(config: Mapping[str, Any], supported: Collection[str]) -> str:
+    """What a person may do with a model whose class vLLM lacks."""
+    try:
+        architecture = registry.from_config(config)
+    except UserError:
+        return "`infer evaluate --engine hf` may still run it"
+    for name in (name for name, family in registry.FAMILIES.items() if family.hf_class in supported):
+        with contextlib.suppress(UserError):
+            registry.as_family(architecture, name)
+            written = registry.FAMILIES[name].hf_class
+            return f"`convert to-megatron`, then `convert to-hf --family {name}`, write it as {written}, which vLLM has"
+    if registry.FAMILIES[architecture.family].remote:
+        return "nor does transformers, and no family that they have computes the same"
+    return "`infer evaluate --engine hf` runs it"
 
 
 def model_config(arguments: Mapping[str, Any]) -> Any:

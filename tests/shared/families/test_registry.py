@@ -232,3 +232,32 @@ def test_further_fields_that_are_not_computed_or_contradict(size: str, changes: 
 def test_unknown_family_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"'qwen3_mo' is not a supported family; the nearest is qwen3_moe "):
         registry.family_of({"model_type": "qwen3_mo"})
+
+
+def test_as_another_family_or_refused_by_name() -> None:
+    """A model is said by another family exactly, or what that family lacks is named."""
+    said = set()
+    for size, architecture in registry.sizes().items():
+        for name in (name for name in registry.names() if name != architecture.family):
+            try:
+                same = registry.as_family(architecture, name)
+            except UserError as error:
+                assert f"--family {name} cannot be this {architecture.family} model" in str(error)  # noqa: PT017
+                continue
+            said.add((size, name))
+            assert registry.from_config(registry.to_config(same)) == same
+            assert same.parameter_count() == architecture.parameter_count()
+            keys = [
+                {entry.key: entry.global_shape for entry in registry.table_of(a).entries()}
+                for a in (architecture, same)
+            ]
+            assert keys[0] == keys[1]
+    as_llama = {"baichuan-7b", "internlm-7b", "internlm-20b", "internlm2-7b", "internlm2.5-7b", "yi-6b"}
+    assert {(size, "llama") for size in as_llama} <= said
+    assert ("qwen-7b", "qwen2") in said
+    assert not {("qwen-7b", "llama"), ("baichuan-13b", "llama"), ("baichuan2-7b", "llama")} & said
+
+
+def test_another_family_that_is_not_known() -> None:
+    with pytest.raises(UserError, match="--family bert is unknown; known: llama, "):
+        registry.as_family(registry.sizes()["tiny"], "bert")

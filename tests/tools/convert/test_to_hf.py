@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -10,9 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from shared.checkpoint.hf import HfReader
 from shared.checkpoint.torch_dist import TorchDistReader
+from shared.errors import UserError
+from shared.families import registry
+from shared.model.architecture import Architecture
+from tools.convert.verify_logits import _transformers
 
 Make = Callable[..., Path]
 
@@ -32,7 +38,6 @@ def test_round_trip_is_byte_identical(make_hf: Make, convert: Any, variant: str,
 
 
 def test_transformers_loads_what_comes_back(make_hf: Make, convert: Any, tmp_path: Path) -> None:
-    import torch
     from transformers import AutoModelForCausalLM
 
     source = make_hf("qwen3")
@@ -125,3 +130,42 @@ def test_damaged_shard_layout_is_refused(make_hf: Make, convert: Any, tmp_path: 
     answer = convert("to-hf", "--source", tmp_path / "megatron", "--target", tmp_path / "back")
     assert answer.code == 2
     assert "weights.json has no place for model.norm.weight" in answer.err
+
+
+REMOTE = [n for n, size in registry.sizes().items() if "tiny" in n and registry.FAMILIES[size.family].remote]
+
+
+def able(architecture: Architecture) -> list[str]:
+    """Families of transformers that can say this model."""
+    found = []
+    for name in (name for name, family in registry.FAMILIES.items() if not family.remote):
+        with contextlib.suppress(UserError):
+            registry.as_family(architecture, name)
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("size", REMOTE)
+def test_a_family_that_transformers_lacks_as_one_that_it_has(
+    size: str, write_architecture: Any, convert: Any, tmp_path: Path
+) -> None:
+    """The logits are the same, or what the other family lacks is named and nothing written."""
+    architecture = registry.sizes()[size]
+    source, megatron, target = (tmp_path / name for name in ("hf", "megatron", "other"))
+    write_architecture(source, architecture)
+    assert convert("to-megatron", "--source", source, "--target", megatron).code == 0
+    families = able(architecture)
+    words = ("--source", megatron, "--target", target, "--family", families[0] if families else "llama")
+    answer = convert("to-hf", *words)
+    if not families:
+        assert answer.code == 2
+        assert f"--family llama cannot be this {architecture.family} model" in answer.err
+        assert not target.exists()
+        return
+    assert answer.code == 0, answer.err
+    ids = torch.randint(architecture.vocab_size, (1, 256), generator=torch.Generator().manual_seed(2))
+    theirs = _transformers(source, ids, True)
+    difference = (_transformers(target, ids, False) - theirs).abs().max()
+    assert difference < 1e-4 * theirs.std()  # fp32 sums in another order
+    assert (target / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert {tensor.dtype for tensor in HfReader(target).tensors.values()} == {"BF16"}

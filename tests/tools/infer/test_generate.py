@@ -103,6 +103,7 @@ def test_a_prompt_that_does_not_fit_is_named(launcher, models, tmp_path):
     ("change", "says"),
     [
         ({"architectures": ["WaterwheelForCausalLM"]}, "WaterwheelForCausalLM"),
+        ({"architectures": ["YiForCausalLM"], "model_type": "Yi"}, "then `convert to-hf --family llama`"),
         ({"head_dim": 16}, "no attention for heads of 16, only 32"),
     ],
 )
