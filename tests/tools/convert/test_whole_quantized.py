@@ -96,6 +96,16 @@ def test_fp8_there_and_back(source: Path, convert: Any, tmp_path: Path, scale_ty
         assert (again / name).read_bytes() == (source / name).read_bytes()
 
 
+def test_fp8_there_and_back_by_transformer_engines_form(source: Path, convert: Any, tmp_path: Path) -> None:
+    as_fp8(source)
+    target, again = tmp_path / "te", tmp_path / "fp8"
+    done(convert("to-te", "--source", source, "--target", target))
+    done(convert("verify", "--source", source, "--target", target))
+    done(convert("to-hf", "--source", target, "--target", again, "--quantized"))
+    for file in (file for file in source.rglob("*") if file.is_file()):
+        assert (again / file.relative_to(source)).read_bytes() == file.read_bytes(), file
+
+
 def test_changed_blocks_get_new_scales(source: Path, convert: Any, tmp_path: Path) -> None:
     """Back through a Megatron directory in which one number has changed."""
     as_fp8(source)
