@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from shared.checkpoint.files import hash_file, hash_files
 from shared.checkpoint.manifest import MANIFEST, Kind, Manifest, read_manifest
+from shared.checkpoint.megatron_lm import rank_files
 from shared.checkpoint.target import PARTIAL, RUN
 from shared.checkpoint.te import LAYERS
 from shared.console import log, progress
@@ -59,13 +60,19 @@ def tracked(directory: Path) -> str:
 
 
 def open_checkpoint(
-    path: Path, *, kinds: Sequence[Kind], flag: str, verify: Literal["content", "small", "sizes"] = "content"
+    path: Path,
+    *,
+    kinds: Sequence[Kind],
+    flag: str,
+    verify: Literal["content", "small", "sizes"] = "content",
+    ranks: bool = False,
 ) -> Checkpoint:
     """A directory of one of `kinds`, checked to be whole.
 
     A Baton directory must agree with its manifest in every file's size and, with `verify="content"`, hash; with
     "small", in the hashes of all that are no weights, and the others are for `content_checks`. A foreign Hugging Face or
-    Megatron directory must have what its own index names.
+    Megatron directory must have what its own index names. `ranks`: a Megatron directory may also be one of a file for each
+    rank, from before torch_dist.
 
     Raises:
         UserError: one line that names the file and the mend.
@@ -76,7 +83,7 @@ def open_checkpoint(
         raise UserError(f"{flag} {path} was left by a killed run and is not whole; run that stage again")
     manifest = read_manifest(path, flag=flag)
     if manifest is None:
-        kind = _foreign_kind(path, flag)
+        kind = _foreign_kind(path, flag, ranks)
     else:
         kind = manifest.kind
         _verify(path, manifest, flag, verify)
@@ -131,11 +138,11 @@ def content_checks(checkpoint: Checkpoint, sources: Iterable[Path], *, flag: str
     return [partial(check, path, entries[path].hash) for path in sorted(sources) if path in entries]
 
 
-def _foreign_kind(path: Path, flag: str) -> Kind:
+def _foreign_kind(path: Path, flag: str, ranks: bool) -> Kind:
     if (path / RUN).exists():
         raise UserError(f"{flag} {path} is a run that has not saved an iteration yet; run its stage again")
     if (path / TRACKER).is_file():
-        return _complete_megatron(path, flag)
+        return _complete_megatron(path, flag, ranks)
     if (path / "config.json").is_file():
         return _complete_hf(path, flag)
     if (path / LAYERS).is_file():
@@ -145,12 +152,17 @@ def _foreign_kind(path: Path, flag: str) -> Kind:
     raise UserError(f"{flag} {path} holds no checkpoint: neither {MANIFEST}, config.json nor {TRACKER}")
 
 
-def _complete_megatron(path: Path, flag: str) -> Kind:
+def _complete_megatron(path: Path, flag: str, ranks: bool) -> Kind:
     try:
         iteration = path / tracked(path)
     except ValueError:
         raise UserError(f"{flag} {path / TRACKER} names no iteration; write its number or 'release' there") from None
-    if not (iteration / ".metadata").is_file():
+    if rank_files(iteration):
+        if not ranks:
+            raise UserError(
+                f"{flag} {iteration} has a file for each rank, from before torch_dist; `convert to-hf --hf-files DIR` reads it"
+            )
+    elif not (iteration / ".metadata").is_file():
         raise UserError(f"{flag} {iteration}/.metadata is missing: not a whole torch_dist checkpoint")
     return "megatron"
 

@@ -78,6 +78,25 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("collections", "OrderedDict"): OrderedDict,
 }
+# What a training checkpoint holds beside weights: arguments, generators, optimizer. None of it is looked into but the
+# arguments, and they are plain attributes.
+_OF_TRAINING = {
+    "argparse": {"Namespace"},
+    "_codecs": {"encode"},
+    "_io": {"BytesIO"},
+    "collections": {"defaultdict", "deque"},
+    "datetime": {"timedelta"},
+    "numpy": {"ndarray", "dtype", "bool_", "float32", "float64", "int64"},
+    "numpy.core.multiarray": {"_reconstruct", "scalar"},
+    "numpy._core.multiarray": {"_reconstruct", "scalar"},
+    "pathlib": {"Path", "PosixPath"},
+    "signal": {"Signals"},
+    "torch": {"device", "float", "half", "long", "int"},
+    "torch._utils": {"_rebuild_device_tensor_from_numpy"},
+    "torch.torch_version": {"TorchVersion"},
+}
+_MAKERS = ("megatron.", "transformer_engine.")  # their enumerations and settings stand in the arguments
+_BUILTINS = ("__builtin__", "builtins")
 _DTYPES = {*BY_NAME, "float64", "uint8", "int8", "int16", "int32", "int64", "bool", "float8_e4m3fn", "float8_e5m2"}
 _STORAGES = {
     *("BFloat16Storage", "HalfStorage", "FloatStorage", "DoubleStorage", "ByteStorage", "CharStorage"),
@@ -86,9 +105,9 @@ _STORAGES = {
 
 
 class _Reader(pickle.Unpickler):
-    def __init__(self, data: bytes, place: str) -> None:
+    def __init__(self, data: bytes, place: str, training: bool) -> None:
         super().__init__(io.BytesIO(data))
-        self._place = place
+        self._place, self._training = place, training
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _KNOWN:
@@ -97,6 +116,11 @@ class _Reader(pickle.Unpickler):
             return name
         if module == "torch" and name in _STORAGES:
             return StorageType(name)
+        if self._training:
+            if name in _OF_TRAINING.get(module, ()) or module.startswith(_MAKERS):
+                return Record
+            if module in _BUILTINS and name in ("set", "frozenset"):
+                return frozenset
         self._refuse(module, name)
 
     def _refuse(self, module: str, name: str) -> NoReturn:
@@ -109,14 +133,19 @@ class _Reader(pickle.Unpickler):
         return pid
 
 
-def read_pickle(data: bytes, place: Path | str) -> Any:
+def read_pickle(data: bytes, place: Path | str, *, training: bool = False) -> Any:
     """The content of a checkpoint's pickle, with our records for its objects.
+
+    Args:
+        data: the pickle.
+        place: for messages.
+        training: whether it may hold what training leaves beside weights: arguments, generators, optimizer.
 
     Raises:
         UserError: it is damaged, or names a class that is not one of a checkpoint's.
     """
     try:
-        return _Reader(data, str(place)).load()
+        return _Reader(data, str(place), training).load()
     except UserError:
         raise
     except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:

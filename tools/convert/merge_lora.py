@@ -20,7 +20,9 @@ from shared.checkpoint.reader import content_checks, open_checkpoint
 from shared.checkpoint.region import region_of
 from shared.checkpoint.safetensors_file import TensorInfo
 from shared.cli import log
+from shared.errors import UserError
 from shared.families import registry
+from shared.mapping.quantization import quantization_of
 from shared.mapping.rule import Table
 from tools.convert.adapter import Changes, match, read_adapter
 from tools.convert.adapter_config import AdapterConfig
@@ -39,6 +41,10 @@ def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int
     with publish(target, kind="hf", inputs=inputs, overwrite=overwrite, resumable=True) as out:
         checkpoint = open_checkpoint(source, kinds=("hf",), flag="--source", verify="small")
         reader, config = HfReader(source), AdapterConfig(adapter)
+        if quantization_of(reader.config):
+            raise UserError(
+                f"--source {source} is quantised; make plain numbers of it first, with `convert to-megatron` and `to-hf`"
+            )
         architecture = registry.from_config(reader.config)
         table = registry.table_of(architecture)
         plan = plan_import(reader, architecture, table)

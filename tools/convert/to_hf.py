@@ -10,6 +10,7 @@ from typing import Any, Literal
 from shared.checkpoint.dtypes import BY_FLAG, Dtype
 from shared.checkpoint.execute import Task
 from shared.checkpoint.hf import LAYOUT, WeightLayout, write_index
+from shared.checkpoint.megatron_lm import rank_files
 from shared.checkpoint.passengers import config_of, copy_passengers
 from shared.checkpoint.reader import Checkpoint, content_checks, open_checkpoint
 from shared.checkpoint.safetensors_file import TensorInfo, read_header
@@ -24,6 +25,7 @@ from shared.mapping.te import te_form
 from shared.model.architecture import Architecture
 from tools.convert.beside import ASIDES
 from tools.convert.execute import execute
+from tools.convert.megatron_lm import MegatronLmReader
 from tools.convert.transfer import (
     Export,
     FormReader,
@@ -55,7 +57,7 @@ def run(
         raise UserError("--quantized and --family contradict each other: the source's form is of its own names")
     inputs = {"source": source} | ({"hf_files": hf_files} if hf_files else {})
     with published(target, kind="hf", inputs=inputs, overwrite=overwrite, shard=shard) as out:
-        checkpoint = open_checkpoint(source, kinds=("megatron", "te"), flag="--source", verify="small")
+        checkpoint = open_checkpoint(source, kinds=("megatron", "te"), flag="--source", verify="small", ranks=True)
         files = hf_files or checkpoint.hf_files
         reader, plan = open_export(checkpoint, files, dtype, family, quantized=quantized)
         tensors = plan.layout.tensors()
@@ -70,8 +72,10 @@ def run(
             log(f"{named(list(plan.asides))}: as the original checkpoint had them, whatever was trained since")
 
         def checks(sources: frozenset[Path]) -> list[Task]:
-            zeros = zero_checks(plan, reader) if shard is None or shard.index == 1 else []
-            return [*content_checks(checkpoint, sources, flag="--source"), *zeros]
+            once = zero_checks(plan, reader) if shard is None or shard.index == 1 else []
+            if isinstance(reader, MegatronLmReader) and (shard is None or shard.index == 1):
+                once += reader.checks()
+            return [*content_checks(checkpoint, sources, flag="--source"), *once]
 
         shards = layout_export(plan, reader)
         execute(
@@ -157,6 +161,10 @@ def open_export(
         family: whose tensors are written; None for the model's own.
         quantized: whether weights that the source stored quantised are to be stored so again.
     """
+    if not (files / "config.json").is_file():
+        raise UserError(
+            f"{files / 'config.json'} is missing; give --hf-files DIR, where config.json and the tokenizer are"
+        )
     config = config_of(files / "config.json")
     architecture, form = registry.from_config(config), quantization_of(config)
     if quantized and form is None:
@@ -182,6 +190,8 @@ def open_export(
     reader: FormReader
     if checkpoint.kind == "te":
         table, reader = te_form(table, architecture).table, TeReader(checkpoint.path)
+    elif rank_files(checkpoint.iteration_path):
+        reader = MegatronLmReader(checkpoint.iteration_path, architecture, table)
     else:
         reader = TorchDistReader(checkpoint.iteration_path)
     return reader, plan_export(reader, architecture, table, layout, asides, wanted, form=form, quantized=quantized)

@@ -31,8 +31,9 @@ from shared.mapping.quantization import Quantization
 from shared.mapping.rule import Entry, Table
 from shared.model.architecture import Architecture
 from shared.model.extra_states import extra_states
+from tools.convert.megatron_lm import MegatronLmReader
 
-FormReader = TorchDistReader | TeReader
+FormReader = TorchDistReader | TeReader | MegatronLmReader
 
 
 @dataclass(frozen=True, kw_only=True)

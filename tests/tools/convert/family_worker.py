@@ -7,12 +7,15 @@ checkpoint of their own, WORK/<size>.<layout>.gradients, each where its weight w
 
 from __future__ import annotations
 
+import argparse
 import os
 import queue
+import random
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import shared.device
@@ -26,6 +29,7 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 from shared.checkpoint.passengers import config_of  # noqa: E402
@@ -88,6 +92,39 @@ def step(chunk: Any, rows: torch.Tensor) -> float:
     return loss.item() / (ROWS * LENGTH)
 
 
+def save_ranks(chunk: Any, layout: ParallelLayout, folder: Path) -> None:
+    """A checkpoint as Megatron-LM saved it before torch_dist: every rank its own state dict, and what it goes on from."""
+    a, coordinates = chunk.architecture, [f"{parallel_state.get_tensor_model_parallel_rank():02d}"]
+    if layout.pipeline > 1:
+        coordinates.append(f"{parallel_state.get_pipeline_model_parallel_rank():03d}")
+    if layout.expert > 1:
+        coordinates.append(f"{parallel_state.get_expert_model_parallel_rank():03d}")
+    rank = folder / "iter_0000005" / "_".join(["mp_rank", *coordinates])
+    rank.mkdir(parents=True)
+    (folder / "latest_checkpointed_iteration.txt").write_text("5")
+    arguments = {
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "expert_model_parallel_size": layout.expert,
+        "num_layers": a.num_layers,
+        "hidden_size": a.hidden_size,
+        "num_attention_heads": a.num_attention_heads,
+        "params_dtype": torch.float32,
+        "model_type": ModelType.encoder_or_decoder,
+    }
+    state = {
+        "args": argparse.Namespace(**arguments),
+        "checkpoint_version": 3.0,
+        "iteration": 5,
+        "model": chunk.state_dict_for_save_checkpoint(),
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]},
+        "rng_state": [
+            {"np_rng_state": np.random.get_state(), "random_rng_state": random.getstate(), "rng": torch.get_rng_state()}
+        ],
+    }
+    torch.save(state, rank / "model_optim_rng.pt")
+
+
 def main(work: Path) -> None:
     torch.set_num_threads(1)
     filesystem_async._results_queue = queue.Queue()  # no manager process that outlives this one
@@ -101,6 +138,7 @@ def main(work: Path) -> None:
                 continue
             chunks = gpt.build(architecture, layout, dtype=torch.float32, calculate_per_token_loss=True)
             weights.load(chunks, source / "release")
+            save_ranks(chunks[0], layout, work / f"{size}.{name}.ranks")
             ids = torch.load(work / f"{size}.ids.pt")
             result = {"logits": logits(chunks, ids), "loss": step(chunks[0], rows_of(ids, architecture))}
             gradients = work / f"{size}.{name}.gradients" / "iter_0000001"

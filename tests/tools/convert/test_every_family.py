@@ -172,6 +172,16 @@ def test_two_processes_run_and_train_as_transformers_does(
             answer = convert("to-hf", *words, "--dtype", "fp32", "--target", target)
             assert answer.code == 0, answer.err
             figures["difference"] = check_gradients(tiny(size), HfReader(target), theirs["gradients"])
+        with subtests.test("a file for each rank, from before torch_dist", size=size, layout=layout):
+            target = tmp_path / f"{size}.{layout}.of-ranks"
+            words = ("--source", folder / f"{size}.{layout}.ranks", "--hf-files", folder / f"{size}.hf")
+            answer = convert("to-hf", *words, "--target", target)
+            assert answer.code == 0, answer.err
+            before, after = HfReader(folder / f"{size}.hf"), HfReader(target)
+            kept = registry.table_of(tiny(size)).aside_names() if tiny(size).prediction_layers else set()
+            assert after.tensors.keys() == before.tensors.keys() - kept
+            for name in after.tensors:
+                assert b"".join(map(bytes, before.rows(name))) == b"".join(map(bytes, after.rows(name))), name
 
 
 def check_gradients(a: Architecture, reader: HfReader, theirs: dict[str, torch.Tensor]) -> float:

@@ -343,6 +343,14 @@ def test_numbers_that_are_not_finite_are_refused(base: Path, adapter: Path, conv
     assert not (tmp_path / "out").exists()
 
 
+def test_a_quantised_base_is_refused(base: Path, adapter: Path, convert: Any, tmp_path: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    answer = convert("merge-lora", "--source", base, "--adapter", adapter, "--target", tmp_path / "out")
+    assert (answer.code, answer.err.count("\n")) == (2, 1), answer.err
+    assert "quantised" in answer.err
+
+
 def vocabulary(**ids: int) -> str:
     return json.dumps({"model": {"vocab": ids}})
 

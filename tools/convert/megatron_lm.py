@@ -1,0 +1,224 @@
+"""A checkpoint of Megatron-LM's ranks as the tensors that torch_dist holds: shards put together, layers stacked.
+
+Nothing is copied for that: a tensor is a tiling of boxes in the ranks' files, as a torch_dist tensor is one of chunks.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+
+from shared.checkpoint.blocks import Files
+from shared.checkpoint.dtypes import Dtype, weight_dtype
+from shared.checkpoint.execute import Task
+from shared.checkpoint.megatron_lm import Ranks, read_ranks
+from shared.checkpoint.region import Box, Region, region_of
+from shared.checkpoint.safetensors_file import TensorInfo
+from shared.errors import UserError
+from shared.mapping.layout import Shape
+from shared.mapping.rule import Entry, Table
+from shared.model.architecture import Architecture
+from tools.convert.megatron_lm_names import HEAD, Place, place_of, spelt
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldTensor:
+    """A whole tensor."""
+
+    dtype: Dtype
+    shape: Shape
+    place: str
+
+
+class MegatronLmReader:
+    """The tensors of one iteration under torch_dist's keys.
+
+    Raises UserError where the ranks do not make up the model that the architecture describes.
+    """
+
+    cut_columns = True  # where there is tensor parallelism, which there nearly always is
+
+    def __init__(self, directory: Path, architecture: Architecture, table: Table) -> None:
+        self.directory = directory
+        self._files = Files()
+        self._ranks = read_ranks(directory)
+        self._architecture = architecture
+        _check_arguments(self._ranks, architecture, directory)
+        self._entries = {(entry.key, entry.index): entry for entry in table.entries()}
+        self._known = {key for key, _ in self._entries}
+        self._parts: dict[tuple[str, Shape], list[TensorInfo]] = {}  # of each tensor-parallel rank
+        self._tied_copy: list[TensorInfo] = []
+        self.tensors: dict[str, HeldTensor] = {}
+        self._sort()
+        self._account()
+
+    def _sort(self) -> None:
+        """Find each slice's parts."""
+        ranks = self._ranks
+        parts: dict[Place, dict[int, TensorInfo]] = defaultdict(dict)
+        for tensor in range(ranks.tensor):
+            for expert in range(ranks.expert):
+                for place, info in self._of_ranks(tensor, expert):
+                    parts[place].setdefault(tensor, info)
+        for place, shards in parts.items():
+            listed = [shards[rank] for rank in sorted(shards)]
+            if place.key == HEAD and self._architecture.tied_embeddings:
+                self._tied_copy = listed
+                continue
+            key, index = spelt(place, self._known)
+            if len({(info.dtype, info.shape) for info in listed}) > 1 or len(listed) != ranks.tensor:
+                raise UserError(f"{listed[0].place}: {listed[0].name} differs from other ranks' in type or shape")
+            self._parts[key, index] = listed
+
+    def _of_ranks(self, tensor: int, expert: int) -> Iterator[tuple[Place, TensorInfo]]:
+        """A tensor- and expert-parallel rank's tensors over all pipeline stages, numbered as in the whole model."""
+        stages = [self._ranks.at[tensor, stage, expert].chunks for stage in range(self._ranks.pipeline)]
+        before, experts = 0, self._architecture.experts.count // self._ranks.expert if self._architecture.experts else 0
+        for virtual in range(max(map(len, stages))):
+            for chunks in (chunks for chunks in stages if virtual < len(chunks)):
+                layers = 0
+                for name, info in chunks[virtual].items():
+                    place = place_of(name)
+                    if place.layer is not None:
+                        layers = max(layers, place.layer + 1)
+                    yield place.moved(before, expert * experts), info
+                before += layers
+
+    def _account(self) -> None:
+        """Give each tensor the shape that its slices make up."""
+        slices: dict[str, list[tuple[Shape, Shape, str]]] = defaultdict(list)  # key -> (index, shape, type) of each
+        for (key, index), parts in self._parts.items():
+            slices[key].append((index, self._shape(key, index), parts[0].dtype))
+        for key, found in slices.items():
+            first = self._parts[key, found[0][0]][0]
+            dtype = weight_dtype(first.dtype, first.name, first.place)
+            if key not in self._known:  # whoever accounts for the tensors says so
+                self.tensors[key] = HeldTensor(dtype=dtype, shape=first.shape, place=str(self.directory))
+                continue
+            shapes, types = {shape for _, shape, _ in found}, {dtype for *_, dtype in found}
+            if len(shapes) > 1 or len(types) > 1:
+                raise UserError(f"{first.place}: {key} is not of one type and shape in all layers")
+            stack = tuple(max(places) + 1 for places in zip(*(index for index, *_ in found), strict=True))
+            if prod(stack) != len(found):
+                raise UserError(
+                    f"{self.directory}: {key} is in {len(found)} of {prod(stack)} layers; fetch the ranks again"
+                )
+            self.tensors[key] = HeldTensor(dtype=dtype, shape=(*stack, *shapes.pop()), place=str(self.directory))
+
+    def _shape(self, key: str, index: Shape) -> Shape:
+        parts = self._parts[key, index]
+        own = parts[0].shape
+        entry = self._entries.get((key, index))
+        if entry is None or len(parts) == 1:
+            return own
+        wanted, count = entry.shape, len(parts)
+        if entry.padded:
+            return (own[0] * count, *own[1:])
+        if own == wanted or (own[0] * count, *own[1:]) == wanted or (own[0], *(n * count for n in own[1:])) == wanted:
+            return wanted
+        raise UserError(
+            f"{parts[0].place}: {parts[0].name} is {list(own)} on each of {count} ranks, config.json asks for "
+            f"{list(wanted)} in all"
+        )
+
+    def region(self, key: str, index: Shape) -> Region:
+        """Where the rows of `tensor[index]` lie."""
+        parts, entry = self._parts[key, index], self._entries[key, index]
+        shape, own = self._shape(key, index), parts[0].shape
+        width = prod(shape[1:]) * self.tensors[key].dtype.size
+        boxes = tuple(self._boxes(key, entry, parts, shape, own))
+        return Region(name=key, rows=shape[0], width=width, boxes=boxes)
+
+    def _boxes(self, key: str, entry: Entry, parts: list[TensorInfo], shape: Shape, own: Shape) -> Iterator[Box]:
+        if own == shape:  # every rank has all of it
+            parts = parts[:1]
+        columns_cut = own[:1] == shape[:1]
+        for rank, part in enumerate(parts):
+            place = part.start
+            for row, rows in self._runs(key, rank, own[0], len(parts) if not columns_cut else 1):
+                left = rank * part.row_bytes if columns_cut else 0
+                yield Box(file=part.file, start=place, row=row, rows=rows, left=left, width=part.row_bytes)
+                place += rows * part.row_bytes
+
+    def _runs(self, key: str, rank: int, rows: int, ranks: int) -> Iterator[tuple[int, int]]:
+        """Where each run of a rank's rows, in their order, belongs: its first row in the whole, and how many they are."""
+        first = rank * rows if ranks > 1 else 0
+        if self._architecture.gated and ".linear_fc1." in key and ".layer_norm_" not in key:
+            half = rows // 2  # each rank has rows of gate and of up
+            yield rank * half if ranks > 1 else 0, half
+            yield half * ranks + (rank * half if ranks > 1 else 0), half
+        elif ".linear_qkv." in key and ".layer_norm_" not in key and self._ranks.version < 2:
+            size = self._architecture.head_dim
+            heads = rows // (3 * size)
+            if self._ranks.version < 1:  # [3, heads, head_dim]
+                for part in range(3):
+                    for head in range(heads):
+                        yield first + (3 * head + part) * size, size
+            else:  # [heads, head_dim, 3]
+                for head in range(heads):
+                    for element in range(size):
+                        for part in range(3):
+                            yield first + (3 * head + part) * size + element, 1
+        else:
+            yield first, rows
+
+    def files_of(self, key: str, index: Shape) -> frozenset[Path]:
+        """The files that hold a part of `tensor[index]`."""
+        return frozenset(part.file for part in self._parts[key, index])
+
+    def rows(self, key: str, index: Shape, first: int, count: int) -> Iterator[memoryview]:
+        """Bytes of rows of `tensor[index]`, in blocks of whole rows valid until the next is asked for."""
+        yield from self.region(key, index).blocks(self._files, first, count)
+
+    def checks(self) -> list[Task]:
+        """Reads of the head that the last pipeline stage holds though it is the embedding; UserError where it differs."""
+        pairs = zip(self._tied_copy, self._parts.get((_EMBEDDING, ()), ()), strict=False)
+        return [partial(_check_copy, copy, embedding) for copy, embedding in pairs]
+
+
+def _check_copy(copy: TensorInfo, embedding: TensorInfo) -> None:
+    with Files() as files:
+        ours, theirs = (region_of(t).blocks(files, 0, t.shape[0]) for t in (copy, embedding))
+        same = copy.shape == embedding.shape and all(a == b for a, b in zip(ours, theirs, strict=True))
+    if not same:
+        raise UserError(
+            f"{copy.place}: {copy.name} differs from {embedding.name}, though config.json ties them (tie_word_embeddings) "
+            "and one would be lost; set it to false in the directory of --hf-files"
+        )
+
+
+def _check_arguments(ranks: Ranks, a: Architecture, directory: Path) -> None:
+    """What shapes do not tell, the run's arguments do: heads above all."""
+    told = ranks.arguments
+    if ranks.version not in (0, 1, 2, 3):
+        raise UserError(f"{directory}: checkpoint_version is {ranks.version}; rows of versions 0, 1, 2 and 3 are known")
+    if ranks.version < 2 and a.num_query_groups != a.num_attention_heads:
+        raise UserError(f"{directory}: checkpoint_version {ranks.version} is from before groups of queries")
+    if (told.get("expert_tensor_parallel_size") or ranks.tensor) != ranks.tensor:
+        raise UserError(
+            f"{directory}: experts at another tensor-parallel size than the rest are not read; save as torch_dist"
+        )
+    grouped = told.get("group_query_attention", "num_query_groups" in told)
+    wanted: Mapping[str, object] = {
+        "num_layers": a.num_layers,
+        "hidden_size": a.hidden_size,
+        "num_attention_heads": a.num_attention_heads,
+        **({} if a.latent else {"kv_channels": a.head_dim}),
+        **({"num_query_groups": a.num_query_groups} if grouped and not a.latent else {}),
+        **({"rotary_base": a.rope_theta} if told.get("position_embedding_type") == "rope" else {}),
+        "norm_epsilon": a.norm_epsilon,
+        "layernorm_epsilon": a.norm_epsilon,
+        "swiglu": a.activation == "swiglu",
+        "untie_embeddings_and_output_weights": not a.tied_embeddings,
+    }
+    for name, value in wanted.items():
+        if told.get(name) is not None and told[name] != value:
+            raise UserError(
+                f"{directory}: the run had {name} {told[name]}, config.json says {value}; give --hf-files of this model"
+            )
