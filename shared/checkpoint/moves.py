@@ -77,23 +77,25 @@ class Window:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """`rows` rows of a tensor that become as many columns, from column `at` on."""
+    """`rows` rows of a tensor that become as many columns, from column `at` on, `step` apart."""
 
     region: Matrix
     row: int
     rows: int
     at: int
+    step: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turned:
-    """A strip of tensors transposed: columns `first` to `first + count` of the parts become rows."""
+    """A strip of tensors transposed: `count` columns of the parts, `step` apart from `first` on, become rows."""
 
     parts: tuple[Part, ...]
     first: int
     count: int
     columns: int  # of the result
     item: int  # bytes of a number
+    step: int = 1
 
     @property
     def size(self) -> int:
@@ -103,14 +105,16 @@ class Turned:
         import numpy as np  # the only move, but for a change of type, that needs it
 
         result = np.frombuffer(out, dtype=f"u{self.item}").reshape(self.count, self.columns)
-        left, width = self.first * self.item, self.count * self.item
+        span = (self.count - 1) * self.step + 1
+        left, width = self.first * self.item, span * self.item
         for part in self.parts:
             strip = np.empty(part.rows * width, dtype=np.uint8)
             part.region.read(files, part.row, part.rows, left, width, memoryview(strip))
-            numbers = strip.view(f"u{self.item}").reshape(part.rows, self.count)
+            numbers = strip.view(f"u{self.item}").reshape(part.rows, span)[:, :: self.step]
             for row in range(0, part.rows, _TILE):
                 tile = numbers[row : row + _TILE]
-                result[:, part.at + row : part.at + row + len(tile)] = tile.T
+                at = part.at + row * part.step
+                result[:, at : at + len(tile) * part.step : part.step] = tile.T
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,15 +194,28 @@ def windows(region: Matrix, row: int, rows: int, limit: int | None = None) -> It
 
 
 def turned(
-    parts: tuple[Part, ...], first: int, count: int, columns: int, item: int, limit: int | None = None
+    parts: tuple[Part, ...],
+    first: int,
+    count: int,
+    columns: int,
+    item: int,
+    limit: int | None = None,
+    step: int = 1,
 ) -> Iterator[Turned]:
-    """Columns `first` to `first + count` of the parts as rows, in strips of at most 8 `limit` bytes (or one column).
+    """`count` columns of the parts, `step` apart from `first` on, as rows: in strips that read at most 8 `limit` bytes.
 
     A strip is read in as many pieces as its parts have rows: the wider it is, the fewer.
     """
-    step = max(STRIP * (limit or blocks.BLOCK) // (columns * item), 1)
-    for start in range(first, first + count, step):
-        yield Turned(parts=parts, first=start, count=min(step, first + count - start), columns=columns, item=item)
+    most = max(STRIP * (limit or blocks.BLOCK) // (columns * item * step), 1)
+    for done in range(0, count, most):
+        yield Turned(
+            parts=parts,
+            first=first + done * step,
+            count=min(most, count - done),
+            columns=columns,
+            item=item,
+            step=step,
+        )
 
 
 def stream(moves: Iterable[Move], files: Files) -> Iterator[memoryview]:

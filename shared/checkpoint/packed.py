@@ -92,9 +92,23 @@ class Weight:
     def files(self) -> frozenset[Path]:
         return frozenset(tensor.file for tensor in self.stored)
 
+    def at(self, index: Shape) -> Weight:
+        """The slice at a place on its first axes."""
+        assert not index or self.packed is None, self.name
+        return replace(self, tensor=sliced(self.tensor, index)) if index else self
+
     def matrix(self) -> Matrix:
         """Its rows."""
         return self.packed.matrix() if self.packed else region_of(self.tensor)
+
+
+def sliced(tensor: TensorInfo, index: Shape) -> TensorInfo:
+    """The slice of a tensor at a place on its first axes."""
+    start, size, shape = tensor.start, tensor.size, tensor.shape
+    for place in index:
+        size //= shape[0]
+        start, shape = start + place * size, shape[1:]
+    return replace(tensor, start=start, size=size, shape=shape)
 
 
 def weights_of(form: Quantization | None, tensors: Mapping[str, TensorInfo]) -> dict[str, Weight]:

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from shared.checkpoint import blocks
 from shared.checkpoint.blocks import Files
 from shared.checkpoint.safetensors_file import TensorInfo
 from shared.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Matrix(Protocol):
@@ -104,12 +107,13 @@ def region_of(tensor: TensorInfo) -> Region:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rows:
-    """Rows `row` to `row + rows` of a matrix, which are those from `at` on of another."""
+    """Rows `row` to `row + rows` of a matrix, which are those from `at` on of another, there `step` apart."""
 
     matrix: Matrix
     row: int
     rows: int
     at: int
+    step: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,10 +128,49 @@ class Gathered:
     def read(self, files: Files, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
         """As `Region.read`."""
         for part in self.parts:
-            top, bottom = max(row, part.at), min(row + rows, part.at + part.rows)
-            if top < bottom:
-                place = out[(top - row) * width : (bottom - row) * width]
-                part.matrix.read(files, part.row + top - part.at, bottom - top, left, width, place)
+            first = max(-(-(row - part.at) // part.step), 0)  # of the part's rows, those in the window
+            count = min(-(-(row + rows - part.at) // part.step), part.rows) - first
+            top = part.at + first * part.step - row
+            if count > 0 and part.step == 1:
+                place = out[top * width : (top + count) * width]
+                part.matrix.read(files, part.row + first, count, left, width, place)
+            elif count > 0:
+                piece = memoryview(bytearray(count * width))
+                part.matrix.read(files, part.row + first, count, left, width, piece)
+                _every(out, top, part.step, width)[:count] = _every(piece, 0, 1, width)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EveryNth:
+    """`rows` rows of a matrix that are `step` apart, from row `first` on."""
+
+    matrix: Matrix
+    first: int
+    rows: int
+    step: int
+
+    @property
+    def name(self) -> str:
+        return self.matrix.name
+
+    @property
+    def width(self) -> int:
+        """As `Matrix`."""
+        return self.matrix.width
+
+    def read(self, files: Files, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
+        """As `Region.read`."""
+        span = (rows - 1) * self.step + 1
+        piece = memoryview(bytearray(span * width))
+        self.matrix.read(files, self.first + row * self.step, span, left, width, piece)
+        _every(out, 0, 1, width)[:] = _every(piece, 0, self.step, width)
+
+
+def _every(data: memoryview, first: int, step: int, width: int) -> np.ndarray:
+    """Rows of `width` bytes, `step` apart."""
+    import numpy as np
+
+    return np.frombuffer(data, dtype=np.uint8).reshape(-1, width)[first::step]
 
 
 def _scatter(piece: memoryview, out: memoryview, width: int, left: int, run: int) -> None:

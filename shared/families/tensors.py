@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from shared.families.delta import delta_rules
 from shared.families.latent import latent_norms, latent_projections
-from shared.mapping.layout import CONCAT, Deal, Gated, Interleave, PadRows, RowLayout, Transposed
+from shared.mapping.layout import CONCAT, Deal, Gated, Interleave, PadRows, RowLayout, Transposed, Unwoven
 from shared.mapping.rule import Alias, Aside, Axis, Rule, Source, Table
-from shared.model.architecture import Architecture
+from shared.model.architecture import Architecture, Experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,9 @@ class Names:
     fc2: str = "mlp.down_proj"
     router: str = "mlp.gate"
     correction_bias: str = "mlp.gate.e_score_correction_bias"  # the tensor itself
+    # Whether one tensor holds all experts', each as `[in, out]`, columns of gate and up in turn, as gpt-oss's.
+    experts_together: bool = False
+    sinks: str = "self_attn.sinks"  # the tensor itself
     expert_fc1: tuple[str, ...] = ("mlp.experts.{expert}.gate_proj", "mlp.experts.{expert}.up_proj")
     expert_fc2: str = "mlp.experts.{expert}.down_proj"
     shared_fc1: tuple[str, ...] = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
@@ -161,6 +164,10 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
         yield from attention_rules()
     output = (f"{attention}.linear_proj", (names.proj,), (hidden,), a.attended_size, a.attention_output_bias)
     yield from layer(*output, of=attending)
+    if a.attention_sinks:
+        source = Source(name=names.layer + names.sinks, shape=(a.num_attention_heads,))
+        key = f"{attention}.core_attention.softmax_offset"
+        yield Rule(megatron=key, axes=("layer",), layers=attending, sources=(source,))
     if delta := a.delta:
         yield from norm(f"{attention}.in_proj.layer_norm_", names.attention_norm, of=delta.layers)
         yield from delta_rules(a, delta, attention, names.layer + names.delta)
@@ -179,14 +186,18 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
     if experts := a.experts:
         if own_norm:
             yield from norm(f"{layers}.pre_mlp_layernorm.", names.mlp_norm, of=sparse)
-        yield from layer(f"{mlp}.router", (names.router,), (experts.count,), hidden, bias=False, of=sparse)
+        for rule in layer(f"{mlp}.router", (names.router,), (experts.count,), hidden, experts.bias, of=sparse):
+            yield replace(rule, sources=tuple(replace(source, drawn="normal") for source in rule.sources))
         if experts.correction_bias:
             source = Source(name=names.layer + names.correction_bias, shape=(experts.count,), fp32=True)
             yield Rule(megatron=f"{mlp}.router.expert_bias", axes=("layer",), layers=sparse, sources=(source,))
         size, each = experts.ffn_hidden_size, f"{mlp}.experts.experts"
         both: tuple[Axis, ...] = ("layer", "expert")
-        yield from layer(f"{each}.linear_fc1", names.expert_fc1, (size, size), hidden, False, axes=both, of=sparse)
-        yield from layer(f"{each}.linear_fc2", (names.expert_fc2,), (hidden,), size, False, axes=both, of=sparse)
+        if names.experts_together:
+            yield from together_rules(names, each, experts, hidden, sparse)
+        else:
+            yield from layer(f"{each}.linear_fc1", names.expert_fc1, (size, size), hidden, False, axes=both, of=sparse)
+            yield from layer(f"{each}.linear_fc2", (names.expert_fc2,), (hidden,), size, False, axes=both, of=sparse)
         if together := experts.shared_ffn_hidden_size:
             shared = f"{mlp}.shared_experts"
             yield from layer(f"{shared}.linear_fc1", names.shared_fc1, (together, together), hidden, False, of=sparse)
@@ -202,3 +213,24 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
         yield whole("output_layer.weight", names.head, a.vocab_size, columns=hidden, layout=vocabulary)
     if a.output_bias:
         yield whole("output_layer.bias", names.head, a.vocab_size, kind="bias", layout=vocabulary)
+
+
+def together_rules(names: Names, each: str, experts: Experts, hidden: int, layers: tuple[int, ...]) -> Iterator[Rule]:
+    """Experts of one tensor; a bias is named after its weight, whose name has no ending."""
+    size, (fc1,) = experts.ffn_hidden_size, names.expert_fc1
+    turns: RowLayout = Unwoven(parts=2)
+    for key, name, rows, columns, layout in (
+        ("linear_fc1", fc1, 2 * size, hidden, turns),
+        ("linear_fc2", names.expert_fc2, hidden, size, CONCAT),
+    ):
+        sources = {"weight": Source(name=names.layer + name, shape=(columns, rows), within=("expert",))}
+        if experts.bias:
+            sources["bias"] = Source(name=f"{names.layer}{name}_bias", shape=(rows,), within=("expert",))
+        for kind, source in sources.items():
+            yield Rule(
+                megatron=f"{each}.{key}.{kind}",
+                axes=("layer", "expert"),
+                layers=layers,
+                sources=(source,),
+                layout=Transposed(rows=layout) if kind == "weight" else layout,
+            )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from math import prod
 from typing import Protocol
 
 from shared.errors import UserError
@@ -41,7 +43,7 @@ def account_sources(table: Table, found: Mapping[str, Found], where: str) -> Acc
     """
     table = table.named_as(found)
     entries = tuple(table.entries())
-    wanted = {source.name: source.shape for entry in entries for source in entry.sources}
+    wanted = {source.name: source.stored_shape for entry in entries for source in entry.sources}
     _check_rows(entries, wanted)
     aliases = tuple(alias for alias in table.aliases if alias.name in found)
     asides = tuple(sorted(table.aside_names() & found.keys()))
@@ -68,13 +70,16 @@ def account_sources(table: Table, found: Mapping[str, Found], where: str) -> Acc
 
 
 def _check_rows(entries: Iterable[Entry], shapes: Mapping[str, Shape]) -> None:
-    """Several entries may take parts of one source; together they take each of its rows once."""
-    users: dict[str, list[tuple[Entry, int]]] = {}
+    """Several entries may take parts of one source; together they take each of its rows once, of every slice."""
+    users: dict[tuple[str, Shape], list[tuple[Entry, int]]] = {}
     for entry in entries:
         for place, source in enumerate(entry.sources):
-            assert source.shape == shapes[source.name], f"a table says two shapes of {source.name}"
-            users.setdefault(source.name, []).append((entry, place))
-    for name, parts in users.items():
+            assert source.stored_shape == shapes[source.name], f"a table says two shapes of {source.name}"
+            users.setdefault((source.name, source.index), []).append((entry, place))
+    slices = Counter(name for name, _ in users)
+    for (name, _), parts in users.items():
+        entry, place = parts[0]
+        assert slices[name] == prod(entry.sources[place].stack), f"a table uses each slice of a source once: {name}"
         if len(parts) == 1 and not parts[0][0].partial:
             continue
         taken = sorted((s.source_row, s.rows) for entry, place in parts for s in of_source(entry.segments, place))
@@ -82,7 +87,7 @@ def _check_rows(entries: Iterable[Entry], shapes: Mapping[str, Shape]) -> None:
         for first, rows in taken:
             assert first == row, f"a table uses each row of a source once: row {row} of {name}"
             row += rows
-        assert row == shapes[name][0], f"a table uses each row of a source once: row {row} of {name}"
+        assert row == entry.sources[place].shape[0], f"a table uses each row of a source once: row {row} of {name}"
 
 
 def account_targets(

@@ -8,7 +8,7 @@ the tensors' arithmetic nor a tensor library.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 Shape = tuple[int, ...]
@@ -21,12 +21,13 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
-    """`rows` rows that are contiguous on both sides."""
+    """`rows` rows that are contiguous in the target, and `step` apart in the source."""
 
     source: int  # which of the rule's sources, or PADDING
     source_row: int
     target_row: int
     rows: int
+    step: int = 1
 
 
 class RowLayout(Protocol):
@@ -161,6 +162,26 @@ class Undealt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Unwoven:
+    """One source whose rows belong to `parts` tensors in turn, which follow each other: `[g1 u1 g2 u2 ..]` to `[g ; u]`."""
+
+    parts: int
+
+    def target_shape(self, shapes: Sequence[Shape]) -> Shape:
+        (shape,) = shapes
+        if shape[0] % self.parts:
+            raise LayoutError(f"{shape[0]} rows are not those of {self.parts} tensors in turn")
+        return shape
+
+    def segments(self, shapes: Sequence[Shape]) -> tuple[Segment, ...]:
+        rows = self.target_shape(shapes)[0] // self.parts
+        return tuple(
+            Segment(source=0, source_row=part, target_row=part * rows, rows=rows, step=self.parts)
+            for part in range(self.parts)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PadRows:
     """One source followed by rows of zeros up to `rows`: a vocabulary padded so that it divides over ranks."""
 
@@ -226,6 +247,6 @@ def of_target(segments: Sequence[Segment], first: int, rows: int) -> list[Segmen
         start = max(segment.target_row, first)
         stop = min(segment.target_row + segment.rows, first + rows)
         if start < stop:
-            row = segment.source_row + start - segment.target_row
-            result.append(Segment(source=segment.source, source_row=row, target_row=start, rows=stop - start))
+            row = segment.source_row + (start - segment.target_row) * segment.step
+            result.append(replace(segment, source_row=row, target_row=start, rows=stop - start))
     return result

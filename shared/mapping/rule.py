@@ -25,11 +25,19 @@ class Source:
     """A tensor of the Hugging Face form, of which a rule may take some rows and other rules the rest."""
 
     name: str
-    shape: Shape
+    shape: Shape  # of what the rule takes: without the axes of `within`
+    within: tuple[Axis, ...] = ()  # axes that are dimensions of the tensor, its first: it holds all experts' in one
+    stack: Shape = ()  # of an entry: their sizes,
+    index: Shape = ()  # and the place on them
     fp32: bool = False  # whatever the type of the model's other weights
-    # What a new model's are: normal with the family's deviation (biases zero, norms one), all one, or logarithms of
-    # numbers spread evenly up to 16.
-    drawn: Literal["usual", "one", "log"] = "usual"
+    # What a new model's are: normal with the family's deviation (biases zero, norms one), normal be it a bias, all one,
+    # or logarithms of numbers spread evenly up to 16.
+    drawn: Literal["usual", "normal", "one", "log"] = "usual"
+
+    @property
+    def stored_shape(self) -> Shape:
+        """Shape of the tensor that it is in."""
+        return (*self.stack, *self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +113,18 @@ class Table:
                     key=rule.megatron.format(**index),
                     stack=tuple(self.sizes[axis] for axis in rule.stacked),
                     index=tuple(index[axis] for axis in rule.stacked),
-                    sources=tuple(replace(s, name=s.name.format(**index)) for s in rule.sources),
+                    sources=tuple(self._source(source, index) for source in rule.sources),
                     layout=rule.layout,
                     less_one=rule.less_one,
                 )
+
+    def _source(self, source: Source, index: Mapping[str, int]) -> Source:
+        return replace(
+            source,
+            name=source.name.format(**index),
+            stack=tuple(self.sizes[axis] for axis in source.within),
+            index=tuple(index[axis] for axis in source.within),
+        )
 
     def aside_names(self, *, complete: bool = False) -> set[str]:
         """Names of the tensors that are kept beside the weights, if a checkpoint has them; or of the complete ones."""

@@ -24,6 +24,7 @@ class Experts:
     count: int
     top_k: int
     ffn_hidden_size: int  # of each
+    bias: bool = False  # of the router and of both layers of each (gpt-oss)
     score: Literal["softmax", "sigmoid"] = "softmax"
     normalized: bool = True
     scaling: float = 1.0
@@ -48,6 +49,8 @@ class Experts:
             raise ValueError("sigmoid scores of experts that are not normalised are not computed")
         if self.score == "softmax" and self.correction_bias:
             raise ValueError("a correction bias of softmax scores of experts is not computed")
+        if self.bias and (self.groups > 1 or self.shared_ffn_hidden_size):
+            raise ValueError("experts with biases in groups or beside shared ones are not computed")
         if self.shared_gate and self.shared_ffn_hidden_size is None:
             raise ValueError("a gate of shared experts is set, but there are none")
 
@@ -116,7 +119,7 @@ class Prefix:
     counted_tokens: tuple[int, ...] = ()
 
 
-Activation = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"]
+Activation = Literal["swiglu", "geglu", "geglu_tanh", "quick_geglu", "gelu", "gelu_tanh", "relu"]
 
 Residual = Literal["sequential", "normed", "parallel", "parallel_shared"]
 
@@ -150,7 +153,9 @@ class Architecture:
     # parallel_shared: through one norm. normed: as sequential, but what is added to is what the norm made of it.
     residual: Residual = "sequential"
 
-    activation: Activation = "swiglu"
+    activation: Activation = "swiglu"  # quick_geglu: x * sigmoid(1.702 x)
+    glu_limit: float | None = None  # what is activated is this at most, what it is multiplied with as much either way
+    glu_offset: float = 0.0  # added to the latter
     mlp_bias: bool = False
     experts: Experts | None = None
     prediction_layers: int = 0  # behind the last, for tokens further ahead; without effect on the model's answer
@@ -179,6 +184,7 @@ class Architecture:
     qk_norm_scope: Literal["head", "each_head", "projection"] = "head"
     attention_scale: float | None = None  # of queries times keys; None: 1 / sqrt(head_dim)
     attention_softcap: float | None = None  # scores s become cap * tanh(s / cap)
+    attention_sinks: bool = False  # each head has one more score, learned, of which no value comes (gpt-oss)
     sliding_window: int | None = None  # tokens that a position sees, itself included
     full_attention_layers: tuple[int, ...] = ()  # by index from 0; only with a sliding window
 
@@ -236,6 +242,10 @@ class Architecture:
             raise ValueError(f"ALiBi is {self.alibi}, but positions are {self.positions}")
         if self.positions == "alibi" and (self.sliding_window or self.attention_softcap):
             raise ValueError("ALiBi with a sliding window or a soft cap is not computed")
+        if self.attention_sinks and (self.latent or self.positions == "alibi"):
+            raise ValueError("attention sinks with latent attention or ALiBi are not computed")
+        if (self.glu_limit is not None or self.glu_offset) and not self.gated:
+            raise ValueError("a limit or an offset of a gate is set, but the MLP has none")
         if self.latent:
             self._check_latent(self.latent)
         if self.delta and (self.norm_placement, self.residual) != ("pre", "sequential"):
@@ -284,7 +294,7 @@ class Architecture:
     @property
     def gated(self) -> bool:
         """Whether the MLP multiplies an activated projection with a second one."""
-        return self.activation in ("swiglu", "geglu", "geglu_tanh")
+        return self.activation in ("swiglu", "geglu", "geglu_tanh", "quick_geglu")
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -351,6 +361,7 @@ class Architecture:
         if self.qk_norm:
             attention += 2 * self.head_dim if self.qk_norm_scope == "head" else self.q_size + self.kv_size
         attention += self.qkv_bias * qkv + self.attention_output_bias * self.hidden_size
+        attention += self.attention_sinks * self.num_attention_heads
         mixers = len(self.attention_layers) * attention
         if self.delta:
             mixers += len(self.delta.layers) * self._delta_count(self.delta)
@@ -362,6 +373,9 @@ class Architecture:
         if experts := self.experts:
             used = experts.top_k if active else experts.count
             each = used * self._mlp_count(experts.ffn_hidden_size) + experts.count * self.hidden_size
+            if experts.bias:
+                fc1 = experts.ffn_hidden_size * (2 if self.gated else 1)
+                each += used * (fc1 + self.hidden_size) + experts.count
             each += experts.correction_bias * experts.count + experts.shared_gate * self.hidden_size
             each += self._mlp_count(experts.shared_ffn_hidden_size or 0)
             mlps += len(self.moe_layers) * each

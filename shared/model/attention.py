@@ -10,9 +10,11 @@ from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_e
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch.nn.functional import scaled_dot_product_attention
 
 from shared.model import alibi
@@ -118,6 +120,24 @@ class CoreAttention(torch.nn.Module):
         if architecture.positions == "alibi":
             parts = alibi.slopes(architecture.num_attention_heads).chunk(config.tensor_model_parallel_size)
             self.slopes = parts[parallel_state.get_tensor_model_parallel_rank()]
+        self.softmax_offset: torch.nn.Parameter | None = None  # of this process's heads, under Megatron-Core's name
+        if architecture.attention_sinks:
+            heads = architecture.num_attention_heads // config.tensor_model_parallel_size
+            self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
+            set_tensor_model_parallel_attributes(self.softmax_offset, is_parallel=True, dim=0, stride=1)
+            if config.perform_initialization:
+                with get_cuda_rng_tracker().fork():
+                    torch.nn.init.normal_(self.softmax_offset, std=config.init_method_std)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """As Megatron-Core's modules have it."""
+        own = self.state_dict(prefix="", keep_vars=True)
+        groups = {"tp_group": parallel_state.get_tensor_model_parallel_group()}
+        if metadata and "dp_cp_group" in metadata:
+            groups["dp_cp_group"] = metadata["dp_cp_group"]
+        return dict(make_sharded_tensors_for_checkpoint(own, prefix, {"softmax_offset": 0}, sharded_offsets, **groups))
 
     def forward(
         self,
@@ -154,7 +174,7 @@ class CoreAttention(torch.nn.Module):
             mask = _window_mask(sequence, self.window, query.device) & (True if mask is None else mask)
         if self.slopes is not None:
             mask = self._alibi_bias(sequence, query, mask)
-        if self.softcap is None:
+        if self.softcap is None and self.softmax_offset is None:
             context = scaled_dot_product_attention(
                 q,
                 k,
@@ -166,7 +186,7 @@ class CoreAttention(torch.nn.Module):
                 enable_gqa=query.shape[2] != key.shape[2],
             )
         else:
-            context = self._capped(q, k, v, mask, dropout)
+            context = self._written_out(q, k, v, mask, dropout)
         return context.permute(2, 0, 1, 3).reshape(sequence, batch, -1)
 
     def _alibi_bias(self, sequence: int, query: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -179,16 +199,25 @@ class CoreAttention(torch.nn.Module):
             bias = alibi.rounded_bias(self.slopes.to(query.device), positions) * self.alibi_scale
         return bias.masked_fill(~allowed, -torch.inf).to(query.dtype)
 
-    def _capped(
+    def _written_out(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout: float
     ) -> torch.Tensor:
-        """Attention over `[batch, heads, sequence, head_dim]` with scores `cap * tanh(score / cap)` (Gemma 2)."""
+        """Attention over `[batch, heads, sequence, head_dim]` with what torch's has no argument for.
+
+        Scores `cap * tanh(score / cap)` (Gemma 2); a score more, of which no value comes (gpt-oss).
+        """
         repeats = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         scale = q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
-        scores = torch.tanh(q @ k.transpose(-1, -2) * scale / self.softcap) * self.softcap
+        scores = q @ k.transpose(-1, -2) * scale
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
         allowed = _window_mask(q.shape[2], q.shape[2], q.device) if mask is None else mask
-        weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype)
+        scores = scores.masked_fill(~allowed, -torch.inf)
+        if self.softmax_offset is not None:
+            sinks = self.softmax_offset.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, sinks], dim=-1)
+        weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[2]]
         return torch.nn.functional.dropout(weights, dropout) @ v
 
 

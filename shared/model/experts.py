@@ -13,21 +13,52 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from shared.model.architecture import Architecture, Experts
 
 
 def experts_of(experts: Experts) -> Callable[..., Any]:
-    """Builds the layer's experts; without biases, as every family's that is computed here."""
+    """Builds the layer's experts."""
     linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    each = MLPSubmodules(linear_fc1=with_bias(ColumnParallelLinear), linear_fc2=with_bias(ShareOfBias))
     return partial(
         MoELayer,
         submodules=MoESubmodules(
-            experts=partial(SequentialMLP, submodules=linear),
+            experts=partial(SequentialMLP, submodules=each if experts.bias else linear),
             shared_experts=partial(SharedExpertMLP, submodules=linear),
             router=_router(experts),
         ),
     )
+
+
+def with_bias(linear: Callable[..., Any]) -> Callable[..., Any]:
+    """`linear` with a bias, whatever Megatron-Core's switch for all layers says."""
+    return lambda *args, **kwargs: linear(*args, **{**kwargs, "bias": True})
+
+
+class ShareOfBias(RowParallelLinear):
+    """An expert's second layer that gives out this tensor-parallel process's share of its bias.
+
+    Megatron-Core adds an expert's bias before it sums what the processes that share the expert answer, and so
+    refuses biases where there are several. It adds in place, which autograd forbids on what a reduction gave out.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Megatron-Core's."""
+        output, bias = super().forward(*args, **kwargs)
+        return output.clone(), bias / self.tp_group.size()
+
+
+class BiasedRouter(TopKRouter):
+    """Megatron-Core's router with the bias that it has where all linear layers have one."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.bias = torch.nn.Parameter(torch.empty_like(self.weight[:, 0]))
+        if config.perform_initialization:
+            torch.nn.init.normal_(self.bias, std=config.init_method_std)
+        self.bias.sequence_parallel = config.sequence_parallel
 
 
 class _BestGroups:
@@ -64,6 +95,8 @@ class GroupRouter(TopKRouter):
 
 
 def _router(experts: Experts) -> Callable[..., Any]:
+    if experts.bias:
+        return BiasedRouter
     if experts.groups == 1 or experts.top_k // experts.top_groups == experts.group_score_of:
         return TopKRouter
     return partial(GroupRouter, score_of=experts.group_score_of)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.activations import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
@@ -40,6 +41,7 @@ _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     "swiglu": functional.silu,
     "geglu": functional.gelu,
     "geglu_tanh": partial(functional.gelu, approximate="tanh"),
+    "quick_geglu": quick_gelu,
     "gelu": functional.gelu,
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
@@ -135,6 +137,8 @@ def transformer_config(
         "layernorm_epsilon": architecture.norm_epsilon,
         "gated_linear_unit": architecture.gated,
         "activation_func": _ACTIVATIONS[architecture.activation],
+        "activation_func_clamp_value": architecture.glu_limit,
+        "glu_linear_offset": architecture.glu_offset,
         "add_bias_linear": False,  # each layer's bias is in the spec
         "add_qkv_bias": architecture.qkv_bias,
         "qk_layernorm": architecture.qk_norm,

@@ -63,7 +63,9 @@ def run(
     entries = registry.table_of(architecture).entries()
     sources = list({source.name: source for entry in entries for source in entry.sources}.values())
     kinds = {source.name: FP32 if source.fp32 else kind for source in sources}
-    layout = default_layout(sorted((source.name, kinds[source.name].safetensors, source.shape) for source in sources))
+    layout = default_layout(
+        sorted((source.name, kinds[source.name].safetensors, source.stored_shape) for source in sources)
+    )
     total = sum(tensor.size for tensor in layout.tensors().values())
     with publish(target, kind="hf", inputs=inputs, overwrite=overwrite) as out:
         log(plan_lines("init", architecture, len(layout.shards), total, 1, peak_memory(1, strips=False, converts=True)))
@@ -119,7 +121,7 @@ def _drawer(
             elif name in norms:  # Gemma stores its weights less one
                 less_one = architecture.norm == "rmsnorm_1p" and not of[name].less_one
                 values = np.full(count, 0.0 if less_one else 1.0, dtype=np.float32)
-            elif name.endswith("bias"):
+            elif name.endswith("bias") and drawn[name] == "usual":
                 values = np.zeros(count, dtype=np.float32)
             else:
                 values = generator.standard_normal(count, dtype=np.float32)

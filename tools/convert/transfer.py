@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from math import prod
 from pathlib import Path
 
@@ -19,14 +20,14 @@ from shared.checkpoint.execute import Task
 from shared.checkpoint.hf import HfReader, WeightLayout, default_layout, weight_files
 from shared.checkpoint.moves import Added, Move, NewFile, Part, converted, stream, turned, windows, zeros
 from shared.checkpoint.packed import Half, Packed, Weight, repacked, weights_of
-from shared.checkpoint.region import Gathered, Matrix, Rows
+from shared.checkpoint.region import EveryNth, Gathered, Matrix, Rows
 from shared.checkpoint.safetensors_file import TensorInfo
 from shared.checkpoint.te import STATE_TYPE, TeReader
 from shared.checkpoint.torch_dist import NOT_WEIGHTS, TorchDistReader
 from shared.checkpoint.torch_dist_writer import CHUNK_BYTES, TorchDistLayout
 from shared.errors import UserError
 from shared.mapping.account import Account, account_sources, account_targets
-from shared.mapping.layout import PADDING, of_source, of_target
+from shared.mapping.layout import PADDING, Segment, of_source, of_target
 from shared.mapping.quantization import Quantization
 from shared.mapping.rule import Entry, Table
 from shared.model.architecture import Architecture
@@ -152,13 +153,18 @@ def target_moves(entry: Entry, dtype: Dtype, reader: HfReader, first: int, count
         if segment.source == PADDING:
             yield from zeros(segment.rows * row_bytes)
             continue
-        tensor = reader.weights[entry.sources[segment.source].name]
+        source = entry.sources[segment.source]
+        tensor = reader.weights[source.name].at(source.index)
         own, region = weight_dtype(tensor.dtype, tensor.name, tensor.place), tensor.matrix()
         moves: Iterable[Move]
         if entry.transposed:
             rows = tensor.shape[0]
             parts = (Part(region=region, row=0, rows=rows, at=0),)
-            moves = turned(parts, segment.source_row, segment.rows, rows, own.size, _limit(own, dtype))
+            limit = _limit(own, dtype)
+            moves = turned(parts, segment.source_row, segment.rows, rows, own.size, limit, segment.step)
+        elif segment.step > 1:
+            part = EveryNth(matrix=region, first=segment.source_row, rows=segment.rows, step=segment.step)
+            moves = windows(part, 0, part.rows, _limit(own, dtype) // segment.step)
         else:
             moves = windows(region, segment.source_row, segment.rows, _limit(own, dtype))
         if entry.less_one:
@@ -220,7 +226,7 @@ def plan_export(
     for entry in entries:
         for place, source in enumerate(entry.sources):
             origin.setdefault(source.name, []).append((entry, place))
-    shapes = {name: entry.sources[place].shape for name, ((entry, place), *_) in origin.items()}
+    shapes = {name: entry.sources[place].stored_shape for name, ((entry, place), *_) in origin.items()}
     held = {name: common(reader.tensors[entry.key].dtype for entry, _ in parts) for name, parts in origin.items()}
     if layout is None:
         types = {name: (FP32 if dtype is FP64 else dtype).safetensors for name, dtype in held.items()}
@@ -321,14 +327,26 @@ def source_moves(plan: Export, reader: FormReader, tensor: TensorInfo) -> Iterat
         yield from repacked(numbers, held, packed, half)
         return
     wanted = weight_dtype(tensor.dtype, tensor.name, tensor.place)
+    for _, parts in groupby(plan.origin[tensor.name], key=lambda part: part[0].sources[part[1]].index):
+        yield from _slice_moves(list(parts), reader, wanted)
+
+
+def _slice_moves(origin: Sequence[tuple[Entry, int]], reader: FormReader, wanted: Dtype) -> Iterator[Move]:
+    """What makes a Hugging Face tensor, or a slice of one that holds all experts'."""
     pieces = []
-    for entry, place in plan.origin[tensor.name]:
+    for entry, place in origin:
         held, region = reader.tensors[entry.key].dtype, reader.region(entry.key, entry.index)
-        segments = of_source(entry.segments, place)
+        segments, (rows, *columns) = of_source(entry.segments, place), entry.sources[place].shape
         if entry.transposed:
-            parts = tuple(Part(region=region, row=s.target_row, rows=s.rows, at=s.source_row) for s in segments)
-            strips = turned(parts, 0, tensor.shape[0], tensor.shape[1], held.size, _limit(held, wanted))
+            parts = tuple(
+                Part(region=region, row=s.target_row, rows=s.rows, at=s.source_row, step=s.step) for s in segments
+            )
+            strips = turned(parts, 0, rows, columns[0], held.size, _limit(held, wanted))
             yield from (converted(move, held, wanted) for move in strips)
+            return
+        if any(segment.step > 1 for segment in segments):
+            woven = _gathered(entry, segments, region, rows)
+            yield from (converted(m, held, wanted) for m in windows(woven, 0, rows, _limit(held, wanted) // 2))
             return
         pieces += [(segment, region, entry.less_one, held) for segment in segments]
     for segment, region, less_one, held in sorted(pieces, key=lambda piece: piece[0].source_row):
@@ -337,6 +355,12 @@ def source_moves(plan: Export, reader: FormReader, tensor: TensorInfo) -> Iterat
                 yield Added(move=move, number=1.0, source=held, target=wanted)
             else:
                 yield converted(move, held, wanted)
+
+
+def _gathered(entry: Entry, segments: Iterable[Segment], region: Matrix, rows: int) -> Gathered:
+    """A source's rows, from where the entry has them."""
+    parts = tuple(Rows(matrix=region, row=s.target_row, rows=s.rows, at=s.source_row, step=s.step) for s in segments)
+    return Gathered(name=entry.key, rows=rows, width=region.width, parts=parts)
 
 
 def _numbers(plan: Export, reader: FormReader, name: str) -> tuple[Matrix, Dtype]:

@@ -71,6 +71,18 @@ def test_rules_may_share_a_source_and_must_use_it_up() -> None:
         account_sources(replace(TABLE, rules=(*TABLE.rules, halves[0])), SOURCES | {"qk": Found((4, 3))}, "dir")
 
 
+def test_slices_of_a_source_are_used_once_each() -> None:
+    source = Source(name="all", shape=(2, 3), within=("expert",))
+    table = Table(rules=(Rule(megatron="fc", axes=("expert",), sources=(source,)),), sizes={"expert": 4})
+    assert len(account_sources(table, {"all": Found((4, 2, 3))}, "dir").entries) == 4
+    with pytest.raises(UserError, match=r"all is \[4, 3, 2\], config.json asks for \[4, 2, 3\]"):
+        account_sources(table, {"all": Found((4, 3, 2))}, "dir")
+    first = replace(table.rules[0], axes=(), sources=(replace(source, within=(), stack=(4,), index=(0,)),))
+    alone = replace(table, rules=(replace(table.rules[0], axes=("layer",)), first), sizes={"layer": 1, "expert": 4})
+    with pytest.raises((AssertionError, KeyError)):
+        account_sources(alone, {"all": Found((4, 2, 3))}, "dir")
+
+
 @pytest.mark.parametrize("rows", [5, 8, 256])
 def test_any_padding_of_the_vocabulary_is_the_same_tensor(rows: int) -> None:
     assert len(account_targets(TABLE, TARGETS | {"embedding": Found((rows, 3))}, "dir")) == 3

@@ -16,6 +16,7 @@ from shared.mapping.layout import (
     RowLayout,
     Transposed,
     Undealt,
+    Unwoven,
     of_source,
     of_target,
 )
@@ -31,6 +32,8 @@ CASES: list[tuple[RowLayout, list[tuple[int, ...]]]] = [
     (Deal(parts=(4, 1, 1), groups=1), [(6,)]),
     (Gated(groups=2, head_dim=2), [(16, 3), (4, 3), (4, 3)]),
     (Gated(groups=1, head_dim=1), [(6,), (1,), (1,)]),
+    (Unwoven(parts=2), [(8, 3)]),
+    (Unwoven(parts=3), [(9,)]),
     (PadRows(rows=8), [(5, 3)]),
     (PadRows(rows=8), [(8, 3)]),
 ]
@@ -52,7 +55,7 @@ def apply(layout: RowLayout, sources: list[np.ndarray]) -> np.ndarray:
         if segment.source == PADDING:
             target[rows] = 0
         else:
-            target[rows] = sources[segment.source][segment.source_row : segment.source_row + segment.rows]
+            target[rows] = sources[segment.source][segment.source_row :: segment.step][: segment.rows]
     assert (target != -1).all(), "not written"
     return target
 
@@ -63,8 +66,10 @@ def test_backwards_gives_every_source_back(layout: RowLayout, shapes: list[tuple
     target = apply(layout, sources)
     segments = layout.segments(shapes)
     for place, source in enumerate(sources):
-        parts = [target[s.target_row : s.target_row + s.rows] for s in of_source(segments, place)]
-        assert np.array_equal(np.concatenate(parts), source)
+        found = np.zeros_like(source)
+        for s in of_source(segments, place):
+            found[s.source_row :: s.step][: s.rows] = target[s.target_row : s.target_row + s.rows]
+        assert np.array_equal(found, source)
 
 
 @pytest.mark.parametrize(("layout", "shapes"), CASES)
@@ -77,7 +82,7 @@ def test_any_window_of_the_target_is_made_of_cut_segments(layout: RowLayout, sha
             parts = [
                 np.zeros((s.rows, *target.shape[1:]))
                 if s.source == PADDING
-                else sources[s.source][s.source_row : s.source_row + s.rows]
+                else sources[s.source][s.source_row :: s.step][: s.rows]
                 for s in of_target(segments, first, rows)
             ]
             assert np.array_equal(np.concatenate(parts), target[first : first + rows])
@@ -141,3 +146,15 @@ def test_transposed_sources_are_dealt_by_columns() -> None:
     layout = Transposed(rows=inner)
     assert layout.target_shape([(3, 12)]) == inner.target_shape([(12, 3)]) == (12, 3)
     assert layout.segments([(3, 12)]) == inner.segments([(12, 3)])
+
+
+def test_rows_in_turn_follow_each_other() -> None:
+    (source,) = numbered([(6, 2)])
+    assert np.array_equal(apply(Unwoven(parts=2), [source]), np.concatenate([source[::2], source[1::2]]))
+    segments = Unwoven(parts=2).segments([(6, 2)])
+    assert [(s.source_row, s.target_row, s.rows, s.step) for s in of_target(segments, 1, 4)] == [
+        (2, 1, 2, 2),
+        (1, 3, 2, 2),
+    ]
+    with pytest.raises(LayoutError, match="3 tensors in turn"):
+        Unwoven(parts=3).target_shape([(8, 2)])

@@ -76,3 +76,12 @@ def test_a_prefix_that_no_name_has_is_left_out() -> None:
     assert [source.name for entry in bare.entries() for source in entry.sources] == ["h.0.fc"]
     assert (bare.aliases[0].name, bare.aliases[0].of) == ("head", "wte")
     assert bare.aside_names() == {"h.0.mask"}
+
+
+def test_a_source_may_hold_all_experts() -> None:
+    source = Source(name="h.{layer}.experts", shape=(3, 2), within=("expert",))
+    rule = Rule(megatron="fc2", axes=("layer", "expert"), sources=(source,))
+    entries = list(Table(rules=(rule,), sizes={"layer": 2, "expert": 3}).entries())
+    assert entries[5].global_shape == (2, 3, 3, 2)
+    (last,) = entries[5].sources
+    assert (last.name, last.stored_shape, last.index) == ("h.1.experts", (3, 3, 2), (2,))

@@ -90,12 +90,12 @@ def test_what_transformer_engine_has_is_whole(name: str) -> None:
 def test_a_field_that_nobody_has_looked_into_counts_as_lacking() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Later(Architecture):
-        attention_sinks: bool = False
+        surprise: bool = False
 
     known = {field.name: getattr(size("tiny"), field.name) for field in fields(Architecture)}
     assert te.limits(Later(**known)).all == ()
-    limits = te.limits(Later(**known, attention_sinks=True))
-    assert limits.attention == limits.mlp == limits.layer == ("attention_sinks True",)
+    limits = te.limits(Later(**known, surprise=True))
+    assert limits.attention == limits.mlp == limits.layer == ("surprise True",)
 
 
 def test_fields_that_are_named_exist() -> None:

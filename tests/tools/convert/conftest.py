@@ -71,7 +71,7 @@ def write_hf(
     table = registry.table_of(architecture)
     for entry in (table.named_as(()) if without_prefix else table).entries():
         for source in entry.sources:
-            kinds[source.name] = (FP32 if source.fp32 or fp32(source.name) else BY_FLAG[dtype], source.shape)
+            kinds[source.name] = (FP32 if source.fp32 or fp32(source.name) else BY_FLAG[dtype], source.stored_shape)
             stored_whole = architecture.norm != "rmsnorm_1p" or entry.less_one
             if "norm" in entry.key and entry.key.endswith("weight") and stored_whole:
                 around_one.add(source.name)

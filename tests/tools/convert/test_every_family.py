@@ -213,7 +213,7 @@ class Swapped:
 
     def segments(self, shapes: list[Shape]) -> tuple[Segment, ...]:
         origin = [
-            (segment.source, segment.source_row + row)
+            (segment.source, segment.source_row + row * segment.step)
             for segment in self.layout.segments(shapes)
             for row in range(segment.rows)
         ]
@@ -248,7 +248,8 @@ def mistakes_of_tables(a: Architecture) -> Iterator[tuple[str, Callable[[Rule], 
         size = experts.ffn_hidden_size
         yield "gate and up of experts", swap("experts.experts.linear_fc1.weight", (0, size, size))
         yield "rows of the router", swap("router.weight", (0, 1, 1))
-        yield "experts", another_expert
+        if any("{expert}" in source.name for rule in registry.table_of(a).rules for source in rule.sources):
+            yield "experts", another_expert
         if size := experts.shared_ffn_hidden_size or 0:
             yield "gate and up of the shared experts", swap("shared_experts.linear_fc1.weight", (0, size, size))
     if latent := a.latent:
@@ -363,26 +364,22 @@ def exchanged(rule: Rule, axis: str) -> Rule:
 CARELESS: dict[str, Any] = {
     "norm": {"rmsnorm_1p": "rmsnorm"},
     "residual": {"parallel": "sequential", "normed": "sequential"},
-    "activation": {"swiglu": "geglu", "geglu_tanh": "swiglu", "gelu": "relu", "gelu_tanh": "relu"},
+    "activation": {
+        **{"swiglu": "geglu", "geglu_tanh": "swiglu", "quick_geglu": "swiglu"},
+        **{"gelu": "relu", "gelu_tanh": "relu"},
+    },
+    "glu_offset": 0.0,
     "alibi": {"rounded": "exact"},
     "rope_theta": 500.0,
-    "rope_scaling": None,
-    "window_rope_theta": None,
-    "rotary_dim": None,
     "rotary_interleaved": False,
     "rotary_streams": 1,
     "rotary_fp16": False,
     "layers_without_rope": (),
-    "attention_scale": None,
-    "attention_softcap": None,
-    "sliding_window": None,
     "full_attention_layers": (),
-    "embedding_multiplier": 1.0,
-    "residual_multiplier": 1.0,
-    "input_multiplier": 1.0,
-    "logit_multiplier": 1.0,
-    "logit_softcap": None,
     "normalized_head": False,
+    **dict.fromkeys(("rope_scaling", "window_rope_theta", "rotary_dim", "attention_scale", "attention_softcap"), None),
+    **dict.fromkeys(("glu_limit", "sliding_window", "logit_softcap"), None),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "input_multiplier", "logit_multiplier"), 1.0),
 }
 
 
