@@ -26,6 +26,7 @@ from tests.benchmarks.measured import Measured, measure  # noqa: E402
 
 HERE = Path(__file__).parent
 COPY, DURABLE = "copy (`cp -r`)", "copy, and on the disk (`cp -r`, `sync`)"
+REWRITE = "mmap, and safetensors rewritten"
 PEERS = {"Megatron-Bridge": "megatron.bridge", "mbridge": "mbridge"}
 
 
@@ -37,7 +38,7 @@ def works(folder: Path) -> dict[str, list[str | Path]]:
     return {
         COPY: ["cp", "-r", hf, out],
         DURABLE: ["sh", "-c", durable],
-        "mmap, and safetensors rewritten": [*work, "rewrite", hf, out],
+        REWRITE: [*work, "rewrite", hf, out],
         "to-megatron": [*work, "to-megatron", hf, out],
         "to-hf": [*work, "to-hf", megatron, out],
         "to-megatron, without hashes": [*work, "bare-to-megatron", hf, out],
@@ -59,13 +60,17 @@ def bench(shape: str, rounds: int, folder: Path) -> list[str]:
     lines = [
         f"### {shape}: {size / 1e9:.2f} GB, {rounds} rounds",
         "",
-        "| work | wall s: median (least to most) | of the copy | of the durable copy | processor s | memory MB |",
-        "|---|---|---|---|---|---|",
+        "| work | wall s: median (range) | of the copy | of the durable copy | of the rewrite | processor s | memory MB |",
+        "|---|---|---|---|---|---|---|",
     ]
-    return lines + [row(name, runs, found[COPY], found[DURABLE]) for name, runs in found.items()] + [""]
+    return (
+        lines
+        + [row(name, runs, [found[floor] for floor in (COPY, DURABLE, REWRITE)]) for name, runs in found.items()]
+        + [""]
+    )
 
 
-def row(name: str, runs: list[Measured], copies: list[Measured], durable: list[Measured]) -> str:
+def row(name: str, runs: list[Measured], floors: list[list[Measured]]) -> str:
     """One line of the table."""
 
     def middle(value: Callable[[Measured], float]) -> float:
@@ -77,7 +82,7 @@ def row(name: str, runs: list[Measured], copies: list[Measured], durable: list[M
     seconds = [run.seconds for run in runs]
     return (
         f"| {name} | {middle(lambda run: run.seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) "
-        f"| {ratio(copies):.2f} | {ratio(durable):.2f} | {middle(lambda run: run.processor):.2f} "
+        f"| {' | '.join(f'{ratio(floor):.2f}' for floor in floors)} | {middle(lambda run: run.processor):.2f} "
         f"| {max(run.memory for run in runs) / 1e6:.0f} |"
     )
 
@@ -104,16 +109,15 @@ def machine() -> str:
 
 
 def peers() -> str:
-    """A line on each other program that does this work."""
-    absent = []
+    """A line on other programs that do this work: they are not run here, whether importable or not."""
+    there = []
     for name, module in PEERS.items():
         try:
-            there = importlib.util.find_spec(module) is not None
+            found = importlib.util.find_spec(module) is not None
         except ModuleNotFoundError:
-            there = False
-        if not there:
-            absent.append(name)
-    return f"Not measured, not being importable here: {', '.join(absent)}." if absent else ""
+            found = False
+        there.append(f"{name} ({'importable' if found else 'not importable'} here)")
+    return f"Not measured: {', '.join(there)}."
 
 
 def main(words: list[str] | None = None) -> None:

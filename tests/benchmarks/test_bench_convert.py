@@ -16,7 +16,9 @@ def test_it_prints_a_table_and_cleans_up(tmp_path: Path) -> None:
     answer = subprocess.run(words, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     rows = re.findall(
-        r"^\| (.*?) \| ([\d.]+) \(.*?\) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (\d+) \|$", answer.stdout, re.M
+        r"^\| (.*?) \| ([\d.]+) \(.*?\) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (\d+) \|$",
+        answer.stdout,
+        re.M,
     )
     assert [name for name, *_ in rows] == [
         "copy (`cp -r`)",
@@ -29,8 +31,10 @@ def test_it_prints_a_table_and_cleans_up(tmp_path: Path) -> None:
     ]
     figures = {name: [float(figure) for figure in rest] for name, *rest in rows}
     assert figures["copy (`cp -r`)"][1] == 1.0
+    assert figures["mmap, and safetensors rewritten"][3] == 1.0
+    assert "Not measured: Megatron-Bridge" in answer.stdout
     for name in ("to-megatron", "to-hf"):
-        seconds, _, _, processor, memory = figures[name]
+        seconds, _, _, _, processor, memory = figures[name]
         assert seconds > 0.1
         assert processor > 0.1
         assert 15 < memory < 100
