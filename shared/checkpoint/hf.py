@@ -80,9 +80,10 @@ class WeightLayout:
         weights = weights_of(form, self.tensors())
         if not any(weight.packed for weight in weights.values()):
             return self
+        by_name = {weight.stored[0].name: weight for weight in weights.values()}
         shards = []
         for shard in self.shards:
-            plain = [weights[tensor.name] for tensor in shard.header.tensors if tensor.name in weights]
+            plain = [by_name[tensor.name] for tensor in shard.header.tensors if tensor.name in by_name]
             triples = [(weight.name, weight.dtype, weight.shape) for weight in plain]
             if triples:
                 header = parse_header(encode_header(triples, shard.header.metadata), Path(shard.file))

@@ -22,7 +22,17 @@ class Fp8Blocks:
     title = "FP8 (E4M3 in blocks)"
 
 
-Quantization = Fp8Blocks
+@dataclass(frozen=True, kw_only=True)
+class Mxfp4:
+    """E2M1 codes in `<name>_blocks`, two to a byte, and in `<name>_scales` a power of two for each 32 (gpt-oss).
+
+    They are `[experts, out, in]`, where the same weight of plain numbers is `[experts, in, out]`.
+    """
+
+    title = "MXFP4"
+
+
+Quantization = Fp8Blocks | Mxfp4
 
 # What changes how a program computes with the weights, or which modules it looks for codes in; the weights' own types
 # tell the latter.
@@ -37,6 +47,9 @@ _FP8: dict[str, tuple[Any, ...]] = {
 }
 
 
+_MXFP4: dict[str, tuple[Any, ...]] = {"quant_method": ("mxfp4",), "dequantize": (False,)}
+
+
 def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
     """The form of the weights; None where they are plain numbers.
 
@@ -49,9 +62,12 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
     if not isinstance(given, Mapping):
         raise UserError(f"config.json: quantization_config is {given!r}; an object is wanted")
     method = given.get("quant_method")
+    if method == "mxfp4":
+        _check(given, _MXFP4, set())
+        return Mxfp4()
     if method != "fp8":
         raise UserError(
-            f"config.json: quantization_config.quant_method {method!r} is not supported (supported: fp8 in blocks); "
+            f"config.json: quantization_config.quant_method {method!r} is not supported (supported: fp8 in blocks, mxfp4); "
             "fetch the unquantised model, or let the program that quantised it write one"
         )
     _check(given, _FP8, {"weight_block_size"})

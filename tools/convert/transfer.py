@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shared.checkpoint import blocks
 from shared.checkpoint.blocks import Files
-from shared.checkpoint.dtypes import FP32, FP64, Dtype, common, weight_dtype
+from shared.checkpoint.dtypes import BF16, FP32, FP64, Dtype, common, weight_dtype
 from shared.checkpoint.execute import Task
 from shared.checkpoint.hf import HfReader, WeightLayout, default_layout, weight_files
 from shared.checkpoint.moves import Added, Move, NewFile, Part, converted, stream, turned, windows, zeros
@@ -27,7 +27,7 @@ from shared.checkpoint.torch_dist import NOT_WEIGHTS, TorchDistReader
 from shared.checkpoint.torch_dist_writer import CHUNK_BYTES, TorchDistLayout
 from shared.errors import UserError
 from shared.mapping.account import Account, account_sources, account_targets
-from shared.mapping.layout import PADDING, Segment, of_source, of_target
+from shared.mapping.layout import PADDING, Segment, Shape, of_source, of_target
 from shared.mapping.quantization import Quantization
 from shared.mapping.rule import Entry, Table
 from shared.model.architecture import Architecture
@@ -157,7 +157,7 @@ def target_moves(entry: Entry, dtype: Dtype, reader: HfReader, first: int, count
         tensor = reader.weights[source.name].at(source.index)
         own, region = weight_dtype(tensor.dtype, tensor.name, tensor.place), tensor.matrix()
         moves: Iterable[Move]
-        if entry.transposed:
+        if entry.transposed and not tensor.across:
             rows = tensor.shape[0]
             parts = (Part(region=region, row=0, rows=rows, at=0),)
             limit = _limit(own, dtype)
@@ -323,8 +323,8 @@ def source_moves(plan: Export, reader: FormReader, tensor: TensorInfo) -> Iterat
         return
     if tensor.name in plan.packed:
         packed, half = plan.packed[tensor.name]
-        numbers, held = _numbers(plan, reader, packed.name)
-        yield from repacked(numbers, held, packed, half)
+        for index, numbers, held in _numbers(plan, reader, packed.name):
+            yield from repacked(numbers, held, packed.at(index), half)
         return
     wanted = weight_dtype(tensor.dtype, tensor.name, tensor.place)
     for _, parts in groupby(plan.origin[tensor.name], key=lambda part: part[0].sources[part[1]].index):
@@ -363,19 +363,28 @@ def _gathered(entry: Entry, segments: Iterable[Segment], region: Matrix, rows: i
     return Gathered(name=entry.key, rows=rows, width=region.width, parts=parts)
 
 
-def _numbers(plan: Export, reader: FormReader, name: str) -> tuple[Matrix, Dtype]:
-    """A Hugging Face tensor of plain numbers, and the type that they are held in."""
-    parts: list[Rows] = []
-    held: set[Dtype] = set()
-    for entry, place in plan.origin[name]:
-        region = reader.region(entry.key, entry.index)
-        held.add(reader.tensors[entry.key].dtype)
-        segments = of_source(entry.segments, place)
-        parts += [Rows(matrix=region, row=s.target_row, rows=s.rows, at=s.source_row) for s in segments]
-    if len(held) > 1:
-        raise UserError(f"{reader.directory}: parts of {name} are of different types; leave out --quantized")
-    rows, width = entry.sources[place].shape[0], region.width
-    return Gathered(name=name, rows=rows, width=width, parts=tuple(parts)), held.pop()
+def _numbers(plan: Export, reader: FormReader, name: str) -> Iterator[tuple[Shape, Matrix, Dtype]]:
+    """Each slice of a weight that is to be packed: its place, its numbers as they are packed, and their type."""
+    for index, origin in groupby(plan.origin[name], key=lambda part: part[0].sources[part[1]].index):
+        parts: list[Rows] = []
+        held: set[Dtype] = set()
+        for entry, place in origin:
+            region = reader.region(entry.key, entry.index)
+            held.add(reader.tensors[entry.key].dtype)
+            shape = entry.sources[place].shape
+            rows = shape[1] if entry.transposed else shape[0]
+            parts += _gathered(entry, of_source(entry.segments, place), region, rows).parts
+        if len(held) > 1:
+            raise UserError(f"{reader.directory}: parts of {name} are of different types; leave out --quantized")
+        yield index, Gathered(name=name, rows=rows, width=region.width, parts=tuple(parts)), held.pop()
+
+
+def packed_rows(plan: Export, reader: FormReader, name: str) -> Iterator[memoryview]:
+    """What is held of a weight that is stored quantised, in bf16 and in the order of its codes."""
+    with Files() as files:
+        for _, numbers, held in _numbers(plan, reader, name):
+            limit = _limit(held, BF16)
+            yield from stream((converted(m, held, BF16) for m in windows(numbers, 0, numbers.rows, limit)), files)
 
 
 def zero_checks(plan: Export, reader: FormReader) -> list[Task]:

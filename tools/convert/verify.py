@@ -25,7 +25,7 @@ from shared.mapping.quantization import quantization_of
 from shared.mapping.te import te_form
 from tools.convert.remote import remote_class
 from tools.convert.to_hf import open_export
-from tools.convert.transfer import Export, FormReader, source_rows
+from tools.convert.transfer import Export, FormReader, packed_rows, source_rows
 
 MAX_DIFFERENCES = 20  # named in the certificate
 LOGITS_NEED = {"torch": "torch", "transformers": "transformers", "megatron.core": "megatron-core"}
@@ -82,7 +82,7 @@ def run(
                 _compare_tensor(name, reader, held, plan, findings)
                 advance(reader.tensors[name].size)
             if quantized:
-                _compare_numbers(reader, held, open_export(made, made.hf_files, None)[1], findings)
+                _compare_numbers(reader, held, plan, findings)
         _check_added(held, plan, findings)
         if made.kind == "te":
             _check_layers(made.path / LAYERS, plan, findings)
@@ -216,7 +216,6 @@ def _compare_tensor(name: str, reader: HfReader, held: FormReader, plan: Export,
 
 def _compare_numbers(reader: HfReader, held: FormReader, plan: Export, findings: Findings) -> None:
     """Of weights that are stored quantised: what their codes stand for is what is held, to the bit."""
-    wanted = plan.layout.tensors()
     for name in (name for name, weight in reader.weights.items() if weight.packed and name in plan.origin):
         dtype, nan, infinite, same = (
             weight_dtype(reader.weights[name].dtype, name, reader.weights[name].place),
@@ -224,7 +223,7 @@ def _compare_numbers(reader: HfReader, held: FormReader, plan: Export, findings:
             0,
             True,
         )
-        for ours, theirs in _aligned(reader.numbers(name), source_rows(plan, held, wanted[name])):
+        for ours, theirs in _aligned(reader.numbers(name), packed_rows(plan, held, name)):
             counts = count_not_finite(ours, dtype)
             nan, infinite, same = nan + counts[0], infinite + counts[1], same and ours == theirs
         if not same:

@@ -146,7 +146,12 @@ def _plain(source: Path, **options: Any) -> Any:
     state: dict[str, torch.Tensor] = {}
     for name, weight in reader.weights.items():
         data = bytearray(b"".join(reader.numbers(name)))
-        state[name] = torch.frombuffer(data, dtype=types[weight.dtype]).view(weight.shape)
+        numbers = torch.frombuffer(data, dtype=types[weight.dtype])
+        if weight.across:
+            *outer, columns, rows = weight.shape
+            state[name] = numbers.view(*outer, rows, columns).transpose(-1, -2).contiguous()
+        else:
+            state[name] = numbers.view(weight.shape)
     return kind.from_pretrained(None, config=known, state_dict=state, **options)
 
 

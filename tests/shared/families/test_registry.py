@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from shared.checkpoint.packed import weights_of
+from shared.checkpoint.safetensors_file import TensorInfo
 from shared.errors import UserError
 from shared.families import registry
 from shared.mapping.account import account_sources
+from shared.mapping.quantization import quantization_of
 from shared.model.architecture import Architecture
 
 REFERENCES = Path(__file__).parents[2] / "references"
@@ -261,3 +264,27 @@ def test_as_another_family_or_refused_by_name() -> None:
 def test_another_family_that_is_not_known() -> None:
     with pytest.raises(UserError, match="--family bert is unknown; known: llama, "):
         registry.as_family(registry.sizes()["tiny"], "bert")
+
+
+@pytest.mark.parametrize(("name", "experts", "layers"), [("gpt-oss-20b", 32, 24), ("gpt-oss-120b", 128, 36)])
+def test_every_tensor_of_a_model_published_in_mxfp4_is_accounted_for(name: str, experts: int, layers: int) -> None:
+    """Its experts are stored as codes and scales, `[experts, out, groups of 32, bytes]`."""
+    config = PUBLISHED[name]["config"]
+    stored: dict[str, tuple[str, tuple[int, ...]]] = {
+        tensor: ("BF16", found.shape)
+        for tensor, found in transformers_tensors(config).items()
+        if not tensor.endswith(("gate_up_proj", "down_proj"))
+    }
+    for layer in range(layers):
+        for part, rows in (("gate_up_proj", 2 * 2880), ("down_proj", 2880)):
+            path = f"model.layers.{layer}.mlp.experts.{part}"
+            stored[f"{path}_blocks"] = ("U8", (experts, rows, 90, 16))
+            stored[f"{path}_scales"] = ("U8", (experts, rows, 90))
+    infos = {
+        tensor: TensorInfo(name=tensor, dtype=dtype, shape=shape, file=Path("header"), start=0, size=0)
+        for tensor, (dtype, shape) in stored.items()
+    }
+    architecture = registry.from_config(config)
+    weights = weights_of(quantization_of(config), infos)
+    account_sources(registry.table_of(architecture), weights, name)
+    assert sum(math.prod(weight.shape) for weight in weights.values()) == architecture.parameter_count()

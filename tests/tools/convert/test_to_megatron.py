@@ -77,6 +77,71 @@ def test_torch_files_give_the_same_as_safetensors(make_hf: Make, convert: Any, t
     assert not list((tmp_path / "back").glob("*.bin"))
 
 
+class Runs:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (exec, (f"open({str(self.proof)!r}, 'w').close()",))
+
+
+def test_code_in_torch_files_is_refused_and_not_run(make_hf: Make, convert: Any, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    source, proof = make_hf(), tmp_path / "proof"
+    torch.save(load_file(source / "model.safetensors") | {"more": Runs(proof)}, source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    assert "pytorch_model.bin" in refused(convert, source, tmp_path / "m")
+    for words in (("inspect", source), ("verify", "--source", source, "--target", source)):
+        assert convert(*words).code == 2
+    assert not proof.exists()
+
+
+def test_each_tensor_keeps_its_type(make_hf: Make, convert: Any, tmp_path: Path) -> None:
+    """fp32, fp16 and bf16 in one file, and within one of Megatron-Core's tensors."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    source, target, back = make_hf(), tmp_path / "m", tmp_path / "back"
+    tensors = load_file(source / "model.safetensors")
+    kinds = (torch.float32, torch.float16, torch.bfloat16)
+    mixed = {name: tensor.to(kinds[place % 3]) for place, (name, tensor) in enumerate(sorted(tensors.items()))}
+    save_file(mixed, source / "model.safetensors", {"format": "pt"})
+    assert convert("to-megatron", "--source", source, "--target", target).code == 0
+    held = {tensor.dtype.name for tensor in TorchDistReader(target / "release").tensors.values()}
+    assert held > {"float32"}
+    assert convert("to-hf", "--source", target, "--target", back).code == 0
+    assert (back / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
+def test_what_is_not_finite_comes_back_and_is_reported(
+    make_hf: Make, convert: Any, overwrite_tensor: Any, tmp_path: Path
+) -> None:
+    """A conversion copies it as it is; whoever looks at each number says so."""
+
+    def spoil(bits: np.ndarray) -> np.ndarray:
+        spoilt = bits.copy()
+        spoilt[0, :3] = [0x7F80, 0xFF80, 0xFFA5]  # both infinities, a NaN with a payload
+        return spoilt
+
+    source, target, back = make_hf(), tmp_path / "m", tmp_path / "back"
+    name = "model.layers.0.mlp.gate_proj.weight"
+    overwrite_tensor(source / "model.safetensors", name, spoil)
+    assert convert("to-megatron", "--source", source, "--target", target).code == 0
+    for directory in (source, target):
+        answer = convert("inspect", directory, "--scan")
+        assert (answer.code, "1 NaN, 2 infinite" in answer.err) == (1, True)
+    assert (
+        f"not finite, alike on both sides: {name}"
+        in convert("verify", "--source", source, "--target", target, "--no-logits").err
+    )
+    assert convert("to-hf", "--source", target, "--target", back).code == 0
+    assert (back / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
 def test_same_command_again_says_it_is_done(make_hf: Make, convert: Any, tmp_path: Path) -> None:
     words = ("to-megatron", "--source", make_hf(), "--target", tmp_path / "megatron")
     assert convert(*words).code == 0

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from shared.checkpoint.hf import HfReader
 from shared.families import registry
@@ -51,6 +52,23 @@ def as_fp8(path: Path, scale_type: torch.dtype = torch.float32, *, powers_of_two
     config = json.loads((path / "config.json").read_text())
     form = FP8 | ({"scale_fmt": "ue8m0"} if powers_of_two else {})
     (path / "config.json").write_text(json.dumps(config | {"quantization_config": form}))
+    return plain
+
+
+def as_mxfp4(path: Path) -> Weights:
+    """Quantise a checkpoint's experts in place; returns the numbers that their codes stand for, by transformers."""
+    tensors, plain = load_file(path / "model.safetensors"), {}
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        generator = torch.Generator().manual_seed(len(name))
+        blocks = torch.randint(256, (experts, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(121, 126, (experts, rows, columns // 32), generator=generator, dtype=torch.uint8)
+        blocks[0, 0], scales[0, 1] = 0x80, 0  # zeros of both signs, and the smallest scale
+        tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
+        plain[name] = convert_moe_packed_tensors(blocks, scales)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
     return plain
 
 
@@ -104,6 +122,72 @@ def test_fp8_there_and_back_by_transformer_engines_form(source: Path, convert: A
     done(convert("to-hf", "--source", target, "--target", again, "--quantized"))
     for file in (file for file in source.rglob("*") if file.is_file()):
         assert (again / file.relative_to(source)).read_bytes() == file.read_bytes(), file
+
+
+@pytest.fixture
+def grouped(write_architecture: Callable[..., Path], tmp_path: Path) -> tuple[Path, Weights]:
+    source = write_architecture(tmp_path / "hf", registry.sizes()["gpt-oss-tiny"])
+    return source, as_mxfp4(source)
+
+
+def test_mxfp4_there_and_back(grouped: tuple[Path, Weights], convert: Any, tmp_path: Path) -> None:
+    (source, plain), (target, back, again) = grouped, (tmp_path / name for name in ("megatron", "plain", "mxfp4"))
+    said = done(convert("to-megatron", "--source", source, "--target", target))
+    assert "4 weights in MXFP4 are written as bfloat16" in said
+    done(convert("verify", "--source", source, "--target", target))
+    done(convert("to-hf", "--source", target, "--target", back))
+    found, stored = load_file(back / "model.safetensors"), load_file(source / "model.safetensors")
+    assert found.keys() == plain.keys() | {n for n in stored if not n.endswith(("_blocks", "_scales"))}
+    for name, weight in found.items():
+        wanted = plain.get(name, stored.get(name))
+        assert torch.equal(weight.view(torch.int16), wanted.view(torch.int16)), name
+    done(convert("to-hf", "--source", target, "--target", again, "--quantized"))
+    for name in ("model.safetensors", "config.json"):
+        assert (again / name).read_bytes() == (source / name).read_bytes()
+    te = tmp_path / "te"
+    done(convert("to-te", "--source", source, "--target", te))
+    done(convert("to-hf", "--source", te, "--target", tmp_path / "of-te", "--quantized"))
+    assert (tmp_path / "of-te" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
+def test_changed_groups_get_new_scales(grouped: tuple[Path, Weights], convert: Any, tmp_path: Path) -> None:
+    (source, _), (plain, changed, target) = grouped, (tmp_path / name for name in ("plain", "changed", "megatron"))
+    done(convert("to-megatron", "--source", source, "--target", target))
+    done(convert("to-hf", "--source", target, "--target", plain))
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    tensors, stored = load_file(plain / "model.safetensors"), load_file(source / "model.safetensors")
+    tensors[name][5, 40, 7] = 6 * 0.75 / 4  # of expert 5, in the second group of row 7
+    save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    (plain / "manifest.json").unlink()
+    done(convert("to-megatron", "--source", plain, "--target", changed))
+    (target / "release").rename(target / "old")
+    (changed / "release").rename(target / "release")
+    (target / "manifest.json").unlink()
+    done(convert("to-hf", "--source", target, "--target", tmp_path / "back", "--quantized"))
+    found = load_file(tmp_path / "back" / "model.safetensors")
+    scales, codes = (found[f"{name}_{half}"] != stored[f"{name}_{half}"] for half in ("scales", "blocks"))
+    assert scales.nonzero().tolist() in ([[5, 7, 1]], [])
+    assert {tuple(place[:3]) for place in codes.nonzero().tolist()} == {(5, 7, 1)}
+    rest = [n for n in found if not n.startswith(name)]
+    assert all(torch.equal(found[n].view(torch.uint8), stored[n].view(torch.uint8)) for n in rest)
+    answer = convert("verify", "--source", source, "--target", target, "--no-logits")
+    assert (answer.code, name in answer.err) == (1, True)
+
+
+def test_halves_of_mxfp4_are_asked_for(grouped: tuple[Path, Weights], convert: Any, tmp_path: Path) -> None:
+    source, _ = grouped
+    name = "model.layers.0.mlp.experts.down_proj"
+    whole = load_file(source / "model.safetensors")
+    for change, words in (
+        (lambda t: t.pop(f"{name}_scales"), f"{name}_scales is missing, beside {name}_blocks"),
+        (lambda t: t.pop(f"{name}_blocks"), f"{name} is missing"),
+        (lambda t: t.update({f"{name}_scales": t[f"{name}_scales"][:1].clone()}), f"{name}_blocks asks for U8"),
+    ):
+        tensors = dict(whole)
+        change(tensors)
+        save_file(tensors, source / "model.safetensors", {"format": "pt"})
+        answer = convert("to-megatron", "--source", source, "--target", tmp_path / "megatron")
+        assert (answer.code, words in answer.err) == (2, True), answer.err
 
 
 def test_changed_blocks_get_new_scales(source: Path, convert: Any, tmp_path: Path) -> None:
