@@ -8,7 +8,17 @@ from typing import Literal
 
 from shared.families.delta import delta_rules
 from shared.families.latent import latent_norms, latent_projections
-from shared.mapping.layout import CONCAT, Deal, Gated, Interleave, PadRows, RowLayout, Transposed, Unwoven
+from shared.mapping.layout import (
+    CONCAT,
+    Deal,
+    Exchanged,
+    Gated,
+    Interleave,
+    PadRows,
+    RowLayout,
+    Transposed,
+    Unwoven,
+)
 from shared.mapping.rule import Alias, Aside, Axis, Rule, Source, Table
 from shared.model.architecture import Architecture, Experts
 
@@ -37,6 +47,7 @@ class Names:
     delta: str = "linear_attn."
     proj: str = "self_attn.o_proj"
     fc1: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    gate_last: bool = False  # one fused projection is [up ; gate], not [gate ; up]
     fc2: str = "mlp.down_proj"
     router: str = "mlp.gate"
     correction_bias: str = "mlp.gate.e_score_correction_bias"  # the tensor itself
@@ -181,7 +192,8 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
         if own_norm:
             yield from norm(f"{mlp}.linear_fc1.layer_norm_", names.mlp_norm, of=dense)
         rows = (ffn, ffn) if a.gated else (ffn,)
-        yield from layer(f"{mlp}.linear_fc1", names.fc1, rows, hidden, a.mlp_bias, of=dense)
+        gated: RowLayout = Exchanged() if names.gate_last else CONCAT
+        yield from layer(f"{mlp}.linear_fc1", names.fc1, rows, hidden, a.mlp_bias, gated, of=dense)
         yield from layer(f"{mlp}.linear_fc2", (names.fc2,), (hidden,), ffn, a.mlp_bias, of=dense)
     if experts := a.experts:
         if own_norm:

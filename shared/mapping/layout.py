@@ -182,6 +182,21 @@ class Unwoven:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Exchanged:
+    """One source whose two halves change places: `[up ; gate]` becomes `[gate ; up]`."""
+
+    def target_shape(self, shapes: Sequence[Shape]) -> Shape:
+        (shape,) = shapes
+        if shape[0] % 2:
+            raise LayoutError(f"{shape[0]} rows are not two halves")
+        return shape
+
+    def segments(self, shapes: Sequence[Shape]) -> tuple[Segment, ...]:
+        half = self.target_shape(shapes)[0] // 2
+        return tuple(Segment(source=0, source_row=half - row, target_row=row, rows=half) for row in (0, half))
+
+
+@dataclass(frozen=True, kw_only=True)
 class PadRows:
     """One source followed by rows of zeros up to `rows`: a vocabulary padded so that it divides over ranks."""
 

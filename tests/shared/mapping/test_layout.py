@@ -9,6 +9,7 @@ from shared.mapping.layout import (
     CONCAT,
     PADDING,
     Deal,
+    Exchanged,
     Gated,
     Interleave,
     LayoutError,
@@ -34,6 +35,8 @@ CASES: list[tuple[RowLayout, list[tuple[int, ...]]]] = [
     (Gated(groups=1, head_dim=1), [(6,), (1,), (1,)]),
     (Unwoven(parts=2), [(8, 3)]),
     (Unwoven(parts=3), [(9,)]),
+    (Exchanged(), [(6, 3)]),
+    (Exchanged(), [(4,)]),
     (PadRows(rows=8), [(5, 3)]),
     (PadRows(rows=8), [(8, 3)]),
 ]
@@ -108,6 +111,7 @@ def test_interleaving_agrees_with_the_reshape_of_megatron_bridge() -> None:
     [
         (Interleave(groups=3), [(6, 2), (4, 2)], "4 rows are not 3 equal groups"),
         (CONCAT, [(4, 2), (4, 3)], "different widths"),
+        (Exchanged(), [(5, 3)], "5 rows are not two halves"),
         (PadRows(rows=4), [(5, 2)], "5 rows do not fit in 4"),
         (Gated(groups=2, head_dim=2), [(12, 3), (4, 3), (4, 3)], "12 rows are not 2 groups of queries and gates"),
         (Undealt(parts=(2, 2), groups=2, part=0), [(6,)], r"6 rows are not 2 groups of \[2, 2\] rows in all"),
@@ -131,6 +135,10 @@ def test_parts_of_what_was_dealt_are_what_it_was_made_of() -> None:
     sizes = tuple(len(source) for source in sources)
     for place, source in enumerate(sources):
         assert np.array_equal(apply(Undealt(parts=sizes, groups=2, part=place), [dealt]), source)
+
+
+def test_halves_change_places() -> None:
+    assert apply(Exchanged(), [np.arange(6)]).tolist() == [3, 4, 5, 0, 1, 2]
 
 
 def test_a_fused_projection_is_dealt_as_three_are() -> None:
