@@ -108,7 +108,8 @@ def main() -> None:
 
     directory = Path(sys.argv[1])
     given = json.loads((directory / "run.json").read_text())
-    architecture = Architecture(**given["architecture"])
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in given["architecture"].items()}
+    architecture = Architecture(**fields)
     results = {}
     for name, changes in LAYOUTS.items():
         config = TrainingConfig(**{**given["config"], **changes, "processes": 2})
