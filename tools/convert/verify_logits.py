@@ -17,6 +17,7 @@ from shared.checkpoint.hf import HfReader
 from shared.checkpoint.passengers import config_of
 from shared.cli import log
 from shared.console import quantity
+from shared.errors import StageError
 from shared.families import registry
 from shared.mapping.quantization import quantization_of
 from shared.model.architecture import Architecture
@@ -125,14 +126,36 @@ def _transformers(source: Path, ids: torch.Tensor, trust_remote_code: bool) -> t
     if quantization_of(config):
         model = _plain(source, **options)
     elif trust_remote_code and (name := remote_class(config)):
-        model = getattr(transformers, name).from_pretrained(
-            source, **options, local_files_only=True, trust_remote_code=True
-        )
+        with _code_of(source):
+            model = getattr(transformers, name).from_pretrained(
+                source, **options, local_files_only=True, trust_remote_code=True
+            )
+            return _logits(model, ids)
     else:
         kind, known = _known(config)
         model = kind.from_pretrained(source, config=known, **options, local_files_only=True)
+    return _logits(model, ids)
+
+
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     model.eval().to(shared.device.prepare())
-    return model(ids.to(model.device)).logits.float().cpu()
+    result: torch.Tensor = model(ids.to(model.device)).logits.float().cpu()
+    return result
+
+
+@contextlib.contextmanager
+def _code_of(source: Path) -> Iterator[None]:
+    """StageError where a directory's own code fails: most was written for a transformers of its time."""
+    import transformers
+
+    try:
+        yield
+    except Exception as error:  # somebody's code raises what it likes
+        said = (str(error).splitlines() or [""])[0]
+        raise StageError(
+            f"the modelling code in {source} failed with transformers {transformers.__version__}: "
+            f"{type(error).__name__}: {said}; give --no-logits if it is for another version"
+        ) from error
 
 
 def _plain(source: Path, **options: Any) -> Any:

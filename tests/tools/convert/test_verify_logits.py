@@ -107,6 +107,13 @@ def test_modelling_code_runs_only_where_the_user_says_so(
     assert not ran.exists()
     assert convert(*words, "--trust-remote-code").code == 0
     assert ran.exists()
+    code.write_text(code.read_text() + "\n\nraise AttributeError('all_tied_weights_keys\\nand more')\n")
+    (target / "hf" / "modeling.py").write_text(code.read_text())
+    (target / "manifest.json").unlink()
+    failed = convert(*words, "--trust-remote-code")
+    assert failed.code == 1
+    assert f"the modelling code in {source} failed with transformers" in failed.err
+    assert "AttributeError: all_tied_weights_keys; give --no-logits" in failed.err
     plain, plain_target = make_hf(name="plain"), tmp_path / "plain-megatron"
     convert("to-megatron", "--source", plain, "--target", plain_target)
     answer = convert("verify", "--source", plain, "--target", plain_target, "--trust-remote-code")
