@@ -21,6 +21,7 @@ _WIDE = 150  # columns that the table needs
 # Heading, and the proofs whose worst outcome over a family's tested sizes stands beneath it.
 _COLUMNS = {
     "round trip": ("round trip",),
+    "TE": ("te round trip",),
     "logits": ("logits",),
     "TP=2": ("logits tp2",),
     "PP=2": ("logits pp2",),
@@ -31,13 +32,13 @@ _COLUMNS = {
 }
 _INDENTED: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": "    ", "break_on_hyphens": False}
 _MEANING = (
-    "round trip: Hugging Face to Megatron-Core and back. Logits, in one process, at TP=2, PP=2 and EP=2, and gradients "
-    "of a step of training: the largest difference from transformers, or from the published arithmetic where transformers "
-    "lacks the family, relative to the logits' standard deviation and to the largest gradient. mistakes: tables and "
-    "readings wrong in one place, of which verify found so many. published: models' configurations whose every tensor "
-    "is accounted for. vLLM: so many greedy tokens of the export, each transformers', on the CPU; where vLLM has only bf16 "
-    "there, the largest difference of log-probabilities, relative to their standard deviation. Everything is of tiny sizes, "
-    "and computed in fp32 otherwise."
+    "round trip, TE: Hugging Face to Megatron-Core's form, or TransformerEngine's, and back. Logits, in one process, at "
+    "TP=2, PP=2 and EP=2, and gradients of a step of training: the largest difference from transformers, or from the "
+    "published arithmetic where transformers lacks the family, relative to the logits' standard deviation and to the "
+    "largest gradient. mistakes: tables and readings wrong in one place, of which verify found so many. published: models' "
+    "configurations whose every tensor is accounted for. vLLM: so many greedy tokens of the export, each transformers', on "
+    "the CPU; where vLLM has only bf16 there, the root mean square of differences of log-probabilities from fp32, relative "
+    "to their standard deviation. Everything is of tiny sizes, and computed in fp32 otherwise."
 )
 
 

@@ -59,7 +59,8 @@ def proofs_of(architecture: Architecture) -> list[str]:
     """Every proof of a size, in the order of the tables."""
     layouts = ["tp2", "pp2"] + ["ep2"] * bool(architecture.experts)
     logits = [f"logits {layout}" for layout in layouts]
-    return ["round trip", "logits", *logits, *(f"training {layout}" for layout in layouts), "mistakes", "vllm"]
+    training = [f"training {layout}" for layout in layouts]
+    return ["round trip", "te round trip", "logits", *logits, *training, "mistakes", "vllm"]
 
 
 def state(family: Family, record: Record) -> str:

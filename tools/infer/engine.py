@@ -17,6 +17,17 @@ if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
 
 
+# Fields of config.json that change the model and that vLLM's code for the architecture does not look at, and the value that it
+# computes.
+_IGNORED = {
+    "ChatGLMForConditionalGeneration": ("position_encoding_2d", False),  # the first ChatGLM; it has those after
+    "GptOssForCausalLM": ("swiglu_limit", 7.0),
+    "InternLM2ForCausalLM": ("bias", False),
+    "Qwen3NextForCausalLM": ("attention_bias", False),
+    "StableLmForCausalLM": ("use_parallel_residual", False),
+}
+
+
 def open_source(source: Path) -> Path:
     """The directory, checked to be whole. UserError names the file that is not."""
     return open_checkpoint(source, kinds=("hf",), flag="--source").hf_files
@@ -35,6 +46,13 @@ def check_supported(source: Path) -> None:
             f"--source {source}: vLLM does not carry the architecture {', '.join(names) or '(none named)'} "
             f"(model_type {config.get('model_type')}); {_way_out(config, supported)}"
         )
+    for name in (name for name in known if name in _IGNORED):
+        field, computed = _IGNORED[name]
+        if config.get(field, computed) != computed:
+            raise UserError(
+                f"--source {source}: vLLM's {name} ignores {field} = {config[field]} of config.json, which changes the model; "
+                "`infer evaluate --engine hf` may run it"
+            )
     if not on_gpu():
         # vLLM looks at a model's class in a second process, so as not to touch CUDA in this one; that costs half a
         # minute of imports. Without a GPU there is nothing to protect, and the class is needed here anyway.
@@ -67,19 +85,27 @@ def model_config(arguments: Mapping[str, Any]) -> Any:
     except ValueError as error:
         raise UserError(f"--source {arguments['model']}: {reason(error)}") from None
     if not on_gpu():
-        _check_head_size(arguments["model"], config.get_head_size())
+        _check_kernels(arguments["model"], config)
     return config
 
 
-def _check_head_size(source: str, size: int) -> None:
-    """vLLM's attention on the CPU is compiled for some sizes and finds out in the first step."""
+def _check_kernels(source: str, config: Any) -> None:
+    """vLLM's attention on the CPU is compiled for some sizes and types, and finds out in the first step."""
+    import torch
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
 
-    compiled = CPUAttentionBackend.get_supported_head_sizes()
+    size, compiled = config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
+    if config.use_mla:  # one vector for all heads
+        compiled = CPUMLABackend.get_supported_head_sizes()
     if size not in compiled:
         raise UserError(
-            f"--source {source}: vLLM on CPU has no attention for heads of {size}, only {', '.join(map(str, compiled))}; "
-            "use a GPU, or `infer evaluate --engine hf`"
+            f"--source {source}: vLLM on CPU has no attention for {'latent vectors' if config.use_mla else 'heads'} of "
+            f"{size}, only {', '.join(map(str, compiled))}; use a GPU, or `infer evaluate --engine hf`"
+        )
+    if "linear_key_head_dim" in read_config(Path(source)) and config.dtype != torch.bfloat16:
+        raise UserError(
+            f"--source {source}: vLLM on CPU has gated delta nets in bf16 only; give --precision bf16, or use a GPU"
         )
 
 
@@ -90,11 +116,13 @@ def start(arguments: Mapping[str, Any]) -> LLM:
     log(f"loading {arguments['model']} with vLLM on {'GPU' if on_gpu() else 'CPU'}")
     try:
         return LLM(**arguments)
-    except ValueError as error:
+    except (ValueError, AssertionError) as error:  # it refuses by both
+        if isinstance(error, AssertionError) and not str(error):
+            raise  # but what it says nothing about is a defect
         raise UserError(f"--source {arguments['model']}: {reason(error)}") from None
 
 
-def reason(error: ValueError) -> str:
+def reason(error: Exception) -> str:
     """The message of an error in one line, without pydantic's preamble."""
     errors = getattr(error, "errors", None)
     text = errors()[0]["msg"].removeprefix("Value error, ") if callable(errors) else str(error)

@@ -99,10 +99,14 @@ def engine_arguments(
             f"--tensor-parallel {tensor_parallel}: this machine has no GPU to share a model among; leave it out"
         )
     sequences = batch_size or _CPU_SEQUENCES
+    config = read_config(source)
+    if "kv_lora_rank" in config:
+        # The fused operator turns the one rotated key of latent attention wrongly, without a word; vLLM's plain one does not.
+        arguments["compilation_config"] = {"custom_ops": ["all", "-rotary_embedding"]}
     return arguments | {
         "max_num_seqs": sequences,
         "enforce_eager": True,  # torch.compile takes minutes on CPU and there are no CUDA graphs to win
-        "kv_cache_memory_bytes": cpu_cache_bytes(read_config(source), max_model_len, sequences, precision),
+        "kv_cache_memory_bytes": cpu_cache_bytes(config, max_model_len, sequences, precision),
     }
 
 
@@ -132,7 +136,11 @@ def cpu_cache_bytes(config: dict[str, Any], max_model_len: int | None, sequences
         4 if "32" in (DTYPES[precision] if precision else str(config.get("dtype") or config.get("torch_dtype"))) else 2
     )
     context = max_model_len or config.get("max_position_embeddings") or 2048
-    per_sequence = 2 * width * layers * groups * head_dim * (-(-context // _BLOCK) + 1) * _BLOCK
+    blocks = -(-context // _BLOCK) + 2  # one that vLLM keeps for itself, one more where a window begins within a block
+    per_sequence = 2 * width * layers * groups * head_dim * blocks * _BLOCK
+    if "linear_key_head_dim" in config:  # states of delta nets, and vLLM makes every block at least as large as one
+        state = config["linear_num_value_heads"] * config["linear_key_head_dim"] * config["linear_value_head_dim"]
+        per_sequence += 4 * layers * 4 * state
     available = int(psutil.virtual_memory().available * _CPU_CACHE_SHARE)
     if per_sequence > available:
         raise UserError(

@@ -18,6 +18,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Record:
     """One in which everything is proven, to be changed by the test."""
     made: Record = {"runs": {"now": {"date": "now", "revision": "abc", "code": proofs.code(), "versions": {}}}}
     figures: dict[str, dict[str, Any]] = {"vllm": {"tokens": 24}, "mistakes": {"caught": 5, "of": 5}, "round trip": {}}
+    figures["te round trip"] = {}
     made["families"] = {
         family.name: {
             "run": "now",
@@ -67,13 +68,13 @@ def test_every_family_and_size_is_listed_on_wide_and_narrow_terminals(
 
 def test_a_proof_is_shown_as_it_ended(record: Record, row: Callable[[str], list[str]]) -> None:
     assert proofs.shortcomings(record) == []
-    assert row("gemma") == ["equal", "2e-7", "2e-7", "2e-7", "-", "2e-7", "5 of 5", "24 tokens", "1"]
+    assert row("gemma") == ["equal", "equal", "2e-7", "2e-7", "2e-7", "-", "2e-7", "5 of 5", "24 tokens", "1"]
     sizes = record["families"]["gemma"]["sizes"]["gemma-tiny"]
     sizes["logits"]["difference"] = 3e-5
     sizes["logits pp2"] = {"result": "failed", "reason": "differs"}
     sizes["vllm"] = {"result": "lacking", "reason": "no class"}
     del sizes["mistakes"]
-    assert row("gemma") == ["equal", "3e-5", "2e-7", "FAILED", "-", "2e-7", "not run", "not in vLLM", "1"]
+    assert row("gemma") == ["equal", "equal", "3e-5", "2e-7", "FAILED", "-", "2e-7", "not run", "not in vLLM", "1"]
     assert proofs.shortcomings(record) == ["gemma-tiny: logits pp2: failed: differs", "gemma-tiny: mistakes: not run"]
 
 
@@ -81,7 +82,7 @@ def test_the_worst_of_several_sizes_is_shown(record: Record, row: Callable[[str]
     sizes = record["families"]["qwen3_moe"]["sizes"]
     sizes["qwen3-moe-tiny"]["training ep2"]["difference"] = 7e-6
     sizes["qwen3-moe-tiny"]["vllm"] = {"result": "lacking", "reason": "no kernel"}
-    assert row("qwen3_moe")[4:8] == ["2e-7", "7e-6", "10 of 10", "24 tokens (1 of 2 sizes)"]
+    assert row("qwen3_moe")[5:9] == ["2e-7", "7e-6", "10 of 10", "24 tokens (1 of 2 sizes)"]
 
 
 def test_a_family_that_changed_or_came_later_is_not_proven(record: Record, row: Callable[[str], list[str]]) -> None:

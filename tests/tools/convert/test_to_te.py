@@ -60,20 +60,21 @@ MODEL, ENGINE = reference("te_model"), reference("transformer_engine")
 
 @pytest.mark.parametrize("size", TINY)
 def test_every_family_comes_back_byte_for_byte(
-    size: str, write_architecture: Any, convert: Any, tmp_path: Path
+    size: str, write_architecture: Any, convert: Any, tmp_path: Path, proof: Any
 ) -> None:
     source, target, back = (tmp_path / name for name in ("hf", "te", "back"))
     write_architecture(source, TINY[size])
-    assert convert("to-te", "--source", source, "--target", target).code == 0
-    answer = convert("verify", "--source", source, "--target", target)
-    assert answer.code == 0, answer.err
-    assert "logits are not compared" in answer.err
-    found = json.loads(convert("inspect", target, "--json").out)
-    assert found["kind"] == "te"
-    assert "problem" not in found
-    assert convert("to-hf", "--source", target, "--target", back).code == 0
-    for file in (file for file in source.rglob("*") if file.is_file()):
-        assert (back / file.relative_to(source)).read_bytes() == file.read_bytes(), file
+    with proof("te round trip", size=size):
+        assert convert("to-te", "--source", source, "--target", target).code == 0
+        answer = convert("verify", "--source", source, "--target", target)
+        assert answer.code == 0, answer.err
+        assert "logits are not compared" in answer.err
+        found = json.loads(convert("inspect", target, "--json").out)
+        assert found["kind"] == "te"
+        assert "problem" not in found
+        assert convert("to-hf", "--source", target, "--target", back).code == 0
+        for file in (file for file in source.rglob("*") if file.is_file()):
+            assert (back / file.relative_to(source)).read_bytes() == file.read_bytes(), file
 
 
 def test_every_variant_comes_back_byte_for_byte(

@@ -3,11 +3,13 @@
 Started by the fixture of the same name. Reads one JSON object a line on stdin and answers on stdout:
     {"run": [argv...], "stdin": PATH, "stdout": PATH, "stderr": PATH} -> {"pid": N}
     {"wait": N}                                                       -> {"code": exit code}
-A command runs in the fork exactly as the console script runs it, in a process of its own.
+A command runs in the fork exactly as the console script runs it, in a process of its own. If argv begins with a path of
+a Python file, that is run, not `infer`.
 """
 
 import json
 import os
+import runpy
 import signal
 import sys
 import traceback
@@ -37,7 +39,13 @@ def run(request: dict) -> int:
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 -- lives as long as the process
     code = 1
     try:
-        tool.run(request["run"])
+        sys.argv[1:] = request["run"]
+        if sys.argv[1].endswith(".py"):
+            del sys.argv[0]
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            code = 0
+        else:
+            tool.run(sys.argv[1:])
     except SystemExit as end:
         code = end.code or 0
     except BaseException:  # noqa: BLE001 -- whatever it is, it must not reach the loop below

@@ -30,9 +30,9 @@ def memory(monkeypatch):
 
 def test_it_holds_every_sequence_in_full(memory):
     memory(1 << 40)
-    assert cpu_cache_bytes(CONFIG, None, 32, None) == PER_TOKEN * 2 * (1024 + 128) * 32
-    assert cpu_cache_bytes(CONFIG, None, 32, "fp32") == PER_TOKEN * 4 * (1024 + 128) * 32
-    assert cpu_cache_bytes(CONFIG, 256, 1, None) == PER_TOKEN * 2 * (256 + 128)
+    assert cpu_cache_bytes(CONFIG, None, 32, None) == PER_TOKEN * 2 * (1024 + 256) * 32
+    assert cpu_cache_bytes(CONFIG, None, 32, "fp32") == PER_TOKEN * 4 * (1024 + 256) * 32
+    assert cpu_cache_bytes(CONFIG, 256, 1, None) == PER_TOKEN * 2 * (256 + 256)
 
 
 def test_it_stays_within_a_share_of_the_free_memory(memory):

@@ -1,0 +1,79 @@
+"""Continue a sequence with transformers and with vLLM: `family_worker.py DIRECTORY`, which is of fp32.
+
+Run in a fork of the launcher. Writes to DIRECTORY.json what each says: the greedy continuation, and the log-probability of
+every token given those before it; or why `infer` does not run the model.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.errors import UserError
+from tools.infer.engine import check_supported, model_config, start
+from tools.infer.settings import engine_arguments, read_config
+
+GIVEN, CONTINUED = 224, 24  # tokens: beyond the windows and original lengths of tiny sizes
+
+
+def of_transformers(source: Path, ids: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    kind, config = AutoModelForCausalLM, read_config(source)
+    if code := config.get("auto_map"):  # by name: vLLM has put configurations of its own into transformers
+        kind = get_class_from_dynamic_module(code["AutoModelForCausalLM"], source)
+    attention = "sdpa" if config.get("alibi") else "eager"  # transformers' eager Falcon adds ALiBi twice
+    model = kind.from_pretrained(source, dtype=dtype, attn_implementation=attention).eval()
+    with torch.no_grad():
+        for _ in range(CONTINUED):  # our references have no cache, and caches are not what is looked at
+            logits = model(ids).logits.float()
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+    known = logits[0, : GIVEN - 1].log_softmax(-1).gather(-1, ids[0, 1:GIVEN, None])
+    return {"tokens": ids[0, GIVEN:].tolist(), "log_probabilities": known[:, 0].tolist()}
+
+
+def of_vllm(arguments: dict[str, Any], ids: list[int]) -> dict[str, Any]:
+    from vllm import SamplingParams, TokensPrompt
+
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=CONTINUED, ignore_eos=True, detokenize=False, prompt_logprobs=0
+    )
+    (answer,) = start(arguments).generate([TokensPrompt(prompt_token_ids=ids)], sampling, use_tqdm=False)
+    given = zip(answer.prompt_logprobs[1:], ids[1:], strict=True)
+    known = [position[token].logprob for position, token in given]
+    return {"tokens": list(answer.outputs[0].token_ids), "log_probabilities": known}
+
+
+def both(source: Path) -> dict[str, Any]:
+    config = read_config(source)
+    try:
+        check_supported(source)
+    except UserError as error:
+        return {"lacking": str(error).replace(f"--source {source}: ", "")}
+    limits = {"max_model_len": GIVEN + CONTINUED, "tensor_parallel": 1, "batch_size": 1}
+    precision = "bf16" if "linear_key_head_dim" in config else "fp32"  # vLLM's delta nets on the CPU are of bf16 only
+    arguments = engine_arguments(source, precision=precision, **limits)
+    arguments |= {"skip_tokenizer_init": True, "trust_remote_code": "auto_map" in config}
+    if config["model_type"] == "cohere2":  # of which vLLM has the windows one token wider than configured
+        arguments["hf_overrides"] = {"sliding_window": config["sliding_window"] - 1}
+    model_config(arguments)
+    ids = torch.randint(config["vocab_size"], (1, GIVEN), generator=torch.Generator().manual_seed(1))
+    theirs = of_transformers(source, ids, torch.float32)
+    answer = {"precision": precision, "transformers": theirs}
+    if precision == "bf16":
+        answer["rounded"] = of_transformers(source, ids, torch.bfloat16)
+    try:
+        return answer | {"vllm": of_vllm(arguments, ids[0].tolist())}
+    except UserError as error:
+        return {"refused": str(error).replace(f"--source {source}: ", "")}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    directory = Path(sys.argv[1])
+    directory.with_name(f"{directory.name}.json").write_text(json.dumps(both(directory)))

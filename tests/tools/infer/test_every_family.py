@@ -1,0 +1,76 @@
+"""Exports of every family in vLLM: what `convert to-hf` wrote is loaded, and its greedy continuation is transformers'."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.families import registry
+
+ROOT = Path(__file__).resolve().parents[3]
+CHOSEN = os.environ.get("FAMILIES", "").split()  # as for convert's tests of families; empty: all of them
+SIZES = [n for n, size in registry.sizes().items() if "tiny" in n and (not CHOSEN or size.family in CHOSEN)]
+# Of log-probabilities relative to their spread: fp32 sums in another order, as `convert verify` explains.
+TOLERANCE = 1e-4
+# What vLLM computes otherwise, and how far that is allowed to show.
+OTHERWISE = {"bloom": (2e-3, "vLLM computes GELU by the error function, where BLOOM has the approximation by tanh")}
+# Where it has only bf16: how far from fp32 its log-probabilities may be, root mean square, beside transformers' own in bf16.
+ROUNDED = 1.5
+REFUSED = {"qwen2-tiny-window": "Sliding window for some but all layers is not supported"}  # in vLLM's words
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an export of each size."""
+    folder = tmp_path_factory.mktemp("exports")
+    python, worker = ROOT / "tools/convert/.venv/bin/python", Path(__file__).with_name("family_exports.py")
+    subprocess.run([python, worker, folder, *SIZES], check=True, cwd=ROOT)
+    return folder
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_exports_continue_in_vllm_as_in_transformers(
+    size: str, exports: Path, launcher: Callable[..., Any], proof: Any
+) -> None:
+    with proof("vllm", size=size) as figures:
+        done = launcher(Path(__file__).with_name("family_worker.py"), exports / size)
+        said = done.stderr.strip().splitlines()
+        assert done.code == 0, "\n".join([*said[-1:], *said[-60:]])
+        answer = json.loads((exports / f"{size}.json").read_text())
+        if "lacking" in answer:
+            pytest.skip(answer["lacking"])
+        if size in REFUSED:
+            assert REFUSED[size] in answer["refused"]
+            pytest.skip(answer["refused"])
+        assert "refused" not in answer, answer["refused"]
+        ours, theirs = answer["vllm"], answer["transformers"]
+        spread = statistics.stdev(theirs["log_probabilities"])
+        assert spread > 0.1  # of log-probabilities that a misplaced row would change
+        figures["precision"] = answer["precision"]
+        if answer["precision"] == "bf16":
+            figures["log_probabilities"] = root_mean_square(differences(ours, theirs)) / spread
+            rounded = root_mean_square(differences(answer["rounded"], theirs)) / spread
+            assert figures["log_probabilities"] < ROUNDED * rounded
+            return
+        tolerance, otherwise = OTHERWISE.get(registry.sizes()[size].family, (TOLERANCE, ""))
+        figures |= {"reason": otherwise} if otherwise else {}
+        figures |= {"log_probabilities": max(differences(ours, theirs)) / spread, "tokens": len(ours["tokens"])}
+        assert figures["log_probabilities"] < tolerance
+        assert ours["tokens"] == theirs["tokens"]
+
+
+def differences(some: dict[str, Any], other: dict[str, Any]) -> list[float]:
+    """Of the log-probabilities of each given token."""
+    pairs = zip(some["log_probabilities"], other["log_probabilities"], strict=True)
+    return [abs(one - two) for one, two in pairs]
+
+
+def root_mean_square(values: list[float]) -> float:
+    return statistics.fmean(value * value for value in values) ** 0.5
