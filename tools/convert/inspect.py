@@ -93,7 +93,8 @@ def _describe(checkpoint: Checkpoint, reader: Reader, rows: list[Row]) -> dict[s
         found["state"] = manifest.state
         found["parents"] = [f"{p.flag}: {p.name} ({p.fingerprint})" for p in manifest.parents]
     else:
-        found["made_by"] = "another program (no manifest.json)"
+        bridge = checkpoint.kind == "megatron" and (checkpoint.iteration_path / "run_config.yaml").is_file()
+        found["made_by"] = f"{'Megatron-Bridge' if bridge else 'another program'} (no manifest.json)"
     return found
 
 

@@ -1,0 +1,42 @@
+"""Makes tests/golden/megatron-bridge: `tools/convert/.venv/bin/python tests/golden/make_bridge.py PYTHON`.
+
+PYTHON is that of an environment with Megatron-Bridge. What is there was written by megatron-bridge 0.3.1 with
+megatron-core 0.16.1, transformers 4.57.6 and torch 2.13.0, on a CPU without TransformerEngine; how is in
+tests/tools/convert/bridge_worker.py. `hf` is the source that it was given, `megatron` what it made of it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from shared.families import registry  # noqa: E402
+from tests.tools.convert.conftest import write_hf  # noqa: E402
+
+KEPT = ("config.json", "model.safetensors")
+SMALL = {"hidden_size": 16, "ffn_hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 4}
+
+
+def main(python: str) -> None:
+    """Write both directories of each family; what is there already stops it."""
+    for family in ("llama", "qwen3"):
+        place = ROOT / "tests" / "golden" / "megatron-bridge" / family
+        place.mkdir(parents=True)
+        size = registry.sizes()["tiny" if family == "llama" else f"{family}-tiny"]
+        write_hf(place / "hf", replace(size, **SMALL, num_layers=2, vocab_size=259, tied_embeddings=False))
+        for path in (place / "hf").iterdir():
+            if path.name not in KEPT:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        worker = ROOT / "tests" / "tools" / "convert" / "bridge_worker.py"
+        # Bridge writes the name of its source down: a name that is true on any machine.
+        subprocess.run([python, worker, "import", "hf", "megatron"], cwd=place, check=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
