@@ -196,6 +196,10 @@ def _check_copy(copy: TensorInfo, embedding: TensorInfo) -> None:
 def _check_arguments(ranks: Ranks, a: Architecture, directory: Path) -> None:
     """What shapes do not tell, the run's arguments do: heads above all."""
     told = ranks.arguments
+    if a.delta or (a.qk_norm and a.qk_norm_scope == "each_head"):
+        raise UserError(
+            f"{directory}: files of ranks with gated delta nets or norms of each head are not read; save as torch_dist"
+        )
     if ranks.version not in (0, 1, 2, 3):
         raise UserError(f"{directory}: checkpoint_version is {ranks.version}; rows of versions 0, 1, 2 and 3 are known")
     if ranks.version < 2 and a.num_query_groups != a.num_attention_heads:
