@@ -105,10 +105,6 @@ def test_a_prompt_that_does_not_fit_is_named(launcher, models, tmp_path):
         ({"architectures": ["WaterwheelForCausalLM"]}, "WaterwheelForCausalLM"),
         ({"architectures": ["YiForCausalLM"], "model_type": "Yi"}, "then `convert to-hf --family llama`"),
         ({"head_dim": 16}, "no attention for heads of 16, only 32"),
-        (
-            {f"linear_{name}": 32 for name in ("key_head_dim", "value_head_dim", "num_value_heads")},
-            "delta nets in bf16 only",
-        ),
         ({"architectures": ["InternLM2ForCausalLM"], "bias": True}, "ignores bias = True of config.json"),
     ],
 )
@@ -125,3 +121,18 @@ def test_what_vllm_lacks_is_named(launcher, models, tmp_path, change, says):
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_delta_nets_are_of_bf16_only_without_a_gpu(launcher, models, tmp_path):
+    source = tmp_path / "model"
+    source.mkdir()
+    for file in models("llama").iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    config = json.loads((source / "config.json").read_text())
+    config |= {f"linear_{name}": 32 for name in ("key_head_dim", "value_head_dim", "num_value_heads")}
+    (source / "config.json").write_text(json.dumps(config))
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "x"}])
+    words = ("generate", "--source", source, "--prompts", prompts, "--target", tmp_path / "out", "--precision", "fp32")
+    done = launcher(*words)
+    assert done.code == 2
+    assert "gated delta nets in bf16 only; give --precision bf16" in done.stderr
