@@ -176,6 +176,18 @@ def _forget_groups() -> None:
         torch.distributed.destroy_process_group()
 
 
+def leave() -> None:
+    """Leave a world of several processes together, when the work is done.
+
+    A process that ends amid its groups' threads may abort. A world of one stays, for whoever initialises it anew.
+    """
+    if torch.distributed.get_world_size() == 1:
+        return
+    torch.distributed.barrier()
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
 def data_parallel_size() -> int:
     """Replicas of the model in the world."""
     return parallel_state.get_data_parallel_world_size()

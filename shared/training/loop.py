@@ -108,10 +108,12 @@ def train(run: Run) -> None:
             state.save(directory.begin(step), model, optimizer, step=step)
             directory.commit(step, facts=recorder.facts(step), finished=finished, keep=config.keep)
         if stopping and not finished:
+            parallel.leave()
             raise Interrupted(
                 f"stopped by a signal after update {step}, which is saved; the same command goes on from it"
             )
     directory.close()
+    parallel.leave()
 
 
 def model_overrides(config: TrainingConfig) -> dict[str, Any]:
