@@ -30,6 +30,14 @@ REFERENCES = Path(__file__).parents[2] / "references"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modelling-code-")
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
+# Of families, the sizes that are small enough to run; FAMILIES chooses some while one family is worked on.
+CHOSEN = os.environ.get("FAMILIES", "").split()
+SIZES = {
+    name: replace(size, vocab_size=509)  # padded, on every layout
+    for name, size in registry.sizes().items()
+    if "tiny" in name and (not CHOSEN or size.family in CHOSEN)
+}
+
 TINY = replace(registry.sizes()["tiny"], vocab_size=259, rope_theta=50_000.0)  # 259: padded on every layout
 LLAMA3 = RopeScaling(kind="llama3", factor=8.0, original_length=64)
 
@@ -148,6 +156,22 @@ def make_hf(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(params=list(VARIANTS))
 def variant(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_sizes() -> dict[str, Architecture]:
+    return SIZES
+
+
+@pytest.fixture(params=list(SIZES))
+def size(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def remote_code() -> Callable[[Architecture], list[str]]:
+    """`verify`'s flag for families that transformers lacks."""
+    return lambda a: ["--trust-remote-code"] if registry.FAMILIES[a.family].remote else []
 
 
 @pytest.fixture(scope="session")
