@@ -1,4 +1,7 @@
-"""OPT and Galactica: learned positions whose table starts two rows early, ReLU or GELU."""
+"""OPT and Galactica: learned positions whose table starts two rows early, ReLU or GELU.
+
+The 350M model is of its own: norms of each sum, none behind the last, and a table of half the hidden size.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,14 @@ from shared.model.architecture import Architecture
 _NAMES = Names(
     prefix="model.",
     embedding="model.decoder.embed_tokens",
+    embedding_projection="model.decoder.project_in",
+    output_projection="model.decoder.project_out",
     positions="model.decoder.embed_positions",
     layer="model.decoder.layers.{layer}.",
     attention_norm="self_attn_layer_norm",
     mlp_norm="final_layer_norm",
+    post_attention_norm="self_attn_layer_norm",
+    post_mlp_norm="final_layer_norm",
     proj="self_attn.out_proj",
     fc1=("fc1",),
     fc2="fc2",
@@ -28,16 +35,15 @@ _NAMES = Names(
 
 
 def read(fields: Fields) -> Architecture:
-    """The 350M model, with norms behind each block and a narrower embedding, is refused."""
-    fields.expect("do_layer_norm_before", True, why="norms behind the residual are not computed here")
+    before = fields.get("do_layer_norm_before", bool, True)
     fields.expect("layer_norm_elementwise_affine", True, why="norms without weights are not computed here")
-    fields.expect("_remove_final_layer_norm", False, why="the final norm is part of the family")
+    removed = fields.get("_remove_final_layer_norm", bool, False)
     fields.expect("learned_embeddings", True, why="positions are learned in this family")
     fields.expect("scale_embeddings", False, why="transformers computes none")
     fields.expect("layerdrop", 0, 0.0, why="layers are never dropped here")
-    fields.ignore("activation_dropout")  # read by no version of the model
+    fields.ignore("activation_dropout", "output_projection")  # read by no version of the model
     hidden, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
-    fields.expect("word_embed_proj_dim", hidden, why="projections around the embedding are not computed here")
+    columns = fields.get("word_embed_proj_dim", int, hidden)
     bias = fields.get("enable_bias", bool, True)
     return Architecture(
         family="opt",
@@ -51,6 +57,9 @@ def read(fields: Fields) -> Architecture:
         max_position_embeddings=fields.get("max_position_embeddings", int),
         norm="layernorm",
         norm_bias=True,
+        norm_placement="pre" if before else "sum",
+        final_norm=before and not removed,
+        embedding_size=None if columns == hidden else columns,
         norm_epsilon=1e-5,  # torch's default: the family has no field for it
         activation=activation(fields, "activation_function", GELU, "relu"),
         mlp_bias=bias,
@@ -69,7 +78,9 @@ def write(a: Architecture) -> dict[str, Any]:
     return {
         "num_hidden_layers": a.num_layers,
         "hidden_size": a.hidden_size,
-        "word_embed_proj_dim": a.hidden_size,
+        "word_embed_proj_dim": a.table_size,
+        "do_layer_norm_before": a.norm_placement == "pre",
+        "_remove_final_layer_norm": a.norm_placement == "pre" and not a.final_norm,
         "ffn_dim": a.ffn_hidden_size,
         "num_attention_heads": a.num_attention_heads,
         "vocab_size": a.vocab_size,
@@ -109,6 +120,16 @@ _OPT_1_3B = Architecture(
     hidden_dropout=0.1,
     tied_embeddings=True,
 )
+_OPT_350M = replace(
+    _OPT_1_3B,
+    hidden_size=1024,
+    ffn_hidden_size=4096,
+    num_attention_heads=16,
+    num_query_groups=16,
+    norm_placement="sum",
+    final_norm=False,
+    embedding_size=512,
+)
 _GALACTICA = replace(
     _OPT_1_3B,
     num_layers=32,
@@ -129,6 +150,7 @@ FAMILY = Family(
     write=write,
     sizes={
         "opt-tiny": tiny(_OPT_1_3B, num_query_groups=4, hidden_dropout=0.0),
+        "opt-350m-tiny": tiny(_OPT_350M, num_query_groups=4, embedding_size=32, hidden_dropout=0.0),
         "galactica-tiny": tiny(
             _GALACTICA,
             num_query_groups=4,
@@ -147,6 +169,7 @@ FAMILY = Family(
             num_attention_heads=12,
             num_query_groups=12,
         ),
+        "opt-350m": _OPT_350M,
         "opt-1.3b": _OPT_1_3B,
     },
 )

@@ -33,6 +33,8 @@ class Names:
     prefix: str = ""  # which files that were saved without the head lack
     embedding: str = "model.embed_tokens"
     embedding_norm: str = ""
+    embedding_projection: str = ""
+    output_projection: str = ""
     positions: str = ""
     layer: str = "model.layers.{layer}."
     attention_norm: str = "input_layernorm"
@@ -91,7 +93,7 @@ def decoder_table(a: Architecture, names: Names, further_asides: Iterable[Aside]
 
 def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
     hidden, ffn, q, kv = a.hidden_size, a.ffn_hidden_size, a.q_size, a.kv_size
-    vocabulary = PadRows(rows=a.padded_vocab_size())
+    vocabulary, table = PadRows(rows=a.padded_vocab_size()), a.table_size
     layers = "decoder.layers" if a.homogeneous else "decoder.layers.{layer}"
     attention, mlp = f"{layers}.self_attention", f"{layers}.mlp"
     attending = a.attention_layers if a.delta else None
@@ -157,13 +159,16 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
             yield from head_norm("q_layernorm", names.q_norm, "query_head", a.num_attention_heads)
             yield from head_norm("k_layernorm", names.k_norm, "key_head", a.num_query_groups)
 
-    yield whole("embedding.word_embeddings.weight", names.embedding, a.vocab_size, columns=hidden, layout=vocabulary)
+    yield whole("embedding.word_embeddings.weight", names.embedding, a.vocab_size, columns=table, layout=vocabulary)
+    if a.embedding_size is not None:
+        yield whole("embedding.projection.weight", names.embedding_projection, hidden, columns=table)
+        yield whole("output_projection.weight", names.output_projection, table, columns=hidden)
     if a.embedding_norm:
         yield from whole_norm("embedding.word_embeddings_layernorm", names.embedding_norm)
     if a.positions == "learned":
         yield whole("embedding.position_embeddings.weight", names.positions, a.learned_positions, columns=hidden)
 
-    if a.norm_placement != "post":
+    if a.norms_in_front:
         of_attention = f"{layers}.input_layernorm." if a.latent else f"{attention}.linear_qkv.layer_norm_"
         yield from norm(of_attention, names.attention_norm, of=attending)
     if latent := a.latent:
@@ -185,7 +190,7 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
     if a.norm_placement != "pre":
         yield from norm(f"{layers}.post_self_attn_layernorm.", names.post_attention_norm)
 
-    own_norm = a.norm_placement != "post" and a.residual != "parallel_shared"
+    own_norm = a.norms_in_front and a.residual != "parallel_shared"
     sparse = a.moe_layers
     dense = tuple(index for index in range(a.num_layers) if index not in sparse) if sparse else None
     if dense != ():
@@ -220,9 +225,10 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
     if a.norm_placement != "pre":
         yield from norm(f"{layers}.post_mlp_layernorm.", names.post_mlp_norm)
 
-    yield from whole_norm("decoder.final_layernorm", names.final_norm)
+    if a.final_norm:
+        yield from whole_norm("decoder.final_layernorm", names.final_norm)
     if not a.tied_embeddings:
-        yield whole("output_layer.weight", names.head, a.vocab_size, columns=hidden, layout=vocabulary)
+        yield whole("output_layer.weight", names.head, a.vocab_size, columns=table, layout=vocabulary)
     if a.output_bias:
         yield whole("output_layer.bias", names.head, a.vocab_size, kind="bias", layout=vocabulary)
 

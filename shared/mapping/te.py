@@ -1,7 +1,7 @@
 """The same table under TransformerEngine's names: Megatron-Core's keys renamed, one tensor for every layer.
 
     embedding.weight                                     final_norm.{weight,bias}
-    position_embedding.weight  embedding_norm.*          output_layer.{weight,bias}
+    position_embedding.weight  embedding_norm.*          output_layer.{weight,bias}  {input,output}_projection.weight
     layers.{i}.self_attention.layernorm_qkv.{layer_norm_weight,layer_norm_bias,weight,bias}   (qkv.* without a norm)
     layers.{i}.self_attention.{proj,q_norm,k_norm}.{weight,bias}
     layers.{i}.layernorm_mlp.{layer_norm_weight,layer_norm_bias,fc1_weight,fc1_bias,fc2_weight,fc2_bias}
@@ -26,6 +26,7 @@ _ENDS = {
     "embedding.word_embeddings.": "embedding.",
     "embedding.word_embeddings_layernorm.": "embedding_norm.",
     "embedding.position_embeddings.": "position_embedding.",
+    "embedding.projection.": "input_projection.",
     "decoder.final_layernorm.": "final_norm.",
 }
 _ATTENTION = {
@@ -91,7 +92,7 @@ def _modules(described: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _own_names(a: Architecture) -> dict[str, str]:
-    qkv = "self_attention.qkv." if a.norm_placement == "post" else "self_attention.layernorm_qkv."
+    qkv = "self_attention.layernorm_qkv." if a.norms_in_front else "self_attention.qkv."
     return {**_ATTENTION, "self_attention.linear_qkv.": qkv, **({} if limits(a).mlp else _MLP)}
 
 

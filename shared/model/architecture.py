@@ -146,9 +146,14 @@ class Architecture:
     norm: Literal["rmsnorm", "rmsnorm_1p", "layernorm"] = "rmsnorm"  # 1p: the weight is stored less one (Gemma)
     norm_bias: bool = False
     norm_epsilon: float
-    # pre: in front of attention and MLP. post: behind each, before the residual is added. sandwich: both.
-    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    norm_affine: bool = True  # norms have weights; without, those are one and biases zero
+    # pre: in front of attention and MLP. post: behind each, before the residual is added. sandwich: both. sum: behind
+    # each, of the sum with the residual (OPT 350M).
+    norm_placement: Literal["pre", "post", "sandwich", "sum"] = "pre"
+    final_norm: bool = True  # behind the last layer
     embedding_norm: bool = False  # a norm on the embedded tokens (BLOOM)
+    # Columns of the embedding and of the output layer, projected to and from the hidden size; None: they are as many.
+    embedding_size: int | None = None
     # sequential: the MLP reads what attention left. parallel: both read the layer's input, through a norm each.
     # parallel_shared: through one norm. normed: as sequential, but what is added to is what the norm made of it.
     residual: Residual = "sequential"
@@ -224,6 +229,10 @@ class Architecture:
             raise ValueError(f"rotary embedding is set, but positions are {self.positions}")
         if self.norm_bias and self.norm != "layernorm":
             raise ValueError(f"{self.norm} has no bias")
+        if not self.norm_affine and (not self.norm_bias or self.qk_norm):
+            raise ValueError("norms without weights, other than layer norms of hidden states, are not computed")
+        if self.embedding_size is not None and (self.embedding_norm or self.embedding_multiplier != 1.0):
+            raise ValueError("a norm or a multiplier of projected embeddings is not computed")
         if self.prefix:
             self._check_prefix(self.prefix)
         elif self.rotary_streams != 1:
@@ -297,6 +306,11 @@ class Architecture:
         return self.activation in ("swiglu", "geglu", "geglu_tanh", "quick_geglu")
 
     @property
+    def norms_in_front(self) -> bool:
+        """Whether attention and MLP each read what a norm made."""
+        return self.norm_placement in ("pre", "sandwich")
+
+    @property
     def moe_layers(self) -> tuple[int, ...]:
         """Layers that have experts."""
         if self.experts is None:
@@ -341,6 +355,11 @@ class Architecture:
         return self.num_attention_heads * (self.latent.v_head_dim if self.latent else self.head_dim)
 
     @property
+    def table_size(self) -> int:
+        """Columns of the embedding and of the output layer."""
+        return self.hidden_size if self.embedding_size is None else self.embedding_size
+
+    @property
     def learned_positions(self) -> int:
         """Rows of the table of learned positions."""
         return self.max_position_embeddings + self.learned_position_offset
@@ -352,7 +371,7 @@ class Architecture:
 
     def parameter_count(self, *, active: bool = False) -> int:
         """Number of weights, without vocabulary padding; `active` counts the experts that one token goes through."""
-        norm = self.hidden_size * (2 if self.norm_bias else 1)
+        norm = self.hidden_size * (2 if self.norm_bias else 1) * self.norm_affine
         per_layer = {"parallel_shared": 1}.get(self.residual, 4 if self.norm_placement == "sandwich" else 2)
         qkv = self.q_size * (2 if self.attention_gate else 1) + 2 * self.kv_size
         attention = self.hidden_size * (qkv + self.q_size)
@@ -365,7 +384,9 @@ class Architecture:
         mixers = len(self.attention_layers) * attention
         if self.delta:
             mixers += len(self.delta.layers) * self._delta_count(self.delta)
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        embeddings = self.vocab_size * self.table_size * (1 if self.tied_embeddings else 2)
+        if self.embedding_size is not None:
+            embeddings += 2 * self.embedding_size * self.hidden_size
         embeddings += self.vocab_size * self.output_bias + norm * self.embedding_norm
         if self.positions == "learned":
             embeddings += self.learned_positions * self.hidden_size
@@ -379,7 +400,7 @@ class Architecture:
             each += experts.correction_bias * experts.count + experts.shared_gate * self.hidden_size
             each += self._mlp_count(experts.shared_ffn_hidden_size or 0)
             mlps += len(self.moe_layers) * each
-        return self.num_layers * per_layer * norm + mixers + mlps + embeddings + norm
+        return self.num_layers * per_layer * norm + mixers + mlps + embeddings + norm * self.final_norm
 
     def _delta_count(self, delta: DeltaNet) -> int:
         projected = 2 * delta.key_size + 2 * delta.value_size + 2 * delta.value_heads

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from shared.model.architecture import Architecture
 from shared.model.norm import norm_of
@@ -38,19 +39,62 @@ def adapt_embedding(embedding: LanguageModelEmbedding, architecture: Architectur
         embedding.word_embeddings.register_forward_hook(multiply)
 
 
-def output_layer_with_bias(model: GPTModel) -> ColumnParallelLinear:
-    """An output layer as Megatron-Core's GPT has it, and a bias of the logits."""
+class Projection(torch.nn.Module):
+    """A linear layer without bias that every tensor-parallel process holds and computes whole."""
+
+    def __init__(self, columns: int, rows: int, config: TransformerConfig, *, sequence_parallel: bool) -> None:
+        """`sequence_parallel` says that processes have different positions, so that gradients are to be summed."""
+        super().__init__()
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.empty(rows, columns, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = sequence_parallel
+        if config.perform_initialization:
+            config.init_method(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., columns]` to `[..., rows]`."""
+        return torch.nn.functional.linear(x, self.weight)
+
+
+def narrow_embedding(embedding: LanguageModelEmbedding, columns: int) -> None:
+    """A table of that many columns, and a projection to the hidden size."""
+    config, scattered = embedding.config, embedding.reduce_scatter_embeddings
+    embedding.word_embeddings = VocabParallelEmbedding(
+        num_embeddings=embedding.vocab_size,
+        embedding_dim=columns,
+        init_method=config.embedding_init_method,
+        reduce_scatter_embeddings=scattered,
+        config=config,
+        tp_group=embedding.tp_group,
+    )
+    embedding.projection = Projection(columns, config.hidden_size, config, sequence_parallel=scattered)
+    embedding.word_embeddings.register_forward_hook(lambda module, inputs, output: embedding.projection(output))
+
+
+def narrow_output(model: GPTModel) -> None:
+    """Hidden states projected to what the output layer reads."""
+    config = model.config
+    model.output_projection = Projection(
+        config.hidden_size, model.output_layer.input_size, config, sequence_parallel=config.sequence_parallel
+    )
+    model.output_layer.register_forward_pre_hook(lambda module, inputs: (model.output_projection(inputs[0]),))
+
+
+def output_layer(model: GPTModel, architecture: Architecture) -> ColumnParallelLinear:
+    """An output layer as Megatron-Core's GPT has it, of the architecture's columns and with its bias of the logits."""
     layer = ColumnParallelLinear(
-        model.config.hidden_size,
+        architecture.table_size,
         model.vocab_size,
         config=model.config,
         init_method=model.config.init_method,
-        bias=True,
+        bias=architecture.output_bias,
         skip_bias_add=False,
         gather_output=not model.parallel_output,
+        skip_weight_param_allocation=model.pre_process and architecture.tied_embeddings,
         tp_group=model.pg_collection.tp,
     )
-    layer.weight.is_embedding_or_output_parameter = True
+    if layer.weight is not None:
+        layer.weight.is_embedding_or_output_parameter = True
     return layer
 
 

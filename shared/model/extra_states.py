@@ -34,7 +34,8 @@ def extra_states(architecture: Architecture) -> Iterator[str]:
         if sparse and experts:
             for module, expert in product(_EXPERT, range(experts.count)):
                 yield f"{prefix}.{module}._extra_state/{_shard([*index, expert], [*sizes, experts.count])}"
-    yield "decoder.final_layernorm._extra_state/shard_0_1"
+    if architecture.final_norm:
+        yield "decoder.final_layernorm._extra_state/shard_0_1"
 
 
 def _attention(architecture: Architecture, layer: int) -> list[str]:

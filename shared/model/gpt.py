@@ -19,7 +19,7 @@ from shared.device import prepare
 from shared.model.architecture import Activation, Architecture
 from shared.model.cross_entropy import vocab_parallel_cross_entropy
 from shared.model.delta_net import delta_config
-from shared.model.ends import adapt_embedding, adapt_output, output_layer_with_bias
+from shared.model.ends import adapt_embedding, adapt_output, narrow_embedding, narrow_output, output_layer
 from shared.model.experts import experts_config
 from shared.model.latent import latent_config
 from shared.model.parallel import ParallelLayout
@@ -78,12 +78,19 @@ class LanguageModel(GPTModel):
             self.rotary_pos_emb = PlacedRotation(architecture)
         elif architecture.positions == "rope" and not architecture.latent:
             self.rotary_pos_emb = Rotation(architecture)
+        narrow = architecture.embedding_size
         if self.pre_process:
+            if narrow is not None:
+                narrow_embedding(self.embedding, narrow)
             adapt_embedding(self.embedding, architecture)
         if self.post_process:
-            if architecture.output_bias:
-                self.output_layer = output_layer_with_bias(self)
+            if architecture.output_bias or narrow is not None:
+                self.output_layer = output_layer(self, architecture)
+            if narrow is not None:
+                narrow_output(self)
             adapt_output(self.output_layer, architecture)
+        if narrow is not None and (self.pre_process or self.post_process):
+            self.setup_embeddings_and_output_layer()  # again, for the new weights: both ends of a tied table do so
 
     def forward(
         self,

@@ -22,9 +22,9 @@ class JoinedLayer(TransformerLayer):
     """A layer of any residual and norm placement; Megatron-Core's modules, joined here.
 
     sequential: `h = i * x + m * post(attention(norm(x)))`, then `i * h + m * post(mlp(norm(h)))`, where norms and post
-    norms are there as the placement says, and `i` and `m` are the multipliers of the input and of what is added. normed:
-    the same with `i * norm(x)` and `i * norm(h)`. parallel: `x + attention(norm(x)) +
-    mlp(norm'(x))`, with `norm' = norm` for parallel_shared.
+    norms are there as the placement says, and `i` and `m` are the multipliers of the input and of what is added; norms
+    of the sum are `post(i * x + m * attention(x))`. normed: the same with `i * norm(x)` and `i * norm(h)`. parallel:
+    `x + attention(norm(x)) + mlp(norm'(x))`, with `norm' = norm` for parallel_shared.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class JoinedLayer(TransformerLayer):
     ) -> None:
         super().__init__(config, submodules, *args, **kwargs)
         self.residual_kind = architecture.residual
+        self.norm_of_sum = architecture.norm_placement == "sum"
         self.multiplier, self.input_multiplier = architecture.residual_multiplier, architecture.input_multiplier
         self.post_self_attn_layernorm: torch.nn.Module = torch.nn.Identity()
         self.post_mlp_layernorm: torch.nn.Module = torch.nn.Identity()
@@ -69,6 +70,8 @@ class JoinedLayer(TransformerLayer):
     def _add(
         self, output: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, norm: torch.nn.Module
     ) -> torch.Tensor:
+        if self.norm_of_sum:
+            return norm(self.input_multiplier * residual + self.multiplier * self._dropped(output))
         return self.input_multiplier * residual + self.multiplier * norm(self._dropped(output))
 
     def _dropped(self, output: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:

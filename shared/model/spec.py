@@ -38,12 +38,12 @@ def block_spec(architecture: Architecture, first_layer: int, num_layers: int) ->
     windowed = Rotation(architecture, windowed=True) if architecture.window_rope_theta is not None else None
     return TransformerBlockSubmodules(
         layer_specs=[_layer(architecture, layer, windowed if architecture.window(layer) else None) for layer in layers],
-        layer_norm=norm_of(architecture, checkpointed=True),
+        layer_norm=norm_of(architecture, checkpointed=True) if architecture.final_norm else None,
     )
 
 
 def _layer(architecture: Architecture, layer: int, rotation: Rotation | None) -> ModuleSpec:
-    norm = norm_of(architecture, checkpointed=False) if architecture.norm_placement != "post" else IdentityOp
+    norm = norm_of(architecture, checkpointed=False) if architecture.norms_in_front else IdentityOp
     own, sparse = has_own_layer(architecture), layer in architecture.moe_layers
     experts = architecture.experts if sparse else None
     delta = architecture.delta if layer not in architecture.attention_layers else None

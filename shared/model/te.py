@@ -34,7 +34,7 @@ _EXPRESSED = {
 _NOT_OF_LAYERS = {
     *("family", "initializer_range", "tied_embeddings", "embedding_norm", "prediction_layers", "embedding_multiplier"),
     *("learned_position_offset", "logit_multiplier", "logit_softcap", "output_bias", "embedding_dropout"),
-    "normalized_head",
+    *("normalized_head", "final_norm", "embedding_size"),
 }
 
 
@@ -73,7 +73,7 @@ def limits(a: Architecture) -> Limits:
     mlp = {
         "exact GELU, not TransformerEngine's by tanh": a.activation in ("gelu", "geglu"),
         f"activation {a.activation}": a.activation not in ("gelu", "geglu", *ACTIVATIONS),
-        "no norm in front of the MLP": a.norm_placement == "post",
+        "no norm in front of the MLP": not a.norms_in_front,
         "one norm for attention and MLP": a.residual == "parallel_shared",
     }
     layer = {
@@ -239,7 +239,7 @@ def _attention(a: Architecture, index: int) -> dict[str, Any]:
     return {
         **_common_attention(a, index),
         "attn_mask_type": "causal",
-        "input_layernorm": a.norm_placement != "post",
+        "input_layernorm": a.norms_in_front,
         "return_layernorm_output": a.residual == "parallel_shared",
         "bias": a.qkv_bias or a.attention_output_bias,
     }
