@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from shared.errors import UserError
 
@@ -56,6 +57,13 @@ def common(dtypes: Iterable[Dtype]) -> Dtype:
     if FP64 in distinct:
         return FP64
     return distinct.pop() if len(distinct) == 1 else FP32
+
+
+def number(value: Literal[0, 1], dtype: Dtype) -> bytes:
+    """One of a type's numbers."""
+    if dtype is BF16:
+        return struct.pack("<f", value)[2:]
+    return struct.pack({FP16: "<e", FP32: "<f", FP64: "<d"}[dtype], value)
 
 
 def to_float32(data: memoryview, dtype: Dtype) -> np.ndarray:

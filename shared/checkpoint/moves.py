@@ -48,13 +48,18 @@ class Constant:
 
 
 @dataclass(frozen=True, slots=True)
-class Zeros:
-    """Padding."""
+class Repeated:
+    """One number again and again."""
 
-    size: int
+    number: bytes
+    count: int
+
+    @property
+    def size(self) -> int:
+        return self.count * len(self.number)
 
     def fill(self, files: Files, out: memoryview) -> None:
-        out[:] = bytes(self.size)
+        out[:] = self.number * self.count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,10 +177,11 @@ def converted(move: Move, source: Dtype, target: Dtype) -> Move:
     return move if source is target else Converted(move=move, source=source, target=target)
 
 
-def zeros(size: int) -> Iterator[Move]:
-    """Padding in moves of at most a block."""
-    for start in range(0, size, blocks.BLOCK):
-        yield Zeros(min(blocks.BLOCK, size - start))
+def repeated(number: bytes, count: int) -> Iterator[Move]:
+    """One number so many times, in moves of at most a block."""
+    step = blocks.BLOCK // len(number)
+    for start in range(0, count, step):
+        yield Repeated(number, min(step, count - start))
 
 
 def windows(region: Matrix, row: int, rows: int, limit: int | None = None) -> Iterator[Window]:

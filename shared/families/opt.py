@@ -12,7 +12,7 @@ from shared.families.decoder import GELU, activation, gelu_name
 from shared.families.family import Family, tiny
 from shared.families.fields import Fields
 from shared.families.tensors import Names, decoder_table
-from shared.mapping.rule import Table
+from shared.mapping.rule import Aside, Table
 from shared.model.architecture import Architecture
 
 _NAMES = Names(
@@ -36,7 +36,6 @@ _NAMES = Names(
 
 def read(fields: Fields) -> Architecture:
     before = fields.get("do_layer_norm_before", bool, True)
-    fields.expect("layer_norm_elementwise_affine", True, why="norms without weights are not computed here")
     removed = fields.get("_remove_final_layer_norm", bool, False)
     fields.expect("learned_embeddings", True, why="positions are learned in this family")
     fields.expect("scale_embeddings", False, why="transformers computes none")
@@ -57,6 +56,7 @@ def read(fields: Fields) -> Architecture:
         max_position_embeddings=fields.get("max_position_embeddings", int),
         norm="layernorm",
         norm_bias=True,
+        norm_affine=fields.get("layer_norm_elementwise_affine", bool, True),
         norm_placement="pre" if before else "sum",
         final_norm=before and not removed,
         embedding_size=None if columns == hidden else columns,
@@ -87,6 +87,7 @@ def write(a: Architecture) -> dict[str, Any]:
         "max_position_embeddings": a.max_position_embeddings,
         "activation_function": gelu_name(a),
         "enable_bias": a.qkv_bias,
+        "layer_norm_elementwise_affine": a.norm_affine,
         "attention_dropout": a.attention_dropout,
         "dropout": a.hidden_dropout,
         "tie_word_embeddings": a.tied_embeddings,
@@ -95,7 +96,14 @@ def write(a: Architecture) -> dict[str, Any]:
 
 
 def table(a: Architecture) -> Table:
-    return decoder_table(a, _NAMES)
+    """Norms that files have though the model's have no weights are passed over, as transformers does."""
+    if a.norm_affine:
+        return decoder_table(a, _NAMES)
+    kinds = ("weight", "bias")
+    layers = [_NAMES.layer + name for name in (_NAMES.attention_norm, _NAMES.mlp_norm)]
+    unread = [Aside(name=f"{name}.{kind}") for name in layers for kind in kinds]
+    unread += [Aside(name=f"{_NAMES.final_norm}.{kind}", axes=()) for kind in kinds]
+    return decoder_table(a, _NAMES, unread)
 
 
 _OPT_1_3B = Architecture(
@@ -140,6 +148,18 @@ _GALACTICA = replace(
     activation="gelu",
     attention_dropout=0.1,
 )
+_GALACTICA_30B = replace(
+    _GALACTICA,
+    num_layers=48,
+    hidden_size=7168,
+    ffn_hidden_size=28_672,
+    num_attention_heads=56,
+    num_query_groups=56,
+    norm_affine=False,
+    qkv_bias=False,
+    attention_output_bias=False,
+    mlp_bias=False,
+)
 
 FAMILY = Family(
     name="opt",
@@ -152,15 +172,13 @@ FAMILY = Family(
         "opt-tiny": tiny(_OPT_1_3B, num_query_groups=4, hidden_dropout=0.0),
         "opt-350m-tiny": tiny(_OPT_350M, num_query_groups=4, embedding_size=32, hidden_dropout=0.0),
         "galactica-tiny": tiny(
-            _GALACTICA,
+            _GALACTICA_30B,
             num_query_groups=4,
             hidden_dropout=0.0,
             attention_dropout=0.0,
-            qkv_bias=False,
-            attention_output_bias=False,
-            mlp_bias=False,
         ),
         "galactica-6.7b": _GALACTICA,
+        "galactica-30b": _GALACTICA_30B,
         "opt-125m": replace(
             _OPT_1_3B,
             num_layers=12,

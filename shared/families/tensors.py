@@ -10,6 +10,8 @@ from shared.families.delta import delta_rules
 from shared.families.latent import latent_norms, latent_projections
 from shared.mapping.layout import (
     CONCAT,
+    COPY,
+    Constant,
     Deal,
     Exchanged,
     Gated,
@@ -126,14 +128,20 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
             rows_of = Transposed(rows=layout) if across else layout
             yield Rule(megatron=f"{key}.{kind}", axes=axes, layers=of, sources=tuple(sources), layout=rows_of)
 
+    def fixed(kind: str, size: int) -> Constant:
+        """What a norm has that has no weights: Megatron-Core's have them in any case."""
+        return Constant(shape=(size,), value=1 if kind == "weight" else 0)
+
     def norm(key: str, name: str, size: int = hidden, of: tuple[int, ...] | None = None) -> Iterator[Rule]:
         for kind in ("weight", "bias") if a.norm_bias else ("weight",):
+            rule = Rule(megatron=f"{key}{kind}", axes=("layer",), layers=of, sources=(), layout=fixed(kind, size))
             source = Source(name=f"{names.layer}{name}.{kind}", shape=(size,))
-            yield Rule(megatron=f"{key}{kind}", axes=("layer",), layers=of, sources=(source,))
+            yield replace(rule, sources=(source,), layout=COPY) if a.norm_affine else rule
 
     def whole_norm(key: str, name: str) -> Iterator[Rule]:
         for kind in ("weight", "bias") if a.norm_bias else ("weight",):
-            yield whole(f"{key}.{kind}", name, hidden, kind=kind)
+            rule = whole(f"{key}.{kind}", name, hidden, kind=kind)
+            yield rule if a.norm_affine else replace(rule, sources=(), layout=fixed(kind, hidden))
 
     def head_norm(key: str, name: str, axis: Axis, heads: int) -> Iterator[Rule]:
         """The norm of queries or of keys, whose weights are one for all heads, or `[heads, head_dim]` for each head."""

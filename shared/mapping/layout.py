@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 Shape = tuple[int, ...]
 PADDING = -1  # the source of rows of zeros
+ONES = -2  # and of rows of ones
 
 
 class LayoutError(ValueError):
@@ -23,7 +24,7 @@ class LayoutError(ValueError):
 class Segment:
     """`rows` rows that are contiguous in the target, and `step` apart in the source."""
 
-    source: int  # which of the rule's sources, or PADDING
+    source: int  # which of the rule's sources, or PADDING or ONES
     source_row: int
     target_row: int
     rows: int
@@ -218,16 +219,18 @@ class PadRows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Zeros:
-    """No source: a tensor that the target has to have, and whose numbers are all zero."""
+class Constant:
+    """No source: a tensor that the target has to have, and whose numbers are all the same."""
 
     shape: Shape
+    value: Literal[0, 1] = 0
 
     def target_shape(self, shapes: Sequence[Shape]) -> Shape:
         return self.shape
 
     def segments(self, shapes: Sequence[Shape]) -> tuple[Segment, ...]:
-        return (Segment(source=PADDING, source_row=0, target_row=0, rows=self.shape[0]),)
+        source = ONES if self.value else PADDING
+        return (Segment(source=source, source_row=0, target_row=0, rows=self.shape[0]),)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from shared.mapping.layout import COPY, PadRows, Shape, Zeros
+from shared.mapping.layout import COPY, Constant, PadRows, Shape
 from shared.mapping.rule import Rule, Table
 from shared.model.architecture import Architecture
 from shared.model.te import describe, extra_states, limits, parameters
@@ -76,7 +76,7 @@ def te_form(table: Table, a: Architecture) -> Form:
     absent = [name for name in wanted if name not in shapes]
     assert all(name.endswith("bias") for name in absent), f"weights that the model lacks: {absent[:3]}"
     rules = [replace(rule, less_one=False) for rule in renamed]
-    rules += [Rule(megatron=name, sources=(), layout=Zeros(shape=wanted[name])) for name in absent]
+    rules += [Rule(megatron=name, sources=(), layout=Constant(shape=wanted[name])) for name in absent]
     return Form(table=replace(table, rules=tuple(rules)), modules=modules, extra_states=tuple(states))
 
 

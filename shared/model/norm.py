@@ -73,6 +73,23 @@ class LayerNorm(PlainLayerNorm):
         self.bias = _parameter(config, (hidden_size,), 0.0)
 
 
+class FixedLayerNorm(torch.nn.Module):
+    """Layer normalisation whose weight is one and whose bias is zero for good (Galactica 30B).
+
+    They are buffers: kept in checkpoints, for loaders whose norms have weights, and never trained.
+    """
+
+    def __init__(self, *, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        for name, value in (("weight", 1.0), ("bias", 0.0)):
+            self.register_buffer(name, _parameter(config, (hidden_size,), value).data)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., hidden_size]` to the same shape and type."""
+        return torch.nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
 class _Checkpointed(torch.nn.Module):
     """A norm that is a checkpoint entry of its own: the final norm, and those of queries and keys.
 
@@ -102,6 +119,10 @@ class CheckpointedPlainLayerNorm(_Checkpointed, PlainLayerNorm):
 
 class CheckpointedLayerNorm(_Checkpointed, LayerNorm):
     """A layer norm that is a checkpoint entry of its own."""
+
+
+class CheckpointedFixedLayerNorm(_Checkpointed, FixedLayerNorm):
+    """A layer norm without weights that is a checkpoint entry of its own."""
 
 
 class ProjectionRMSNorm(_Checkpointed):
@@ -165,6 +186,8 @@ _NORMS: dict[str, tuple[type[torch.nn.Module], type[torch.nn.Module]]] = {
 
 def norm_of(architecture: Architecture, *, checkpointed: bool) -> Any:
     """The architecture's norm: a builder for a layer spec, of an entry of its own or of a part of a linear layer."""
+    if not architecture.norm_affine:
+        return (FixedLayerNorm, CheckpointedFixedLayerNorm)[checkpointed]
     kinds = (LayerNorm, CheckpointedLayerNorm) if architecture.norm_bias else _NORMS[architecture.norm]
     return kinds[checkpointed]
 

@@ -24,7 +24,16 @@ ACTIVATIONS: dict[Activation, str] = {"swiglu": "swiglu", "geglu_tanh": "geglu",
 
 # Fields of an Architecture that TransformerLayer has an argument or a call for, or that `limits` looks into.
 _EXPRESSED = {
-    *("norm", "norm_bias", "norm_epsilon", "norm_placement", "residual", "residual_multiplier", "hidden_dropout"),
+    *(
+        "norm",
+        "norm_bias",
+        "norm_affine",
+        "norm_epsilon",
+        "norm_placement",
+        "residual",
+        "residual_multiplier",
+        "hidden_dropout",
+    ),
     *("activation", "mlp_bias", "experts", "positions", "rope_theta", "rope_scaling", "window_rope_theta"),
     *("rotary_dim", "rotary_interleaved", "layers_without_rope", "latent", "qkv_bias", "attention_output_bias"),
     *("qk_norm", "qk_norm_scope", "attention_scale", "attention_softcap", "attention_dropout"),

@@ -30,10 +30,10 @@ from tools.convert.transfer import (
     Export,
     FormReader,
     changes_types,
+    constant_checks,
     layout_export,
     named,
     plan_export,
-    zero_checks,
 )
 
 DtypeFlag = Literal["bf16", "fp16", "fp32"]
@@ -72,7 +72,7 @@ def run(
             log(f"{named(list(plan.asides))}: as the original checkpoint had them, whatever was trained since")
 
         def checks(sources: frozenset[Path]) -> list[Task]:
-            once = zero_checks(plan, reader) if shard is None or shard.index == 1 else []
+            once = constant_checks(plan, reader) if shard is None or shard.index == 1 else []
             if isinstance(reader, MegatronLmReader) and (shard is None or shard.index == 1):
                 once += reader.checks()
             return [*content_checks(checkpoint, sources, flag="--source"), *once]

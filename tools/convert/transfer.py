@@ -6,6 +6,7 @@ once and each Hugging Face byte read once, in blocks, so that memory does not gr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,10 +16,10 @@ from pathlib import Path
 
 from shared.checkpoint import blocks
 from shared.checkpoint.blocks import Files
-from shared.checkpoint.dtypes import BF16, FP32, FP64, Dtype, common, weight_dtype
+from shared.checkpoint.dtypes import BF16, FP32, FP64, Dtype, common, number, weight_dtype
 from shared.checkpoint.execute import Task
 from shared.checkpoint.hf import HfReader, WeightLayout, default_layout, weight_files
-from shared.checkpoint.moves import Added, Move, NewFile, Part, converted, stream, turned, windows, zeros
+from shared.checkpoint.moves import Added, Move, NewFile, Part, converted, repeated, stream, turned, windows
 from shared.checkpoint.packed import Half, Packed, Weight, repacked, weights_of
 from shared.checkpoint.region import EveryNth, Gathered, Matrix, Rows
 from shared.checkpoint.safetensors_file import TensorInfo
@@ -27,7 +28,7 @@ from shared.checkpoint.torch_dist import NOT_WEIGHTS, TorchDistReader
 from shared.checkpoint.torch_dist_writer import CHUNK_BYTES, TorchDistLayout
 from shared.errors import UserError
 from shared.mapping.account import Account, account_sources, account_targets
-from shared.mapping.layout import PADDING, Segment, Shape, of_source, of_target
+from shared.mapping.layout import ONES, PADDING, Segment, Shape, of_source, of_target
 from shared.mapping.quantization import Quantization
 from shared.mapping.rule import Entry, Table
 from shared.model.architecture import Architecture
@@ -61,9 +62,10 @@ def plan_import(reader: HfReader, architecture: Architecture, table: Table) -> I
         for source in entry.sources:
             tensor = reader.weights[source.name]
             kinds.setdefault(entry.key, set()).add(weight_dtype(tensor.dtype, source.name, tensor.place))
+    most = Counter(kind for found in kinds.values() for kind in found).most_common(1)[0][0]
     for entry in account.entries:
-        if not entry.sources:  # a bias that the model lacks, beside a weight that it has
-            kinds[entry.key] = kinds[entry.key.removesuffix("bias") + "weight"]
+        if not entry.sources:  # which the model lacks, perhaps beside a weight that it has
+            kinds[entry.key] = kinds.get(entry.key.removesuffix("bias") + "weight", {most})
     return Import(
         architecture=architecture,
         account=account,
@@ -96,6 +98,8 @@ def layout_import(plan: Import, reader: HfReader) -> TorchDistLayout:
         layout.declare(entry.key, plan.dtypes[entry.key], entry.global_shape)
 
     def place(entry: Entry) -> tuple[str, int]:
+        if not entry.sources:
+            return "", 0
         first = reader.weights[entry.sources[0].name].tensor
         return str(first.file), first.start
 
@@ -148,10 +152,10 @@ COMMON = {
 
 def target_moves(entry: Entry, dtype: Dtype, reader: HfReader, first: int, count: int) -> Iterator[Move]:
     """What makes rows of a Megatron tensor's slice, from its sources."""
-    row_bytes = prod(entry.shape[1:]) * dtype.size
     for segment in of_target(entry.segments, first, count):
-        if segment.source == PADDING:
-            yield from zeros(segment.rows * row_bytes)
+        if segment.source in (PADDING, ONES):
+            filler = number(1 if segment.source == ONES else 0, dtype)
+            yield from repeated(filler, segment.rows * prod(entry.shape[1:]))
             continue
         source = entry.sources[segment.source]
         tensor = reader.weights[source.name].at(source.index)
@@ -184,7 +188,7 @@ class Export:
     origin: dict[str, list[tuple[Entry, int]]]  # Hugging Face name -> the slices it is in, and as which source
     asides: dict[str, Weight]  # tensors that are no weights, kept in a file of their own
     packed: dict[str, tuple[Packed, Half]]  # tensors that a weight is to be stored as, in place of its numbers
-    zeros: tuple[str, ...]  # tensors of the form that the model has none of
+    constants: tuple[Entry, ...]  # tensors of the form that the model has none of
     rounded: tuple[str, ...]  # tensors that are written in a narrower type than they are held in
 
     @property
@@ -274,7 +278,7 @@ def plan_export(
         origin=origin,
         asides=kept,
         packed=packed,
-        zeros=tuple(entry.key for entry in entries if not entry.sources),
+        constants=tuple(entry for entry in entries if not entry.sources),
         rounded=rounded,
     )
 
@@ -387,17 +391,25 @@ def packed_rows(plan: Export, reader: FormReader, name: str) -> Iterator[memoryv
             yield from stream((converted(m, held, BF16) for m in windows(numbers, 0, numbers.rows, limit)), files)
 
 
-def zero_checks(plan: Export, reader: FormReader) -> list[Task]:
-    """Reads of what the form holds though the model has none; each raises UserError where it is not zero."""
-    return [partial(_check_zero, reader, key) for key in plan.zeros]
+def constant_checks(plan: Export, reader: FormReader) -> list[Task]:
+    """Reads of what the form holds though the model has none; each raises UserError where it is not as it was added."""
+    return [partial(_check_constant, reader, entry) for entry in plan.constants]
 
 
-def _check_zero(reader: FormReader, key: str) -> None:
-    tensor = reader.tensors[key]
-    if any(any(block) for block in reader.rows(key, (), 0, tensor.shape[0])):
-        raise UserError(
-            f"{tensor.place}: {key} is not zero, and this family has no such bias: it would be lost; train with it frozen at zero"
-        )
+def _check_constant(reader: FormReader, entry: Entry) -> None:
+    if what := changed_constant(reader, entry):
+        place = reader.tensors[entry.key].place
+        raise UserError(f"{place}: {what}, and this model has none: it would be lost; train with it frozen")
+
+
+def changed_constant(reader: FormReader, entry: Entry) -> str | None:
+    """What to say of a tensor that the model has none of, where its numbers are not those that stand for nothing."""
+    ones = entry.segments[0].source == ONES
+    unit = number(1 if ones else 0, reader.tensors[entry.key].dtype)
+    for block in reader.rows(entry.key, entry.index, 0, entry.shape[0]):
+        if block != unit * (len(block) // len(unit)):
+            return f"{entry.key} is not {'one' if ones else 'zero'}"
+    return None
 
 
 def source_rows(plan: Export, reader: FormReader, tensor: TensorInfo) -> Iterator[memoryview]:

@@ -25,7 +25,7 @@ from shared.mapping.quantization import quantization_of
 from shared.mapping.te import te_form
 from tools.convert.remote import remote_class
 from tools.convert.to_hf import open_export
-from tools.convert.transfer import Export, FormReader, packed_rows, source_rows
+from tools.convert.transfer import Export, FormReader, changed_constant, packed_rows, source_rows
 
 MAX_DIFFERENCES = 20  # named in the certificate
 LOGITS_NEED = {"torch": "torch", "transformers": "transformers", "megatron.core": "megatron-core"}
@@ -247,10 +247,10 @@ def _aligned(left: Iterator[memoryview], right: Iterator[memoryview]) -> Iterato
 
 
 def _check_added(held: FormReader, plan: Export, findings: Findings) -> None:
-    """Zero in what a conversion wrote: rows beyond the vocabulary, and biases that the model does not have."""
-    for key in plan.zeros:
-        if any(any(block) for block in held.rows(key, (), 0, held.tensors[key].shape[0])):
-            findings.differences.append(f"{key} is not zero, though the model has none")
+    """What a conversion wrote: rows beyond the vocabulary, and biases and norms that the model does not have."""
+    for entry in plan.constants:
+        if what := changed_constant(held, entry):
+            findings.differences.append(f"{what}, though the model has none")
     for entry in {entry.key: entry for parts in plan.origin.values() for entry, _ in parts if entry.padded}.values():
         kept = entry.sources[0].shape[0]
         rows = held.tensors[entry.key].shape[0] - kept

@@ -211,7 +211,6 @@ def test_models_with_images_are_refused_with_the_way_to_their_text() -> None:
             {"original_max_position_embeddings": 64},
             "original_max_position_embeddings 64 contradicts",
         ),
-        ("galactica-tiny", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine"),  # 30B on
         ("glm4-moe-tiny", {"num_mtp_layers": 3}, "num_nextn_predict_layers 1 contradicts num_mtp_layers 3"),
         ("cohere2-tiny", {"layer_switch": 3}, "layer_switch"),
         ("gemma3-tiny", {"rope_local_base_freq": 5.0}, "rope_local_base_freq 5.0 contradicts"),
