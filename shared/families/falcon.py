@@ -5,12 +5,13 @@ Falcon RW has them one after the other, biases, and ALiBi.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from shared.families.decoder import GELU, activation, gelu_name
 from shared.families.family import Family, tiny
-from shared.families.fields import Fields, rope_fields
+from shared.families.fields import Fields, renamed, rope_fields
 from shared.families.tensors import Names, decoder_table
 from shared.mapping.rule import Table
 from shared.model.architecture import Architecture, Residual
@@ -28,6 +29,15 @@ _NAMES = Names(
 )
 
 
+def today(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `RefinedWebModel` (7B, RW), and of `RefinedWeb` (40B), whose own code knew the new decoder only."""
+    names = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_head_kv": "num_kv_heads"}
+    found = renamed(config, names | {"n_embed": "hidden_size"})
+    if config.get("model_type") == "RefinedWeb":
+        found.setdefault("new_decoder_architecture", True)
+    return found
+
+
 def read(fields: Fields) -> Architecture:
     """The new decoder (40B on) has several key/value heads and, unless told otherwise, two norms."""
     fields.expect("apply_residual_connection_post_layernorm", False, why="the residual is the layer's input")
@@ -35,8 +45,7 @@ def read(fields: Fields) -> Architecture:
         fields.expect(name, 0, 0.0, why="train without dropout, or set it to 0.0")
     fields.ignore("parallel_attn", "multi_query", "num_ln_in_parallel_attn", "num_kv_heads", "ff_factor")
     alibi = fields.get("alibi", bool, False)
-    hidden = fields.get("hidden_size", int) if fields.has("hidden_size") else fields.get("n_embed", int)
-    heads = fields.get("num_attention_heads", int)
+    hidden, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
     positions = fields.get("max_position_embeddings", int, 2048)
     theta, scaling = fields.rope(10_000.0, positions)
     new = fields.get("new_decoder_architecture", bool, False)
@@ -166,6 +175,9 @@ FAMILY = Family(
     name="falcon",
     title="Falcon 7B, 11B, 40B, 180B, RW",
     hf_class="FalconForCausalLM",
+    other_classes=("RWForCausalLM",),  # as the first models were published
+    model_types=("falcon", "RefinedWebModel", "RefinedWeb"),
+    today=today,
     read=read,
     table=table,
     write=write,

@@ -23,6 +23,8 @@ class Family:
     model_types: tuple[str, ...] = ()  # as configurations say it, what is written first; empty: the name
     # Where several families share a model_type: whether a configuration is this one's.
     claims: Callable[[Mapping[str, Any]], bool] = lambda config: True
+    # The first uploads' spelling of a configuration in today's, where they differ.
+    today: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: config
     read: Callable[[Fields], Architecture]
     table: Callable[[Architecture], Table]
     write: Callable[[Architecture], dict[str, Any]]  # the family's own fields of a new config.json

@@ -22,6 +22,16 @@ _HARMLESS = """
 HARMLESS = frozenset(_HARMLESS.split())
 
 
+def renamed(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A configuration whose fields are called otherwise, `{old: new}`; UserError where both are there and disagree."""
+    result = dict(config)
+    for old, new in names.items():
+        value = result.pop(old, None)
+        if value is not None and result.setdefault(new, value) != value:
+            raise UserError(f"config.json: {old} {value!r} contradicts {new} {result[new]!r}; keep the right one")
+    return result
+
+
 class Fields:
     """A config.json whose reader must name every field it does not read."""
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from shared.families.decoder import common_fields, table, written_fields
 from shared.families.family import Family
-from shared.families.fields import Fields
+from shared.families.fields import Fields, renamed
 from shared.model.architecture import Architecture, RopeScaling
+
+
+def today(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the first uploads, from before transformers had the class."""
+    return renamed(config, {"max_sequence_length": "max_position_embeddings"})
 
 
 def read(fields: Fields) -> Architecture:
@@ -77,6 +83,8 @@ FAMILY = Family(
     name="llama",
     title="LLaMA 1, 2, 3.x, CodeLLaMA, Yi, DeepSeek v1, Falcon 3",
     hf_class="LlamaForCausalLM",
+    other_classes=("LLaMAForCausalLM",),  # as the first models were published
+    today=today,
     read=read,
     table=table,
     write=write,

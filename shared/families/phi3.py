@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,15 @@ from shared.mapping.rule import Table
 from shared.model.architecture import Architecture, RopeScaling
 
 _NAMES = Names(qkv=("self_attn.qkv_proj",), fc1=("mlp.gate_up_proj",))
+
+
+def today(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`su` is what the first uploads call longrope."""
+    scaling = config.get("rope_scaling")
+    if not isinstance(scaling, dict):
+        return config
+    kinds = {name: "longrope" for name in ("type", "rope_type") if scaling.get(name) == "su"}
+    return {**config, "rope_scaling": scaling | kinds}
 
 
 def read(fields: Fields) -> Architecture:
@@ -75,6 +85,7 @@ FAMILY = Family(
     name="phi3",
     title="Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
     hf_class="Phi3ForCausalLM",
+    today=today,
     read=read,
     table=table,
     write=write,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from shared.families.family import Family, tiny
-from shared.families.fields import Fields
+from shared.families.fields import Fields, renamed
 from shared.families.tensors import Names, decoder_table
 from shared.mapping.rule import Table
 from shared.model.architecture import Architecture
@@ -26,9 +27,26 @@ _NAMES = Names(
 
 # Of precision, of the programs that run the model, and of the one that trained it.
 _OTHERS = """
-    bf16 fp16 fp32 onnx_safe padded_vocab_size params_dtype scale_attn_weights softmax_in_fp32 tokenizer_type
+    bf16 bias_dropout_fusion fp16 fp32 onnx_safe params_dtype resid_pdrop scale_attn_weights softmax_in_fp32 tokenizer_type
     use_cache_kernel use_cache_quantization use_flash_attn
 """
+_FIRST = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+    "ffn_hidden_size": "intermediate_size",
+    "embd_pdrop": "emb_dropout_prob",
+    "attn_pdrop": "attn_dropout_prob",
+}
+
+
+def today(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of Qwen-7B as it came out, whose code had other defaults as well."""
+    if "n_embd" not in config:
+        return config
+    defaults = {"use_dynamic_ntk": False, "use_logn_attn": False, "layer_norm_epsilon": 1e-5}
+    return defaults | renamed(config, _FIRST)
 
 
 def read(fields: Fields) -> Architecture:
@@ -40,6 +58,11 @@ def read(fields: Fields) -> Architecture:
     """
     fields.expect("quantization_config", why="the weights are quantised; fetch the unquantised model")
     fields.ignore(*_OTHERS.split())
+    fields.expect("pos_emb", "rotary", why="positions are rotary")
+    fields.expect("activation", "swiglu", why="the MLP is a SwiGLU")
+    fields.expect("apply_residual_connection_post_layernorm", False, why="the residual is the layer's input")
+    vocabulary = fields.get("vocab_size", int)
+    fields.expect("padded_vocab_size", vocabulary, why=f"vocab_size says {vocabulary}")
     hidden, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
     fields.expect("kv_channels", hidden // heads, why="heads are hidden_size / num_attention_heads wide")
     theta, fraction = fields.get("rotary_emb_base", float, 10_000.0), fields.get("rotary_pct", float, 1.0)
@@ -56,7 +79,7 @@ def read(fields: Fields) -> Architecture:
         num_attention_heads=heads,
         num_query_groups=heads,
         head_dim=hidden // heads,
-        vocab_size=fields.get("vocab_size", int),
+        vocab_size=vocabulary,
         max_position_embeddings=min(trained, positions) if any(by_length) else positions,
         norm_epsilon=fields.get("layer_norm_epsilon", float, 1e-6),
         mlp_bias=bias,
@@ -119,6 +142,7 @@ FAMILY = Family(
     title="Qwen 1",
     hf_class="QWenLMHeadModel",
     remote=True,
+    today=today,
     read=read,
     table=table,
     write=write,

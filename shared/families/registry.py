@@ -121,7 +121,10 @@ def sizes() -> dict[str, Architecture]:
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config.json; UserError names the nearest one that is supported."""
+    classes = config.get("architectures")
     name = config.get("model_type")
+    if name is None and classes:  # as first published, with code of their own, by some
+        name = next((f.model_types[0] for f in FAMILIES.values() if classes == [f.hf_class]), None)
     if why := _WHOLES.get(str(name)):
         raise UserError(f"config.json: model_type {name!r} is not a supported family: {why}")
     types = [kind for family in FAMILIES.values() for kind in family.model_types]
@@ -138,7 +141,6 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f"config.json: this model of model_type {name} is none of {', '.join(family.title for family in named)}"
         )
     (family,) = found
-    classes = config.get("architectures")
     if classes and classes not in [[name] for name in family.classes]:
         raise UserError(f"config.json: architectures {classes} is not supported; wanted: {family.hf_class}")
     return family
@@ -152,7 +154,8 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
     """
     family = family_of(config)
     quantization_of(config)  # says how weights are stored, not what is computed: known, or refused
-    given = Fields({name: value for name, value in config.items() if name != "quantization_config"})
+    today = family.today(config)
+    given = Fields({name: value for name, value in today.items() if name != "quantization_config"})
     try:
         architecture = family.read(given)
     except UserError:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from shared.families.decoder import common_fields, written_fields
 from shared.families.family import Family, tiny
-from shared.families.fields import Fields
+from shared.families.fields import Fields, renamed
 from shared.families.tensors import Names, decoder_table
 from shared.mapping.rule import Table
 from shared.model.architecture import Architecture
@@ -15,9 +16,16 @@ from shared.model.architecture import Architecture
 _NAMES = Names(q_norm="self_attn.q_layernorm.norms.{query_head}", k_norm="self_attn.k_layernorm.norms.{key_head}")
 
 
+def today(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `stablelm_epoch`, the first uploads' own code."""
+    names = {"norm_eps": "layer_norm_eps", "rope_pct": "partial_rotary_factor", "num_heads": "num_attention_heads"}
+    return renamed(config, names)
+
+
 def read(fields: Fields) -> Architecture:
     """With `use_parallel_residual` attention and MLP share one norm."""
     fields.expect("hidden_dropout", 0, 0.0, why="train without dropout, or set it to 0.0")
+    fields.expect("rotary_scaling_factor", 1, 1.0, why="angles are not scaled")
     parallel = fields.get("use_parallel_residual", bool, False)
     normed = fields.get("qk_layernorm", bool, False)
     return Architecture(
@@ -78,6 +86,9 @@ FAMILY = Family(
     name="stablelm",
     title="StableLM 3B, StableLM 2 1.6B and 12B",
     hf_class="StableLmForCausalLM",
+    other_classes=("StableLMEpochForCausalLM",),  # as the first models were published
+    model_types=("stablelm", "stablelm_epoch"),
+    today=today,
     read=read,
     table=table,
     write=write,

@@ -179,8 +179,9 @@ def _plain(source: Path, **options: Any) -> Any:
 
 
 def _known(config: dict[str, Any]) -> tuple[Any, Any]:
-    """transformers' class and configuration, which is published under a model_type it does not know by some."""
+    """transformers' class and configuration, which some publish in a spelling that it does not know."""
     import transformers
 
-    kind = getattr(transformers, registry.family_of(config).hf_class)
-    return kind, kind.config_class.from_dict({**config, "model_type": kind.config_class.model_type})
+    family = registry.family_of(config)
+    kind = getattr(transformers, family.hf_class)
+    return kind, kind.config_class.from_dict({**family.today(config), "model_type": kind.config_class.model_type})
