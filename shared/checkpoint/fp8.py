@@ -1,8 +1,9 @@
 """E4M3 numbers in blocks that share a scale: to bf16 and back.
 
 A code stands for sign, 4 bits of exponent (bias 7) and 3 of mantissa; 0x7f and 0xff are NaN, and there is no infinity
-(Micikevicius et al., 2022). A weight is its code's number times the block's fp32 scale, a product in fp32 rounded once
-to bf16, as DeepSeek's and transformers' own programs do.
+(Micikevicius et al., 2022). A weight is its code's number times the block's scale, a product in fp32 rounded once
+to bf16, as DeepSeek's and transformers' own programs do. Scales are fp32, bf16, or E8M0: an exponent alone, of 8 bits
+and bias 127, where 0xff is NaN (OCP Microscaling Formats, 1.0).
 
 Back: a block whose every number is what some code times the block's old scale gives, keeps that scale, and so gets its
 codes. That finds the codes it was made of: two neighbouring numbers of E4M3 are at least 2^-4 of the larger one apart,
@@ -16,13 +17,16 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
-from shared.checkpoint.dtypes import BF16, from_float32, to_float32
+from shared.checkpoint.dtypes import BF16, BY_SAFETENSORS, from_float32, to_float32
 
 if TYPE_CHECKING:
     import numpy as np
 
 LARGEST = 448.0
+E8M0 = "F8_E8M0"
+SCALE_TYPES = ("F32", "BF16", E8M0)
 _SMALLEST_NORMAL = 2.0**-6
+_SMALLEST_SCALE = 2.0**-126  # fp32's smallest normal number
 
 
 class NotFiniteError(ValueError):
@@ -40,6 +44,27 @@ def numbers() -> np.ndarray:
     value = np.where(exponent == 0, mantissa * 2.0**-9, normal).astype(np.float32)
     value[code & 0x7F == 0x7F] = np.nan
     return np.copysign(value, np.where(code & 0x80, np.float32(-1), np.float32(1)))
+
+
+def read_scales(data: memoryview, dtype: str) -> np.ndarray:
+    """Scales of a type, by its safetensors name, as float32: exact."""
+    import numpy as np
+
+    if dtype != E8M0:
+        return to_float32(data, BY_SAFETENSORS[dtype])
+    codes = np.frombuffer(data, dtype=np.uint8)
+    return np.where(codes == 0xFF, np.float32(np.nan), np.ldexp(np.float32(1), codes.astype(np.int32) - 127))
+
+
+def write_scales(scales: np.ndarray, dtype: str) -> memoryview:
+    """The same backwards; those of E8M0 are powers of two."""
+    import numpy as np
+
+    if dtype != E8M0:
+        return from_float32(scales, BY_SAFETENSORS[dtype])
+    mantissas, exponents = np.frexp(scales)
+    assert (mantissas == 0.5).all(), "scales of E8M0 are powers of two"
+    return memoryview((exponents + 126).astype(np.uint8))
 
 
 def products(scales: np.ndarray) -> np.ndarray:
@@ -96,7 +121,7 @@ def requantize(values: np.ndarray, scale: np.float32, *, powers_of_two: bool) ->
     largest = np.abs(values).max()
     if not np.isfinite(largest):
         raise NotFiniteError
-    new = np.float32(largest / np.float32(LARGEST)) if largest else np.float32(1)
+    new = np.maximum(largest / np.float32(LARGEST), _SMALLEST_SCALE) if largest else np.float32(1)
     if powers_of_two:
         mantissa, exponent = np.frexp(new)
         new = np.float32(np.ldexp(1.0, int(exponent) - (mantissa == 0.5)))

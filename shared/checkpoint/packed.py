@@ -10,21 +10,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from shared.checkpoint import blocks, fp8, mxfp4
 from shared.checkpoint.blocks import Files
-from shared.checkpoint.dtypes import BF16, BY_SAFETENSORS, Dtype, from_float32, to_float32
+from shared.checkpoint.dtypes import BF16, Dtype, to_float32
 from shared.checkpoint.region import Matrix, Region, region_of
 from shared.checkpoint.safetensors_file import TensorInfo
 from shared.errors import UserError
 from shared.mapping.layout import Shape
 from shared.mapping.quantization import Fp8Blocks, Mxfp4, Quantization
 
+if TYPE_CHECKING:
+    import numpy as np
+
 Half = Literal["codes", "scales"]
 _BLOCKS = "_blocks"
 _AT_ONCE = 1 << 13  # groups; making codes of them holds several copies
-_SCALE_TYPES = ("F32", "BF16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,7 @@ class Packed:
             rows=self.shape[0],
             width=self.shape[1] * BF16.size,
             codes=region_of(self.codes),
-            scales=_Scales(region=region_of(self.scales), dtype=BY_SAFETENSORS[self.scales.dtype]),
+            scales=_Scales(tensor=self.scales),
             block=self.form.block,
         )
 
@@ -198,8 +200,9 @@ def _packed(form: Quantization | None, codes: TensorInfo, tensors: Mapping[str, 
     scales = tensors.get(name)
     if scales is None:
         raise UserError(f"{codes.place}: {codes.name} is {codes.dtype}, and {name} is missing; fetch the model again")
-    if scales.dtype not in _SCALE_TYPES:
-        raise UserError(f"{scales.place}: {name} is {scales.dtype}; scales of {' or '.join(_SCALE_TYPES)} are wanted")
+    if scales.dtype not in fp8.SCALE_TYPES:
+        known = " or ".join(fp8.SCALE_TYPES)
+        raise UserError(f"{scales.place}: {name} is {scales.dtype}; scales of {known} are wanted")
     wanted = tuple(-(-size // block) for size, block in zip(codes.shape, form.block, strict=True))
     if scales.shape != wanted:
         raise UserError(
@@ -213,14 +216,19 @@ def _packed(form: Quantization | None, codes: TensorInfo, tensors: Mapping[str, 
 class _Scales:
     """A matrix of scales."""
 
-    region: Region
-    dtype: Dtype
+    tensor: TensorInfo
 
-    def row(self, files: Files, row: int) -> memoryview:
-        """One row as float32."""
-        data = memoryview(bytearray(self.region.width))
-        self.region.read(files, row, 1, 0, self.region.width, data)
-        return memoryview(to_float32(data, self.dtype))
+    def row(self, files: Files, row: int) -> np.ndarray:
+        """One row as float32; UserError for NaN, of which no codes could be made again."""
+        import numpy as np
+
+        region = region_of(self.tensor)
+        data = memoryview(bytearray(region.width))
+        region.read(files, row, 1, 0, region.width, data)
+        scales = fp8.read_scales(data, self.tensor.dtype)
+        if np.isnan(scales).any():
+            raise UserError(f"{self.tensor.place}: {self.tensor.name} holds NaN in row {row}; fetch the model again")
+        return scales
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -246,7 +254,7 @@ class _Decoded:
         for band in range(row // high, -(-(row + rows) // high)):
             top, bottom = max(band * high - row, 0), min((band + 1) * high - row, rows)
             start, stop = first // wide, -(-(first + columns) // wide)
-            scales = np.asarray(self.scales.row(files, band))[start:stop]
+            scales = self.scales.row(files, band)[start:stop]
             for number, products in enumerate(fp8.products(scales), start):
                 at = slice(max(number * wide - first, 0), (number + 1) * wide - first)
                 result[top:bottom, at] = products[codes[top:bottom, at]]
@@ -349,9 +357,9 @@ class Repacked:
         import numpy as np
 
         packed, (high, wide) = self.packed, self._block
-        even = isinstance(packed.form, Fp8Blocks) and packed.form.powers_of_two
-        dtype = BY_SAFETENSORS[packed.scales.dtype]
-        old = np.asarray(_Scales(region=region_of(packed.scales), dtype=dtype).row(files, self.band))
+        assert isinstance(packed.form, Fp8Blocks)
+        even = packed.form.powers_of_two or packed.scales.dtype == fp8.E8M0
+        old = _Scales(tensor=packed.scales).row(files, self.band)
         new, rows, columns = np.empty_like(old), self._rows, packed.shape[1]
         held = np.empty((rows, columns * self.held.size), dtype=np.uint8)
         self.numbers.read(files, self.band * high, rows, 0, self.numbers.width, memoryview(held).cast("B"))
@@ -367,7 +375,7 @@ class Repacked:
             if codes is not None:
                 codes[:, at] = made
         if self.half == "scales":
-            out[:] = from_float32(new, dtype)
+            out[:] = fp8.write_scales(new, packed.scales.dtype)
 
 
 def _not_finite(packed: Packed) -> UserError:

@@ -100,6 +100,39 @@ def test_powers_of_two_stay_what_they_are() -> None:
     assert fp8.requantize(values, np.float32(1), powers_of_two=True)[1] == np.float32(1 / 64)
 
 
+def test_scales_of_an_exponent_alone_are_torchs() -> None:
+    exact = CODES.view(torch.float8_e8m0fnu).double().numpy()
+    found = fp8.read_scales(memoryview(CODES.numpy()), fp8.E8M0)
+    assert found.dtype == np.float32
+    assert np.array_equal(found.astype(np.float64), exact, equal_nan=True)
+    assert np.isnan(exact).nonzero()[0].tolist() == [255]
+    assert np.isnan(found[255])
+    assert bytes(fp8.write_scales(found[:255], fp8.E8M0)) == bytes(range(255))
+    assert found[0] == 2.0**-127  # which fp32 has as a subnormal number
+
+
+def test_numbers_with_such_scales_are_exact() -> None:
+    """In float64, for every code and every scale whose products bf16 has normal numbers for."""
+    exponents = np.arange(10, 246, dtype=np.uint8)
+    some = fp8.read_scales(memoryview(exponents), fp8.E8M0)
+    exact = (
+        CODES.view(torch.float8_e4m3fn).double()
+        * torch.from_numpy(exponents).view(torch.float8_e8m0fnu).double()[:, None]
+    )
+    ours = to_float32(memoryview(fp8.products(some)), BF16).reshape(-1, 256).astype(np.float64)
+    assert np.array_equal(ours, exact.numpy(), equal_nan=True)
+
+
+@pytest.mark.parametrize("powers_of_two", [False, True])
+def test_a_block_of_the_smallest_numbers_has_a_scale(powers_of_two: bool) -> None:
+    values = np.array([[1e-44, -1e-40]], dtype=np.float32)
+    codes, scale = fp8.requantize(values, np.float32(0.5), powers_of_two=powers_of_two)
+    assert scale == 2.0**-126
+    assert np.array_equal(
+        codes, (torch.from_numpy(values) / float(scale)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    )
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_changed_block_must_be_finite(bad: float) -> None:
     values = np.array([[1.1, bad]], dtype=np.float32)

@@ -41,7 +41,9 @@ def as_fp8(path: Path, scale_type: torch.dtype = torch.float32, *, powers_of_two
         rows, columns = (-(-size // block) for size, block in zip(weight.shape, BLOCK, strict=True))
         generator = torch.Generator().manual_seed(len(name))
         scales = (torch.rand(rows, columns, generator=generator) + 0.5) / 100
-        if powers_of_two:
+        if scale_type == torch.float8_e8m0fnu:
+            scales = 2.0 ** torch.randint(-9, -4, (rows, columns), generator=generator)
+        elif powers_of_two:
             scales = torch.full_like(scales, 2.0 ** math.ceil(math.log2(weight.float().abs().max() / 448)))
         scales = scales.to(scale_type)
         wide = spread(scales.float(), weight.shape)
@@ -50,7 +52,7 @@ def as_fp8(path: Path, scale_type: torch.dtype = torch.float32, *, powers_of_two
         plain[name] = (codes.float() * wide).bfloat16()
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     config = json.loads((path / "config.json").read_text())
-    form = FP8 | ({"scale_fmt": "ue8m0"} if powers_of_two else {})
+    form = FP8 | ({"scale_fmt": "ue8m0"} if powers_of_two or scale_type == torch.float8_e8m0fnu else {})
     (path / "config.json").write_text(json.dumps(config | {"quantization_config": form}))
     return plain
 
@@ -88,7 +90,9 @@ def done(answer: Any) -> str:
     return str(answer.err)
 
 
-@pytest.mark.parametrize("scale_type", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "scale_type", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu], ids=["fp32", "bf16", "e8m0"]
+)
 def test_fp8_there_and_back(source: Path, convert: Any, tmp_path: Path, scale_type: torch.dtype) -> None:
     plain = as_fp8(source, scale_type)
     assert len(plain) > 40
@@ -112,6 +116,17 @@ def test_fp8_there_and_back(source: Path, convert: Any, tmp_path: Path, scale_ty
     done(convert("to-hf", "--source", target, "--target", again, "--quantized"))
     for name in ("model.safetensors", "config.json"):
         assert (again / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_scales_that_are_nan_are_reported(source: Path, convert: Any, tmp_path: Path) -> None:
+    as_fp8(source, torch.float8_e8m0fnu)
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.1.self_attn.o_proj.weight_scale_inv"
+    tensors[name].view(torch.uint8)[1, 0] = 0xFF
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    answer = convert("to-megatron", "--source", source, "--target", tmp_path / "megatron")
+    assert (answer.code, f"model.safetensors: {name} holds NaN in row 1" in answer.err) == (2, True), answer.err
+    assert not (tmp_path / "megatron").exists()
 
 
 def test_fp8_there_and_back_by_transformer_engines_form(source: Path, convert: Any, tmp_path: Path) -> None:
@@ -190,15 +205,16 @@ def test_halves_of_mxfp4_are_asked_for(grouped: tuple[Path, Weights], convert: A
         assert (answer.code, words in answer.err) == (2, True), answer.err
 
 
-def test_changed_blocks_get_new_scales(source: Path, convert: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scale_type", [torch.float32, torch.float8_e8m0fnu], ids=["fp32", "e8m0"])
+def test_changed_blocks_get_new_scales(source: Path, convert: Any, tmp_path: Path, scale_type: torch.dtype) -> None:
     """Back through a Megatron directory in which one number has changed."""
-    as_fp8(source)
+    as_fp8(source, scale_type)
     plain, changed, target = (tmp_path / name for name in ("plain", "changed", "megatron"))
     done(convert("to-megatron", "--source", source, "--target", target))
     done(convert("to-hf", "--source", target, "--target", plain))
     name = "model.layers.0.mlp.gate_proj.weight"
     tensors, stored = load_file(plain / "model.safetensors"), load_file(source / "model.safetensors")
-    tensors[name][BLOCK[0] + 1, BLOCK[1] + 2] *= 1.07  # which is not on the grid
+    tensors[name][BLOCK[0] + 1, BLOCK[1] + 2] = 1.07 * 2**5  # which is not on the grid
     save_file(tensors, plain / "model.safetensors", {"format": "pt"})
     (plain / "manifest.json").unlink()
     done(convert("to-megatron", "--source", plain, "--target", changed))
@@ -210,10 +226,11 @@ def test_changed_blocks_get_new_scales(source: Path, convert: Any, tmp_path: Pat
     assert found.keys() == stored.keys()
     different = {n for n in found if not torch.equal(found[n].view(torch.uint8), stored[n].view(torch.uint8))}
     assert different == {name, f"{name}_scale_inv"}
-    scales, before = found[f"{name}_scale_inv"], stored[f"{name}_scale_inv"]
+    scales, before = found[f"{name}_scale_inv"].float(), stored[f"{name}_scale_inv"].float()
     assert (scales != before).nonzero().tolist() == [[1, 1]]
     block = tensors[name][BLOCK[0] : 2 * BLOCK[0], BLOCK[1] :].float()
-    assert scales[1, 1] == block.abs().max() / 448
+    wanted = float(block.abs().max() / 448)
+    assert scales[1, 1] == (wanted if scale_type == torch.float32 else 2.0 ** math.ceil(math.log2(wanted)))
     codes = (block / scales[1, 1]).to(torch.float8_e4m3fn)
     assert torch.equal(found[name][BLOCK[0] : 2 * BLOCK[0], BLOCK[1] :].view(torch.uint8), codes.view(torch.uint8))
     answer = convert("verify", "--source", source, "--target", target, "--no-logits")
