@@ -11,15 +11,23 @@ from shared.model.architecture import RopeScaling
 # Fields of any model that say nothing of its arithmetic: the tokenizer's, generation's, the library's bookkeeping.
 _HARMLESS = """
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
-    _from_model_config _name_or_path
-    architectures attn_implementation auto_map bos_token_id chunk_size_feed_forward decoder_start_token_id dtype
+    _flash_attn_2_enabled _from_model_config _name_or_path _num_labels
+    architectures attn_implementation auto_map bos_token_id chunk_size_feed_forward custom_pipelines
+    decoder_start_token_id dtype
     eos_token_id finetuning_task id2label is_decoder is_encoder_decoder keys_to_ignore_at_inference label2id
     model_type name_or_path output_attentions output_hidden_states output_router_logits pad_token_id prefix
     pretraining_tp problem_type return_dict return_dict_in_generate sep_token_id task_specific_params
     tokenizer_class torch_dtype torchscript transformers_version unk_token_id unsloth_fixed unsloth_version
     use_bfloat16 use_cache use_return_dict
 """
-HARMLESS = frozenset(_HARMLESS.split())
+# How text is generated, which releases of transformers before 4.39 wrote here as well.
+_GENERATION = """
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length max_new_tokens
+    min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
+    repetition_penalty suppress_tokens temperature top_k top_p typical_p
+"""
+HARMLESS = frozenset(_HARMLESS.split() + _GENERATION.split())
 
 
 def renamed(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -80,7 +88,7 @@ class Fields:
     def finish(self, family: str) -> None:
         """Refuse what nobody read: a field that changes the model must not be lost on the way."""
         for name, value in self._config.items():
-            if name in self._read or name in HARMLESS or value is None or value is False:
+            if name in self._read or name in HARMLESS or value in (None, {}, []) or value is False:
                 continue
             raise UserError(
                 f"config.json: {name} = {value!r} is not a field of family {family} and would be ignored; "
@@ -151,6 +159,7 @@ _LONGROPE = {"short_factor", "long_factor"}
 _PLAIN = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 _LLAMA3 = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 _YARN = {"factor", "original_max_position_embeddings"}
+_YARN_UNREAD = {"finetuned"}  # of the code that came with the first models, which reads it for dynamic scaling only
 _YARN_OPTIONS = {"beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"}
 
 
@@ -182,7 +191,7 @@ def _scaling(
         raise UserError(f"config.json: {field} of type {kind!r} is not supported; supported: {known}")
     allowed = needed | {"original_max_position_embeddings"}  # written, never read, for default, linear and dynamic
     if kind == "yarn":
-        allowed = allowed | _YARN_OPTIONS
+        allowed = allowed | _YARN_OPTIONS | _YARN_UNREAD
     if kind == "longrope":
         allowed = allowed | {"factor", "attention_factor"}
     if missing := needed - {name for name in given if given[name] is not None}:

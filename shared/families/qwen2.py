@@ -8,12 +8,12 @@ from typing import Any
 from shared.families.decoder import common_fields, table, written_fields
 from shared.families.family import Family, tiny
 from shared.families.fields import Fields
-from shared.families.windows import optional_window_fields, written_optional_window_fields
+from shared.families.windows import chunked_positions, optional_window_fields, written_optional_window_fields
 from shared.model.architecture import Architecture
 
 
 def read(fields: Fields) -> Architecture:
-    common = common_fields(fields)
+    common = chunked_positions(fields, common_fields(fields))
     windows = optional_window_fields(fields, common["num_layers"], range(fields.get("max_window_layers", int, 28)))
     return Architecture(family="qwen2", qkv_bias=True, **common, **windows)
 

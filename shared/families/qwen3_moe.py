@@ -10,14 +10,17 @@ from shared.families.decoder import common_fields, table, written_fields
 from shared.families.experts import dense_layers, expert_count, written_dense_layers
 from shared.families.family import Family
 from shared.families.fields import Fields
-from shared.families.windows import optional_window_fields, written_optional_window_fields
+from shared.families.windows import chunked_positions, optional_window_fields, written_optional_window_fields
 from shared.model.architecture import Architecture, Experts
 
 
 def read(fields: Fields) -> Architecture:
     bias = fields.get("attention_bias", bool, False)
-    common = common_fields(fields)
+    common = chunked_positions(fields, common_fields(fields))
     fields.ignore("max_window_layers")
+    fields.expect("qkv_bias", False, why="attention_bias decides it")
+    fields.expect("use_qk_norm", True, why="this family has norms of queries and keys")
+    fields.expect("shared_expert_intermediate_size", 0, why="this family has no shared experts")
     windows = optional_window_fields(fields, common["num_layers"], ())
     if windows.get("full_attention_layers"):
         raise UserError("config.json: layer_types: transformers gives all layers of this family the sliding window")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from shared.errors import UserError
@@ -36,6 +36,20 @@ def written_window_fields(a: Architecture) -> dict[str, Any]:
     """The same backwards."""
     kinds = ["full" if a.window(layer) is None else "sliding" for layer in range(a.num_layers)]
     return {"sliding_window": a.sliding_window, "layer_types": [f"{kind}_attention" for kind in kinds]}
+
+
+def chunked_positions(fields: Fields, common: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of an Architecture, of a model that ends where dual chunk attention (Qwen's of 1M tokens) begins to differ.
+
+    Tokens see those of their own chunk as ever, and those of others at other distances: within the first of them it is
+    plain attention, which transformers computes however long a sequence is.
+    """
+    given = fields.optional("dual_chunk_attention_config", dict)
+    if given is None:
+        return dict(common)
+    chunk = Fields(given)
+    first = chunk.get("chunk_size", int) - chunk.get("local_size", int)
+    return {**common, "max_position_embeddings": min(common["max_position_embeddings"], first)}
 
 
 def optional_window_fields(fields: Fields, num_layers: int, full: Iterable[int]) -> dict[str, Any]:

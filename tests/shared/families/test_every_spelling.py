@@ -181,3 +181,62 @@ def test_longrope_by_its_first_name() -> None:
 def test_what_cannot_be_read_right_is_refused_by_name(config: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         registry.from_config(config)
+
+
+# As a release of transformers that wrote everything it knew of wrote it; found in files of Kimi K2, among others.
+_ALL = {
+    **{
+        "bad_words_ids": None,
+        "begin_suppress_tokens": None,
+        "cross_attention_hidden_size": None,
+        "diversity_penalty": 0.0,
+    },
+    **{"do_sample": False, "early_stopping": False, "encoder_no_repeat_ngram_size": 0, "length_penalty": 1.0},
+    **{"max_length": 20, "min_length": 0, "no_repeat_ngram_size": 0, "num_beam_groups": 1, "num_beams": 1},
+    **{"num_return_sequences": 1, "output_scores": False, "pruned_heads": {}, "repetition_penalty": 1.0},
+    **{"temperature": 1.0, "tf_legacy_loss": False, "tie_encoder_decoder": False, "top_k": 50, "top_p": 1.0},
+    **{"typical_p": 1.0, "add_cross_attention": False, "exponential_decay_length_penalty": None},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "further"),
+    [
+        ("Kimi-K2-Instruct", _ALL),
+        ("gpt2", _ALL | {"_num_labels": 1}),  # distilgpt2
+        ("pythia-1.4b", {"custom_pipelines": {"text-generation": {"impl": "a.b", "pt": "c"}}}),  # Dolly
+        ("Llama-2-7b-hf", {"_flash_attn_2_enabled": True}),
+    ],
+)
+def test_fields_that_change_nothing(name: str, further: dict[str, Any]) -> None:
+    config = published(name)
+    assert registry.from_config(config | further) == registry.from_config(config)
+
+
+def test_heads_that_were_pruned_are_refused() -> None:
+    with pytest.raises(UserError, match="pruned_heads = {'0': \\[1\\]}"):
+        registry.from_config(published("gpt2") | {"pruned_heads": {"0": [1]}})
+
+
+def test_yarn_of_models_whose_code_says_more() -> None:
+    """Yarn-Llama-2: transformers passes over the flag, too."""
+    yarn = {"factor": 16.0, "original_max_position_embeddings": 4096, "type": "yarn"}
+    config = published("Llama-2-7b-hf")
+    plain = registry.from_config(config | {"rope_scaling": yarn})
+    assert registry.from_config(config | {"rope_scaling": yarn | {"finetuned": True}}) == plain
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Qwen3-30B-A3B"])
+def test_models_end_where_dual_chunk_attention_begins(name: str) -> None:
+    config = published(name) | {"max_position_embeddings": 1_010_000}
+    chunks = {"chunk_size": 262_144, "local_size": 8192, "original_max_position_embeddings": 262_144}
+    found = registry.from_config(config | {"dual_chunk_attention_config": chunks})
+    assert found == replace(registry.from_config(config), max_position_embeddings=262_144 - 8192)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("use_qk_norm", False), ("shared_expert_intermediate_size", 8), ("qkv_bias", True)]
+)
+def test_what_qwen3_coder_says_is_so(field: str, value: Any) -> None:
+    with pytest.raises(UserError, match=field):
+        registry.from_config(published("Qwen3-Coder-30B-A3B-Instruct") | {field: value})
