@@ -54,7 +54,7 @@ def read(fields: Fields) -> Architecture:
         input_multiplier=_INPUT_MULTIPLIER,
         activation="gelu_tanh",
         mlp_bias=True,
-        rotary_streams=2,
+        position_streams=2,
         rotary_fp16=True,
         prefix=Prefix(
             start_token=fields.get("bos_token_id", int),
@@ -106,7 +106,7 @@ _CHATGLM_6B = Architecture(
     input_multiplier=_INPUT_MULTIPLIER,
     activation="gelu_tanh",
     mlp_bias=True,
-    rotary_streams=2,
+    position_streams=2,
     rotary_fp16=True,
     prefix=Prefix(start_token=130_004, blank_tokens=(130_001, 130_000)),
     qkv_bias=True,

@@ -38,6 +38,7 @@ class Names:
     embedding_projection: str = ""
     output_projection: str = ""
     positions: str = ""
+    filling_positions: str = ""  # of places in what fills a blank
     layer: str = "model.layers.{layer}."
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
@@ -174,7 +175,10 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
     if a.embedding_norm:
         yield from whole_norm("embedding.word_embeddings_layernorm", names.embedding_norm)
     if a.positions == "learned":
-        yield whole("embedding.position_embeddings.weight", names.positions, a.learned_positions, columns=hidden)
+        tables = {"": names.positions} | ({"filling.": names.filling_positions} if a.position_streams > 1 else {})
+        for part, name in tables.items():
+            key = f"embedding.position_embeddings.{part}weight"
+            yield whole(key, name, a.learned_positions, columns=hidden)
 
     if a.norms_in_front:
         of_attention = f"{layers}.input_layernorm." if a.latent else f"{attention}.linear_qkv.layer_norm_"

@@ -109,14 +109,16 @@ class Prefix:
     """A row is a text with a blank, then what fills it (Du et al., 2022): tokens before the first `start_token` see
     each other, those from it on see them and the past.
 
-    The blank is at the first of `blank_tokens` that the row has. Tokens before the start are at their place in the
-    text, those from it on at the blank's, and how far they are into what fills it, from 1, is their second position; that
-    of the others is 0. Behind a blank of `counted_tokens` places count on.
+    The blank is at the first of `blank_tokens` that the row has, or with `earliest` at the first place in the text of any
+    of them. Tokens before the start are at their place in the text, those from it on at the blank's, and how far they are
+    into what fills it, from 1, is their second position; that of the others is 0. Behind a blank of `counted_tokens`
+    places count on.
     """
 
     start_token: int
     blank_tokens: tuple[int, ...]
     counted_tokens: tuple[int, ...] = ()
+    earliest: bool = False
 
 
 Activation = Literal["swiglu", "geglu", "geglu_tanh", "quick_geglu", "gelu", "gelu_tanh", "relu"]
@@ -166,6 +168,9 @@ class Architecture:
     prediction_layers: int = 0  # behind the last, for tokens further ahead; without effect on the model's answer
 
     positions: Literal["rope", "learned", "alibi"] = "rope"
+    # 2: by the place in the text, and by that in what fills its blank: half of each head is rotated by each, or there is
+    # a table of each, and what both say of a token is added
+    position_streams: Literal[1, 2] = 1
     # rounded: products of slopes and positions in bf16, times the scale of the scores (Falcon RW)
     alibi: Literal["exact", "rounded"] = "exact"
     learned_position_offset: int = 0  # rows of the table before position 0 (OPT)
@@ -173,7 +178,6 @@ class Architecture:
     rope_scaling: RopeScaling | None = None
     window_rope_theta: float | None = None  # of layers with a sliding window, which are not stretched; None: as others
     rotary_dim: int | None = None  # leading elements of each head that are rotated; None: all of them
-    rotary_streams: Literal[1, 2] = 1  # 2: half of each head by the place in the text, half by that in the blank
     rotary_fp16: bool = False  # the frequencies are rounded to fp16
     rotary_interleaved: bool = False  # pairs are neighbours (GPT-J, GLM), not elements half a head apart
     layers_without_rope: tuple[int, ...] = ()  # by index from 0
@@ -235,7 +239,7 @@ class Architecture:
             raise ValueError("a norm or a multiplier of projected embeddings is not computed")
         if self.prefix:
             self._check_prefix(self.prefix)
-        elif self.rotary_streams != 1:
+        elif self.position_streams != 1:
             raise ValueError("two streams of positions need a blank that is filled")
         if self.input_multiplier != 1.0 and self.residual not in ("sequential", "normed"):
             raise ValueError(f"a multiplied input of a {self.residual} residual is not computed")
@@ -279,12 +283,16 @@ class Architecture:
         tokens = (prefix.start_token, *prefix.blank_tokens)
         if not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
             raise ValueError(f"there is no token {max(tokens)}: the vocabulary has {self.vocab_size}")
-        if self.positions != "rope" or self.latent or self.sliding_window or self.rope_scaling:
-            raise ValueError("a blank that is filled, with positions other than plain rotary ones, is not computed")
+        if self.positions == "alibi" or self.latent or self.sliding_window or self.rope_scaling:
+            raise ValueError("a blank that is filled, with ALiBi, windows or stretched positions, is not computed")
+        if self.positions == "learned":
+            if self.position_streams == 1 or self.learned_position_offset:
+                raise ValueError("a blank that is filled, with one table of learned positions, is not computed")
+            return
         if self.rotary_dim or self.rotary_interleaved or self.layers_without_rope:
             raise ValueError("a blank that is filled, with heads rotated in part or by neighbours, is not computed")
-        if self.head_dim % (2 * self.rotary_streams):
-            raise ValueError(f"{self.rotary_streams} rotations of heads of {self.head_dim} elements are impossible")
+        if self.head_dim % (2 * self.position_streams):
+            raise ValueError(f"{self.position_streams} rotations of heads of {self.head_dim} elements are impossible")
 
     def _check_latent(self, latent: LatentAttention) -> None:
         if latent.qk_nope_head_dim + latent.qk_rope_head_dim != self.head_dim:
@@ -361,8 +369,8 @@ class Architecture:
 
     @property
     def learned_positions(self) -> int:
-        """Rows of the table of learned positions."""
-        return self.max_position_embeddings + self.learned_position_offset
+        """Rows of the table of learned positions, and of the second where there is one, which counts from 1."""
+        return self.max_position_embeddings + self.learned_position_offset + (self.position_streams > 1)
 
     def padded_vocab_size(self, tensor_parallel: int = 1) -> int:
         """Rows of the embedding in Megatron form: a multiple of 128 on every tensor-parallel rank."""
@@ -389,7 +397,7 @@ class Architecture:
             embeddings += 2 * self.embedding_size * self.hidden_size
         embeddings += self.vocab_size * self.output_bias + norm * self.embedding_norm
         if self.positions == "learned":
-            embeddings += self.learned_positions * self.hidden_size
+            embeddings += self.position_streams * self.learned_positions * self.hidden_size
         mlps = (self.num_layers - len(self.moe_layers)) * self._mlp_count(self.ffn_hidden_size)
         if experts := self.experts:
             used = experts.top_k if active else experts.count

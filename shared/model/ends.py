@@ -17,9 +17,29 @@ from shared.model.architecture import Architecture
 from shared.model.norm import norm_of
 
 
+class FilledPositions(torch.nn.Embedding):
+    """A table for places in a text and one for those in what fills its blank, `filling` (GLM); Megatron-Core has one."""
+
+    def __init__(self, rows: int, hidden_size: int) -> None:
+        super().__init__(rows, hidden_size)
+        self.filling = torch.nn.Embedding(rows, hidden_size)
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        """`[2, batch, sequence]` to the sum of both tables' vectors, `[batch, sequence, hidden]`."""
+        text, filling = positions
+        result: torch.Tensor = super().forward(text) + self.filling(filling)
+        return result
+
+
 def adapt_embedding(embedding: LanguageModelEmbedding, architecture: Architecture) -> None:
-    """The architecture's norm, multiplier and dropout of embedded tokens."""
+    """The architecture's positions, and its norm, multiplier and dropout of embedded tokens."""
     embedding.embedding_dropout.p = architecture.embedding_dropout
+    if architecture.positions == "learned" and architecture.position_streams > 1:
+        config = embedding.config
+        embedding.position_embeddings = FilledPositions(architecture.learned_positions, config.hidden_size)
+        if config.perform_initialization:
+            for table in embedding.position_embeddings.parameters():
+                config.embedding_init_method(table)
     if architecture.positions == "learned":  # Megatron-Core makes this table, alone, in fp32 whatever the type
         embedding.position_embeddings.to(embedding.config.params_dtype)
     if architecture.embedding_norm:

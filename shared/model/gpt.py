@@ -61,6 +61,7 @@ class LanguageModel(GPTModel):
 
     def __init__(self, architecture: Architecture, config: TransformerConfig, vp_stage: int | None) -> None:
         num_layers = get_num_layers_to_build(config, vp_stage)
+        placed = architecture.prefix and architecture.positions == "rope"
         super().__init__(
             config=config,
             transformer_layer_spec=block_spec(architecture, get_transformer_layer_offset(config, vp_stage), num_layers),
@@ -69,12 +70,12 @@ class LanguageModel(GPTModel):
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             share_embeddings_and_output_weights=architecture.tied_embeddings,
-            # Of several streams of positions: the one kind that hands the positions on.
-            position_embedding_type="mrope" if architecture.prefix else _POSITIONS[architecture.positions],
+            # Of positions that tokens say: the one kind of rotation that hands them on.
+            position_embedding_type="mrope" if placed else _POSITIONS[architecture.positions],
             vp_stage=vp_stage,
         )
         self.architecture = architecture
-        if architecture.prefix:
+        if placed:
             self.rotary_pos_emb = PlacedRotation(architecture)
         elif architecture.positions == "rope" and not architecture.latent:
             self.rotary_pos_emb = Rotation(architecture)
@@ -103,8 +104,8 @@ class LanguageModel(GPTModel):
         if self.architecture.prefix:
             labels = others.get("labels")
             streams, attention_mask = prefix_inputs(self.architecture.prefix, input_ids, attention_mask, labels)
-            position_ids = streams[: self.architecture.rotary_streams]
-        if self.architecture.positions == "learned":
+            position_ids = streams[: self.architecture.position_streams]
+        elif self.architecture.positions == "learned":
             if attention_mask is not None:  # packed rows: positions count from the start of each segment
                 position_ids = attention_mask[:, 0].sum(-1) - 1
             position_ids = position_ids + self.architecture.learned_position_offset
@@ -151,7 +152,7 @@ def transformer_config(
         "qk_layernorm": architecture.qk_norm,
         "attention_output_gate": architecture.attention_gate,
         "rotary_interleaved": architecture.rotary_interleaved,
-        "mrope_section": [architecture.rotated] if architecture.prefix else None,
+        "mrope_section": [architecture.rotated] if architecture.prefix and architecture.positions == "rope" else None,
         "no_rope_freq": [int(i in architecture.layers_without_rope) for i in range(architecture.num_layers)]
         if architecture.layers_without_rope
         else None,

@@ -40,9 +40,12 @@ def prefix_inputs(
     counts_on = torch.zeros_like(ids, dtype=torch.bool)
     for token in reversed(prefix.blank_tokens):
         own = where(token)
-        counts_on = torch.where(own < length, token in prefix.counted_tokens, counts_on)
-        blank = torch.where(own < length, own, blank)
+        chosen = own < (blank if prefix.earliest else length)
+        counts_on = torch.where(chosen, token in prefix.counted_tokens, counts_on)
+        blank = torch.where(chosen, own, blank)
     lacking = (start == length) | (blank == length)
+    if prefix.earliest:  # which is looked for in the text alone
+        lacking |= blank > start
     if (lacking if labels is None else lacking & (labels >= 0)).any():
         raise UserError(
             f"a row of tokens has no blank (one of {', '.join(map(str, prefix.blank_tokens))}) or no start of what fills "
@@ -56,10 +59,16 @@ def prefix_inputs(
 
 
 def with_blank(ids: torch.Tensor, architecture: Architecture) -> torch.Tensor:
-    """Any tokens `[batch, sequence]`, as rows that the architecture can read: a blank and a start are put in."""
-    if architecture.prefix is None:
+    """Any tokens `[batch, sequence]`, as rows that the architecture can read: blanks of two kinds and a start are put in."""
+    prefix = architecture.prefix
+    if prefix is None:
         return ids
-    ids = ids.clone()
-    ids[:, ids.shape[1] // 4] = architecture.prefix.blank_tokens[0]
-    ids[:, ids.shape[1] // 2] = architecture.prefix.start_token
+    first, second, start = (ids.shape[1] * eighths // 8 for eighths in (2, 3, 4))
+    own = (prefix.start_token, *prefix.blank_tokens)
+    plain = next(token for token in range(architecture.vocab_size) if token not in own)
+    text = ids[:, :start]
+    text = torch.where(torch.isin(text, torch.tensor(own, device=ids.device)), plain, text)
+    ids = torch.cat([text, ids[:, start:]], 1)
+    ids[:, first], ids[:, second] = prefix.blank_tokens[-1], prefix.blank_tokens[0]
+    ids[:, start] = prefix.start_token
     return ids

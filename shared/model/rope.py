@@ -62,7 +62,7 @@ def inverse_frequencies(architecture: Architecture, length: int = 1, *, windowed
         theta, scaling = architecture.window_rope_theta, None
     if scaling is not None and scaling.kind == "dynamic":
         theta *= _dynamic(architecture, scaling.factor, length)
-    rotated = architecture.rotated // architecture.rotary_streams
+    rotated = architecture.rotated // architecture.position_streams
     powers = theta ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
     if scaling is not None and scaling.kind == "longrope":
         factors = scaling.long_factors if length > scaling.original_length else scaling.short_factors

@@ -77,7 +77,7 @@ def _attention(architecture: Architecture, rotation: Rotation | None) -> ModuleS
     # Angles of a layer's own are not stretched.
     amplitude = architecture.rope_scaling.amplitude if architecture.rope_scaling and not rotation else 1.0
     own = {"amplitude": amplitude, "rotation": rotation} if amplitude != 1.0 or rotation else {}
-    streamed = architecture.rotary_streams > 1
+    streamed = architecture.position_streams > 1 and architecture.positions == "rope"
     return ModuleSpec(
         module=RotatedSelfAttention if own else StreamedSelfAttention if streamed else SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal, **own},

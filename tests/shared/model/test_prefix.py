@@ -36,6 +36,21 @@ def test_places_count_on_behind_some_blanks():
     assert prefix_inputs(counting, rows, None, None)[0][0].tolist() == [[0, 1, 2, 3, 4], [0, 1, 1, 1, 1]]
 
 
+@pytest.mark.parametrize(("row", "blank"), [([5, MASK, 6, GMASK, START, 7, MASK], 1), ([GMASK, 5, MASK, START], 0)])
+def test_the_earliest_blank_is_the_published_one(row, blank):
+    """As the GLM of 2021's tokenizer has it: the first place of any kind, in the text in front of the start."""
+    streams, mask = prefix_inputs(replace(PREFIX, earliest=True), torch.tensor([row]), None, None)
+    found = (*streams[:, 0].tolist(), mask[0, 0].int().tolist())
+    assert found == published(row, blank)
+
+
+def test_a_blank_behind_the_start_is_none():
+    row = torch.tensor([[5, 6, START, 7, GMASK]])
+    prefix_inputs(PREFIX, row, None, None)
+    with pytest.raises(UserError, match="no blank"):
+        prefix_inputs(replace(PREFIX, earliest=True), row, None, None)
+
+
 def test_packed_segments_are_rows_of_their_own():
     other = [GMASK, START, 9]
     ids = torch.tensor([ROW + other + [0, 0]])
@@ -63,7 +78,7 @@ def glm(worker):
         norm_bias=True,
         residual="normed",
         input_multiplier=3.0,
-        rotary_streams=2,
+        position_streams=2,
         rotary_fp16=True,
         prefix=PREFIX,
     )
@@ -72,7 +87,25 @@ def glm(worker):
 def test_tokens_are_made_into_rows_that_can_be_read(glm):
     ids = torch.zeros(2, 64, dtype=torch.long)
     prefix_inputs(PREFIX, with_blank(ids, glm), None, None)
-    assert with_blank(ids, replace(glm, prefix=None, rotary_streams=1)) is ids
+    assert with_blank(ids, replace(glm, prefix=None, position_streams=1)) is ids
+
+
+def test_both_positions_have_a_table(model_of, worker):
+    """The embedded token, and of each of its places the row of the own table, summed in float64; for packed rows, too."""
+    learned = worker.architecture(positions="learned", position_streams=2, prefix=PREFIX)
+    model = model_of(learned).double()
+    seen = []
+    model.decoder.register_forward_pre_hook(lambda module, inputs, given: seen.append(given), with_kwargs=True)
+    other = [GMASK, START, 9]
+    ids, segments = torch.tensor([ROW + other]), torch.tensor([[1] * len(ROW) + [2] * len(other)])
+    model(ids, None, segment_mask(segments))
+    rows = zip(published(ROW, 3)[:2], published(other, 0)[:2], strict=True)
+    text, filling = (torch.tensor(one + two) for one, two in rows)
+    parts = model.embedding
+    assert parts.position_embeddings.weight.shape[0] == learned.max_position_embeddings + 1
+    expected = parts.word_embeddings.weight[ids[0]] + parts.position_embeddings.weight[text]
+    expected = expected + parts.position_embeddings.filling.weight[filling]
+    torch.testing.assert_close(seen[0]["hidden_states"][:, 0], expected, atol=1e-12, rtol=0)
 
 
 def test_residuals_are_what_norms_made(model_of, glm):

@@ -91,13 +91,16 @@ def mistakes_of_tables(a: Architecture) -> Iterator[tuple[str, Callable[[Rule], 
         step = 2 if a.rotary_interleaved else 1
         queries = range(a.num_attention_heads // a.num_query_groups)
         heads = [s + head * a.head_dim for s in starts for head in (*queries, per_group)]
-        half = 1 if a.rotary_interleaved else a.rotated // (2 * a.rotary_streams)
+        half = 1 if a.rotary_interleaved else a.rotated // (2 * a.position_streams)
         pairs = [(h, h + step, 1) for h in heads] + [(h + half, h + half + step, 1) for h in heads]
         yield "pairs of the rotation", swap("linear_qkv.weight", *pairs)
     if a.qk_norm_scope == "each_head":
         yield "norms of another head", another_head
     if a.positions == "learned":
         yield "positions", swap("position_embeddings.weight", (0, 100, 100))
+        if a.position_streams > 1:
+            yield "places in what fills a blank", swap("position_embeddings.filling.weight", (0, 100, 100))
+            yield "tables of positions", exchanged_tables
 
 
 def mistakes_of_delta_nets(
@@ -159,6 +162,13 @@ def another_head(rule: Rule) -> Rule:
     return exchanged(rule, "query_head")
 
 
+def exchanged_tables(rule: Rule) -> Rule:
+    """Places in a text and in what fills its blank, taken for each other."""
+    head, text, filling = "embedding.position_embeddings.", "weight", "filling.weight"
+    parts = {head + text: head + filling, head + filling: head + text}
+    return replace(rule, megatron=parts.get(rule.megatron, rule.megatron))
+
+
 def another_expert(rule: Rule) -> Rule:
     """Down projections, each of them the next expert's."""
     if not rule.megatron.endswith("experts.experts.linear_fc2.weight"):
@@ -191,7 +201,7 @@ CARELESS: dict[str, Any] = {
     "alibi": {"rounded": "exact"},
     "rope_theta": 500.0,
     "rotary_interleaved": False,
-    "rotary_streams": 1,
+    "position_streams": 1,
     "rotary_fp16": False,
     "layers_without_rope": (),
     "full_attention_layers": (),
@@ -208,8 +218,8 @@ def careless_readings(a: Architecture) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, wrong in CARELESS.items():
         value = getattr(a, name)
         other = wrong.get(value, value) if isinstance(wrong, dict) else wrong
-        if name == "rope_theta" and a.positions != "rope":
-            continue
+        if name in ("rope_theta", "position_streams") and a.positions != "rope":
+            continue  # which says nothing then, or has a table of its own
         if value == other:
             continue
         with_it: dict[str, Any] = {}
@@ -221,6 +231,7 @@ def careless_readings(a: Architecture) -> Iterator[tuple[str, dict[str, Any]]]:
     if a.prefix:
         staying = {*a.prefix.blank_tokens} - {*a.prefix.counted_tokens}
         yield "places behind the blank", {"prefix": replace(a.prefix, counted_tokens=tuple(staying))}
+        yield "which of several blanks", {"prefix": replace(a.prefix, earliest=not a.prefix.earliest)}
     if a.latent and a.latent.norm_epsilon != a.norm_epsilon:
         yield "norms within attention", {"latent": replace(a.latent, norm_epsilon=a.norm_epsilon)}
     if a.rope_scaling and a.rope_scaling.kind == "longrope":
