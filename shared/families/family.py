@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from shared.families.fields import Fields
@@ -20,11 +21,14 @@ class Family:
     hf_class: str  # the class whose weights these are
     other_classes: tuple[str, ...] = ()  # further names of it in published configurations
     remote: bool = False  # the class is not transformers': models are published with code of their own
+    placed: bool = False  # the class is handed positions and mask, which others find in the tokens
     model_types: tuple[str, ...] = ()  # as configurations say it, what is written first; empty: the name
     # Where several families share a model_type: whether a configuration is this one's.
     claims: Callable[[Mapping[str, Any]], bool] = lambda config: True
     # The first uploads' spelling of a configuration in today's, where they differ.
     today: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: config
+    # What other small files in its folder say, as further fields of a config.json that lacks them.
+    beside: Callable[[Path], Mapping[str, Any]] = lambda directory: {}
     read: Callable[[Fields], Architecture]
     table: Callable[[Architecture], Table]
     write: Callable[[Architecture], dict[str, Any]]  # the family's own fields of a new config.json

@@ -54,6 +54,7 @@ FAMILY = Family(
     name="glm",
     title="GLM-4-9B",
     hf_class="GlmForCausalLM",
+    claims=lambda config: "max_sequence_length" not in config,
     read=read,
     table=table,
     write=write,

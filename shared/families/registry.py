@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
+from shared.checkpoint.passengers import config_of
 from shared.errors import UserError
 from shared.families import (
     baichuan,
@@ -24,6 +26,7 @@ from shared.families import (
     glm,
     glm4,
     glm4_moe,
+    glm10b,
     glm130b,
     gpt2,
     gpt_bigcode,
@@ -82,6 +85,7 @@ _MODULES = (
     glm,
     glm4,
     glm4_moe,
+    glm10b,
     glm130b,
     chatglm,
     chatglm2,
@@ -164,6 +168,21 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
         raise UserError(f"config.json: {error}") from None
     given.finish(family.name)
     return architecture
+
+
+def completed(config: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """A config.json with the fields that its family finds in other files of its folder, where it lacks them."""
+    found = family_of(config).beside(directory)
+    return {**config, **{name: value for name, value in found.items() if config.get(name) is None}}
+
+
+def from_files(directory: Path, **changes: Any) -> Architecture:
+    """The architecture of the model in a folder: what config.json, with `changes` of it, and the files beside it say.
+
+    Raises:
+        UserError: as `from_config`; there is no config.json.
+    """
+    return from_config(completed(config_of(directory / "config.json") | changes, directory))
 
 
 def to_config(architecture: Architecture, **further: Any) -> dict[str, Any]:

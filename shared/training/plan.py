@@ -70,14 +70,12 @@ def _differ(one: Path, other: Path) -> bool:
 
 
 def _architecture(model: Checkpoint) -> Architecture:
-    config = model.hf_files / "config.json"
-    try:
-        return registry.from_config(json.loads(config.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    if not (model.hf_files / "config.json").is_file():
         raise UserError(
             f"--source {model.path} has no hf/config.json that says what the model is; "
             "make it with `convert to-megatron`"
-        ) from None
+        )
+    return registry.from_files(model.hf_files)
 
 
 def default_processes(model_parallel: int) -> int:

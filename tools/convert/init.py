@@ -53,7 +53,7 @@ def run(
         changes["vocab_size"] = tokens.pop("vocab_size")
     types = {"dtype": kind.name, "torch_dtype": kind.name}
     if model_config is not None:
-        given_config = config_of(model_config)
+        given_config = registry.completed(config_of(model_config), tokenizer or model_config.parent)
         registry.from_config(given_config)
         config = both_spellings(given_config | changes | tokens | types)
     else:

@@ -110,7 +110,7 @@ def _family(checkpoint: Checkpoint, reader: Reader) -> dict[str, Any]:
             result["quantization"] = form.title
             if isinstance(reader, HfReader):
                 result["quantized_weights"] = sum(weight.packed is not None for weight in reader.weights.values())
-        architecture = registry.from_config(config)
+        architecture = registry.from_files(path.parent)
         result["family"] = architecture.family
         result |= {"parameters": architecture.parameter_count(), "architecture": architecture.to_dict()}
         table = registry.table_of(architecture)

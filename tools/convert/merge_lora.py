@@ -45,7 +45,7 @@ def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int
             raise UserError(
                 f"--source {source} is quantised; make plain numbers of it first, with `convert to-megatron` and `to-hf`"
             )
-        architecture = registry.from_config(reader.config)
+        architecture = registry.from_files(source)
         table = registry.table_of(architecture)
         plan = plan_import(reader, architecture, table)
         prefix = table.optional_prefix
@@ -78,7 +78,7 @@ def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int
         copy_passengers(source, out.path)
         if merge.untied:
             _untie(out.path / "config.json")
-        architecture = registry.from_config(config_of(out.path / "config.json"))
+        architecture = registry.from_files(out.path)
         out.describe(
             family=architecture.family,
             architecture=architecture.to_dict(),
@@ -99,7 +99,7 @@ def _plan(reader: HfReader, changes: Changes, table: Table) -> Merge:
                 embedding = reader.tensors[alias.of]
                 layout = layout.with_tensor(alias.name, embedding.dtype, embedding.shape)
     if untied:
-        registry.from_config(reader.config | {"tie_word_embeddings": False})  # refuses by name what cannot be untied
+        registry.from_files(reader.path, tie_word_embeddings=False)  # refuses by name what cannot be untied
     return Merge(reader=reader, changes=changes, layout=layout, untied=untied)
 
 

@@ -166,7 +166,7 @@ def open_export(
             f"{files / 'config.json'} is missing; give --hf-files DIR, where config.json and the tokenizer are"
         )
     config = config_of(files / "config.json")
-    architecture, form = registry.from_config(config), quantization_of(config)
+    architecture, form = registry.from_files(files), quantization_of(config)
     if quantized and form is None:
         raise UserError(
             f"--quantized: {files / 'config.json'} has no quantization_config, which says how; leave it out"

@@ -21,7 +21,7 @@ def run(source: Path, target: Path, overwrite: bool, workers: int | None, shard:
     with published(target, kind="megatron", inputs={"source": source}, overwrite=overwrite, shard=shard) as out:
         checkpoint = open_checkpoint(source, kinds=("hf",), flag="--source", verify="small")
         reader = HfReader(source)
-        architecture = registry.from_config(reader.config)
+        architecture = registry.from_files(source)
         plan = plan_import(reader, architecture, registry.table_of(architecture))
         layout = layout_import(plan, reader)
         announce(plan, reader)

@@ -23,7 +23,7 @@ def run(source: Path, target: Path, overwrite: bool, workers: int | None, shard:
     with published(target, kind="te", inputs={"source": source}, overwrite=overwrite, shard=shard) as out:
         checkpoint = open_checkpoint(source, kinds=("hf",), flag="--source", verify="small")
         reader = HfReader(source)
-        architecture = registry.from_config(reader.config)
+        architecture = registry.from_files(source)
         form = te_form(registry.table_of(architecture), architecture)
         plan = plan_import(reader, architecture, form.table)
         layout, files = layout_te(plan, reader, form.extra_states)

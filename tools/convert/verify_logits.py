@@ -21,7 +21,7 @@ from shared.errors import StageError
 from shared.families import registry
 from shared.mapping.quantization import quantization_of
 from shared.model.architecture import Architecture
-from shared.model.prefix import with_blank
+from shared.model.prefix import prefix_inputs, with_blank
 from tools.convert.remote import remote_class
 
 # Both sides compute in fp32 from the same bits and differ in the order of sums only. Each of a layer's dozen roundings
@@ -121,8 +121,8 @@ def _transformers(source: Path, ids: torch.Tensor, trust_remote_code: bool) -> t
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    config = config_of(source / "config.json")
-    options = {"dtype": torch.float32, "attn_implementation": attention_of(registry.from_config(config))}
+    config, architecture = config_of(source / "config.json"), registry.from_files(source)
+    options = {"dtype": torch.float32, "attn_implementation": attention_of(architecture)}
     if quantization_of(config):
         model = _plain(source, **options)
     elif trust_remote_code and (name := remote_class(config)):
@@ -130,17 +130,26 @@ def _transformers(source: Path, ids: torch.Tensor, trust_remote_code: bool) -> t
             model = getattr(transformers, name).from_pretrained(
                 source, **options, local_files_only=True, trust_remote_code=True
             )
-            return _logits(model, ids)
+            return _logits(model, ids, **_placed(architecture, ids))
     else:
         kind, known = _known(config)
         model = kind.from_pretrained(source, config=known, **options, local_files_only=True)
     return _logits(model, ids)
 
 
-def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def _logits(model: Any, ids: torch.Tensor, **further: torch.Tensor) -> torch.Tensor:
     model.eval().to(shared.device.prepare())
-    result: torch.Tensor = model(ids.to(model.device)).logits.float().cpu()
+    inputs = {name: tensor.to(model.device) for name, tensor in further.items()}
+    result: torch.Tensor = model(ids.to(model.device), **inputs).logits.float().cpu()
     return result
+
+
+def _placed(architecture: Architecture, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Positions `[batch, 2, sequence]` and mask, 1 where a position is seen, of classes whose tokenizer makes them."""
+    if architecture.prefix is None or not registry.FAMILIES[architecture.family].placed:
+        return {}
+    streams, mask = prefix_inputs(architecture.prefix, ids, None, None)
+    return {"position_ids": streams.transpose(0, 1), "attention_mask": mask.long()}
 
 
 @contextlib.contextmanager

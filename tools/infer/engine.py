@@ -44,7 +44,7 @@ def check_supported(source: Path) -> None:
     if not known:
         raise UserError(
             f"--source {source}: vLLM does not carry the architecture {', '.join(names) or '(none named)'} "
-            f"(model_type {config.get('model_type')}); {_way_out(config, supported)}"
+            f"(model_type {config.get('model_type')}); {_way_out(source, supported)}"
         )
     for name in (name for name in known if name in _IGNORED):
         field, computed = _IGNORED[name]
@@ -60,10 +60,10 @@ def check_supported(source: Path) -> None:
             ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
-def _way_out(config: Mapping[str, Any], supported: Collection[str]) -> str:
+def _way_out(source: Path, supported: Collection[str]) -> str:
     """What a person may do with a model whose class vLLM lacks."""
     try:
-        architecture = registry.from_config(config)
+        architecture = registry.from_files(source)
     except UserError:
         return "`infer evaluate --engine hf` may still run it"
     for name in (name for name, family in registry.FAMILIES.items() if family.hf_class in supported):

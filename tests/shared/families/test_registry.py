@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import runpy
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,15 @@ def transformers_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
 
 
 # Configurations as published, in the spelling they were published in, and the published number of parameters
-# where there is an exact one.
+# where there is an exact one; and other files that the family reads something of.
 PUBLISHED: dict[str, dict[str, Any]] = {
     path.stem: json.loads(path.read_text()) for path in sorted(Path(__file__).with_name("published").glob("*.json"))
 }
+for entry in PUBLISHED.values():
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in entry.pop("files", {}).items():
+            Path(folder, name).write_text(json.dumps(content))
+        entry["config"] = registry.completed(entry["config"], Path(folder))
 
 
 def in_form(name: str) -> Architecture:

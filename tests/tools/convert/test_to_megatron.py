@@ -334,3 +334,26 @@ def test_numbers_that_cannot_be_held_less_one_are_refused(
     assert answer.code == 2
     assert f"{name} has numbers too small to be held as Megatron-Core does" in answer.err
     assert not (tmp_path / "m").exists()
+
+
+def test_facts_that_only_the_tokenizer_has(write_architecture: Any, convert: Any, tmp_path: Path) -> None:
+    """GLM-10B's configuration does not say which tokens its positions and mask follow from."""
+    source, target, back = (tmp_path / name for name in ("hf", "megatron", "back"))
+    write_architecture(source, registry.sizes()["glm-10b-tiny"])
+    config = json.loads((source / "config.json").read_text())
+    fields = {"sop_token_id": "<|startofpiece|>", "mask_token_id": "[MASK]"}
+    fields |= {"smask_token_id": "[sMASK]", "gmask_token_id": "[gMASK]"}
+    tokens = {name: config.pop(field) for field, name in fields.items()}
+    (source / "config.json").write_text(json.dumps(config))
+    answer = convert("to-megatron", "--source", source, "--target", target)
+    assert answer.code == 2
+    assert "put the published tokenizer's files there" in answer.err
+    assert not target.exists()
+    (source / "added_tokens.json").write_text(json.dumps(tokens))
+    assert convert("to-megatron", "--source", source, "--target", target).code == 0
+    held = json.loads((target / "manifest.json").read_text())["facts"]["architecture"]["prefix"]
+    assert (held["start_token"], held["blank_tokens"]) == (7, [3, 5, 4])
+    assert "problem" not in json.loads(convert("inspect", target, "--json").out)
+    assert convert("to-hf", "--source", target, "--target", back).code == 0
+    for name in ("config.json", "added_tokens.json", "model.safetensors"):
+        assert (back / name).read_bytes() == (source / name).read_bytes()
