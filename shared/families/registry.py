@@ -132,6 +132,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if why := _WHOLES.get(str(name)):
         raise UserError(f"config.json: model_type {name!r} is not a supported family: {why}")
     types = [kind for family in FAMILIES.values() for kind in family.model_types]
+    if name is None:
+        raise UserError("config.json: model_type is missing, which says of which family the model is")
     if name not in types:
         near = get_close_matches(str(name), types, n=1, cutoff=0.3)
         raise UserError(

@@ -36,7 +36,7 @@ def flops_per_token(architecture: Architecture, sequence_length: int) -> float:
     for causality. Of experts those count that a token goes through. A gated delta net reads its state for the key and
     for the query, and adds to it: three products of the state's size.
     """
-    embedding = architecture.vocab_size * architecture.hidden_size
+    embedding = architecture.vocab_size * architecture.table_size
     matrices = architecture.parameter_count(active=True) - (0 if architecture.tied_embeddings else embedding)
     scores_and_values = architecture.q_size + architecture.attended_size  # 2 q where heads of values are as large
     attention = len(architecture.attention_layers) * scores_and_values * sequence_length

@@ -98,7 +98,8 @@ def load_critic(path: Path, dtype: torch.dtype, *, vocab_size: int) -> Critic:
             raise UserError(f"--critic {path}: {type(model).__name__} has no head of one score to start a critic from")
         return Critic(model.base_model, head).eval()
     body = AutoModel.from_pretrained(path, dtype=dtype, local_files_only=True)
-    head = nn.Linear(config.hidden_size, 1, bias=False, dtype=dtype)
+    width = body.get_input_embeddings().embedding_dim  # as wide as what it gives; OPT 350M's layers are wider
+    head = nn.Linear(width, 1, bias=False, dtype=dtype)
     nn.init.zeros_(head.weight)
     return Critic(body, head).eval()
 

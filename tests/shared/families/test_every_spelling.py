@@ -174,7 +174,7 @@ def test_longrope_by_its_first_name() -> None:
         (_QWEN | {"padded_vocab_size": 152064}, "padded_vocab_size = 152064 is not supported"),
         (_QWEN | {"pos_emb": "learned"}, "pos_emb = 'learned' is not supported"),
         (_QWEN | {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
-        (_QWEN | {"architectures": ["QWenForVision"]}, "model_type None is not a supported family"),
+        (_QWEN | {"architectures": ["QWenForVision"]}, "model_type is missing"),
         (published("Phi-3.5-mini-instruct") | {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn lacks"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -64,6 +65,14 @@ def test_flops_of_a_known_model():
     layer = 8 * (8 + 4 + 4) + 8 * 8 + 3 * 8 * 16 + 2 * 8  # qkv, output, gated MLP, norms
     weights = 2 * layer + 10 * 8 + 8  # with the output matrix, without the input embedding
     assert flops_per_token(tiny, 32) == 6 * weights + 12 * 2 * 8 * 32
+
+
+def test_flops_of_a_model_whose_table_is_narrower():
+    """OPT 350M: the tied table is the output layer's matrix, and both projections are matrices."""
+    opt = registry.sizes()["opt-350m"]
+    untied = replace(opt, tied_embeddings=False)
+    assert untied.parameter_count() - opt.parameter_count() == 50_272 * 512
+    assert flops_per_token(untied, 128) == flops_per_token(opt, 128)
 
 
 def test_flops_of_a_model_with_states():
