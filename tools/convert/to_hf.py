@@ -94,7 +94,7 @@ def run(
             return
         write_index(out.path, plan.layout)
         own = config_of(files / "config.json")
-        if plan.architecture.family != registry.family_of(own).name:
+        if family and not _spelt_as(own, family):
             _write_config(out.path / "config.json", plan.architecture, own)
         copy_passengers(files, out.path)
         if not quantized:
@@ -112,6 +112,13 @@ def run(
 
 
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")  # of any family's configuration
+
+
+def _spelt_as(config: Mapping[str, Any], family: str) -> bool:
+    """Whether a configuration is the family's, as it is spelt today."""
+    wanted = registry.FAMILIES[family]
+    named = (config.get("model_type"), config.get("architectures"))
+    return named == (wanted.model_types[0], [wanted.hf_class]) and wanted.today(config) == config
 
 
 def _write_config(path: Path, architecture: Architecture, source: Mapping[str, Any]) -> None:

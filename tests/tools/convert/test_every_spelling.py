@@ -64,3 +64,19 @@ def test_first_spellings_are_converted_and_come_back_to_the_byte(
     for file in (file for file in source.rglob("*") if file.is_file()):
         assert (back / file.relative_to(source)).read_bytes() == file.read_bytes(), file
     assert registry.from_config(json.loads(first)) == architecture
+    today = tmp_path / "today"  # for programs that know no other spelling
+    assert convert("to-hf", "--source", target, "--target", today, "--family", architecture.family).code == 0
+    found = json.loads((today / "config.json").read_text())
+    family = registry.FAMILIES[architecture.family]
+    assert (found["model_type"], found["architectures"]) == (family.model_types[0], [family.hf_class])
+    assert family.today(found) == found
+    assert registry.from_config(found) == architecture
+    assert (today / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
+def test_todays_spelling_is_left_as_it_is(write_architecture: Any, convert: Any, tmp_path: Path) -> None:
+    source = write_architecture(tmp_path / "hf", registry.sizes()["falcon-tiny"])
+    target, back = tmp_path / "megatron", tmp_path / "back"
+    assert convert("to-megatron", "--source", source, "--target", target).code == 0
+    assert convert("to-hf", "--source", target, "--target", back, "--family", "falcon").code == 0
+    assert (back / "config.json").read_bytes() == (source / "config.json").read_bytes()
