@@ -118,8 +118,11 @@ class HfReader:
     tensor or shard that the index does not mention: such a directory has lost something.
     """
 
+    cut_columns = False  # whether parts of a row lie in several places
+
     def __init__(self, path: Path, flag: str = "--source") -> None:
         self.path = path
+        self.beside: tuple[Path, ...] = (path,)  # where the files lie that travel with the weights
         self.config = config_of(path / "config.json")
         stored = stored_weights(path, flag)
         self.files = [shard.file for shard in stored.shards]

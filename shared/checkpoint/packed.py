@@ -94,6 +94,7 @@ class Weight:
 
     tensor: TensorInfo  # as if they were stored so
     packed: Packed | None = None
+    joined: Region | None = None  # where it is in parts in several files
 
     @property
     def name(self) -> str:
@@ -118,7 +119,8 @@ class Weight:
 
     @property
     def files(self) -> frozenset[Path]:
-        return frozenset(tensor.file for tensor in self.stored)
+        parts = self.joined.boxes if self.joined else self.stored
+        return frozenset(part.file for part in parts)
 
     def at(self, index: Shape) -> Weight:
         """The slice at a place on its first axes."""
@@ -133,7 +135,7 @@ class Weight:
 
     def matrix(self) -> Matrix:
         """Its rows."""
-        return self.packed.matrix() if self.packed else region_of(self.tensor)
+        return self.packed.matrix() if self.packed else self.joined or region_of(self.tensor)
 
 
 def sliced(tensor: TensorInfo, index: Shape) -> TensorInfo:

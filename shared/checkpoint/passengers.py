@@ -31,8 +31,16 @@ def passengers(directory: Path) -> Iterator[Path]:
     else:
         names = [path.relative_to(directory).as_posix() for path in _files(directory)]
     for name in sorted(names):
-        if not name.endswith((*WEIGHT_SUFFIXES, *_OF_WEIGHTS)) and name not in _OWN:
+        if not name.endswith((*WEIGHT_SUFFIXES, *_OF_WEIGHTS)) and name not in _OWN and not _points(directory / name):
             yield Path(name)
+
+
+def _points(path: Path) -> bool:
+    """Whether it is DeepSpeed's, or SwissArmyTransformer's, `latest`: the name of a folder of weights beside it."""
+    if path.name != "latest":
+        return False
+    folder = path.read_bytes()[:256].decode(errors="replace").strip()
+    return folder.isprintable() and bool(folder) and (path.parent / folder).is_dir()
 
 
 def _files(directory: Path) -> Iterator[Path]:

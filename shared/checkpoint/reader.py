@@ -12,6 +12,7 @@ from typing import Any, Literal
 from shared.checkpoint.files import hash_file, hash_files
 from shared.checkpoint.manifest import MANIFEST, Kind, Manifest, read_manifest
 from shared.checkpoint.megatron_lm import rank_files
+from shared.checkpoint.sat import rank_states
 from shared.checkpoint.target import PARTIAL, RUN
 from shared.checkpoint.te import LAYERS
 from shared.console import log, progress
@@ -65,14 +66,14 @@ def open_checkpoint(
     kinds: Sequence[Kind],
     flag: str,
     verify: Literal["content", "small", "sizes"] = "content",
-    ranks: bool = False,
+    ranks: Kind | None = None,
 ) -> Checkpoint:
     """A directory of one of `kinds`, checked to be whole.
 
     A Baton directory must agree with its manifest in every file's size and, with `verify="content"`, hash; with
     "small", in the hashes of all that are no weights, and the others are for `content_checks`. A foreign Hugging Face or
-    Megatron directory must have what its own index names. `ranks`: a Megatron directory may also be one of a file for each
-    rank, from before torch_dist.
+    Megatron directory must have what its own index names. `ranks`: a directory of this kind may also be one of a file for
+    each rank: Megatron-LM's from before torch_dist, or as hf SwissArmyTransformer's.
 
     Raises:
         UserError: one line that names the file and the mend.
@@ -138,11 +139,17 @@ def content_checks(checkpoint: Checkpoint, sources: Iterable[Path], *, flag: str
     return [partial(check, path, entries[path].hash) for path in sorted(sources) if path in entries]
 
 
-def _foreign_kind(path: Path, flag: str, ranks: bool) -> Kind:
+def _foreign_kind(path: Path, flag: str, ranks: Kind | None) -> Kind:
     if (path / RUN).exists():
         raise UserError(f"{flag} {path} is a run that has not saved an iteration yet; run its stage again")
     if (path / TRACKER).is_file():
         return _complete_megatron(path, flag, ranks)
+    if rank_states(path):
+        if ranks != "hf":
+            raise UserError(
+                f"{flag} {path} has a file of SwissArmyTransformer for each rank; `convert to-megatron` reads it"
+            )
+        return "hf"
     if (path / "config.json").is_file():
         return _complete_hf(path, flag)
     if (path / LAYERS).is_file():
@@ -152,13 +159,13 @@ def _foreign_kind(path: Path, flag: str, ranks: bool) -> Kind:
     raise UserError(f"{flag} {path} holds no checkpoint: neither {MANIFEST}, config.json nor {TRACKER}")
 
 
-def _complete_megatron(path: Path, flag: str, ranks: bool) -> Kind:
+def _complete_megatron(path: Path, flag: str, ranks: Kind | None) -> Kind:
     try:
         iteration = path / tracked(path)
     except ValueError:
         raise UserError(f"{flag} {path / TRACKER} names no iteration; write its number or 'release' there") from None
     if rank_files(iteration):
-        if not ranks:
+        if ranks != "megatron":
             raise UserError(
                 f"{flag} {iteration} has a file for each rank, from before torch_dist; `convert to-hf --hf-files DIR` reads it"
             )

@@ -27,6 +27,8 @@ _TYPES = {
     "LongStorage": "I64",
     "BoolStorage": "BOOL",
 }
+# torch.save's magic number in a pickle of its own, before it wrote archives.
+_OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 class TorchFile:
@@ -41,9 +43,13 @@ class TorchFile:
         try:
             archive = zipfile.ZipFile(path)
         except zipfile.BadZipFile:
+            with path.open("rb") as file:
+                old = file.read(len(_OLD)) == _OLD
             raise UserError(
-                f"{path} is cut short, or was written by a torch older than 1.6; fetch it again, or open and save it with "
-                "a newer torch"
+                f"{path} is in the format of torch older than 1.6; open and save it with a newer torch: "
+                "torch.save(torch.load(path, map_location='cpu'), path)"
+                if old
+                else f"{path} is cut short, or nothing that torch.save writes; fetch it again"
             ) from None
         with archive:
             self._entries = {entry.filename: entry for entry in archive.infolist()}

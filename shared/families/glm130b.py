@@ -1,8 +1,8 @@
 """GLM-130B: a text with a blank that sees itself, residuals of normed states (DeepNorm), and GeGLU with the gate last.
 
-It is published as SwissArmyTransformer's shards only. The form read here is that program's: its names of the tensors of
-one whole model (its `convert_tp.py` joins shards), in safetensors or `pytorch_model.bin`, beside a config.json of the
-fields that its `model_config.json` has, with `model_type` glm130b and the ids of four tokens.
+It is published as SwissArmyTransformer's shards only, which `shared.checkpoint.sat` joins. The form read here is that
+program's: its names of the tensors of one whole model, beside a config.json of the fields that its `model_config.json`
+has, with `model_type` glm130b and the ids of four tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from shared.families.family import Family, tiny
 from shared.families.fields import Fields
 from shared.families.tensors import Names, decoder_table
-from shared.mapping.rule import Table
+from shared.mapping.rule import Aside, Table
 from shared.model.architecture import Architecture, Prefix
 
 _NAMES = Names(
@@ -94,7 +94,10 @@ def write(a: Architecture) -> dict[str, Any]:
 
 
 def table(a: Architecture) -> Table:
-    return decoder_table(a, _NAMES)
+    frequencies = Aside(
+        name="mixins.rotary-embedding.rotary_emb.inv_freq", axes=()
+    )  # where that program saved it itself
+    return decoder_table(a, _NAMES, (frequencies,))
 
 
 _GLM_130B = Architecture(
@@ -123,7 +126,7 @@ _GLM_130B = Architecture(
 
 FAMILY = Family(
     name="glm130b",
-    title="GLM-130B, joined from SwissArmyTransformer's shards",
+    title="GLM-130B, from SwissArmyTransformer's shards",
     hf_class="GLM130B",
     remote=True,
     read=read,

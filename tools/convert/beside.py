@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from shared.checkpoint.execute import Task
@@ -31,9 +32,10 @@ def announce(plan: Import, reader: HfReader) -> None:
 
 
 def converts(plan: Import, reader: HfReader) -> bool:
-    """Whether numbers change their type."""
+    """Whether numbers change their type, or columns their place."""
     shifted = any(entry.less_one for entry in plan.account.entries)
-    return bool(plan.widened) or shifted or any(weight.packed for weight in reader.weights.values())
+    packed = any(weight.packed for weight in reader.weights.values())
+    return bool(plan.widened) or shifted or packed or reader.cut_columns
 
 
 def source_checks(checkpoint: Checkpoint, plan: Import, reader: HfReader, shard: Shard | None) -> Checks:
@@ -50,7 +52,10 @@ def keep_hf_files(out: Publication, plan: Import, reader: HfReader) -> None:
     """Write `hf/`: every other file of the source, the shards it had, and the tensors that are not in the other form."""
     hf = out.path / "hf"
     hf.mkdir(exist_ok=True)
-    copy_passengers(reader.path, hf)
+    for directory in reader.beside:
+        copy_passengers(directory, hf)
+    if not (hf / "config.json").is_file():
+        (hf / "config.json").write_text(json.dumps(reader.config, indent=2) + "\n", encoding="utf-8")
     (hf / LAYOUT).write_text(reader.layout.encode(), encoding="utf-8")
     if kept := _kept(plan, reader):
         aside = default_layout([(tensor.name, tensor.dtype, tensor.shape) for tensor in kept], file=ASIDES)

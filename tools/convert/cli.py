@@ -52,6 +52,7 @@ def init(
 def to_megatron(
     source: ExistingDir,
     target: Path,
+    hf_files: ExistingDir | None = None,
     overwrite: bool = False,
     workers: Positive | None = None,
     shard: str | None = None,
@@ -63,8 +64,9 @@ def to_megatron(
     megabytes. A tensor that is missing, unknown or misshapen stops it.
 
     Args:
-        source: a Hugging Face directory with safetensors weights.
+        source: a Hugging Face directory, or GLM-130B's of a file for each rank, written by SwissArmyTransformer.
         target: the directory to publish.
+        hf_files: a directory with config.json and tokenizer, for a source that lacks them: SwissArmyTransformer's ranks.
         overwrite: replace what another run published at the target.
         workers: threads that read and write; by default one for each processor, at most 8. The result is the same.
         shard: write one part of several, 1/4 to 4/4, in as many processes on machines that share the target's file
@@ -73,13 +75,14 @@ def to_megatron(
     from shared.checkpoint.shards import Shard
     from tools.convert.to_megatron import run
 
-    run(source, target, overwrite, workers, Shard.parse(shard) if shard else None)
+    run(source, target, hf_files, overwrite, workers, Shard.parse(shard) if shard else None)
 
 
 @tool.command(neutral=("workers", "shard"))
 def to_te(
     source: ExistingDir,
     target: Path,
+    hf_files: ExistingDir | None = None,
     overwrite: bool = False,
     workers: Positive | None = None,
     shard: str | None = None,
@@ -91,8 +94,9 @@ def to_te(
     of smaller modules, and layers.json says why.
 
     Args:
-        source: a Hugging Face directory with safetensors weights.
+        source: a Hugging Face directory, or GLM-130B's of a file for each rank, written by SwissArmyTransformer.
         target: the directory to publish.
+        hf_files: a directory with config.json and tokenizer, for a source that lacks them: SwissArmyTransformer's ranks.
         overwrite: replace what another run published at the target.
         workers: threads that read and write; by default one for each processor, at most 8. The result is the same.
         shard: write one part of several, 1/4 to 4/4, in as many processes on machines that share the target's file
@@ -101,7 +105,7 @@ def to_te(
     from shared.checkpoint.shards import Shard
     from tools.convert.to_te import run
 
-    run(source, target, overwrite, workers, Shard.parse(shard) if shard else None)
+    run(source, target, hf_files, overwrite, workers, Shard.parse(shard) if shard else None)
 
 
 @tool.command(neutral=("workers", "shard"))
@@ -196,6 +200,7 @@ def verify(
     positions: Annotated[int, Field(ge=256)] = 512,
     seed: NonNegative = 0,
     trust_remote_code: bool = False,
+    hf_files: ExistingDir | None = None,
 ) -> None:
     """Prove that a Megatron or TransformerEngine directory is a Hugging Face directory: bits, files and logits.
 
@@ -213,10 +218,11 @@ def verify(
         seed: of the random tokens.
         trust_remote_code: compute the source's logits by the modelling code that lies in the directory, which is run
             then; needed where transformers does not have the model's class.
+        hf_files: what to-megatron was given as --hf-files.
     """
     from tools.convert.verify import run
 
-    run(source, target, certificate, logits, positions, seed, trust_remote_code)
+    run(source, target, certificate, logits, positions, seed, trust_remote_code, hf_files)
 
 
 @tool.command

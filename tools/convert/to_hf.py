@@ -57,7 +57,9 @@ def run(
         raise UserError("--quantized and --family contradict each other: the source's form is of its own names")
     inputs = {"source": source} | ({"hf_files": hf_files} if hf_files else {})
     with published(target, kind="hf", inputs=inputs, overwrite=overwrite, shard=shard) as out:
-        checkpoint = open_checkpoint(source, kinds=("megatron", "te"), flag="--source", verify="small", ranks=True)
+        checkpoint = open_checkpoint(
+            source, kinds=("megatron", "te"), flag="--source", verify="small", ranks="megatron"
+        )
         files = hf_files or checkpoint.hf_files
         reader, plan = open_export(checkpoint, files, dtype, family, quantized=quantized)
         tensors = plan.layout.tensors()

@@ -5,23 +5,30 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from shared.checkpoint.hf import HfReader
-from shared.checkpoint.reader import TRACKER, open_checkpoint
+from shared.checkpoint.reader import TRACKER
 from shared.checkpoint.shards import Shard, published
 from shared.families import registry
 from tools.convert.beside import announce, converts, keep_hf_files, source_checks
 from tools.convert.execute import execute
+from tools.convert.source import inputs_of, open_source
 from tools.convert.transfer import COMMON, layout_import, plan_import
 
 RELEASE = "release"  # Megatron-LM's name for a checkpoint that no training run made: it asks for no optimizer
 
 
-def run(source: Path, target: Path, overwrite: bool, workers: int | None, shard: Shard | None) -> None:
+def run(
+    source: Path,
+    target: Path,
+    hf_files: Path | None,
+    overwrite: bool,
+    workers: int | None,
+    shard: Shard | None,
+) -> None:
     """Convert; publishes `target` of kind megatron."""
-    with published(target, kind="megatron", inputs={"source": source}, overwrite=overwrite, shard=shard) as out:
-        checkpoint = open_checkpoint(source, kinds=("hf",), flag="--source", verify="small")
-        reader = HfReader(source)
-        architecture = registry.from_files(source)
+    inputs = inputs_of(source, hf_files)
+    with published(target, kind="megatron", inputs=inputs, overwrite=overwrite, shard=shard) as out:
+        checkpoint, reader = open_source(source, hf_files)
+        architecture = registry.from_config(registry.completed(reader.config, source))
         plan = plan_import(reader, architecture, registry.table_of(architecture))
         layout = layout_import(plan, reader)
         announce(plan, reader)

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoint.hf import HfReader, write_index
-from shared.checkpoint.reader import open_checkpoint
+from shared.checkpoint.hf import write_index
 from shared.checkpoint.shards import Shard, published
 from shared.checkpoint.te import LAYERS
 from shared.cli import log
@@ -15,15 +14,23 @@ from shared.families import registry
 from shared.mapping.te import te_form
 from tools.convert.beside import announce, converts, keep_hf_files, source_checks
 from tools.convert.execute import execute
+from tools.convert.source import inputs_of, open_source
 from tools.convert.transfer import layout_te, plan_import
 
 
-def run(source: Path, target: Path, overwrite: bool, workers: int | None, shard: Shard | None) -> None:
+def run(
+    source: Path,
+    target: Path,
+    hf_files: Path | None,
+    overwrite: bool,
+    workers: int | None,
+    shard: Shard | None,
+) -> None:
     """Convert; publishes `target` of kind te."""
-    with published(target, kind="te", inputs={"source": source}, overwrite=overwrite, shard=shard) as out:
-        checkpoint = open_checkpoint(source, kinds=("hf",), flag="--source", verify="small")
-        reader = HfReader(source)
-        architecture = registry.from_files(source)
+    inputs = inputs_of(source, hf_files)
+    with published(target, kind="te", inputs=inputs, overwrite=overwrite, shard=shard) as out:
+        checkpoint, reader = open_source(source, hf_files)
+        architecture = registry.from_config(registry.completed(reader.config, source))
         form = te_form(registry.table_of(architecture), architecture)
         plan = plan_import(reader, architecture, form.table)
         layout, files = layout_te(plan, reader, form.extra_states)

@@ -24,6 +24,7 @@ from shared.families import registry
 from shared.mapping.quantization import quantization_of
 from shared.mapping.te import te_form
 from tools.convert.remote import remote_class
+from tools.convert.source import open_source
 from tools.convert.to_hf import open_export
 from tools.convert.transfer import Export, FormReader, changed_constant, packed_rows, source_rows
 
@@ -52,6 +53,7 @@ def run(
     positions: int,
     seed: int,
     trust_remote_code: bool,
+    hf_files: Path | None = None,
 ) -> None:
     """Compare, write the certificate, and raise StageError if anything differs."""
     if logits and (target / LAYERS).is_file():
@@ -66,9 +68,8 @@ def run(
             raise UserError(
                 f"--certificate {certificate} lies in {name} {directory}, which is published; put it beside it"
             )
-    open_checkpoint(source, kinds=("hf",), flag="--source")
+    _, reader = open_source(source, hf_files, verify="content")
     made = open_checkpoint(target, kinds=("megatron", "te"), flag="--target")
-    reader = HfReader(source)
     if logits:
         _require_class(reader.config, source, trust_remote_code)
     findings = Findings()
@@ -86,7 +87,7 @@ def run(
         _check_added(held, plan, findings)
         if made.kind == "te":
             _check_layers(made.path / LAYERS, plan, findings)
-        _compare_files(source, made.hf_files, findings)
+        _compare_files(reader, made.hf_files, findings)
         if logits and not findings.differences:
             from tools.convert.verify_logits import compare_logits
 
@@ -265,15 +266,19 @@ def _check_layers(path: Path, plan: Export, findings: Findings) -> None:
         findings.differences.append(f"{path.name} does not describe this model")
 
 
-def _compare_files(source: Path, kept: Path, findings: Findings) -> None:
-    ours, theirs = set(passengers(source)), set(passengers(kept))
-    for relative in sorted(ours | theirs):
+def _compare_files(reader: HfReader, kept: Path, findings: Findings) -> None:
+    ours = {relative: place / relative for place in reversed(reader.beside) for relative in passengers(place)}
+    theirs = set(passengers(kept))
+    if not (reader.path / "config.json").is_file():
+        theirs.discard(Path("config.json"))  # made of what the source says; its fields were compared
+        ours.pop(Path("config.json"), None)
+    for relative in sorted(ours.keys() | theirs):
         findings.files += 1
         if relative not in theirs:
             findings.differences.append(f"{relative} is lost")
         elif relative not in ours:
             findings.differences.append(f"{relative} is added")
-        elif not _same(source / relative, kept / relative):
+        elif not _same(ours[relative], kept / relative):
             findings.differences.append(f"{relative} differs")
 
 

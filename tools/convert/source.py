@@ -1,0 +1,98 @@
+"""What a conversion reads: a Hugging Face directory, or one of SwissArmyTransformer's ranks as if it were joined."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from shared.checkpoint.hf import HfReader
+from shared.checkpoint.passengers import config_of
+from shared.checkpoint.reader import Checkpoint, open_checkpoint
+from shared.checkpoint.sat import SETTINGS, Joined, SatReader, head_dims, join_ranks, rank_states
+from shared.cli import log
+from shared.errors import UserError
+from shared.families import registry
+
+_CONFIG = "config.json"
+_FAMILY = "glm130b"  # the one whose tensors' cut is known
+
+
+def open_source(
+    source: Path, hf_files: Path | None, verify: Literal["content", "small"] = "small"
+) -> tuple[Checkpoint, HfReader]:
+    """The checkpoint at --source, and its tensors.
+
+    Raises:
+        UserError: it is not whole, or what it does not say itself is not in --hf-files either.
+    """
+    checkpoint = open_checkpoint(source, kinds=("hf",), flag="--source", verify=verify, ranks="hf")
+    ranks = rank_states(source) if checkpoint.manifest is None else []
+    if hf_files and (source / _CONFIG).is_file():
+        raise UserError(f"--hf-files: {source / _CONFIG} is there already; leave the flag out, or move the file away")
+    if not ranks:
+        return checkpoint, HfReader(source)
+    joined = join_ranks(ranks)
+    return checkpoint, SatReader(source, joined, _config(source, hf_files, joined), hf_files)
+
+
+def inputs_of(source: Path, hf_files: Path | None) -> dict[str, Path]:
+    """The directories by the flags that name them."""
+    return {"source": source} | ({"hf_files": hf_files} if hf_files else {})
+
+
+def _config(source: Path, hf_files: Path | None, joined: Mapping[str, Joined]) -> dict[str, Any]:
+    """The configuration: the one that is given, or that of the published model which the shapes are of."""
+    given = next((d / _CONFIG for d in (source, hf_files) if d and (d / _CONFIG).is_file()), None)
+    config = config_of(given) if given else _published(source, _facts(joined))
+    place = given or source
+    if registry.family_of(config).name != _FAMILY:
+        raise UserError(
+            f"{place}: model_type is {config['model_type']}; of SwissArmyTransformer's ranks only {_FAMILY} is read"
+        )
+    architecture = registry.from_config(config)
+    if (source / SETTINGS).is_file():
+        told = config_of(source / SETTINGS)
+        for name, value in told.items():
+            if name in config and config[name] != value:
+                raise UserError(
+                    f"{source / SETTINGS} has {name} {value!r}, {place} {config[name]!r}; give --hf-files DIR with the "
+                    "config.json of this model"
+                )
+        registry.from_config(told | config)  # which refuses what this family cannot say
+    if other := head_dims(joined) - {architecture.head_dim}:
+        raise UserError(
+            f"{place}: num_attention_heads is {architecture.num_attention_heads}, the inv_freq in the ranks' files asks "
+            f"for {architecture.hidden_size // other.pop()}; give --hf-files DIR with the config.json of this model"
+        )
+    return config
+
+
+def _facts(joined: Mapping[str, Joined]) -> dict[str, int]:
+    """What the shapes say, under config.json's names."""
+    shapes = {name: held.tensor.shape for name, held in joined.items()}
+    layers = {int(found[1]) for name in shapes if (found := re.match(r"transformer\.layers\.(\d+)\.", name))}
+    vocab, hidden = (*shapes.get("transformer.word_embeddings.weight", ()), 0, 0)[:2]
+    _, inner = (*shapes.get("transformer.layers.0.mlp.dense_4h_to_h.weight", ()), 0, 0)[:2]
+    return {
+        "num_layers": max(layers, default=-1) + 1,
+        "hidden_size": hidden,
+        "inner_hidden_size": inner,
+        "vocab_size": vocab,
+    }
+
+
+def _published(source: Path, facts: Mapping[str, int]) -> dict[str, Any]:
+    for name, size in registry.FAMILIES[_FAMILY].sizes.items():
+        config = registry.to_config(size)
+        if facts.items() <= config.items():
+            log(
+                f"the shapes are those of {name}; heads, length and tokens, which {source} does not tell, are its own too"
+            )
+            return config
+    shown = ", ".join(f"{name} {value}" for name, value in facts.items())
+    raise UserError(
+        f"{source} is of no published model ({shown}), and does not tell its heads, length and tokens; give --hf-files DIR "
+        "with a config.json"
+    )
