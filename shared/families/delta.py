@@ -11,7 +11,14 @@ from shared.mapping.layout import CONCAT, RowLayout, Undealt
 from shared.mapping.rule import Rule, Source
 from shared.model.architecture import Architecture, DeltaNet
 
-_PARTS = ("query", "key", "value", "z", "beta", "alpha")  # Megatron-Core's names; a checkpoint holds each by itself
+DELTA_PARTS = (
+    "query",
+    "key",
+    "value",
+    "z",
+    "beta",
+    "alpha",
+)  # Megatron-Core's names; a checkpoint holds each by itself
 
 
 def delta_rules(a: Architecture, delta: DeltaNet, key: str, name: str) -> Iterator[Rule]:
@@ -28,11 +35,11 @@ def delta_rules(a: Architecture, delta: DeltaNet, key: str, name: str) -> Iterat
 
     hidden, k, v, heads = a.hidden_size, delta.key_size, delta.value_size, delta.value_heads
     for source, rows in (("in_proj_qkvz", (k, k, v, v)), ("in_proj_ba", (heads, heads))):
-        parts = _PARTS[:4] if len(rows) == 4 else _PARTS[4:]
+        parts = DELTA_PARTS[:4] if len(rows) == 4 else DELTA_PARTS[4:]
         for place, part in enumerate(parts):
             layout = Undealt(parts=rows, groups=delta.key_heads, part=place)
             yield rule(f"in_proj.weight.{part}", f"{source}.weight", sum(rows), hidden, layout=layout)
-    for place, part in enumerate(_PARTS[:3]):
+    for place, part in enumerate(DELTA_PARTS[:3]):
         layout = Undealt(parts=(k, k, v), groups=1, part=place)
         yield rule(f"conv1d.weight.{part}", "conv1d.weight", 2 * k + v, 1, delta.conv_kernel, layout=layout)
     yield rule("A_log", "A_log", heads, drawn="log")

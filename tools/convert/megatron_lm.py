@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -19,6 +19,7 @@ from shared.checkpoint.megatron_lm import Ranks, read_ranks
 from shared.checkpoint.region import Box, Region, region_of
 from shared.checkpoint.safetensors_file import TensorInfo
 from shared.errors import UserError
+from shared.families.delta import DELTA_PARTS
 from shared.mapping.layout import Shape
 from shared.mapping.rule import Entry, Table
 from shared.model.architecture import Architecture
@@ -87,8 +88,25 @@ class MegatronLmReader:
                     place = place_of(name)
                     if place.layer is not None:
                         layers = max(layers, place.layer + 1)
-                    yield place.moved(before, expert * experts), info
+                    for part, piece in self._pieces(place, info):
+                        yield part.moved(before, expert * experts), piece
                 before += layers
+
+    def _pieces(self, place: Place, info: TensorInfo) -> Iterator[tuple[Place, TensorInfo]]:
+        """Parts that torch_dist holds by themselves: of a gated delta net's projection and convolution."""
+        delta = self._architecture.delta
+        if delta is None or not place.key.endswith((".in_proj.weight", ".conv1d.weight")):
+            yield place, info
+            return
+        k, v, heads = (size // self._ranks.tensor for size in (delta.key_size, delta.value_size, delta.value_heads))
+        sizes = (k, k, v) if ".conv1d." in place.key else (k, k, v, v, heads, heads)
+        if info.shape[:1] != (sum(sizes),):
+            raise UserError(f"{info.place}: {info.name} is {list(info.shape)}, config.json asks for {sum(sizes)} rows")
+        start = info.start
+        for part, rows in zip(DELTA_PARTS, sizes, strict=False):
+            piece = replace(info, shape=(rows, *info.shape[1:]), start=start, size=rows * info.row_bytes)
+            yield replace(place, key=f"{place.key}.{part}"), piece
+            start += piece.size
 
     def _account(self) -> None:
         """Give each tensor the shape that its slices make up."""
@@ -196,9 +214,10 @@ def _check_copy(copy: TensorInfo, embedding: TensorInfo) -> None:
 def _check_arguments(ranks: Ranks, a: Architecture, directory: Path) -> None:
     """What shapes do not tell, the run's arguments do: heads above all."""
     told = ranks.arguments
-    if a.delta or (a.qk_norm and a.qk_norm_scope == "each_head"):
+    if a.qk_norm and a.qk_norm_scope == "each_head":
         raise UserError(
-            f"{directory}: files of ranks with gated delta nets or norms of each head are not read; save as torch_dist"
+            f"{directory}: Megatron-LM has no norms of each head, so these files of ranks are not its own, and how they "
+            "are cut is not known; save as torch_dist"
         )
     if ranks.version not in (0, 1, 2, 3):
         raise UserError(f"{directory}: checkpoint_version is {ranks.version}; rows of versions 0, 1, 2 and 3 are known")

@@ -34,6 +34,7 @@ _OLD_PARTS = (
 # What Megatron-Core's own modules are named, where TransformerEngine's hold a norm as part of the layer behind it.
 _NORMS = (
     ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
+    ("input_layernorm.", "self_attention.in_proj.layer_norm_"),
     ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
     ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_"),
     ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj.layer_norm_"),
