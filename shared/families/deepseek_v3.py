@@ -10,7 +10,6 @@ from shared.families.experts import deepseek_experts, written_deepseek_experts
 from shared.families.family import Family, tiny
 from shared.families.fields import Fields
 from shared.families.latent import latent_fields, written_latent_fields
-from shared.families.multi_token import multi_token_asides
 from shared.families.tensors import DEEPSEEK, decoder_table
 from shared.mapping.rule import Table
 from shared.model.architecture import Architecture, Experts, LatentAttention, RopeScaling
@@ -46,7 +45,7 @@ def write(a: Architecture) -> dict[str, Any]:
 
 
 def table(a: Architecture) -> Table:
-    return decoder_table(a, DEEPSEEK, multi_token_asides(a))
+    return decoder_table(a, DEEPSEEK)
 
 
 _LATENT = LatentAttention(q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)

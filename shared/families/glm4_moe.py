@@ -1,4 +1,4 @@
-"""GLM-4.5, 4.5-Air and 4.6: half of each head rotated, DeepSeek V3's experts, layers for further tokens kept aside."""
+"""GLM-4.5, 4.5-Air and 4.6: half of each head rotated, DeepSeek V3's experts and layers for further tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from shared.families.decoder import common_fields, written_fields
 from shared.families.experts import deepseek_experts, written_deepseek_experts
 from shared.families.family import Family, tiny
 from shared.families.fields import Fields
-from shared.families.multi_token import multi_token_asides
 from shared.families.tensors import DEEPSEEK, decoder_table
 from shared.mapping.rule import Table
 from shared.model.architecture import Architecture, Experts
@@ -47,7 +46,7 @@ def write(a: Architecture) -> dict[str, Any]:
 
 
 def table(a: Architecture) -> Table:
-    return decoder_table(a, DEEPSEEK, multi_token_asides(a))
+    return decoder_table(a, DEEPSEEK)
 
 
 _AIR = Architecture(

@@ -11,7 +11,7 @@ from shared.families.delta import delta_fields, written_delta_fields
 from shared.families.experts import dense_layers, expert_count, written_dense_layers
 from shared.families.family import Family, tiny
 from shared.families.fields import Fields
-from shared.families.multi_token import mtp_asides
+from shared.families.prediction import OF_QWEN
 from shared.families.tensors import Names, decoder_table
 from shared.mapping.rule import Table
 from shared.model.architecture import Architecture, DeltaNet, Experts
@@ -26,6 +26,12 @@ def read(fields: Fields) -> Architecture:
     common["head_dim"] = fields.get("head_dim", int, 256)
     fields.expect("use_sliding_window", False, why="sliding-window attention is not computed here")
     bias = fields.get("attention_bias", bool, False)
+    # The published configurations do not say that there is one; vLLM takes it for granted too.
+    prediction_layers = fields.get("num_nextn_predict_layers", int, 1)
+    if prediction_layers > 1:
+        raise UserError(
+            f"config.json: num_nextn_predict_layers {prediction_layers}: several layers behind one mtp.fc are not computed here"
+        )
     kinds = _layer_kinds(fields, layers)
     experts = Experts(
         count=expert_count(fields, 512),
@@ -46,8 +52,7 @@ def read(fields: Fields) -> Architecture:
         attention_gate=True,
         delta=delta_fields(fields, tuple(index for index, kind in enumerate(kinds) if kind == _KINDS[0])),
         experts=experts,
-        # The published configurations do not say that there is one; vLLM takes it for granted too.
-        prediction_layers=fields.get("num_nextn_predict_layers", int, 1),
+        prediction_layers=prediction_layers,
         **common,
     )
 
@@ -81,7 +86,7 @@ def write(a: Architecture) -> dict[str, Any]:
 
 
 def table(a: Architecture) -> Table:
-    return decoder_table(a, Names(), mtp_asides(a))
+    return decoder_table(a, Names(prediction=OF_QWEN))
 
 
 _80B_A3B = Architecture(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -57,6 +57,7 @@ from shared.families import (
 )
 from shared.families.family import Family
 from shared.families.fields import Fields
+from shared.families.prediction import of_prediction
 from shared.mapping.quantization import quantization_of
 from shared.mapping.rule import Table
 from shared.model.architecture import Architecture
@@ -236,6 +237,17 @@ def _structure(architecture: Architecture) -> dict[str, Any]:
 
     named = (field.name for field in fields(architecture) if field.name not in ("family", "rope_scaling"))
     return {name: kind(getattr(architecture, name)) for name in named}
+
+
+def as_stored(architecture: Architecture, names: Collection[str]) -> Architecture:
+    """The model without layers for tokens further ahead where none of their tensors is among the names, in either form.
+
+    Some files are published without; what has some of them has to have all.
+    """
+    further = of_prediction(table_of(architecture)).entries()
+    if any(entry.key in names or any(source.name in names for source in entry.sources) for entry in further):
+        return architecture
+    return replace(architecture, prediction_layers=0)
 
 
 def table_of(architecture: Architecture) -> Table:

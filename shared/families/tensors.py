@@ -8,6 +8,7 @@ from typing import Literal
 
 from shared.families.delta import delta_rules
 from shared.families.latent import latent_norms, latent_projections
+from shared.families.prediction import OF_DEEPSEEK, PredictionNames, prediction_aliases, prediction_rules
 from shared.mapping.layout import (
     CONCAT,
     COPY,
@@ -66,6 +67,7 @@ class Names:
     shared_gate: str = "mlp.shared_expert_gate"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    prediction: PredictionNames | None = None  # of layers for tokens further ahead
     inputs_first: bool = False  # weights of linear layers are `[in, out]`, as GPT-2's
     # Constants that files of old transformers versions hold; every implementation recomputes them.
     asides: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
@@ -74,15 +76,24 @@ class Names:
 DEEPSEEK = Names(
     shared_fc1=("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
     shared_fc2="mlp.shared_experts.down_proj",
+    prediction=OF_DEEPSEEK,
 )
 
 
 def decoder_table(a: Architecture, names: Names, further_asides: Iterable[Aside] = ()) -> Table:
     """Tensors of the decoder, as the architecture has them."""
-    tied = Alias(name=f"{names.head}.weight", of=f"{names.embedding}.weight")
+    rules = list(_rules(a, names))
+    aliases = [Alias(name=f"{names.head}.weight", of=f"{names.embedding}.weight")] if a.tied_embeddings else []
+    if names.prediction:
+        head = names.embedding if a.tied_embeddings else names.head
+        for index in range(a.prediction_layers):
+            own = names.prediction.at(a, index)
+            layer = _rules(a.prediction_layer, replace(names, layer=own.layer))
+            rules += prediction_rules(a, index, own, layer)
+            aliases += prediction_aliases(own, names.embedding, head)
     return Table(
-        rules=tuple(_rules(a, names)),
-        aliases=(tied,) if a.tied_embeddings else (),
+        rules=tuple(rules),
+        aliases=tuple(aliases),
         asides=(*(Aside(name=names.layer + name) for name in names.asides), *further_asides),
         optional_prefix=names.prefix,
         sizes={

@@ -63,6 +63,7 @@ class Alias:
 
     name: str
     of: str
+    copy: bool = False  # whatever the configuration says of tied embeddings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@
     layers.{i}.layernorm_mlp.{layer_norm_weight,layer_norm_bias,fc1_weight,fc1_bias,fc2_weight,fc2_bias}
     layers.{i}.mlp.experts.linear_fc{1,2}.weight{expert}
 
-A module that TransformerEngine has no name for keeps Megatron-Core's. Rows are ordered as Megatron-Core's: fused
+A module that TransformerEngine has no name for keeps Megatron-Core's. Layers for tokens further ahead, which are no part
+of the model's answer, stay beside the weights under Hugging Face's names. Rows are ordered as Megatron-Core's: fused
 `[q1..qn k1 v1 | q.. k2 v2 | ...]` and `[gate ; up]` are what TransformerEngine computes with. The vocabulary is not padded.
 """
 
@@ -18,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from shared.mapping.layout import COPY, Constant, PadRows, Shape
-from shared.mapping.rule import Rule, Table
+from shared.mapping.rule import Aside, Rule, Table
 from shared.model.architecture import Architecture
 from shared.model.te import describe, extra_states, limits, parameters
 
@@ -40,6 +41,7 @@ _MLP = {
     "mlp.linear_fc1.": "layernorm_mlp.fc1_",
     "mlp.linear_fc2.": "layernorm_mlp.fc2_",
 }
+_FURTHER = "mtp."
 _LAYERS = ("decoder.layers.{layer}.", "decoder.layers.")
 
 
@@ -59,7 +61,9 @@ def te_form(table: Table, a: Architecture) -> Form:
     as zeros: an entry without sources.
     """
     own = _own_names(a)
-    renamed = [_renamed(rule, own) for rule in table.rules]
+    further = [rule for rule in table.rules if rule.megatron.startswith(_FURTHER)]
+    asides = [Aside(name=s.name, axes=rule.axes, complete=True) for rule in further for s in rule.sources]
+    renamed = [_renamed(rule, own) for rule in table.rules if rule not in further]
     entries = list(replace(table, rules=tuple(renamed)).entries())
     shapes = {entry.key: entry.global_shape for entry in entries}
     # Megatron-Core has one way to hold the weights of all norms; here each is held as Hugging Face has it.
@@ -77,7 +81,8 @@ def te_form(table: Table, a: Architecture) -> Form:
     assert all(name.endswith("bias") for name in absent), f"weights that the model lacks: {absent[:3]}"
     rules = [replace(rule, less_one=False) for rule in renamed]
     rules += [Rule(megatron=name, sources=(), layout=Constant(shape=wanted[name])) for name in absent]
-    return Form(table=replace(table, rules=tuple(rules)), modules=modules, extra_states=tuple(states))
+    table = replace(table, rules=tuple(rules), asides=(*table.asides, *asides))
+    return Form(table=table, modules=modules, extra_states=tuple(states))
 
 
 def _modules(described: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -5,7 +5,7 @@ Pure data, importable without torch or Megatron-Core.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from shared.model.rope_scaling import RopeScaling as RopeScaling
@@ -331,6 +331,19 @@ class Architecture:
         return len(self.moe_layers) in (0, self.num_layers) and self.delta is None
 
     @property
+    def prediction_layer(self) -> Architecture:
+        """A model whose only layer is the decoder layer within each layer for tokens further ahead."""
+        return replace(
+            self,
+            num_layers=1,
+            prediction_layers=0,
+            delta=None,
+            experts=replace(self.experts, dense_layers=()) if self.experts else None,
+            layers_without_rope=(),
+            full_attention_layers=(),
+        )
+
+    @property
     def attention_layers(self) -> tuple[int, ...]:
         """Layers that have attention."""
         other = self.delta.layers if self.delta else ()
@@ -378,7 +391,10 @@ class Architecture:
         return -(-self.vocab_size // multiple) * multiple
 
     def parameter_count(self, *, active: bool = False) -> int:
-        """Number of weights, without vocabulary padding; `active` counts the experts that one token goes through."""
+        """Number of weights, without vocabulary padding and without layers for tokens further ahead.
+
+        `active` counts the experts that one token goes through.
+        """
         norm = self.hidden_size * (2 if self.norm_bias else 1) * self.norm_affine
         per_layer = {"parallel_shared": 1}.get(self.residual, 4 if self.norm_placement == "sandwich" else 2)
         qkv = self.q_size * (2 if self.attention_gate else 1) + 2 * self.kv_size
@@ -409,6 +425,12 @@ class Architecture:
             each += self._mlp_count(experts.shared_ffn_hidden_size or 0)
             mlps += len(self.moe_layers) * each
         return self.num_layers * per_layer * norm + mixers + mlps + embeddings + norm * self.final_norm
+
+    def prediction_count(self, *, active: bool = False) -> int:
+        """Number of weights of the layers for tokens further ahead, which share embedding and head with the model."""
+        layer = self.prediction_layer.parameter_count(active=active)
+        ends = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2) + self.hidden_size
+        return self.prediction_layers * (layer - ends + (3 + 2 * self.hidden_size) * self.hidden_size)
 
     def _delta_count(self, delta: DeltaNet) -> int:
         projected = 2 * delta.key_size + 2 * delta.value_size + 2 * delta.value_heads

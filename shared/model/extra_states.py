@@ -22,20 +22,32 @@ _EXPERT = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
 
 def extra_states(architecture: Architecture) -> Iterator[str]:
     """Keys of a torch_dist checkpoint: `decoder.layers.MODULE._extra_state/shard_LAYER_LAYERS` where layers are stacked."""
-    layers, experts = architecture.num_layers, architecture.experts
-    for layer in range(layers):
-        sparse = layer in architecture.moe_layers
-        modules = _attention(architecture, layer) + list(_SPARSE if sparse else _DENSE)
-        prefix, index, sizes = ("decoder.layers", [layer], [layers])
-        if not architecture.homogeneous:
-            prefix, index, sizes = (f"decoder.layers.{layer}", [], [])
-        for module in modules:
-            yield f"{prefix}.{module}._extra_state/{_shard(index, sizes)}"
-        if sparse and experts:
-            for module, expert in product(_EXPERT, range(experts.count)):
-                yield f"{prefix}.{module}._extra_state/{_shard([*index, expert], [*sizes, experts.count])}"
+    yield from _of_layers(architecture)
     if architecture.final_norm:
         yield "decoder.final_layernorm._extra_state/shard_0_1"
+    for layer in range(architecture.prediction_layers):
+        prefix = f"mtp.layers.{layer}"
+        for module in ("enorm", "hnorm", "eh_proj", "final_layernorm"):
+            yield f"{prefix}.{module}._extra_state/{_shard([], [])}"
+        yield from _of_layer(architecture.prediction_layer, 0, f"{prefix}.transformer_layer", [], [])
+
+
+def _of_layers(architecture: Architecture) -> Iterator[str]:
+    layers = architecture.num_layers
+    for layer in range(layers):
+        if architecture.homogeneous:
+            yield from _of_layer(architecture, layer, "decoder.layers", [layer], [layers])
+        else:
+            yield from _of_layer(architecture, layer, f"decoder.layers.{layer}", [], [])
+
+
+def _of_layer(a: Architecture, layer: int, prefix: str, index: list[int], sizes: list[int]) -> Iterator[str]:
+    sparse = layer in a.moe_layers
+    for module in _attention(a, layer) + list(_SPARSE if sparse else _DENSE):
+        yield f"{prefix}.{module}._extra_state/{_shard(index, sizes)}"
+    if sparse and a.experts:
+        for module, expert in product(_EXPERT, range(a.experts.count)):
+            yield f"{prefix}.{module}._extra_state/{_shard([*index, expert], [*sizes, a.experts.count])}"
 
 
 def _attention(architecture: Architecture, layer: int) -> list[str]:

@@ -25,7 +25,7 @@ from shared.model.latent import latent_config
 from shared.model.parallel import ParallelLayout
 from shared.model.prefix import prefix_inputs
 from shared.model.rope import PlacedRotation, Rotation
-from shared.model.spec import block_spec
+from shared.model.spec import block_spec, prediction_spec
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -56,7 +56,9 @@ class LanguageModel(GPTModel):
     `[batch, sequence]` and a mask by `segment_mask` or None for plain causal attention, the last pipeline stage
     returns the loss of every label, `[batch, sequence]` fp32 in nats (0 where a label is negative), and without
     labels this process's logits `[batch, sequence, padded_vocab / tensor_parallel]`. Other stages return their
-    hidden states. Where the architecture has a prefix, every stage reads positions and mask from the ids.
+    hidden states. Labels `[1 + prediction_layers, batch, sequence]` ask for losses of as many: of the next tokens,
+    and of those that each layer for tokens further ahead predicts, which is not run otherwise. Where the architecture
+    has a prefix, every stage reads positions and mask from the ids.
     """
 
     def __init__(self, architecture: Architecture, config: TransformerConfig, vp_stage: int | None) -> None:
@@ -72,6 +74,7 @@ class LanguageModel(GPTModel):
             share_embeddings_and_output_weights=architecture.tied_embeddings,
             # Of positions that tokens say: the one kind of rotation that hands them on.
             position_embedding_type="mrope" if placed else _POSITIONS[architecture.positions],
+            mtp_block_spec=prediction_spec(architecture),
             vp_stage=vp_stage,
         )
         self.architecture = architecture
@@ -80,7 +83,7 @@ class LanguageModel(GPTModel):
         elif architecture.positions == "rope" and not architecture.latent:
             self.rotary_pos_emb = Rotation(architecture)
         narrow = architecture.embedding_size
-        if self.pre_process:
+        if self.pre_process or self.mtp_process:
             if narrow is not None:
                 narrow_embedding(self.embedding, narrow)
             adapt_embedding(self.embedding, architecture)
@@ -111,6 +114,24 @@ class LanguageModel(GPTModel):
             position_ids = position_ids + self.architecture.learned_position_offset
         return super().forward(input_ids, position_ids, attention_mask, **others)
 
+    def _postprocess(self, **given: Any) -> torch.Tensor:
+        """See the class. Megatron-Core's loss of layers for tokens further ahead knows no labels of their own."""
+        if not (self.mtp_process and self.post_process):
+            made: torch.Tensor = super()._postprocess(**given)
+            return made
+        states, labels = given["hidden_states"], given["labels"]
+        depth = self.config.mtp_num_layers if labels is not None and labels.dim() == 3 else 0
+        if depth:
+            wanted = ("input_ids", "position_ids", "hidden_states", "attention_mask", "rotary_pos_emb")
+            states = self.mtp(**{name: given[name] for name in wanted}, embedding=self.embedding)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        found = [self.output_layer(state, weight=weight)[0] for state in states.chunk(1 + depth)]
+        if labels is None:
+            return found[0].transpose(0, 1).contiguous()
+        if not depth:
+            return self.compute_language_model_loss(labels, found[0])
+        return torch.stack([self.compute_language_model_loss(*each) for each in zip(labels, found, strict=True)])
+
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Labels `[batch, sequence]`, logits `[sequence, batch, columns]` to losses `[batch, sequence]`."""
         loss = vocab_parallel_cross_entropy(
@@ -135,6 +156,7 @@ def transformer_config(
     on_cpu = prepare().type == "cpu"
     fields: dict[str, Any] = {
         "num_layers": architecture.num_layers,
+        "mtp_num_layers": architecture.prediction_layers or None,
         "hidden_size": architecture.hidden_size,
         "ffn_hidden_size": architecture.ffn_hidden_size,
         "num_attention_heads": architecture.num_attention_heads,

@@ -12,6 +12,11 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -40,6 +45,24 @@ def block_spec(architecture: Architecture, first_layer: int, num_layers: int) ->
         layer_specs=[_layer(architecture, layer, windowed if architecture.window(layer) else None) for layer in layers],
         layer_norm=norm_of(architecture, checkpointed=True) if architecture.final_norm else None,
     )
+
+
+def prediction_spec(architecture: Architecture) -> MultiTokenPredictionBlockSubmodules | None:
+    """Layers for tokens further ahead, each around a decoder layer as the model's are; None without any."""
+    if not architecture.prediction_layers:
+        return None
+    norm = norm_of(architecture, checkpointed=True)
+    layer = ModuleSpec(
+        module=MultiTokenPredictionLayer,
+        submodules=MultiTokenPredictionLayerSubmodules(
+            enorm=norm,
+            hnorm=norm,
+            layer_norm=norm,
+            eh_proj=ColumnParallelLinear,
+            mtp_model_layer=_layer(architecture.prediction_layer, 0, None),
+        ),
+    )
+    return MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * architecture.prediction_layers)
 
 
 def _layer(architecture: Architecture, layer: int, rotation: Rotation | None) -> ModuleSpec:

@@ -95,7 +95,7 @@ def _some(keys: Sequence[str]) -> str:
 @torch.no_grad()
 def _clear_padding(chunk: LanguageModel) -> None:
     """Zero in the vocabulary rows that stand for no token."""
-    tables = [chunk.embedding.word_embeddings.weight] if chunk.pre_process else []
+    tables = [chunk.embedding.word_embeddings.weight] if chunk.pre_process or chunk.mtp_process else []
     if chunk.post_process and chunk.output_layer.weight is not None:
         tables.append(chunk.output_layer.weight)
         if chunk.output_layer.bias is not None:

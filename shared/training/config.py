@@ -11,6 +11,7 @@ from shared.training.schedule import Schedule, ScheduleName
 
 Precision = Literal["bf16", "fp32"]
 Recompute = Literal["none", "selective", "full"]
+MTP_LOSS_SCALING_FACTOR = 0.1  # Megatron-Core's default
 _MICRO_BATCH_TOKENS = 8192  # a forward pass this long keeps a GPU busy and its activations modest
 
 
@@ -28,6 +29,7 @@ class TrainingConfig:
     warmup_steps: int
     decay_steps: int  # wsd only: the falling end
     weight_decay: float  # decoupled, on matrices only
+    mtp_loss_scaling_factor: float  # of the loss of tokens further ahead; 0: the layers for them stay as they are
     clip_grad: float  # global norm, 0 for none
     adam_beta1: float
     adam_beta2: float

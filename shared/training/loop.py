@@ -30,7 +30,7 @@ from shared.training import state
 from shared.training.agreement import StopRequest
 from shared.training.config import TrainingConfig
 from shared.training.data import IGNORE, Batch, Dataset
-from shared.training.loss import global_loss, token_loss
+from shared.training.loss import Loss, further_labels, global_loss, token_loss
 from shared.training.optimizer import build_optimizer, set_learning_rate, wrap
 from shared.training.plan import Inputs
 from shared.training.recorder import Recorder, take_up
@@ -74,6 +74,8 @@ def train(run: Run) -> None:
     chunks = gpt.build(architecture, layout, dtype=dtype, recompute=config.recompute, **model_overrides(config))
     resumed = None if directory.resumed is None else directory.path / iteration_name(directory.resumed)
     weights.load(chunks, resumed or run.inputs.source.iteration_path)
+    if not config.mtp_loss_scaling_factor:
+        keep_further_layers(chunks)
     model = wrap(chunks)
     optimizer = build_optimizer(config, model)
     step = 0
@@ -87,9 +89,11 @@ def train(run: Run) -> None:
         recorder.validated(0, validate(config, model, validation, device), run.bytes_per_token)
     while step < config.steps:
         started = time.perf_counter()
-        loss, targets = forward_backward(config, model, training, step, device)
-        if not math.isfinite(loss):
-            raise StageError(f"the loss of update {step + 1} is {loss}; {recorder.last_saved()}; lower --learning-rate")
+        loss = forward_backward(config, model, training, step, device)
+        if not math.isfinite(loss.mean):
+            raise StageError(
+                f"the loss of update {step + 1} is {loss.mean}; {recorder.last_saved()}; lower --learning-rate"
+            )
         rate = schedule.learning_rate(step + 1)
         set_learning_rate(optimizer, rate)
         _, gradient_norm, _ = optimizer.step()
@@ -98,7 +102,7 @@ def train(run: Run) -> None:
                 f"the gradient of update {step + 1} is {gradient_norm}; {recorder.last_saved()}; lower --learning-rate"
             )
         step += 1
-        recorder.updated(step, loss, targets, rate, gradient_norm, time.perf_counter() - started)
+        recorder.updated(step, loss, rate, gradient_norm, time.perf_counter() - started)
 
         finished, stopping = step == config.steps, stop.agreed(device)
         if finished or (config.validate_every and step % config.validate_every == 0):
@@ -116,6 +120,12 @@ def train(run: Run) -> None:
     parallel.leave()
 
 
+def keep_further_layers(chunks: list[gpt.LanguageModel]) -> None:
+    """Leave layers for tokens further ahead as they are: they are not run, and no optimizer has them."""
+    for chunk in (chunk for chunk in chunks if chunk.mtp_process):
+        chunk.mtp.requires_grad_(False)
+
+
 def model_overrides(config: TrainingConfig) -> dict[str, Any]:
     """Fields of Megatron-Core's model configuration that training decides."""
     return {
@@ -129,8 +139,8 @@ def model_overrides(config: TrainingConfig) -> dict[str, Any]:
 
 def forward_backward(
     config: TrainingConfig, model: list[DistributedDataParallel], data: Dataset, step: int, device: torch.device
-) -> tuple[float, int]:
-    """Gradients of update `step` (counted from 0), summed over ranks; returns mean loss and number of targets."""
+) -> Loss:
+    """Gradients of update `step` (counted from 0), summed over ranks."""
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
     def micro_batches() -> Iterator[Batch]:
@@ -154,8 +164,8 @@ def forward_backward(
 @torch.no_grad()
 def validate(
     config: TrainingConfig, model: list[DistributedDataParallel], data: Dataset | None, device: torch.device
-) -> tuple[float, int] | None:
-    """Mean loss over the validation sequences, each exactly once, and the number of targets; None without any."""
+) -> Loss | None:
+    """Loss over the validation sequences, each exactly once; None without any."""
     if data is None:
         return None
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -188,7 +198,7 @@ def run_schedule(
 ) -> list[dict[str, torch.Tensor]]:
     """All micro batches of this rank through Megatron-Core's schedule for the layout."""
     return get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=partial(forward_step, further_scale=config.mtp_loss_scaling_factor),
         # Every model chunk of a virtual pipeline reads the same micro batches by itself.
         data_iterator=[micro_batches() for _ in model] if len(model) > 1 else micro_batches(),
         model=model if len(model) > 1 else model[0],
@@ -199,15 +209,23 @@ def run_schedule(
     )
 
 
-def forward_step(batches: Iterator[Batch], model: DistributedDataParallel) -> tuple[torch.Tensor, Callable[..., Any]]:
-    """One micro batch through one model chunk; the last stage's output is a loss per position."""
+def forward_step(
+    batches: Iterator[Batch], model: DistributedDataParallel, *, further_scale: float
+) -> tuple[torch.Tensor, Callable[..., Any]]:
+    """One micro batch through one model chunk; the last stage's output is a loss per position.
+
+    With a scale there are such losses for each layer for tokens further ahead, too.
+    """
     batch = next(batches)
+    depth, labels = model.module.architecture.prediction_layers, batch.labels
+    if depth and further_scale:
+        labels = further_labels(labels, batch.segments, depth)
     rows, length = batch.tokens.shape
     positions = torch.arange(length, device=batch.tokens.device).expand(rows, length)
     output = model(
         input_ids=batch.tokens,
         position_ids=positions,
         attention_mask=segment_mask(batch.segments) if batch.segments is not None else None,
-        labels=batch.labels,
+        labels=labels,
     )
-    return output, partial(token_loss, labels=batch.labels)
+    return output, partial(token_loss, labels=labels, further_scale=further_scale)

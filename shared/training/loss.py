@@ -4,9 +4,16 @@ The loss of an update is the sum of the negative log-likelihoods of all target t
 their number. So it does not depend on the number of data-parallel ranks, on the micro batch size, or on how samples are
 packed into rows. Each micro batch hands Megatron-Core its sum and its count; Megatron-Core (with
 `calculate_per_token_loss`) adds both over micro batches and ranks and divides the gradients once.
+
+Layers for tokens further ahead add theirs as DeepSeek V3 does (arXiv:2412.19437, equations 24 and 25): the mean over the
+layers of each one's sum, divided by the number of *next* tokens that are targets, times a weight. So it is as
+independent. Megatron-Core's own `process_mtp_loss` divides by the number of a micro batch's further targets: no larger a
+difference than segments have ends, but one that depends on the micro batch.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
@@ -16,28 +23,66 @@ from shared.training.data import IGNORE
 Report = dict[str, torch.Tensor]
 
 
-def token_loss(losses: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Report]:
+def further_labels(labels: torch.Tensor, segments: torch.Tensor | None, depth: int) -> torch.Tensor:
+    """Labels of the next tokens, and of those that each layer for tokens further ahead is to predict.
+
+    Args:
+        labels: `[batch, sequence]`, the token that follows, IGNORE where there is no loss.
+        segments: `[batch, sequence]`, what belongs together; None: whole rows.
+        depth: number of such layers. The k-th predicts from a position what the one k places on is to predict.
+
+    Returns:
+        `[1 + depth, batch, sequence]`, IGNORE where the token lies outside of the row or of its segment.
+    """
+    every = [labels]
+    for ahead in range(1, depth + 1):
+        later = torch.full_like(labels, IGNORE)
+        later[:, :-ahead] = labels[:, ahead:]
+        if segments is not None:
+            later[:, :-ahead][segments[:, ahead:] != segments[:, :-ahead]] = IGNORE
+        every.append(later)
+    return torch.stack(every)
+
+
+def token_loss(
+    losses: torch.Tensor, labels: torch.Tensor, further_scale: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, Report]:
     """Sum over targets, in the form the schedules of Megatron-Core ask for.
 
     Args:
-        losses: negative log-likelihood of each label in nats, fp32 `[batch, sequence]`, 0 where there is no target.
-        labels: `[batch, sequence]`, IGNORE where a position is no target.
+        losses: negative log-likelihood of each label in nats, fp32 `[batch, sequence]`, 0 where there is no target;
+            with layers for tokens further ahead `[1 + layers, batch, sequence]`.
+        labels: of the same shape, IGNORE where a position is no target.
+        further_scale: weight of those layers' mean loss beside that of the next tokens.
 
     Returns:
-        The sum, the number of targets (int), and both again as data for `global_loss`.
+        The sum, the number of targets (int), and for `global_loss` sums and numbers of the next tokens and of those
+        further ahead.
     """
-    total = losses.sum()
-    count = (labels != IGNORE).sum().int()
-    return total, count, {"loss": torch.stack([total.detach().double(), count.double()])}
+    losses, labels = (x.view(-1, *x.shape[-2:]) for x in (losses, labels))
+    sums, counts = losses.sum((1, 2)), (labels != IGNORE).sum((1, 2))
+    depth = len(sums) - 1
+    total = sums[0] + further_scale * sums[1:].mean() if depth else sums[0]
+    both = [sums[0], counts[0], sums[1:].sum(), counts[1:].sum()]
+    return total, counts[0].int(), {"loss": torch.stack([each.detach().double() for each in both])}
 
 
-def global_loss(reports: list[Report], device: torch.device) -> tuple[float, int]:
-    """Mean loss in nats per target token over all micro batches and ranks, and the number of targets, on every rank.
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """Over a global batch, in nats per target token."""
+
+    mean: float
+    targets: int
+    further: float | None  # the mean of tokens further ahead; None where none are targets
+
+
+def global_loss(reports: list[Report], device: torch.device) -> Loss:
+    """The loss over all micro batches and ranks, on every rank.
 
     Only ranks of the last pipeline stage have reports; the others receive the result.
     """
     # fp64: a sum of millions of fp32 losses keeps more digits than are printed, whatever the order of addition.
-    total = torch.zeros(2, dtype=torch.float64, device=device)
+    total = torch.zeros(4, dtype=torch.float64, device=device)
     for report in reports:
         total += report["loss"]
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
@@ -47,5 +92,5 @@ def global_loss(reports: list[Report], device: torch.device) -> tuple[float, int
             src=parallel_state.get_pipeline_model_parallel_last_rank(),
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
-    loss, count = total.tolist()
-    return loss / max(count, 1.0), int(count)
+    loss, count, further, later = total.tolist()
+    return Loss(mean=loss / max(count, 1.0), targets=int(count), further=further / later if later else None)

@@ -37,6 +37,8 @@ class TrainingOptions:
         warmup_steps: updates of the warm-up; by default one in a hundred, at most 2000.
         decay_steps: updates of the falling end of wsd; by default a fifth.
         weight_decay: decoupled, on matrices; norms and biases have none.
+        mtp_loss_scaling_factor: weight of the mean loss of layers for tokens further ahead (multi-token prediction),
+            where the model has some; by default 0.1. 0 leaves those layers as they are.
         clip_grad: largest norm of the gradient; 0 leaves it as it is.
         adam_beta1: decay of the mean of gradients.
         adam_beta2: decay of the mean of their squares.
@@ -70,6 +72,7 @@ class TrainingOptions:
     warmup_steps: NonNegative | None = None
     decay_steps: NonNegative | None = None
     weight_decay: Rate = 0.1
+    mtp_loss_scaling_factor: Rate | None = None
     clip_grad: Rate = 1.0
     adam_beta1: Decay = 0.9
     adam_beta2: Decay = 0.95

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shared.checkpoint.reader import Checkpoint, open_checkpoint
+from shared.checkpoint.torch_dist import TorchDistReader
 from shared.console import log, quantity
 from shared.errors import UserError
 from shared.families import registry
@@ -75,7 +76,10 @@ def _architecture(model: Checkpoint) -> Architecture:
             f"--source {model.path} has no hf/config.json that says what the model is; "
             "make it with `convert to-megatron`"
         )
-    return registry.from_files(model.hf_files)
+    architecture = registry.from_files(model.hf_files)
+    if not architecture.prediction_layers:
+        return architecture
+    return registry.as_stored(architecture, TorchDistReader(model.iteration_path).tensors)
 
 
 def default_processes(model_parallel: int) -> int:
@@ -99,7 +103,7 @@ def memory_estimate(config: TrainingConfig, architecture: Architecture) -> int:
     kept; with recomputation the 2 s b h of every layer's input and one layer in full.
     """
     width = _BYTES[config.precision]
-    weights = architecture.parameter_count() / config.model_parallel
+    weights = (architecture.parameter_count() + architecture.prediction_count()) / config.model_parallel
     main = 4 if config.precision == "bf16" else 0  # fp32 weights are their own main copy
     states = weights * (width + 4 + (8 + main) / config.data_parallel)
     tokens = config.micro_batch_size * config.sequence_length
@@ -118,7 +122,7 @@ def memory_estimate(config: TrainingConfig, architecture: Architecture) -> int:
 def announce(config: TrainingConfig, inputs: Inputs, *, sequences: int) -> None:
     """Print the plan. `sequences` are those of one epoch."""
     architecture = inputs.architecture
-    parameters = architecture.parameter_count()
+    parameters = architecture.parameter_count() + architecture.prediction_count()
     layout = " x ".join(
         f"{name} {size}"
         for name, size in (
@@ -144,6 +148,10 @@ def announce(config: TrainingConfig, inputs: Inputs, *, sequences: int) -> None:
         f"run         {config.steps:,} updates = {config.steps * config.tokens_per_step:,} tokens = {epochs:.2f} epochs; "
         f"{_rates(config)}"
     )
+    if count := architecture.prediction_layers:
+        factor = config.mtp_loss_scaling_factor
+        how = f"trained, their loss times {factor:g}" if factor else "kept as they are (--mtp-loss-scaling-factor 0)"
+        log(f"ahead       {count} layer{'s' * (count > 1)} for tokens further ahead: {how}")
     log(
         f"needs       about {quantity(memory_estimate(config, architecture), 'bytes')} of memory per process, "
         f"{quantity(parameters * (width + 12), 'bytes')} of disk per checkpoint, {config.keep} kept"

@@ -12,6 +12,7 @@ from shared.console import log, quantity
 from shared.training import metrics, report
 from shared.training.agreement import on_first_rank
 from shared.training.config import TrainingConfig
+from shared.training.loss import Loss
 from shared.training.metrics import Metrics, flops_per_token, peak_flops, peak_memory
 from shared.training.passengers import passengers
 from shared.training.plan import Inputs
@@ -67,11 +68,13 @@ class Recorder:
         self._epoch = epoch  # sequences
         self._speaks = torch.distributed.get_rank() == 0
         self._saved = directory.resumed
-        self._flops = flops_per_token(inputs.architecture, config.sequence_length)
+        self._flops = flops_per_token(
+            inputs.architecture, config.sequence_length, further=config.mtp_loss_scaling_factor > 0
+        )
         self._peak = peak_flops()
         self._metrics = Metrics(directory.path, resumed_step=directory.resumed) if self._speaks else None
 
-    def updated(self, step: int, loss: float, targets: int, rate: float, gradient_norm: float, seconds: float) -> None:
+    def updated(self, step: int, loss: Loss, rate: float, gradient_norm: float, seconds: float) -> None:
         """Record update `step`, counted from 1."""
         if self._metrics is None:
             return
@@ -79,10 +82,11 @@ class Recorder:
         speed = config.tokens_per_step / seconds
         row = {
             "step": step,
-            "loss": loss,
+            "loss": loss.mean,
+            **({} if loss.further is None else {"mtp_loss": loss.further}),
             "learning_rate": rate,
             "gradient_norm": gradient_norm,
-            "targets": targets,
+            "targets": loss.targets,
             "samples": step * config.global_batch_size,
             "tokens": step * config.tokens_per_step,
             "seconds": round(seconds, 6),
@@ -94,22 +98,25 @@ class Recorder:
         self._metrics.append(**row)
         if step % config.log_every == 0 or step == config.steps:
             recent = [row["seconds"] for row in self._metrics.rows[-50:] if "seconds" in row]
+            further = "" if loss.further is None else f"  mtp {loss.further:.4f}"
             left = sum(recent) / len(recent) * (config.steps - step)
             log(
-                f"update {step}/{config.steps}  loss {loss:.4f}  lr {rate:.2e}  grad {gradient_norm:.2f}  "
+                f"update {step}/{config.steps}  loss {loss.mean:.4f}{further}  lr {rate:.2e}  grad {gradient_norm:.2f}  "
                 f"{speed:,.0f} tokens/s  {quantity(row['memory_bytes'], 'bytes')}  "
                 f"epoch {row['samples'] / self._epoch:.2f}  {_clock(left)} left"
             )
 
-    def validated(self, step: int, result: tuple[float, int] | None, bytes_per_token: float | None) -> None:
+    def validated(self, step: int, result: Loss | None, bytes_per_token: float | None) -> None:
         """Record a validation after update `step`; None where there is nothing to validate on."""
         if self._metrics is None or result is None:
             return
-        loss, targets = result
-        row: dict[str, float] = {"step": step, "validation_loss": loss, "validation_targets": targets}
-        text = f"validation after update {step}: loss {loss:.4f}"
+        row: dict[str, float] = {"step": step, "validation_loss": result.mean, "validation_targets": result.targets}
+        text = f"validation after update {step}: loss {result.mean:.4f}"
+        if result.further is not None:
+            row["validation_mtp_loss"] = result.further
+            text += f", mtp {result.further:.4f}"
         if bytes_per_token is not None:
-            row["bits_per_byte"] = metrics.bits_per_byte(loss, bytes_per_token)
+            row["bits_per_byte"] = metrics.bits_per_byte(result.mean, bytes_per_token)
             text += f", {row['bits_per_byte']:.4f} bits per byte"
         self._metrics.append(**row)
         log(text)
@@ -129,7 +136,7 @@ class Recorder:
         """What the manifest says of the iteration."""
         facts = self._facts() | {"step": step, "consumed_tokens": step * self._config.tokens_per_step}
         if self._metrics is not None:
-            for name in ("loss", "validation_loss", "bits_per_byte"):
+            for name in ("loss", "mtp_loss", "validation_loss", "validation_mtp_loss", "bits_per_byte"):
                 known = [row[name] for row in self._metrics.rows if name in row]
                 facts |= {name: known[-1]} if known else {}
         return facts

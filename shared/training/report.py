@@ -78,6 +78,13 @@ def render(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], *, title
             ],
         ),
         chart(
+            "Loss of tokens further ahead, nats per target token",
+            [
+                Line(name="each update", points=_curve(rows, "mtp_loss"), style="one"),
+                Line(name="validation", points=_curve(rows, "validation_mtp_loss"), style="two", dots=True),
+            ],
+        ),
+        chart(
             "Validation, bits per byte",
             [Line(name="bits per byte", points=_curve(rows, "bits_per_byte"), style="two", dots=True)],
         ),

@@ -14,6 +14,7 @@ from shared.console import log
 from shared.errors import UserError
 from shared.invocation import invocation
 from shared.training.config import (
+    MTP_LOSS_SCALING_FACTOR,
     TrainingConfig,
     default_decay_steps,
     default_micro_batch_size,
@@ -50,6 +51,9 @@ def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> Train
         warmup_steps=default_warmup_steps(steps) if options.warmup_steps is None else options.warmup_steps,
         decay_steps=decay,
         weight_decay=options.weight_decay,
+        mtp_loss_scaling_factor=MTP_LOSS_SCALING_FACTOR
+        if options.mtp_loss_scaling_factor is None
+        else options.mtp_loss_scaling_factor,
         clip_grad=options.clip_grad,
         adam_beta1=options.adam_beta1,
         adam_beta2=options.adam_beta2,
@@ -89,6 +93,11 @@ def run(
         bytes_per_token: UTF-8 bytes per token of the validation split, where the data says so.
     """
     config.check_architecture(inputs.architecture)
+    if options.mtp_loss_scaling_factor is not None and not inputs.architecture.prediction_layers:
+        raise UserError(
+            "--mtp-loss-scaling-factor belongs to models with layers for tokens further ahead (multi-token prediction), "
+            f"and the model of --source {options.source} has none; leave it out"
+        )
     _leave_if_done(options)
     code = launch(config.processes)
     if code is not None:

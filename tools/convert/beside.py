@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from shared.checkpoint.execute import Task
@@ -13,6 +14,8 @@ from shared.checkpoint.reader import Checkpoint, content_checks
 from shared.checkpoint.safetensors_file import TensorInfo
 from shared.checkpoint.shards import Shard
 from shared.cli import log
+from shared.families import registry
+from shared.model.architecture import Architecture
 from tools.convert.transfer import Import, alias_checks, named
 
 ASIDES = "asides.safetensors"
@@ -29,6 +32,17 @@ def announce(plan: Import, reader: HfReader) -> None:
         log(f"{len(packed)} weights in {packed[0].form.title} are written as bfloat16; their scales are kept in hf/")
     if others := other_weights(reader.path, set(reader.files)):
         log(f"not carried over, being other forms of the weights: {', '.join(others)}")
+
+
+def as_stored(architecture: Architecture, names: Collection[str], where: Path) -> Architecture:
+    """The model without layers for tokens further ahead where `where` has none of their tensors; said so."""
+    stored = registry.as_stored(architecture, names)
+    if stored != architecture:
+        log(
+            f"{where} has no tensor of the layers for tokens further ahead (multi-token prediction): "
+            "the result has none either"
+        )
+    return stored
 
 
 def converts(plan: Import, reader: HfReader) -> bool:

@@ -111,6 +111,10 @@ def _family(checkpoint: Checkpoint, reader: Reader) -> dict[str, Any]:
             if isinstance(reader, HfReader):
                 result["quantized_weights"] = sum(weight.packed is not None for weight in reader.weights.values())
         architecture = registry.from_files(path.parent)
+        if not isinstance(reader, TeReader):  # whose tables keep layers for tokens further ahead beside the weights
+            architecture = registry.as_stored(
+                architecture, reader.weights if isinstance(reader, HfReader) else reader.tensors
+            )
         result["family"] = architecture.family
         result |= {"parameters": architecture.parameter_count(), "architecture": architecture.to_dict()}
         table = registry.table_of(architecture)

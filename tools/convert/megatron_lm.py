@@ -219,6 +219,11 @@ def _check_arguments(ranks: Ranks, a: Architecture, directory: Path) -> None:
             f"{directory}: Megatron-LM has no norms of each head, so these files of ranks are not its own, and how they "
             "are cut is not known; save as torch_dist"
         )
+    names = (name for rank in ranks.at.values() for chunk in rank.chunks for name in chunk)
+    if any(name.startswith("mtp.") for name in names):
+        raise UserError(
+            f"{directory}: files of ranks with layers for tokens further ahead (mtp) are not read; save as torch_dist"
+        )
     if ranks.version not in (0, 1, 2, 3):
         raise UserError(f"{directory}: checkpoint_version is {ranks.version}; rows of versions 0, 1, 2 and 3 are known")
     if ranks.version < 2 and a.num_query_groups != a.num_attention_heads:

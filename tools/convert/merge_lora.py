@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int
             raise UserError(
                 f"--source {source} is quantised; make plain numbers of it first, with `convert to-megatron` and `to-hf`"
             )
-        architecture = registry.from_files(source)
+        architecture = registry.as_stored(registry.from_files(source), reader.weights)
         table = registry.table_of(architecture)
         plan = plan_import(reader, architecture, table)
         prefix = table.optional_prefix
@@ -92,7 +92,7 @@ def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int
 
 def _plan(reader: HfReader, changes: Changes, table: Table) -> Merge:
     layout, untied = reader.layout, None
-    for alias in table.aliases:
+    for alias in (alias for alias in table.aliases if not alias.copy):
         if changes.names & {alias.name, alias.of}:
             untied = alias.name, alias.of
             if alias.name not in layout.tensors():
@@ -100,7 +100,8 @@ def _plan(reader: HfReader, changes: Changes, table: Table) -> Merge:
                 layout = layout.with_tensor(alias.name, embedding.dtype, embedding.shape)
     if untied:
         registry.from_files(reader.path, tie_word_embeddings=False)  # refuses by name what cannot be untied
-    return Merge(reader=reader, changes=changes, layout=layout, untied=untied)
+    copies = {alias.name: alias.of for alias in table.aliases if alias.copy}
+    return Merge(reader=reader, changes=changes, layout=layout, untied=untied, copies=copies)
 
 
 def _say(config: AdapterConfig, changes: Changes, merge: Merge) -> None:
@@ -132,17 +133,19 @@ class Merge:
     changes: Changes
     layout: WeightLayout
     untied: tuple[str, str] | None  # the head that becomes a tensor of its own, and the embedding that it was
+    copies: Mapping[str, str]  # names of copies, and of what; they stay copies
 
     def moves(self, tensor: TensorInfo) -> Iterator[Move]:
         """Make one tensor."""
-        base = self._base(tensor.name)
-        if tensor.name not in self.changes.names:
+        name = self.copies.get(tensor.name, tensor.name)
+        base = self._base(name)
+        if name not in self.changes.names:
             region = region_of(base)
             yield from windows(region, 0, region.rows)
             return
-        whole = self.changes.whole.get(tensor.name, base)
+        whole = self.changes.whole.get(name, base)
         held, dtype = (weight_dtype(t.dtype, t.name, t.place) for t in (whole, base))
-        if delta := self.changes.deltas.get(tensor.name):
+        if delta := self.changes.deltas.get(name):
             yield from merged(Matrix(region=region_of(whole), held=held, dtype=dtype), delta)
         else:
             limit = BLOCK * held.size // max(held.size, dtype.size)
@@ -151,10 +154,11 @@ class Merge:
 
     def sources(self, tensor: TensorInfo) -> Iterator[Path]:
         """The files that a tensor is made of."""
-        yield self._base(tensor.name).file
-        if whole := self.changes.whole.get(tensor.name):
+        name = self.copies.get(tensor.name, tensor.name)
+        yield self._base(name).file
+        if whole := self.changes.whole.get(name):
             yield whole.file
-        if delta := self.changes.deltas.get(tensor.name):
+        if delta := self.changes.deltas.get(name):
             yield delta.a.file
 
     def _base(self, name: str) -> TensorInfo:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +25,7 @@ from shared.families import registry
 from shared.mapping.quantization import quantization_of
 from shared.mapping.te import te_form
 from shared.model.architecture import Architecture
-from tools.convert.beside import ASIDES
+from tools.convert.beside import ASIDES, as_stored
 from tools.convert.execute import execute
 from tools.convert.megatron_lm import MegatronLmReader
 from tools.convert.transfer import (
@@ -195,14 +197,18 @@ def open_export(
         if asides:
             log(f"{len(asides)} constants that {family} has no place for are left out: {min(asides)}..")
         layout, asides, form = None, {}, None  # the names are others
-    table = registry.table_of(architecture)
     reader: FormReader
     if checkpoint.kind == "te":
-        table, reader = te_form(table, architecture).table, TeReader(checkpoint.path)
+        table, reader = te_form(registry.table_of(architecture), architecture).table, TeReader(checkpoint.path)
     elif rank_files(checkpoint.iteration_path):
+        architecture = replace(architecture, prediction_layers=0)  # which such files are refused for
+        table = registry.table_of(architecture)
         reader = MegatronLmReader(checkpoint.iteration_path, architecture, table)
     else:
         reader = TorchDistReader(checkpoint.iteration_path)
+        stored = registry.as_stored if asides else partial(as_stored, where=checkpoint.path)
+        architecture = stored(architecture, reader.tensors)
+        table = registry.table_of(architecture)
     return reader, plan_export(reader, architecture, table, layout, asides, wanted, form=form, quantized=quantized)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from shared.checkpoint.reader import TRACKER
 from shared.checkpoint.shards import Shard, published
 from shared.families import registry
-from tools.convert.beside import announce, converts, keep_hf_files, source_checks
+from tools.convert.beside import announce, as_stored, converts, keep_hf_files, source_checks
 from tools.convert.execute import execute
 from tools.convert.source import inputs_of, open_source
 from tools.convert.transfer import COMMON, layout_import, plan_import
@@ -28,7 +28,9 @@ def run(
     inputs = inputs_of(source, hf_files)
     with published(target, kind="megatron", inputs=inputs, overwrite=overwrite, shard=shard) as out:
         checkpoint, reader = open_source(source, hf_files)
-        architecture = registry.from_config(registry.completed(reader.config, source))
+        architecture = as_stored(
+            registry.from_config(registry.completed(reader.config, source)), reader.weights, source
+        )
         plan = plan_import(reader, architecture, registry.table_of(architecture))
         layout = layout_import(plan, reader)
         announce(plan, reader)

@@ -30,7 +30,7 @@ from shared.errors import UserError
 from shared.mapping.account import Account, account_sources, account_targets
 from shared.mapping.layout import ONES, PADDING, Segment, Shape, of_source, of_target
 from shared.mapping.quantization import Quantization
-from shared.mapping.rule import Entry, Table
+from shared.mapping.rule import Alias, Entry, Table
 from shared.model.architecture import Architecture
 from shared.model.extra_states import extra_states
 from tools.convert.megatron_lm import MegatronLmReader
@@ -76,15 +76,18 @@ def plan_import(reader: HfReader, architecture: Architecture, table: Table) -> I
 
 def alias_checks(plan: Import, reader: HfReader) -> list[Task]:
     """Reads of tensors that are stored though they are others; each raises UserError where they differ."""
-    return [partial(_check_alias, reader, alias.name, alias.of) for alias in plan.account.aliases]
+    return [partial(_check_alias, reader, alias) for alias in plan.account.aliases]
 
 
-def _check_alias(reader: HfReader, name: str, of: str) -> None:
+def _check_alias(reader: HfReader, alias: Alias) -> None:
+    name, of = alias.name, alias.of
     same = reader.weights[name].dtype == reader.weights[of].dtype
     if not same or any(a != b for a, b in zip(reader.numbers(name), reader.numbers(of), strict=True)):
+        ties, mend = "config.json ties them (tie_word_embeddings)", "set tie_word_embeddings to false, or remove it"
+        if alias.copy:
+            ties, mend = "it stands for a copy", "remove it"
         raise UserError(
-            f"{reader.weights[name].place}: {name} differs from {of}, though config.json ties them "
-            "(tie_word_embeddings) and one would be lost; set tie_word_embeddings to false, or remove it"
+            f"{reader.weights[name].place}: {name} differs from {of}, though {ties} and one would be lost; {mend}"
         )
 
 

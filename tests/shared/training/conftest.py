@@ -28,6 +28,7 @@ def tiny_config(**changes) -> TrainingConfig:
         decay_steps=20,
         weight_decay=0.1,
         clip_grad=1.0,
+        mtp_loss_scaling_factor=0.1,
         adam_beta1=0.9,
         adam_beta2=0.95,
         seed=1,
@@ -84,17 +85,35 @@ def tiny_run() -> tuple[TrainingConfig, Architecture]:
 
 
 @pytest.fixture(scope="session")
+def ahead_run() -> tuple[TrainingConfig, Architecture]:
+    """The same of one that predicts two tokens further ahead."""
+    return tiny_config(sequence_length=24, micro_batch_size=1), tiny_architecture(**AHEAD)
+
+
+@pytest.fixture(scope="session")
 def start(tmp_path_factory) -> Path:
     """A torch_dist directory with random weights of the tiny model."""
+    return random_weights(tmp_path_factory.mktemp("start") / "release", tiny_architecture())
+
+
+@pytest.fixture(scope="session")
+def start_ahead(tmp_path_factory) -> Path:
+    """The same of one that predicts two tokens further ahead."""
+    return random_weights(tmp_path_factory.mktemp("ahead") / "release", tiny_architecture(**AHEAD))
+
+
+AHEAD = {"prediction_layers": 2, "tied_embeddings": False}
+
+
+def random_weights(directory: Path, architecture: Architecture) -> Path:
     from megatron.core import dist_checkpointing
 
     from shared.model import gpt, parallel, weights
     from shared.training.state import write_from_threads
 
-    directory = tmp_path_factory.mktemp("start") / "release"
     directory.mkdir()
     parallel.initialize(parallel.ParallelLayout(), 5)
-    chunks = gpt.build(tiny_architecture(), parallel.ParallelLayout(), dtype=_float32(), perform_initialization=True)
+    chunks = gpt.build(architecture, parallel.ParallelLayout(), dtype=_float32(), perform_initialization=True)
     write_from_threads()
     dist_checkpointing.save(weights.sharded_state_dict(chunks)["model"], str(directory))
     return directory

@@ -1,7 +1,7 @@
 """One process of a world of two: takes up a run of one process in every layout, and each layout's own again.
 
-Run as `python layouts_worker.py DIRECTORY`: reads `DIRECTORY/one`, saved by one process after update 3, and writes
-`DIRECTORY/<layout>` after update 5 and, from rank 0, `DIRECTORY/results.json`.
+Run as `python layouts_worker.py DIRECTORY`: for each of two models, reads `DIRECTORY/<model>/one`, saved by one process
+after update 3, and writes `DIRECTORY/<model>/<layout>` after update 5 and, from rank 0, `DIRECTORY/results.json`.
 """
 
 import json
@@ -46,24 +46,24 @@ class Session:
         if restore:
             state.load(directory, self.model, self.optimizer)
 
-    def train(self, first: int, last: int) -> list[tuple[float, float]]:
-        """Loss and gradient norm of updates `first` to `last`, counted from 0."""
+    def train(self, first: int, last: int) -> list[list[float]]:
+        """Loss, that of tokens further ahead (0 without any) and gradient norm of updates `first` to `last`, from 0."""
         from shared.training.loop import forward_backward
         from shared.training.optimizer import set_learning_rate
 
         rows = []
         for step in range(first, last):
-            loss, _ = forward_backward(self.config, self.model, Words(), step, self.device)
+            loss = forward_backward(self.config, self.model, Words(), step, self.device)
             set_learning_rate(self.optimizer, 1e-2)
             _, norm, _ = self.optimizer.step()
-            rows.append((loss, float(norm)))
+            rows.append([loss.mean, loss.further or 0.0, float(norm)])
         return rows
 
     def validate(self) -> float:
         """Mean loss over eleven samples: no multiple of any batch."""
         from shared.training.loop import validate
 
-        return validate(self.config, self.model, Words(), self.device)[0]
+        return validate(self.config, self.model, Words(), self.device).mean
 
     def save(self, directory: Path, step: int) -> None:
         """The state, in an empty directory."""
@@ -103,10 +103,19 @@ def main() -> None:
     hush()
     import torch
 
+    directory = Path(sys.argv[1])
+    results = {}
+    for folder in ("next", "ahead"):
+        results[folder] = run(directory / folder)
+        if torch.distributed.get_rank() == 0:
+            (directory / "results.json").write_text(json.dumps(results))
+
+
+def run(directory: Path) -> dict:
+    """One model's results, by layout."""
     from shared.model.architecture import Architecture
     from shared.training.config import TrainingConfig
 
-    directory = Path(sys.argv[1])
     given = json.loads((directory / "run.json").read_text())
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in given["architecture"].items()}
     architecture = Architecture(**fields)
@@ -119,8 +128,7 @@ def main() -> None:
         found["went_on"] = session.train(5, 7)
         found["restored"] = Session(config, architecture, directory / name).train(5, 7)
         results[name] = found
-    if torch.distributed.get_rank() == 0:
-        (directory / "results.json").write_text(json.dumps(results))
+    return results
 
 
 if __name__ == "__main__":

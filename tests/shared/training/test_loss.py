@@ -7,8 +7,8 @@ import torch
 import shared.device
 from shared.model import gpt, parallel, weights
 from shared.training.data import IGNORE, Batch
-from shared.training.loop import forward_backward, model_overrides, validate
-from shared.training.loss import token_loss
+from shared.training.loop import forward_backward, keep_further_layers, model_overrides, validate
+from shared.training.loss import Loss, further_labels, token_loss
 from shared.training.optimizer import build_optimizer, set_learning_rate, wrap
 
 # fp32 sums in another order differ by a few units in the last place, 6e-8 of the value each.
@@ -60,35 +60,57 @@ def row(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> Batch:
 
 
 @pytest.fixture
-def trained(make_config, make_architecture, start):
+def trained(make_config, tiny_run, start):
     """A function from rows and sizes to: validation loss, losses of three updates, and a weight after them."""
 
     def train(rows: list[Batch], micro_batch_size: int, **changes) -> tuple[float, list[float], torch.Tensor]:
-        config = make_config(
-            sequence_length=24,
-            micro_batch_size=micro_batch_size,
-            global_batch_size=len(rows),
-            learning_rate=1e-2,
-            **changes,
-        )
-        device = shared.device.prepare()
-        layout = parallel.ParallelLayout()
-        parallel.initialize(layout, 1)
-        chunks = gpt.build(make_architecture(), layout, dtype=torch.float32, **model_overrides(config))
-        weights.load(chunks, start)
-        model = wrap(chunks)
-        optimizer = build_optimizer(config, model)
-        data = Rows(rows)
-        before, _ = validate(config, model, data, device)
-        losses = []
-        for step in range(3):
-            loss, _ = forward_backward(config, model, data, step, device)
-            set_learning_rate(optimizer, 1e-2)
-            optimizer.step()
-            losses.append(loss)
-        return before, losses, chunks[0].decoder.layers[0].mlp.linear_fc1.weight.detach().clone()
+        before, losses, chunk = updates(make_config, tiny_run[1], start, rows, micro_batch_size, **changes)
+        weight = chunk.decoder.layers[0].mlp.linear_fc1.weight.detach().clone()
+        return before.mean, [loss.mean for loss in losses], weight
 
     return train
+
+
+@pytest.fixture
+def trained_ahead(make_config, ahead_run, start_ahead):
+    """The same of a model that predicts tokens further ahead: losses of those, and the model."""
+
+    def train(rows: list[Batch], micro_batch_size: int, **changes) -> tuple[float, list[float], gpt.LanguageModel]:
+        before, losses, chunk = updates(make_config, ahead_run[1], start_ahead, rows, micro_batch_size, **changes)
+        return before.further, [loss.further for loss in losses], chunk
+
+    return train
+
+
+def updates(
+    make_config, architecture, start, rows: list[Batch], micro_batch_size: int, **changes
+) -> tuple[Loss, list[Loss], gpt.LanguageModel]:
+    """Validation, three updates, and the model after them."""
+    config = make_config(
+        sequence_length=24,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=len(rows),
+        learning_rate=1e-2,
+        **changes,
+    )
+    device = shared.device.prepare()
+    layout = parallel.ParallelLayout()
+    parallel.initialize(layout, 1)
+    chunks = gpt.build(architecture, layout, dtype=torch.float32, **model_overrides(config))
+    weights.load(chunks, start)
+    if not config.mtp_loss_scaling_factor:
+        keep_further_layers(chunks)
+    model = wrap(chunks)
+    optimizer = build_optimizer(config, model)
+    data = Rows(rows)
+    before = validate(config, model, data, device)
+    losses = []
+    for step in range(3):
+        loss = forward_backward(config, model, data, step, device)
+        set_learning_rate(optimizer, 1e-2)
+        optimizer.step()
+        losses.append(loss)
+    return before, losses, chunks[0]
 
 
 def test_micro_batches_and_packing_change_nothing(trained):
@@ -117,12 +139,79 @@ def test_neighbours_in_a_row_are_invisible(trained):
     assert trained([row([one, silent])], 1)[0] == pytest.approx(alone, rel=ROUNDING)
 
 
+def test_tokens_further_ahead_however_the_batch_is_cut_and_packed(trained_ahead):
+    one, two, three, four = conversations()
+    apart = [row([part]) for part in (one, two, three, four)]
+    before, losses, chunk = trained_ahead(apart, 4)
+    assert losses[2] < losses[0]
+    weights = {name: weight.detach().clone() for name, weight in chunk.named_parameters()}
+    for rows, size in (
+        (apart, 1),
+        ([row([one, two]), row([four, three])], 1),
+        ([row([three, four]), row([two, one])], 2),
+    ):
+        found = trained_ahead(rows, size)
+        assert found[0] == pytest.approx(before, rel=ROUNDING)
+        assert found[1] == pytest.approx(losses, rel=ROUNDING)
+        for name, weight in found[2].named_parameters():
+            assert torch.allclose(weight, weights[name], atol=2e-4), name  # as above
+
+
+def test_tokens_further_ahead_are_of_the_same_conversation(trained_ahead):
+    """The first conversation's loss with another one behind and before it, and alone."""
+    one, two, _, _ = conversations()
+    silent = (two[0], torch.full_like(two[1], IGNORE))
+    alone = trained_ahead([row([one])], 1)[0]
+    assert trained_ahead([row([silent, one])], 1)[0] == pytest.approx(alone, rel=ROUNDING)
+    assert trained_ahead([row([one, silent])], 1)[0] == pytest.approx(alone, rel=ROUNDING)
+
+
+def test_labels_of_tokens_further_ahead():
+    labels = torch.tensor([[11, 12, IGNORE, 14, 15, IGNORE]])
+    segments = torch.tensor([[1, 1, 1, 2, 2, 2]])
+    none = IGNORE
+    assert further_labels(labels, None, 2).tolist() == [
+        labels.tolist(),
+        [[12, none, 14, 15, none, none]],
+        [[none, 14, 15, none, none, none]],
+    ]
+    # A label's segment is that of the token that predicts it.
+    assert further_labels(labels, segments, 2).tolist() == [
+        labels.tolist(),
+        [[12, none, none, 15, none, none]],
+        [[none, none, none, none, none, none]],
+    ]
+
+
+def test_without_their_loss_layers_for_tokens_further_ahead_stay(trained_ahead, ahead_run, start_ahead):
+    rows = [row([part]) for part in conversations()]
+    first = trained_ahead(rows, 4, mtp_loss_scaling_factor=0.0)
+    assert first[:2] == (None, [None] * 3)
+    second = trained_ahead(rows, 4)
+    parallel.initialize(parallel.ParallelLayout(), 1)
+    chunks = gpt.build(ahead_run[1], parallel.ParallelLayout(), dtype=torch.float32)
+    weights.load(chunks, start_ahead)
+    for name, weight in chunks[0].named_parameters():
+        kept, trained = (made[2].get_parameter(name) for made in (first, second))
+        assert torch.equal(kept, weight) == name.startswith("mtp."), name
+        assert not torch.equal(trained, weight), name
+
+
 def test_the_sum_and_the_count():
     labels = torch.tensor([[1, IGNORE], [2, 3]])
     losses = torch.tensor([[1.5, 0.0], [2.0, 0.25]])
     total, count, report = token_loss(losses, labels)
     assert (float(total), int(count)) == (3.75, 3)
-    assert report["loss"].tolist() == [3.75, 3.0]
+    assert report["loss"].tolist() == [3.75, 3.0, 0.0, 0.0]
+
+
+def test_the_sum_of_tokens_further_ahead_counts_by_the_next_ones():
+    """DeepSeek V3's: the mean over layers of sums, which are divided by the number of next tokens as all gradients are."""
+    labels = torch.tensor([[[1, 2, 3]], [[2, 3, IGNORE]], [[3, IGNORE, IGNORE]]])
+    losses = torch.tensor([[[1.0, 2.0, 3.0]], [[4.0, 5.0, 0.0]], [[6.0, 0.0, 0.0]]])
+    total, count, report = token_loss(losses, labels, 0.1)
+    assert (float(total), int(count)) == (pytest.approx(6.0 + 0.1 * (9.0 + 6.0) / 2), 3)
+    assert report["loss"].tolist() == [6.0, 3.0, 15.0, 3.0]
 
 
 def test_validation_counts_every_sequence_once(trained):

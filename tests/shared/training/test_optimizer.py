@@ -44,7 +44,7 @@ def made(make_config, make_architecture, start):
         def train(first: int, last: int, rate: float = 1e-2) -> list[tuple[float, float]]:
             rows = []
             for step in range(first, last):
-                loss, _ = forward_backward(config, model, Words(), step, shared.device.prepare())
+                loss = forward_backward(config, model, Words(), step, shared.device.prepare()).mean
                 set_learning_rate(optimizer, rate)
                 _, norm, _ = optimizer.step()
                 rows.append((loss, float(norm)))

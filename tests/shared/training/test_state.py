@@ -21,15 +21,18 @@ TOLERANCE = 5e-6
 
 
 @pytest.fixture(scope="module")
-def runs(start, tiny_run, tmp_path_factory):
-    """(directory, one process's results, two processes' results): one spawn serves all tests."""
+def runs(start, tiny_run, start_ahead, ahead_run, tmp_path_factory):
+    """(directory, one process's results, two processes' results): one spawn serves all tests and both models."""
     directory = tmp_path_factory.mktemp("layouts")
-    config, architecture = tiny_run
-    (directory / "run.json").write_text(json.dumps({"config": asdict(config), "architecture": asdict(architecture)}))
-    one = worker.Session(config, architecture, start, restore=False)
-    one.train(0, 3)
-    one.save(directory / "one", step=3)
-    alone = {"validation": one.validate(), "taken_up": one.train(3, 5), "went_on": one.train(5, 7)}
+    alone = {}
+    for name, (config, architecture), first in (("next", tiny_run, start), ("ahead", ahead_run, start_ahead)):
+        given = {"config": asdict(config), "architecture": asdict(architecture)}
+        (directory / name).mkdir()
+        (directory / name / "run.json").write_text(json.dumps(given))
+        one = worker.Session(config, architecture, first, restore=False)
+        one.train(0, 3)
+        one.save(directory / name / "one", step=3)
+        alone[name] = {"validation": one.validate(), "taken_up": one.train(3, 5), "went_on": one.train(5, 7)}
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
         [sys.executable, str(WORKER), str(directory)],
@@ -43,31 +46,34 @@ def runs(start, tiny_run, tmp_path_factory):
     return directory, alone, json.loads((directory / "results.json").read_text())
 
 
+@pytest.mark.parametrize("model", ["next", "ahead"])
 @pytest.mark.parametrize("layout", list(worker.LAYOUTS))
-def test_another_layout_takes_a_run_up(runs, layout):
-    _, alone, together = runs
-    found = together[layout]
+def test_another_layout_takes_a_run_up(runs, layout, model):
+    alone, found = runs[1][model], runs[2][model][layout]
     assert found["validation"] == pytest.approx(alone["validation"], rel=TOLERANCE)
     for part in ("taken_up", "went_on"):
-        assert [loss for loss, _ in found[part]] == pytest.approx([loss for loss, _ in alone[part]], rel=TOLERANCE)
-        norms = [norm for _, norm in alone[part]]
-        assert [norm for _, norm in found[part]] == pytest.approx(norms, rel=100 * TOLERANCE)
+        assert all((further > 0) == (model == "ahead") for _, further, _ in found[part])
+        for ours, theirs in zip(found[part], alone[part], strict=True):
+            assert ours[:2] == pytest.approx(theirs[:2], rel=TOLERANCE)
+            assert ours[2] == pytest.approx(theirs[2], rel=100 * TOLERANCE)
 
 
+@pytest.mark.parametrize("model", ["next", "ahead"])
 @pytest.mark.parametrize("layout", list(worker.LAYOUTS))
-def test_the_same_layout_goes_on_bit_for_bit(runs, layout):
-    found = runs[2][layout]
+def test_the_same_layout_goes_on_bit_for_bit(runs, layout, model):
+    found = runs[2][model][layout]
     assert found["restored"] == found["went_on"]
 
 
 @pytest.mark.parametrize("layout", ["data", "tensor", "virtual_pipeline"])
 def test_one_process_takes_up_what_two_saved(runs, tiny_run, layout):
     directory, alone, _ = runs
-    losses = [loss for loss, _ in worker.Session(*tiny_run, directory / layout).train(5, 7)]
-    assert losses == pytest.approx([loss for loss, _ in alone["went_on"]], rel=TOLERANCE)
+    losses = [loss for loss, *_ in worker.Session(*tiny_run, directory / "next" / layout).train(5, 7)]
+    assert losses == pytest.approx([loss for loss, *_ in alone["next"]["went_on"]], rel=TOLERANCE)
 
 
 def test_the_run_compared_learns(runs):
     """So that layouts which all do nothing would not pass for equal ones."""
-    alone = runs[1]
-    assert alone["went_on"][-1][0] < alone["validation"] - 0.1
+    for alone in runs[1].values():
+        assert alone["went_on"][-1][0] < alone["validation"] - 0.1
+    assert runs[1]["ahead"]["went_on"][-1][1] < runs[1]["ahead"]["taken_up"][0][1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -83,25 +82,15 @@ def write_hf(
             stored_whole = architecture.norm != "rmsnorm_1p" or entry.less_one
             if "norm" in entry.key and entry.key.endswith("weight") and stored_whole:
                 around_one.add(source.name)
-    asides = table.aside_names() if architecture.prediction_layers else set()
-    for name in (name for name in asides if not name.endswith("inv_freq")):  # layers behind the last, shaped like it
-        module = re.sub(r"^(model\.layers\.\d+|mtp\.layers\.\d+|mtp)\.", "", name)
-        hidden = architecture.hidden_size
-        own = dict.fromkeys(("eh_proj.weight", "fc.weight"), (hidden, 2 * hidden))
-        own |= dict.fromkeys(("embed_tokens.weight", "shared_head.head.weight"), kinds["model.embed_tokens.weight"][1])
-        own |= {f"{n}.weight": (hidden,) for n in ("enorm", "hnorm", "shared_head.norm", "norm")}
-        own |= {f"pre_fc_norm_{n}.weight": (hidden,) for n in ("embedding", "hidden")}
-        like = kinds.get(f"model.layers.{architecture.num_layers - 1}.{module}")
-        kinds[name] = like if like else (BY_FLAG[dtype], own[module])
-    if stored_head:
-        kinds["lm_head.weight"] = kinds["model.embed_tokens.weight"]
+    copies = {alias.name: alias.of for alias in table.aliases if alias.copy or stored_head}
+    kinds |= {name: kinds[of] for name, of in copies.items()}
     if inv_freq:
         for layer in range(architecture.num_layers):
             kinds[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = (FP32, (architecture.head_dim // 2,))
     layout = default_layout([(n, k.safetensors, s) for n, (k, s) in sorted(kinds.items())], shard_bytes)
 
     def blocks(tensor: Any) -> list[memoryview]:
-        name = "model.embed_tokens.weight" if stored_head and tensor.name == "lm_head.weight" else tensor.name
+        name = copies.get(tensor.name, tensor.name)
         generator = np.random.default_rng([seed, *name.encode()])
         kind, shape = kinds[name]
         values = generator.standard_normal(int(np.prod(shape)), dtype=np.float32) * np.float32(scale)

@@ -12,6 +12,7 @@ import os
 import queue
 import random
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from megatron.core.distributed import (  # noqa: E402
 )
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region  # noqa: E402
 
 from shared.checkpoint.passengers import config_of  # noqa: E402
 from shared.families import registry  # noqa: E402
@@ -39,12 +41,14 @@ from shared.model.architecture import Architecture  # noqa: E402
 from shared.model.logits import logits  # noqa: E402
 from shared.model.parallel import ParallelLayout, initialize  # noqa: E402
 from shared.model.prefix import with_blank  # noqa: E402
+from shared.training.loss import further_labels, token_loss  # noqa: E402
 
 LAYOUTS = {
     "tp2": ParallelLayout(tensor=2, sequence_parallel=True),
     "pp2": ParallelLayout(pipeline=2),
     "ep2": ParallelLayout(expert=2),  # of models that have experts
 }
+SCALE = 0.3  # of the loss of tokens further ahead
 ROWS, LENGTH = 2, 128  # of the training step; its labels are the next tokens
 
 
@@ -61,7 +65,7 @@ def layouts_of(architecture: Architecture) -> list[str]:
 def step(chunk: Any, rows: torch.Tensor) -> float:
     """Mean loss of the rows; leaves the gradients of its mean in `main_grad`."""
     rows = rows[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
-    config = chunk.config
+    config, depth = chunk.config, chunk.architecture.prediction_layers
     config.finalize_model_grads_func = finalize_model_grads
     model = DistributedDataParallel(config, DistributedDataParallelConfig(), chunk)
     model.zero_grad_buffer()
@@ -69,10 +73,12 @@ def step(chunk: Any, rows: torch.Tensor) -> float:
 
     def forward(iterator: Any, wrapped: Any) -> Any:
         row = next(iterator)
-        return wrapped(row[:, :-1], positions, None, labels=row[:, 1:]), total
+        labels = further_labels(row[:, 1:], None, depth) if depth else row[:, 1:]
+        return wrapped(row[:, :-1], positions, None, labels=labels), partial(total, labels=labels)
 
-    def total(loss: torch.Tensor) -> Any:
-        return loss.sum(), torch.tensor(loss.numel(), dtype=torch.int), loss.detach().sum()
+    def total(losses: torch.Tensor, labels: torch.Tensor) -> Any:
+        loss, count, _ = token_loss(losses, labels, SCALE)
+        return loss, count, loss.detach()
 
     summed = get_forward_backward_func()(
         forward_step_func=forward,
@@ -92,6 +98,35 @@ def step(chunk: Any, rows: torch.Tensor) -> float:
     return loss.item() / (ROWS * LENGTH)
 
 
+def further_logits(chunk: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Of the layer for the token after the next, `[1, sequence, vocabulary]`, on every rank."""
+    found = []
+    if chunk.post_process:
+        hook = chunk.output_layer.register_forward_hook(lambda layer, given, made: found.append(made[0]))
+    labels = torch.zeros(2, *ids.shape, dtype=torch.int64)
+    with torch.no_grad():
+        get_forward_backward_func()(
+            forward_step_func=lambda batches, model: (
+                model(next(batches), torch.arange(ids.shape[1])[None], None, labels=labels),
+                lambda losses: (losses.sum(), torch.tensor(1), losses.sum()),
+            ),
+            data_iterator=iter([ids]),
+            model=chunk,
+            num_microbatches=1,
+            seq_length=ids.shape[1],
+            micro_batch_size=1,
+            forward_only=True,
+        )
+    size = chunk.architecture.padded_vocab_size(parallel_state.get_tensor_model_parallel_world_size())
+    logits = torch.empty(1, ids.shape[1], size)
+    if chunk.post_process:
+        hook.remove()
+        logits = gather_from_tensor_model_parallel_region(found[1]).transpose(0, 1).contiguous()
+    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    torch.distributed.broadcast(logits, last, parallel_state.get_pipeline_model_parallel_group())
+    return logits[..., : chunk.architecture.vocab_size]
+
+
 def save_ranks(chunk: Any, layout: ParallelLayout, folder: Path) -> None:
     """A checkpoint as Megatron-LM saved it before torch_dist: every rank its own state dict, and what it goes on from."""
     a, coordinates = chunk.architecture, [f"{parallel_state.get_tensor_model_parallel_rank():02d}"]
@@ -102,6 +137,10 @@ def save_ranks(chunk: Any, layout: ParallelLayout, folder: Path) -> None:
     rank = folder / "iter_0000005" / "_".join(["mp_rank", *coordinates])
     rank.mkdir(parents=True)
     (folder / "latest_checkpointed_iteration.txt").write_text("5")
+
+    def known(key: str) -> bool:  # layers for tokens further ahead are refused: once is enough
+        return layout.expert > 1 or not key.startswith("mtp.")
+
     arguments = {
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
@@ -116,7 +155,7 @@ def save_ranks(chunk: Any, layout: ParallelLayout, folder: Path) -> None:
         "args": argparse.Namespace(**arguments),
         "checkpoint_version": 3.0,
         "iteration": 5,
-        "model": chunk.state_dict_for_save_checkpoint(),
+        "model": {key: value for key, value in chunk.state_dict_for_save_checkpoint().items() if known(key)},
         "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]},
         "rng_state": [
             {"np_rng_state": np.random.get_state(), "random_rng_state": random.getstate(), "rng": torch.get_rng_state()}
@@ -140,7 +179,10 @@ def main(work: Path) -> None:
             weights.load(chunks, source / "release")
             save_ranks(chunks[0], layout, work / f"{size}.{name}.ranks")
             ids = torch.load(work / f"{size}.ids.pt")
-            result = {"logits": logits(chunks, ids), "loss": step(chunks[0], rows_of(ids, architecture))}
+            result = {"logits": logits(chunks, ids)}
+            if architecture.prediction_layers:
+                result["further"] = further_logits(chunks[0], ids)
+            result["loss"] = step(chunks[0], rows_of(ids, architecture))
             gradients = work / f"{size}.{name}.gradients" / "iter_0000001"
             if torch.distributed.get_rank() == 0:
                 torch.save(result, work / f"{size}.{name}.pt")

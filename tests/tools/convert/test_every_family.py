@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from shared.checkpoint.hf import HfReader
 from shared.families import registry
 from shared.model.architecture import Architecture
 from shared.model.prefix import with_blank
+from tests.references.prediction import Predicting
 
 POSITIONS, CONTINUED = 256, 32
 # fp32 sums in another order, as `convert verify` explains: 1e-4 of the logits' spread.
@@ -91,12 +93,27 @@ def reference(source: Path, ids: torch.Tensor, worker: Any, architecture: Archit
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
         logits = model(ids).logits
     rows = worker.rows_of(ids, architecture)
+    if architecture.prediction_layers:
+        return {"ids": ids, "logits": logits} | reference_further(source, ids, rows, worker)
     scores = model(rows[:, :-1]).logits
     loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), rows[:, 1:].flatten())
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     gradients = revert_weight_conversion(model, gradients)  # under the names that files have, one for every expert
     return {"ids": ids, "logits": logits, "loss": loss.item(), "gradients": gradients}
+
+
+def reference_further(source: Path, ids: torch.Tensor, rows: torch.Tensor, worker: Any) -> dict[str, Any]:
+    """The same of a model that predicts tokens further ahead, and the logits of those."""
+    predicting = Predicting(source, source.with_suffix(".predicting"))
+    with torch.no_grad():
+        _, further = predicting.logits(ids)
+    scores, ahead = predicting.logits(rows[:, :-1])
+    total = torch.nn.functional.cross_entropy(scores.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
+    later = torch.nn.functional.cross_entropy(ahead.flatten(0, 1), rows[:, 2:].flatten(), reduction="sum")
+    loss = (total + worker.SCALE * later) / rows[:, 1:].numel()
+    loss.backward()
+    return {"loss": loss.item(), "gradients": predicting.gradients(), "further": further}
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +181,11 @@ def test_two_processes_run_and_train_as_transformers_does(
             assert difference < TOLERANCE
             # Each next token given the same tokens before it: the continuations are equal, by induction.
             assert torch.equal(made["logits"][:, POSITIONS - 1 : -1].argmax(-1), theirs["ids"][:, POSITIONS:])
+        if architecture.prediction_layers:
+            with subtests.test("logits of tokens further ahead", **at):
+                assert made["further"].shape == (1, POSITIONS + CONTINUED, 509)
+                off = (made["further"][:, :-1] - theirs["further"]).abs().max() / theirs["further"].std()
+                assert off < TOLERANCE
         with subtests.test("loss and gradients of a step", **at), proof(f"training {layout}", size=size) as figures:
             figures["loss"] = abs(made["loss"] / theirs["loss"] - 1)
             assert figures["loss"] < 1e-5
@@ -180,10 +202,17 @@ def test_two_processes_run_and_train_as_transformers_does(
                 assert answer.code == 2
                 assert "Megatron-LM has no norms of each head" in answer.err
                 continue
+            if architecture.prediction_layers and layout == "ep2":  # the worker leaves such layers in these files only
+                assert answer.code == 2
+                assert "layers for tokens further ahead (mtp) are not read; save as torch_dist" in answer.err
+                continue
             assert answer.code == 0, answer.err
             before, after = HfReader(folder / f"{size}.hf"), HfReader(target)
-            kept = registry.table_of(architecture).aside_names() if architecture.prediction_layers else set()
-            assert after.tensors.keys() == before.tensors.keys() - kept
+            without = replace(architecture, prediction_layers=0)
+            entries = registry.table_of(without if architecture.prediction_layers else architecture).entries()
+            kept = {source.name for entry in entries for source in entry.sources}
+            assert after.tensors.keys() == kept
+            assert architecture.prediction_layers or kept == before.tensors.keys()
             for name in after.tensors:
                 assert b"".join(map(bytes, before.rows(name))) == b"".join(map(bytes, after.rows(name))), name
 

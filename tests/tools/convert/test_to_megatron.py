@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 
 from shared.checkpoint.hf import HfReader, default_layout, write_weights
-from shared.checkpoint.run import RunDirectory
 from shared.checkpoint.torch_dist import TorchDistReader
 from shared.families import registry
-from shared.invocation import invoked
 
 Make = Callable[..., Path]
 
@@ -270,52 +268,6 @@ def test_links_of_a_download_cache_are_followed(make_hf: Make, convert: Any, tmp
     assert convert("to-megatron", "--source", snapshot, "--target", tmp_path / "m").code == 0
     assert (tmp_path / "m" / "hf" / "extra" / "note.txt").read_bytes() == bytes(range(256))
     assert not (tmp_path / "m" / "hf" / "tokenizer.json").is_symlink()
-
-
-@pytest.mark.parametrize(
-    ("size", "first"),
-    [
-        ("deepseek-v3-tiny", "model.layers.2.eh_proj.weight and 43 more"),
-        ("qwen3-next-tiny", "mtp.fc.weight and 34 more"),
-    ],
-)
-def test_a_training_run_carries_layers_for_further_tokens_along(
-    size: str, first: str, write_architecture: Any, convert: Any, tmp_path: Path
-) -> None:
-    source, target, trained, back = (tmp_path / name for name in ("hf", "megatron", "run", "back"))
-    write_architecture(source, registry.sizes()[size])
-    assert first in convert("to-megatron", "--source", source, "--target", target).err
-    with invoked("pretrain", "train", {}):
-        run = RunDirectory.open(trained, kind="megatron", inputs={"source": target})
-        run.add_passengers(target / "hf")
-        shutil.copytree(target / "release", run.begin(10), dirs_exist_ok=True)
-        run.commit(10, facts={}, finished=True)
-        run.close()
-    answer = convert("to-hf", "--source", trained, "--target", back)
-    assert answer.code == 0, answer.err
-    assert f"{first}: as the original checkpoint had them, whatever was trained since" in answer.err
-    assert (back / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
-
-
-def test_layers_for_further_tokens_are_kept_whole(write_architecture: Any, convert: Any, tmp_path: Path) -> None:
-    """Multi-token prediction: beside the weights and said so; some of a layer's tensors without the rest are refused."""
-    architecture = registry.sizes()["deepseek-v3-tiny"]
-    source, target, back = (tmp_path / name for name in ("hf", "megatron", "back"))
-    write_architecture(source, architecture)
-    answer = convert("to-megatron", "--source", source, "--target", target)
-    assert answer.code == 0, answer.err
-    assert "model.layers.2.eh_proj.weight and 43 more: kept beside the weights as they are" in answer.err
-    assert convert("to-hf", "--source", target, "--target", back).code == 0
-    assert (back / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
-    rewrite(
-        source,
-        lambda tensors: [tensors.pop(f"model.layers.2.{n}.weight") for n in ("embed_tokens", "shared_head.head")],
-    )
-    assert convert("to-megatron", "--source", source, "--target", tmp_path / "without").code == 0
-    rewrite(source, lambda tensors: tensors.pop("model.layers.2.mlp.experts.3.up_proj.weight"))
-    answer = convert("to-megatron", "--source", source, "--target", tmp_path / "partial")
-    assert answer.code == 2
-    assert "model.layers.2.mlp.experts.3.up_proj.weight is missing, though others of its kind are there" in answer.err
 
 
 def test_numbers_that_cannot_be_held_less_one_are_refused(

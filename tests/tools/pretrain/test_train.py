@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,19 +59,22 @@ OPTIONS = {
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     """A Megatron directory with random weights and no tokenizer."""
+    return random_model(tmp_path_factory.mktemp("source") / "model", MODEL)
+
+
+def random_model(directory: Path, model: Architecture) -> Path:
     from megatron.core import dist_checkpointing
 
     from shared.model import gpt, parallel, weights
     from shared.training.state import write_from_threads
 
-    directory = tmp_path_factory.mktemp("source") / "model"
     (directory / "release").mkdir(parents=True)
     (directory / "hf").mkdir()
     parallel.initialize(parallel.ParallelLayout(), 5)
-    chunks = gpt.build(MODEL, parallel.ParallelLayout(), dtype=torch.float32, perform_initialization=True)
+    chunks = gpt.build(model, parallel.ParallelLayout(), dtype=torch.float32, perform_initialization=True)
     write_from_threads()
     dist_checkpointing.save(weights.sharded_state_dict(chunks)["model"], str(directory / "release"))
-    (directory / "hf" / "config.json").write_text(json.dumps(registry.to_config(MODEL)))
+    (directory / "hf" / "config.json").write_text(json.dumps(registry.to_config(model)))
     (directory / "latest_checkpointed_iteration.txt").write_text("release")
     return directory
 
@@ -151,6 +155,36 @@ def stopped(source, data, tmp_path_factory) -> Path:
         patch.setattr(Recorder, "updated", updated)
         assert run(source, data, target) == 75
     return target
+
+
+def test_tokens_further_ahead(data, tmp_path, capsys):
+    """DeepSeek V3's layers for them learn beside the others, or stay as they are, its experts' biases included."""
+    model = replace(registry.sizes()["deepseek-v3-tiny"], vocab_size=VOCAB)
+    source = random_model(tmp_path / "source", model)
+    before = tensors(source)
+    assert run(source, data, tmp_path / "trained") == 0
+    assert "1 layer for tokens further ahead: trained, their loss times 0.1" in capsys.readouterr().err
+    rows = record(tmp_path / "trained")
+    losses = [row["mtp_loss"] for row in rows if "mtp_loss" in row]
+    assert len(losses) == 12
+    assert losses[-1] < losses[0] - 0.5
+    assert [row["step"] for row in rows if "validation_mtp_loss" in row] == [0, 6, 12]
+    assert run(source, data, tmp_path / "kept", mtp_loss_scaling_factor=0) == 0
+    assert "kept as they are (--mtp-loss-scaling-factor 0)" in capsys.readouterr().err
+    assert not any("mtp_loss" in name for row in record(tmp_path / "kept") for name in row)
+    trained, kept = tensors(tmp_path / "trained"), tensors(tmp_path / "kept")
+    further = [name for name in before if name.startswith("mtp.") and "_extra_state" not in name]
+    assert len(further) > 15
+    for name in further:
+        assert torch.equal(kept[name], before[name]), name
+        assert not torch.equal(trained[name], before[name]), name
+    assert not torch.equal(kept["output_layer.weight"], before["output_layer.weight"])
+
+
+def test_a_model_without_layers_for_tokens_further_ahead_has_no_loss_of_them(source, data, tmp_path, capsys):
+    assert run(source, data, tmp_path / "run", mtp_loss_scaling_factor=0.3) == 2
+    assert "--mtp-loss-scaling-factor belongs to models with layers for tokens further ahead" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_it_learns_and_records(whole):
