@@ -7,12 +7,13 @@ places are known before a byte is written, so that files, and the blocks of one,
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from isal.isal_zlib import crc32  # zlib's own is an order of magnitude slower, and would cost as much as the copy
 
 from shared.checkpoint import blocks
 from shared.checkpoint.blocks import Files
@@ -216,7 +217,7 @@ class _Crc:
         self.value = 0
 
     def update(self, data: memoryview) -> None:
-        self.value = zlib.crc32(data, self.value)
+        self.value = crc32(data, self.value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,7 +236,7 @@ class _Archive:
             move.fill(files, out[position : position + move.size])
             position += move.size
         assert position - start == archive.data_size, f"{self.stored.key}: {position - start} bytes"
-        out[position:] = archive.suffix(zlib.crc32(out[start:position]))
+        out[position:] = archive.suffix(crc32(out[start:position]))
 
 
 def _size(shape: Shape) -> Call:
