@@ -152,6 +152,10 @@ def announce(config: TrainingConfig, inputs: Inputs, *, sequences: int) -> None:
         factor = config.mtp_loss_scaling_factor
         how = f"trained, their loss times {factor:g}" if factor else "kept as they are (--mtp-loss-scaling-factor 0)"
         log(f"ahead       {count} layer{'s' * (count > 1)} for tokens further ahead: {how}")
+    elif registry.from_files(inputs.source.hf_files).prediction_layers:
+        log(
+            "ahead       nothing: the source has no weights of the layers for tokens further ahead that config.json says"
+        )
     log(
         f"needs       about {quantity(memory_estimate(config, architecture), 'bytes')} of memory per process, "
         f"{quantity(parameters * (width + 12), 'bytes')} of disk per checkpoint, {config.keep} kept"

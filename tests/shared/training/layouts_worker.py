@@ -11,6 +11,7 @@ from pathlib import Path
 from shared.training.launch import launch
 from shared.training.quiet import hush
 
+_ALONE = ("tensor", "pipeline")  # what they ask of layers for tokens further ahead, the others do, too
 LAYOUTS = {
     "data": {},
     "tensor": {"tensor_parallel": 2},
@@ -18,6 +19,11 @@ LAYOUTS = {
     "pipeline": {"pipeline_parallel": 2},
     "virtual_pipeline": {"pipeline_parallel": 2, "virtual_pipeline": 2},
 }
+
+
+def layouts_of(model: str) -> list[str]:
+    """Those that a model is run at."""
+    return [name for name in LAYOUTS if model == "next" or name not in _ALONE]
 
 
 class Session:
@@ -120,8 +126,8 @@ def run(directory: Path) -> dict:
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in given["architecture"].items()}
     architecture = Architecture(**fields)
     results = {}
-    for name, changes in LAYOUTS.items():
-        config = TrainingConfig(**{**given["config"], **changes, "processes": 2})
+    for name in layouts_of(directory.name):
+        config = TrainingConfig(**{**given["config"], **LAYOUTS[name], "processes": 2})
         session = Session(config, architecture, directory / "one")
         found = {"validation": session.validate(), "taken_up": session.train(3, 5)}
         session.save(directory / name, step=5)

@@ -46,9 +46,11 @@ def runs(start, tiny_run, start_ahead, ahead_run, tmp_path_factory):
     return directory, alone, json.loads((directory / "results.json").read_text())
 
 
-@pytest.mark.parametrize("model", ["next", "ahead"])
-@pytest.mark.parametrize("layout", list(worker.LAYOUTS))
-def test_another_layout_takes_a_run_up(runs, layout, model):
+CASES = [(model, layout) for model in ("next", "ahead") for layout in worker.layouts_of(model)]
+
+
+@pytest.mark.parametrize(("model", "layout"), CASES)
+def test_another_layout_takes_a_run_up(runs, model, layout):
     alone, found = runs[1][model], runs[2][model][layout]
     assert found["validation"] == pytest.approx(alone["validation"], rel=TOLERANCE)
     for part in ("taken_up", "went_on"):
@@ -58,9 +60,8 @@ def test_another_layout_takes_a_run_up(runs, layout, model):
             assert ours[2] == pytest.approx(theirs[2], rel=100 * TOLERANCE)
 
 
-@pytest.mark.parametrize("model", ["next", "ahead"])
-@pytest.mark.parametrize("layout", list(worker.LAYOUTS))
-def test_the_same_layout_goes_on_bit_for_bit(runs, layout, model):
+@pytest.mark.parametrize(("model", "layout"), CASES)
+def test_the_same_layout_goes_on_bit_for_bit(runs, model, layout):
     found = runs[2][model][layout]
     assert found["restored"] == found["went_on"]
 

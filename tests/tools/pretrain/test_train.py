@@ -181,6 +181,15 @@ def test_tokens_further_ahead(data, tmp_path, capsys):
     assert not torch.equal(kept["output_layer.weight"], before["output_layer.weight"])
 
 
+def test_a_source_without_the_layers_for_tokens_further_ahead_that_its_configuration_says(data, tmp_path, capsys):
+    model = replace(registry.sizes()["deepseek-v3-tiny"], vocab_size=VOCAB)
+    source = random_model(tmp_path / "source", replace(model, prediction_layers=0))
+    (source / "hf" / "config.json").write_text(json.dumps(registry.to_config(model)))
+    assert run(source, data, tmp_path / "run", steps=1, validate_every=0) == 0
+    assert "the source has no weights of the layers for tokens further ahead" in capsys.readouterr().err
+    assert not any(name.startswith("mtp.") for name in tensors(tmp_path / "run"))
+
+
 def test_a_model_without_layers_for_tokens_further_ahead_has_no_loss_of_them(source, data, tmp_path, capsys):
     assert run(source, data, tmp_path / "run", mtp_loss_scaling_factor=0.3) == 2
     assert "--mtp-loss-scaling-factor belongs to models with layers for tokens further ahead" in capsys.readouterr().err
