@@ -2,9 +2,9 @@
 
 DeepSeek V3 (arXiv:2412.19437), section 2.2: `h' = M [norm(h) ; norm(embedding of the next token)]`, a decoder layer, and the
 model's head on what its norm makes of it. Published weights have the embedding's half of M first, and h is what the model's
-final norm gave: so vLLM 0.19's `deepseek_mtp.py`, `glm4_moe_mtp.py` and `qwen3_next_mtp.py` compute it
-(`torch.cat([inputs_embeds, previous_hidden_states], dim=-1)`, and the target model returns `norm(hidden_states)`). vLLM also
-zeroes the embedding at position 0, where DeepSeek's and GLM's drafts never read one: it shifts tokens by one place.
+final norm gave: so the source of vLLM 0.32 has it in `deepseek_mtp.py`, `glm4_moe_mtp.py` and `qwen3_next_mtp.py`
+(`torch.cat([inputs_embeds, previous_hidden_states], dim=-1)`; the model gives `self.norm(hidden_states, residual)`). vLLM's
+first two also zero the embedding at position 0; neither the report nor Megatron-Core does, and so neither does this.
 """
 
 from __future__ import annotations
