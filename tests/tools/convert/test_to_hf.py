@@ -149,20 +149,25 @@ def able(architecture: Architecture) -> list[str]:
 def test_a_family_that_transformers_lacks_as_one_that_it_has(
     size: str, write_architecture: Any, convert: Any, tmp_path: Path
 ) -> None:
-    """The logits are the same, or what the other family lacks is named and nothing written."""
+    """From either form the logits are the same, or what the other family lacks is named and nothing written."""
     architecture = registry.sizes()[size]
-    source, megatron, target = (tmp_path / name for name in ("hf", "megatron", "other"))
+    source, megatron, te, target, of_te = (tmp_path / name for name in ("hf", "megatron", "te", "other", "other-of-te"))
     write_architecture(source, architecture)
-    assert convert("to-megatron", "--source", source, "--target", megatron).code == 0
     families = able(architecture)
-    words = ("--source", megatron, "--target", target, "--family", families[0] if families else "llama")
-    answer = convert("to-hf", *words)
-    if not families:
+    for command, form, made in (("to-megatron", megatron, target), ("to-te", te, of_te)):
+        assert convert(command, "--source", source, "--target", form).code == 0
+        words = ("--source", form, "--target", made, "--family", families[0] if families else "llama")
+        answer = convert("to-hf", *words)
+        if families:
+            assert answer.code == 0, answer.err
+            continue
         assert answer.code == 2
         assert f"--family llama cannot be this {architecture.family} model" in answer.err
-        assert not target.exists()
+        assert not made.exists()
+    if not families:
         return
-    assert answer.code == 0, answer.err
+    for name in ("config.json", "model.safetensors"):
+        assert (target / name).read_bytes() == (of_te / name).read_bytes()
     ids = torch.randint(architecture.vocab_size, (1, 256), generator=torch.Generator().manual_seed(2))
     theirs = _transformers(source, ids, True)
     difference = (_transformers(target, ids, False) - theirs).abs().max()

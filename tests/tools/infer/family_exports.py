@@ -1,6 +1,6 @@
 """Exports of tiny models of families, made in convert's environment: Hugging Face -> Megatron -> Hugging Face, in fp32.
 
-Run as `family_exports.py FOLDER SIZE...`; each size's export is FOLDER/SIZE.
+Run as `family_exports.py FOLDER SIZE...`; each size's export is FOLDER/SIZE. SIZE may be `yi-tiny=llama`: as another family.
 """
 
 from __future__ import annotations
@@ -54,10 +54,11 @@ def call(*words: str | Path) -> None:
 
 def main(folder: Path, sizes: list[str]) -> None:
     for size in sizes:
+        name, _, family = size.partition("=")
         source, megatron = folder / f"{size}.source", folder / f"{size}.megatron"
-        write_hf(source, servable(registry.sizes()[size]), dtype="fp32")
+        write_hf(source, servable(registry.sizes()[name]), dtype="fp32")
         call("to-megatron", "--source", source, "--target", megatron)
-        call("to-hf", "--source", megatron, "--target", folder / size)
+        call("to-hf", "--source", megatron, "--target", folder / size, *(("--family", family) if family else ()))
 
 
 if __name__ == "__main__":
