@@ -231,7 +231,7 @@ def test_shard_and_its_lines_of_the_index_missing(make_hf: Make, convert: Any, t
     ("changes", "words"),
     [
         ({"model_type": "lama"}, "the nearest is llama"),
-        ({"model_type": None}, "None"),
+        ({"model_type": None, "architectures": None}, "model_type is missing"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"hidden_act": "gelu"}, "gelu"),
