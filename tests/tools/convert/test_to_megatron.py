@@ -306,6 +306,7 @@ def test_facts_that_only_the_tokenizer_has(write_architecture: Any, convert: Any
     held = json.loads((target / "manifest.json").read_text())["facts"]["architecture"]["prefix"]
     assert (held["start_token"], held["blank_tokens"]) == (7, [3, 5, 4])
     assert "problem" not in json.loads(convert("inspect", target, "--json").out)
+    assert convert("to-te", "--source", source, "--target", tmp_path / "te").code == 0
     assert convert("to-hf", "--source", target, "--target", back).code == 0
     for name in ("config.json", "added_tokens.json", "model.safetensors"):
         assert (back / name).read_bytes() == (source / name).read_bytes()

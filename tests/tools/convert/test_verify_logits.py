@@ -119,3 +119,23 @@ def test_modelling_code_runs_only_where_the_user_says_so(
     answer = convert("verify", "--source", plain, "--target", plain_target, "--trust-remote-code")
     assert answer.code == 2
     assert "names no modelling code (auto_map)" in answer.err
+
+
+def test_classes_whose_tokenizer_places_tokens_are_handed_the_places(
+    write_architecture: Any, convert: Any, tmp_path: Path
+) -> None:
+    """GLM-10B's: without them it takes a row for plain text. Our reference finds them itself, and compares."""
+    source, target = write_architecture(tmp_path / "hf", registry.sizes()["glm-10b-tiny"]), tmp_path / "megatron"
+    with (source / "modeling.py").open("a") as code:
+        code.write(
+            "\n\nclass Handed(LanguageModel):\n"
+            "    def forward(self, input_ids, position_ids, attention_mask):\n"
+            "        assert position_ids.shape == (1, 2, input_ids.shape[1])\n"
+            "        return super().forward(input_ids, position_ids, attention_mask)\n"
+        )
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"]["AutoModelForCausalLM"] = "modeling.Handed"
+    (source / "config.json").write_text(json.dumps(config))
+    assert convert("to-megatron", "--source", source, "--target", target).code == 0
+    answer = convert("verify", "--source", source, "--target", target, "--trust-remote-code")
+    assert answer.code == 0, answer.err
