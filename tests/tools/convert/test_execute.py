@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -138,8 +139,10 @@ tool.run(sys.argv[1:])
 
 
 def noted(directory: Path) -> int:
-    """Bytes of the journals of what is in the making."""
-    return sum(path.stat().st_size for path in directory.glob("t.*/**/.journal"))
+    """Bytes of the journals of what is in the making; 0 as soon as it is made."""
+    with contextlib.suppress(FileNotFoundError):
+        return sum(path.stat().st_size for path in directory.glob("t.*/**/.journal"))
+    return 0
 
 
 def start(*words: str | Path) -> subprocess.Popen[str]:
