@@ -169,7 +169,7 @@ class _Output:
         self._taking = threading.Lock()
         self._turn = threading.Condition()
         self._numbered: Iterator[tuple[int, int, Block]] | None = None
-        self._written = 0  # blocks
+        self._hashed = self._written = 0  # blocks
 
     def write(self, files: Files, buffer: memoryview) -> Iterator[int]:
         """Take blocks until there is none; yields the bytes of each."""
@@ -209,24 +209,32 @@ class _Output:
             self._finish()
 
     def _write_in_turn(self, number: int, start: int, block: Block, data: memoryview) -> None:
-        """Seal, hash and write a block after all before it.
+        """Seal and hash a block after all before it, and write it after all before it, while the next one is hashed.
 
         Two threads that write to one file wait for each other in the kernel, and busily; here they wait in peace, and
         the file grows at its end only.
         """
-        with self._turn:
-            while self._written != number:
-                self._check()  # before waiting: who stops says so first, and wakes those that wait after that
-                self._turn.wait()
+        self._wait(lambda: self._hashed == number)
         # only the thread whose turn it is comes here
         if block.seal is not None:
             block.seal(data)
         self._hash.update(data)
+        digest = self._hash.hexdigest() if block.whole else ""
+        with self._turn:
+            self._hashed += 1
+            self._turn.notify_all()
+        self._wait(lambda: self._written == number)
         self._put(data, start)
-        self._note(start + block.size, block.whole)
+        self._note(start + block.size, digest)
         with self._turn:
             self._written += 1
             self._turn.notify_all()
+
+    def _wait(self, come: Callable[[], bool]) -> None:
+        with self._turn:
+            while not come():
+                self._check()  # before waiting: who stops says so first, and wakes those that wait after that
+                self._turn.wait()
 
     def _put(self, data: memoryview, start: int) -> None:
         assert self._descriptor is not None
@@ -234,11 +242,11 @@ class _Output:
             count = os.pwrite(self._descriptor, data, start)
             data, start = data[count:], start + count
 
-    def _note(self, end: int, whole: bool) -> None:
-        """Let the journal know how far the file is written, and the disk."""
+    def _note(self, end: int, digest: str) -> None:
+        """Let the journal know how far the file is written, where a run can go on from there, and the disk."""
         assert self._descriptor is not None
-        if whole and self._journal is not None:
-            self._journal.note(self.file.name, end, self._hash.hexdigest(), last=end == self.file.size)
+        if digest and self._journal is not None:
+            self._journal.note(self.file.name, end, digest, last=end == self.file.size)
         if end == self.file.size:
             self._finish()
         elif end - self._sent >= _WRITE_OUT:
