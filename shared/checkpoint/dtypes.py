@@ -112,6 +112,19 @@ def add(data: memoryview, number: float, source: Dtype, target: Dtype) -> memory
         return memoryview(summed).cast("B") if target is FP64 else from_float32(summed.astype(np.float32), target)
 
 
+def unit(row: memoryview, source: Dtype, target: Dtype) -> memoryview:
+    """A row divided by its length, in another type: a quotient in float64, rounded to float32 on the way to less.
+
+    As in torch's `normalize`, a length below 1e-12 counts as that: a row of zeros stays one.
+    """
+    import numpy as np
+
+    values = to_float32(row, source).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # infinity by infinity is NaN, as in torch
+        divided = values / np.maximum(np.sqrt(values @ values), 1e-12)
+    return from_float32(divided.astype(np.float32), target)
+
+
 def count_not_finite(data: memoryview, dtype: Dtype) -> tuple[int, int]:
     """How many NaN and how many infinities a block holds."""
     import numpy as np

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from shared.checkpoint import blocks
 from shared.checkpoint.blocks import Files
-from shared.checkpoint.dtypes import Dtype, add, cast
+from shared.checkpoint.dtypes import Dtype, add, cast, unit
 from shared.checkpoint.region import Matrix
 from shared.errors import UserError
 
@@ -137,39 +137,49 @@ class Converted:
     def fill(self, files: Files, out: memoryview) -> None:
         held = memoryview(bytearray(self.move.size))
         self.move.fill(files, held)
-        for first in range(0, len(held) // self.source.size, _CAST_AT_ONCE):
-            stop = first + _CAST_AT_ONCE
+        count = self.at_once()
+        for first in range(0, len(held) // self.source.size, count):
+            stop = first + count
             numbers = held[first * self.source.size : stop * self.source.size]
-            out[first * self.target.size : stop * self.target.size] = cast(numbers, self.source, self.target)
+            out[first * self.target.size : stop * self.target.size] = self.changed(numbers)
+
+    def at_once(self) -> int:
+        """How many numbers `changed` is given."""
+        return _CAST_AT_ONCE
+
+    def changed(self, numbers: memoryview) -> memoryview:
+        """What becomes of some of them."""
+        return cast(numbers, self.source, self.target)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Added:
+class Added(Converted):
     """Another move's numbers plus one or less one, in another type."""
 
-    move: Move
     number: float
-    source: Dtype
-    target: Dtype
     exact: str | None = None  # the tensor that must come back bit for bit, to be named where it does not
 
-    @property
-    def size(self) -> int:
-        return self.move.size // self.source.size * self.target.size
+    def changed(self, numbers: memoryview) -> memoryview:
+        summed = add(numbers, self.number, self.source, self.target)
+        if self.exact and add(summed, -self.number, self.target, self.source) != numbers:
+            raise UserError(
+                f"{self.exact} has numbers too small to be held as Megatron-Core does, less one, and given back "
+                "bit for bit; set those below 2e-9 to zero"
+            )
+        return summed
 
-    def fill(self, files: Files, out: memoryview) -> None:
-        held = memoryview(bytearray(self.move.size))
-        self.move.fill(files, held)
-        for first in range(0, len(held) // self.source.size, _CAST_AT_ONCE):
-            stop = first + _CAST_AT_ONCE
-            numbers = held[first * self.source.size : stop * self.source.size]
-            summed = add(numbers, self.number, self.source, self.target)
-            if self.exact and add(summed, -self.number, self.target, self.source) != numbers:
-                raise UserError(
-                    f"{self.exact} has numbers too small to be held as Megatron-Core does, less one, and given back "
-                    "bit for bit; set those below 2e-9 to zero"
-                )
-            out[first * self.target.size : stop * self.target.size] = summed
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unit(Converted):
+    """Another move's rows, whole ones, each divided by its length, in another type."""
+
+    row: int  # numbers of one
+
+    def at_once(self) -> int:
+        return self.row
+
+    def changed(self, numbers: memoryview) -> memoryview:
+        return unit(numbers, self.source, self.target)
 
 
 def converted(move: Move, source: Dtype, target: Dtype) -> Move:

@@ -111,6 +111,7 @@ FAMILY = Family(
     write=write,
     sizes={
         "baichuan-tiny": tiny(_BAICHUAN_7B, num_query_groups=4),
+        "baichuan2-tiny": tiny(_BAICHUAN_7B, num_query_groups=4, normalized_head=True),
         # heads that are no power of two have two series of ALiBi slopes
         "baichuan2-tiny-6-heads": tiny(
             _BAICHUAN_13B, hidden_size=96, num_attention_heads=6, num_query_groups=6, normalized_head=True

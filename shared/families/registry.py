@@ -204,7 +204,8 @@ def to_config(architecture: Architecture, **further: Any) -> dict[str, Any]:
 def as_family(architecture: Architecture, name: str) -> Architecture:
     """The same model as one of another family, whose configuration and tensor names programs may know better.
 
-    Dynamic rotary scaling is left out, which changes nothing up to `max_position_embeddings`.
+    Dynamic rotary scaling is left out, which changes nothing up to `max_position_embeddings`, and a head that divides its rows
+    by their lengths is one whose rows are so divided, by whoever writes them.
 
     Raises:
         UserError: the other family cannot say something of this model, by name.
@@ -212,18 +213,20 @@ def as_family(architecture: Architecture, name: str) -> Architecture:
     if name not in FAMILIES:
         raise UserError(f"--family {name} is unknown; known: {', '.join(FAMILIES)}")
     scaling = architecture.rope_scaling
-    same = replace(architecture, family=name, rope_scaling=None if scaling and scaling.kind == "dynamic" else scaling)
+    scaling = None if scaling and scaling.kind == "dynamic" else scaling
+    same = replace(architecture, family=name, rope_scaling=scaling, normalized_head=False)
+    mend = f"leave --family out, and it is written as {architecture.family}"
     known = [_structure(size) for size in FAMILIES[name].sizes.values()]
     different = [field for field, kind in _structure(same).items() if all(other[field] != kind for other in known)]
     if not different:
         try:
             read = from_config(to_config(same))
         except ValueError as error:
-            raise UserError(f"--family {name} cannot be this {architecture.family} model: {error}") from None
+            raise UserError(f"--family {name} cannot be this {architecture.family} model: {error}; {mend}") from None
         different = [field.name for field in fields(same) if getattr(same, field.name) != getattr(read, field.name)]
     if different:
         what = f"whose {different[0]} is {getattr(same, different[0])!r}"
-        raise UserError(f"--family {name} cannot be this {architecture.family} model, {what}")
+        raise UserError(f"--family {name} cannot be this {architecture.family} model, {what}; {mend}")
     return same
 
 

@@ -132,8 +132,9 @@ def to_hf(
         dtype: type of every weight; by default each tensor's type in the original checkpoint.
         hf_files: a directory with config.json and tokenizer, for a directory that has no hf/.
         family: write the configuration and the tensor names of another family that computes the same, for programs
-            that lack the model's own: llama for Baichuan-7B, InternLM, InternLM2 and Yi, qwen2 for Qwen 1. What the
-            other family cannot say is refused by name. The model's own: its configuration as it is spelt today.
+            that lack the model's own: llama for Baichuan-7B, Baichuan2-7B (the rows of its head divided by their lengths),
+            InternLM, InternLM2 and Yi, qwen2 for Qwen 1. What the other family cannot say is refused by name. The model's
+            own: its configuration as it is spelt today.
         quantized: write the weights that the original checkpoint stored quantised so again: unchanged ones as they
             were, byte for byte, changed ones with new scales.
         overwrite: replace what another run published at the target.

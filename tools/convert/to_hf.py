@@ -28,6 +28,7 @@ from shared.model.architecture import Architecture
 from tools.convert.beside import ASIDES, as_stored
 from tools.convert.execute import execute
 from tools.convert.megatron_lm import MegatronLmReader
+from tools.convert.megatron_lm_names import HEAD
 from tools.convert.transfer import (
     Export,
     FormReader,
@@ -188,7 +189,7 @@ def open_export(
     asides: dict[str, TensorInfo] = {}
     if (files / ASIDES).is_file():
         asides = {tensor.name: tensor for tensor in read_header(files / ASIDES).tensors}
-    wanted = BY_FLAG[dtype] if dtype else None
+    own, wanted = architecture, BY_FLAG[dtype] if dtype else None
     if family and family != architecture.family:
         if asides and architecture.prediction_layers:
             raise UserError(f"--family {family} has no place for layers behind the last, which {files / ASIDES} holds")
@@ -209,7 +210,15 @@ def open_export(
         stored = registry.as_stored if asides else partial(as_stored, where=checkpoint.path)
         architecture = stored(architecture, reader.tensors)
         table = registry.table_of(architecture)
-    return reader, plan_export(reader, architecture, table, layout, asides, wanted, form=form, quantized=quantized)
+    plan = plan_export(reader, architecture, table, layout, asides, wanted, form=form, quantized=quantized)
+    if own.normalized_head and not architecture.normalized_head:
+        (head,) = (name for name, ((entry, _), *_) in plan.origin.items() if entry.key == HEAD)
+        log(
+            f"{head}: each row is divided by its length, as {own.family}'s own code does and {family}'s does not, and rounded to "
+            f"{plan.layout.tensors()[head].dtype}; the way back gives these rows, not those that were trained"
+        )
+        plan = replace(plan, unit_rows=frozenset([head]))
+    return reader, plan
 
 
 def _type_of(layout: WeightLayout | None) -> Dtype | None:

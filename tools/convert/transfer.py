@@ -19,7 +19,7 @@ from shared.checkpoint.blocks import Files
 from shared.checkpoint.dtypes import BF16, FP32, FP64, Dtype, common, number, weight_dtype
 from shared.checkpoint.execute import Task
 from shared.checkpoint.hf import HfReader, WeightLayout, default_layout, weight_files
-from shared.checkpoint.moves import Added, Move, NewFile, Part, converted, repeated, stream, turned, windows
+from shared.checkpoint.moves import Added, Move, NewFile, Part, Unit, converted, repeated, stream, turned, windows
 from shared.checkpoint.packed import Half, Packed, Weight, repacked, weights_of
 from shared.checkpoint.region import EveryNth, Gathered, Matrix, Rows
 from shared.checkpoint.safetensors_file import TensorInfo
@@ -193,6 +193,7 @@ class Export:
     packed: dict[str, tuple[Packed, Half]]  # tensors that a weight is to be stored as, in place of its numbers
     constants: tuple[Entry, ...]  # tensors of the form that the model has none of
     rounded: tuple[str, ...]  # tensors that are written in a narrower type than they are held in
+    unit_rows: frozenset[str] = frozenset()  # tensors whose rows are divided by their lengths
 
     @property
     def bytes(self) -> int:
@@ -304,7 +305,7 @@ def changes_types(plan: Export, reader: FormReader) -> bool:
     tensors, kept = plan.layout.tensors(), plan.asides.values()
     held = ((name, reader.tensors[entry.key].dtype) for name, parts in plan.origin.items() for entry, _ in parts)
     changed = any(tensors[name].dtype != dtype.safetensors for name, dtype in held if name in tensors)
-    return changed or bool(plan.packed) or any(weight.packed for weight in kept)
+    return changed or bool(plan.packed) or bool(plan.unit_rows) or any(weight.packed for weight in kept)
 
 
 def layout_export(plan: Export, reader: FormReader) -> list[NewFile]:
@@ -335,11 +336,13 @@ def source_moves(plan: Export, reader: FormReader, tensor: TensorInfo) -> Iterat
         return
     wanted = weight_dtype(tensor.dtype, tensor.name, tensor.place)
     for _, parts in groupby(plan.origin[tensor.name], key=lambda part: part[0].sources[part[1]].index):
-        yield from _slice_moves(list(parts), reader, wanted)
+        yield from _slice_moves(list(parts), reader, wanted, unit=tensor.name in plan.unit_rows)
 
 
-def _slice_moves(origin: Sequence[tuple[Entry, int]], reader: FormReader, wanted: Dtype) -> Iterator[Move]:
-    """What makes a Hugging Face tensor, or a slice of one that holds all experts'."""
+def _slice_moves(
+    origin: Sequence[tuple[Entry, int]], reader: FormReader, wanted: Dtype, *, unit: bool
+) -> Iterator[Move]:
+    """What makes a Hugging Face tensor, or a slice of one that holds all experts'; `unit`: each row divided by its length."""
     pieces = []
     for entry, place in origin:
         held, region = reader.tensors[entry.key].dtype, reader.region(entry.key, entry.index)
@@ -357,8 +360,11 @@ def _slice_moves(origin: Sequence[tuple[Entry, int]], reader: FormReader, wanted
             return
         pieces += [(segment, region, entry.less_one, held) for segment in segments]
     for segment, region, less_one, held in sorted(pieces, key=lambda piece: piece[0].source_row):
-        for move in windows(region, segment.target_row, segment.rows, _limit(held, wanted)):
-            if less_one:
+        limit = max(_limit(held, wanted), region.width if unit else 0)  # a row's length is known when all of it is read
+        for move in windows(region, segment.target_row, segment.rows, limit):
+            if unit:
+                yield Unit(move=move, row=region.width // held.size, source=held, target=wanted)
+            elif less_one:
                 yield Added(move=move, number=1.0, source=held, target=wanted)
             else:
                 yield converted(move, held, wanted)

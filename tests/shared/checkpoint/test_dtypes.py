@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from shared.checkpoint.dtypes import BF16, FP16, FP32, FP64, Dtype, add, cast, common, count_not_finite, weight_dtype
+from shared.checkpoint.dtypes import (
+    BF16,
+    FP16,
+    FP32,
+    FP64,
+    Dtype,
+    add,
+    cast,
+    common,
+    count_not_finite,
+    unit,
+    weight_dtype,
+)
 from shared.errors import UserError
 
 TORCH = {BF16: torch.bfloat16, FP16: torch.float16, FP32: torch.float32}
@@ -94,3 +106,16 @@ def test_common_type_holds_all_exactly() -> None:
 def test_quantised_weight_is_named() -> None:
     with pytest.raises(UserError, match=r"a\.safetensors: w is F8_E4M3"):
         weight_dtype("F8_E4M3", "w", "a.safetensors")
+
+
+@pytest.mark.parametrize("target", TORCH, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("source", TORCH, ids=lambda dtype: dtype.name)
+def test_rows_of_unit_length_are_torch_s_of_float64(source: Dtype, target: Dtype) -> None:
+    """Rounded once; a row of zeros stays one, where torch's own in half precision, which has no 1e-12, is NaN."""
+    rows = torch.randn(40, 300, generator=torch.Generator().manual_seed(0)).to(TORCH[source])
+    rows[3], rows[4, 5], rows[6, 7] = 0, torch.nan, torch.inf
+    for row in rows:
+        made = unit(memoryview(row.view(torch.uint8).numpy()), source, target)
+        wanted = torch.nn.functional.normalize(row.double(), dim=0).to(TORCH[target])
+        found = torch.frombuffer(bytearray(made), dtype=TORCH[target])
+        assert torch.equal(found.nan_to_num(nan=7), wanted.nan_to_num(nan=7))

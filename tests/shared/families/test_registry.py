@@ -287,10 +287,10 @@ def test_as_another_family_or_refused_by_name() -> None:
                 for a in (architecture, same)
             ]
             assert keys[0] == keys[1]
-    as_llama = {"baichuan-7b", "internlm-7b", "internlm-20b", "internlm2-7b", "internlm2.5-7b", "yi-6b"}
+    as_llama = {"baichuan-7b", "baichuan2-7b", "internlm-7b", "internlm-20b", "internlm2-7b", "internlm2.5-7b", "yi-6b"}
     assert {(size, "llama") for size in as_llama} <= said
     assert ("qwen-7b", "qwen2") in said
-    assert not {("qwen-7b", "llama"), ("baichuan-13b", "llama"), ("baichuan2-7b", "llama")} & said
+    assert not {("qwen-7b", "llama"), ("baichuan-13b", "llama"), ("baichuan2-13b", "llama")} & said
 
 
 def test_another_family_that_is_not_known() -> None:

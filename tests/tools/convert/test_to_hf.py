@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from shared.checkpoint.dtypes import BY_FLAG
 from shared.checkpoint.hf import HfReader
 from shared.checkpoint.torch_dist import TorchDistReader
 from shared.errors import UserError
@@ -50,7 +52,6 @@ def test_transformers_loads_what_comes_back(make_hf: Make, convert: Any, tmp_pat
 
 def test_dtype_rounds_as_torch_does_and_says_so(make_hf: Make, convert: Any, tmp_path: Path) -> None:
     import torch
-    from safetensors.torch import load_file
 
     source = make_hf("llama-gqa", dtype="fp32")
     convert("to-megatron", "--source", source, "--target", tmp_path / "megatron")
@@ -152,7 +153,8 @@ def test_a_family_that_transformers_lacks_as_one_that_it_has(
     """From either form the logits are the same, or what the other family lacks is named and nothing written."""
     architecture = registry.sizes()[size]
     source, megatron, te, target, of_te = (tmp_path / name for name in ("hf", "megatron", "te", "other", "other-of-te"))
-    write_architecture(source, architecture)
+    dtype = "fp32" if architecture.normalized_head else "bf16"  # rows that are divided are rounded, too
+    write_architecture(source, architecture, dtype=dtype)
     families = able(architecture)
     for command, form, made in (("to-megatron", megatron, target), ("to-te", te, of_te)):
         assert convert(command, "--source", source, "--target", form).code == 0
@@ -163,9 +165,14 @@ def test_a_family_that_transformers_lacks_as_one_that_it_has(
             continue
         assert answer.code == 2
         assert f"--family llama cannot be this {architecture.family} model" in answer.err
+        assert f"leave --family out, and it is written as {architecture.family}" in answer.err
         assert not made.exists()
     if not families:
         return
+    if architecture.normalized_head:
+        assert "lm_head.weight: each row is divided by its length" in answer.err
+        trained, written = (load_file(path / "model.safetensors")["lm_head.weight"] for path in (source, target))
+        assert torch.equal(written, torch.nn.functional.normalize(trained.double()).float())
     for name in ("config.json", "model.safetensors"):
         assert (target / name).read_bytes() == (of_te / name).read_bytes()
     ids = torch.randint(architecture.vocab_size, (1, 256), generator=torch.Generator().manual_seed(2))
@@ -173,4 +180,4 @@ def test_a_family_that_transformers_lacks_as_one_that_it_has(
     difference = (_transformers(target, ids, False) - theirs).abs().max()
     assert difference < 1e-4 * theirs.std()  # fp32 sums in another order
     assert (target / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
-    assert {tensor.dtype for tensor in HfReader(target).tensors.values()} == {"BF16"}
+    assert {tensor.dtype for tensor in HfReader(target).tensors.values()} == {BY_FLAG[dtype].safetensors}

@@ -17,7 +17,10 @@ from shared.families import registry
 ROOT = Path(__file__).resolve().parents[3]
 CHOSEN = os.environ.get("FAMILIES", "").split()  # as for convert's tests of families; empty: all of them
 # What `to-hf --family` writes of a model, the one way into vLLM for Yi as it was first published.
-AS_ANOTHER = ("yi-tiny=llama", "internlm-tiny=llama", "internlm2-tiny=llama", "baichuan-tiny=llama", "qwen-tiny=qwen2")
+AS_ANOTHER = (
+    *("yi-tiny=llama", "internlm-tiny=llama", "internlm2-tiny=llama", "baichuan-tiny=llama", "baichuan2-tiny=llama"),
+    "qwen-tiny=qwen2",
+)
 SIZES = [
     name
     for name in (*registry.sizes(), *AS_ANOTHER)
