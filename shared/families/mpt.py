@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,14 @@ _NAMES = Names(
 )
 
 
+def today(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """StoryWriter's `clip_qkv` is 6, and transformers takes numbers with a point only."""
+    attention = config.get("attn_config")
+    if not isinstance(attention, Mapping) or type(clip := attention.get("clip_qkv")) is not int:
+        return config
+    return {**config, "attn_config": {**attention, "clip_qkv": float(clip)}}
+
+
 def read(fields: Fields) -> Architecture:
     """Attention's fields are in `attn_config`; `learned_pos_emb` says nothing where there is ALiBi."""
     fields.expect("no_bias", True, why="transformers computes no biases")
@@ -34,7 +43,7 @@ def read(fields: Fields) -> Architecture:
     # Of the program that trained the models.
     fields.ignore("attn_config", "embedding_fraction", "init_config", "init_device", "learned_pos_emb", "norm_type")
     fields.ignore("tokenizer_name", "verbose")
-    _check_attention(Fields(fields.get("attn_config", dict)))
+    attention = _attention(Fields(fields.get("attn_config", dict)))
     hidden, heads = fields.get("d_model", int), fields.get("n_heads", int)
     return Architecture(
         family="mpt",
@@ -50,22 +59,24 @@ def read(fields: Fields) -> Architecture:
         norm_epsilon=fields.get("layer_norm_epsilon", float, 1e-5),
         activation="gelu",
         positions="alibi",
+        **attention,
         tied_embeddings=fields.get("tie_word_embeddings", bool, True),
         initializer_range=fields.get("initializer_range", float, 0.02),
     )
 
 
-def _check_attention(fields: Fields) -> None:
+def _attention(fields: Fields) -> dict[str, Any]:
     fields.expect("attn_type", "multihead_attention", why="every head has its own keys")
     fields.expect("attn_pdrop", 0, 0.0, why="train without dropout, or set it to 0.0")
-    fields.expect("clip_qkv", why="queries, keys and values are not clipped here")
     fields.expect("softmax_scale", why="scores are scaled by 1 / sqrt(head_dim)")
     for name in ("prefix_lm", "qk_ln", "attn_uses_sequence_id"):
         fields.expect(name, False, why="only plain causal attention is computed here")
     fields.expect("alibi", True, why="models with learned positions are not computed here")
-    fields.expect("alibi_bias_max", 8, why="slopes are those of the paper")
     fields.ignore("attn_impl")
+    clip = fields.optional("clip_qkv", float)
+    read = {"qkv_clip": clip or None, "alibi_bias_max": fields.get("alibi_bias_max", int, 8)}  # 0 clips nothing
     fields.finish("mpt (attn_config)")
+    return read
 
 
 def write(a: Architecture) -> dict[str, Any]:
@@ -77,7 +88,13 @@ def write(a: Architecture) -> dict[str, Any]:
         "vocab_size": a.vocab_size,
         "max_seq_len": a.max_position_embeddings,
         "layer_norm_epsilon": a.norm_epsilon,
-        "attn_config": {"attn_type": "multihead_attention", "attn_pdrop": 0, "alibi": True, "alibi_bias_max": 8},
+        "attn_config": {
+            "attn_type": "multihead_attention",
+            "attn_pdrop": 0,
+            "alibi": True,
+            "alibi_bias_max": a.alibi_bias_max,
+            "clip_qkv": a.qkv_clip,
+        },
         "no_bias": True,
         "tie_word_embeddings": a.tied_embeddings,
         "initializer_range": a.initializer_range,
@@ -104,18 +121,28 @@ _MPT_7B = Architecture(
     positions="alibi",
     tied_embeddings=True,
 )
-_TINY = tiny(_MPT_7B, ffn_hidden_size=256, num_query_groups=4)
+_TINY = replace(
+    tiny(_MPT_7B),
+    hidden_size=96,
+    ffn_hidden_size=384,
+    num_attention_heads=6,  # no power of two
+    num_query_groups=6,
+)
 
 FAMILY = Family(
     name="mpt",
     title="MPT",
     hf_class="MptForCausalLM",
     other_classes=("MPTForCausalLM",),  # as the first models were published
+    today=today,
     read=read,
     table=table,
     write=write,
     sizes={
-        "mpt-tiny": replace(_TINY, hidden_size=96, ffn_hidden_size=384, num_attention_heads=6, num_query_groups=6),
+        "mpt-tiny": _TINY,
+        # Queries, keys and values of the tests are of size 2.
+        "mpt-tiny-clipped": replace(_TINY, qkv_clip=2.0, alibi_bias_max=16),
         "mpt-7b": _MPT_7B,
+        "mpt-7b-storywriter": replace(_MPT_7B, max_position_embeddings=65_536, qkv_clip=6.0, alibi_bias_max=16),
     },
 )

@@ -173,6 +173,7 @@ class Architecture:
     position_streams: Literal[1, 2] = 1
     # rounded: products of slopes and positions in bf16, times the scale of the scores (Falcon RW)
     alibi: Literal["exact", "rounded"] = "exact"
+    alibi_bias_max: int = 8  # the last head's slope is 2^-this, where heads are a power of two
     learned_position_offset: int = 0  # rows of the table before position 0 (OPT)
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
@@ -187,6 +188,7 @@ class Architecture:
     delta: DeltaNet | None = None
     attention_gate: bool = False  # heads' answers are weighed by the sigmoid of a projection of the token
     qkv_bias: bool = False
+    qkv_clip: float | None = None  # projected queries, keys and values are cut off there, either way
     attention_output_bias: bool = False
     qk_norm: bool = False  # a norm on queries and keys, before rotation
     # over head_dim, with one weight for all heads or a weight for each; or over all heads of the projection
@@ -253,6 +255,10 @@ class Architecture:
             raise ValueError("full_attention_layers are set without a sliding window")
         if self.alibi != "exact" and self.positions != "alibi":
             raise ValueError(f"ALiBi is {self.alibi}, but positions are {self.positions}")
+        if self.alibi_bias_max != 8 and (self.positions != "alibi" or self.alibi != "exact"):
+            raise ValueError("alibi_bias_max other than 8 is computed for exact ALiBi only")
+        if self.qkv_clip is not None and (self.qkv_clip <= 0.0 or self.latent or self.attention_gate):
+            raise ValueError("clipping at other than a positive number, latent attention's or a gate's is not computed")
         if self.positions == "alibi" and (self.sliding_window or self.attention_softcap):
             raise ValueError("ALiBi with a sliding window or a soft cap is not computed")
         if self.attention_sinks and (self.latent or self.positions == "alibi"):

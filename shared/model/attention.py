@@ -10,7 +10,7 @@ from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_e
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, set_tensor_model_parallel_attributes
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -34,6 +34,20 @@ def segment_mask(segments: torch.Tensor) -> torch.Tensor:
     """
     same = segments[:, None, :, None] == segments[:, None, None, :]
     return same.tril_()
+
+
+class ClippedLinear(ColumnParallelLinear):
+    """Megatron-Core's projection, of which no number leaves it larger than `limit` (MPT's `clip_qkv`)."""
+
+    def __init__(self, *args: Any, limit: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.limit = limit
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As Megatron-Core's; numbers that are cut off have no gradient."""
+        projected, bias = super().forward(*args, **kwargs)
+        assert bias is None  # which would be added behind the limit
+        return projected.clamp(-self.limit, self.limit), None
 
 
 class RotatedSelfAttention(SelfAttention):
@@ -118,7 +132,8 @@ class CoreAttention(torch.nn.Module):
         self.slopes: torch.Tensor | None = None
         self.alibi_scale = architecture.head_dim**-0.5 if architecture.alibi == "rounded" else None
         if architecture.positions == "alibi":
-            parts = alibi.slopes(architecture.num_attention_heads).chunk(config.tensor_model_parallel_size)
+            slopes = alibi.slopes(architecture.num_attention_heads, architecture.alibi_bias_max)
+            parts = slopes.chunk(config.tensor_model_parallel_size)
             self.slopes = parts[parallel_state.get_tensor_model_parallel_rank()]
         self.softmax_offset: torch.nn.Parameter | None = None  # of this process's heads, under Megatron-Core's name
         if architecture.attention_sinks:

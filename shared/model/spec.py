@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from shared.model.architecture import Architecture
-from shared.model.attention import CoreAttention, RotatedSelfAttention, StreamedSelfAttention
+from shared.model.attention import ClippedLinear, CoreAttention, RotatedSelfAttention, StreamedSelfAttention
 from shared.model.delta_net import DELTA_CHECKPOINT_KEYS, delta_net
 from shared.model.experts import experts_of
 from shared.model.latent import LATENT_CHECKPOINT_KEYS, latent_attention
@@ -100,12 +100,14 @@ def _attention(architecture: Architecture, rotation: Rotation | None) -> ModuleS
     # Angles of a layer's own are not stretched.
     amplitude = architecture.rope_scaling.amplitude if architecture.rope_scaling and not rotation else 1.0
     own = {"amplitude": amplitude, "rotation": rotation} if amplitude != 1.0 or rotation else {}
+    limit = architecture.qkv_clip
+    projection = ColumnParallelLinear if limit is None else partial(ClippedLinear, limit=limit)
     streamed = architecture.position_streams > 1 and architecture.positions == "rope"
     return ModuleSpec(
         module=RotatedSelfAttention if own else StreamedSelfAttention if streamed else SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal, **own},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=_linear(ColumnParallelLinear, bias=architecture.qkv_bias),
+            linear_qkv=_linear(projection, bias=architecture.qkv_bias),
             core_attention=partial(CoreAttention, architecture=architecture),
             linear_proj=_linear(RowParallelLinear, bias=architecture.attention_output_bias),
             q_layernorm=q_norm,

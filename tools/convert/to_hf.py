@@ -123,7 +123,9 @@ def _spelt_as(config: Mapping[str, Any], family: str) -> bool:
     """Whether a configuration is the family's, as it is spelt today."""
     wanted = registry.FAMILIES[family]
     named = (config.get("model_type"), config.get("architectures"))
-    return named == (wanted.model_types[0], [wanted.hf_class]) and wanted.today(config) == config
+    # As JSON, where 6 is not 6.0.
+    same = json.dumps(wanted.today(config), sort_keys=True) == json.dumps(config, sort_keys=True)
+    return same and named == (wanted.model_types[0], [wanted.hf_class])
 
 
 def _write_config(path: Path, architecture: Architecture, source: Mapping[str, Any]) -> None:

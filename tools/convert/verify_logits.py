@@ -7,6 +7,7 @@ import gc
 import logging
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,15 @@ def compare_logits(
         "same_next_token": (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item(),
         "reason": f"fp32 sums in another order: {RELATIVE_TOLERANCE:g} of the logits' standard deviation",
         "seed": seed,
-        "reference": "the directory's own code" if trust_remote_code else "transformers",
+        "reference": _reference(architecture, trust_remote_code),
     }
+
+
+def _reference(architecture: Architecture, trust_remote_code: bool) -> str:
+    if trust_remote_code:
+        return "the directory's own code"
+    given = architecture.alibi_bias_max
+    return "transformers" if given == 8 else f"transformers, given alibi_bias_max {given}, which its class leaves at 8"
 
 
 @contextlib.contextmanager
@@ -115,6 +123,14 @@ def attention_of(architecture: Architecture) -> str:
     return "sdpa" if architecture.alibi == "rounded" else "eager"
 
 
+def completed(model: Any, architecture: Architecture) -> Any:
+    """transformers' model, given what of its configuration the class does not read."""
+    if architecture.alibi_bias_max != 8:  # MptModel makes slopes of whatever this is, and leaves it at its default
+        body = model.base_model
+        body.build_mpt_alibi_tensor = partial(body.build_mpt_alibi_tensor, alibi_bias_max=architecture.alibi_bias_max)
+    return model
+
+
 @torch.no_grad()
 def _transformers(source: Path, ids: torch.Tensor, trust_remote_code: bool) -> torch.Tensor:
     import transformers
@@ -134,7 +150,7 @@ def _transformers(source: Path, ids: torch.Tensor, trust_remote_code: bool) -> t
     else:
         kind, known = _known(config)
         model = kind.from_pretrained(source, config=known, **options, local_files_only=True)
-    return _logits(model, ids)
+    return _logits(completed(model, architecture), ids)
 
 
 def _logits(model: Any, ids: torch.Tensor, **further: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,7 @@ def transformers_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
             model = code["LanguageModel"](code["Config"](**config))
         else:
             kind = transformers.CONFIG_MAPPING[family.model_types[0]]  # which may be published under another
-            theirs = kind.from_dict({**config, "model_type": kind.model_type})
+            theirs = kind.from_dict({**family.today(config), "model_type": kind.model_type})
             model = transformers.AutoModelForCausalLM.from_config(theirs)
     weights = revert_weight_conversion(model, model.state_dict())  # under the names that files have
     found = {name: Tensor(tuple(tensor.shape)) for name, tensor in weights.items()}

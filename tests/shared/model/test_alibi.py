@@ -2,6 +2,7 @@ import pytest
 import torch
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.falcon.modeling_falcon import build_alibi_tensor as falcons_alibi
+from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from shared.model import alibi
 from shared.model.attention import segment_mask
@@ -18,6 +19,13 @@ def test_slopes_of_forty_heads_are_the_papers():
     found = alibi.slopes(40).double()
     expected = [2 ** (-n / 4) for n in range(1, 33)] + [2 ** (-n / 8) for n in range(1, 17, 2)]
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bias_max", [8, 16])
+@pytest.mark.parametrize("heads", [6, 32])
+def test_slopes_to_another_end_are_mpts(heads, bias_max):
+    theirs = build_mpt_alibi_tensor(heads, 2, bias_max)[:, 0, 0]
+    torch.testing.assert_close(-alibi.slopes(heads, bias_max), theirs, atol=0, rtol=1e-6)
 
 
 def test_bias_falls_with_distance():

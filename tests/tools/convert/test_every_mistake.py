@@ -198,6 +198,8 @@ CARELESS: dict[str, Any] = {
         **{"gelu": "relu", "gelu_tanh": "relu"},
     },
     "glu_offset": 0.0,
+    "alibi_bias_max": 8,
+    "qkv_clip": None,
     "alibi": {"rounded": "exact"},
     "rope_theta": 500.0,
     "rotary_interleaved": False,
@@ -260,7 +262,7 @@ def mistakes_of_modules(a: Architecture) -> Iterator[tuple[str, Any, str, Callab
 
     slopes, inputs = alibi.slopes, gpt.prefix_inputs
     if a.positions == "alibi":
-        yield "slopes of other heads", alibi, "slopes", lambda heads: slopes(heads).roll(1)
+        yield "slopes of other heads", alibi, "slopes", lambda *given: slopes(*given).roll(1)
     if a.prefix:
         yield "a text that does not see itself", gpt, "prefix_inputs", lambda *given: (inputs(*given)[0], None)
 
