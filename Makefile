@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 2
 # where it is set, every start of a tool compiles its libraries anew, for half a minute
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-slurm test-containers images bench-convert proofs
+.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-slurm test-containers images peers bench-convert proofs
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -22,6 +22,9 @@ tools/%/.venv/.ready: tools/%/requirements.lock tools/%/pyproject.toml tests/req
 
 tests/lint/.venv/.ready: tests/lint/requirements.lock tools/environment.sh
 	tools/environment.sh tests/lint
+
+tests/peers/.venv/.ready: tests/peers/requirements.lock tools/environment.sh
+	tools/environment.sh tests/peers
 
 containers/.venv/.ready: containers/requirements.lock tools/environment.sh
 	tools/environment.sh containers
@@ -68,6 +71,8 @@ test-containers: setup containers/.venv/.ready ## images built and run (Debian a
 	-containers/engine.sh
 	tools/convert/.venv/bin/python -m pytest -q --durations 5 tests/containers
 
+peers: tests/peers/.venv/.ready ## Megatron-Bridge and mbridge, for test-convert and bench-convert to compare with (6 GB)
+
 bench-convert: setup ## how fast conversions are beside copying the same bytes (20 GB of disk at BENCH_WORK)
 	OMP_NUM_THREADS=1 tools/convert/.venv/bin/python tests/benchmarks/bench_convert.py --work $(BENCH_WORK)
 
@@ -96,4 +101,4 @@ lock: tools/pretrain/.venv/.ready ## resolve every requirements.lock anew
 	tools/lock.sh $(TOOLS)
 
 clean: ## remove the environments and the demo
-	rm -rf $(TOOLS:%=tools/%/.venv) tests/lint/.venv containers/.venv .uv $(WORK)
+	rm -rf $(TOOLS:%=tools/%/.venv) tests/lint/.venv tests/peers/.venv containers/.venv .uv $(WORK)

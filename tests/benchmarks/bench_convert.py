@@ -1,18 +1,19 @@
 """How fast a conversion is beside copying the same bytes: `make bench-convert`.
 
 Every piece of work is done once in each round, so that what else the machine does falls on all alike; ratios are of the
-same round. Outputs are removed between; the source stays in the page cache, as it is after a download.
+same round. Outputs are removed between; the source stays in the page cache, as it is after a download. Other programs
+that do this work (`make peers` installs them) are run after that, once.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import mmap
 import os
 import platform
 import shutil
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,8 @@ HERE = Path(__file__).parent
 COPY, DURABLE = "copy (`cp -r`)", "copy, and on the disk (`cp -r`, `sync`)"
 REWRITE = "mmap, and safetensors rewritten"
 _BESIDE = 1 << 30  # bytes of memory that a piece of work may want beside its output
-PEERS = {"Megatron-Bridge": "megatron.bridge", "mbridge": "mbridge"}
+PEERS = {"Megatron-Bridge": "by_bridge.py", "mbridge": "by_mbridge.py"}
+PEERS_PYTHON = ROOT / "tests" / "peers" / ".venv" / "bin" / "python"
 
 
 def works(folder: Path) -> dict[str, list[str | Path]]:
@@ -47,7 +49,20 @@ def works(folder: Path) -> dict[str, list[str | Path]]:
     }
 
 
-def bench(shape: str, rounds: int, folder: Path) -> list[str]:
+def peer_works(folder: Path) -> dict[str, list[str | Path]]:
+    """The same of other programs."""
+    hf, megatron, out = folder / "hf", folder / "megatron", folder / "out"
+    works: dict[str, list[str | Path]] = {}
+    for peer, script in PEERS.items():
+        ask = f"import importlib.metadata; print(importlib.metadata.version({peer!r}))"
+        version = subprocess.run([PEERS_PYTHON, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+        program = [PEERS_PYTHON, PEERS_PYTHON.parents[2] / script]
+        works[f"{peer} {version}, to Megatron"] = [*program, "to-megatron", hf, out]
+        works[f"{peer} {version}, to Hugging Face"] = [*program, "to-hf", megatron, hf, out]
+    return works
+
+
+def bench(shape: str, rounds: int, peer_rounds: int, folder: Path) -> list[str]:
     """Lines of a Markdown table."""
     size = generate(folder / "hf", SHAPES[shape])
     commands = works(folder)
@@ -57,6 +72,12 @@ def bench(shape: str, rounds: int, folder: Path) -> list[str]:
         for name, command in commands.items():
             settle(folder, size)
             found[name].append(measure(command))
+    failures = []
+    for name, command in (peer_works(folder) if peer_rounds else {}).items():
+        try:
+            found[name] = [measure_peer(command, folder, size) for _ in range(peer_rounds)]
+        except RuntimeError as error:
+            failures.append(f"{name}: {str(error).strip().splitlines()[-1]}")
     shutil.rmtree(folder)
     lines = [
         f"### {shape}: {size / 1e9:.2f} GB, {rounds} rounds",
@@ -67,8 +88,19 @@ def bench(shape: str, rounds: int, folder: Path) -> list[str]:
     return (
         lines
         + [row(name, runs, [found[floor] for floor in (COPY, DURABLE, REWRITE)]) for name, runs in found.items()]
-        + [""]
+        + ["", *failures]
+        + ([""] if failures else [])
     )
+
+
+def measure_peer(command: list[str | Path], folder: Path, size: int) -> Measured:
+    """RuntimeError where it fails, wants more memory than there is, or leaves out some of the weights."""
+    settle(folder, size)
+    found = measure(command, most=_free_memory())
+    written = sum(path.stat().st_size for path in (folder / "out").rglob("*") if path.is_file())
+    if written < size:
+        raise RuntimeError(f"wrote {written} bytes of {size}, and said nothing")
+    return found
 
 
 def row(name: str, runs: list[Measured], floors: list[list[Measured]]) -> str:
@@ -78,7 +110,7 @@ def row(name: str, runs: list[Measured], floors: list[list[Measured]]) -> str:
         return statistics.median(value(run) for run in runs)
 
     def ratio(floor: list[Measured]) -> float:
-        return statistics.median(run.seconds / other.seconds for run, other in zip(runs, floor, strict=True))
+        return statistics.median(run.seconds / other.seconds for run, other in zip(runs, floor, strict=False))
 
     seconds = [run.seconds for run in runs]
     return (
@@ -101,6 +133,14 @@ def settle(folder: Path, size: int) -> None:
     mmap.mmap(-1, min(size + _BESIDE, free * 9 // 10), flags=kind).close()
 
 
+def _free_memory() -> int:
+    """Bytes that a process may have, what the kernel holds of files and can drop among them."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    raise RuntimeError("/proc/meminfo does not say what memory is free")
+
+
 def machine() -> str:
     """A line that says where it ran."""
     cpu = platform.machine()
@@ -115,32 +155,22 @@ def machine() -> str:
     )
 
 
-def peers() -> str:
-    """A line on other programs that do this work: they are not run here, whether importable or not."""
-    there = []
-    for name, module in PEERS.items():
-        try:
-            found = importlib.util.find_spec(module) is not None
-        except ModuleNotFoundError:
-            found = False
-        there.append(f"{name} ({'importable' if found else 'not importable'} here)")
-    return f"Not measured: {', '.join(there)}."
-
-
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[name for name in SHAPES if name != "tiny"])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--peer-rounds", type=int, default=int(PEERS_PYTHON.exists()), help="of other programs")
     parser.add_argument("--work", type=Path, default=ROOT / "bench-work", help="a directory to be made and removed")
     given = parser.parse_args(words)
     print(f"{machine()}\n", flush=True)
     given.work.mkdir(parents=True)
     try:
         for shape in given.shapes:
-            print("\n".join(bench(shape, given.rounds, given.work / shape)), flush=True)
+            print("\n".join(bench(shape, given.rounds, given.peer_rounds, given.work / shape)), flush=True)
     finally:
         shutil.rmtree(given.work)
-    print(peers())
+    if not given.peer_rounds:
+        print(f"Not measured: {', '.join(PEERS)}; `make peers` installs them.")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,20 +24,21 @@ class Measured:
     memory: int  # bytes that are its own: anonymous pages, not the files that it has mapped
 
 
-def measure(words: Sequence[str | Path]) -> Measured:
-    """Run a command to its end; RuntimeError with what it said if it fails."""
+def measure(words: Sequence[str | Path], most: int = resource.RLIM_INFINITY) -> Measured:
+    """Run a command to its end, within `most` bytes of memory for a process; RuntimeError with what it said if it fails."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started, memory = time.perf_counter(), 0
-    process = subprocess.Popen(
-        [str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    while process.poll() is None:
-        memory = max(memory, sum(_anonymous(pid) for pid in _tree(process.pid)))
-        time.sleep(_EVERY)
-    seconds = time.perf_counter() - started
-    said = process.communicate()[0]
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(map(str, words))}: {said}")
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen([str(word) for word in words], stdout=output, stderr=subprocess.STDOUT)
+        resource.prlimit(process.pid, resource.RLIMIT_DATA, (most, most))
+        while process.poll() is None:
+            memory = max(memory, sum(_anonymous(pid) for pid in _tree(process.pid)))
+            time.sleep(_EVERY)
+        seconds = time.perf_counter() - started
+        if process.returncode:
+            output.seek(0)
+            said = output.read().decode(errors="replace")
+            raise RuntimeError(f"{' '.join(map(str, words))} ended with {process.returncode}: {said}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return Measured(seconds=seconds, processor=processor, memory=memory)

@@ -12,7 +12,7 @@ BENCHMARK = Path(__file__).with_name("bench_convert.py")
 
 def test_it_prints_a_table_and_cleans_up(tmp_path: Path) -> None:
     work = tmp_path / "work"
-    words = [sys.executable, BENCHMARK, "--shapes", "tiny", "--rounds", "1", "--work", work]
+    words = [sys.executable, BENCHMARK, "--shapes", "tiny", "--rounds", "1", "--peer-rounds", "0", "--work", work]
     answer = subprocess.run(words, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     rows = re.findall(

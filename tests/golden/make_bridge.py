@@ -1,8 +1,8 @@
-"""Makes tests/golden/megatron-bridge: `tools/convert/.venv/bin/python tests/golden/make_bridge.py PYTHON`.
+"""Makes tests/golden/megatron-bridge: `tools/convert/.venv/bin/python tests/golden/make_bridge.py`.
 
-PYTHON is that of an environment with Megatron-Bridge. What is there was written by megatron-bridge 0.3.1 with
+`make peers` installs Megatron-Bridge. What is there was written by megatron-bridge 0.3.1 with
 megatron-core 0.16.1, transformers 4.57.6 and torch 2.13.0, on a CPU without TransformerEngine; how is in
-tests/tools/convert/bridge_worker.py. `hf` is the source that it was given, `megatron` what it made of it.
+tests/peers/by_bridge.py. `hf` is the source that it was given, `megatron` what it made of it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ sys.path.insert(0, str(ROOT))
 from shared.families import registry  # noqa: E402
 from tests.tools.convert.conftest import write_hf  # noqa: E402
 
+PEERS = ROOT / "tests" / "peers"
 KEPT = ("config.json", "model.safetensors")
 SMALL = {"hidden_size": 16, "ffn_hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 4}
 
 
-def main(python: str) -> None:
+def main() -> None:
     """Write both directories of each family; what is there already stops it."""
     for family in ("llama", "qwen3"):
         place = ROOT / "tests" / "golden" / "megatron-bridge" / family
@@ -33,10 +34,10 @@ def main(python: str) -> None:
         for path in (place / "hf").iterdir():
             if path.name not in KEPT:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        worker = ROOT / "tests" / "tools" / "convert" / "bridge_worker.py"
+        bridge = [PEERS / ".venv/bin/python", PEERS / "by_bridge.py"]
         # Bridge writes the name of its source down: a name that is true on any machine.
-        subprocess.run([python, worker, "import", "hf", "megatron"], cwd=place, check=True)
+        subprocess.run([*bridge, "to-megatron", "hf", "megatron"], cwd=place, check=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -1,25 +1,29 @@
-"""Directories that Megatron-Bridge wrote come back as their source, and those of `to-megatron` are read by it."""
+"""Directories that Megatron-Bridge and mbridge write come back as their source; those of `to-megatron` are read by them."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+from shared.families import registry
+from tests.tools.convert.conftest import write_hf
+
 WEIGHTS = "model.safetensors"
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "megatron-bridge"  # made by tests/golden/make_bridge.py
 FAMILIES = ("llama", "qwen3")
+PEERS = Path(__file__).resolve().parents[2] / "peers"
+PYTHON = PEERS / ".venv" / "bin" / "python"
+peers = pytest.mark.skipif(not PYTHON.exists(), reason="Megatron-Bridge and mbridge are not installed: make peers")
 
 
-def bridge(*words: str | Path) -> str:
-    """What the worker prints."""
-    command = [sys.executable, Path(__file__).with_name("bridge_worker.py"), *words]
+def peer(program: str, *words: str | Path) -> str:
+    """What a program in the peers' environment prints."""
+    command = [PYTHON, PEERS / program, *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -44,15 +48,34 @@ def test_inspect_names_bridge(convert: Any) -> None:
     assert found["made_by"] == "Megatron-Bridge (no manifest.json)"
 
 
-@pytest.mark.skipif(find_spec("megatron.bridge") is None, reason="megatron.bridge (Megatron-Bridge) is not installed")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_bridge_as_it_is_installed(family: str, convert: Any, tmp_path: Path) -> None:
-    hf = GOLDEN / family / "hf"
-    bridge("import", hf, tmp_path / "bridges")
-    comes_back(convert, tmp_path / "bridges", hf, tmp_path / "back")
+@peers
+@pytest.mark.parametrize("program", ["by_bridge.py", "by_mbridge.py"])
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_moe"])
+def test_peers_as_they_are_installed(family: str, program: str, convert: Any, tmp_path: Path) -> None:
+    hf = (
+        write_hf(tmp_path / "hf", registry.sizes()["qwen3-moe-tiny"])
+        if family == "qwen3_moe"
+        else GOLDEN / family / "hf"
+    )
+    peer(program, "to-megatron", hf, tmp_path / "theirs")
+    comes_back(convert, tmp_path / "theirs", hf, tmp_path / "back")
     assert convert("to-megatron", "--source", hf, "--target", tmp_path / "ours").code == 0
-    said = bridge("export", tmp_path / "ours", hf, tmp_path / "exported")
+    peer(program, "to-hf", tmp_path / "ours", hf, tmp_path / "exported")
+    same(hf, tmp_path / "exported")
+
+
+@peers
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bridges_model_of_our_directory_computes_the_same(family: str, convert: Any, tmp_path: Path) -> None:
+    hf = GOLDEN / family / "hf"
+    assert convert("to-megatron", "--source", hf, "--target", tmp_path / "ours").code == 0
+    said = peer("by_bridge.py", "compare", tmp_path / "ours", hf, tmp_path / "exported")
     assert float(said.split()[-1]) < 1e-5  # in fp32, logits over the largest of them
-    wanted, found = load_file(hf / WEIGHTS), load_file(tmp_path / "exported" / WEIGHTS)
+    same(hf, tmp_path / "exported")
+
+
+def same(hf: Path, exported: Path) -> None:
+    """Tensors are equal, in a type that holds them."""
+    wanted, found = load_file(hf / WEIGHTS), load_file(exported / WEIGHTS)
     assert wanted.keys() == found.keys()
     assert all((found[name] == tensor.to(found[name].dtype)).all() for name, tensor in wanted.items())
