@@ -271,6 +271,12 @@ def _os_error(label: str, error: OSError) -> int:
         uid = os.getuid()
         _complain(label, f"{place}permission denied for uid {uid}; give a path this user may use, or change its owner")
         return EXIT_USAGE
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        _complain(label, f"{place}{os.strerror(error.errno).lower()}; give another path")
+        return EXIT_USAGE
+    if error.errno in (errno.EIO, errno.ESTALE):
+        _complain(label, f"{place}the disk failed: {os.strerror(error.errno).lower()}")
+        return EXIT_FAILED
     traceback.print_exception(error)
     return EXIT_FAILED
 

@@ -8,11 +8,13 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import xxhash
+
+from shared.errors import UserError
 
 _BLOCK = 1 << 20  # bytes read at a time while hashing
 _HASH_WORKERS = 4  # xxhash releases the interpreter lock, so threads are enough
@@ -55,12 +57,24 @@ def hash_files(paths: Iterable[Path], advance: Callable[[int], None] = lambda am
         return list(pool.map(lambda path: hash_file(path, advance), paths))
 
 
-def files_below(root: Path) -> Iterator[Path]:
-    """Every regular file below a directory, links followed, in a fixed order."""
+def files_below(root: Path, without: Collection[str] = ()) -> Iterator[Path]:
+    """Every file below a directory, links followed, in a fixed order; folders called as one of `without` left out.
+
+    Raises:
+        UserError: a link that leads nowhere or back, what is no file, a name that is not UTF-8.
+    """
     for folder, folders, names in os.walk(root, followlinks=True):
-        folders.sort()
-        for name in sorted(names):
-            yield Path(folder, name)
+        folders[:] = sorted(name for name in folders if name not in without)
+        for path in (Path(folder, name) for name in (*folders, *sorted(names))):
+            if path.is_symlink() and not path.exists():
+                raise UserError(f"{path} is a link to nothing; fetch that file again, or remove the link")
+            if path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve()):
+                raise UserError(f"{path} is a link to a folder that it lies in; remove it")
+            if not (path.is_file() or path.is_dir()):
+                raise UserError(f"{path} is neither a file nor a folder; move it away")
+            if str(path) != os.fsencode(path).decode(errors="replace"):
+                raise UserError(f"{os.fsencode(path)!r} has a name that is not UTF-8; rename it")
+        yield from (Path(folder, name) for name in sorted(names))
 
 
 def sync_tree(root: Path) -> None:

@@ -23,6 +23,7 @@ from shared.checkpoint.safetensors_file import (
     parse_header,
     read_header,
     tensor_bytes,
+    weight_map_of,
 )
 from shared.checkpoint.torch_weights import read_torch_weights
 from shared.errors import UserError
@@ -71,8 +72,10 @@ class WeightLayout:
             shards = tuple(
                 Shard(file=shard["file"], header=parse_header(shard["header"], path)) for shard in content["shards"]
             )
+            if outside := [shard.file for shard in shards if Path(shard.file).name != shard.file]:
+                raise ValueError(f"{outside[0]!r} is not a file of one directory")
             return WeightLayout(shards=shards, index=content["index"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error}); convert the model again") from None
 
     def plain(self, form: Quantization | None) -> WeightLayout:
@@ -186,11 +189,7 @@ def _as_safetensors(stored: WeightLayout) -> WeightLayout:
 def _sharded(
     path: Path, flag: str, shards_there: Sequence[str], index: str, read: Callable[[Path], Header]
 ) -> WeightLayout:
-    text = (path / index).read_text(encoding="utf-8")
-    try:
-        weight_map: dict[str, str] = dict(json.loads(text)["weight_map"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{flag} {path / index} is not a weight index; fetch it again") from None
+    weight_map = weight_map_of(path / index, flag)
     files = sorted(set(weight_map.values()))
     if outside := [name for name in files if Path(name).name != name]:
         raise UserError(f"{flag} {path / index} names {outside[0]!r}, which is not a file of this directory")
@@ -217,7 +216,7 @@ def _sharded(
                 raise UserError(f"{flag} {path / index} says {tensor.name} is in {named}; it is in {name}")
     if absent := [tensor for tensor in weight_map if tensor not in seen]:
         raise UserError(f"{flag} {path / weight_map[absent[0]]}: {absent[0]} is not there, though {index} says so")
-    return WeightLayout(shards=tuple(shards), index=text)
+    return WeightLayout(shards=tuple(shards), index=(path / index).read_text(encoding="utf-8"))
 
 
 def default_layout(

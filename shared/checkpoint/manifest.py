@@ -11,10 +11,10 @@ import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from shared.checkpoint.files import files_below, hash_bytes, hash_file
 from shared.errors import UserError
@@ -65,6 +65,14 @@ class Manifest(BaseModel):
     facts: dict[str, Any]  # family, architecture, dtype, tensors, parameters ... what the stage says of its output
     bytes: int  # of all files
     files: dict[str, FileEntry]  # relative path -> entry; every file that a reader may trust
+
+    @field_validator("files")
+    @classmethod
+    def _below(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        for name in files:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"{name!r} is not below the directory")
+        return files
 
     def encode(self) -> str:
         """As written to disk."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shared.checkpoint.files import files_below
 from shared.checkpoint.manifest import MANIFEST
 from shared.console import log
 from shared.errors import UserError
@@ -29,7 +29,7 @@ def passengers(directory: Path) -> Iterator[Path]:
     if (directory / MANIFEST).is_file():
         names = [n for n in config_of(directory / MANIFEST)["files"] if not n.startswith(_OF_RUNS)]
     else:
-        names = [path.relative_to(directory).as_posix() for path in _files(directory)]
+        names = _names(directory)
     for name in sorted(names):
         if not name.endswith((*WEIGHT_SUFFIXES, *_OF_WEIGHTS)) and name not in _OWN and not _points(directory / name):
             yield Path(name)
@@ -43,16 +43,13 @@ def _points(path: Path) -> bool:
     return folder.isprintable() and bool(folder) and (path.parent / folder).is_dir()
 
 
-def _files(directory: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(directory, followlinks=True):
-        folders[:] = [name for name in folders if name not in _TOOLS_FOLDERS]
-        yield from (Path(folder, name) for name in names)
+def _names(directory: Path) -> list[str]:
+    return [path.relative_to(directory).as_posix() for path in files_below(directory, _TOOLS_FOLDERS)]
 
 
 def other_weights(directory: Path, used: set[str]) -> list[str]:
     """Weights in the directory that are not the ones read: another format, or parts of another model."""
-    names = {path.relative_to(directory).as_posix() for path in _files(directory)}
-    return sorted(name for name in names - used - _OWN if name.endswith(WEIGHT_SUFFIXES))
+    return sorted(name for name in {*_names(directory)} - used - _OWN if name.endswith(WEIGHT_SUFFIXES))
 
 
 def copy_passengers(source: Path, target: Path) -> None:
@@ -70,7 +67,7 @@ def config_of(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a configuration: a JSON object is wanted")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any, Literal
 from shared.checkpoint.files import hash_file, hash_files
 from shared.checkpoint.manifest import MANIFEST, Kind, Manifest, read_manifest
 from shared.checkpoint.megatron_lm import rank_files
+from shared.checkpoint.safetensors_file import weight_map_of
 from shared.checkpoint.sat import rank_states
 from shared.checkpoint.target import PARTIAL, RUN
 from shared.checkpoint.te import LAYERS
@@ -91,7 +91,8 @@ def open_checkpoint(
         if manifest.state == "running":
             log(f"{path} is an unfinished run; reading iteration {manifest.iteration}")
     if kind not in kinds:
-        raise UserError(f"{flag} {path} is a {kind} directory; wanted: {' or '.join(kinds)}")
+        lacks = " (config.json is missing)" if kind == "tokenizer" else ""
+        raise UserError(f"{flag} {path} is a {kind} directory{lacks}; wanted: {' or '.join(kinds)}")
     return Checkpoint(path=path, kind=kind, manifest=manifest)
 
 
@@ -176,11 +177,7 @@ def _complete_megatron(path: Path, flag: str, ranks: Kind | None) -> Kind:
 
 def _complete_hf(path: Path, flag: str) -> Kind:
     for index in sorted(path.glob("*.index.json")):
-        try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{flag} {index} is not a weight index; fetch it again") from None
-        for name in sorted(named):
+        for name in sorted({*weight_map_of(index, flag).values()}):
             if not (path / name).is_file():
                 raise UserError(f"{flag} {path / name} is missing, though {index.name} names it; fetch it again")
         return "hf"

@@ -66,7 +66,7 @@ def read_header(path: Path) -> Header:
         metadata = parsed.pop("__metadata__", None)
     except _Duplicate as error:
         raise UserError(f"{path}: tensor {error} is there twice; the file is damaged, fetch it again") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: its header is not JSON; fetch it again") from None
     return Header(text=text, metadata=metadata, tensors=_tensors(path, parsed, _LENGTH + length, size))
 
@@ -90,6 +90,17 @@ def parse_header(text: str, path: Path) -> Header:
     start = _LENGTH + len(text.encode())
     end = start + max((entry["data_offsets"][1] for entry in parsed.values()), default=0)
     return Header(text=text, metadata=metadata, tensors=_tensors(path, parsed, start, end))
+
+
+def weight_map_of(index: Path, flag: str) -> dict[str, str]:
+    """Which file has which tensor, as an index says; UserError where it says something else."""
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        names = None
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        raise UserError(f"{flag} {index} is not a weight index; fetch it again")
+    return names
 
 
 def header_bytes(text: str) -> bytes:

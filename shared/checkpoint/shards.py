@@ -42,10 +42,10 @@ class Shard:
     @staticmethod
     def parse(text: str) -> Shard:
         found = re.fullmatch(r"(\d+|publish)/(\d+)", text)
-        if found is None:
+        if found is None or not int(found[2]):
             raise UserError(f"--shard {text}: write 1/4 to 4/4 for the parts, then publish/4")
         index, count = None if found[1] == "publish" else int(found[1]), int(found[2])
-        if count < 1 or (index is not None and not 1 <= index <= count):
+        if index is not None and not 1 <= index <= count:
             raise UserError(f"--shard {text}: parts are counted from 1/{count} to {count}/{count}")
         return Shard(index=index, count=count)
 

@@ -19,7 +19,11 @@ RUN = "run.json"  # written when a training run begins
 
 
 def check_overlap(target: Path, inputs: Inputs) -> None:
-    """Refuse a target that is, holds or lies in one of the inputs."""
+    """Refuse a target that is, holds or lies in one of the inputs, or where no directory can be put."""
+    if target.is_symlink():
+        raise UserError(f"--target {target} is a link; give the directory itself")
+    if not (above := next(path for path in target.absolute().parents if path.exists())).is_dir():
+        raise UserError(f"--target {target}: {above} is a file; choose another directory")
     whole = target.resolve()
     for flag, given in inputs.items():
         for path in [given] if isinstance(given, Path) else given:

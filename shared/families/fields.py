@@ -27,7 +27,17 @@ _GENERATION = """
     min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
     repetition_penalty suppress_tokens temperature top_k top_p typical_p
 """
+# Counts and widths, of which every model has some.
+_POSITIVE = """
+    d_model decoder_sparse_step expansion_ratio ffn_dim ffn_hidden_size full_attention_interval head_dim hidden_size
+    inner_hidden_size intermediate_size kv_channels kv_lora_rank linear_conv_kernel_dim linear_key_head_dim
+    linear_num_key_heads linear_num_value_heads linear_value_head_dim max_position_embeddings max_seq_len
+    max_sequence_length moe_intermediate_size multi_query_group_num n_embd n_head n_heads n_inner n_layer n_layers
+    n_positions no_rope_layer_interval num_attention_heads num_hidden_layers num_key_value_heads num_kv_heads
+    num_layers padded_vocab_size seq_length sliding_window_pattern v_head_dim vocab_size word_embed_proj_dim
+"""
 HARMLESS = frozenset(_HARMLESS.split() + _GENERATION.split())
+POSITIVE = frozenset(_POSITIVE.split())
 
 
 def renamed(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -59,6 +69,8 @@ class Fields:
             return float(value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise UserError(f"config.json: {name} is {value!r}, which is not of type {_name(kind)}")
+        if name in POSITIVE and isinstance(value, int) and value < 1:
+            raise UserError(f"config.json: {name} is {value}; a number above zero is wanted")
         return value
 
     def has(self, name: str) -> bool:

@@ -128,6 +128,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a config.json; UserError names the nearest one that is supported."""
     classes = config.get("architectures")
     name = config.get("model_type")
+    if not isinstance(classes, list | None):
+        raise UserError(f"config.json: architectures is {classes!r}; a list of one class is wanted")
     if name is None and classes:  # as first published, with code of their own, by some
         name = next((f.model_types[0] for f in FAMILIES.values() if classes == [f.hf_class]), None)
     if why := _WHOLES.get(str(name)):

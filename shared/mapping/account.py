@@ -41,6 +41,12 @@ def account_sources(table: Table, found: Mapping[str, Found], where: str) -> Acc
     Raises:
         UserError: naming the tensor, both shapes, and the file.
     """
+    for axis, size in table.sizes.items():
+        if size > len(found) and any(f"{{{axis}}}" in source.name for rule in table.rules for source in rule.sources):
+            raise UserError(
+                f"{where}: {len(found)} tensors in all, though config.json asks for {size} {axis.replace('_', ' ')}s; "
+                "correct it, or fetch the model again"
+            )
     table = table.named_as(found)
     entries = tuple(table.entries())
     wanted = {source.name: source.stored_shape for entry in entries for source in entry.sources}

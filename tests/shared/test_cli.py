@@ -270,6 +270,8 @@ def test_config_file_holds_any_flag_and_flags_win(run: Run, tmp_path: Path) -> N
         (AlreadyDone("already done: t"), 0, "already done: t"),
         (OSError(errno.ENOSPC, "No space left on device", "t/x"), 1, "t/x: the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "t"), 2, "t: permission denied"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "t"), 2, "t: file name too long; give another path"),
+        (OSError(errno.EIO, "Input/output error", "t"), 1, "t: the disk failed: input/output error"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

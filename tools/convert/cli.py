@@ -15,6 +15,7 @@ tool = Tool(
 )
 
 Dtype = Literal["bf16", "fp16", "fp32"]
+Workers = Annotated[int, Field(ge=1, le=256)]  # each has blocks of its own in memory
 
 
 @tool.command
@@ -54,7 +55,7 @@ def to_megatron(
     target: Path,
     hf_files: ExistingDir | None = None,
     overwrite: bool = False,
-    workers: Positive | None = None,
+    workers: Workers | None = None,
     shard: str | None = None,
 ) -> None:
     """Convert a Hugging Face directory into a Megatron directory.
@@ -84,7 +85,7 @@ def to_te(
     target: Path,
     hf_files: ExistingDir | None = None,
     overwrite: bool = False,
-    workers: Positive | None = None,
+    workers: Workers | None = None,
     shard: str | None = None,
 ) -> None:
     """Convert a Hugging Face directory into a directory of TransformerEngine's parameters.
@@ -117,7 +118,7 @@ def to_hf(
     family: str | None = None,
     quantized: bool = False,
     overwrite: bool = False,
-    workers: Positive | None = None,
+    workers: Workers | None = None,
     shard: str | None = None,
 ) -> None:
     """Convert a Megatron or TransformerEngine directory, converted or trained, into a Hugging Face directory.
@@ -155,7 +156,7 @@ def merge_lora(
     adapter: ExistingDir,
     target: Path,
     overwrite: bool = False,
-    workers: Positive | None = None,
+    workers: Workers | None = None,
 ) -> None:
     """Merge a LoRA adapter of PEFT into the Hugging Face directory that it was trained on.
 

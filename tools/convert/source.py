@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.checkpoint.hf import HfReader
+from shared.checkpoint.hf import LAYOUT, HfReader
 from shared.checkpoint.passengers import config_of
 from shared.checkpoint.reader import Checkpoint, open_checkpoint
 from shared.checkpoint.sat import SETTINGS, Joined, SatReader, head_dims, join_ranks, rank_states
 from shared.cli import log
 from shared.errors import UserError
 from shared.families import registry
+from tools.convert.beside import ASIDES
 
 _CONFIG = "config.json"
 _FAMILY = "glm130b"  # the one whose tensors' cut is known
@@ -31,10 +32,19 @@ def open_source(
     ranks = rank_states(source) if checkpoint.manifest is None else []
     if hf_files and (source / _CONFIG).is_file():
         raise UserError(f"--hf-files: {source / _CONFIG} is there already; leave the flag out, or move the file away")
+    if checkpoint.manifest is None:
+        _check_names([source, *filter(None, [hf_files])])
     if not ranks:
         return checkpoint, HfReader(source)
     joined = join_ranks(ranks)
     return checkpoint, SatReader(source, joined, _config(source, hf_files, joined), hf_files)
+
+
+def _check_names(directories: list[Path]) -> None:
+    """Refuse files that would be taken for what `hf/` has of this tool, and not come back."""
+    for path in (directory / name for directory in directories for name in (LAYOUT, ASIDES)):
+        if path.exists():
+            raise UserError(f"{path} has the name of a file that this tool writes beside weights; rename or remove it")
 
 
 def inputs_of(source: Path, hf_files: Path | None) -> dict[str, Path]:

@@ -68,6 +68,8 @@ def run(
             raise UserError(
                 f"--certificate {certificate} lies in {name} {directory}, which is published; put it beside it"
             )
+    if certificate.is_dir():
+        raise UserError(f"--certificate {certificate} is a directory; name a file")
     _, reader = open_source(source, hf_files, verify="content")
     made = open_checkpoint(target, kinds=("megatron", "te"), flag="--target")
     if logits:
@@ -106,6 +108,7 @@ def run(
         **asdict(findings),
         "seconds": round(seconds, 1),
     }
+    certificate.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(certificate, (json.dumps(content, indent=1) + "\n").encode())
     for difference in findings.differences[:MAX_DIFFERENCES]:
         log(f"different: {difference}")

@@ -11,6 +11,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from shared.checkpoint.hf import INDEX, HfReader, WeightLayout, default_layout, write_weights
+from shared.checkpoint.reader import open_checkpoint
 from shared.errors import UserError
 
 TENSORS = {f"t{i}": np.full((4, 8), i, dtype=np.float32) for i in range(5)}
@@ -123,6 +124,25 @@ def test_index_that_is_wrong(sharded: Path, changes: dict[str, str | None], mess
     change_index(sharded, changes)
     with pytest.raises(UserError, match=message):
         HfReader(sharded)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "{}", '{"weight_map": []}', '{"weight_map": {"t0": 3}}', "[" * 100_000]
+)
+def test_what_is_no_index(sharded: Path, text: str) -> None:
+    (sharded / INDEX).write_text(text)
+    for read in (HfReader, lambda path: open_checkpoint(path, kinds=("hf",), flag="--source")):
+        with pytest.raises(UserError, match=f"{INDEX} is not a weight index"):
+            read(sharded)
+
+
+@pytest.mark.parametrize("file", ["../other.safetensors", "/tmp/other.safetensors", "a/b.safetensors"])
+def test_a_layout_of_files_elsewhere_is_refused(sharded: Path, tmp_path: Path, file: str) -> None:
+    """It says where an export is written: a stranger's directory must not choose files outside of the target."""
+    layout = HfReader(sharded).layout.encode().replace("model-00001-of-00003.safetensors", file)
+    (tmp_path / "weights.json").write_text(layout)
+    with pytest.raises(UserError, match="is not a file of one directory"):
+        WeightLayout.read(tmp_path / "weights.json")
 
 
 def test_tensor_in_two_shards(sharded: Path) -> None:

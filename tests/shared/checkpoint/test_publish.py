@@ -89,6 +89,19 @@ def test_overlap_with_an_input_is_refused(source: Path, place: str) -> None:
     assert sorted(path.name for path in source.iterdir()) == ["config.json", "model.safetensors"]
 
 
+@pytest.mark.parametrize(
+    ("place", "says"), [("link", "is a link"), ("nowhere", "is a link"), ("file/below", "file is a file")]
+)
+def test_a_target_where_no_directory_can_be_put(source: Path, tmp_path: Path, place: str, says: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    (tmp_path / "nowhere").symlink_to("nothing")
+    with pytest.raises(UserError, match=says), publish(tmp_path / place, kind="hf", inputs={"source": source}):
+        pass
+    assert not any((tmp_path / "folder").iterdir())
+
+
 def test_a_directory_of_somebody_else_is_never_replaced(source: Path, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years")

@@ -57,6 +57,17 @@ def test_a_damaged_manifest_is_refused(published: Callable[..., Path], text: str
         open_checkpoint(path.parent, kinds=("hf",), flag="--source")
 
 
+@pytest.mark.parametrize("name", ["../stray.txt", "/etc/hostname", "a/../../stray.txt"])
+def test_a_manifest_of_files_elsewhere_is_refused(published: Callable[..., Path], name: str) -> None:
+    """Files that it lists travel on: a stranger's directory must not choose what is read and written outside of it."""
+    path = published() / "manifest.json"
+    content = json.loads(path.read_text())
+    content["files"][name] = {"size": 0, "hash": "xxh3_128:0"}
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"is damaged at files: .* is not below the directory"):
+        open_checkpoint(path.parent, kinds=("hf",), flag="--source")
+
+
 def test_the_wrong_kind_is_named(published: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match="is a hf directory; wanted: megatron"):
         open_checkpoint(published(), kinds=("megatron",), flag="--source")

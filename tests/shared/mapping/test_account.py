@@ -43,7 +43,8 @@ def test_each_tensor_has_its_place() -> None:
     ("changes", "message"),
     [
         ({"h.1.fc": None}, r"dir: h.1.fc is missing"),
-        ({"h.1.fc": None, "wte": None}, r"wte and 1 more are missing"),
+        ({"h.1.fc": None, "wte": None, "h.0.inv_freq": Found((7,))}, r"wte and 1 more are missing"),
+        ({"h.1.fc": None, "wte": None}, r"dir: 1 tensors in all, though config.json asks for 2 layers"),
         ({"h.2.fc": Found((2, 3), "b.safetensors")}, r"b.safetensors: h.2.fc is unknown .*nearest: h\.\d\.fc"),
         ({"h.2.inv_freq": Found((7,))}, r"h.2.inv_freq is unknown"),
         ({"h.0.fc": Found((3, 2))}, r"model-00001.safetensors: h.0.fc is \[3, 2\], config.json asks for \[2, 3\]"),

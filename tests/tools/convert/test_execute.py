@@ -116,7 +116,10 @@ def test_a_flipped_byte_in_the_output_is_found_by_the_reader(make_hf: Make, conv
 def test_the_plan_says_how_many_workers(make_hf: Make, convert: Any, tmp_path: Path) -> None:
     answer = convert("to-megatron", "--source", make_hf(), "--target", tmp_path / "m", "--workers", "3")
     assert "3 workers" in answer.err
-    assert convert("to-megatron", "--source", tmp_path / "hf", "--target", tmp_path / "n", "--workers", "0").code == 2
+    for count in ("0", "-1", "1000000"):
+        words = ("--source", tmp_path / "hf", "--target", tmp_path / "n", "--workers", count)
+        assert (answer := convert("to-megatron", *words)).code == 2
+        assert f"--workers {count}" in answer.err
 
 
 KILLED = """

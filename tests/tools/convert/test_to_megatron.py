@@ -238,6 +238,11 @@ def test_shard_and_its_lines_of_the_index_missing(make_hf: Make, convert: Any, t
         ({"residual_multiplier": 0.22}, "residual_multiplier"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"num_key_value_heads": 3}, "num_query_groups"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0; a number above zero is wanted"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+        ({"num_hidden_layers": 10**9}, "21 tensors in all, though config.json asks for 1000000000 layers"),
+        ({"architectures": "LlamaForCausalLM"}, "a list of one class is wanted"),
     ],
 )
 def test_configuration_that_is_not_understood(
@@ -257,6 +262,15 @@ def test_weights_in_another_form_are_named(make_hf: Make, convert: Any, tmp_path
     assert answer.code == 0
     assert "not carried over" in answer.err
     assert "original/consolidated.00.pth" in answer.err
+
+
+@pytest.mark.parametrize("name", ["weights.json", "asides.safetensors"])
+def test_a_file_that_would_be_taken_for_this_tools_is_refused(
+    make_hf: Make, convert: Any, tmp_path: Path, name: str
+) -> None:
+    source = make_hf()
+    (source / name).write_text("mine")
+    assert f"{name} has the name of a file that this tool writes" in refused(convert, source, tmp_path / "m")
 
 
 def test_links_of_a_download_cache_are_followed(make_hf: Make, convert: Any, tmp_path: Path) -> None:

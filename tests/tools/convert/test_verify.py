@@ -44,8 +44,11 @@ def test_every_variant_is_verified(make_hf: Make, convert: Any, variant: str, tm
 
 def test_certificate_elsewhere(pair: tuple[Path, Path], convert: Any, tmp_path: Path) -> None:
     words = ("verify", "--source", pair[0], "--target", pair[1], "--no-logits", "--certificate")
-    assert convert(*words, tmp_path / "c.json").code == 0
-    assert json.loads((tmp_path / "c.json").read_text())["passed"]
+    for place in ("c.json", "new/folder/c.json"):
+        assert convert(*words, tmp_path / place).code == 0
+        assert json.loads((tmp_path / place).read_text())["passed"]
+    answer = convert(*words, tmp_path / "new")
+    assert (answer.code, "new is a directory; name a file" in answer.err) == (2, True)
     answer = convert(*words, pair[1] / "c.json")
     assert answer.code == 2
     assert not (pair[1] / "c.json").exists()
