@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from shared.families.family import Family, tiny
 from shared.families.fields import Fields
@@ -30,7 +31,6 @@ _NAMES = Names(
 
 def read(fields: Fields) -> Architecture:
     fields.expect("add_cross_attention", False, why="this is a decoder")
-    fields.expect("scale_attn_by_inverse_layer_idx", False, why="scores are scaled by 1 / sqrt(head_dim)")
     fields.ignore("reorder_and_upcast_attn")  # how scores are rounded below fp32
     common = gpt_fields(fields, dropout=0.1, default_activation="gelu_new", tied=True)
     return Architecture(
@@ -39,11 +39,13 @@ def read(fields: Fields) -> Architecture:
         num_query_groups=common["num_attention_heads"],
         qkv_bias=True,
         attention_output_bias=True,
+        attention_scale_by_layer=fields.get("scale_attn_by_inverse_layer_idx", bool, False),
         **common,
     )
 
 
-write = written_gpt_fields
+def write(a: Architecture) -> dict[str, Any]:
+    return {**written_gpt_fields(a), "scale_attn_by_inverse_layer_idx": a.attention_scale_by_layer}
 
 
 def table(a: Architecture) -> Table:
@@ -74,15 +76,18 @@ _GPT_2 = Architecture(
     tied_embeddings=True,
 )
 
+_TINY = tiny(_GPT_2, num_query_groups=4, attention_dropout=0.0, hidden_dropout=0.0, embedding_dropout=0.0)
+
 FAMILY = Family(
     name="gpt2",
-    title="GPT-2, Cerebras-GPT, DistilGPT-2",
+    title="GPT-2, Cerebras-GPT, DistilGPT-2, Mistral's GPT-2s, BioMedLM",
     hf_class="GPT2LMHeadModel",
     read=read,
     table=table,
     write=write,
     sizes={
-        "gpt2-tiny": tiny(_GPT_2, num_query_groups=4, attention_dropout=0.0, hidden_dropout=0.0, embedding_dropout=0.0),
+        "gpt2-tiny": _TINY,
+        "gpt2-tiny-by-layer": replace(_TINY, attention_scale_by_layer=True),
         "gpt2": _GPT_2,
         "gpt2-xl": replace(
             _GPT_2,

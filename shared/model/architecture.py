@@ -194,6 +194,7 @@ class Architecture:
     # over head_dim, with one weight for all heads or a weight for each; or over all heads of the projection
     qk_norm_scope: Literal["head", "each_head", "projection"] = "head"
     attention_scale: float | None = None  # of queries times keys; None: 1 / sqrt(head_dim)
+    attention_scale_by_layer: bool = False  # scores are divided by the number of their layer, from 1, too
     attention_softcap: float | None = None  # scores s become cap * tanh(s / cap)
     attention_sinks: bool = False  # each head has one more score, learned, of which no value comes (gpt-oss)
     sliding_window: int | None = None  # tokens that a position sees, itself included
@@ -265,6 +266,8 @@ class Architecture:
             raise ValueError("attention sinks with latent attention or ALiBi are not computed")
         if (self.glu_limit is not None or self.glu_offset) and not self.gated:
             raise ValueError("a limit or an offset of a gate is set, but the MLP has none")
+        if self.attention_scale_by_layer and (self.latent or self.prediction_layers or self.alibi == "rounded"):
+            raise ValueError("scores divided by their layer's number, of latent attention and such, are not computed")
         if self.latent:
             self._check_latent(self.latent)
         if self.delta and (self.norm_placement, self.residual) != ("pre", "sequential"):

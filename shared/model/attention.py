@@ -126,6 +126,8 @@ class CoreAttention(torch.nn.Module):
         assert softmax_scale is None or (architecture.latent and architecture.attention_scale is None)
         # None: 1 / sqrt(head_dim). Latent attention gives its own.
         self.softmax_scale = architecture.attention_scale if softmax_scale is None else softmax_scale
+        if architecture.attention_scale_by_layer:  # the layer's number in the model, whatever the pipeline's stage
+            self.softmax_scale = (self.softmax_scale or architecture.head_dim**-0.5) / layer_number
         self.softcap = architecture.attention_softcap
         self.window = architecture.window(layer_number - 1)
         self.dropout = config.attention_dropout

@@ -46,7 +46,7 @@ _EXPRESSED = {
         "window_rope_theta",
     ),
     *("rotary_dim", "rotary_interleaved", "layers_without_rope", "latent", "qkv_bias", "attention_output_bias"),
-    *("alibi_bias_max", "qkv_clip"),
+    *("alibi_bias_max", "qkv_clip", "attention_scale_by_layer"),
     *("qk_norm", "qk_norm_scope", "attention_scale", "attention_softcap", "attention_dropout"),
     *("sliding_window", "full_attention_layers"),
 }
@@ -86,6 +86,7 @@ def limits(a: Architecture) -> Limits:
         and not isclose(a.attention_scale, a.head_dim**-0.5, rel_tol=1e-6),
         f"queries, keys and values clipped at {a.qkv_clip}": a.qkv_clip is not None,
         f"ALiBi slopes down to 2^-{a.alibi_bias_max}, not 2^-8": a.alibi_bias_max != 8,
+        "scores divided by the layer's number": a.attention_scale_by_layer,
         f"scores capped at {a.attention_softcap}": a.attention_softcap is not None,
         f"norms of queries and keys by {a.qk_norm_scope}": a.qk_norm and a.qk_norm_scope != "head",
         "norms of queries and keys with weights less one": a.qk_norm and a.norm == "rmsnorm_1p",

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
 
 
-# Fields of config.json that change the model and that vLLM's code for the architecture does not look at, and the value that it
-# computes.
+# Fields of config.json that change the model and that vLLM's code for the architecture does not look at, or asserts without a
+# word, and the value that it computes.
 _IGNORED = {
     "ChatGLMForConditionalGeneration": ("position_encoding_2d", False),  # the first ChatGLM; it has those after
+    "GPT2LMHeadModel": ("scale_attn_by_inverse_layer_idx", False),
     "GptOssForCausalLM": ("swiglu_limit", 7.0),
     "InternLM2ForCausalLM": ("bias", False),
     "Qwen3NextForCausalLM": ("attention_bias", False),
@@ -50,8 +51,8 @@ def check_supported(source: Path) -> None:
         field, computed = _IGNORED[name]
         if config.get(field, computed) != computed:
             raise UserError(
-                f"--source {source}: vLLM's {name} ignores {field} = {config[field]} of config.json, which changes the model; "
-                "`infer evaluate --engine hf` may run it"
+                f"--source {source}: vLLM's {name} does not compute {field} = {config[field]} of config.json, which changes the "
+                "model; `infer evaluate --engine hf` may run it"
             )
     if not on_gpu():
         # vLLM looks at a model's class in a second process, so as not to touch CUDA in this one; that costs half a

@@ -200,6 +200,7 @@ CARELESS: dict[str, Any] = {
     "glu_offset": 0.0,
     "alibi_bias_max": 8,
     "qkv_clip": None,
+    "attention_scale_by_layer": False,
     "alibi": {"rounded": "exact"},
     "rope_theta": 500.0,
     "rotary_interleaved": False,

@@ -105,7 +105,7 @@ def test_a_prompt_that_does_not_fit_is_named(launcher, models, tmp_path):
         ({"architectures": ["WaterwheelForCausalLM"]}, "WaterwheelForCausalLM"),
         ({"architectures": ["YiForCausalLM"], "model_type": "Yi"}, "then `convert to-hf --family llama`"),
         ({"head_dim": 16}, "no attention for heads of 16, only 32"),
-        ({"architectures": ["InternLM2ForCausalLM"], "bias": True}, "ignores bias = True of config.json"),
+        ({"architectures": ["InternLM2ForCausalLM"], "bias": True}, "does not compute bias = True of config.json"),
     ],
 )
 def test_what_vllm_lacks_is_named(launcher, models, tmp_path, change, says):
