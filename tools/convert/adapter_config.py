@@ -6,7 +6,9 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from shared.checkpoint.passengers import config_of
 from shared.errors import UserError
@@ -35,6 +37,36 @@ _WHY = {
 _PLAIN_INITS = (True, False, "true", "gaussian", "eva", "orthogonal")
 
 
+def _regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"no regular expression: {error}") from None
+    return text
+
+
+_Regex = Annotated[str, AfterValidator(_regex)]
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Fields(BaseModel):
+    """Types of the fields that are read, and what PEFT takes where they are absent."""
+
+    model_config = ConfigDict(strict=True)
+    r: PositiveInt = 8
+    lora_alpha: _Number = 8
+    use_rslora: bool | None = False
+    use_dora: bool | None = False
+    rank_pattern: dict[_Regex, PositiveInt] | None = None
+    alpha_pattern: dict[_Regex, _Number] | None = None
+    target_modules: _Regex | list[str] | None = None
+    exclude_modules: _Regex | list[str] | None = None
+    target_parameters: _Regex | list[str] | None = None
+    modules_to_save: list[_Regex] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: _Regex | list[_Regex] | None = None
+
+
 class AdapterConfig:
     """What the fields say; UserError names one that would change the result and is not merged here."""
 
@@ -57,33 +89,32 @@ class AdapterConfig:
         self.bias = fields.get("bias", "none")
         if self.bias not in ("none", "all", "lora_only"):
             raise UserError(f"{self.path}: bias is {self.bias!r}; PEFT knows none, all and lora_only")
-        self.dora = bool(fields.get("use_dora"))
-        self.modules_to_save: Sequence[str] = fields.get("modules_to_save") or ()
-        self.target_parameters: Sequence[str] = fields.get("target_parameters") or ()
-        self._targets: str | Sequence[str] = fields.get("target_modules") or ()
-        self._excluded: str | Sequence[str] = fields.get("exclude_modules") or ()
-        layers = fields.get("layers_to_transform")
+        try:
+            known = _Fields.model_validate(fields)
+        except ValidationError as error:
+            found = error.errors()[0]
+            name = str(found["loc"][0])
+            raise UserError(f"{self.path}: {name} is {fields[name]!r}: {found['msg']}") from None
+        self.dora = bool(known.use_dora)
+        self.modules_to_save: Sequence[str] = known.modules_to_save or ()
+        self.target_parameters: str | Sequence[str] = known.target_parameters or ()
+        self._targets: str | Sequence[str] = known.target_modules or ()
+        self._excluded: str | Sequence[str] = known.exclude_modules or ()
+        layers, pattern = known.layers_to_transform, known.layers_pattern or ()
         self._layers = [layers] if isinstance(layers, int) else layers
-        pattern = fields.get("layers_pattern") or ()
         self._layers_pattern = [pattern] if isinstance(pattern, str) else pattern
-        self._rank, self._ranks = self._number(fields, "r"), fields.get("rank_pattern") or {}
-        self._alpha, self._alphas = self._number(fields, "lora_alpha"), fields.get("alpha_pattern") or {}
-        self._root = bool(fields.get("use_rslora"))
-
-    def _number(self, fields: Mapping[str, Any], name: str) -> float:
-        value = fields.get(name, 8)  # PEFT's default of both
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{self.path}: {name} is {value!r}; a number is wanted")
-        return value
+        self._rank, self._ranks = known.r, known.rank_pattern or {}
+        self._alpha, self._alphas = known.lora_alpha, known.alpha_pattern or {}
+        self._root = bool(known.use_rslora)
 
     def rank(self, module: str) -> int:
         """Of a module's matrices."""
-        return int(_matching(self._ranks, module, self._rank))
+        return _matching(self._ranks, module, self._rank)
 
     def scale(self, module: str) -> float:
         """What `B @ A` is multiplied with: alpha / r, of rank-stabilised adapters alpha / sqrt(r)."""
         rank = self.rank(module)
-        return float(_matching(self._alphas, module, self._alpha)) / (math.sqrt(rank) if self._root else rank)
+        return _matching(self._alphas, module, self._alpha) / (math.sqrt(rank) if self._root else rank)
 
     def targets(self, module: str) -> bool:
         """Whether PEFT gives this module of the base an adapter (`check_target_module_exists`)."""
@@ -104,7 +135,7 @@ class AdapterConfig:
         return _named(self.target_parameters, name)
 
 
-def _matching(patterns: Mapping[str, float], module: str, default: float) -> float:
+def _matching[Number: (int, float)](patterns: Mapping[str, Number], module: str, default: Number) -> Number:
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 

@@ -293,6 +293,13 @@ REFUSED = {
     ),
     "modules_to_save": (["lm_head"], "asks for an adapter of lm_head"),
     "bias": ("both", "bias is 'both'"),
+    "lora_alpha": (None, "lora_alpha is None: Input should be a valid number"),
+    "rank_pattern": ({"q_proj": 0}, "rank_pattern is {'q_proj': 0}: Input should be greater than 0"),
+    "alpha_pattern": ({"(": 3}, "alpha_pattern is {'(': 3}: Value error, no regular expression"),
+    "exclude_modules": ("(", "exclude_modules is '('"),
+    "layers_to_transform": (["1"], "layers_to_transform is ['1']"),
+    "target_parameters": (5, "target_parameters is 5"),
+    "use_rslora": ("yes", "use_rslora is 'yes'"),
 }
 
 
