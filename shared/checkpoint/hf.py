@@ -13,7 +13,7 @@ from typing import Any
 
 from shared.checkpoint.blocks import Files, HashedFile
 from shared.checkpoint.moves import Block, Constant, Move, NewFile, packed, stream, windows
-from shared.checkpoint.packed import Weight, weights_of
+from shared.checkpoint.packed import Weight, check_written, weights_of
 from shared.checkpoint.passengers import complete_hf, config_of
 from shared.checkpoint.safetensors_file import (
     Header,
@@ -142,7 +142,9 @@ class HfReader:
     @cached_property
     def weights(self) -> dict[str, Weight]:
         """Raises UserError where they are stored in a form that is not read here."""
-        return weights_of(quantization_of(self.config), self.tensors)
+        weights = weights_of(quantization_of(self.config), self.tensors)
+        check_written(weights, self._files)
+        return weights
 
     def numbers(self, name: str) -> Iterator[memoryview]:
         """Bytes of a weight's plain numbers, in blocks valid until the next is asked for."""

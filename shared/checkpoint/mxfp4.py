@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 GROUP = 32  # numbers
 CODES = GROUP // 2  # bytes
+SCALE = 1  # byte
 _BIAS = 127
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 

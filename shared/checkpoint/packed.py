@@ -6,27 +6,29 @@ not know how it is stored.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from shared.checkpoint import blocks, fp8, mxfp4
+from shared.checkpoint import blocks, fp8, int4, mxfp4
 from shared.checkpoint.blocks import Files
 from shared.checkpoint.dtypes import BF16, Dtype, to_float32
+from shared.checkpoint.grouped import GroupedNumbers, Half, Regrouped, not_finite
 from shared.checkpoint.region import Matrix, Region, region_of
 from shared.checkpoint.safetensors_file import TensorInfo
 from shared.errors import UserError
 from shared.mapping.layout import Shape
-from shared.mapping.quantization import Fp8Blocks, Mxfp4, Quantization
+from shared.mapping.quantization import Fp8Blocks, Int4Groups, Mxfp4, Quantization
 
 if TYPE_CHECKING:
     import numpy as np
 
-Half = Literal["codes", "scales"]
 _BLOCKS = "_blocks"
-_AT_ONCE = 1 << 13  # groups; making codes of them holds several copies
+_PACKED = "_packed"
+_IN_WORD = 8  # codes of four bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,7 @@ class Packed:
     codes: TensorInfo
     scales: TensorInfo
     form: Quantization
+    written: TensorInfo | None = None  # which says the shape of the plain numbers
 
     @property
     def shape(self) -> Shape:
@@ -44,12 +47,19 @@ class Packed:
         if self.across:
             *outer, rows, groups, _ = self.codes.shape
             return (*outer, groups * mxfp4.GROUP, rows)
+        if isinstance(self.form, Int4Groups):
+            return (self.codes.shape[0], self.codes.shape[1] * _IN_WORD)
         return self.codes.shape
 
     @property
     def across(self) -> bool:
         """Whether the rows that are packed are columns of the plain numbers."""
         return isinstance(self.form, Mxfp4)
+
+    @property
+    def beside(self) -> tuple[TensorInfo, ...]:
+        """Tensors that say what the codes stand for."""
+        return (self.scales, self.written) if self.written else (self.scales,)
 
     @property
     def halves(self) -> dict[str, Half]:
@@ -59,7 +69,7 @@ class Packed:
     @property
     def strip_bytes(self) -> int:
         """Bytes that making its codes takes at most: a band of blocks, in fp32, and its codes."""
-        if isinstance(self.form, Mxfp4):
+        if isinstance(self.form, Mxfp4 | Int4Groups):
             return 0  # as much as any change of type
         return min(self.form.block[0], self.shape[0]) * self.shape[1] * 5
 
@@ -69,14 +79,11 @@ class Packed:
 
     def matrix(self) -> Matrix:
         """The numbers in bf16, by the rows that are packed."""
-        if isinstance(self.form, Mxfp4):
+        if isinstance(self.form, Mxfp4 | Int4Groups):
             codes = region_of(self.codes)
-            return Mxfp4Numbers(
-                name=self.name,
-                rows=codes.rows,
-                width=codes.width // mxfp4.CODES * mxfp4.GROUP * BF16.size,
-                codes=codes,
-                scales=region_of(self.scales),
+            width = codes.width * 2 * BF16.size  # two codes to a byte
+            return GroupedNumbers(
+                name=self.name, rows=codes.rows, width=width, codes=self.codes, scales=self.scales, form=self.form
             )
         return _Decoded(
             name=self.name,
@@ -115,7 +122,7 @@ class Weight:
     @property
     def stored(self) -> tuple[TensorInfo, ...]:
         """The tensors that hold it."""
-        return (self.packed.codes, self.packed.scales) if self.packed else (self.tensor,)
+        return (self.packed.codes, *self.packed.beside) if self.packed else (self.tensor,)
 
     @property
     def files(self) -> frozenset[Path]:
@@ -158,15 +165,17 @@ def weights_of(form: Quantization | None, tensors: Mapping[str, TensorInfo]) -> 
     for tensor in tensors.values():
         if isinstance(form, Mxfp4) and tensor.name.endswith(_BLOCKS):
             packed[tensor.name] = _grouped(form, tensor, tensors)
+        elif isinstance(form, Int4Groups) and tensor.name.endswith(_PACKED):
+            packed[tensor.name] = _of_words(form, tensor, tensors)
         elif tensor.dtype == "F8_E4M3":
             packed[tensor.name] = _packed(form, tensor, tensors)
-    scales = {weight.scales.name for weight in packed.values()}
+    beside = {tensor.name for weight in packed.values() for tensor in weight.beside}
     for name, tensor in tensors.items():
         if weight := packed.get(name):
             size = prod(weight.shape) * BF16.size
             plain = replace(tensor, name=weight.name, dtype=BF16.safetensors, shape=weight.shape, size=size)
             found[weight.name] = Weight(tensor=plain, packed=weight)
-        elif name not in scales:
+        elif name not in beside:
             found[name] = Weight(tensor=tensor)
     return found
 
@@ -186,6 +195,40 @@ def _grouped(form: Mxfp4, codes: TensorInfo, tensors: Mapping[str, TensorInfo]) 
             f"U8{list(codes.shape[:-1])}"
         )
     return Packed(name=name, codes=codes, scales=scales, form=form)
+
+
+def _of_words(form: Int4Groups, codes: TensorInfo, tensors: Mapping[str, TensorInfo]) -> Packed:
+    name = codes.name.removesuffix(_PACKED)
+    scales, written = tensors.get(f"{name}_scale"), tensors.get(f"{name}_shape")
+    if codes.dtype != "I32" or len(codes.shape) != 2 or codes.shape[1] * _IN_WORD % int4.GROUP:
+        raise UserError(
+            f"{codes.place}: {codes.name} is {codes.dtype}{list(codes.shape)}; I32 by whole groups of {int4.GROUP} numbers, "
+            f"{_IN_WORD} to each, is wanted"
+        )
+    if scales is None or written is None:
+        missing = f"{name}_shape" if scales else f"{name}_scale"
+        raise UserError(f"{codes.place}: {missing} is missing, beside {codes.name}; fetch the model again")
+    wanted = (codes.shape[0], codes.shape[1] * _IN_WORD // int4.GROUP)
+    if (scales.dtype, scales.shape) != ("BF16", wanted):
+        raise UserError(
+            f"{scales.place}: {scales.name} is {scales.dtype}{list(scales.shape)}; {codes.name} asks for BF16{list(wanted)}"
+        )
+    if written.dtype not in ("I32", "I64") or written.shape != (2,):
+        raise UserError(f"{written.place}: {written.name} is {written.dtype}{list(written.shape)}; I64[2] is wanted")
+    return Packed(name=name, codes=codes, scales=scales, form=form, written=written)
+
+
+def check_written(weights: Mapping[str, Weight], files: Files) -> None:
+    """UserError where a tensor that says a weight's shape says another than its codes have."""
+    for weight in weights.values():
+        if (packed := weight.packed) and (told := packed.written):
+            data = files.read(told.file, told.start, told.size)
+            found = struct.unpack("<2i" if told.dtype == "I32" else "<2q", data)
+            if found != packed.shape:
+                raise UserError(
+                    f"{told.place}: {told.name} says {list(found)}, and {packed.codes.name} holds {list(packed.shape)} "
+                    "numbers; fetch the model again"
+                )
 
 
 def _packed(form: Quantization | None, codes: TensorInfo, tensors: Mapping[str, TensorInfo]) -> Packed:
@@ -263,73 +306,6 @@ class _Decoded:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Mxfp4Numbers:
-    """bf16 numbers, made of codes in groups and their scales when they are read."""
-
-    name: str
-    rows: int
-    width: int
-    codes: Region
-    scales: Region
-
-    def read(self, files: Files, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
-        """As `Region.read`, of whole groups."""
-        import numpy as np
-
-        whole = mxfp4.GROUP * BF16.size
-        first, groups = left // whole, width // whole
-        assert (first * whole, groups * whole) == (left, width), f"{self.name}: {left} to {left + width}"
-        codes = np.empty((rows * groups, mxfp4.CODES), dtype=np.uint8)
-        scales = np.empty(rows * groups, dtype=np.uint8)
-        at, wide = first * mxfp4.CODES, groups * mxfp4.CODES
-        self.codes.read(files, row, rows, at, wide, memoryview(codes).cast("B"))
-        self.scales.read(files, row, rows, first, groups, memoryview(scales))
-        result = np.frombuffer(out, dtype=np.uint16).reshape(-1, mxfp4.GROUP)
-        for start in range(0, len(codes), _AT_ONCE):
-            part = slice(start, start + _AT_ONCE)
-            result[part] = mxfp4.decode(codes[part], scales[part])
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Regrouped:
-    """Rows of a matrix of numbers, as codes in groups or as the scales of those."""
-
-    numbers: Matrix
-    held: Dtype
-    packed: Packed  # whose scales are read
-    half: Half
-    row: int
-    rows: int
-
-    @property
-    def groups(self) -> int:
-        """In a row."""
-        return self.packed.scales.row_bytes
-
-    @property
-    def size(self) -> int:
-        return self.rows * self.groups * (mxfp4.CODES if self.half == "codes" else 1)
-
-    def fill(self, files: Files, out: memoryview) -> None:
-        import numpy as np
-
-        held = memoryview(bytearray(self.rows * self.numbers.width))
-        self.numbers.read(files, self.row, self.rows, 0, self.numbers.width, held)
-        old = np.empty(self.rows * self.groups, dtype=np.uint8)
-        region_of(self.packed.scales).read(files, self.row, self.rows, 0, self.groups, memoryview(old))
-        result = np.frombuffer(out, dtype=np.uint8).reshape(len(old), -1)
-        step = mxfp4.GROUP * self.held.size
-        for start in range(0, len(old), _AT_ONCE):
-            stop = min(start + _AT_ONCE, len(old))
-            values = to_float32(held[start * step : stop * step], self.held).reshape(-1, mxfp4.GROUP)
-            try:
-                codes, scales = mxfp4.requantize(values, old[start:stop])
-            except fp8.NotFiniteError:
-                raise _not_finite(self.packed) from None
-            result[start:stop] = codes if self.half == "codes" else scales[:, None]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Repacked:
     """A band of blocks of a matrix of numbers, as codes or as the scales of those."""
 
@@ -373,27 +349,22 @@ class Repacked:
             try:
                 made, new[number] = fp8.requantize(values, scale, powers_of_two=even)
             except fp8.NotFiniteError:
-                raise _not_finite(packed) from None
+                raise not_finite(packed.name) from None
             if codes is not None:
                 codes[:, at] = made
         if self.half == "scales":
             out[:] = fp8.write_scales(new, packed.scales.dtype)
 
 
-def _not_finite(packed: Packed) -> UserError:
-    return UserError(
-        f"{packed.name} holds NaN or infinity, which were not there before; train on from a checkpoint without them, or "
-        "convert without --quantized to look at it"
-    )
-
-
 def repacked(numbers: Matrix, held: Dtype, packed: Packed, half: Half) -> Iterator[Repacked | Regrouped]:
     """A matrix of numbers of type `held` as one of the two tensors that it is stored as."""
-    if isinstance(packed.form, Mxfp4):
+    if isinstance(packed.form, Mxfp4 | Int4Groups):
         step = max(blocks.BLOCK // numbers.width, 1)
         for row in range(0, numbers.rows, step):
             rows = min(step, numbers.rows - row)
-            yield Regrouped(numbers=numbers, held=held, packed=packed, half=half, row=row, rows=rows)
+            yield Regrouped(
+                numbers=numbers, held=held, scales=packed.scales, form=packed.form, half=half, row=row, rows=rows
+            )
         return
     for band in range(-(-packed.shape[0] // packed.form.block[0])):
         yield Repacked(numbers=numbers, held=held, packed=packed, half=half, band=band)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +32,20 @@ class Mxfp4:
     title = "MXFP4"
 
 
-Quantization = Fp8Blocks | Mxfp4
+@dataclass(frozen=True, kw_only=True)
+class Int4Groups:
+    """Integers of four bits in `<name>_packed`, eight to an int32, in `<name>_scale` a bf16 scale for each 32 of a row, and
+    in `<name>_shape` the shape (compressed-tensors' `pack-quantized`; Kimi K2 Thinking).
+    """
+
+    title = "int4 in groups (compressed-tensors)"
+
+
+Quantization = Fp8Blocks | Mxfp4 | Int4Groups
 
 # What changes how a program computes with the weights, or which modules it looks for codes in; the weights' own types
 # tell the latter.
-_FREE = {"modules_to_not_convert", "modules_to_convert", "ignored_layers"}
+_FREE = {"modules_to_not_convert", "modules_to_convert", "ignored_layers", "ignore", "targets"}
 _FP8: dict[str, tuple[Any, ...]] = {
     "quant_method": ("fp8",),
     "fmt": ("e4m3",),
@@ -48,6 +57,31 @@ _FP8: dict[str, tuple[Any, ...]] = {
 
 
 _MXFP4: dict[str, tuple[Any, ...]] = {"quant_method": ("mxfp4",), "dequantize": (False,)}
+
+
+_PACK_QUANTIZED: dict[str, tuple[Any, ...]] = {
+    "quant_method": ("compressed-tensors",),
+    "format": ("pack-quantized",),
+    "quantization_status": ("compressed",),
+    "sparsity_config": ({},),
+    "transform_config": ({},),
+}
+_GROUP: dict[str, tuple[Any, ...]] = {"format": ("pack-quantized",)}  # what is not quantised besides is null
+_WEIGHTS: dict[str, tuple[Any, ...]] = {
+    "num_bits": (4,),
+    "type": ("int",),
+    "symmetric": (True,),
+    "strategy": ("group",),
+    "group_size": (32,),
+    "dynamic": (False,),
+}
+_OF_QUANTISING = {
+    "observer",
+    "observer_kwargs",
+    "version",
+    "global_compression_ratio",
+}  # how it was done, not what it is
+_MEND = "fetch the unquantised model, or let the program that quantised it write one"
 
 
 def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
@@ -65,10 +99,13 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
     if method == "mxfp4":
         _check(given, _MXFP4, set())
         return Mxfp4()
+    if method == "compressed-tensors":
+        _check_pack_quantized(given)
+        return Int4Groups()
     if method != "fp8":
         raise UserError(
-            f"config.json: quantization_config.quant_method {method!r} is not supported (supported: fp8 in blocks, mxfp4); "
-            "fetch the unquantised model, or let the program that quantised it write one"
+            f"config.json: quantization_config.quant_method {method!r} is not supported (supported: fp8 in blocks, mxfp4, "
+            f"compressed-tensors of int4 in groups); {_MEND}"
         )
     _check(given, _FP8, {"weight_block_size"})
     block = given.get("weight_block_size", [128, 128])
@@ -80,16 +117,39 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
     return Fp8Blocks(block=(block[0], block[1]), powers_of_two=given.get("scale_fmt") == "ue8m0")
 
 
-def _check(given: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], read: set[str]) -> None:
+def _check_pack_quantized(given: Mapping[str, Any]) -> None:
+    """One description for all groups of modules, so that names need not be matched with them: what is packed is of it."""
+    _check(given, _PACK_QUANTIZED, {"config_groups", *_OF_QUANTISING})
+    _require(given, ("format",))
+    groups = given.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups or not all(isinstance(g, Mapping) for g in groups.values()):
+        raise UserError(f"config.json: quantization_config.config_groups is {groups!r}; groups of modules are wanted")
+    for name, group in groups.items():
+        place = f"config_groups.{name}."
+        _check(group, _GROUP, {"weights"}, place)
+        weights = group.get("weights")
+        if not isinstance(weights, Mapping):
+            raise UserError(f"config.json: quantization_config.{place}weights is {weights!r}; an object is wanted")
+        _check(weights, _WEIGHTS, _OF_QUANTISING, f"{place}weights.")
+        _require(weights, ("num_bits", "group_size"), f"{place}weights.")
+
+
+def _require(given: Mapping[str, Any], names: Iterable[str], place: str = "") -> None:
+    for name in names:
+        if given.get(name) is None:
+            raise UserError(f"config.json: quantization_config.{place}{name} is missing; fetch config.json again")
+
+
+def _check(given: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], read: set[str], place: str = "") -> None:
     for name, value in given.items():
         if name in read or name in _FREE or value is None:
             continue
         if name not in allowed:
             raise UserError(
-                f"config.json: quantization_config.{name} = {value!r} is not known, and may change the weights"
+                f"config.json: quantization_config.{place}{name} = {value!r} is not known, and may change the weights; {_MEND}"
             )
         if value not in allowed[name]:
             known = ", ".join(map(str, allowed[name]))
             raise UserError(
-                f"config.json: quantization_config.{name} = {value!r} is not supported (supported: {known})"
+                f"config.json: quantization_config.{place}{name} = {value!r} is not supported (supported: {known}); {_MEND}"
             )

@@ -79,7 +79,7 @@ def keep_hf_files(out: Publication, plan: Import, reader: HfReader) -> None:
 
 
 def _kept(plan: Import, reader: HfReader) -> list[TensorInfo]:
-    """What is kept as it is: tensors that are no weights, and the scales of those that are."""
+    """What is kept as it is: tensors that are no weights, and what says what the codes of those that are stand for."""
     kept = [tensor for name in plan.account.asides for tensor in reader.weights[name].stored]
-    scales = [weight.packed.scales for weight in reader.weights.values() if weight.packed]
-    return [*kept, *(tensor for tensor in scales if tensor not in kept)]
+    beside = [tensor for weight in reader.weights.values() if weight.packed for tensor in weight.packed.beside]
+    return [*kept, *(tensor for tensor in beside if tensor not in kept)]

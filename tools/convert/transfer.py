@@ -289,10 +289,11 @@ def plan_export(
 
 def _with_scales(packed: Packed, asides: Mapping[str, TensorInfo]) -> Packed:
     """With the scales that were kept beside the weights."""
-    scales = asides.get(packed.scales.name)
-    if scales is None or (scales.dtype, scales.shape) != (packed.scales.dtype, packed.scales.shape):
-        raise UserError(f"{packed.scales.name} is not beside the weights as hf/weights.json has it; restore hf/")
-    return replace(packed, scales=scales)
+    for tensor in packed.beside:
+        kept = asides.get(tensor.name)
+        if kept is None or (kept.dtype, kept.shape) != (tensor.dtype, tensor.shape):
+            raise UserError(f"{tensor.name} is not beside the weights as hf/weights.json has it; restore hf/")
+    return replace(packed, scales=asides[packed.scales.name])
 
 
 def named(tensors: Sequence[str]) -> str:

@@ -320,3 +320,25 @@ def test_every_tensor_of_a_model_published_in_mxfp4_is_accounted_for(name: str, 
     weights = weights_of(quantization_of(config), infos)
     account_sources(registry.table_of(architecture), weights, name)
     assert sum(math.prod(weight.shape) for weight in weights.values()) == architecture.parameter_count()
+
+
+def test_every_tensor_of_a_model_published_in_int4_is_accounted_for() -> None:
+    """Its experts are stored as codes, eight to an int32, scales of 32 numbers, and their shapes."""
+    config = PUBLISHED["Kimi-K2-Thinking"]["config"]
+    infos: dict[str, TensorInfo] = {}
+    for entry in registry.table_of(architecture := registry.from_config(config)).entries():
+        for source in entry.sources:
+            path, (rows, *columns) = source.name.removesuffix(".weight"), source.stored_shape
+            stored: dict[str, tuple[str, tuple[int, ...]]] = {source.name: ("BF16", source.stored_shape)}
+            if ".experts." in path:
+                stored = {
+                    f"{path}.weight_packed": ("I32", (rows, columns[0] // 8)),
+                    f"{path}.weight_scale": ("BF16", (rows, columns[0] // 32)),
+                    f"{path}.weight_shape": ("I64", (2,)),
+                }
+            for name, (dtype, shape) in stored.items():
+                infos[name] = TensorInfo(name=name, dtype=dtype, shape=shape, file=Path("header"), start=0, size=0)
+    assert sum(name.endswith("_packed") for name in infos) == 60 * 384 * 3
+    weights = weights_of(quantization_of(config), infos)
+    account_sources(registry.table_of(architecture), weights, "Kimi-K2-Thinking")
+    assert sum(math.prod(weight.shape) for weight in weights.values()) == architecture.parameter_count()
