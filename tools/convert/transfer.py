@@ -234,6 +234,8 @@ def plan_export(
     for entry in entries:
         for place, source in enumerate(entry.sources):
             origin.setdefault(source.name, []).append((entry, place))
+    for parts in origin.values():
+        parts.sort(key=lambda part: part[0].sources[part[1]].index)  # slices, as the tensor has them
     shapes = {name: entry.sources[place].stored_shape for name, ((entry, place), *_) in origin.items()}
     held = {name: common(reader.tensors[entry.key].dtype for entry, _ in parts) for name, parts in origin.items()}
     if layout is None:

@@ -6,7 +6,7 @@ The mistakes are those that undo themselves on the way back, which the round tri
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from shared.families import registry
 from shared.families.family import Family
 from shared.mapping.layout import Segment, Shape, Transposed
-from shared.mapping.rule import Rule
+from shared.mapping.rule import Axis, Rule, Source
 from shared.model.architecture import Architecture, DeltaNet, LatentAttention
 
 
@@ -67,8 +67,7 @@ def mistakes_of_tables(a: Architecture) -> Iterator[tuple[str, Callable[[Rule], 
         size = experts.ffn_hidden_size
         yield "gate and up of experts", swap("experts.experts.linear_fc1.weight", (0, size, size))
         yield "rows of the router", swap("router.weight", (0, 1, 1))
-        if any("{expert}" in source.name for rule in registry.table_of(a).rules for source in rule.sources):
-            yield "experts", another_expert
+        yield "experts", another_expert
         if size := experts.shared_ffn_hidden_size or 0:
             yield "gate and up of the shared experts", swap("shared_experts.linear_fc1.weight", (0, size, size))
     if latent := a.latent:
@@ -177,8 +176,8 @@ def another_expert(rule: Rule) -> Rule:
     return exchanged(rule, "expert")
 
 
-def exchanged(rule: Rule, axis: str) -> Rule:
-    """The rule with the sources of every two neighbours on the axis exchanged."""
+def exchanged(rule: Rule, axis: Axis) -> Rule:
+    """The rule with the sources of every two neighbours on the axis exchanged, be each a tensor or a slice of one."""
 
     class Next(str):
         __slots__ = ()
@@ -186,7 +185,18 @@ def exchanged(rule: Rule, axis: str) -> Rule:
         def format(self, *args: object, **index: Any) -> str:
             return str.format(self, **index | {axis: index[axis] ^ 1})
 
-    return replace(rule, sources=tuple(replace(source, name=Next(source.name)) for source in rule.sources))
+    @dataclass(frozen=True, kw_only=True)
+    class NextSlice(Source):
+        def __post_init__(self) -> None:
+            index = (place ^ (of == axis) for of, place in zip(self.within, self.index, strict=False))
+            object.__setattr__(self, "index", tuple(index))
+
+    def of(source: Source) -> Source:
+        if axis in source.within:
+            return NextSlice(**{field.name: getattr(source, field.name) for field in fields(source)})
+        return replace(source, name=Next(source.name))
+
+    return replace(rule, sources=tuple(of(source) for source in rule.sources))
 
 
 # Architecture's fields that change no tensor, and what a careless reader of the configuration takes them for.
