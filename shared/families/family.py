@@ -29,6 +29,8 @@ class Family:
     today: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: config
     # What other small files in its folder say, as further fields of a config.json that lacks them.
     beside: Callable[[Path], Mapping[str, Any]] = lambda directory: {}
+    # The part of a configuration that describes the language model, where there is more.
+    language: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: config
     read: Callable[[Fields], Architecture]
     table: Callable[[Architecture], Table]
     write: Callable[[Architecture], dict[str, Any]]  # the family's own fields of a new config.json

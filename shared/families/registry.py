@@ -23,6 +23,7 @@ from shared.families import (
     gemma,
     gemma2,
     gemma3,
+    gemma3_images,
     glm,
     glm4,
     glm4_moe,
@@ -82,6 +83,7 @@ _MODULES = (
     gemma,
     gemma2,
     gemma3,
+    gemma3_images,
     phi3,
     glm,
     glm4,
@@ -107,10 +109,6 @@ _MODULES = (
     gpt2,
     mpt,
 )
-# Published under one roof with what is not a language model, and how to come by what is.
-_WHOLES = {
-    "gemma3": "its images are not computed here; save its language model alone, as Gemma3ForCausalLM (gemma3_text)",
-}
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
 
 
@@ -132,8 +130,6 @@ def family_of(config: Mapping[str, Any]) -> Family:
         raise UserError(f"config.json: architectures is {classes!r}; a list of one class is wanted")
     if name is None and classes:  # as first published, with code of their own, by some
         name = next((f.model_types[0] for f in FAMILIES.values() if classes == [f.hf_class]), None)
-    if why := _WHOLES.get(str(name)):
-        raise UserError(f"config.json: model_type {name!r} is not a supported family: {why}")
     types = [kind for family in FAMILIES.values() for kind in family.model_types]
     if name is None:
         raise UserError("config.json: model_type is missing, which says of which family the model is")
@@ -190,6 +186,13 @@ def from_files(directory: Path, **changes: Any) -> Architecture:
     return from_config(completed(config_of(directory / "config.json") | changes, directory))
 
 
+def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config.json that describes the language model, of families that are not supported too."""
+    known = (f for f in FAMILIES.values() if config.get("model_type") in f.model_types and f.claims(config))
+    family = next(known, None)
+    return family.language(config) if family else config.get("text_config", config)
+
+
 def to_config(architecture: Architecture, **further: Any) -> dict[str, Any]:
     """A config.json for a new model; `further` fields are added as they are (token ids, dtype)."""
     family = FAMILIES[architecture.family]
@@ -206,8 +209,9 @@ def to_config(architecture: Architecture, **further: Any) -> dict[str, Any]:
 def as_family(architecture: Architecture, name: str) -> Architecture:
     """The same model as one of another family, whose configuration and tensor names programs may know better.
 
-    Dynamic rotary scaling is left out, which changes nothing up to `max_position_embeddings`, and a head that divides its rows
-    by their lengths is one whose rows are so divided, by whoever writes them.
+    Dynamic rotary scaling is left out, which changes nothing up to `max_position_embeddings`, and so is what is beside
+    the language model. A head that divides its rows by their lengths is one whose rows are so divided, by whoever writes
+    them.
 
     Raises:
         UserError: the other family cannot say something of this model, by name.
@@ -216,7 +220,7 @@ def as_family(architecture: Architecture, name: str) -> Architecture:
         raise UserError(f"--family {name} is unknown; known: {', '.join(FAMILIES)}")
     scaling = architecture.rope_scaling
     scaling = None if scaling and scaling.kind == "dynamic" else scaling
-    same = replace(architecture, family=name, rope_scaling=scaling, normalized_head=False)
+    same = replace(architecture, family=name, rope_scaling=scaling, normalized_head=False, vision=None)
     mend = f"leave --family out, and it is written as {architecture.family}"
     known = [_structure(size) for size in FAMILIES[name].sizes.values()]
     different = [field for field, kind in _structure(same).items() if all(other[field] != kind for other in known)]

@@ -95,7 +95,7 @@ def decoder_table(a: Architecture, names: Names, further_asides: Iterable[Aside]
         rules=tuple(rules),
         aliases=tuple(aliases),
         asides=(*(Aside(name=names.layer + name) for name in names.asides), *further_asides),
-        optional_prefix=names.prefix,
+        spellings={names.prefix: ("",)} if names.prefix else {},
         sizes={
             "layer": a.num_layers,
             "expert": a.experts.count if a.experts else 0,

@@ -51,6 +51,7 @@ def account_sources(table: Table, found: Mapping[str, Found], where: str) -> Acc
     entries = tuple(table.entries())
     wanted = {source.name: source.stored_shape for entry in entries for source in entry.sources}
     _check_rows(entries, wanted)
+    wanted |= table.kept()
     aliases = tuple(alias for alias in table.aliases if alias.name in found)
     asides = tuple(sorted(table.aside_names() & found.keys()))
     if missing := [name for name in wanted if name not in found]:

@@ -8,8 +8,8 @@ layers differ, Megatron-Core does not stack them: the key itself holds `{layer}`
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
 from typing import Literal
@@ -18,6 +18,17 @@ from shared.errors import UserError
 from shared.mapping.layout import COPY, PADDING, LayoutError, PadRows, RowLayout, Segment, Shape, Transposed
 
 Axis = Literal["layer", "expert", "query_head", "key_head"]
+# What names begin with, and what some files have in its place.
+Spellings = Mapping[str, tuple[str, ...]]
+
+
+def spelt(name: str, spellings: Spellings) -> list[str]:
+    """A name as files may have it: as it is given, then with every form of what it begins with."""
+    names = [name]
+    for prefix, others in spellings.items():
+        forms = (prefix, *others)
+        names += [other + name.removeprefix(form) for form in forms if name.startswith(form) for other in forms]
+    return names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +85,7 @@ class Aside:
     axes: tuple[Axis, ...] = ("layer",)
     layers: tuple[int, ...] | None = None
     complete: bool = False  # a checkpoint has all of those that say so, or none
+    shape: Shape | None = None  # of those that every checkpoint has: they are a part of the model, not constants
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,27 +95,35 @@ class Table:
     rules: tuple[Rule, ...]
     aliases: tuple[Alias, ...] = ()
     asides: tuple[Aside, ...] = ()
-    optional_prefix: str = ""  # of all names but the head's; some programs save without it
+    spellings: Spellings = field(default_factory=dict)
     sizes: Mapping[Axis, int]  # how many of each axis
 
     def named_as(self, found: Collection[str]) -> Table:
-        """The same table, without the optional prefix where none of the names found has it."""
-        prefix = self.optional_prefix
-        if not prefix or any(name.startswith(prefix) for name in found):
+        """The same table, its names beginning as the names found do: for each prefix the first form that one of them has."""
+        given: dict[str, str] = {}
+        for prefix, others in self.spellings.items():
+            forms = (prefix, *others)
+            given[prefix] = next((form for form in forms if any(name.startswith(form) for name in found)), prefix)
+        if all(prefix == form for prefix, form in given.items()):
             return self
 
-        def bare(name: str) -> str:
-            return name.removeprefix(prefix)
+        def called(name: str) -> str:
+            prefix = next((prefix for prefix in given if name.startswith(prefix)), "")
+            return given.get(prefix, "") + name.removeprefix(prefix)
+
+        return replace(self.renamed(called), spellings={})
+
+    def renamed(self, called: Callable[[str], str]) -> Table:
+        """The same table under other names of the source tensors."""
+
+        def renamed(rule: Rule) -> Rule:
+            return replace(rule, sources=tuple(replace(source, name=called(source.name)) for source in rule.sources))
 
         return replace(
             self,
-            rules=tuple(
-                replace(rule, sources=tuple(replace(source, name=bare(source.name)) for source in rule.sources))
-                for rule in self.rules
-            ),
-            aliases=tuple(replace(alias, of=bare(alias.of)) for alias in self.aliases),
-            asides=tuple(replace(aside, name=bare(aside.name)) for aside in self.asides),
-            optional_prefix="",
+            rules=tuple(map(renamed, self.rules)),
+            aliases=tuple(replace(alias, name=called(alias.name), of=called(alias.of)) for alias in self.aliases),
+            asides=tuple(replace(aside, name=called(aside.name)) for aside in self.asides),
         )
 
     def entries(self) -> Iterator[Entry]:
@@ -133,6 +153,15 @@ class Table:
             aside.name.format(**index)
             for aside in self.asides
             if aside.complete or not complete
+            for index in self._indices(aside.axes, aside.layers)
+        }
+
+    def kept(self) -> dict[str, Shape]:
+        """Tensors beside the weights that every checkpoint has, and their shapes."""
+        return {
+            aside.name.format(**index): aside.shape
+            for aside in self.asides
+            if aside.shape is not None
             for index in self._indices(aside.axes, aside.layers)
         }
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from shared.model.rope_scaling import RopeScaling as RopeScaling
+from shared.model.vision import Vision
 
 VOCAB_MULTIPLE = 128  # Megatron-LM's default make_vocab_size_divisible_by
 
@@ -212,6 +213,8 @@ class Architecture:
     hidden_dropout: float = 0.0  # of what attention and MLP add
     embedding_dropout: float = 0.0
 
+    vision: Vision | None = None  # what is beside the language model, kept as it is
+
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
@@ -400,7 +403,7 @@ class Architecture:
         return -(-self.vocab_size // multiple) * multiple
 
     def parameter_count(self, *, active: bool = False) -> int:
-        """Number of weights, without vocabulary padding and without layers for tokens further ahead.
+        """Number of weights, without vocabulary padding, layers for tokens further ahead and what sees images.
 
         `active` counts the experts that one token goes through.
         """

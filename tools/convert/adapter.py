@@ -10,8 +10,8 @@ from pathlib import Path
 from shared.checkpoint.safetensors_file import Header, TensorInfo, read_header
 from shared.checkpoint.torch_weights import read_torch_weights
 from shared.errors import UserError
-from shared.mapping.layout import CONCAT, Shape
-from shared.mapping.rule import Entry, Table
+from shared.mapping.layout import CONCAT, COPY, Shape
+from shared.mapping.rule import Entry, Source, Spellings, Table, spelt
 from tools.convert.adapter_config import AdapterConfig
 from tools.convert.lora import Delta
 
@@ -42,27 +42,30 @@ def read_adapter(directory: Path) -> Header:
     raise UserError(f"--adapter {directory} holds no adapter_model.safetensors and no adapter_model.bin")
 
 
-def match(config: AdapterConfig, stored: Header, table: Table, prefix: str) -> Changes:
+def match(config: AdapterConfig, stored: Header, table: Table, spellings: Spellings) -> Changes:
     """Which tensors of the base change.
 
     Args:
         config: the adapter's.
         stored: its tensors.
         table: the base's, under the names of its files.
-        prefix: which those names may lack, though the model's class has it.
+        spellings: what those names may begin with, and what the model's class has in its place.
 
     Raises:
         UserError: naming a tensor that is left over, missing or does not fit.
     """
-    return _Match(config, table, prefix).changes(stored.tensors)
+    return _Match(config, table, spellings).changes(stored.tensors)
 
 
 class _Match:
-    def __init__(self, config: AdapterConfig, table: Table, prefix: str) -> None:
-        self.config, self.prefix = config, prefix
+    def __init__(self, config: AdapterConfig, table: Table, spellings: Spellings) -> None:
+        self.config, self.spellings = config, spellings
         self.places: dict[str, tuple[Entry, int]] = {
             source.name: (entry, place) for entry in table.entries() for place, source in enumerate(entry.sources)
         }
+        for name, shape in table.kept().items():
+            source = Source(name=name, shape=shape)
+            self.places[name] = (Entry(key=name, stack=(), index=(), sources=(source,), layout=COPY), 0)
         self.embeddings = {
             name
             for name, (entry, _) in self.places.items()
@@ -90,8 +93,7 @@ class _Match:
 
     def _resolve(self, name: str) -> str | None:
         """A tensor's name in the base's files."""
-        names = (name, name.removeprefix(self.prefix), self.prefix + name)
-        return next((found for found in names if found in self.places), None)
+        return next((found for found in spelt(name, self.spellings) if found in self.places), None)
 
     def _shape(self, name: str) -> Shape:
         entry, place = self.places[name]
@@ -219,7 +221,7 @@ class _Match:
         missing = []
         for name in self.places:
             module = name.removesuffix(".weight")
-            aimed = any(self.config.targets(form) for form in {module, self.prefix + module})
+            aimed = any(map(self.config.targets, spelt(module, self.spellings)))
             if name.endswith(".weight") and aimed and len(self._shape(name)) == 2 and name not in deltas:
                 missing.append(name)
         # transformers 5 holds experts together, as parameters that target_modules does not reach

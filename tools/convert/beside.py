@@ -7,14 +7,16 @@ from collections.abc import Collection
 from pathlib import Path
 
 from shared.checkpoint.execute import Task
-from shared.checkpoint.hf import LAYOUT, HfReader, default_layout, write_weights
+from shared.checkpoint.hf import LAYOUT, HfReader, WeightLayout, default_layout, write_weights
 from shared.checkpoint.passengers import copy_passengers, other_weights
 from shared.checkpoint.publish import Checks, Publication
 from shared.checkpoint.reader import Checkpoint, content_checks
-from shared.checkpoint.safetensors_file import TensorInfo
+from shared.checkpoint.safetensors_file import TensorInfo, read_header
 from shared.checkpoint.shards import Shard
 from shared.cli import log
+from shared.errors import UserError
 from shared.families import registry
+from shared.mapping.rule import Table
 from shared.model.architecture import Architecture
 from tools.convert.transfer import Import, alias_checks, named
 
@@ -43,6 +45,54 @@ def as_stored(architecture: Architecture, names: Collection[str], where: Path) -
             "the result has none either"
         )
     return stored
+
+
+def asides_of(files: Path) -> dict[str, TensorInfo]:
+    """The tensors kept beside the weights; `files` is where config.json lies."""
+    path = files / ASIDES
+    return {tensor.name: tensor for tensor in read_header(path).tensors} if path.is_file() else {}
+
+
+def with_kept(table: Table, files: Path) -> tuple[Table, dict[str, TensorInfo]]:
+    """The table under the names that the model's files give, and the tensors that are kept beside its weights.
+
+    Those that every checkpoint of the model has are in hf/asides.safetensors, or where the model's own directory is given
+    in `files` among its weights.
+
+    Raises:
+        UserError: one of them is in neither, or of another shape than config.json asks for.
+    """
+    asides = asides_of(files)
+    if (files / LAYOUT).is_file():
+        table = table.named_as(WeightLayout.read(files / LAYOUT).tensors())
+    elif table.kept():
+        if not asides:
+            asides = _of_whole(table, files)
+        table = table.named_as(asides)
+        asides = {name: tensor for name, tensor in asides.items() if name in table.aside_names()}
+    kept = table.kept()
+    if missing := sorted(kept.keys() - asides.keys()):
+        raise UserError(
+            f"{files / ASIDES}: {named(missing)} missing, which the model has beside its language model; restore hf/, or "
+            "give --hf-files the model's own directory, weights included"
+        )
+    for name, shape in kept.items():
+        if asides[name].shape != shape:
+            raise UserError(
+                f"{asides[name].place}: {name} is {list(asides[name].shape)}, config.json asks for {list(shape)}"
+            )
+    return table, asides
+
+
+def _of_whole(table: Table, files: Path) -> dict[str, TensorInfo]:
+    """The weights of the model's own directory, which has what was never in the other form."""
+    try:
+        return HfReader(files, flag="--hf-files").tensors
+    except UserError as error:
+        raise UserError(
+            f"{files} lacks {named(sorted(table.kept()))}, which the model has beside its language model; give --hf-files the "
+            f"model's own directory, weights included ({error})"
+        ) from None
 
 
 def converts(plan: Import, reader: HfReader) -> bool:

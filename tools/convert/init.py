@@ -60,7 +60,13 @@ def run(
         config = registry.to_config(replace(_named(str(size)), **changes), **tokens, **types)
     architecture = registry.from_config(config)
 
-    entries = registry.table_of(architecture).entries()
+    table = registry.table_of(architecture)
+    if kept := table.kept():
+        raise UserError(
+            f"weights are drawn of language models alone, and {architecture.family} has {len(kept)} tensors beside its own "
+            f"({min(kept)}); take a --size or the config.json of its language model"
+        )
+    entries = table.entries()
     sources = list({source.name: source for entry in entries for source in entry.sources}.values())
     kinds = {source.name: FP32 if source.fp32 else kind for source in sources}
     layout = default_layout(

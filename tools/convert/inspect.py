@@ -24,6 +24,7 @@ from shared.mapping.account import account_sources, account_targets
 from shared.mapping.layout import Shape
 from shared.mapping.quantization import quantization_of
 from shared.mapping.te import te_form
+from tools.convert.beside import with_kept
 from tools.convert.to_te import summary
 
 Reader = HfReader | TorchDistReader | TeReader
@@ -124,6 +125,8 @@ def _family(checkpoint: Checkpoint, reader: Reader) -> dict[str, Any]:
             account_targets(te_form(table, architecture).table, reader.tensors, str(checkpoint.path))
         else:
             account_targets(table, reader.tensors, str(checkpoint.path))
+        if not isinstance(reader, HfReader):
+            with_kept(table, path.parent)
     except UserError as error:
         result["problem"] = str(error)
     return result

@@ -22,6 +22,7 @@ from shared.checkpoint.safetensors_file import TensorInfo
 from shared.cli import log
 from shared.errors import UserError
 from shared.families import registry
+from shared.families.whole import untied as untied_config
 from shared.mapping.quantization import quantization_of
 from shared.mapping.rule import Table
 from tools.convert.adapter import Changes, match, read_adapter
@@ -48,9 +49,8 @@ def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int
         architecture = registry.as_stored(registry.from_files(source), reader.weights)
         table = registry.table_of(architecture)
         plan = plan_import(reader, architecture, table)
-        prefix = table.optional_prefix
-        table = table.named_as(reader.tensors)
-        changes = match(config, read_adapter(adapter), table, prefix)
+        spellings, table = table.spellings, table.named_as(reader.tensors)
+        changes = match(config, read_adapter(adapter), table, spellings)
         merge = _plan(reader, changes, table)
         _say(config, changes, merge)
         check_same_vocabulary(adapter, source, plan.architecture.vocab_size)
@@ -99,7 +99,8 @@ def _plan(reader: HfReader, changes: Changes, table: Table) -> Merge:
                 embedding = reader.tensors[alias.of]
                 layout = layout.with_tensor(alias.name, embedding.dtype, embedding.shape)
     if untied:
-        registry.from_files(reader.path, tie_word_embeddings=False)  # refuses by name what cannot be untied
+        # refuses by name what cannot be untied
+        registry.from_config(registry.completed(untied_config(reader.config), reader.path))
     copies = {alias.name: alias.of for alias in table.aliases if alias.copy}
     return Merge(reader=reader, changes=changes, layout=layout, untied=untied, copies=copies)
 
@@ -121,7 +122,7 @@ def _say(config: AdapterConfig, changes: Changes, merge: Merge) -> None:
 
 
 def _untie(path: Path) -> None:
-    config = config_of(path) | {"tie_word_embeddings": False}
+    config = untied_config(config_of(path))
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -15,7 +15,6 @@ from shared.checkpoint.hf import LAYOUT, WeightLayout, write_index
 from shared.checkpoint.megatron_lm import rank_files
 from shared.checkpoint.passengers import config_of, copy_passengers
 from shared.checkpoint.reader import Checkpoint, content_checks, open_checkpoint
-from shared.checkpoint.safetensors_file import TensorInfo, read_header
 from shared.checkpoint.shards import Shard, published
 from shared.checkpoint.te import TeReader
 from shared.checkpoint.torch_dist import TorchDistReader
@@ -25,7 +24,7 @@ from shared.families import registry
 from shared.mapping.quantization import quantization_of
 from shared.mapping.te import te_form
 from shared.model.architecture import Architecture
-from tools.convert.beside import ASIDES, as_stored
+from tools.convert.beside import ASIDES, as_stored, asides_of, with_kept
 from tools.convert.execute import execute
 from tools.convert.megatron_lm import MegatronLmReader
 from tools.convert.megatron_lm_names import HEAD
@@ -74,7 +73,11 @@ def run(
             why = "--dtype" if dtype else "the source's type"
             log(f"{len(plan.rounded)} tensors held in {', '.join(held)} are rounded to {', '.join(written)}, {why}")
         if plan.asides:
-            log(f"{named(list(plan.asides))}: as the original checkpoint had them, whatever was trained since")
+            types = sorted({weight.dtype for weight in plan.asides.values()})
+            log(
+                f"{named(list(plan.asides))}: as the original checkpoint had them, in {', '.join(types)}, whatever was trained "
+                f"since{' and --dtype says' if dtype else ''}"
+            )
 
         def checks(sources: frozenset[Path]) -> list[Task]:
             once = constant_checks(plan, reader) if shard is None or shard.index == 1 else []
@@ -142,7 +145,13 @@ def _write_config(path: Path, architecture: Architecture, source: Mapping[str, A
 def _name_dtype(path: Path, name: str) -> None:
     """Let config.json say the type that the weights were asked to have; loaders believe it."""
     config = config_of(path)
-    changed = config | {field: name for field in ("dtype", "torch_dtype") if field in config}
+
+    def saying(part: Mapping[str, Any]) -> dict[str, Any]:
+        return {**part, **{field: name for field in ("dtype", "torch_dtype") if field in part}}
+
+    changed = saying(config)
+    if "text_config" in config:
+        changed["text_config"] = saying(config["text_config"])
     if changed != config:
         log(f"config.json: dtype is {name}")
         path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -188,17 +197,18 @@ def open_export(
     if quantized and not (files / LAYOUT).is_file():
         raise UserError(f"--quantized: {files / LAYOUT} is missing, which says which weights are; leave it out")
     layout = WeightLayout.read(files / LAYOUT) if (files / LAYOUT).is_file() else None
-    asides: dict[str, TensorInfo] = {}
-    if (files / ASIDES).is_file():
-        asides = {tensor.name: tensor for tensor in read_header(files / ASIDES).tensors}
+    asides = asides_of(files)
     own, wanted = architecture, BY_FLAG[dtype] if dtype else None
-    if family and family != architecture.family:
+    alone = bool(family and family != architecture.family)
+    if family and alone:
         if asides and architecture.prediction_layers:
             raise UserError(f"--family {family} has no place for layers behind the last, which {files / ASIDES} holds")
         architecture = registry.as_family(architecture, family)
         wanted = wanted or _type_of(layout)
         if asides:
-            log(f"{len(asides)} constants that {family} has no place for are left out: {min(asides)}..")
+            log(
+                f"{len(asides)} tensors beside the weights that {family} has no place for are left out: {min(asides)}.."
+            )
         layout, asides, form = None, {}, None  # the names are others
     reader: FormReader
     if checkpoint.kind == "te":
@@ -212,6 +222,8 @@ def open_export(
         stored = registry.as_stored if asides else partial(as_stored, where=checkpoint.path)
         architecture = stored(architecture, reader.tensors)
         table = registry.table_of(architecture)
+    if not alone:
+        table, asides = with_kept(table, files)
     plan = plan_export(reader, architecture, table, layout, asides, wanted, form=form, quantized=quantized)
     if own.normalized_head and not architecture.normalized_head:
         (head,) = (name for name, ((entry, _), *_) in plan.origin.items() if entry.key == HEAD)

@@ -240,7 +240,9 @@ def plan_export(
     held = {name: common(reader.tensors[entry.key].dtype for entry, _ in parts) for name, parts in origin.items()}
     if layout is None:
         types = {name: (FP32 if dtype is FP64 else dtype).safetensors for name, dtype in held.items()}
-        layout = default_layout([(name, types[name], shapes[name]) for name in sorted(origin)])
+        triples = [(name, types[name], shapes[name]) for name in origin]
+        triples += [(name, asides[name].dtype, shape) for name, shape in table.kept().items()]
+        layout = default_layout(sorted(triples))
     names = layout.tensors()
     for alias in table.aliases:
         if alias.name in names:

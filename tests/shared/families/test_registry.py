@@ -49,10 +49,8 @@ def transformers_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
             theirs = kind.from_dict({**family.today(config), "model_type": kind.model_type})
             model = transformers.AutoModelForCausalLM.from_config(theirs)
     weights = revert_weight_conversion(model, model.state_dict())  # under the names that files have
-    found = {name: Tensor(tuple(tensor.shape)) for name, tensor in weights.items()}
-    if model.config.tie_word_embeddings:
-        found.pop("lm_head.weight", None)
-    return found
+    tied = ("lm_head.weight", "language_model.lm_head.weight") if model.config.tie_word_embeddings else ()
+    return {name: Tensor(tuple(tensor.shape)) for name, tensor in weights.items() if name not in tied}
 
 
 # Configurations as published, in the spelling they were published in, and the published number of parameters
@@ -90,10 +88,12 @@ def test_every_tensor_of_a_published_model_is_accounted_for(name: str, proof: An
         found = transformers_tensors(config)
         without = registry.as_stored(architecture, found)  # transformers ignores layers for tokens further ahead
         account = account_sources(registry.table_of(without), found, name)
-        assert {source.name for entry in account.entries for source in entry.sources} == found.keys()
+        beside = set(account.asides)  # of what sees images
+        assert {source.name for entry in account.entries for source in entry.sources} == found.keys() - beside
         count = sum(math.prod(tensor.shape) for tensor in found.values())
         figures |= {"tensors": len(found), "parameters": count}
-        assert count == architecture.parameter_count()
+        assert count - sum(math.prod(found[name].shape) for name in beside) == architecture.parameter_count()
+        assert bool(beside) == (architecture.vision is not None)
         assert PUBLISHED[name]["parameters"] in (count, None)
         if further := further_tensors(architecture, found):
             account_sources(registry.table_of(architecture), found | further, name)
@@ -232,11 +232,6 @@ def test_windows_of_all_layers_of_qwen3_moe() -> None:
         registry.from_config(config | {"layer_types": ["full_attention", "sliding_attention"]})
 
 
-def test_models_with_images_are_refused_with_the_way_to_their_text() -> None:
-    with pytest.raises(UserError, match=r"'gemma3' is not a supported family: .* Gemma3ForCausalLM \(gemma3_text\)"):
-        registry.family_of({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]})
-
-
 @pytest.mark.parametrize(
     ("size", "changes", "message"),
     [
@@ -262,6 +257,42 @@ def test_models_with_images_are_refused_with_the_way_to_their_text() -> None:
 def test_further_fields_that_are_not_computed_or_contradict(size: str, changes: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         registry.from_config(registry.to_config(registry.sizes()[size]) | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_config": {"model_type": "llama"}}, "model_type = 'llama' is not supported: the language model"),
+        ({"text_config": {"final_logit_softcapping": 30.0}}, "transformers does not cap the logits of this class"),
+        ({"text_config": {"num_experts": 4}}, "num_experts = 4 is not a field of family gemma3 .text_config"),
+        (
+            {"text_config": {"tie_word_embeddings": True}, "tie_word_embeddings": False},
+            "tie_word_embeddings is false, and",
+        ),
+        ({"vision_config": {"vision_use_head": True}}, "vision_use_head is true"),
+        ({"vision_config": {"model_type": "clip_vision_model"}}, "the vision tower of this family is SigLIP's"),
+        ({"vision_config": {"image_size": 8}}, "patches of 14 pixels in images of 8"),
+        ({"audio_config": {"layers": 2}}, "audio_config = {'layers': 2} is not a field of family gemma3_images"),
+    ],
+)
+def test_what_is_not_this_whole_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    config = registry.to_config(registry.sizes()["gemma3-images-tiny"])
+    changed = {
+        name: config[name] | value if name in config and isinstance(value, dict) else value
+        for name, value in changes.items()
+    }
+    with pytest.raises(UserError, match=message):
+        registry.from_config(config | changed)
+
+
+def test_embeddings_are_tied_where_either_configuration_says_so() -> None:
+    """transformers goes by the whole's field, vLLM by the language model's; the class ties where neither has one."""
+    config = dict(registry.to_config(registry.sizes()["gemma3-images-tiny"]))
+    text = {name: value for name, value in config["text_config"].items() if name != "tie_word_embeddings"}
+    for whole, own, tied in ((None, None, True), (False, None, False), (True, None, True), (True, False, False)):
+        inside = text if own is None else text | {"tie_word_embeddings": own}
+        read = registry.from_config(config | {"tie_word_embeddings": whole, "text_config": inside})
+        assert read.tied_embeddings == tied
 
 
 def test_unknown_family_names_the_nearest() -> None:

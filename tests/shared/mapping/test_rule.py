@@ -68,7 +68,7 @@ def test_a_prefix_that_no_name_has_is_left_out() -> None:
         rules=(rule,),
         aliases=(Alias(name="head", of="model.wte"),),
         asides=(Aside(name="model.h.{layer}.mask"),),
-        optional_prefix="model.",
+        spellings={"model.": ("",)},
         sizes={"layer": 1},
     )
     assert table.named_as({"model.h.0.fc", "head"}) is table
