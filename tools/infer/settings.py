@@ -11,16 +11,21 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from shared.console import log
 from shared.errors import UserError
+from shared.families import registry
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _CPU_SEQUENCES = 32  # at once; more only lengthens every step on a handful of cores
 _CPU_CACHE_SHARE = 0.4  # of the free memory, the most that the key-value cache may take
+# Models whose tokens of an image see each other; vLLM's attention on the CPU lets them see those before them only.
+_SEE_EACH_OTHER = {"gemma3"}
 _BLOCK = 128  # tokens; vLLM's block size on CPU, the unit in which a sequence takes cache
 
 
@@ -100,6 +105,11 @@ def engine_arguments(
         )
     sequences = batch_size or _CPU_SEQUENCES
     config = read_config(source)
+    if config.get("model_type") in _SEE_EACH_OTHER:
+        log(
+            "images are not taken: vLLM on CPU would answer otherwise than the model does; text is computed as on a GPU"
+        )
+        arguments["limit_mm_per_prompt"] = {"image": 0}
     if "kv_lora_rank" in config:
         # The fused operator turns the one rotated key of latent attention wrongly, without a word; vLLM's plain one does not.
         arguments["compilation_config"] = {"custom_ops": ["all", "-rotary_embedding"]}
@@ -122,19 +132,19 @@ def read_config(source: Path) -> dict[str, Any]:
     return config
 
 
-def cpu_cache_bytes(config: dict[str, Any], max_model_len: int | None, sequences: int, precision: str | None) -> int:
+def cpu_cache_bytes(config: Mapping[str, Any], max_model_len: int | None, sequences: int, precision: str | None) -> int:
     """Bytes of key-value cache: enough for `sequences` full contexts, within a share of the free memory.
 
     vLLM's default on CPU is 92% of all memory, touched at once: too slow and too much for a machine that does other
     things. Errs on the large side for models that share or compress their cache.
     """
+    dtype = DTYPES[precision] if precision else str(config.get("dtype") or config.get("torch_dtype"))
+    config = registry.language_config(config)
     heads = config.get("num_attention_heads", 32)
     head_dim = config.get("head_dim") or config.get("hidden_size", 4096) // heads
     groups = config.get("num_key_value_heads") or heads
     layers = config.get("num_hidden_layers", 32)
-    width = (
-        4 if "32" in (DTYPES[precision] if precision else str(config.get("dtype") or config.get("torch_dtype"))) else 2
-    )
+    width = 4 if "32" in dtype else 2
     context = max_model_len or config.get("max_position_embeddings") or 2048
     blocks = -(-context // _BLOCK) + 2  # one that vLLM keeps for itself, one more where a window begins within a block
     per_sequence = 2 * width * layers * groups * head_dim * blocks * _BLOCK

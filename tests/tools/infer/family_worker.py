@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from shared.errors import UserError
+from shared.families import registry
+from tests.tools.infer import seeing
 from tools.infer.engine import check_supported, model_config, start
 from tools.infer.settings import engine_arguments, read_config
 
@@ -37,16 +39,18 @@ def of_transformers(source: Path, ids: torch.Tensor, dtype: torch.dtype) -> dict
     return {"tokens": ids[0, GIVEN:].tolist(), "log_probabilities": known[:, 0].tolist()}
 
 
-def of_vllm(arguments: dict[str, Any], ids: list[int]) -> dict[str, Any]:
+def of_vllm(source: Path, arguments: dict[str, Any], ids: list[int], sees: bool) -> dict[str, Any]:
     from vllm import SamplingParams, TokensPrompt
 
     sampling = SamplingParams(
         temperature=0.0, max_tokens=CONTINUED, ignore_eos=True, detokenize=False, prompt_logprobs=0
     )
-    (answer,) = start(arguments).generate([TokensPrompt(prompt_token_ids=ids)], sampling, use_tqdm=False)
+    llm = start(arguments)
+    (answer,) = llm.generate([TokensPrompt(prompt_token_ids=ids)], sampling, use_tqdm=False)
     given = zip(answer.prompt_logprobs[1:], ids[1:], strict=True)
     known = [position[token].logprob for position, token in given]
-    return {"tokens": list(answer.outputs[0].token_ids), "log_probabilities": known}
+    seen = {"seen": seeing.of_vllm(llm, source, sampling)} if sees else {}
+    return {"tokens": list(answer.outputs[0].token_ids), "log_probabilities": known, **seen}
 
 
 def both(source: Path) -> dict[str, Any]:
@@ -55,20 +59,28 @@ def both(source: Path) -> dict[str, Any]:
         check_supported(source)
     except UserError as error:
         return {"lacking": str(error).replace(f"--source {source}: ", "")}
-    limits = {"max_model_len": GIVEN + CONTINUED, "tensor_parallel": 1, "batch_size": 1}
+    sees = "vision_config" in config
+    length = CONTINUED + max(GIVEN, seeing.complete(source) if sees else 0)
+    limits = {"max_model_len": length, "tensor_parallel": 1, "batch_size": 1}
     precision = "bf16" if "linear_key_head_dim" in config else "fp32"  # vLLM's delta nets on the CPU are of bf16 only
     arguments = engine_arguments(source, precision=precision, **limits)
-    arguments |= {"skip_tokenizer_init": True, "trust_remote_code": "auto_map" in config}
+    arguments |= {"skip_tokenizer_init": not sees, "trust_remote_code": "auto_map" in config}
+    if sees:  # taken here to see that all weights are where they belong
+        arguments["limit_mm_per_prompt"] = {"image": 1}
     if config["model_type"] == "cohere2":  # of which vLLM has the windows one token wider than configured
         arguments["hf_overrides"] = {"sliding_window": config["sliding_window"] - 1}
     model_config(arguments)
-    ids = torch.randint(config["vocab_size"], (1, GIVEN), generator=torch.Generator().manual_seed(1))
+    words = (len(seeing.TOKENS) if sees else 0, registry.language_config(config)["vocab_size"])
+    ids = torch.randint(*words, (1, GIVEN), generator=torch.Generator().manual_seed(1))
     theirs = of_transformers(source, ids, torch.float32)
     answer = {"precision": precision, "transformers": theirs}
+    if sees:
+        theirs["seen"] = seeing.of_transformers(source)
+        theirs["unseen"] = seeing.of_transformers(source, blank=True)
     if precision == "bf16":
         answer["rounded"] = of_transformers(source, ids, torch.bfloat16)
     try:
-        return answer | {"vllm": of_vllm(arguments, ids[0].tolist())}
+        return answer | {"vllm": of_vllm(source, arguments, ids[0].tolist(), sees)}
     except UserError as error:
         return {"refused": str(error).replace(f"--source {source}: ", "")}
 

@@ -75,6 +75,11 @@ def test_exports_continue_in_vllm_as_in_transformers(
         figures |= {"log_probabilities": max(differences(ours, theirs)) / spread, "tokens": len(ours["tokens"])}
         assert figures["log_probabilities"] < tolerance
         assert ours["tokens"] == theirs["tokens"]
+        if "seen" in theirs:  # of what is behind an image, whose pixels change it
+            pairs = zip(ours["seen"], theirs["seen"], strict=True)
+            figures["seen"] = max(abs(one - two) for one, two in pairs) / spread
+            assert figures["seen"] < tolerance
+            assert max(abs(a - b) for a, b in zip(theirs["seen"], theirs["unseen"], strict=True)) > 0.1 * spread
 
 
 def differences(some: dict[str, Any], other: dict[str, Any]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -44,6 +45,25 @@ def test_a_context_that_cannot_be_held_is_said(memory):
     memory(1 << 20)
     with pytest.raises(UserError, match="--max-model-len: one context of 1024 tokens needs"):
         cpu_cache_bytes(CONFIG, None, 32, None)
+
+
+def test_the_language_model_within_another_is_what_is_cached(memory):
+    """The published Gemma 3 leaves out what its class has as defaults: 4 heads of keys of 256, 131,072 tokens."""
+    memory(64 << 30)
+    text = {"model_type": "gemma3_text", "num_hidden_layers": 34, "hidden_size": 2560}
+    config = {"model_type": "gemma3", "text_config": text, "torch_dtype": "bfloat16"}
+    context = 131_072 + 2 * 128
+    assert cpu_cache_bytes(config, None, 1, None) == 2 * 2 * 34 * 4 * 256 * context
+
+
+def test_images_that_would_be_seen_otherwise_are_not_taken(memory, tmp_path, monkeypatch, capsys):
+    memory(64 << 30)
+    monkeypatch.setattr("tools.infer.settings.on_gpu", lambda: False)
+    flags = {"precision": None, "max_model_len": 64, "batch_size": 1, "tensor_parallel": 1}
+    for kind, limit in (("gemma3", {"image": 0}), ("gemma3_text", None)):
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"model_type": kind}))
+        assert engine_arguments(tmp_path, **flags).get("limit_mm_per_prompt") == limit
+        assert ("images are not taken: vLLM on CPU" in capsys.readouterr().err) == bool(limit)
 
 
 def test_a_model_is_not_shared_among_processes_without_a_gpu(tmp_path, monkeypatch):
