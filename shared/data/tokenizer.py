@@ -61,7 +61,7 @@ def open_tokenizer(directory: Path, *, flag: str = "--tokenizer") -> Any:
     if not tokenizer_files(directory):
         raise UserError(f"{flag} {directory}: no tokenizer in it (no tokenizer.json)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a damaged directory
         raise UserError(f"{flag} {directory}: not a readable tokenizer ({str(error).splitlines()[0]})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

@@ -34,12 +34,12 @@ def run(
     """Converse until /exit or the end of the input."""
     prepare_environment()
     model = open_source(source)
+    check_supported(model)
     tokenizer = load_tokenizer(model)
     if not tokenizer.chat_template:
         raise UserError(
             f"--source {source}: its tokenizer has no chat template; `infer generate` completes raw prompts"
         )
-    check_supported(model)
     arguments = engine_arguments(
         model,
         precision=precision,

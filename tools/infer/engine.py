@@ -72,8 +72,13 @@ def _way_out(source: Path, supported: Collection[str]) -> str:
             registry.as_family(architecture, name)
             written = registry.FAMILIES[name].hf_class
             return f"`convert to-megatron`, then `convert to-hf --family {name}`, write it as {written}, which vLLM has"
-    if registry.FAMILIES[architecture.family].remote:
-        return "nor does transformers, and no family that they have computes the same"
+    family = registry.FAMILIES[architecture.family]
+    if family.remote:
+        from vllm.model_executor.models.registry import _PREVIOUSLY_SUPPORTED_MODELS
+
+        last = _PREVIOUSLY_SUPPORTED_MODELS.get(family.hf_class)
+        older = f"; the last vLLM that carries it is {last}" if last else ""
+        return f"nor does transformers, and no family that they have computes the same{older}"
     return "`infer evaluate --engine hf` runs it"
 
 

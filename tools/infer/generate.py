@@ -68,10 +68,10 @@ def run(
     with publish(target, kind="result", inputs={"source": source, "prompts": prompts}, overwrite=overwrite) as out:
         prepare_environment()
         model = open_source(source)
+        check_supported(model)  # first: such a model's tokenizer, too, may be code of its own
         tokenizer = load_tokenizer(model)
         places = [f"--prompts {prompts}:{row.line}" for row in rows]
         encoded = [encode(tokenizer, row.prompt, place) for row, place in zip(rows, places, strict=True)]
-        check_supported(model)
         arguments = engine_arguments(
             model,
             precision=precision,

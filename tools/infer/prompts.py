@@ -80,9 +80,15 @@ def load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=True)
+        # False, where by default a person at a terminal is asked whether to run the code that lies in the directory
+        return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError) as error:
         line = str(error).strip().splitlines()[0]
+        if "trust_remote_code" in str(error):
+            line = (
+                "it is code in the directory, which is not run; put the same tokenizer there as tokenizer.json, and "
+                "tokenizer_class PreTrainedTokenizerFast into tokenizer_config.json"
+            )
         raise UserError(f"--source {source}: its tokenizer cannot be loaded: {line}") from None
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from shared.cli import log
 from shared.errors import EXIT_DONE, EXIT_INTERRUPTED, Interrupted, StageError, UserError
 from tools.infer.engine import check_supported, model_config, open_source, reason
+from tools.infer.prompts import load_tokenizer
 from tools.infer.settings import engine_arguments, on_gpu, prepare_environment
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def run(
         prepare_environment()
         model = open_source(source)
         check_supported(model)
+        load_tokenizer(model)  # what vLLM would find out in the midst of its start
         arguments = engine_arguments(
             model,
             precision=precision,

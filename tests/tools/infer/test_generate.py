@@ -10,6 +10,7 @@ import pytest
 from shared.checkpoint.publish import publish
 from shared.checkpoint.reader import open_checkpoint
 from shared.cli import invoked
+from shared.families import registry
 
 PROMPTS = ["The quick", "def f(x): return", "lazy dog. " * 9, "x", "brown fox jumps over the"]
 
@@ -115,6 +116,19 @@ def test_what_vllm_lacks_is_named(launcher, models, tmp_path, change, says):
         (source / file.name).write_bytes(file.read_bytes())
     config = json.loads((source / "config.json").read_text()) | change
     (source / "config.json").write_text(json.dumps(config))
+    refused(launcher, source, tmp_path, says)
+
+
+def test_a_model_that_only_an_older_vllm_has_is_named_whatever_its_tokenizer(launcher, models, tmp_path):
+    source = tmp_path / "model"
+    source.mkdir()
+    (source / "model.safetensors").write_bytes((models("llama") / "model.safetensors").read_bytes())
+    config = registry.to_config(registry.sizes()["baichuan2-13b"])
+    (source / "config.json").write_text(json.dumps(config))
+    refused(launcher, source, tmp_path, "computes the same; the last vLLM that carries it is 0.23.0")
+
+
+def refused(launcher, source, tmp_path, says):
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "x"}])
     done = launcher("generate", "--source", source, "--prompts", prompts, "--target", tmp_path / "out")
     assert done.code == 2

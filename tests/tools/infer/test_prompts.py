@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,21 @@ def test_messages_go_through_the_template_and_raw_text_does_not(models):
     ids = encode(tokenizer, [{"role": "user", "content": "fox"}], "here")
     assert tokenizer.decode(ids) == "<user>fox\n<assistant>"
     assert tokenizer.decode(encode(tokenizer, "fox", "here")) == "fox"
+
+
+def test_a_tokenizer_of_code_is_not_run_and_the_mend_that_is_named_mends(models, tmp_path, monkeypatch):
+    """As LLaMAs were published that transformers has no class for: tokenizer.model, and code that reads it."""
+    config = {"tokenizer_class": "OurTokenizer", "auto_map": {"AutoTokenizer": ["ours.OurTokenizer", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_bytes((models("llama") / "config.json").read_bytes())
+    (tmp_path / "ours.py").write_text("raise SystemExit('run')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # at a terminal
+    with pytest.raises(UserError, match=r"code in the directory, which is not run; .* as tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((models("llama") / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    same = load_tokenizer(models("llama"))
+    assert encode(load_tokenizer(tmp_path), "lazy fox", "here") == encode(same, "lazy fox", "here")
 
 
 def test_what_cannot_be_encoded_is_said(models):

@@ -173,3 +173,15 @@ def test_a_host_that_is_not_ours_is_named(models, host):
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert f"--host {host}" in done.stderr
+
+
+def test_a_tokenizer_of_code_is_named_before_the_engine_starts(launcher, models, tmp_path):
+    for file in models("llama").iterdir():
+        if file.name != "tokenizer.json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    code = {"tokenizer_class": "OurTokenizer", "auto_map": {"AutoTokenizer": ["ours.OurTokenizer", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(code))
+    done = launcher("serve", "--source", tmp_path, "--port", "0")
+    assert done.code == 2
+    assert done.stderr.count("code in the directory, which is not run") == 1
+    assert "Traceback" not in done.stderr
