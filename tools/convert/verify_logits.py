@@ -7,7 +7,6 @@ import gc
 import logging
 import warnings
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from shared.cli import log
 from shared.console import quantity
 from shared.errors import StageError
 from shared.families import registry
+from shared.families.unread import completed
 from shared.mapping.quantization import quantization_of
 from shared.model.architecture import Architecture
 from shared.model.prefix import prefix_inputs, with_blank
@@ -123,14 +123,6 @@ def attention_of(architecture: Architecture) -> str:
     return "sdpa" if architecture.alibi == "rounded" else "eager"
 
 
-def completed(model: Any, architecture: Architecture) -> Any:
-    """transformers' model, given what of its configuration the class does not read."""
-    if architecture.alibi_bias_max != 8:  # MptModel makes slopes of whatever this is, and leaves it at its default
-        body = model.base_model
-        body.build_mpt_alibi_tensor = partial(body.build_mpt_alibi_tensor, alibi_bias_max=architecture.alibi_bias_max)
-    return model
-
-
 @torch.no_grad()
 def _transformers(source: Path, ids: torch.Tensor, trust_remote_code: bool) -> torch.Tensor:
     import transformers
@@ -150,7 +142,7 @@ def _transformers(source: Path, ids: torch.Tensor, trust_remote_code: bool) -> t
     else:
         kind, known = _known(config)
         model = kind.from_pretrained(source, config=known, **options, local_files_only=True)
-    return _logits(completed(model, architecture), ids)
+    return _logits(completed(model), ids)
 
 
 def _logits(model: Any, ids: torch.Tensor, **further: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from shared.checkpoint.publish import publish
 from shared.cli import log
 from shared.errors import UserError
+from shared.families.unread import completed
 from tools.infer.engine import check_supported, model_config, open_source, reason
 from tools.infer.settings import DTYPES, engine_arguments, on_gpu, prepare_environment, read_config
 
@@ -160,7 +161,7 @@ def _transformers(source: Path, precision: str | None, max_model_len: int | None
     log(f"loading {source} with transformers on {'GPU' if on_gpu() else 'CPU'}")
     context = max_model_len or read_config(source).get("max_position_embeddings")
     try:
-        return HFLM(
+        lm = HFLM(
             pretrained=str(source),
             dtype=DTYPES[precision] if precision else "auto",
             device="cuda" if on_gpu() else "cpu",
@@ -168,6 +169,8 @@ def _transformers(source: Path, precision: str | None, max_model_len: int | None
             # The vLLM engine keeps two places of the context free, and both are to cut long texts at the same tokens.
             max_length=context - 2 if context else None,
         )
+        completed(lm.model)
+        return lm
     except (ValueError, OSError) as error:
         raise UserError(f"--source {source}: {str(error).strip().splitlines()[0]}") from None
 

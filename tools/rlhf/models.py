@@ -14,6 +14,7 @@ from shared.checkpoint.hf import complete_hf
 from shared.checkpoint.reader import open_checkpoint
 from shared.data.tokenizer import open_tokenizer
 from shared.errors import StageError, UserError
+from shared.families.unread import completed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,8 @@ def load_policy(source: Source, dtype: torch.dtype) -> Any:
     """The causal language model, in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, local_files_only=True)
+    return completed(model).eval()
 
 
 class Critic(nn.Module):
@@ -96,8 +98,8 @@ def load_critic(path: Path, dtype: torch.dtype, *, vocab_size: int) -> Critic:
         head = getattr(model, "score", None)
         if not isinstance(head, nn.Linear) or head.out_features != 1:
             raise UserError(f"--critic {path}: {type(model).__name__} has no head of one score to start a critic from")
-        return Critic(model.base_model, head).eval()
-    body = AutoModel.from_pretrained(path, dtype=dtype, local_files_only=True)
+        return Critic(completed(model).base_model, head).eval()
+    body = completed(AutoModel.from_pretrained(path, dtype=dtype, local_files_only=True))
     width = body.get_input_embeddings().embedding_dim  # as wide as what it gives; OPT 350M's layers are wider
     head = nn.Linear(width, 1, bias=False, dtype=dtype)
     nn.init.zeros_(head.weight)

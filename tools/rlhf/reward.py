@@ -11,6 +11,7 @@ import torch
 
 from shared.console import log
 from shared.errors import UserError
+from shared.families.unread import completed
 from tools.rlhf.data import Pair, read_preferences
 from tools.rlhf.hold import Held, check_batches, held
 from tools.rlhf.host import Host, prepare
@@ -89,7 +90,7 @@ def _model(options: RewardOptions, source: Source) -> Any:
         source.path, num_labels=1, dtype=torch.float32, local_files_only=True
     )
     model.config.pad_token_id = source.pad_id
-    return model.eval()
+    return completed(model).eval()
 
 
 def _print_plan(options: RewardOptions, source: Source, pairs: Preferences, host: Host) -> None:

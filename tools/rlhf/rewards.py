@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from shared.checkpoint.reader import open_checkpoint
 from shared.data.tokenizer import open_tokenizer
 from shared.errors import StageError, UserError
+from shared.families.unread import completed
 from tools.rlhf.data import Prompt
 from tools.rlhf.reward_spec import RewardSpec
 
@@ -99,7 +100,9 @@ def load_reward_model(path: Path, dtype: torch.dtype) -> Any:
         raise UserError(f"--reward model:{path} is no reward model ({', '.join(names)}); make one with `rlhf reward`")
     if config.pad_token_id is None:
         raise UserError(f"--reward model:{path}: config.json has no pad_token_id, so the last token cannot be found")
-    return AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+    return completed(
+        AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, local_files_only=True)
+    ).eval()
 
 
 class ModelReward:

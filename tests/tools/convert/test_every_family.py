@@ -20,6 +20,7 @@ import torch
 
 from shared.checkpoint.hf import HfReader
 from shared.families import registry
+from shared.families.unread import completed
 from shared.model.architecture import Architecture
 from shared.model.prefix import with_blank
 from tests.references.prediction import Predicting
@@ -79,13 +80,13 @@ def reference(source: Path, ids: torch.Tensor, worker: Any, architecture: Archit
     from transformers import AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
-    from tools.convert.verify_logits import attention_of, completed
+    from tools.convert.verify_logits import attention_of
 
     remote = registry.FAMILIES[architecture.family].remote
     model = AutoModelForCausalLM.from_pretrained(
         source, dtype=torch.float32, attn_implementation=attention_of(architecture), trust_remote_code=remote
     ).eval()
-    completed(model, architecture)
+    completed(model)
     with torch.no_grad():
         everything = {"attention_mask": torch.ones_like(ids), "eos_token_id": -1, "pad_token_id": 0}
         if not remote:

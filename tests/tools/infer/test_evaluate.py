@@ -50,7 +50,7 @@ def tasks(tmp_path_factory) -> Path:
     return directory
 
 
-def bits_per_byte(source: Path, texts: list[str], window: int) -> float:
+def bits_per_byte(source: Path, texts: list[str], window: int, change=lambda model: None) -> float:
     """Held-out bits per byte in float64, with the harness's windows.
 
     A text, after an end-of-text token, is predicted `window` tokens at a time, each window reading what it predicts and
@@ -61,6 +61,7 @@ def bits_per_byte(source: Path, texts: list[str], window: int) -> float:
 
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64)
+    change(model)
     nats = 0.0
     for text in texts:
         ids = [tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]
@@ -103,6 +104,30 @@ def test_bits_per_byte_equals_a_float64_computation_on_both_engines(launcher, mo
     again = launcher("evaluate", "--source", source, "--tasks", tasks / "held_out.yaml", "--target", tmp_path / "hf")
     assert again.code == 2  # other options: refused, not silently redone
     assert "--overwrite" in again.stderr
+
+
+def test_mpt_has_the_slopes_that_its_configuration_says(launcher, models, tasks, tmp_path):
+    """transformers' class leaves them at another series."""
+    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+
+    (source := tmp_path / "model").mkdir()
+    for file in models("mpt").iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    config = json.loads((source / "config.json").read_text())
+    config["attn_config"]["alibi_bias_max"] = 2
+    (source / "config.json").write_text(json.dumps(config))
+    texts = [json.loads(line)["text"] for line in (tasks / "held_out.jsonl").read_text().splitlines()]
+
+    def with_slopes(model):
+        model.transformer.build_mpt_alibi_tensor = lambda *given, **where: build_mpt_alibi_tensor(*given, 2, **where)
+
+    wanted = bits_per_byte(source, texts, window=126, change=with_slopes)
+    assert wanted != pytest.approx(bits_per_byte(source, texts, window=126), rel=1e-3)
+    words = ("--tasks", tasks / "held_out.yaml", "--max-model-len", 128, "--target", tmp_path / "out")
+    done = launcher("evaluate", "--source", source, *words, "--engine", "hf", "--precision", "fp32")
+    assert done.code == 0, done.stderr
+    found = json.loads((tmp_path / "out/results.json").read_text())["results"]["held_out"]["bits_per_byte,none"]
+    assert found == pytest.approx(wanted, rel=2e-5)
 
 
 def test_a_data_file_that_changed_is_another_evaluation(launcher, models, tasks, tmp_path):
