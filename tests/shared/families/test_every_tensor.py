@@ -24,12 +24,12 @@ def test_each_absent_tensor_is_named(size: str) -> None:
     table = registry.table_of(registry.sizes()[size])
     entries = tuple(table.entries())
     sources = {source.name: Found(source.stored_shape) for entry in entries for source in entry.sources}
-    beside = sorted(table.aside_names(complete=True))
-    sources |= {name: Found(()) for name in beside}
+    kept = {name: Found(shape) for name, shape in table.kept().items()}
+    sources |= kept
     targets = {entry.key: Found(entry.global_shape) for entry in entries}
     account_sources(table, sources, "dir")
     account_targets(table, targets, "dir")
-    for name in beside[-1:]:
+    for name in sorted(kept)[-1:]:
         with pytest.raises(UserError, match=f"{name} is missing"):
             account_sources(table, {n: tensor for n, tensor in sources.items() if n != name}, "dir")
     last = {axis: count - 1 for axis, count in table.sizes.items()}
