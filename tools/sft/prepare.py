@@ -23,6 +23,7 @@ from shared.data.sources import Piece, expand, is_rows, pieces, rows
 from shared.data.tokenizer import copy_tokenizer, open_tokenizer, tokenizer_hash
 from shared.data.workers import ordered_map, usable_cores
 from shared.errors import UserError
+from shared.families import registry
 from tools.sft.conversations import Conversation, Format, conversation
 from tools.sft.packing import best_fit_decreasing
 from tools.sft.spans import Renderer
@@ -136,7 +137,8 @@ def _files(paths: tuple[Path, ...], flag: str) -> list[Path]:
 
 def _default_length(hf_files: Path) -> int:
     config = hf_files / "config.json"
-    known = json.loads(config.read_text(encoding="utf-8")).get("max_position_embeddings") if config.is_file() else None
+    said = registry.language_config(json.loads(config.read_text(encoding="utf-8"))) if config.is_file() else {}
+    known = said.get("max_position_embeddings")
     length = min(known, LARGEST_DEFAULT) if known else DEFAULT_SEQUENCE_LENGTH
     log(f"--sequence-length {length} " + (f"(the model takes {known})" if known else "(no config.json says better)"))
     return length

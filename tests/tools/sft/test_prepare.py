@@ -214,6 +214,9 @@ def test_the_length_is_the_models_unless_given(tokenizers: Callable[..., Path], 
     (tokenizer / "config.json").write_text(json.dumps({"max_position_embeddings": 300}))
     (tokenizer / "model.safetensors").write_text("")
     assert _prepare(tmp_path, tokenizer, "given", sequence_length=None)["seq_length"] == 300
+    inside = {"model_type": "gemma3", "text_config": {"max_position_embeddings": 200}}
+    (tokenizer / "config.json").write_text(json.dumps(inside))  # of the language model, where there is more
+    assert _prepare(tmp_path, tokenizer, "inside", sequence_length=None)["seq_length"] == 200
 
 
 def test_a_finished_dataset_is_not_made_again(tokenizers: Callable[..., Path], talks: object, tmp_path: Path) -> None:
