@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -120,6 +121,21 @@ def test_the_plan_says_how_many_workers(make_hf: Make, convert: Any, tmp_path: P
         words = ("--source", tmp_path / "hf", "--target", tmp_path / "n", "--workers", count)
         assert (answer := convert("to-megatron", *words)).code == 2
         assert f"--workers {count}" in answer.err
+
+
+def test_progress_is_told_in_bytes(
+    make_hf: Make, convert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.console._LINE_EVERY", 0.0)
+    answer = convert("to-megatron", "--source", make_hf("llama-one-fp32-layer"), "--target", tmp_path / "m")
+    size = sum(path.stat().st_size for path in (tmp_path / "m" / "release").glob("*.distcp"))
+    told = re.findall(r"converting: ([\d.]+) (\w+) of ([\d.]+) KiB \((\d+)%\)", answer.err)
+    assert len(told) > 10
+    assert {whole for _, _, whole, _ in told} == {f"{size / 1024:.1f}"}
+    percents = [int(percent) for *_, percent in told]
+    assert percents == sorted(percents)
+    assert percents[-1] == 100
+    assert told[-1][:2] == (f"{size / 1024:.1f}", "KiB")
 
 
 KILLED = """
