@@ -75,8 +75,8 @@ def run(
         if plan.asides:
             types = sorted({weight.dtype for weight in plan.asides.values()})
             log(
-                f"{named(list(plan.asides))}: as the original checkpoint had them, in {', '.join(types)}, whatever was trained "
-                f"since{' and --dtype says' if dtype else ''}"
+                f"{named(list(plan.asides))}: as the original checkpoint had them, whatever was trained since"
+                f"{f'; they stay {", ".join(types)}, --dtype is that of the rest' if dtype else ''}"
             )
 
         def checks(sources: frozenset[Path]) -> list[Task]:
