@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,10 +51,19 @@ def renamed(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, An
     return result
 
 
+def _check_finite(config: Mapping[str, Any], within: str) -> None:
+    for name, value in config.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"config.json: {within}{name} is {value}; a finite number is wanted")
+        if isinstance(value, dict):
+            _check_finite(value, f"{within}{name}.")
+
+
 class Fields:
     """A config.json whose reader must name every field it does not read."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
+        _check_finite(config, "")
         self._config = dict(config)
         self._read: set[str] = set()
 
@@ -127,22 +137,22 @@ class Fields:
         both = self.optional("rope_parameters", dict) or {}
         if unknown := sorted(both.keys() - {"full_attention", "sliding_attention"}):
             raise UserError(f"config.json: rope_parameters.{unknown[0]} is not a kind of this family's layers")
-        full, windowed = (both.get(kind) or {} for kind in ("full_attention", "sliding_attention"))
+        kinds = Fields(both)
+        full, windowed = (kinds.optional(kind, dict) or {} for kind in ("full_attention", "sliding_attention"))
         for name, value in windowed.items():
             if name != "rope_theta" and (name, value) != ("rope_type", "default"):
                 raise UserError(f"config.json: rope_parameters.sliding_attention.{name} = {value!r} is not supported")
         if "partial_rotary_factor" in full:
             raise UserError("config.json: partial_rotary_factor is not supported by this family")
         theta, scaling = self._rope(full, default_theta, max_position_embeddings, partial=False)
-        own = windowed.get("rope_theta")
-        return theta, scaling, None if own is None else float(own)
+        return theta, scaling, Fields(windowed).optional("rope_theta", float)
 
     def _rope(
         self, new: Mapping[str, Any], default_theta: float, max_position_embeddings: int, partial: bool
     ) -> tuple[float, RopeScaling | None]:
         old = self.optional("rope_scaling", dict) or {}
-        theta, old_theta = new.get("rope_theta"), self.optional("rope_theta", float)
-        if theta is not None and old_theta is not None and float(theta) != old_theta:
+        theta, old_theta = Fields(new).optional("rope_theta", float), self.optional("rope_theta", float)
+        if theta is not None and old_theta is not None and theta != old_theta:
             raise UserError(f"config.json: rope_theta {old_theta} contradicts rope_parameters.rope_theta {theta}")
         longrope = "longrope" in (_kind(old, "rope_scaling"), _kind(new, "rope_parameters"))
         length = self.optional("original_max_position_embeddings", int) if longrope else None
@@ -155,13 +165,16 @@ class Fields:
         if not partial and self.rotary_fraction(1.0) != 1.0:
             raise UserError("config.json: partial_rotary_factor other than 1 is not supported by this family")
         base = theta if theta is not None else old_theta if old_theta is not None else default_theta
-        return float(base), new_scaling or scaling
+        return base, new_scaling or scaling
 
     def rotary_fraction(self, default: float, name: str = "partial_rotary_factor") -> float:
         """Which part of each head is rotated, from its three places; UserError where they disagree."""
         old, new = (self.optional(field, dict) or {} for field in ("rope_scaling", "rope_parameters"))
-        given = [self.optional(name, float), *(place.get("partial_rotary_factor") for place in (old, new))]
-        found = {float(value) for value in given if value is not None}
+        given = [
+            self.optional(name, float),
+            *(Fields(place).optional("partial_rotary_factor", float) for place in (old, new)),
+        ]
+        found = {value for value in given if value is not None}
         if len(found) > 1:
             raise UserError(f"config.json: {name} is given as {' and as '.join(map(str, sorted(found)))}")
         return found.pop() if found else default
@@ -197,7 +210,7 @@ def _scaling(
 ) -> RopeScaling | None:
     """`original_length` is what the configuration says outside of the scaling: Phi-3 does."""
     kind = _kind(given, field)
-    needed = _KINDS.get(kind)
+    needed = _KINDS.get(kind) if isinstance(kind, str) else None
     if needed is None:
         known = ", ".join(name for name in _KINDS if name != "default")
         raise UserError(f"config.json: {field} of type {kind!r} is not supported; supported: {known}")

@@ -165,7 +165,7 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
         architecture = family.read(given)
     except UserError:
         raise
-    except ValueError as error:  # the architecture's own checks
+    except (ValueError, ArithmeticError) as error:  # the architecture's own checks; a divisor that is zero
         raise UserError(f"config.json: {error}") from None
     given.finish(family.name)
     return architecture

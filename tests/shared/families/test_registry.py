@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import runpy
@@ -293,6 +294,21 @@ def test_embeddings_are_tied_where_either_configuration_says_so() -> None:
         inside = text if own is None else text | {"tie_word_embeddings": own}
         read = registry.from_config(config | {"tie_word_embeddings": whole, "text_config": inside})
         assert read.tied_embeddings == tied
+
+
+ODD = (0, -1, 3, "x", [], {}, None, True, math.inf, math.nan, [1], ["a", 5], {"a": 1}, 2.5)
+
+
+@pytest.mark.parametrize("size", [name for name in registry.sizes() if "tiny" in name])
+def test_any_field_of_any_kind_is_read_or_refused(size: str) -> None:
+    config = registry.to_config(registry.sizes()[size])
+    within = [(name, further) for name, value in config.items() if isinstance(value, dict) for further in value]
+    for *outer, name in [(name,) for name in config] + within:
+        for odd in ODD:
+            changed = json.loads(json.dumps(config))
+            (changed[outer[0]] if outer else changed)[name] = odd
+            with contextlib.suppress(UserError):
+                registry.from_config(changed)
 
 
 def test_unknown_family_names_the_nearest() -> None:
