@@ -1,7 +1,8 @@
-"""Continue a sequence with transformers and with vLLM: `family_worker.py DIRECTORY`, which is of fp32.
+"""Continue a sequence with vLLM and with transformers: `family_worker.py DIRECTORY`, of fp32, made of DIRECTORY.source.
 
-Run in a fork of the launcher. Writes to DIRECTORY.json what each says: the greedy continuation, and the log-probability of
-every token given those before it; or why `infer` does not run the model.
+vLLM reads the one, transformers the other, which is the model as its family publishes it. Run in a fork of the launcher. Writes
+to DIRECTORY.json what each says: the greedy continuation, and the log-probability of every token given those before it; or why
+`infer` does not run the model.
 """
 
 from __future__ import annotations
@@ -72,13 +73,14 @@ def both(source: Path) -> dict[str, Any]:
     model_config(arguments)
     words = (len(seeing.TOKENS) if sees else 0, registry.language_config(config)["vocab_size"])
     ids = torch.randint(*words, (1, GIVEN), generator=torch.Generator().manual_seed(1))
-    theirs = of_transformers(source, ids, torch.float32)
+    original = source.with_name(f"{source.name}.source")
+    theirs = of_transformers(original, ids, torch.float32)
     answer = {"precision": precision, "transformers": theirs}
     if sees:
         theirs["seen"] = seeing.of_transformers(source)
         theirs["unseen"] = seeing.of_transformers(source, blank=True)
     if precision == "bf16":
-        answer["rounded"] = of_transformers(source, ids, torch.bfloat16)
+        answer["rounded"] = of_transformers(original, ids, torch.bfloat16)
     try:
         return answer | {"vllm": of_vllm(source, arguments, ids[0].tolist(), sees)}
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Exports of every family in vLLM: what `convert to-hf` wrote is loaded, and its greedy continuation is transformers'."""
+"""Exports of every family in vLLM: what `convert to-hf` wrote continues greedily as the original does in transformers."""
 
 from __future__ import annotations
 
