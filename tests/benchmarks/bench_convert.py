@@ -8,6 +8,7 @@ that do this work (`make peers` installs them) are run after that, once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import mmap
 import os
 import platform
@@ -28,6 +29,7 @@ from tests.benchmarks.measured import Measured, measure  # noqa: E402
 HERE = Path(__file__).parent
 COPY, DURABLE = "copy (`cp -r`)", "copy, and on the disk (`cp -r`, `sync`)"
 REWRITE = "mmap, and safetensors rewritten"
+_MADV_POPULATE_WRITE = 23  # linux/mman.h
 _BESIDE = 1 << 30  # bytes of memory that a piece of work may want beside its output
 PEERS = {"Megatron-Bridge": "by_bridge.py", "mbridge": "by_mbridge.py"}
 PEERS_PYTHON = ROOT / "tests" / "peers" / ".venv" / "bin" / "python"
@@ -96,7 +98,7 @@ def bench(shape: str, rounds: int, peer_rounds: int, folder: Path) -> list[str]:
 def measure_peer(command: list[str | Path], folder: Path, size: int) -> Measured:
     """RuntimeError where it fails, wants more memory than there is, or leaves out some of the weights."""
     settle(folder, size)
-    found = measure(command, most=_free_memory())
+    found = measure(command, first_to_end=True)
     written = sum(path.stat().st_size for path in (folder / "out").rglob("*") if path.is_file())
     if written < size:
         raise RuntimeError(f"wrote {written} bytes of {size}, and said nothing")
@@ -124,21 +126,20 @@ def settle(folder: Path, size: int) -> None:
     """Nothing of the work before is left to be done, by the disk either, and free memory is at hand.
 
     A virtual machine gives free pages back to its host and gets them again one fault at a time, which can cost more than
-    the copy: whoever comes first would pay for it.
+    the copy: whoever comes first would pay for it. Large pages are asked for and then small ones, since the kernel hands
+    out both for a file that is written.
     """
     shutil.rmtree(folder / "out", ignore_errors=True)
     os.sync()
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-    mmap.mmap(-1, min(size + _BESIDE, free * 9 // 10), flags=kind).close()
-
-
-def _free_memory() -> int:
-    """Bytes that a process may have, what the kernel holds of files and can drop among them."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    raise RuntimeError("/proc/meminfo does not say what memory is free")
+    wanted = min(size + _BESIDE, free * 9 // 20)
+    large, small = (mmap.mmap(-1, wanted, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(2))
+    large.madvise(mmap.MADV_HUGEPAGE)
+    for memory in (large, small):
+        with contextlib.suppress(OSError):  # a kernel before 5.14
+            memory.madvise(_MADV_POPULATE_WRITE)
+    small.close()
+    large.close()
 
 
 def machine() -> str:

@@ -24,16 +24,21 @@ class Measured:
     memory: int  # bytes that are its own: anonymous pages, not the files that it has mapped
 
 
-def measure(words: Sequence[str | Path], most: int = resource.RLIM_INFINITY) -> Measured:
-    """Run a command to its end, within `most` bytes of memory for a process; RuntimeError with what it said if it fails."""
+def measure(words: Sequence[str | Path], first_to_end: bool = False) -> Measured:
+    """Run a command to its end; RuntimeError with what it said if it fails.
+
+    `first_to_end`: where the machine's memory is not enough, it is this command that the kernel ends.
+    """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started, memory = time.perf_counter(), 0
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen([str(word) for word in words], stdout=output, stderr=subprocess.STDOUT)
-        resource.prlimit(process.pid, resource.RLIMIT_DATA, (most, most))
+        if first_to_end:
+            Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000", encoding="ascii")
         while process.poll() is None:
-            memory = max(memory, sum(_anonymous(pid) for pid in _tree(process.pid)))
-            time.sleep(_EVERY)
+            looked = time.perf_counter()
+            memory = max(memory, _anonymous(_tree(process.pid)))
+            time.sleep(max(_EVERY, 20 * (time.perf_counter() - looked)))
         seconds = time.perf_counter() - started
         if process.returncode:
             output.seek(0)
@@ -54,9 +59,13 @@ def _tree(pid: int) -> list[int]:
     return found
 
 
-def _anonymous(pid: int) -> int:
-    with contextlib.suppress(OSError):  # it has ended
-        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) << 10
-    return 0
+def _anonymous(pids: Sequence[int]) -> int:
+    """Bytes; what a process shares with those that it forked counts once."""
+    file, field = ("status", "RssAnon:") if len(pids) == 1 else ("smaps_rollup", "Pss_Anon:")
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has ended
+            for line in Path(f"/proc/{pid}/{file}").read_text(encoding="utf-8").splitlines():
+                if line.startswith(field):
+                    total += int(line.split()[1]) << 10
+    return total

@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.benchmarks.measured import measure
+
 BENCHMARK = Path(__file__).with_name("bench_convert.py")
 
 
@@ -49,9 +53,19 @@ def test_memory_is_that_of_all_processes(tmp_path: Path) -> None:
         "if len(sys.argv) == 1: subprocess.run([sys.executable, __file__, 'child'])\n"
         "else: time.sleep(0.3)\n"
     )
-    sys.path.insert(0, str(BENCHMARK.parents[2]))
-    from tests.benchmarks.measured import measure
-
     found = measure([sys.executable, program])
     assert 80 << 20 < found.memory < 130 << 20
     assert found.seconds > 0.3
+
+
+def test_memory_that_a_forked_process_shares_counts_once(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, time\nheld = bytearray(b'x') * (80 << 20)\nif os.fork(): os.wait()\nelse: time.sleep(0.5)\n"
+    )
+    assert 80 << 20 < measure([sys.executable, program]).memory < 130 << 20
+
+
+def test_a_command_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="ended with 3: no such weights"):
+        measure([sys.executable, "-c", "print('no such weights'); raise SystemExit(3)"], first_to_end=True)
