@@ -45,12 +45,12 @@ test: lint $(TOOLS:%=test-%) test-pipeline ## every test, each in its tool's env
 
 test-convert: setup ## the contract, families, mapping, convert and the command lines
 	OMP_NUM_THREADS=1 tools/convert/.venv/bin/python $(PYTEST) tests/test_*.py tests/shared/test_*.py tests/shared/checkpoint \
-	    tests/shared/families tests/shared/mapping tests/tools/convert tests/tools/test_every_command.py \
+	    tests/shared/families tests/shared/mapping tests/shared/quantized tests/tools/convert tests/tools/test_every_command.py \
 	    tests/containers/test_compose.py tests/containers/test_dockerfiles.py tests/benchmarks
 
 test-pretrain: setup ## Megatron-Core on this machine, data, pretraining
-	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python $(PYTEST) tests/shared/data tests/shared/device tests/shared/model \
-	    tests/shared/training tests/tools/pretrain tests/demo
+	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python $(PYTEST) tests/shared/data tests/shared/kernels tests/shared/model \
+	    tests/shared/report tests/shared/runtime tests/shared/training tests/tools/pretrain tests/demo
 
 test-sft: setup ## supervised fine-tuning
 	OMP_NUM_THREADS=1 tools/sft/.venv/bin/python $(PYTEST) tests/tools/sft

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from shared.architecture.architecture import Architecture
 from shared.errors import UserError
-from shared.families.decoder import SILU, activation
+from shared.families.common.decoder import SILU, activation
+from shared.families.common.fields import Fields
+from shared.families.common.tensor_table import Names, decoder_table
 from shared.families.family import Family, tiny
-from shared.families.fields import Fields
-from shared.families.tensors import Names, decoder_table
 from shared.mapping.rule import Table
-from shared.model.architecture import Architecture
 
 _NAMES = Names(qkv=("self_attn.W_pack",))
 _SECOND_VOCABULARY = 125_696  # of Baichuan 2, as published

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from shared.architecture.architecture import Architecture, Prefix
+from shared.families.common.fields import Fields
+from shared.families.common.tensor_table import Names, decoder_table
 from shared.families.family import Family, tiny
-from shared.families.fields import Fields
-from shared.families.tensors import Names, decoder_table
 from shared.mapping.rule import Table
-from shared.model.architecture import Architecture, Prefix
 
 _NAMES = Names(
     embedding="transformer.word_embeddings",

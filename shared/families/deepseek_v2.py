@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from shared.families.decoder import common_fields, written_fields
-from shared.families.experts import deepseek_experts, written_deepseek_experts
+from shared.architecture.architecture import Architecture, Experts, LatentAttention, RopeScaling
+from shared.families.common.decoder import common_fields, written_fields
+from shared.families.common.fields import Fields
+from shared.families.common.mla import latent_fields, written_latent_fields
+from shared.families.common.moe import deepseek_experts, written_deepseek_experts
+from shared.families.common.tensor_table import DEEPSEEK, decoder_table
 from shared.families.family import Family, tiny
-from shared.families.fields import Fields
-from shared.families.latent import latent_fields, written_latent_fields
-from shared.families.tensors import DEEPSEEK, decoder_table
 from shared.mapping.rule import Table
-from shared.model.architecture import Architecture, Experts, LatentAttention, RopeScaling
 
 _METHODS = {"greedy": False, "group_limited_greedy": True}  # whether groups of experts are chosen first
 

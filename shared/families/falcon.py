@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from shared.families.decoder import GELU, activation, gelu_name
+from shared.architecture.architecture import Architecture, Residual
+from shared.families.common.decoder import GELU, activation, gelu_name
+from shared.families.common.fields import Fields, renamed, rope_fields
+from shared.families.common.tensor_table import Names, decoder_table
 from shared.families.family import Family, tiny
-from shared.families.fields import Fields, renamed, rope_fields
-from shared.families.tensors import Names, decoder_table
 from shared.mapping.rule import Table
-from shared.model.architecture import Architecture, Residual
 
 _NAMES = Names(
     embedding="transformer.word_embeddings",

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from shared.families.fields import Fields
+from shared.architecture.architecture import Architecture
+from shared.families.common.fields import Fields
 from shared.mapping.rule import Table
-from shared.model.architecture import Architecture
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from shared.families.decoder import common_fields, table, written_fields
+from shared.architecture.architecture import Activation, Architecture
+from shared.families.common.decoder import common_fields, table, written_fields
+from shared.families.common.fields import Fields
 from shared.families.family import Family, tiny
-from shared.families.fields import Fields
-from shared.model.architecture import Activation, Architecture
 
 _TANH: dict[str, Activation] = {"gelu_pytorch_tanh": "geglu_tanh"}
 # What the first releases called it; transformers computes the tanh form for either name.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from shared.architecture.architecture import Architecture, RopeScaling
 from shared.errors import UserError
-from shared.families.decoder import common_fields, written_fields
+from shared.families.common.decoder import common_fields, written_fields
+from shared.families.common.fields import Fields, rope_fields_by_kind
+from shared.families.common.sliding_windows import every, window_fields, written_window_fields
 from shared.families.family import Family, tiny
-from shared.families.fields import Fields, rope_fields_by_kind
 from shared.families.gemma2 import ACTIVATIONS, table
-from shared.families.windows import every, window_fields, written_window_fields
-from shared.model.architecture import Architecture, RopeScaling
 
 
 def read(fields: Fields) -> Architecture:

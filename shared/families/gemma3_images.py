@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from shared.families import gemma3, siglip
-from shared.families.whole import SPELLINGS, Whole, family_of_whole
+from shared.architecture.architecture import Architecture
+from shared.architecture.vision import Vision
+from shared.families import gemma3
+from shared.families.common import siglip
+from shared.families.common.multimodal_wrapper import SPELLINGS, Whole, family_of_whole
 from shared.mapping.rule import Aside
-from shared.model.architecture import Architecture
-from shared.model.vision import Vision
 
 _TOWER = "vision_tower.vision_model."
 

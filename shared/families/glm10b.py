@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from shared.architecture.architecture import Architecture, Prefix
 from shared.errors import UserError
+from shared.families.common.fields import Fields
+from shared.families.common.tensor_table import Names, decoder_table
+from shared.families.common.token_ids import mask_token, token_ids
 from shared.families.family import Family, tiny
-from shared.families.fields import Fields
-from shared.families.tensors import Names, decoder_table
-from shared.families.token_ids import mask_token, token_ids
 from shared.mapping.rule import Table
-from shared.model.architecture import Architecture, Prefix
 
 _NAMES = Names(
     prefix="glm.",  # published files were saved from the model without its task

@@ -1,19 +1,19 @@
 """GLM-130B: a text with a blank that sees itself, residuals of normed states (DeepNorm), and GeGLU with the gate last.
 
-It is published as SwissArmyTransformer's shards only, which `shared.checkpoint.sat` joins. The form read here is that
-program's: its names of the tensors of one whole model, beside a config.json of the fields that its `model_config.json`
-has, with `model_type` glm130b and the ids of four tokens.
+It is published as SwissArmyTransformer's shards only, which `shared.checkpoint.formats.swiss_army_transformer` joins.
+The form read here is that program's: its names of the tensors of one whole model, beside a config.json of the fields that
+its `model_config.json` has, with `model_type` glm130b and the ids of four tokens.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from shared.architecture.architecture import Architecture, Prefix
+from shared.families.common.fields import Fields
+from shared.families.common.tensor_table import Names, decoder_table
 from shared.families.family import Family, tiny
-from shared.families.fields import Fields
-from shared.families.tensors import Names, decoder_table
 from shared.mapping.rule import Aside, Table
-from shared.model.architecture import Architecture, Prefix
 
 _NAMES = Names(
     embedding="transformer.word_embeddings",

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from shared.architecture.architecture import Activation, Architecture, Experts, RopeScaling
 from shared.errors import UserError
-from shared.families.decoder import common_fields, written_fields
-from shared.families.experts import expert_count
+from shared.families.common.decoder import common_fields, written_fields
+from shared.families.common.fields import Fields
+from shared.families.common.moe import expert_count
+from shared.families.common.sliding_windows import every, window_fields, written_window_fields
+from shared.families.common.tensor_table import Names, decoder_table
 from shared.families.family import Family, tiny
-from shared.families.fields import Fields
-from shared.families.tensors import Names, decoder_table
-from shared.families.windows import every, window_fields, written_window_fields
 from shared.mapping.rule import Table
-from shared.model.architecture import Activation, Architecture, Experts, RopeScaling
 
 _NAMES = Names(
     router="mlp.router",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from shared.architecture.architecture import Architecture
+from shared.families.common.fields import Fields
+from shared.families.common.gpt_fields import gpt_fields, written_gpt_fields
+from shared.families.common.tensor_table import Names, decoder_table
 from shared.families.family import Family, tiny
-from shared.families.fields import Fields
-from shared.families.gpt_fields import gpt_fields, written_gpt_fields
-from shared.families.tensors import Names, decoder_table
 from shared.mapping.rule import Table
-from shared.model.architecture import Architecture
 
 _NAMES = Names(
     embedding="transformer.wte",

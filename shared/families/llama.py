@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from shared.families.decoder import common_fields, table, written_fields
+from shared.architecture.architecture import Architecture, RopeScaling
+from shared.families.common.decoder import common_fields, table, written_fields
+from shared.families.common.fields import Fields, renamed
 from shared.families.family import Family
-from shared.families.fields import Fields, renamed
-from shared.model.architecture import Architecture, RopeScaling
 
 
 def today(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from shared.families.decoder import common_fields, written_fields
+from shared.architecture.architecture import Architecture, Experts
+from shared.families.common.decoder import common_fields, written_fields
+from shared.families.common.fields import Fields
+from shared.families.common.tensor_table import Names, decoder_table
 from shared.families.family import Family
-from shared.families.fields import Fields
-from shared.families.tensors import Names, decoder_table
 from shared.mapping.rule import Table
-from shared.model.architecture import Architecture, Experts
 
 _NAMES = Names(
     router="block_sparse_moe.gate",

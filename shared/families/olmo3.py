@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from shared.architecture.architecture import Architecture, RopeScaling
 from shared.errors import UserError
-from shared.families.decoder import common_fields, written_fields
+from shared.families.common.decoder import common_fields, written_fields
+from shared.families.common.fields import Fields, rope_fields_by_kind
+from shared.families.common.sliding_windows import every, window_fields, written_window_fields
 from shared.families.family import Family, tiny
-from shared.families.fields import Fields, rope_fields_by_kind
 from shared.families.olmo2 import table
-from shared.families.windows import every, window_fields, written_window_fields
-from shared.model.architecture import Architecture, RopeScaling
 
 _THETA = 500_000.0
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from shared.families.decoder import common_fields, table, written_fields
+from shared.architecture.architecture import Architecture
+from shared.families.common.decoder import common_fields, table, written_fields
+from shared.families.common.fields import Fields
+from shared.families.common.sliding_windows import (
+    chunked_positions,
+    optional_window_fields,
+    written_optional_window_fields,
+)
 from shared.families.family import Family, tiny
-from shared.families.fields import Fields
-from shared.families.windows import chunked_positions, optional_window_fields, written_optional_window_fields
-from shared.model.architecture import Architecture
 
 
 def read(fields: Fields) -> Architecture:

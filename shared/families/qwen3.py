@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from shared.families.decoder import common_fields, table, written_fields
+from shared.architecture.architecture import Architecture, RopeScaling
+from shared.families.common.decoder import common_fields, table, written_fields
+from shared.families.common.fields import Fields
+from shared.families.common.sliding_windows import optional_window_fields, written_optional_window_fields
 from shared.families.family import Family
-from shared.families.fields import Fields
-from shared.families.windows import optional_window_fields, written_optional_window_fields
-from shared.model.architecture import Architecture, RopeScaling
 
 _DEFAULT_HEAD_DIM = 128  # not hidden_size / num_attention_heads
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from shared.architecture.architecture import Architecture, Experts
 from shared.errors import UserError
-from shared.families.decoder import common_fields, table, written_fields
-from shared.families.experts import dense_layers, expert_count, written_dense_layers
+from shared.families.common.decoder import common_fields, table, written_fields
+from shared.families.common.fields import Fields
+from shared.families.common.moe import dense_layers, expert_count, written_dense_layers
+from shared.families.common.sliding_windows import (
+    chunked_positions,
+    optional_window_fields,
+    written_optional_window_fields,
+)
 from shared.families.family import Family
-from shared.families.fields import Fields
-from shared.families.windows import chunked_positions, optional_window_fields, written_optional_window_fields
-from shared.model.architecture import Architecture, Experts
 
 
 def read(fields: Fields) -> Architecture:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from shared.architecture.architecture import Architecture, DeltaNet, Experts
 from shared.errors import UserError
-from shared.families.decoder import common_fields, written_fields
-from shared.families.delta import delta_fields, written_delta_fields
-from shared.families.experts import dense_layers, expert_count, written_dense_layers
+from shared.families.common.decoder import common_fields, written_fields
+from shared.families.common.fields import Fields
+from shared.families.common.gated_delta_net import delta_fields, written_delta_fields
+from shared.families.common.moe import dense_layers, expert_count, written_dense_layers
+from shared.families.common.mtp import OF_QWEN
+from shared.families.common.tensor_table import Names, decoder_table
 from shared.families.family import Family, tiny
-from shared.families.fields import Fields
-from shared.families.prediction import OF_QWEN
-from shared.families.tensors import Names, decoder_table
 from shared.mapping.rule import Table
-from shared.model.architecture import Architecture, DeltaNet, Experts
 
 _KINDS = ("linear_attention", "full_attention")
 

@@ -8,7 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoint.passengers import config_of
+from shared.architecture.architecture import Architecture
+from shared.checkpoint.directory.auxiliary_files import config_of
 from shared.errors import UserError
 from shared.families import (
     baichuan,
@@ -56,12 +57,11 @@ from shared.families import (
     starcoder2,
     yi,
 )
+from shared.families.common.fields import Fields
+from shared.families.common.mtp import of_prediction
 from shared.families.family import Family
-from shared.families.fields import Fields
-from shared.families.prediction import of_prediction
-from shared.mapping.quantization import quantization_of
 from shared.mapping.rule import Table
-from shared.model.architecture import Architecture
+from shared.quantized.scheme import quantization_of
 
 _MODULES = (
     llama,

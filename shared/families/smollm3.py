@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from shared.architecture.architecture import Architecture
 from shared.errors import UserError
-from shared.families.decoder import common_fields, full_attention_only, table, written_fields
+from shared.families.common.decoder import common_fields, full_attention_only, table, written_fields
+from shared.families.common.fields import Fields
 from shared.families.family import Family, tiny
-from shared.families.fields import Fields
-from shared.model.architecture import Architecture
 
 
 def read(fields: Fields) -> Architecture:

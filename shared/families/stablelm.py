@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from shared.families.decoder import common_fields, written_fields
+from shared.architecture.architecture import Architecture
+from shared.families.common.decoder import common_fields, written_fields
+from shared.families.common.fields import Fields, renamed
+from shared.families.common.tensor_table import Names, decoder_table
 from shared.families.family import Family, tiny
-from shared.families.fields import Fields, renamed
-from shared.families.tensors import Names, decoder_table
 from shared.mapping.rule import Table
-from shared.model.architecture import Architecture
 
 _NAMES = Names(q_norm="self_attn.q_layernorm.norms.{query_head}", k_norm="self_attn.k_layernorm.norms.{key_head}")
 

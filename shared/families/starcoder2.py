@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from shared.families.decoder import GELU, common_fields, gelu_name, written_fields
+from shared.architecture.architecture import Architecture
+from shared.families.common.decoder import GELU, common_fields, gelu_name, written_fields
+from shared.families.common.fields import Fields
+from shared.families.common.tensor_table import Names, decoder_table
 from shared.families.family import Family, tiny
-from shared.families.fields import Fields
-from shared.families.tensors import Names, decoder_table
 from shared.mapping.rule import Table
-from shared.model.architecture import Architecture
 
 _NAMES = Names(fc1=("mlp.c_fc",), fc2="mlp.c_proj")
 

@@ -17,8 +17,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch.nn.functional import scaled_dot_product_attention
 
-from shared.model import alibi
-from shared.model.architecture import Architecture
+from shared.architecture.architecture import Architecture
+from shared.kernels.attention import alibi
 from shared.model.rope import Rotation
 
 

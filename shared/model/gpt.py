@@ -15,17 +15,17 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch.nn import functional
 
-from shared.device import prepare
-from shared.model.architecture import Activation, Architecture
+from shared.architecture.architecture import Activation, Architecture
 from shared.model.cross_entropy import vocab_parallel_cross_entropy
-from shared.model.delta_net import delta_config
-from shared.model.ends import adapt_embedding, adapt_output, narrow_embedding, narrow_output, output_layer
-from shared.model.experts import experts_config
-from shared.model.latent import latent_config
-from shared.model.parallel import ParallelLayout
-from shared.model.prefix import prefix_inputs
+from shared.model.embedding_and_head import adapt_embedding, adapt_output, narrow_embedding, narrow_output, output_layer
+from shared.model.gated_delta_net import delta_config
+from shared.model.mla import latent_config
+from shared.model.moe import experts_config
+from shared.model.prefix_lm import prefix_inputs
 from shared.model.rope import PlacedRotation, Rotation
 from shared.model.spec import block_spec, prediction_spec
+from shared.runtime.device import prepare
+from shared.runtime.process_groups import ParallelLayout
 
 Recompute = Literal["none", "selective", "full"]
 

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from shared.model.architecture import Architecture
+from shared.architecture.architecture import Architecture
 
 
 class RMSNorm(torch.nn.Module):

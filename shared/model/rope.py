@@ -7,7 +7,7 @@ import math
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-from shared.model.architecture import Architecture, RopeScaling
+from shared.architecture.architecture import Architecture, RopeScaling
 
 
 class Rotation(RotaryEmbedding):

@@ -21,14 +21,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from shared.model.architecture import Architecture
+from shared.architecture.architecture import Architecture
 from shared.model.attention import ClippedLinear, CoreAttention, RotatedSelfAttention, StreamedSelfAttention
-from shared.model.delta_net import DELTA_CHECKPOINT_KEYS, delta_net
-from shared.model.experts import experts_of
-from shared.model.latent import LATENT_CHECKPOINT_KEYS, latent_attention
-from shared.model.layer import JoinedLayer, has_own_layer
+from shared.model.gated_delta_net import DELTA_CHECKPOINT_KEYS, delta_net
+from shared.model.mla import LATENT_CHECKPOINT_KEYS, latent_attention
+from shared.model.moe import experts_of
 from shared.model.norm import head_norms, norm_of
 from shared.model.rope import Rotation
+from shared.model.transformer_layer import JoinedLayer, has_own_layer
 
 # Checkpoints carry TransformerEngine's names, where a norm in front of a linear layer is a part of that layer.
 _ATTENTION_KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}

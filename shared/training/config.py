@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from shared.architecture.architecture import Architecture
 from shared.errors import UserError
-from shared.model.architecture import Architecture
 from shared.training.schedule import Schedule, ScheduleName
 
 Precision = Literal["bf16", "fp32"]

@@ -20,14 +20,15 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-import shared.device
-from shared.checkpoint.reader import iteration_name
+import shared.runtime.device
+from shared.checkpoint.directory.open import iteration_name
 from shared.console import log
 from shared.errors import Interrupted, StageError
-from shared.model import gpt, parallel, weights
+from shared.model import gpt, weights
 from shared.model.attention import segment_mask
+from shared.runtime import process_groups as parallel
+from shared.runtime.agreement import StopRequest
 from shared.training import state
-from shared.training.agreement import StopRequest
 from shared.training.config import TrainingConfig
 from shared.training.data import IGNORE, Batch, Dataset
 from shared.training.loss import Loss, further_labels, global_loss, token_loss
@@ -58,7 +59,7 @@ def train(run: Run) -> None:
         StageError: the loss is not a number any more; the last checkpoint stands.
     """
     config, architecture = run.config, run.inputs.architecture
-    device = shared.device.prepare()
+    device = shared.runtime.device.prepare()
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     layout = parallel.ParallelLayout(
         tensor=config.tensor_parallel,

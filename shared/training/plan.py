@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.checkpoint.reader import Checkpoint, open_checkpoint
-from shared.checkpoint.torch_dist import TorchDistReader
+from shared.architecture.architecture import Architecture
+from shared.checkpoint.directory.open import Checkpoint, open_checkpoint
+from shared.checkpoint.formats.torch_dist_reader import TorchDistReader
 from shared.console import log, quantity
 from shared.errors import UserError
 from shared.families import registry
-from shared.model.architecture import Architecture
 from shared.training.config import TrainingConfig
 
 _BYTES = {"bf16": 2, "fp32": 4}

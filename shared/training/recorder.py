@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from shared.checkpoint.run import RunDirectory
+from shared.checkpoint.directory.run_directory import RunDirectory
 from shared.console import log, quantity
-from shared.training import metrics, report
-from shared.training.agreement import on_first_rank
+from shared.report import metrics
+from shared.report import page as report
+from shared.report.metrics import Metrics, flops_per_token, peak_flops, peak_memory
+from shared.runtime.agreement import on_first_rank
+from shared.training.auxiliary_files import passengers
 from shared.training.config import TrainingConfig
 from shared.training.loss import Loss
-from shared.training.metrics import Metrics, flops_per_token, peak_flops, peak_memory
-from shared.training.passengers import passengers
 from shared.training.plan import Inputs
 
 

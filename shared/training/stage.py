@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from shared.checkpoint.manifest import identity, parents_of, read_manifest
-from shared.checkpoint.target import check_target
+from shared.checkpoint.directory.manifest import identity, parents_of, read_manifest
+from shared.checkpoint.directory.target import check_target
 from shared.console import log
 from shared.errors import UserError
 from shared.invocation import invocation
+from shared.runtime.launch import launch
+from shared.runtime.quiet import hush
 from shared.training.config import (
     MTP_LOSS_SCALING_FACTOR,
     TrainingConfig,
@@ -20,10 +22,8 @@ from shared.training.config import (
     default_micro_batch_size,
     default_warmup_steps,
 )
-from shared.training.launch import launch
 from shared.training.options import TrainingOptions
 from shared.training.plan import Inputs, announce, default_processes
-from shared.training.quiet import hush
 
 if TYPE_CHECKING:
     from shared.training.data import Dataset

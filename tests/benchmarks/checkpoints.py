@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.checkpoint.hf import default_layout, write_weights
-from shared.checkpoint.safetensors_file import TensorInfo
+from shared.architecture.architecture import Architecture, Experts
+from shared.checkpoint.formats.hugging_face import default_layout, write_weights
+from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.families import registry
-from shared.model.architecture import Architecture, Experts
 
 _LLAMA_1B = registry.sizes()["llama-3.2-1b"]
 _QWEN3_MOE = registry.sizes()["qwen3-30b-a3b"]

@@ -33,7 +33,9 @@ def bumped(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
         _replace(tree / "tools/convert/pyproject.toml", r'^version = ".*"$', f'version = "{version}"')
         if contract is not None:
             _replace(
-                tree / "shared/checkpoint/manifest.py", r"^CONTRACT_VERSION = \d+$", f"CONTRACT_VERSION = {contract}"
+                tree / "shared/checkpoint/directory/manifest.py",
+                r"^CONTRACT_VERSION = \d+$",
+                f"CONTRACT_VERSION = {contract}",
             )
         image = build("convert", SOURCE_TREE=str(tree), LATEST="no")
         assert image == f"convert:{version}"

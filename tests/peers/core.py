@@ -68,9 +68,9 @@ def prepare() -> None:
     os.environ.update(CUDA_VISIBLE_DEVICES="", TORCHDYNAMO_DISABLE="1")
     import torch.distributed
 
-    import shared.device
+    import shared.runtime.device
 
-    shared.device.prepare()
+    shared.runtime.device.prepare()
     sys.modules.update(dict.fromkeys(ABSENT))  # type: ignore[arg-type]  # None: cannot be imported
     for name in ("dist_checkpointing", "distributed", "extensions.transformer_engine", "models.backends", "optimizer"):
         importlib.import_module(f"megatron.core.{name}")

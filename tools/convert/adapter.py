@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.checkpoint.safetensors_file import Header, TensorInfo, read_header
-from shared.checkpoint.torch_weights import read_torch_weights
+from shared.checkpoint.formats.pytorch_bin import read_torch_weights
+from shared.checkpoint.formats.safetensors_file import Header, TensorInfo, read_header
 from shared.errors import UserError
 from shared.mapping.layout import CONCAT, COPY, Shape
 from shared.mapping.rule import Entry, Source, Spellings, Table, spelt

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from shared.checkpoint.passengers import config_of
+from shared.checkpoint.directory.auxiliary_files import config_of
 from shared.errors import UserError
 
 CONFIG = "adapter_config.json"

@@ -6,18 +6,18 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-from shared.checkpoint.execute import Task
-from shared.checkpoint.hf import LAYOUT, HfReader, WeightLayout, default_layout, write_weights
-from shared.checkpoint.passengers import copy_passengers, other_weights
-from shared.checkpoint.publish import Checks, Publication
-from shared.checkpoint.reader import Checkpoint, content_checks
-from shared.checkpoint.safetensors_file import TensorInfo, read_header
-from shared.checkpoint.shards import Shard
+from shared.architecture.architecture import Architecture
+from shared.checkpoint.copy.engine import Task
+from shared.checkpoint.directory.auxiliary_files import copy_passengers, other_weights
+from shared.checkpoint.directory.open import Checkpoint, content_checks
+from shared.checkpoint.directory.publish import Checks, Publication
+from shared.checkpoint.directory.sharded_publish import Shard
+from shared.checkpoint.formats.hugging_face import LAYOUT, HfReader, WeightLayout, default_layout, write_weights
+from shared.checkpoint.formats.safetensors_file import TensorInfo, read_header
 from shared.cli import log
 from shared.errors import UserError
 from shared.families import registry
 from shared.mapping.rule import Table
-from shared.model.architecture import Architecture
 from tools.convert.transfer import Import, alias_checks, named
 
 ASIDES = "asides.safetensors"

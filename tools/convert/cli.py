@@ -73,7 +73,7 @@ def to_megatron(
         shard: write one part of several, 1/4 to 4/4, in as many processes on machines that share the target's file
             system; when all are done, publish/4 makes the directory of them. The result is the same.
     """
-    from shared.checkpoint.shards import Shard
+    from shared.checkpoint.directory.sharded_publish import Shard
     from tools.convert.to_megatron import run
 
     run(source, target, hf_files, overwrite, workers, Shard.parse(shard) if shard else None)
@@ -103,7 +103,7 @@ def to_te(
         shard: write one part of several, 1/4 to 4/4, in as many processes on machines that share the target's file
             system; when all are done, publish/4 makes the directory of them. The result is the same.
     """
-    from shared.checkpoint.shards import Shard
+    from shared.checkpoint.directory.sharded_publish import Shard
     from tools.convert.to_te import run
 
     run(source, target, hf_files, overwrite, workers, Shard.parse(shard) if shard else None)
@@ -143,7 +143,7 @@ def to_hf(
         shard: write one part of several, 1/4 to 4/4, in as many processes on machines that share the target's file
             system; when all are done, publish/4 makes the directory of them. The result is the same.
     """
-    from shared.checkpoint.shards import Shard
+    from shared.checkpoint.directory.sharded_publish import Shard
     from tools.convert.to_hf import run
 
     part = Shard.parse(shard) if shard else None

@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from shared.checkpoint.moves import NewFile
-from shared.checkpoint.publish import Checks, Publication
+from shared.architecture.architecture import Architecture
+from shared.checkpoint.copy.operations import NewFile
+from shared.checkpoint.directory.publish import Checks, Publication
 from shared.cli import log, progress
-from shared.model.architecture import Architecture
 from tools.convert.report import peak_memory, plan_lines, summary
 
 _MOST = 8  # threads; more than these a disk seldom keeps busy

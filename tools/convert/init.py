@@ -13,17 +13,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from shared.checkpoint.blocks import BLOCK
+from shared.architecture.architecture import Architecture
+from shared.checkpoint.copy.blocks import BLOCK
+from shared.checkpoint.copy.engine import Advance
+from shared.checkpoint.directory.auxiliary_files import both_spellings, config_of, copy_passengers
+from shared.checkpoint.directory.publish import publish
 from shared.checkpoint.dtypes import BY_FLAG, FP32, Dtype, from_float32
-from shared.checkpoint.execute import Advance
-from shared.checkpoint.hf import default_layout, write_weights
-from shared.checkpoint.passengers import both_spellings, config_of, copy_passengers
-from shared.checkpoint.publish import publish
-from shared.checkpoint.safetensors_file import TensorInfo
+from shared.checkpoint.formats.hugging_face import default_layout, write_weights
+from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.cli import log, progress
 from shared.errors import UserError
 from shared.families import registry
-from shared.model.architecture import Architecture
 from tools.convert.report import peak_memory, plan_lines, summary
 from tools.convert.tokenizer_files import tokenizer_fields
 

@@ -10,20 +10,20 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from shared.checkpoint.directory.auxiliary_files import config_of
+from shared.checkpoint.directory.open import Checkpoint, open_checkpoint
 from shared.checkpoint.dtypes import BY_SAFETENSORS, count_not_finite
-from shared.checkpoint.hf import HfReader
-from shared.checkpoint.passengers import config_of
-from shared.checkpoint.reader import Checkpoint, open_checkpoint
-from shared.checkpoint.te import LAYERS, TeReader
-from shared.checkpoint.torch_dist import TorchDistReader
+from shared.checkpoint.formats.hugging_face import HfReader
+from shared.checkpoint.formats.torch_dist_reader import TorchDistReader
+from shared.checkpoint.formats.transformer_engine import LAYERS, TeReader
 from shared.cli import log, progress
 from shared.console import quantity
 from shared.errors import StageError, UserError
 from shared.families import registry
 from shared.mapping.account import account_sources, account_targets
 from shared.mapping.layout import Shape
-from shared.mapping.quantization import quantization_of
-from shared.mapping.te import te_form
+from shared.mapping.transformer_engine import te_form
+from shared.quantized.scheme import quantization_of
 from tools.convert.beside import with_kept
 from tools.convert.to_te import summary
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
 
-from shared.checkpoint import blocks
-from shared.checkpoint.blocks import Files
+from shared.checkpoint.copy import blocks
+from shared.checkpoint.copy.blocks import Files
+from shared.checkpoint.copy.byte_view import Region, region_of
+from shared.checkpoint.copy.operations import Move
 from shared.checkpoint.dtypes import Dtype, cast, count_not_finite, from_float32, to_float32, weight_dtype
-from shared.checkpoint.moves import Move
-from shared.checkpoint.region import Region, region_of
-from shared.checkpoint.safetensors_file import TensorInfo
+from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.errors import UserError
 
 if TYPE_CHECKING:

@@ -12,17 +12,17 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
-from shared.checkpoint.blocks import Files
+from shared.architecture.architecture import Architecture
+from shared.checkpoint.copy.blocks import Files
+from shared.checkpoint.copy.byte_view import Box, Region, region_of
+from shared.checkpoint.copy.engine import Task
 from shared.checkpoint.dtypes import Dtype, weight_dtype
-from shared.checkpoint.execute import Task
-from shared.checkpoint.megatron_lm import Ranks, read_ranks
-from shared.checkpoint.region import Box, Region, region_of
-from shared.checkpoint.safetensors_file import TensorInfo
+from shared.checkpoint.formats.megatron_lm_ranks import Ranks, read_ranks
+from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.errors import UserError
-from shared.families.delta import DELTA_PARTS
+from shared.families.common.gated_delta_net import DELTA_PARTS
 from shared.mapping.layout import Shape
 from shared.mapping.rule import Entry, Table
-from shared.model.architecture import Architecture
 from tools.convert.megatron_lm_names import HEAD, Place, place_of, spelt
 
 _EMBEDDING = "embedding.word_embeddings.weight"

@@ -9,22 +9,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.checkpoint.blocks import BLOCK
+from shared.checkpoint.copy.blocks import BLOCK
+from shared.checkpoint.copy.byte_view import region_of
+from shared.checkpoint.copy.engine import Task
+from shared.checkpoint.copy.operations import Move, converted, windows
+from shared.checkpoint.directory.auxiliary_files import config_of, copy_passengers
+from shared.checkpoint.directory.open import content_checks, open_checkpoint
+from shared.checkpoint.directory.publish import publish
 from shared.checkpoint.dtypes import weight_dtype
-from shared.checkpoint.execute import Task
-from shared.checkpoint.hf import HfReader, WeightLayout, weight_files, write_index
-from shared.checkpoint.moves import Move, converted, windows
-from shared.checkpoint.passengers import config_of, copy_passengers
-from shared.checkpoint.publish import publish
-from shared.checkpoint.reader import content_checks, open_checkpoint
-from shared.checkpoint.region import region_of
-from shared.checkpoint.safetensors_file import TensorInfo
+from shared.checkpoint.formats.hugging_face import HfReader, WeightLayout, weight_files, write_index
+from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.cli import log
 from shared.errors import UserError
 from shared.families import registry
-from shared.families.whole import untied as untied_config
-from shared.mapping.quantization import quantization_of
+from shared.families.common.multimodal_wrapper import untied as untied_config
 from shared.mapping.rule import Table
+from shared.quantized.scheme import quantization_of
 from tools.convert.adapter import Changes, match, read_adapter
 from tools.convert.adapter_config import AdapterConfig
 from tools.convert.execute import execute

@@ -14,12 +14,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from shared.architecture.architecture import Architecture
 from shared.families import registry
 from shared.families.family import Family
-from shared.model.architecture import Architecture
 
 RECORD = Path(__file__).with_name("proofs.json")
 _SHARED = Path(registry.__file__).parents[1]
+_DECIDING = ("architecture", "families", "kernels", "mapping", "model", "quantized")  # what a proof depends on
 
 Record = dict[str, Any]
 Outcome = dict[str, Any]
@@ -45,7 +46,7 @@ def description(family: Family) -> str:
 def code() -> str:
     """Hash of the files that say how a family is read, laid out and computed."""
     digest = hashlib.sha256()
-    for path in sorted(file for folder in ("families", "mapping", "model") for file in (_SHARED / folder).glob("*.py")):
+    for path in sorted(file for folder in _DECIDING for file in (_SHARED / folder).rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

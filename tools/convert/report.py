@@ -6,9 +6,10 @@ import os
 import sys
 from pathlib import Path
 
-from shared.checkpoint import blocks, moves
+from shared.architecture.architecture import Architecture
+from shared.checkpoint.copy import blocks
+from shared.checkpoint.copy import operations as moves
 from shared.console import quantity
-from shared.model.architecture import Architecture
 
 _BESIDES = 12 << 20  # bytes of what is not data: stacks, arenas, the metadata written at the end
 _NUMPY = 32 << 20  # bytes that it takes once numbers have to be moved or changed one by one

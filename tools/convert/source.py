@@ -7,10 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.checkpoint.hf import LAYOUT, HfReader
-from shared.checkpoint.passengers import config_of
-from shared.checkpoint.reader import Checkpoint, open_checkpoint
-from shared.checkpoint.sat import SETTINGS, Joined, SatReader, head_dims, join_ranks, rank_states
+from shared.checkpoint.directory.auxiliary_files import config_of
+from shared.checkpoint.directory.open import Checkpoint, open_checkpoint
+from shared.checkpoint.formats.hugging_face import LAYOUT, HfReader
+from shared.checkpoint.formats.swiss_army_transformer import (
+    SETTINGS,
+    Joined,
+    SatReader,
+    head_dims,
+    join_ranks,
+    rank_states,
+)
 from shared.cli import log
 from shared.errors import UserError
 from shared.families import registry

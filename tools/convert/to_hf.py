@@ -9,21 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from shared.architecture.architecture import Architecture
+from shared.checkpoint.copy.engine import Task
+from shared.checkpoint.directory.auxiliary_files import config_of, copy_passengers
+from shared.checkpoint.directory.open import Checkpoint, content_checks, open_checkpoint
+from shared.checkpoint.directory.sharded_publish import Shard, published
 from shared.checkpoint.dtypes import BY_FLAG, Dtype
-from shared.checkpoint.execute import Task
-from shared.checkpoint.hf import LAYOUT, WeightLayout, write_index
-from shared.checkpoint.megatron_lm import rank_files
-from shared.checkpoint.passengers import config_of, copy_passengers
-from shared.checkpoint.reader import Checkpoint, content_checks, open_checkpoint
-from shared.checkpoint.shards import Shard, published
-from shared.checkpoint.te import TeReader
-from shared.checkpoint.torch_dist import TorchDistReader
+from shared.checkpoint.formats.hugging_face import LAYOUT, WeightLayout, write_index
+from shared.checkpoint.formats.megatron_lm_ranks import rank_files
+from shared.checkpoint.formats.torch_dist_reader import TorchDistReader
+from shared.checkpoint.formats.transformer_engine import TeReader
 from shared.cli import log
 from shared.errors import UserError
 from shared.families import registry
-from shared.mapping.quantization import quantization_of
-from shared.mapping.te import te_form
-from shared.model.architecture import Architecture
+from shared.mapping.transformer_engine import te_form
+from shared.quantized.scheme import quantization_of
 from tools.convert.beside import ASIDES, as_stored, asides_of, with_kept
 from tools.convert.execute import execute
 from tools.convert.megatron_lm import MegatronLmReader

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from shared.checkpoint.reader import TRACKER
-from shared.checkpoint.shards import Shard, published
+from shared.checkpoint.directory.open import TRACKER
+from shared.checkpoint.directory.sharded_publish import Shard, published
 from shared.families import registry
 from tools.convert.beside import announce, as_stored, converts, keep_hf_files, source_checks
 from tools.convert.execute import execute

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoint.hf import write_index
-from shared.checkpoint.shards import Shard, published
-from shared.checkpoint.te import LAYERS
+from shared.checkpoint.directory.sharded_publish import Shard, published
+from shared.checkpoint.formats.hugging_face import write_index
+from shared.checkpoint.formats.transformer_engine import LAYERS
 from shared.cli import log
 from shared.families import registry
-from shared.mapping.te import te_form
+from shared.mapping.transformer_engine import te_form
 from tools.convert.beside import announce, converts, keep_hf_files, source_checks
 from tools.convert.execute import execute
 from tools.convert.source import inputs_of, open_source

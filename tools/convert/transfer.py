@@ -14,25 +14,36 @@ from itertools import groupby
 from math import prod
 from pathlib import Path
 
-from shared.checkpoint import blocks
-from shared.checkpoint.blocks import Files
+from shared.architecture.architecture import Architecture
+from shared.checkpoint.copy import blocks
+from shared.checkpoint.copy.blocks import Files
+from shared.checkpoint.copy.byte_view import EveryNth, Gathered, Matrix, Rows
+from shared.checkpoint.copy.engine import Task
+from shared.checkpoint.copy.operations import (
+    Added,
+    Move,
+    NewFile,
+    Part,
+    Unit,
+    converted,
+    repeated,
+    stream,
+    turned,
+    windows,
+)
 from shared.checkpoint.dtypes import BF16, FP32, FP64, Dtype, common, number, weight_dtype
-from shared.checkpoint.execute import Task
-from shared.checkpoint.hf import HfReader, WeightLayout, default_layout, weight_files
-from shared.checkpoint.moves import Added, Move, NewFile, Part, Unit, converted, repeated, stream, turned, windows
-from shared.checkpoint.packed import Half, Packed, Weight, repacked, weights_of
-from shared.checkpoint.region import EveryNth, Gathered, Matrix, Rows
-from shared.checkpoint.safetensors_file import TensorInfo
-from shared.checkpoint.te import STATE_TYPE, TeReader
-from shared.checkpoint.torch_dist import NOT_WEIGHTS, TorchDistReader
-from shared.checkpoint.torch_dist_writer import CHUNK_BYTES, TorchDistLayout
+from shared.checkpoint.formats.hugging_face import HfReader, WeightLayout, default_layout, weight_files
+from shared.checkpoint.formats.safetensors_file import TensorInfo
+from shared.checkpoint.formats.torch_dist_reader import NOT_WEIGHTS, TorchDistReader
+from shared.checkpoint.formats.torch_dist_writer import CHUNK_BYTES, TorchDistLayout
+from shared.checkpoint.formats.transformer_engine import STATE_TYPE, TeReader
 from shared.errors import UserError
 from shared.mapping.account import Account, account_sources, account_targets
+from shared.mapping.extra_states import extra_states
 from shared.mapping.layout import ONES, PADDING, Segment, Shape, of_source, of_target
-from shared.mapping.quantization import Quantization
 from shared.mapping.rule import Alias, Entry, Table
-from shared.model.architecture import Architecture
-from shared.model.extra_states import extra_states
+from shared.quantized.scheme import Quantization
+from shared.quantized.stored_weight import Half, Packed, Weight, repacked, weights_of
 from tools.convert.megatron_lm import MegatronLmReader
 
 FormReader = TorchDistReader | TeReader | MegatronLmReader

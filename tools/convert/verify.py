@@ -11,18 +11,18 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from shared.checkpoint.directory.auxiliary_files import config_of, passengers
+from shared.checkpoint.directory.manifest import fingerprint
+from shared.checkpoint.directory.open import open_checkpoint
 from shared.checkpoint.dtypes import count_not_finite, weight_dtype
 from shared.checkpoint.files import write_atomically
-from shared.checkpoint.hf import LAYOUT, HfReader
-from shared.checkpoint.manifest import fingerprint
-from shared.checkpoint.passengers import config_of, passengers
-from shared.checkpoint.reader import open_checkpoint
-from shared.checkpoint.te import LAYERS
+from shared.checkpoint.formats.hugging_face import LAYOUT, HfReader
+from shared.checkpoint.formats.transformer_engine import LAYERS
 from shared.cli import invocation, log, progress
 from shared.errors import StageError, UserError
 from shared.families import registry
-from shared.mapping.quantization import quantization_of
-from shared.mapping.te import te_form
+from shared.mapping.transformer_engine import te_form
+from shared.quantized.scheme import quantization_of
 from tools.convert.remote import remote_class
 from tools.convert.source import open_source
 from tools.convert.to_hf import open_export

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-import shared.device
-from shared.checkpoint.hf import HfReader
-from shared.checkpoint.passengers import config_of
+import shared.runtime.device
+from shared.architecture.architecture import Architecture
+from shared.checkpoint.directory.auxiliary_files import config_of
+from shared.checkpoint.formats.hugging_face import HfReader
 from shared.cli import log
 from shared.console import quantity
 from shared.errors import StageError
 from shared.families import registry
-from shared.families.unread import completed
-from shared.mapping.quantization import quantization_of
-from shared.model.architecture import Architecture
-from shared.model.prefix import prefix_inputs, with_blank
+from shared.families.common.transformers_workarounds import completed
+from shared.model.prefix_lm import prefix_inputs, with_blank
+from shared.quantized.scheme import quantization_of
 from tools.convert.remote import remote_class
 
 # Both sides compute in fp32 from the same bits and differ in the order of sums only. Each of a layer's dozen roundings
@@ -93,9 +93,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _megatron(architecture: Architecture, iteration: Path, ids: torch.Tensor) -> torch.Tensor:
-    shared.device.prepare()  # before anything of Megatron-Core is imported
+    shared.runtime.device.prepare()  # before anything of Megatron-Core is imported
     from shared.model import gpt, logits, weights
-    from shared.model.parallel import ParallelLayout, initialize
+    from shared.runtime.process_groups import ParallelLayout, initialize
 
     layout = ParallelLayout()
     initialize(layout, seed=0)
@@ -146,7 +146,7 @@ def _transformers(source: Path, ids: torch.Tensor, trust_remote_code: bool) -> t
 
 
 def _logits(model: Any, ids: torch.Tensor, **further: torch.Tensor) -> torch.Tensor:
-    model.eval().to(shared.device.prepare())
+    model.eval().to(shared.runtime.device.prepare())
     inputs = {name: tensor.to(model.device) for name, tensor in further.items()}
     result: torch.Tensor = model(ids.to(model.device), **inputs).logits.float().cpu()
     return result

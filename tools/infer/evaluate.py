@@ -13,10 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.checkpoint.publish import publish
+from shared.checkpoint.directory.publish import publish
 from shared.cli import log
 from shared.errors import UserError
-from shared.families.unread import completed
+from shared.families.common.transformers_workarounds import completed
 from tools.infer.engine import check_supported, model_config, open_source, reason
 from tools.infer.settings import DTYPES, engine_arguments, on_gpu, prepare_environment, read_config
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.checkpoint.publish import publish
+from shared.checkpoint.directory.publish import publish
 from shared.cli import log, progress
 from tools.infer.engine import check_supported, complete, model_config, open_source, start
 from tools.infer.prompts import check_length, encode, load_tokenizer, read_rows

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from shared.checkpoint.directory.open import open_checkpoint
+from shared.checkpoint.directory.publish import publish
+from shared.checkpoint.directory.target import lock
 from shared.checkpoint.files import remove_tree
-from shared.checkpoint.publish import publish
-from shared.checkpoint.reader import open_checkpoint
-from shared.checkpoint.target import lock
 from shared.cli import log, progress
 from shared.data.indexed import IndexedWriter, token_dtype
 from shared.data.parts import FinishedPart, Recipe, finish, plan, set_up

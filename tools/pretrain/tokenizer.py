@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoint.publish import publish
+from shared.checkpoint.directory.publish import publish
 from shared.cli import log, progress
 from shared.data.sources import expand, pieces, texts
 from shared.data.tokenizer import tokenizer_hash

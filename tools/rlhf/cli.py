@@ -18,7 +18,7 @@ def reward(options: RewardOptions) -> int | None:
     Face directory of a sequence-classification model with one label, and prints its accuracy on held-out pairs before
     and after training. Killed or stopped, the same command goes on from TARGET.state.
     """
-    from shared.training.launch import launch
+    from shared.runtime.launch import launch
 
     code = launch(options.processes)
     if code is None:
@@ -35,7 +35,7 @@ def ppo(options: PPOOptions) -> int | None:
     Reads a Hugging Face causal language model and JSON lines of {"prompt"} or {"messages"}; publishes a Hugging Face
     directory of the trained policy. Killed or stopped, the same command goes on from TARGET.state.
     """
-    from shared.training.launch import launch
+    from shared.runtime.launch import launch
 
     code = launch(options.processes)
     if code is None:
@@ -51,7 +51,7 @@ def grpo(options: GRPOOptions) -> int | None:
 
     Reads and publishes what `rlhf ppo` does. Killed or stopped, the same command goes on from TARGET.state.
     """
-    from shared.training.launch import launch
+    from shared.runtime.launch import launch
 
     code = launch(options.processes)
     if code is None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from shared.checkpoint.manifest import Inputs
-from shared.checkpoint.publish import Publication, publish
+from shared.checkpoint.directory.manifest import Inputs
+from shared.checkpoint.directory.publish import Publication, publish
 from shared.errors import EXIT_DONE, EXIT_USAGE, AlreadyDone, UserError
 from tools.rlhf.host import Host
 from tools.rlhf.state import State

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shared.checkpoint.hf import complete_hf
-from shared.checkpoint.reader import open_checkpoint
+from shared.checkpoint.directory.open import open_checkpoint
+from shared.checkpoint.formats.hugging_face import complete_hf
 from shared.data.tokenizer import open_tokenizer
 from shared.errors import StageError, UserError
-from shared.families.unread import completed
+from shared.families.common.transformers_workarounds import completed
 
 
 @dataclass(frozen=True, kw_only=True)

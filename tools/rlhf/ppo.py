@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.checkpoint.reader import open_checkpoint
+from shared.checkpoint.directory.open import open_checkpoint
 from shared.console import log
 from shared.errors import Interrupted, StageError, UserError
-from shared.training.metrics import Metrics, peak_memory
+from shared.report.metrics import Metrics, peak_memory
 from shared.training.schedule import Schedule
 from tools.rlhf import algorithm, rewards
 from tools.rlhf.data import Prompt, read_prompts

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from shared.training.charts import Line, chart
-from shared.training.metrics import METRICS, read
+from shared.report.charts import Line, chart
+from shared.report.metrics import METRICS, read
 from tools.rlhf.hold import Held
 
 REPORT = "report.html"

@@ -11,7 +11,7 @@ import torch
 
 from shared.console import log
 from shared.errors import UserError
-from shared.families.unread import completed
+from shared.families.common.transformers_workarounds import completed
 from tools.rlhf.data import Pair, read_preferences
 from tools.rlhf.hold import Held, check_batches, held
 from tools.rlhf.host import Host, prepare

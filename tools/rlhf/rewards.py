@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from shared.checkpoint.reader import open_checkpoint
+from shared.checkpoint.directory.open import open_checkpoint
 from shared.data.tokenizer import open_tokenizer
 from shared.errors import StageError, UserError
-from shared.families.unread import completed
+from shared.families.common.transformers_workarounds import completed
 from tools.rlhf.data import Prompt
 from tools.rlhf.reward_spec import RewardSpec
 

@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 from typing import Any, Self
 
+from shared.checkpoint.directory.manifest import Inputs, identity, parents_of
 from shared.checkpoint.files import remove_tree, sync, sync_tree, write_atomically
-from shared.checkpoint.manifest import Inputs, identity, parents_of
 from shared.console import log
 from shared.errors import UserError
 from shared.invocation import invocation

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, TrainerCallback
 from shared.checkpoint.files import remove_tree, sync, sync_tree
 from shared.console import log
 from shared.errors import Interrupted, StageError
-from shared.training.metrics import Metrics, peak_memory
+from shared.report.metrics import Metrics, peak_memory
 from tools.rlhf.hold import Held, StopRequest
 from tools.rlhf.host import Host, Precision
 

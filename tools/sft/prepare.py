@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from shared.checkpoint.publish import publish
-from shared.checkpoint.reader import open_checkpoint
+from shared.checkpoint.directory.open import open_checkpoint
+from shared.checkpoint.directory.publish import publish
 from shared.cli import log, progress
 from shared.data.sources import Piece, expand, is_rows, pieces, rows
 from shared.data.tokenizer import copy_tokenizer, open_tokenizer, tokenizer_hash

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.checkpoint.publish import publish
+from shared.checkpoint.directory.publish import publish
 from shared.invocation import invoked
 
 

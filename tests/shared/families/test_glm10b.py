@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from shared.architecture.architecture import Prefix
 from shared.errors import UserError
 from shared.families import registry
-from shared.model.architecture import Prefix
 
 IDS = {"<|startofpiece|>": 50257, "<|endofpiece|>": 50258, "[MASK]": 50260, "[gMASK]": 50263, "[sMASK]": 50264}
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from shared.architecture.architecture import RopeScaling
 from shared.errors import UserError
 from shared.families import registry
-from shared.model.architecture import RopeScaling
 
 
 @pytest.mark.parametrize(

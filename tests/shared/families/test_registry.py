@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from shared.checkpoint.packed import weights_of
-from shared.checkpoint.safetensors_file import TensorInfo
+from shared.architecture.architecture import Architecture
+from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.errors import UserError
 from shared.families import registry
 from shared.mapping.account import account_sources
-from shared.mapping.quantization import quantization_of
-from shared.model.architecture import Architecture
+from shared.quantized.scheme import quantization_of
+from shared.quantized.stored_weight import weights_of
 
 REFERENCES = Path(__file__).parents[2] / "references"
 

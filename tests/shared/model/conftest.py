@@ -13,10 +13,10 @@ import torch
 
 warnings.filterwarnings("ignore", message=".*Apex.*")
 
+from shared.architecture.architecture import Architecture  # noqa: E402
 from shared.model import weights  # noqa: E402
-from shared.model.architecture import Architecture  # noqa: E402
 from shared.model.gpt import build  # noqa: E402
-from shared.model.parallel import ParallelLayout, initialize  # noqa: E402
+from shared.runtime.process_groups import ParallelLayout, initialize  # noqa: E402
 
 ONE = ParallelLayout()
 

@@ -8,7 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from shared.training.launch import launch
+from shared.runtime.launch import launch
 
 STEPS, ROWS, SEQUENCE, VOCAB = 3, 4, 24, 300
 LAYOUTS = {
@@ -21,7 +21,7 @@ LAYOUTS = {
 
 
 def architecture(**changes):
-    from shared.model.architecture import Architecture
+    from shared.architecture.architecture import Architecture
 
     fields = dict(
         family="qwen3",
@@ -103,7 +103,7 @@ def train(description, layout, weights_path, dtype, recompute="none"):
 
     from shared.model import weights
     from shared.model.gpt import build
-    from shared.model.parallel import data_parallel_size, initialize
+    from shared.runtime.process_groups import data_parallel_size, initialize
 
     initialize(layout, 1)
     chunks = build(description, layout, dtype=dtype, recompute=recompute, calculate_per_token_loss=True)
@@ -168,7 +168,7 @@ def main(directory):
     from shared.model import weights
     from shared.model.gpt import build
     from shared.model.logits import logits
-    from shared.model.parallel import ParallelLayout, initialize
+    from shared.runtime.process_groups import ParallelLayout, initialize
 
     results = {}
     ids = make_ids()[:3, :SEQUENCE]

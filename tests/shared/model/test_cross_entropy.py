@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from shared.model.cross_entropy import vocab_parallel_cross_entropy
-from shared.model.parallel import ParallelLayout, initialize
+from shared.runtime.process_groups import ParallelLayout, initialize
 
 VOCAB, PADDED = 37, 48
 

@@ -15,10 +15,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from shared.model.architecture import Architecture, RopeScaling
+from shared.architecture.architecture import Architecture, RopeScaling
 from shared.model.gpt import build
 from shared.model.logits import logits
-from shared.model.parallel import ParallelLayout
+from shared.runtime.process_groups import ParallelLayout
 
 VOCAB, POSITIONS = 300, 320
 

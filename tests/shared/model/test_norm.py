@@ -31,7 +31,7 @@ def test_gradients_are_right(model_of, worker):
 def test_weights_are_marked_for_sequence_parallel_sums(worker):
     from shared.model.gpt import transformer_config
     from shared.model.norm import RMSNorm
-    from shared.model.parallel import ParallelLayout
+    from shared.runtime.process_groups import ParallelLayout
 
     for sequence_parallel in (False, True):
         layout = ParallelLayout(tensor=2, sequence_parallel=sequence_parallel)

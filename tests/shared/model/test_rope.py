@@ -7,10 +7,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
-from shared.device import prepare
-from shared.families.fields import Fields
-from shared.model.architecture import RopeScaling
+from shared.architecture.architecture import RopeScaling
+from shared.families.common.fields import Fields
 from shared.model.rope import Rotation, inverse_frequencies
+from shared.runtime.device import prepare
 
 
 def test_plain_frequencies_are_transformers(worker):

@@ -7,7 +7,7 @@ from shared.errors import UserError
 from shared.model import weights
 from shared.model.gpt import build
 from shared.model.logits import logits
-from shared.model.parallel import ParallelLayout, initialize
+from shared.runtime.process_groups import ParallelLayout, initialize
 
 ONE = ParallelLayout()
 

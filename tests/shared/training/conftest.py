@@ -8,9 +8,9 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from shared.model.architecture import Architecture
+from shared.architecture.architecture import Architecture
+from shared.runtime.quiet import hush
 from shared.training.config import TrainingConfig
-from shared.training.quiet import hush
 
 hush()
 
@@ -108,7 +108,8 @@ AHEAD = {"prediction_layers": 2, "tied_embeddings": False}
 def random_weights(directory: Path, architecture: Architecture) -> Path:
     from megatron.core import dist_checkpointing
 
-    from shared.model import gpt, parallel, weights
+    from shared.model import gpt, weights
+    from shared.runtime import process_groups as parallel
     from shared.training.state import write_from_threads
 
     directory.mkdir()

@@ -8,8 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-from shared.training.launch import launch
-from shared.training.quiet import hush
+from shared.runtime.launch import launch
+from shared.runtime.quiet import hush
 
 _ALONE = ("tensor", "pipeline")  # what they ask of layers for tokens further ahead, the others do, too
 LAYOUTS = {
@@ -32,7 +32,8 @@ class Session:
     def __init__(self, config, architecture, directory: Path, restore: bool = True) -> None:
         import torch
 
-        from shared.model import gpt, parallel, weights
+        from shared.model import gpt, weights
+        from shared.runtime import process_groups as parallel
         from shared.training import state
         from shared.training.loop import model_overrides
         from shared.training.optimizer import build_optimizer, wrap
@@ -119,7 +120,7 @@ def main() -> None:
 
 def run(directory: Path) -> dict:
     """One model's results, by layout."""
-    from shared.model.architecture import Architecture
+    from shared.architecture.architecture import Architecture
     from shared.training.config import TrainingConfig
 
     given = json.loads((directory / "run.json").read_text())

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-import shared.device
-from shared.model import gpt, parallel, weights
+import shared.runtime.device
+from shared.model import gpt, weights
+from shared.runtime import process_groups as parallel
 from shared.training.data import IGNORE, Batch
 from shared.training.loop import forward_backward, keep_further_layers, model_overrides, validate
 from shared.training.loss import Loss, further_labels, token_loss
@@ -93,7 +94,7 @@ def updates(
         learning_rate=1e-2,
         **changes,
     )
-    device = shared.device.prepare()
+    device = shared.runtime.device.prepare()
     layout = parallel.ParallelLayout()
     parallel.initialize(layout, 1)
     chunks = gpt.build(architecture, layout, dtype=torch.float32, **model_overrides(config))

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-import shared.device
-from shared.model import gpt, parallel, weights
+import shared.runtime.device
+from shared.model import gpt, weights
+from shared.runtime import process_groups as parallel
 from shared.training import state
 from shared.training.data import Batch
 from shared.training.loop import forward_backward, model_overrides
@@ -44,7 +45,7 @@ def made(make_config, make_architecture, start):
         def train(first: int, last: int, rate: float = 1e-2) -> list[tuple[float, float]]:
             rows = []
             for step in range(first, last):
-                loss = forward_backward(config, model, Words(), step, shared.device.prepare()).mean
+                loss = forward_backward(config, model, Words(), step, shared.runtime.device.prepare()).mean
                 set_learning_rate(optimizer, rate)
                 _, norm, _ = optimizer.step()
                 rows.append((loss, float(norm)))

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from shared.architecture.architecture import Architecture, RopeScaling
 from shared.checkpoint.dtypes import BF16, BY_FLAG, FP32, Dtype, from_float32
-from shared.checkpoint.hf import default_layout, write_weights
+from shared.checkpoint.formats.hugging_face import default_layout, write_weights
 from shared.families import registry
-from shared.model.architecture import Architecture, RopeScaling
 from tools.convert.cli import tool
 
 # Of families that transformers lacks: written down here from the published arithmetic, and put into checkpoints as the
@@ -179,7 +179,7 @@ def overwrite_tensor() -> Callable[[Path, str, Callable[[np.ndarray], np.ndarray
     """Change a bf16 tensor of a single-file checkpoint in place: the function gets `[rows, columns]` of bits."""
 
     def change(path: Path, name: str, function: Callable[[np.ndarray], np.ndarray]) -> None:
-        from shared.checkpoint.safetensors_file import read_header
+        from shared.checkpoint.formats.safetensors_file import read_header
 
         tensor = next(t for t in read_header(path).tensors if t.name == name)
         assert tensor.dtype == BF16.safetensors

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-import shared.device
+import shared.runtime.device
 
-shared.device.prepare()  # CUDA, or its surface on the CPU, before Megatron-Core is imported
+shared.runtime.device.prepare()  # CUDA, or its surface on the CPU, before Megatron-Core is imported
 
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
@@ -34,13 +34,13 @@ from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region  # noqa: E402
 
-from shared.checkpoint.passengers import config_of  # noqa: E402
+from shared.architecture.architecture import Architecture  # noqa: E402
+from shared.checkpoint.directory.auxiliary_files import config_of  # noqa: E402
 from shared.families import registry  # noqa: E402
 from shared.model import gpt, weights  # noqa: E402
-from shared.model.architecture import Architecture  # noqa: E402
 from shared.model.logits import logits  # noqa: E402
-from shared.model.parallel import ParallelLayout, initialize  # noqa: E402
-from shared.model.prefix import with_blank  # noqa: E402
+from shared.model.prefix_lm import with_blank  # noqa: E402
+from shared.runtime.process_groups import ParallelLayout, initialize  # noqa: E402
 from shared.training.loss import further_labels, token_loss  # noqa: E402
 
 LAYOUTS = {

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-import shared.device
+import shared.runtime.device
 
-shared.device.prepare()  # CUDA, or its surface on the CPU, before Megatron-Core is imported
+shared.runtime.device.prepare()  # CUDA, or its surface on the CPU, before Megatron-Core is imported
 
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
@@ -26,7 +26,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  #
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 
-from shared.checkpoint.passengers import config_of  # noqa: E402
+from shared.checkpoint.directory.auxiliary_files import config_of  # noqa: E402
 from shared.families import registry  # noqa: E402
 from shared.model.logits import logits  # noqa: E402
 

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import torch
 
-from shared.checkpoint.hf import HfReader
+from shared.architecture.architecture import Architecture
+from shared.checkpoint.formats.hugging_face import HfReader
 from shared.families import registry
-from shared.families.unread import completed
-from shared.model.architecture import Architecture
-from shared.model.prefix import with_blank
+from shared.families.common.transformers_workarounds import completed
+from shared.model.prefix_lm import with_blank
 from tests.references.prediction import Predicting
 
 POSITIONS, CONTINUED = 256, 32

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from shared.architecture.architecture import Architecture
 from shared.families import registry
-from shared.model.architecture import Architecture
 
 PROGRAM = """
 import json, sys

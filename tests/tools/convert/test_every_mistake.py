@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from shared.architecture.architecture import Architecture, DeltaNet, LatentAttention
 from shared.families import registry
 from shared.families.family import Family
 from shared.mapping.layout import Segment, Shape, Transposed
 from shared.mapping.rule import Axis, Rule, Source
-from shared.model.architecture import Architecture, DeltaNet, LatentAttention
 
 
 class Swapped:
@@ -269,7 +269,8 @@ def careless_readings(a: Architecture) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def mistakes_of_modules(a: Architecture) -> Iterator[tuple[str, Any, str, Callable[..., Any]]]:
     """Functions of `shared.model` that compute what no field says: the module, its function's name, and a wrong one."""
-    from shared.model import alibi, gpt
+    from shared.kernels.attention import alibi
+    from shared.model import gpt
 
     slopes, inputs = alibi.slopes, gpt.prefix_inputs
     if a.positions == "alibi":

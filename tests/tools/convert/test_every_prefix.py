@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoint.hf import HfReader
+from shared.architecture.architecture import Architecture
+from shared.checkpoint.formats.hugging_face import HfReader
 from shared.families import registry
-from shared.model.architecture import Architecture
 
 
 def test_files_saved_without_the_prefix_of_their_names(

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from shared.checkpoint import blocks, torch_dist_writer
+from shared.checkpoint.copy import blocks
+from shared.checkpoint.formats import torch_dist_writer
 
 Make = Callable[..., Path]
 
@@ -140,18 +141,19 @@ def test_progress_is_told_in_bytes(
 
 KILLED = """
 import sys, time
-import shared.checkpoint.blocks, shared.checkpoint.execute, shared.checkpoint.journal, shared.checkpoint.torch_dist_writer
+import shared.checkpoint.copy.blocks, shared.checkpoint.copy.engine, shared.checkpoint.copy.journal
+import shared.checkpoint.formats.torch_dist_writer
 import tools.convert.transfer
 from tools.convert.cli import tool
-shared.checkpoint.blocks.BLOCK = 1000
-shared.checkpoint.journal._EVERY = 3000
-shared.checkpoint.torch_dist_writer._SMALLEST = 40_000
+shared.checkpoint.copy.blocks.BLOCK = 1000
+shared.checkpoint.copy.journal._EVERY = 3000
+shared.checkpoint.formats.torch_dist_writer._SMALLEST = 40_000
 tools.convert.transfer.CHUNK_BYTES = 7000
-put = shared.checkpoint.execute._Output._put
+put = shared.checkpoint.copy.engine._Output._put
 def slowly(*arguments):  # or all would be written before the one who watches has looked
     time.sleep(0.001)
     put(*arguments)
-shared.checkpoint.execute._Output._put = slowly
+shared.checkpoint.copy.engine._Output._put = slowly
 print("begun", flush=True)
 tool.run(sys.argv[1:])
 """

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from shared.checkpoint.dtypes import BY_SAFETENSORS, to_float32
-from shared.checkpoint.hf import HfReader
+from shared.checkpoint.formats.hugging_face import HfReader
 from shared.families import registry
 
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shared.architecture.architecture import Architecture
 from shared.families import registry
-from shared.model.architecture import Architecture
 
 Make = Callable[..., Path]
 LLAMA = replace(registry.sizes()["tiny"], vocab_size=259, num_layers=4)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shared.checkpoint.hf import HfReader, default_layout, write_weights
+from shared.checkpoint.formats.hugging_face import HfReader, default_layout, write_weights
 from shared.families import registry
 from shared.mapping.rule import Source, spelt
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shared.architecture.architecture import Architecture, Experts
 from shared.checkpoint.files import hash_file
-from shared.checkpoint.hf import default_layout, write_weights
-from shared.checkpoint.safetensors_file import TensorInfo
+from shared.checkpoint.formats.hugging_face import default_layout, write_weights
+from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.families import registry
-from shared.model.architecture import Architecture, Experts
 
 RUN = """
 import sys

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shared.architecture.architecture import Architecture
 from shared.checkpoint.dtypes import BY_FLAG
-from shared.checkpoint.hf import HfReader
-from shared.checkpoint.torch_dist import TorchDistReader
+from shared.checkpoint.formats.hugging_face import HfReader
+from shared.checkpoint.formats.torch_dist_reader import TorchDistReader
 from shared.errors import UserError
 from shared.families import registry
-from shared.model.architecture import Architecture
 from tools.convert.verify_logits import _transformers
 
 Make = Callable[..., Path]

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shared.checkpoint.hf import HfReader, default_layout, write_weights
-from shared.checkpoint.torch_dist import TorchDistReader
+from shared.checkpoint.formats.hugging_face import HfReader, default_layout, write_weights
+from shared.checkpoint.formats.torch_dist_reader import TorchDistReader
 from shared.families import registry
 
 Make = Callable[..., Path]

@@ -19,11 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from shared.architecture.architecture import Architecture
 from shared.families import registry
 from shared.mapping.layout import Interleave
 from shared.mapping.rule import Rule
-from shared.mapping.te import te_form
-from shared.model.architecture import Architecture
+from shared.mapping.transformer_engine import te_form
 
 CHOSEN = os.environ.get("FAMILIES", "").split()
 TINY = {
@@ -260,7 +260,7 @@ def test_a_description_of_another_model_is_found_out(write_architecture: Any, co
 def test_in_parts_and_by_threads_it_is_the_same(
     write_architecture: Any, convert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from shared.checkpoint import hf
+    from shared.checkpoint.formats import hugging_face as hf
 
     monkeypatch.setattr(hf.default_layout, "__defaults__", (100_000, None))  # bytes of a shard: several files
     source = write_architecture(tmp_path / "hf", registry.sizes()["mixtral-tiny"], shard_bytes=100_000)

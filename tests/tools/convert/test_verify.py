@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shared.checkpoint.hf import HfReader
+from shared.checkpoint.formats.hugging_face import HfReader
 
 Make = Callable[..., Path]
 GATE, UP = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
@@ -131,8 +131,8 @@ def test_file_that_is(pair: tuple[Path, Path], convert: Any, change: str) -> Non
 
 
 def test_padding_that_is_not_zero(pair: tuple[Path, Path], convert: Any) -> None:
-    from shared.checkpoint.torch_archive import find_tensor
-    from shared.checkpoint.torch_dist import TorchDistReader
+    from shared.checkpoint.formats.torch_archive import find_tensor
+    from shared.checkpoint.formats.torch_dist_reader import TorchDistReader
 
     source, target = pair
     reader = TorchDistReader(target / "release")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from shared.architecture.architecture import Architecture
 from shared.families import registry
-from shared.model.architecture import Architecture
-from shared.model.parallel import ParallelLayout, initialize
+from shared.runtime.process_groups import ParallelLayout, initialize
 
 NORMS = ("self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_")
 

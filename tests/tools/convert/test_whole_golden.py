@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from shared.checkpoint.manifest import CONTRACT_VERSION, MANIFEST
-from shared.checkpoint.reader import open_checkpoint
+from shared.checkpoint.directory.manifest import CONTRACT_VERSION, MANIFEST
+from shared.checkpoint.directory.open import open_checkpoint
 from shared.errors import UserError
 
 GOLDEN = Path(__file__).resolve().parents[3] / "tests" / "golden"

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from shared.architecture.architecture import Architecture
 from shared.families import registry
-from shared.model.architecture import Architecture
 
 Tensors = dict[str, torch.Tensor]
 # What files call the parts: as published, as transformers 5 saves them, and as its class names them.

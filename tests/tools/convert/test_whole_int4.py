@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shared.checkpoint.hf import HfReader
+from shared.checkpoint.formats.hugging_face import HfReader
 from shared.families import registry
 
 WEIGHTS = {

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from shared.checkpoint.hf import HfReader
+from shared.checkpoint.formats.hugging_face import HfReader
 
 MODELS = ("llama-gqa", "qwen2-tied", "qwen3")
 LAYOUTS = ("tp2", "pp2")

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import shared.device
+import shared.runtime.device
+from shared.architecture.architecture import Architecture
 from shared.families import registry
 from shared.mapping.rule import Rule
-from shared.model.architecture import Architecture
 from tests.references.prediction import Predicting
 from tests.tools.convert.conftest import SIZES
 from tests.tools.convert.test_every_mistake import mistaken, mistakes_of_tables
@@ -57,9 +57,9 @@ def converted(convert: Any, source: Path, target: Path, *words: str, command: st
 
 def ahead(target: Path, a: Architecture) -> torch.Tensor:
     """Logits of the tokens after the next, `[1, POSITIONS - 1, vocabulary]`, from a Megatron directory."""
-    shared.device.prepare()
+    shared.runtime.device.prepare()
     from shared.model import gpt, weights
-    from shared.model.parallel import ParallelLayout, initialize
+    from shared.runtime.process_groups import ParallelLayout, initialize
 
     initialize(ParallelLayout(), seed=0)
     chunks = gpt.build(a, ParallelLayout(), dtype=torch.float32)
@@ -219,12 +219,12 @@ def test_plain_megatron_core(write_architecture: Any, convert: Any, tmp_path: Pa
 
 
 def plain(a: Architecture) -> Any:
-    shared.device.prepare()
+    shared.runtime.device.prepare()
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
     from megatron.core.transformer import TransformerConfig
 
-    from shared.model.parallel import ParallelLayout, initialize
+    from shared.runtime.process_groups import ParallelLayout, initialize
 
     initialize(ParallelLayout(), seed=0)
     experts = a.experts

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from shared.checkpoint.hf import HfReader
+from shared.checkpoint.formats.hugging_face import HfReader
 from shared.families import registry
 
 BLOCK = [24, 40]  # of tiny models: several blocks a matrix, cut at both edges

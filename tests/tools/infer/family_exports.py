@@ -10,8 +10,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from shared.architecture.architecture import Architecture
 from shared.families import registry
-from shared.model.architecture import Architecture
 from tools.convert.cli import tool
 
 write_hf = runpy.run_path(str(Path(__file__).parents[1] / "convert" / "conftest.py"))["write_hf"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.checkpoint.reader import open_checkpoint
+from shared.checkpoint.directory.open import open_checkpoint
 from tools.infer.evaluate import table
 
 HELD_OUT = """

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.checkpoint.publish import publish
-from shared.checkpoint.reader import open_checkpoint
+from shared.checkpoint.directory.open import open_checkpoint
+from shared.checkpoint.directory.publish import publish
 from shared.cli import invoked
 from shared.families import registry
 

@@ -9,7 +9,7 @@ from compressed_tensors.compressors.pack_quantized import PackedQuantizationComp
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 
-from shared.checkpoint import int4
+from shared.quantized import int4
 
 ROWS, GROUPS = 300, 7
 COLUMNS = GROUPS * int4.GROUP

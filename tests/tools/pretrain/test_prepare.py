@@ -14,7 +14,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
 import shared.data.parts as parts
-from shared.checkpoint.reader import open_checkpoint
+from shared.checkpoint.directory.open import open_checkpoint
 from shared.cli import invoked
 from shared.data.parts import plan, set_up
 from shared.data.sources import Piece, expand, texts

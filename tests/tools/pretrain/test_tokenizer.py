@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from shared.checkpoint.reader import open_checkpoint
+from shared.checkpoint.directory.open import open_checkpoint
 from shared.cli import invoked
 from shared.errors import AlreadyDone, UserError
 from tools.pretrain.tokenizer import MINIMUM_VOCAB_SIZE, run

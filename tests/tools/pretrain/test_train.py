@@ -15,12 +15,12 @@ import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from shared.checkpoint.publish import publish
+from shared.architecture.architecture import Architecture
+from shared.checkpoint.directory.publish import publish
 from shared.cli import invoked
 from shared.data.indexed import IndexedWriter
 from shared.families import registry
-from shared.model.architecture import Architecture
-from shared.training.quiet import hush
+from shared.runtime.quiet import hush
 from shared.training.recorder import Recorder
 from tools.pretrain.cli import tool
 
@@ -65,7 +65,8 @@ def source(tmp_path_factory) -> Path:
 def random_model(directory: Path, model: Architecture) -> Path:
     from megatron.core import dist_checkpointing
 
-    from shared.model import gpt, parallel, weights
+    from shared.model import gpt, weights
+    from shared.runtime import process_groups as parallel
     from shared.training.state import write_from_threads
 
     (directory / "release").mkdir(parents=True)

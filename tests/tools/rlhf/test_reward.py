@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from shared.checkpoint.reader import open_checkpoint
+from shared.checkpoint.directory.open import open_checkpoint
 
 
 def test_accuracy_rises_on_separable_pairs(reward_model):

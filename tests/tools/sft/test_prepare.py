@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from shared.checkpoint.reader import open_checkpoint
+from shared.checkpoint.directory.open import open_checkpoint
 from shared.cli import invoked
 from shared.errors import AlreadyDone, UserError
 from tools.sft import prepare

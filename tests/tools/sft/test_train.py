@@ -14,11 +14,11 @@ import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from shared.checkpoint.publish import publish
+from shared.architecture.architecture import Architecture
+from shared.checkpoint.directory.publish import publish
 from shared.cli import invoked
 from shared.families import registry
-from shared.model.architecture import Architecture
-from shared.training.quiet import hush
+from shared.runtime.quiet import hush
 from shared.training.recorder import Recorder
 from tools.sft.cli import tool
 
@@ -49,7 +49,8 @@ def source(tmp_path_factory) -> Path:
     """A Megatron directory with random weights."""
     from megatron.core import dist_checkpointing
 
-    from shared.model import gpt, parallel, weights
+    from shared.model import gpt, weights
+    from shared.runtime import process_groups as parallel
     from shared.training.state import write_from_threads
 
     directory = tmp_path_factory.mktemp("source") / "model"
@@ -173,7 +174,8 @@ def test_padding_is_invisible(whole, source, tmp_path):
 
 def test_the_first_loss_is_the_mean_over_each_conversation_alone(whole, source, data):
     """No packing and no mask on the other side: every validation conversation goes through the model by itself."""
-    from shared.model import gpt, logits, parallel, weights
+    from shared.model import gpt, logits, weights
+    from shared.runtime import process_groups as parallel
 
     layout = parallel.ParallelLayout()
     parallel.initialize(layout, 1)

@@ -1,0 +1,1 @@
+"""What a model is: pure data, importable without torch."""

@@ -1,0 +1,1 @@
+"""The copy engine: operations on bytes, the worker pool, the journal."""

@@ -1,0 +1,181 @@
+"""Where the rows of a tensor lie in files: boxes of one file each, read as any window of rows and columns.
+
+Everything is counted in bytes along a row, so that nothing here knows a number's type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from shared.checkpoint.copy import blocks
+from shared.checkpoint.copy.blocks import Files
+from shared.checkpoint.formats.safetensors_file import TensorInfo
+from shared.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Matrix(Protocol):
+    """Rows of a tensor that can be read, be they stored or made when they are read."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def width(self) -> int:
+        """Bytes of a row."""
+        ...
+
+    def read(self, files: Files, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
+        """Fill `out`, of `rows * width` bytes, with a window of the matrix."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Box:
+    """Rows `row` to `row + rows`, bytes `left` to `left + width` of each, stored without a gap."""
+
+    file: Path
+    start: int  # byte in the file
+    row: int
+    rows: int
+    left: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Region:
+    """A matrix of bytes, tiled by boxes."""
+
+    name: str  # of the tensor, for messages
+    rows: int
+    width: int
+    boxes: tuple[Box, ...]
+
+    def read(self, files: Files, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
+        """Fill `out`, of `rows * width` bytes, with a window of the matrix."""
+        filled = 0
+        for box in self.boxes:
+            top, bottom = max(row, box.row), min(row + rows, box.row + box.rows)
+            start, stop = max(left, box.left), min(left + width, box.left + box.width)
+            if top >= bottom or start >= stop:
+                continue
+            run, count = stop - start, bottom - top
+            filled += run * count
+            source = box.start + (top - box.row) * box.width + start - box.left
+            place = (top - row) * width + start - left
+            if run == width and (run == box.width or count == 1):
+                files.read_into(box.file, source, out[place : place + count * run])
+            elif run == box.width:
+                piece = memoryview(bytearray(count * run))
+                files.read_into(box.file, source, piece)
+                _scatter(piece, out[(top - row) * width : (bottom - row) * width], width, start - left, run)
+            else:
+                for _ in range(count):
+                    files.read_into(box.file, source, out[place : place + run])
+                    source, place = source + box.width, place + width
+        if filled != rows * width:
+            raise UserError(
+                f"{self.name}: {filled} of {rows * width} bytes of rows {row} to {row + rows} are in its chunks; "
+                "the checkpoint is damaged, fetch or write it again"
+            )
+
+    def blocks(self, files: Files, row: int, rows: int) -> Iterator[memoryview]:
+        """Whole rows in blocks of bounded size; each block is valid until the next one is asked for."""
+        step = max(blocks.BLOCK // max(self.width, 1), 1)
+        buffer = memoryview(bytearray(min(step, rows) * self.width))
+        for first in range(row, row + rows, step):
+            count = min(step, row + rows - first)
+            block = buffer[: count * self.width]
+            self.read(files, first, count, 0, self.width, block)
+            yield block
+
+
+def region_of(tensor: TensorInfo) -> Region:
+    """A tensor of one file as a matrix of bytes."""
+    rows = tensor.shape[0] if tensor.shape else 1
+    box = Box(file=tensor.file, start=tensor.start, row=0, rows=rows, left=0, width=tensor.row_bytes)
+    return Region(name=tensor.name, rows=rows, width=tensor.row_bytes, boxes=(box,))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """Rows `row` to `row + rows` of a matrix, which are those from `at` on of another, there `step` apart."""
+
+    matrix: Matrix
+    row: int
+    rows: int
+    at: int
+    step: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gathered:
+    """A matrix put together of rows of others."""
+
+    name: str
+    rows: int
+    width: int
+    parts: tuple[Rows, ...]
+
+    def read(self, files: Files, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
+        """As `Region.read`."""
+        for part in self.parts:
+            first = max(-(-(row - part.at) // part.step), 0)  # of the part's rows, those in the window
+            count = min(-(-(row + rows - part.at) // part.step), part.rows) - first
+            top = part.at + first * part.step - row
+            if count > 0 and part.step == 1:
+                place = out[top * width : (top + count) * width]
+                part.matrix.read(files, part.row + first, count, left, width, place)
+            elif count > 0:
+                piece = memoryview(bytearray(count * width))
+                part.matrix.read(files, part.row + first, count, left, width, piece)
+                _every(out, top, part.step, width)[:count] = _every(piece, 0, 1, width)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EveryNth:
+    """`rows` rows of a matrix that are `step` apart, from row `first` on."""
+
+    matrix: Matrix
+    first: int
+    rows: int
+    step: int
+
+    @property
+    def name(self) -> str:
+        return self.matrix.name
+
+    @property
+    def width(self) -> int:
+        """As `Matrix`."""
+        return self.matrix.width
+
+    def read(self, files: Files, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
+        """As `Region.read`."""
+        span = (rows - 1) * self.step + 1
+        piece = memoryview(bytearray(span * width))
+        self.matrix.read(files, self.first + row * self.step, span, left, width, piece)
+        _every(out, 0, 1, width)[:] = _every(piece, 0, self.step, width)
+
+
+def _every(data: memoryview, first: int, step: int, width: int) -> np.ndarray:
+    """Rows of `width` bytes, `step` apart."""
+    import numpy as np
+
+    return np.frombuffer(data, dtype=np.uint8).reshape(-1, width)[first::step]
+
+
+def _scatter(piece: memoryview, out: memoryview, width: int, left: int, run: int) -> None:
+    """Rows of `run` bytes into rows of `width` bytes, from byte `left` on."""
+    import numpy as np  # only for tensors whose columns are cut: other conversions do without
+
+    window = np.frombuffer(out, dtype=np.uint8).reshape(-1, width)
+    window[:, left : left + run] = np.frombuffer(piece, dtype=np.uint8).reshape(-1, run)

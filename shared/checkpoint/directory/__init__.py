@@ -1,0 +1,1 @@
+"""The contract: manifest, publishing, opening, target, run directory, sharded publishing, auxiliary files."""

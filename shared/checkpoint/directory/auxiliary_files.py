@@ -1,0 +1,117 @@
+"""The files that travel with a model's weights: configuration, tokenizer, chat template, and whatever else is there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shared.checkpoint.directory.manifest import MANIFEST
+from shared.checkpoint.files import files_below
+from shared.console import log
+from shared.errors import UserError
+
+# Weights, in this form or another; a directory's own index and layout describe them and do not travel.
+WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz"),
+    *(".onnx_data", ".ot", ".mlmodel", ".nemo"),
+)
+_OF_WEIGHTS = (".index.json",)
+_OWN = {MANIFEST, "weights.json", "asides.safetensors"}  # ours, about this directory
+_OF_RUNS = ("metrics.jsonl", "report.html", "run.json", "state/", "runs/", "tensorboard/")  # of the run that made it
+_TOOLS_FOLDERS = {".git", ".cache"}  # of the programs that fetched it
+
+
+def passengers(directory: Path) -> Iterator[Path]:
+    """Relative paths of the files that travel, in a fixed order: of a published directory those it answers for."""
+    if (directory / MANIFEST).is_file():
+        names = [n for n in config_of(directory / MANIFEST)["files"] if not n.startswith(_OF_RUNS)]
+    else:
+        names = _names(directory)
+    for name in sorted(names):
+        if not name.endswith((*WEIGHT_SUFFIXES, *_OF_WEIGHTS)) and name not in _OWN and not _points(directory / name):
+            yield Path(name)
+
+
+def _points(path: Path) -> bool:
+    """Whether it is DeepSpeed's, or SwissArmyTransformer's, `latest`: the name of a folder of weights beside it."""
+    if path.name != "latest":
+        return False
+    folder = path.read_bytes()[:256].decode(errors="replace").strip()
+    return folder.isprintable() and bool(folder) and (path.parent / folder).is_dir()
+
+
+def _names(directory: Path) -> list[str]:
+    return [path.relative_to(directory).as_posix() for path in files_below(directory, _TOOLS_FOLDERS)]
+
+
+def other_weights(directory: Path, used: set[str]) -> list[str]:
+    """Weights in the directory that are not the ones read: another format, or parts of another model."""
+    return sorted(name for name in {*_names(directory)} - used - _OWN if name.endswith(WEIGHT_SUFFIXES))
+
+
+def copy_passengers(source: Path, target: Path) -> None:
+    """Copy every passenger that is not at the target already; links are followed."""
+    for relative in passengers(source):
+        place = target / relative
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / relative, place)
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    """The content of a config.json; UserError if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a configuration: a JSON object is wanted")
+    return content
+
+
+def complete_hf(directory: Path, source_files: Path) -> None:
+    """Make a directory with freshly saved weights one that any program can load.
+
+    Copies what the source has beside its weights and the directory lacks, and writes config.json and
+    tokenizer_config.json so that transformers 4 and 5, and what is built on them, read the same from them.
+
+    Args:
+        directory: has the weights, and a config.json if it is not the source's.
+        source_files: where the model's other files are (`Checkpoint.hf_files`).
+    """
+    copy_passengers(source_files, directory)
+    path = directory / "config.json"
+    config = config_of(path)
+    both = both_spellings(config)
+    if both != config:
+        path.write_text(json.dumps(both, indent=2) + "\n", encoding="utf-8")
+    tokenizer = directory / "tokenizer_config.json"
+    if tokenizer.is_file():
+        settings = config_of(tokenizer)
+        if settings.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, unknown to 4
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+            tokenizer.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            log(f"{tokenizer.name}: tokenizer_class is PreTrainedTokenizerFast, which transformers 4 and 5 know")
+
+
+def both_spellings(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with transformers 4's fields beside 5's, and 5's beside 4's."""
+    result = dict(config)
+    new = result.get("rope_parameters")
+    if isinstance(new, dict) and "rope_theta" in new:
+        result.setdefault("rope_theta", new["rope_theta"])
+        if "rope_scaling" not in result:
+            scaling = {name: value for name, value in new.items() if name != "rope_theta"}
+            result["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    elif new is None and "rope_theta" in result:
+        scaling = dict(result.setdefault("rope_scaling", None) or {})
+        kind = scaling.pop("type", "default")
+        result["rope_parameters"] = {"rope_theta": result["rope_theta"], "rope_type": kind, **scaling}
+    if "dtype" in result:
+        result.setdefault("torch_dtype", result["dtype"])
+    return result

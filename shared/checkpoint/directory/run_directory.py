@@ -1,0 +1,163 @@
+"""A training run's directory: iterations published one by one, the newest of them the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any, Self
+
+from shared.checkpoint.directory.manifest import (
+    MANIFEST,
+    Inputs,
+    Kind,
+    Manifest,
+    Parent,
+    identity,
+    origin,
+    parents_of,
+    read_manifest,
+)
+from shared.checkpoint.directory.open import TRACKER, iteration_name
+from shared.checkpoint.directory.publish import list_files
+from shared.checkpoint.directory.target import PARTIAL, RUN, check_overlap, check_target, clear_leftovers, lock
+from shared.checkpoint.files import files_below, remove_tree, sync, sync_tree, write_atomically
+from shared.console import log
+from shared.errors import UserError
+from shared.invocation import invocation
+
+PASSENGERS = "hf"  # config.json, tokenizer, ...: what travels with the weights
+
+
+class RunDirectory:
+    """A run directory held by this process (of a distributed run, by rank 0).
+
+    An iteration is written to `iter_N.partial-<id>`, made durable and renamed; then `manifest.json` is replaced, and
+    the tracker that Megatron reads. The manifest covers the newest iteration and the passengers; metrics and reports
+    beside them change while the run goes on and are not covered.
+    """
+
+    def __init__(self, path: Path, *, kind: Kind, same: str, parents: list[Parent], descriptor: int) -> None:
+        self.path = path
+        self.iteration: int | None = None
+        self._kind = kind
+        self._identity = same
+        self._parents = parents
+        self._descriptor = descriptor
+        self._manifest: Manifest | None = None
+
+    @classmethod
+    def open(cls, target: Path, *, kind: Kind, inputs: Inputs, overwrite: bool = False) -> Self:
+        """Begin a run, or take up the same one where it was.
+
+        The same command on an unfinished run resumes it, with or without `overwrite`.
+
+        Raises:
+            AlreadyDone: the run is finished.
+            UserError: the target overlaps an input, holds something else, or is being written.
+        """
+        check_overlap(target, inputs)
+        clear_leftovers(target)
+        parents = parents_of(inputs)
+        same = identity(invocation(), inputs, parents)
+        if not _resumable(target, same):
+            check_target(target, same=same, overwrite=overwrite)
+            if target.exists():
+                remove_tree(target)
+            target.mkdir(parents=True)
+        descriptor = lock(target)
+        if descriptor is None:
+            raise UserError(f"--target {target}: another process is writing it; wait for it or stop it")
+        run = cls(target, kind=kind, same=same, parents=parents, descriptor=descriptor)
+        run._take_up()
+        return run
+
+    def _take_up(self) -> None:
+        """Bring the directory to the state its manifest describes."""
+        if not (self.path / RUN).exists():
+            record = {"identity": self._identity, **origin(invocation())}
+            write_atomically(self.path / RUN, (json.dumps(record, indent=1) + "\n").encode())
+        self._manifest = read_manifest(self.path, flag="--target")
+        self.iteration = self._manifest.iteration if self._manifest else None
+        for leftover in sorted(self.path.glob(f"*{PARTIAL}*")):
+            remove_tree(leftover)
+            log(f"removed {leftover.name}, left by a run that was killed")
+        for folder in self.path.glob("iter_*"):
+            if self.iteration is None or int(folder.name.removeprefix("iter_")) > self.iteration:
+                remove_tree(folder)  # renamed, but the kill came before the manifest
+        if self.iteration is not None:
+            write_atomically(self.path / TRACKER, str(self.iteration).encode())
+
+    def add_passengers(self, files: Path) -> None:
+        """Copy what travels with the weights to `hf/`, once."""
+        target = self.path / PASSENGERS
+        if target.exists():
+            return
+        partial = self.path / f"{PASSENGERS}{PARTIAL}{secrets.token_hex(4)}"
+        shutil.copytree(files, partial)
+        sync_tree(partial)
+        partial.rename(target)
+        sync(self.path)
+
+    def begin(self, iteration: int) -> Path:
+        """An empty directory for an iteration in the making; every rank writes there."""
+        partial = self.path / f"{iteration_name(iteration)}{PARTIAL}{secrets.token_hex(4)}"
+        partial.mkdir()
+        self._partial = partial
+        return partial
+
+    def commit(self, iteration: int, *, facts: dict[str, Any], finished: bool = False, keep: int = 2) -> None:
+        """Make the iteration begun last the checkpoint, and remove all but the newest `keep`."""
+        final = self.path / iteration_name(iteration)
+        sync_tree(self._partial)
+        if final.exists():
+            remove_tree(final)
+        self._partial.rename(final)
+        sync(self.path)
+        covered = [*files_below(final), *files_below(self.path / PASSENGERS)]
+        entries = list_files(self.path, covered)
+        self._record(
+            Manifest(
+                kind=self._kind,
+                state="finished" if finished else "running",
+                iteration=iteration,
+                identity=self._identity,
+                parents=self._parents,
+                facts=facts,
+                files=entries,
+                bytes=sum(entry.size for entry in entries.values()),
+                **origin(invocation()),
+            )
+        )
+        for folder in sorted(self.path.glob("iter_*"))[: -max(keep, 1)]:
+            remove_tree(folder)
+
+    def finish(self) -> None:
+        """Declare the run finished with the iteration it has."""
+        assert self._manifest is not None, "a run is finished after its last commit"
+        self._record(self._manifest.model_copy(update={"state": "finished"}))
+
+    def _record(self, manifest: Manifest) -> None:
+        write_atomically(self.path / MANIFEST, manifest.encode().encode())
+        write_atomically(self.path / TRACKER, str(manifest.iteration).encode())
+        self._manifest, self.iteration = manifest, manifest.iteration
+
+    def close(self) -> None:
+        """Let go of the directory."""
+        os.close(self._descriptor)
+
+
+def _resumable(target: Path, same: str) -> bool:
+    """Whether the target holds an unfinished run of the same work."""
+    try:
+        record = json.loads((target / RUN).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except ValueError:  # damaged: as good as another run's
+        return False
+    if record.get("identity") != same:
+        return False
+    manifest = read_manifest(target, flag="--target")
+    return manifest is None or manifest.state == "running"

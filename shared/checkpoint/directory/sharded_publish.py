@@ -1,0 +1,297 @@
+"""One directory written by several processes, on machines that share its file system and nothing else.
+
+`TARGET.shards-of-4/` has a folder for each shard, `2-of-4`, which appears whole: the files dealt to it and a record of
+their hashes, and of the work they were written for. Publishing needs every record, all of the same work; it moves the
+files together, writes what else there is, and does not read them again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.checkpoint.copy.engine import Advance
+from shared.checkpoint.copy.journal import JOURNAL, began, plan_key
+from shared.checkpoint.copy.operations import NewFile
+from shared.checkpoint.directory.manifest import Inputs, Kind, Parent, identity, parents_of
+from shared.checkpoint.directory.publish import Checks, Publication, publish, put_in_place
+from shared.checkpoint.directory.target import PARTIAL, SHARDS, check_no_shards, check_overlap, check_target, lock
+from shared.checkpoint.files import remove_tree, sync, sync_tree, write_atomically
+from shared.console import log
+from shared.errors import AlreadyDone, UserError
+from shared.invocation import invocation
+
+_RECORD = "shard.json"
+_WHOLE = "whole"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """What `--shard` says: `2/4` writes the second of four parts, `publish/4` publishes them."""
+
+    index: int | None  # from 1; None publishes
+    count: int
+
+    @staticmethod
+    def parse(text: str) -> Shard:
+        found = re.fullmatch(r"(\d+|publish)/(\d+)", text)
+        if found is None or not int(found[2]):
+            raise UserError(f"--shard {text}: write 1/4 to 4/4 for the parts, then publish/4")
+        index, count = None if found[1] == "publish" else int(found[1]), int(found[2])
+        if index is not None and not 1 <= index <= count:
+            raise UserError(f"--shard {text}: parts are counted from 1/{count} to {count}/{count}")
+        return Shard(index=index, count=count)
+
+    @property
+    def label(self) -> str:
+        return f"{self.index}-of-{self.count}"
+
+
+def deal(files: Sequence[NewFile], shard: Shard) -> list[NewFile]:
+    """The files of one shard: whole files, neighbours together, about as many bytes as every other."""
+    total = sum(file.size for file in files)
+    dealt, position = [], 0
+    for file in files:
+        middle = position + file.size / 2
+        if min(int(middle * shard.count / max(total, 1)), shard.count - 1) + 1 == shard.index:
+            dealt.append(file)
+        position += file.size
+    return dealt
+
+
+@contextlib.contextmanager
+def published(
+    target: Path, *, kind: Kind, inputs: Inputs, overwrite: bool, shard: Shard | None
+) -> Iterator[Publication]:
+    """As `publish`, by one process, or by several each with a shard.
+
+    Raises:
+        AlreadyDone: the same work is published, or this shard of it is written.
+        UserError: as `publish`; another division into shards has begun; and, when publishing, a shard is missing or
+            was written for other work.
+    """
+    if shard is None:
+        with publish(target, kind=kind, inputs=inputs, overwrite=overwrite, resumable=True) as whole:
+            yield whole
+        return
+    check_overlap(target, inputs)
+    parents = parents_of(inputs)
+    same = identity(invocation(), inputs, parents)
+    staging = target.with_name(f"{target.name}{SHARDS}{shard.count}")
+    check_no_shards(target, own=staging)
+    check_target(target, same=same, overwrite=overwrite)
+    work = _Work(same=same, options=invocation().identity(inputs), parents=parents)
+    with (
+        _written(staging, shard, work) if shard.index is not None else _gathered(staging, shard, work, target, kind)
+    ) as out:
+        yield out
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What a shard's bytes depend on."""
+
+    same: str
+    options: dict[str, Any]
+    parents: list[Parent]
+
+    def record(self, shard: Shard, plan: str, hashes: dict[str, str]) -> dict[str, Any]:
+        return {
+            "shard": shard.label,
+            "identity": self.same,
+            "version": invocation().version,
+            "options": self.options,
+            "inputs": [[parent.flag, parent.fingerprint] for parent in self.parents],
+            "plan": plan,
+            "files": hashes,
+        }
+
+    def difference(self, record: dict[str, Any]) -> str:
+        """What another shard was written for, if not for this; empty if it was."""
+        ours = self.record(Shard(index=1, count=1), "", {})
+        for name in sorted(ours["options"].keys() | record["options"].keys()):
+            here, there = ours["options"].get(name), record["options"].get(name)
+            if here != there:
+                flag = name.replace("_", "-")
+                return f"was written with --{flag} {_shown(there)}, not {_shown(here)}"
+        for here, there in zip(ours["inputs"], record["inputs"], strict=False):
+            if here != there:
+                return f"was written from another --{here[0].replace('_', '-')}, or it has changed since"
+        if ours["version"] != record["version"]:
+            return f"was written by version {record['version']}, this is {ours['version']}"
+        return "" if ours["identity"] == record["identity"] else "was written by another command"
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else str(value)
+
+
+class _ShardPublication(Publication):
+    """One shard: only files that are made of moves, and of those only its own."""
+
+    finishing = False
+
+    def __init__(self, path: Path, work: str, shard: Shard) -> None:
+        super().__init__(path, work)
+        self.shard = shard
+        self.plan = ""
+
+    def mine(self, files: Sequence[NewFile]) -> list[NewFile]:
+        return deal(files, self.shard)
+
+    def write(
+        self, files: Sequence[NewFile], *, workers: int, advance: Advance, checks: Checks = lambda sources: ()
+    ) -> None:
+        self.plan = plan_key(files)
+        super().write(files, workers=workers, advance=advance, checks=checks)
+
+
+@contextlib.contextmanager
+def _written(staging: Path, shard: Shard, work: _Work) -> Iterator[Publication]:
+    done = staging / shard.label
+    record = _read_record(done)
+    if record is not None and not work.difference(record) and _complete(staging, done, record):
+        raise AlreadyDone(
+            f"already done: shard {shard.index} of {shard.count}; when all are, --shard publish/{shard.count}"
+        )
+    staging.mkdir(parents=True, exist_ok=True)
+    attempt, held = None, None
+    for beside in sorted(staging.glob(f"{shard.label}{PARTIAL}*")):
+        descriptor = lock(beside)
+        if descriptor is None:
+            raise UserError(
+                f"--shard {shard.index}/{shard.count}: another process is writing it; wait for it or stop it"
+            )
+        if attempt is None and began(beside, work.same):
+            attempt, held = beside, descriptor
+        else:
+            remove_tree(beside)
+            os.close(descriptor)
+    if attempt is None:
+        attempt = staging / f"{shard.label}{PARTIAL}{secrets.token_hex(4)}"
+        attempt.mkdir()
+        held = lock(attempt)
+    try:
+        out = _ShardPublication(attempt, f"{work.same} {invocation().version}", shard)
+        yield out
+        (attempt / JOURNAL).unlink()
+        sync_tree(attempt)
+        files = {name: {"size": entry.size, "hash": entry.hash} for name, entry in out.entries().items()}
+        content = json.dumps(work.record(shard, out.plan, files), indent=1)  # type: ignore[arg-type]
+        write_atomically(attempt / _RECORD, content.encode())
+        if done.exists():
+            remove_tree(done)
+        attempt.rename(done)
+        sync(staging)
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException:
+        remove_tree(attempt)
+        with contextlib.suppress(OSError):
+            staging.rmdir()  # nothing of another shard is in it
+        raise
+    finally:
+        if held is not None:
+            os.close(held)
+    log(
+        f"shard {shard.index} of {shard.count} is written; when all are, run the same command with --shard publish/{shard.count}"
+    )
+
+
+class _GatheredPublication(Publication):
+    """The whole: nothing is read or written of what the shards have."""
+
+    def __init__(self, path: Path, work: str, staging: Path, shard: Shard, records: dict[int, dict[str, Any]]) -> None:
+        super().__init__(path, work)
+        self._staging, self._shard, self._records = staging, shard, records
+
+    def mine(self, files: Sequence[NewFile]) -> list[NewFile]:
+        return []
+
+    def write(
+        self, files: Sequence[NewFile], *, workers: int, advance: Advance, checks: Checks = lambda sources: ()
+    ) -> None:
+        moves: list[tuple[Path, Path]] = []
+        for index, record in self._records.items():
+            if record["plan"] != plan_key(files):
+                raise UserError(f"shard {index} of {self._shard.count} was written for other files; run it again")
+            folder = self._staging / f"{index}-of-{self._shard.count}"
+            for file in deal(files, Shard(index=index, count=self._shard.count)):
+                place = _place(self._staging, folder, file.name)
+                if place is None or place.stat().st_size != file.size:
+                    raise UserError(
+                        f"shard {index} of {self._shard.count}: {file.name} is missing or cut short; run it again"
+                    )
+                moves.append((place, self.path / file.name))
+                self.record_hash(file.name, record["files"][file.name]["hash"])
+        wanted = {place for _, place in moves}
+        for path in [path for path in self.path.rglob("*") if path.is_file() and path not in wanted]:
+            path.unlink()  # of an attempt to publish that was killed
+        for place, final in moves:
+            if place != final:
+                final.parent.mkdir(parents=True, exist_ok=True)
+                place.rename(final)
+
+
+@contextlib.contextmanager
+def _gathered(staging: Path, shard: Shard, work: _Work, target: Path, kind: Kind) -> Iterator[Publication]:
+    count = shard.count
+    if not staging.is_dir():
+        raise UserError(
+            f"--shard publish/{count}: {staging} is not there; write the shards 1/{count} to {count}/{count} first"
+        )
+    records: dict[int, dict[str, Any]] = {}
+    for index in range(1, count + 1):
+        record = _read_record(staging / f"{index}-of-{count}")
+        if record is None:
+            begun = any(staging.glob(f"{index}-of-{count}{PARTIAL}*"))
+            state = "is not finished" if begun else "is missing"
+            raise UserError(
+                f"--shard publish/{count}: shard {index} of {count} {state}; run --shard {index}/{count} first"
+            )
+        if why := work.difference(record):
+            raise UserError(
+                f"--shard publish/{count}: shard {index} of {count} {why}; run --shard {index}/{count} again, or publish "
+                "with what it was written with"
+            )
+        records[index] = record
+    held = lock(staging)
+    if held is None:
+        raise UserError(f"--shard publish/{count}: another process is publishing {target}; wait for it or stop it")
+    try:
+        whole = staging / _WHOLE
+        whole.mkdir(exist_ok=True)
+        out = _GatheredPublication(whole, work.same, staging, shard, records)
+        yield out
+        out.seal(kind, work.same, work.parents)
+        put_in_place(whole, target)
+        remove_tree(staging)
+    finally:
+        os.close(held)
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads((folder / _RECORD).read_bytes()))
+    except FileNotFoundError:
+        return None
+
+
+def _complete(staging: Path, folder: Path, record: dict[str, Any]) -> bool:
+    places = {name: _place(staging, folder, name) for name in record["files"]}
+    return all(p is not None and p.stat().st_size == record["files"][n]["size"] for n, p in places.items())
+
+
+def _place(staging: Path, folder: Path, name: str) -> Path | None:
+    """Where a file of a shard is: an attempt to publish that was killed may have moved it."""
+    for place in (folder / name, staging / _WHOLE / name):
+        if place.is_file():
+            return place
+    return None

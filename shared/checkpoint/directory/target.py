@@ -1,0 +1,132 @@
+"""Where a stage may write: overlap, leftovers of killed runs, and what --overwrite may replace."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from shared.checkpoint.copy.journal import began
+from shared.checkpoint.directory.manifest import MANIFEST, Inputs, Manifest, read_manifest
+from shared.checkpoint.files import remove_tree
+from shared.console import log
+from shared.errors import AlreadyDone, UserError
+
+PARTIAL = ".partial-"
+REPLACED = ".replaced-"
+SHARDS = ".shards-of-"
+RUN = "run.json"  # written when a training run begins
+
+
+def check_overlap(target: Path, inputs: Inputs) -> None:
+    """Refuse a target that is, holds or lies in one of the inputs, or where no directory can be put."""
+    if target.is_symlink():
+        raise UserError(f"--target {target} is a link; give the directory itself")
+    if not (above := next(path for path in target.absolute().parents if path.exists())).is_dir():
+        raise UserError(f"--target {target}: {above} is a file; choose another directory")
+    whole = target.resolve()
+    for flag, given in inputs.items():
+        for path in [given] if isinstance(given, Path) else given:
+            source = path.resolve()
+            if source == whole or source.is_relative_to(whole) or whole.is_relative_to(source):
+                name = flag.replace("_", "-")
+                raise UserError(f"--target {target} overlaps --{name} {path}; choose another directory")
+
+
+def lock(directory: Path) -> int | None:
+    """Hold a directory for this process: a descriptor, or None if a living process holds it.
+
+    The kernel drops the lock when its holder dies, however it dies.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def clear_leftovers(target: Path, keep: str | None = None) -> tuple[Path | None, int | None]:
+    """Remove what killed runs left beside the target; refuse when one of them still lives.
+
+    With `keep`, what was left of that work (`manifest.identity`) is locked and returned instead: (directory, lock).
+    """
+    kept: tuple[Path | None, int | None] = None, None
+    if not target.parent.is_dir():
+        return kept
+    for beside in sorted(target.parent.glob(f"{_escaped(target.name)}{REPLACED}*")):
+        if not target.exists():  # killed between the two renames of a replacement: the old one is still whole
+            beside.rename(target)
+            log(f"restored {target}: an earlier run was killed while replacing it")
+        else:
+            remove_tree(beside)
+    for beside in sorted(target.parent.glob(f"{_escaped(target.name)}{PARTIAL}*")):
+        descriptor = lock(beside)
+        if descriptor is None:
+            if kept[1] is not None:
+                os.close(kept[1])
+            raise UserError(f"--target {target}: another process is writing it ({beside.name}); wait for it or stop it")
+        if keep is not None and kept[0] is None and began(beside, keep):
+            kept = beside, descriptor
+            continue
+        remove_tree(beside)
+        os.close(descriptor)
+        log(f"removed {beside.name}, left by a run that was killed")
+    return kept
+
+
+def check_no_shards(target: Path, own: Path | None = None) -> None:
+    """Refuse a target of which other processes are writing shards, but for those in `own`."""
+    for beside in sorted(target.parent.glob(f"{_escaped(target.name)}{SHARDS}*")):
+        if beside != own:
+            count = beside.name.rpartition("-")[2]
+            raise UserError(
+                f"--target {target}: {beside.name} holds parts of a conversion in {count} shards; finish it with "
+                f"--shard publish/{count}, or remove that directory"
+            )
+
+
+def check_target(target: Path, *, same: str, overwrite: bool) -> Manifest | None:
+    """Decide whether the target may be written, by what stands there.
+
+    Returns the manifest of what is to be replaced. Raises AlreadyDone when the same work is finished there, UserError
+    when something else is.
+    """
+    if not target.exists():
+        return None
+    if not target.is_dir():
+        raise UserError(f"--target {target} is a file; a directory is published there")
+    if not any(target.iterdir()):
+        return None
+    damaged = None
+    try:
+        manifest = read_manifest(target, flag="--target")
+    except UserError as error:
+        manifest, damaged = None, error
+    if manifest is None and not damaged and not (target / RUN).exists():
+        raise UserError(f"--target {target} exists and was not made by this tool; choose another or remove it yourself")
+    if overwrite:
+        return manifest
+    if damaged:
+        raise damaged
+    if manifest is None:
+        raise UserError(f"--target {target} holds an unfinished run of another command; finish it, or use --overwrite")
+    if manifest.identity != same:
+        raise UserError(
+            f"--target {target} holds the result of `{manifest.tool} {manifest.command}` with other inputs or options; "
+            "choose another directory or use --overwrite"
+        )
+    if manifest.state == "running":
+        raise UserError(f"--target {target} holds an unfinished run; finish it, or use --overwrite")
+    for name, entry in manifest.files.items():
+        file = target / name
+        if not file.is_file() or file.stat().st_size != entry.size:
+            raise UserError(
+                f"--target {target} is damaged ({name} is missing or cut short); use --overwrite to make it again"
+            )
+    raise AlreadyDone(f"already done: {target} ({MANIFEST} of {manifest.created})")
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -1,0 +1,1 @@
+"""File formats of checkpoints, read and written without their libraries."""

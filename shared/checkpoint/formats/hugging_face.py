@@ -1,0 +1,315 @@
+"""Hugging Face directories: weights in safetensors shards, read and written tensor by tensor; torch's own are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import chain
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from shared.checkpoint.copy.blocks import Files, HashedFile
+from shared.checkpoint.copy.operations import Block, Constant, Move, NewFile, packed, stream, windows
+from shared.checkpoint.directory.auxiliary_files import complete_hf, config_of
+from shared.checkpoint.formats.pytorch_bin import read_torch_weights
+from shared.checkpoint.formats.safetensors_file import (
+    Header,
+    TensorInfo,
+    encode_header,
+    header_bytes,
+    parse_header,
+    read_header,
+    tensor_bytes,
+    weight_map_of,
+)
+from shared.errors import UserError
+from shared.mapping.layout import Shape
+from shared.quantized.scheme import Quantization, quantization_of
+from shared.quantized.stored_weight import Weight, check_written, weights_of
+
+__all__ = ["HfReader", "Shard", "WeightLayout", "complete_hf", "config_of", "default_layout", "write_weights"]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TORCH_SINGLE = "pytorch_model.bin"
+TORCH_INDEX = "pytorch_model.bin.index.json"
+LAYOUT = "weights.json"  # beside the Megatron form: the source's shards, so that an export has the same
+SHARD_BYTES = 5_000_000_000  # transformers' default
+Record = Callable[[str, str], None]  # (relative name, content hash)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One safetensors file to be."""
+
+    file: str
+    header: Header
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightLayout:
+    """How a checkpoint's tensors are dealt over files, down to each header's text."""
+
+    shards: tuple[Shard, ...]
+    index: str | None  # text of the index file
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        return {tensor.name: tensor for shard in self.shards for tensor in shard.header.tensors}
+
+    def encode(self) -> str:
+        """As `hf/weights.json`."""
+        shards = [{"file": shard.file, "header": shard.header.text} for shard in self.shards]
+        return json.dumps({"version": 1, "shards": shards, "index": self.index}, indent=1) + "\n"
+
+    @staticmethod
+    def read(path: Path) -> WeightLayout:
+        """The layout in a `weights.json`; UserError if it is not one."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            shards = tuple(
+                Shard(file=shard["file"], header=parse_header(shard["header"], path)) for shard in content["shards"]
+            )
+            if outside := [shard.file for shard in shards if Path(shard.file).name != shard.file]:
+                raise ValueError(f"{outside[0]!r} is not a file of one directory")
+            return WeightLayout(shards=shards, index=content["index"])
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"{path} is damaged ({error}); convert the model again") from None
+
+    def plain(self, form: Quantization | None) -> WeightLayout:
+        """The same shards with plain numbers in place of codes, and without the scales."""
+        weights = weights_of(form, self.tensors())
+        if not any(weight.packed for weight in weights.values()):
+            return self
+        by_name = {weight.stored[0].name: weight for weight in weights.values()}
+        shards = []
+        for shard in self.shards:
+            plain = [by_name[tensor.name] for tensor in shard.header.tensors if tensor.name in by_name]
+            triples = [(weight.name, weight.dtype, weight.shape) for weight in plain]
+            if triples:
+                header = parse_header(encode_header(triples, shard.header.metadata), Path(shard.file))
+                shards.append(Shard(file=shard.file, header=header))
+        return WeightLayout(shards=tuple(shards), index=_index(shards) if self.index is not None else None)
+
+    def with_dtypes(self, dtypes: Mapping[str, str]) -> WeightLayout:
+        """The same shards with other element types; unchanged where the types are."""
+        if all(dtypes.get(name, tensor.dtype) == tensor.dtype for name, tensor in self.tensors().items()):
+            return self
+        shards = []
+        for shard in self.shards:
+            triples = [(t.name, dtypes.get(t.name, t.dtype), t.shape) for t in shard.header.tensors]
+            header = parse_header(encode_header(triples, shard.header.metadata), Path(shard.file))
+            shards.append(Shard(file=shard.file, header=header))
+        return WeightLayout(shards=tuple(shards), index=_index(shards) if self.index is not None else None)
+
+    def with_tensor(self, name: str, dtype: str, shape: Shape) -> WeightLayout:
+        """The same shards with one tensor more, at the end of the last."""
+        *shards, last = self.shards
+        triples = [(t.name, t.dtype, t.shape) for t in last.header.tensors] + [(name, dtype, shape)]
+        header = parse_header(encode_header(triples, last.header.metadata), Path(last.file))
+        shards.append(Shard(file=last.file, header=header))
+        return WeightLayout(shards=tuple(shards), index=_index(shards) if self.index is not None else None)
+
+
+class HfReader:
+    """The tensors of a Hugging Face directory, found by its index and checked against the files' own headers.
+
+    `layout` is what an export of them has: the source's own shards, or safetensors shards of the same tensors where the
+    source holds torch's. Raises UserError for a missing or damaged file, a tensor that the index places wrongly, and a
+    tensor or shard that the index does not mention: such a directory has lost something.
+    """
+
+    cut_columns = False  # whether parts of a row lie in several places
+
+    def __init__(self, path: Path, flag: str = "--source") -> None:
+        self.path = path
+        self.beside: tuple[Path, ...] = (path,)  # where the files lie that travel with the weights
+        self.config = config_of(path / "config.json")
+        stored = stored_weights(path, flag)
+        self.files = [shard.file for shard in stored.shards]
+        self.tensors: dict[str, TensorInfo] = stored.tensors()
+        self.layout = stored if all(shard.header.text for shard in stored.shards) else _as_safetensors(stored)
+        self._files = Files()
+
+    def rows(self, name: str, first: int = 0, count: int | None = None) -> Iterator[memoryview]:
+        """Bytes of `count` rows from row `first` on, in blocks of whole rows valid until the next is asked for."""
+        tensor = self.tensors[name]
+        size = tensor.size if count is None else count * tensor.row_bytes
+        return self._files.blocks(tensor.file, tensor.start + first * tensor.row_bytes, size, tensor.row_bytes)
+
+    @cached_property
+    def weights(self) -> dict[str, Weight]:
+        """Raises UserError where they are stored in a form that is not read here."""
+        weights = weights_of(quantization_of(self.config), self.tensors)
+        check_written(weights, self._files)
+        return weights
+
+    def numbers(self, name: str) -> Iterator[memoryview]:
+        """Bytes of a weight's plain numbers, in blocks valid until the next is asked for."""
+        matrix = self.weights[name].matrix()
+        return stream(windows(matrix, 0, matrix.rows), self._files)
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.size for tensor in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        return sum(prod(tensor.shape) for tensor in self.tensors.values())
+
+
+def stored_weights(path: Path, flag: str) -> WeightLayout:
+    """The shards of a directory, as its index and their headers say; UserError where those disagree."""
+    for pattern, single, index, read in (
+        ("model*.safetensors", SINGLE, INDEX, read_header),
+        ("pytorch_model*.bin", TORCH_SINGLE, TORCH_INDEX, read_torch_weights),
+    ):
+        there = sorted(file.name for file in path.glob(pattern))
+        if (path / index).is_file():
+            return _sharded(path, flag, there, index, read)
+        if single in there:
+            if others := [name for name in there if name != single]:
+                raise UserError(f"{flag} {path} holds {single} and {others[0]} without {index}; keep the right ones")
+            return WeightLayout(shards=(Shard(file=single, header=read(path / single)),), index=None)
+        if there:
+            raise UserError(f"{flag} {path / index} is missing, though {there[0]} is there; fetch it again")
+    raise UserError(f"{flag} {path} holds no {SINGLE} and no {INDEX}, nor {TORCH_SINGLE}")
+
+
+def _as_safetensors(stored: WeightLayout) -> WeightLayout:
+    """Torch's shards as transformers names and orders them in safetensors."""
+    shards = []
+    for shard in stored.shards:
+        name = Path(shard.file.removeprefix("pytorch_")).with_suffix(".safetensors").name
+        triples = [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard.header.tensors]
+        shards.append(Shard(file=name, header=parse_header(encode_header(triples, {"format": "pt"}), Path(name))))
+    return WeightLayout(shards=tuple(shards), index=_index(shards) if stored.index is not None else None)
+
+
+def _sharded(
+    path: Path, flag: str, shards_there: Sequence[str], index: str, read: Callable[[Path], Header]
+) -> WeightLayout:
+    weight_map = weight_map_of(path / index, flag)
+    files = sorted(set(weight_map.values()))
+    if outside := [name for name in files if Path(name).name != name]:
+        raise UserError(f"{flag} {path / index} names {outside[0]!r}, which is not a file of this directory")
+    for name in files:
+        if not (path / name).is_file():
+            raise UserError(f"{flag} {path / name} is missing, though {index} names it; fetch it again")
+    if unnamed := [name for name in shards_there if name not in files]:
+        raise UserError(f"{flag} {path / unnamed[0]} is not in {index}: its tensors would be lost; fetch both again")
+    shards: list[Shard] = []
+    seen: dict[str, str] = {}
+    for name in files:
+        header = read(path / name)
+        shards.append(Shard(file=name, header=header))
+        for tensor in header.tensors:
+            if tensor.name in seen:
+                raise UserError(
+                    f"{flag} {path / name} and {seen[tensor.name]} both hold {tensor.name}; fetch them again"
+                )
+            seen[tensor.name] = name
+            named = weight_map.get(tensor.name)
+            if named is None:
+                raise UserError(f"{flag} {path / name}: {tensor.name} is not in {index}; fetch both again")
+            if named != name:
+                raise UserError(f"{flag} {path / index} says {tensor.name} is in {named}; it is in {name}")
+    if absent := [tensor for tensor in weight_map if tensor not in seen]:
+        raise UserError(f"{flag} {path / weight_map[absent[0]]}: {absent[0]} is not there, though {index} says so")
+    return WeightLayout(shards=tuple(shards), index=(path / index).read_text(encoding="utf-8"))
+
+
+def default_layout(
+    tensors: Sequence[tuple[str, str, Shape]], shard_bytes: int = SHARD_BYTES, file: str | None = None
+) -> WeightLayout:
+    """Files for (name, safetensors dtype, shape), cut as transformers does: at most `shard_bytes` in each.
+
+    With `file`, all of them in one file of that name.
+    """
+    if file is not None:
+        header = parse_header(encode_header(tensors, None), Path(file))
+        return WeightLayout(shards=(Shard(file=file, header=header),), index=None)
+    groups: list[list[tuple[str, str, Shape]]] = [[]]
+    room = shard_bytes
+    for name, dtype, shape in tensors:
+        size = tensor_bytes(dtype, shape)
+        if groups[-1] and size > room:
+            groups.append([])
+            room = shard_bytes
+        groups[-1].append((name, dtype, shape))
+        room -= size
+    count = len(groups)
+    shards = []
+    for number, group in enumerate(groups, 1):
+        name = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        header = parse_header(encode_header(group, {"format": "pt"}), Path(name))
+        shards.append(Shard(file=name, header=header))
+    return WeightLayout(shards=tuple(shards), index=_index(shards) if count > 1 else None)
+
+
+def _index(shards: Iterable[Shard]) -> str:
+    tensors = sorted((t.name, shard.file, t.size) for shard in shards for t in shard.header.tensors)
+    content: dict[str, Any] = {
+        "metadata": {"total_size": sum(size for _, _, size in tensors)},
+        "weight_map": {name: file for name, file, _ in tensors},
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+def weight_files(
+    layout: WeightLayout,
+    moves: Callable[[TensorInfo], Iterable[Move]],
+    sources: Callable[[TensorInfo], Iterable[Path]],
+) -> list[NewFile]:
+    """The shards as files to be.
+
+    Args:
+        layout: which tensors go where.
+        moves: make a tensor's bytes, in order.
+        sources: the files a tensor is made of.
+    """
+
+    def blocks(shard: Shard) -> Iterator[Block]:
+        pieces = (move for tensor in shard.header.tensors for move in moves(tensor))
+        return packed(chain([Constant(header_bytes(shard.header.text))], pieces))
+
+    return [
+        NewFile(
+            name=shard.file,
+            size=len(header_bytes(shard.header.text)) + sum(tensor.size for tensor in shard.header.tensors),
+            sources=frozenset(path for tensor in shard.header.tensors for path in sources(tensor)),
+            make_blocks=partial(blocks, shard),
+        )
+        for shard in layout.shards
+    ]
+
+
+def write_index(directory: Path, layout: WeightLayout) -> None:
+    """The index of the shards, if there is one."""
+    if layout.index is not None:
+        (directory / INDEX).write_text(layout.index, encoding="utf-8")
+
+
+def write_weights(
+    directory: Path, layout: WeightLayout, blocks: Callable[[TensorInfo], Iterable[memoryview]], record: Record
+) -> None:
+    """Write every shard, and the index if there is one.
+
+    Args:
+        directory: where to.
+        layout: which tensors go where.
+        blocks: a tensor's bytes, in order.
+        record: told each file's content hash.
+    """
+    for shard in layout.shards:
+        file = HashedFile(directory / shard.file)
+        file.write(header_bytes(shard.header.text))
+        for tensor in shard.header.tensors:
+            for block in blocks(tensor):
+                file.write(block)
+            end = tensor.start + tensor.size
+            assert file.position == end, f"{tensor.name}: {file.position} bytes written instead of {end}"
+        record(shard.file, file.close())
+    write_index(directory, layout)

@@ -1,0 +1,170 @@
+"""Checkpoints of SwissArmyTransformer: a file of torch.save for each model-parallel rank, joined as they are read.
+
+`latest` names the iteration, and `<iteration>/mp_rank_XX_model_states.pt` holds a rank's state dict under `module`. How
+the ranks' parts of GLM-130B's tensors belong together is what its repository's `convert_tp.py` does:
+
+    query_key_value, word_embeddings    rows of one rank after those of another: a rank's heads are whole
+    dense_h_to_4h                       both halves of each rank: `[x1 of all ranks ; x2 of all ranks]`
+    dense, dense_4h_to_h                columns; their biases, norms and constants are the same on every rank
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from shared.checkpoint.copy.blocks import Files
+from shared.checkpoint.copy.byte_view import Box, Region
+from shared.checkpoint.formats.hugging_face import HfReader, default_layout
+from shared.checkpoint.formats.pytorch_bin import TorchFile
+from shared.checkpoint.formats.safetensors_file import TensorInfo
+from shared.errors import UserError
+from shared.mapping.layout import Shape
+from shared.quantized.stored_weight import Weight
+
+TRACKER = "latest"
+SETTINGS = "model_config.json"  # which SwissArmyTransformer writes beside; GLM-130B was published without
+_RANK = re.compile(r"mp_rank_(\d{2,})_model_states\.pt")
+_ROWS = ("attention.query_key_value.weight", "attention.query_key_value.bias", "word_embeddings.weight")
+_HALVES = ("mlp.dense_h_to_4h.weight", "mlp.dense_h_to_4h.bias")
+_COLUMNS = ("attention.dense.weight", "mlp.dense_4h_to_h.weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """A tensor of the whole model."""
+
+    tensor: TensorInfo  # its file and start are the first rank's part's
+    region: Region
+
+
+def rank_states(directory: Path) -> list[Path]:
+    """The ranks' files of the iteration that `latest` names; none where the directory is no such checkpoint."""
+    if not (directory / TRACKER).is_file():
+        return []
+    name = (directory / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"[\w.-]+", name):
+        return []
+    return sorted(path for path in (directory / name).glob("mp_rank_*") if _RANK.fullmatch(path.name))
+
+
+def join_ranks(files: Sequence[Path]) -> dict[str, Joined]:
+    """Where each tensor of the model lies in its ranks' files, in the order of the first.
+
+    Raises:
+        UserError: a rank is missing, differs from the first in what it holds, or a file is damaged or quantised.
+    """
+    ranks = [_read(path) for path in files]
+    numbers = [int(match[1]) for path in files if (match := _RANK.fullmatch(path.name))]
+    count = max(_count(ranks[0]), numbers[-1] + 1)
+    for number in range(count):
+        if number not in numbers:
+            raise UserError(
+                f"{files[0].with_name(f'mp_rank_{number:02d}_model_states.pt')} is missing: the model was cut for {count} "
+                "ranks; fetch it again"
+            )
+    first = ranks[0]
+    for path, rank in zip(files[1:], ranks[1:], strict=True):
+        if odd := sorted(first.keys() ^ rank.keys()):
+            where, other = (path, files[0]) if odd[0] in rank else (files[0], path)
+            raise UserError(f"{where} holds {odd[0]} and {other.name} does not; fetch both again")
+        for name, tensor in rank.items():
+            if (tensor.dtype, tensor.shape) != (first[name].dtype, first[name].shape):
+                raise UserError(
+                    f"{path}: {name} is {tensor.dtype}{list(tensor.shape)}, in {files[0].name} "
+                    f"{first[name].dtype}{list(first[name].shape)}; fetch both again"
+                )
+    return {name: _joined([rank[name] for rank in ranks]) for name in first}
+
+
+def _read(path: Path) -> dict[str, TensorInfo]:
+    file = TorchFile(path, training=True)
+    module = file.content.get("module") if isinstance(file.content, Mapping) else None
+    if not isinstance(module, Mapping) or not module:
+        raise UserError(f"{path} has no tensors under `module`: it is no checkpoint of SwissArmyTransformer")
+    with Files() as files:
+        tensors = {str(name): file.tensor(str(name), value, files) for name, value in module.items()}
+    for name, tensor in tensors.items():
+        if tensor.dtype in ("I8", "U8"):
+            raise UserError(f"{path}: {name} is quantised ({tensor.dtype}); fetch the unquantised model")
+    return tensors
+
+
+def _count(rank: Mapping[str, TensorInfo]) -> int:
+    """How many ranks there were, by the columns that one holds of a square matrix."""
+    matrices = (t.shape for name, t in rank.items() if name.endswith(_COLUMNS[0]) and len(t.shape) == 2 and t.shape[1])
+    shape = next(matrices, None)
+    return shape[0] // shape[1] if shape else 1
+
+
+def _joined(parts: Sequence[TensorInfo]) -> Joined:
+    first, count = parts[0], len(parts)
+    rows, width = first.shape[0] if first.shape else 1, first.row_bytes
+    name = first.name
+    shape = first.shape
+    if name.endswith((*_ROWS, *_HALVES)):
+        shape = (rows * count, *shape[1:])
+    elif name.endswith(_COLUMNS):
+        shape = (rows, shape[1] * count)
+    else:
+        parts = parts[:1]
+    boxes = tuple(box for rank, part in enumerate(parts) for box in _boxes(part, rank, count, rows, width))
+    tensor = replace(first, shape=shape, size=first.size * len(parts))
+    region = Region(name=name, rows=shape[0] if shape else 1, width=tensor.row_bytes, boxes=boxes)
+    return Joined(tensor=tensor, region=region)
+
+
+def _boxes(part: TensorInfo, rank: int, count: int, rows: int, width: int) -> Iterator[Box]:
+    """Where a rank's rows belong in the whole."""
+    if part.name.endswith(_HALVES):
+        half = rows // 2
+        for place in range(2):
+            start = part.start + place * half * width
+            yield Box(file=part.file, start=start, row=(place * count + rank) * half, rows=half, left=0, width=width)
+    elif part.name.endswith(_COLUMNS):
+        yield Box(file=part.file, start=part.start, row=0, rows=rows, left=rank * width, width=width)
+    else:
+        yield Box(file=part.file, start=part.start, row=rank * rows, rows=rows, left=0, width=width)
+
+
+class SatReader(HfReader):
+    """Such a checkpoint as the Hugging Face directory that it would be if its ranks were joined.
+
+    Args:
+        path: the directory.
+        joined: its tensors.
+        config: the config.json it is to have.
+        beside: where else the files lie that travel with the weights.
+    """
+
+    cut_columns = True
+
+    def __init__(self, path: Path, joined: Mapping[str, Joined], config: dict[str, Any], beside: Path | None) -> None:
+        self.path, self.config = path, config
+        self.beside = (path, beside) if beside else (path,)
+        self._joined = joined
+        self.tensors = {name: tensor.tensor for name, tensor in joined.items()}
+        self.layout = default_layout([(t.name, t.dtype, t.shape) for t in self.tensors.values()])
+        boxes = (box for tensor in joined.values() for box in tensor.region.boxes)
+        self.files = sorted({box.file.relative_to(path).as_posix() for box in boxes})
+        self._files = Files()
+
+    def rows(self, name: str, first: int = 0, count: int | None = None) -> Iterator[memoryview]:
+        """As `HfReader.rows`."""
+        region = self._joined[name].region
+        yield from region.blocks(self._files, first, region.rows if count is None else count)
+
+    @cached_property
+    def weights(self) -> dict[str, Weight]:
+        """As `HfReader.weights`; quantised ones were refused."""
+        return {name: Weight(tensor=held.tensor, joined=held.region) for name, held in self._joined.items()}
+
+
+def head_dims(joined: Mapping[str, Joined]) -> set[int]:
+    """Sizes of heads that rotation's constants tell, one number for each pair of a head's elements."""
+    shapes: Iterator[Shape] = (held.tensor.shape for name, held in joined.items() if name.endswith("inv_freq"))
+    return {2 * shape[0] for shape in shapes}

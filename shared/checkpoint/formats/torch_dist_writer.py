@@ -1,0 +1,243 @@
+"""Lays out a torch_dist directory as Megatron-Core's `dist_checkpointing` has it, without a model or a process group.
+
+Tensors are concatenated torch.save archives in `__0_<n>.distcp`; `.metadata`, which says where each lies, is last. All
+places are known before a byte is written, so that files, and the blocks of one, can be written in any order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from isal.isal_zlib import crc32  # zlib's own is an order of magnitude slower, and would cost as much as the copy
+
+from shared.checkpoint.copy import blocks
+from shared.checkpoint.copy.blocks import Files
+from shared.checkpoint.copy.operations import Block, Constant, Move, NewFile, packed
+from shared.checkpoint.dtypes import Dtype
+from shared.checkpoint.formats.torch_archive import object_archive, tensor_archive
+from shared.checkpoint.formats.torch_pickle import Call, Instance, Name, Pairs, write_pickle_to
+from shared.mapping.layout import Shape
+
+CHUNK_BYTES = 128 << 20  # a reader takes whole chunks, so this bounds what it holds beyond what it wants
+_FILES = 64  # about as many, so that as many processes can write at once,
+_SMALLEST, _LARGEST = 256 << 20, 4 << 30  # but none of fewer or more bytes than these
+_METADATA = "torch.distributed.checkpoint.metadata"
+_SIZE = Name("torch", "Size")
+_STRIDED = Call(Name("torch.serialization", "_get_layout"), ("torch.strided",))
+_CONTIGUOUS = Call(Name(_METADATA, "_MEM_FORMAT_ENCODING"), (0,))
+# torch_dist of core 0.16 to 0.19; common.pt is the form that all of them read.
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+@dataclass(kw_only=True)
+class _Tensor:
+    dtype: Dtype
+    shape: Shape
+    chunks: list[tuple[Shape, Shape]] = field(default_factory=list)  # (offsets, sizes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Stored:
+    """One archive: a chunk of a tensor, or an object."""
+
+    key: str
+    offsets: Shape | None
+    sizes: Shape
+    size: int  # bytes of the archive
+    moves: Callable[[], Iterable[Move]]
+    sources: frozenset[Path]
+
+
+class TorchDistLayout:
+    """Which archive goes where in a directory to be."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, _Tensor] = {}
+        self._objects: list[str] = []
+        self._stored: list[_Stored] = []
+
+    def declare(self, key: str, dtype: Dtype, shape: Shape) -> None:
+        """A tensor's type and whole shape, before its chunks."""
+        assert key not in self._tensors, key
+        self._tensors[key] = _Tensor(dtype=dtype, shape=shape)
+
+    def chunk(
+        self,
+        key: str,
+        offsets: Shape,
+        sizes: Shape,
+        moves: Callable[[], Iterable[Move]],
+        sources: Iterable[Path] = (),
+    ) -> None:
+        """One box of a declared tensor.
+
+        Args:
+            key: of the tensor.
+            offsets: of the box, along every dimension.
+            sizes: likewise.
+            moves: makes its bytes, row-major.
+            sources: the files that they are read from.
+        """
+        tensor = self._tensors[key]
+        tensor.chunks.append((offsets, sizes))
+        size = tensor_archive(tensor.dtype, sizes).size
+        self._stored.append(
+            _Stored(key=key, offsets=offsets, sizes=sizes, size=size, moves=moves, sources=frozenset(sources))
+        )
+
+    def put_objects(self, keys: Iterable[str], value: Any) -> None:
+        """The same plain value under each of the keys."""
+        moves = [Constant(object_archive(value))]
+        size, sources = moves[0].size, frozenset[Path]()
+        for key in keys:
+            self._objects.append(key)
+            self._stored.append(
+                _Stored(key=key, offsets=None, sizes=(), size=size, moves=lambda: moves, sources=sources)
+            )
+
+    def files(self) -> list[NewFile]:
+        """The data files; they do not depend on who writes them."""
+        return [
+            NewFile(
+                name=name,
+                size=sum(stored.size for stored in held),
+                sources=frozenset().union(*(stored.sources for stored in held)),
+                make_blocks=partial(self._blocks, held),
+            )
+            for name, held in self._dealt()
+        ]
+
+    def finish(self, directory: Path, common: dict[str, Any]) -> None:
+        """Write what makes the directory a checkpoint; `.metadata` last, without which nobody reads it."""
+        (directory / "common.pt").write_bytes(object_archive(common))
+        (directory / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
+        with (directory / ".metadata").open("wb") as file:
+            write_pickle_to(file, self._metadata())
+
+    def _dealt(self) -> Iterator[tuple[str, list[_Stored]]]:
+        total = sum(stored.size for stored in self._stored)
+        full = min(max(total // _FILES, _SMALLEST), _LARGEST)
+        held: list[_Stored] = []
+        size = number = 0
+        for stored in self._stored:
+            if held and size + stored.size > full:
+                yield f"__0_{number}.distcp", held
+                held, size, number = [], 0, number + 1
+            held.append(stored)
+            size += stored.size
+        yield f"__0_{number}.distcp", held
+
+    def _blocks(self, held: list[_Stored]) -> Iterator[Block]:
+        """Small archives several at once, large ones in several blocks."""
+        small: list[Move] = []
+        for stored in held:
+            if stored.offsets is None or stored.size <= blocks.BLOCK:
+                small.append(self._archive(stored))
+                continue
+            yield from packed(small)
+            small = []
+            yield from self._large(stored)
+        yield from packed(small)
+
+    def _archive(self, stored: _Stored) -> Move:
+        if stored.offsets is None:
+            (move,) = stored.moves()
+            return move
+        return _Archive(size=stored.size, dtype=self._tensors[stored.key].dtype, stored=stored)
+
+    def _large(self, stored: _Stored) -> Iterator[Block]:
+        archive = tensor_archive(self._tensors[stored.key].dtype, stored.sizes)
+        suffix = len(archive.suffix(0))
+        yield from packed([Constant(archive.prefix)])
+        crc = _Crc()
+        for block in packed(stored.moves()):
+            yield Block(size=block.size, fill=block.fill, seal=crc.update, whole=False)
+
+        def seal(out: memoryview) -> None:
+            out[:] = archive.suffix(crc.value)
+
+        yield Block(size=suffix, fill=lambda files, out: None, seal=seal)
+
+    def _metadata(self) -> Instance:
+        state = {
+            "state_dict_metadata": Pairs(self._states()),
+            "planner_data": None,
+            "storage_data": Pairs(self._storage()),
+            "storage_meta": None,
+        }
+        return Instance(Name(_METADATA, "Metadata"), state)
+
+    def _states(self) -> Iterator[tuple[str, Instance]]:
+        for key, tensor in self._tensors.items():
+            chunks = [
+                Instance(Name(_METADATA, "ChunkStorageMetadata"), {"offsets": _size(offsets), "sizes": _size(sizes)})
+                for offsets, sizes in tensor.chunks
+            ]
+            properties = (Name("torch", tensor.dtype.name), _STRIDED, False, _CONTIGUOUS, False)
+            state = {
+                "properties": Instance(Name(_METADATA, "TensorProperties"), properties),
+                "size": _size(tensor.shape),
+                "chunks": chunks,
+            }
+            yield key, Instance(Name(_METADATA, "TensorStorageMetadata"), state)
+        for key in self._objects:
+            yield key, Instance(Name(_METADATA, "BytesStorageMetadata"), {})
+
+    def _storage(self) -> Iterator[tuple[Instance, Instance]]:
+        for key, offsets, file, offset, length in self._places():
+            index = {"fqn": key, "index": None, "offset": None if offsets is None else _size(offsets)}
+            place = {"relative_path": file, "offset": offset, "length": length}
+            yield (
+                Instance(Name(_METADATA, "MetadataIndex"), index),
+                Instance(Name("torch.distributed.checkpoint.filesystem", "_StorageInfo"), place),
+            )
+
+    def _places(self) -> Iterator[tuple[str, Shape | None, str, int, int]]:
+        for name, held in self._dealt():
+            position = 0
+            for stored in held:
+                yield stored.key, stored.offsets, name, position, stored.size
+                position += stored.size
+
+
+class _Crc:
+    """The checksum of one archive's data, block after block."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def update(self, data: memoryview) -> None:
+        self.value = crc32(data, self.value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Archive:
+    """A tensor's archive made at once."""
+
+    size: int
+    dtype: Dtype
+    stored: _Stored
+
+    def fill(self, files: Files, out: memoryview) -> None:
+        archive = tensor_archive(self.dtype, self.stored.sizes)
+        start = position = len(archive.prefix)
+        out[:start] = archive.prefix
+        for move in self.stored.moves():
+            move.fill(files, out[position : position + move.size])
+            position += move.size
+        assert position - start == archive.data_size, f"{self.stored.key}: {position - start} bytes"
+        out[position:] = archive.suffix(crc32(out[start:position]))
+
+
+def _size(shape: Shape) -> Call:
+    return Call(_SIZE, (shape,))

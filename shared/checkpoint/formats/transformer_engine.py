@@ -1,0 +1,85 @@
+"""Directories of kind te: TransformerEngine's parameters by name in safetensors shards, and `layers.json` beside them.
+
+A state that TransformerEngine's modules keep beside their parameters (`_extra_state`) is a tensor of bytes, empty outside
+FP8. Loading with `strict=True` asks for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+from shared.checkpoint.copy.blocks import Files
+from shared.checkpoint.copy.byte_view import Region, region_of
+from shared.checkpoint.dtypes import Dtype, weight_dtype
+from shared.checkpoint.formats.hugging_face import stored_weights
+from shared.checkpoint.formats.safetensors_file import TensorInfo
+from shared.mapping.layout import Shape
+
+LAYERS = "layers.json"  # how each layer is made (`shared.mapping.transformer_engine_modules`)
+STATE = "_extra_state"
+STATE_TYPE = "U8"  # safetensors' name
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeTensor:
+    """A parameter."""
+
+    key: str
+    dtype: Dtype
+    shape: Shape
+    stored: TensorInfo
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.stored.size
+
+    @property
+    def place(self) -> str:
+        """The file it is in."""
+        return self.stored.place
+
+
+class TeReader:
+    """The parameters of a directory of kind te; UserError for a file that is missing or damaged."""
+
+    cut_columns = False
+
+    def __init__(self, directory: Path, flag: str = "--source") -> None:
+        self.directory = directory
+        self._files = Files()
+        self.tensors: dict[str, TeTensor] = {}
+        self.other: dict[str, str] = {}  # states beside the parameters, with their types
+        for name, tensor in stored_weights(directory, flag).tensors().items():
+            if name.rpartition(".")[2] == STATE:
+                self.other[name] = tensor.dtype
+                continue
+            dtype = weight_dtype(tensor.dtype, name, tensor.place)
+            self.tensors[name] = TeTensor(key=name, dtype=dtype, shape=tensor.shape, stored=tensor)
+
+    def rows(self, key: str, index: Shape, first: int, count: int) -> Iterator[memoryview]:
+        """Bytes of rows `first` to `first + count` of `tensor[index]`, in blocks of whole rows.
+
+        A block is valid until the next one is asked for.
+        """
+        yield from self.region(key, index).blocks(self._files, first, count)
+
+    def region(self, key: str, index: Shape) -> Region:
+        """Where the rows of `tensor[index]` lie."""
+        stored = self.tensors[key].stored
+        sizes, shape, place = stored.shape[: len(index)], stored.shape[len(index) :], 0
+        for at, size in zip(index, sizes, strict=True):
+            place = place * size + at
+        size = stored.size // prod(sizes)
+        return region_of(replace(stored, shape=shape, start=stored.start + place * size, size=size))
+
+    def files_of(self, key: str, index: Shape) -> frozenset[Path]:
+        """The file that holds a tensor."""
+        return frozenset([self.tensors[key].stored.file])
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.size for tensor in self.tensors.values())

@@ -1,0 +1,1 @@
+"""What families share: the decoder, its tensor table, config.json readers, MoE, MLA, MTP."""

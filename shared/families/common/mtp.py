@@ -1,0 +1,91 @@
+"""Layers that predict tokens further ahead (multi-token prediction): DeepSeek V3's, GLM-4.5's, Qwen3-Next's.
+
+Each is `projection [norm(embedding) ; norm(hidden)]`, a whole decoder layer with attention and experts, and a norm in front
+of the model's own head (DeepSeek V3, section 2.2). Both sides have the embedding's half of the projection's columns
+first: Megatron-Core's `MultiTokenPredictionLayer`, and vLLM's `deepseek_mtp`, `glm4_moe_mtp` and `qwen3_next_mtp`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from shared.architecture.architecture import Architecture
+from shared.mapping.rule import Alias, Rule, Source, Table
+
+_KEY = "mtp."  # of their tensors in Megatron form
+_LAYERS = "decoder.layers."
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionNames:
+    """Hugging Face's names; `{layer}` counts on from the model's layers, `{index}` from 0."""
+
+    layer: str
+    embedding_norm: str
+    hidden_norm: str
+    projection: str
+    final_norm: str
+    # Copies of the model's own that some files have: of the embedding, and of the head.
+    embedding: str = ""
+    head: str = ""
+
+    def at(self, a: Architecture, index: int) -> PredictionNames:
+        """Those of one layer."""
+        given = {name: value.format(layer=a.num_layers + index, index=index) for name, value in vars(self).items()}
+        return PredictionNames(**given)
+
+
+OF_DEEPSEEK = PredictionNames(
+    layer="model.layers.{layer}.",
+    embedding_norm="model.layers.{layer}.enorm",
+    hidden_norm="model.layers.{layer}.hnorm",
+    projection="model.layers.{layer}.eh_proj",
+    final_norm="model.layers.{layer}.shared_head.norm",
+    embedding="model.layers.{layer}.embed_tokens",
+    head="model.layers.{layer}.shared_head.head",
+)
+OF_QWEN = PredictionNames(
+    layer="mtp.layers.{index}.",
+    embedding_norm="mtp.pre_fc_norm_embedding",
+    hidden_norm="mtp.pre_fc_norm_hidden",
+    projection="mtp.fc",
+    final_norm="mtp.norm",
+)
+
+
+def prediction_rules(a: Architecture, index: int, names: PredictionNames, layer: Iterable[Rule]) -> Iterator[Rule]:
+    """Rules of one layer, counted from 0.
+
+    Args:
+        a: of the whole model.
+        index: which one.
+        names: its names.
+        layer: rules of a model whose only layer is the decoder layer within, under its names.
+    """
+    key, hidden = f"{_KEY}layers.{index}", a.hidden_size
+    for part, name, shape in (
+        ("enorm", names.embedding_norm, (hidden,)),
+        ("hnorm", names.hidden_norm, (hidden,)),
+        ("eh_proj", names.projection, (hidden, 2 * hidden)),  # [embedding | hidden]
+    ):
+        yield Rule(megatron=f"{key}.{part}.weight", sources=(Source(name=f"{name}.weight", shape=shape),))
+    for rule in layer:
+        if rule.megatron.startswith(_LAYERS):
+            own = f"{key}.transformer_layer.{rule.megatron.removeprefix(_LAYERS)}"
+            axes = tuple(axis for axis in rule.axes if axis != "layer")
+            yield replace(rule, megatron=own, axes=axes, layers=None)
+    norm = Source(name=f"{names.final_norm}.weight", shape=(hidden,))
+    yield Rule(megatron=f"{key}.final_layernorm.weight", sources=(norm,))
+
+
+def prediction_aliases(names: PredictionNames, embedding: str, head: str) -> Iterator[Alias]:
+    """What one layer's files may have of the model's own tensors, whose names are given."""
+    for name, of in ((names.embedding, embedding), (names.head, head)):
+        if name:
+            yield Alias(name=f"{name}.weight", of=f"{of}.weight", copy=True)
+
+
+def of_prediction(table: Table) -> Table:
+    """The part of the table that is about such layers."""
+    return replace(table, rules=tuple(rule for rule in table.rules if rule.megatron.startswith(_KEY)), asides=())

@@ -1,0 +1,100 @@
+"""A language model inside a larger model, as those that see images are published.
+
+The language model is of a family that is described by itself; what surrounds it is kept beside the weights as it is. A
+whole adds to the family where the configurations are (`text_config`, `vision_config`), what names begin with, and which
+tensors are beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from shared.architecture.architecture import Architecture
+from shared.architecture.vision import Vision
+from shared.errors import UserError
+from shared.families.common.fields import Fields
+from shared.families.family import Family
+from shared.mapping.rule import Aside, Spellings, Table
+
+_TEXT, _VISION, _TIED = "text_config", "vision_config", "tie_word_embeddings"
+PREFIX = "language_model."  # of the language model's own names
+
+# What files call the parts: first as published and as transformers writes them, then as its class names them.
+SPELLINGS: Spellings = {
+    f"{PREFIX}model.": ("model.language_model.",),
+    f"{PREFIX}lm_head.": ("lm_head.",),
+    "multi_modal_projector.": ("model.multi_modal_projector.",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """What a larger model adds to the family of the language model in it."""
+
+    inner: Family
+    model_type: str
+    defaults: Mapping[str, Any]  # of fields that `text_config` leaves out, as its class has them
+    refused: Mapping[str, str]  # fields of `text_config` that must not be set here, and why
+    unread: tuple[str, ...]  # the whole's own fields, which say nothing of the language model
+    fields: Mapping[str, Any]  # of those, what a new configuration says
+    read: Callable[[Fields], Vision]  # of `vision_config`
+    write: Callable[[Vision], dict[str, Any]]
+    beside: Callable[[Architecture, Vision], Iterable[Aside]]
+    spellings: Spellings
+
+    def architecture(self, name: str, given: Fields) -> Architecture:
+        """The language model, and the sizes of what is beside it."""
+        given.ignore(*self.unread)
+        text, vision = given.get(_TEXT, dict), given.get(_VISION, dict)
+        tied, own = given.optional(_TIED, bool), text.get(_TIED)
+        if tied is False and own is True:
+            raise UserError(
+                f"config.json: {_TIED} is false, and true in {_TEXT}: programs disagree on which counts; keep the right one"
+            )
+        inside = Fields(self.inner.today(self.language({_TEXT: text, _TIED: tied})))
+        inside.expect("model_type", *self.inner.model_types, why="the language model of this family is another")
+        for field, why in self.refused.items():
+            inside.expect(field, why=why)
+        architecture = self.inner.read(inside)
+        inside.finish(f"{self.inner.name} ({_TEXT})")
+        return replace(architecture, family=name, vision=self.read(Fields(vision)))
+
+    def language(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The language model's configuration, complete where its class has defaults."""
+        given = {_TIED: config.get(_TIED), **config.get(_TEXT, {})}
+        return {**self.defaults, **{field: value for field, value in given.items() if value is not None}}
+
+    def table(self, a: Architecture) -> Table:
+        """The language model's tensors, and those that are kept."""
+        assert a.vision is not None
+        table = self.inner.table(a).renamed(lambda name: PREFIX + name)
+        return replace(table, asides=(*table.asides, *self.beside(a, a.vision)), spellings=self.spellings)
+
+    def config(self, a: Architecture) -> dict[str, Any]:
+        """A new configuration's own fields."""
+        assert a.vision is not None
+        text = {"model_type": self.inner.model_types[0], **self.inner.write(a), "pad_token_id": None}
+        return {_TEXT: text, _VISION: self.write(a.vision), **self.fields, _TIED: a.tied_embeddings}
+
+
+def family_of_whole(whole: Whole, *, name: str, title: str, hf_class: str, sizes: Mapping[str, Architecture]) -> Family:
+    """The family of the larger model."""
+    return Family(
+        name=name,
+        model_types=(whole.model_type,),
+        title=title,
+        hf_class=hf_class,
+        language=whole.language,
+        read=lambda fields: whole.architecture(name, fields),
+        table=whole.table,
+        write=whole.config,
+        sizes={size: replace(a, family=name) for size, a in sizes.items()},
+    )
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration whose embedding and output head are two tensors, wherever it says so."""
+    inside = {_TEXT: config[_TEXT] | {_TIED: False}} if _TEXT in config else {}
+    return {**config, **inside, _TIED: False}

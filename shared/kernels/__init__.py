@@ -1,0 +1,1 @@
+"""Arithmetic with a reference: torch in, torch out, no Megatron-Core."""

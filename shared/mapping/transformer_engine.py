@@ -1,0 +1,117 @@
+"""The same table under TransformerEngine's names: Megatron-Core's keys renamed, one tensor for every layer.
+
+    embedding.weight                                     final_norm.{weight,bias}
+    position_embedding.weight  embedding_norm.*          output_layer.{weight,bias}  {input,output}_projection.weight
+    layers.{i}.self_attention.layernorm_qkv.{layer_norm_weight,layer_norm_bias,weight,bias}   (qkv.* without a norm)
+    layers.{i}.self_attention.{proj,q_norm,k_norm}.{weight,bias}
+    layers.{i}.layernorm_mlp.{layer_norm_weight,layer_norm_bias,fc1_weight,fc1_bias,fc2_weight,fc2_bias}
+    layers.{i}.mlp.experts.linear_fc{1,2}.weight{expert}
+
+A module that TransformerEngine has no name for keeps Megatron-Core's. Layers for tokens further ahead, which are no part
+of the model's answer, stay beside the weights under Hugging Face's names. Rows are ordered as Megatron-Core's: fused
+`[q1..qn k1 v1 | q.. k2 v2 | ...]` and `[gate ; up]` are what TransformerEngine computes with. The vocabulary is not padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from shared.architecture.architecture import Architecture
+from shared.mapping.layout import COPY, Constant, PadRows, Shape
+from shared.mapping.rule import Aside, Rule, Table
+from shared.mapping.transformer_engine_modules import describe, extra_states, limits, parameters
+
+_ENDS = {
+    "embedding.word_embeddings.": "embedding.",
+    "embedding.word_embeddings_layernorm.": "embedding_norm.",
+    "embedding.position_embeddings.": "position_embedding.",
+    "embedding.projection.": "input_projection.",
+    "decoder.final_layernorm.": "final_norm.",
+}
+_ATTENTION = {
+    "self_attention.linear_proj.": "self_attention.proj.",
+    "self_attention.q_layernorm.": "self_attention.q_norm.",
+    "self_attention.k_layernorm.": "self_attention.k_norm.",
+    "mlp.experts.experts.": "mlp.experts.",
+}
+_MLP = {
+    "mlp.linear_fc1.layer_norm_": "layernorm_mlp.layer_norm_",
+    "mlp.linear_fc1.": "layernorm_mlp.fc1_",
+    "mlp.linear_fc2.": "layernorm_mlp.fc2_",
+}
+_FURTHER = "mtp."
+_LAYERS = ("decoder.layers.{layer}.", "decoder.layers.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """A model in TransformerEngine's form."""
+
+    table: Table
+    modules: Mapping[str, Any]  # the content of layers.json
+    extra_states: tuple[str, ...]  # names of the states that strict loading asks for
+
+
+def te_form(table: Table, a: Architecture) -> Form:
+    """A family's table in TransformerEngine's form.
+
+    Where a module has a bias that the model does not have, because one argument decides on several, the form holds it
+    as zeros: an entry without sources.
+    """
+    own = _own_names(a)
+    further = [rule for rule in table.rules if rule.megatron.startswith(_FURTHER)]
+    asides = [Aside(name=s.name, axes=rule.axes, complete=True) for rule in further for s in rule.sources]
+    renamed = [_renamed(rule, own) for rule in table.rules if rule not in further]
+    entries = list(replace(table, rules=tuple(renamed)).entries())
+    shapes = {entry.key: entry.global_shape for entry in entries}
+    # Megatron-Core has one way to hold the weights of all norms; here each is held as Hugging Face has it.
+    plain = frozenset(entry.key.rpartition(".")[0] for entry in entries if entry.less_one)
+    modules = describe(a, shapes, plain)
+    wanted: dict[str, Shape] = {}
+    states: list[str] = []
+    for path, module in _modules(modules):
+        wanted |= {f"{path}.{name}": shape for name, shape in parameters(module).items()}
+        states += [f"{path}.{name}" for name in extra_states(module)]
+    for name in wanted.keys() & shapes.keys():
+        assert wanted[name] == shapes[name], f"{name}: {shapes[name]} of the table, {wanted[name]} of the module"
+    assert shapes.keys() <= wanted.keys(), f"no module has {sorted(shapes.keys() - wanted.keys())[:3]}"
+    absent = [name for name in wanted if name not in shapes]
+    assert all(name.endswith("bias") for name in absent), f"weights that the model lacks: {absent[:3]}"
+    rules = [replace(rule, less_one=False) for rule in renamed]
+    rules += [Rule(megatron=name, sources=(), layout=Constant(shape=wanted[name])) for name in absent]
+    table = replace(table, rules=tuple(rules), asides=(*table.asides, *asides))
+    return Form(table=table, modules=modules, extra_states=tuple(states))
+
+
+def _modules(described: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Every module and its path."""
+    found = [(path, module) for path, module in described["ends"].items() if "tied_to" not in module]
+    for index, layer in enumerate(described["layers"]):
+        if "class" in layer:
+            found.append((f"layers.{index}", layer))
+        else:
+            found += [(f"layers.{index}.{path}", module) for path, module in layer["modules"].items()]
+    return found
+
+
+def _own_names(a: Architecture) -> dict[str, str]:
+    qkv = "self_attention.layernorm_qkv." if a.norms_in_front else "self_attention.qkv."
+    return {**_ATTENTION, "self_attention.linear_qkv.": qkv, **({} if limits(a).mlp else _MLP)}
+
+
+def _renamed(rule: Rule, names: Mapping[str, str]) -> Rule:
+    key = rule.megatron
+    layers = next((prefix for prefix in _LAYERS if key.startswith(prefix)), None)
+    if layers is None:
+        old = next((old for old in _ENDS if key.startswith(old)), "")
+        key = _ENDS.get(old, "") + key.removeprefix(old)
+    else:
+        rest = key.removeprefix(layers)
+        old = next((old for old in names if rest.startswith(old)), "")
+        key = "layers.{layer}." + names.get(old, "") + rest.removeprefix(old)
+    if "expert" in rule.axes and "{expert}" not in key:
+        key += "{expert}"
+    layout = COPY if isinstance(rule.layout, PadRows) else rule.layout
+    return replace(rule, megatron=key, layout=layout)

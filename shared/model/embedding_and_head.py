@@ -1,0 +1,142 @@
+"""The two ends of a model, where families differ from Megatron-Core's GPT: after the embedding, and at the logits.
+
+Megatron-Core builds both ends itself and has no place for other ones; forward hooks add to their results.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from shared.architecture.architecture import Architecture
+from shared.model.norm import norm_of
+
+
+class FilledPositions(torch.nn.Embedding):
+    """A table for places in a text and one for those in what fills its blank, `filling` (GLM); Megatron-Core has one."""
+
+    def __init__(self, rows: int, hidden_size: int) -> None:
+        super().__init__(rows, hidden_size)
+        self.filling = torch.nn.Embedding(rows, hidden_size)
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        """`[2, batch, sequence]` to the sum of both tables' vectors, `[batch, sequence, hidden]`."""
+        text, filling = positions
+        result: torch.Tensor = super().forward(text) + self.filling(filling)
+        return result
+
+
+def adapt_embedding(embedding: LanguageModelEmbedding, architecture: Architecture) -> None:
+    """The architecture's positions, and its norm, multiplier and dropout of embedded tokens."""
+    embedding.embedding_dropout.p = architecture.embedding_dropout
+    if architecture.positions == "learned" and architecture.position_streams > 1:
+        config = embedding.config
+        embedding.position_embeddings = FilledPositions(architecture.learned_positions, config.hidden_size)
+        if config.perform_initialization:
+            for table in embedding.position_embeddings.parameters():
+                config.embedding_init_method(table)
+    if architecture.positions == "learned":  # Megatron-Core makes this table, alone, in fp32 whatever the type
+        embedding.position_embeddings.to(embedding.config.params_dtype)
+    if architecture.embedding_norm:
+        config = embedding.config
+        embedding.word_embeddings_layernorm = norm_of(architecture, checkpointed=False)(
+            config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+        )
+        embedding.word_embeddings.register_forward_hook(
+            lambda module, inputs, output: embedding.word_embeddings_layernorm(output)
+        )
+    if architecture.embedding_multiplier != 1.0:
+
+        def multiply(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            # Rounded to the activations' type, as transformers does.
+            return output * torch.tensor(architecture.embedding_multiplier, dtype=output.dtype, device=output.device)
+
+        embedding.word_embeddings.register_forward_hook(multiply)
+
+
+class Projection(torch.nn.Module):
+    """A linear layer without bias that every tensor-parallel process holds and computes whole."""
+
+    def __init__(self, columns: int, rows: int, config: TransformerConfig, *, sequence_parallel: bool) -> None:
+        """`sequence_parallel` says that processes have different positions, so that gradients are to be summed."""
+        super().__init__()
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.empty(rows, columns, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = sequence_parallel
+        if config.perform_initialization:
+            config.init_method(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., columns]` to `[..., rows]`."""
+        return torch.nn.functional.linear(x, self.weight)
+
+
+def narrow_embedding(embedding: LanguageModelEmbedding, columns: int) -> None:
+    """A table of that many columns, and a projection to the hidden size."""
+    config, scattered = embedding.config, embedding.reduce_scatter_embeddings
+    embedding.word_embeddings = VocabParallelEmbedding(
+        num_embeddings=embedding.vocab_size,
+        embedding_dim=columns,
+        init_method=config.embedding_init_method,
+        reduce_scatter_embeddings=scattered,
+        config=config,
+        tp_group=embedding.tp_group,
+    )
+    embedding.projection = Projection(columns, config.hidden_size, config, sequence_parallel=scattered)
+    embedding.word_embeddings.register_forward_hook(lambda module, inputs, output: embedding.projection(output))
+
+
+def narrow_output(model: GPTModel) -> None:
+    """Hidden states projected to what the output layer reads."""
+    config = model.config
+    model.output_projection = Projection(
+        config.hidden_size, model.output_layer.input_size, config, sequence_parallel=config.sequence_parallel
+    )
+    model.output_layer.register_forward_pre_hook(lambda module, inputs: (model.output_projection(inputs[0]),))
+
+
+def output_layer(model: GPTModel, architecture: Architecture) -> ColumnParallelLinear:
+    """An output layer as Megatron-Core's GPT has it, of the architecture's columns and with its bias of the logits."""
+    layer = ColumnParallelLinear(
+        architecture.table_size,
+        model.vocab_size,
+        config=model.config,
+        init_method=model.config.init_method,
+        bias=architecture.output_bias,
+        skip_bias_add=False,
+        gather_output=not model.parallel_output,
+        skip_weight_param_allocation=model.pre_process and architecture.tied_embeddings,
+        tp_group=model.pg_collection.tp,
+    )
+    if layer.weight is not None:
+        layer.weight.is_embedding_or_output_parameter = True
+    return layer
+
+
+def adapt_output(layer: ColumnParallelLinear, architecture: Architecture) -> None:
+    """The architecture's norm of the layer's rows, and its multiplier and soft cap of logits."""
+    if architecture.normalized_head:
+
+        def normalize(layer: torch.nn.Module, inputs: Any, others: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            # Of the weight as it is, at every step: the gradient goes through the norm. A row is a process's own.
+            return inputs, others | {"weight": torch.nn.functional.normalize(layer.weight)}
+
+        layer.register_forward_pre_hook(normalize, with_kwargs=True)
+    multiplier, cap = architecture.logit_multiplier, architecture.logit_softcap
+    if multiplier == 1.0 and cap is None:
+        return
+
+    def scale(module: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
+        logits, bias = output
+        if multiplier != 1.0:
+            logits = logits * multiplier
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return logits, bias
+
+    layer.register_forward_hook(scale)

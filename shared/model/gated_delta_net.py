@@ -1,0 +1,164 @@
+"""Gated delta nets: Megatron-Core's module, whose arithmetic needs Triton kernels, computed in plain torch.
+
+Weights have Megatron-Core's shapes and names, and go into checkpoints by its own code. Unlike its kernels this one
+knows packed rows by their mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional
+
+from shared.architecture.architecture import Architecture, DeltaNet
+from shared.kernels.gated_delta_rule import gated_delta_rule
+from shared.model.norm import norm_of
+
+# Checkpoints carry TransformerEngine's names, where a norm in front of a projection is a part of it.
+DELTA_CHECKPOINT_KEYS = {"input_layernorm.": "self_attention.in_proj.layer_norm_"}
+
+
+class TorchGatedDeltaNet(GatedDeltaNet):
+    """Takes the place of self attention in a layer; heads are shared by the tensor-parallel processes.
+
+    Tensor parallelism needs sequence parallelism beside it, for the gradient of the norm that heads have in common.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: GatedDeltaNetSubmodules,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        delta: DeltaNet,
+        name: str | None = None,
+    ) -> None:
+        # Not Megatron-Core's own, which asks for the kernels first; the attributes are those that its checkpoint code
+        # and its initialisation read.
+        MegatronModule.__init__(self, config)
+        tensor = pg_collection.tp.size()
+        self.layer_number, self.pg_collection = layer_number, pg_collection
+        self.tp_size, self.cp_size, self.conv_bias, self.conv_init = tensor, 1, False, None
+        self.A_init_range = (0.01, 16.0)
+        self.num_value_heads, self.key_head_dim, self.value_head_dim = (
+            delta.value_heads,
+            delta.key_head_dim,
+            delta.value_head_dim,
+        )
+        self.qk_dim_local_tp, self.v_dim_local_tp = delta.key_size // tensor, delta.value_size // tensor
+        self.num_v_heads_local_tp = delta.value_heads // tensor
+        self._setup_variant_attrs()
+        self.in_proj_dim = 2 * delta.key_size + 2 * delta.value_size + self.in_proj_extra_dim
+        self.in_proj = submodules.in_proj(
+            config.hidden_size,
+            self.in_proj_dim,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_group=pg_collection.tp,
+        )
+        self.conv_dim_local_tp = 2 * self.qk_dim_local_tp + self.v_dim_local_tp
+        device, dtype = torch.cuda.current_device(), config.params_dtype
+        channels = self.conv_dim_local_tp
+        self.conv1d = torch.nn.Conv1d(
+            channels, channels, delta.conv_kernel, groups=channels, bias=False, device=device, dtype=dtype
+        )
+        self.dt_bias = torch.nn.Parameter(torch.empty(self.num_v_heads_local_tp, dtype=dtype, device=device))
+        self.A_log = torch.nn.Parameter(torch.empty(self.num_v_heads_local_tp, dtype=dtype, device=device))
+        for parameter in (self.conv1d.weight, self.dt_bias, self.A_log):
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
+        self.out_norm = submodules.out_norm(
+            config=config, hidden_size=delta.value_head_dim, eps=config.layernorm_epsilon
+        )
+        self.out_proj = submodules.out_proj(
+            delta.value_size,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_group=pg_collection.tp,
+        )
+        self.reset_parameters()
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **others: Any
+    ) -> tuple[torch.Tensor, None]:
+        """`[sequence, batch, hidden]` to the same shape; `others` are for attention and inference.
+
+        The mask is None, or one by `segment_mask`: the state starts anew with each segment.
+        """
+        projected, _ = self.in_proj(hidden_states)
+        # None of what follows looks across rows of the batch: [batch, sequence, ..] from here on.
+        mixed, gate, beta, alpha = projected.transpose(0, 1).split(self.feat_dim_split, dim=-1)
+        offsets, segments = None, None
+        if attention_mask is not None:
+            offsets = attention_mask[:, 0].sum(-1) - 1  # tokens since the segment's first
+            segments = (offsets == 0).cumsum(1)
+        mixed = functional.silu(causal_convolution(mixed, self.conv1d.weight[:, 0], offsets))
+        query, key, value = mixed.split([self.qk_dim_local_tp, self.qk_dim_local_tp, self.v_dim_local_tp], dim=-1)
+        query, key = (x.unflatten(-1, (-1, self.key_head_dim)) for x in (query, key))
+        value = value.unflatten(-1, (-1, self.value_head_dim))
+        shared = value.shape[2] // key.shape[2]  # heads of values that one of keys serves
+        query, key = (x.repeat_interleave(shared, dim=2) for x in (query, key))
+        decay = -self.A_log.float().exp() * functional.softplus(alpha.float() + self.dt_bias.float())
+        answer = gated_delta_rule(query, key, value, decay, beta.float().sigmoid(), segments)
+        normed = self.out_norm(answer) * functional.silu(gate.unflatten(-1, (-1, self.value_head_dim)).float())
+        return self.out_proj(normed.to(answer.dtype).flatten(2).transpose(0, 1).contiguous())
+
+
+def causal_convolution(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
+    """Each channel mixed over this token and those before it.
+
+    Args:
+        x: `[batch, sequence, channels]`.
+        weight: `[channels, kernel]`, the last for the token itself.
+        offsets: `[batch, sequence]`, how many tokens before it each may see; None for all.
+    """
+    kernel = weight.shape[1]
+    mixed = x * weight[:, -1]
+    for back in range(1, min(kernel, x.shape[1])):
+        earlier = functional.pad(x[:, :-back], (0, 0, back, 0))
+        if offsets is not None:
+            earlier = earlier * (offsets >= back)[..., None]
+        mixed = mixed + earlier * weight[:, -1 - back]
+    return mixed
+
+
+def delta_net(architecture: Architecture, delta: DeltaNet) -> ModuleSpec:
+    """What takes the place of attention in a layer's spec."""
+    return ModuleSpec(
+        module=TorchGatedDeltaNet,
+        params={"delta": delta},
+        submodules=GatedDeltaNetSubmodules(
+            in_proj=ColumnParallelLinear,
+            out_norm=norm_of(architecture, checkpointed=True),
+            out_proj=RowParallelLinear,
+        ),
+    )
+
+
+def delta_config(architecture: Architecture, delta: DeltaNet) -> dict[str, Any]:
+    """Fields of `TransformerConfig`."""
+    return {
+        "experimental_attention_variant": "gated_delta_net",
+        "linear_attention_freq": [int(layer in delta.layers) for layer in range(architecture.num_layers)],
+        "linear_conv_kernel_dim": delta.conv_kernel,
+        "linear_key_head_dim": delta.key_head_dim,
+        "linear_value_head_dim": delta.value_head_dim,
+        "linear_num_key_heads": delta.key_heads,
+        "linear_num_value_heads": delta.value_heads,
+    }

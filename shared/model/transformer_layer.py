@@ -1,0 +1,81 @@
+"""Layers whose attention, MLP and norms are joined in another way than one after the other behind a norm each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from shared.architecture.architecture import Architecture
+from shared.model.norm import norm_of
+
+
+def has_own_layer(architecture: Architecture) -> bool:
+    """Whether Megatron-Core's own layer does not compute it."""
+    plain = (architecture.residual, architecture.norm_placement) == ("sequential", "pre")
+    return not plain or (architecture.residual_multiplier, architecture.input_multiplier) != (1.0, 1.0)
+
+
+class JoinedLayer(TransformerLayer):
+    """A layer of any residual and norm placement; Megatron-Core's modules, joined here.
+
+    sequential: `h = i * x + m * post(attention(norm(x)))`, then `i * h + m * post(mlp(norm(h)))`, where norms and post
+    norms are there as the placement says, and `i` and `m` are the multipliers of the input and of what is added; norms
+    of the sum are `post(i * x + m * attention(x))`. normed: the same with `i * norm(x)` and `i * norm(h)`. parallel:
+    `x + attention(norm(x)) + mlp(norm'(x))`, with `norm' = norm` for parallel_shared.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        *args: Any,
+        architecture: Architecture,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config, submodules, *args, **kwargs)
+        self.residual_kind = architecture.residual
+        self.norm_of_sum = architecture.norm_placement == "sum"
+        self.multiplier, self.input_multiplier = architecture.residual_multiplier, architecture.input_multiplier
+        self.post_self_attn_layernorm: torch.nn.Module = torch.nn.Identity()
+        self.post_mlp_layernorm: torch.nn.Module = torch.nn.Identity()
+        if architecture.norm_placement != "pre":
+            norm = norm_of(architecture, checkpointed=False)
+            sizes = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
+            self.post_self_attn_layernorm, self.post_mlp_layernorm = norm(**sizes), norm(**sizes)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        rotary_pos_emb: torch.Tensor | None = None,
+        **others: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """`[sequence, batch, hidden]` to the same shape; `others` are for inference and encoders, and absent here."""
+        assert all(value is None for value in others.values()), others
+        attended = self.input_layernorm(hidden_states)
+        attention = self.self_attention(attended, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)
+        normed = self.residual_kind == "normed"
+        if normed or self.residual_kind == "sequential":
+            added_to = attended if normed else hidden_states
+            hidden_states = self._add(attention, added_to, self.post_self_attn_layernorm)
+            read = self.pre_mlp_layernorm(hidden_states)
+            return self._add(self.mlp(read), read if normed else hidden_states, self.post_mlp_layernorm), None
+        read = attended if self.residual_kind == "parallel_shared" else self.pre_mlp_layernorm(hidden_states)
+        added = self._dropped(self.mlp(read)) + self._dropped(attention)
+        return hidden_states + self.multiplier * added, None
+
+    def _add(
+        self, output: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, norm: torch.nn.Module
+    ) -> torch.Tensor:
+        if self.norm_of_sum:
+            return norm(self.input_multiplier * residual + self.multiplier * self._dropped(output))
+        return self.input_multiplier * residual + self.multiplier * norm(self._dropped(output))
+
+    def _dropped(self, output: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
+        """A row-parallel layer's sum and its bias, after dropout."""
+        states, bias = output
+        states = states if bias is None else states + bias
+        return torch.nn.functional.dropout(states, self.hidden_dropout, self.training)

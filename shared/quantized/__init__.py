@@ -1,0 +1,1 @@
+"""Storage codecs of quantised weights, and the quantisation that a config.json declares."""

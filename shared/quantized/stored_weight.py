@@ -1,0 +1,372 @@
+"""Weights as plain numbers, whether they are stored so or as codes and scales, and the way back into codes.
+
+Numbers are made of codes when they are read, a window at a time, so that whoever moves a tensor's rows or columns need
+not know how it is stored.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shared.checkpoint.copy import blocks
+from shared.checkpoint.copy.blocks import Files
+from shared.checkpoint.copy.byte_view import Matrix, Region, region_of
+from shared.checkpoint.dtypes import BF16, Dtype, to_float32
+from shared.checkpoint.formats.safetensors_file import TensorInfo
+from shared.errors import UserError
+from shared.mapping.layout import Shape
+from shared.quantized import fp8_blocks as fp8
+from shared.quantized import int4, mxfp4
+from shared.quantized.groups import GroupedNumbers, Half, Regrouped, not_finite
+from shared.quantized.scheme import Fp8Blocks, Int4Groups, Mxfp4, Quantization
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_BLOCKS = "_blocks"
+_PACKED = "_packed"
+_IN_WORD = 8  # codes of four bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """A weight that is stored as codes and scales."""
+
+    name: str
+    codes: TensorInfo
+    scales: TensorInfo
+    form: Quantization
+    written: TensorInfo | None = None  # which says the shape of the plain numbers
+
+    @property
+    def shape(self) -> Shape:
+        """Of the plain numbers."""
+        if self.across:
+            *outer, rows, groups, _ = self.codes.shape
+            return (*outer, groups * mxfp4.GROUP, rows)
+        if isinstance(self.form, Int4Groups):
+            return (self.codes.shape[0], self.codes.shape[1] * _IN_WORD)
+        return self.codes.shape
+
+    @property
+    def across(self) -> bool:
+        """Whether the rows that are packed are columns of the plain numbers."""
+        return isinstance(self.form, Mxfp4)
+
+    @property
+    def beside(self) -> tuple[TensorInfo, ...]:
+        """Tensors that say what the codes stand for."""
+        return (self.scales, self.written) if self.written else (self.scales,)
+
+    @property
+    def halves(self) -> dict[str, Half]:
+        """Names of the two tensors."""
+        return {self.codes.name: "codes", self.scales.name: "scales"}
+
+    @property
+    def strip_bytes(self) -> int:
+        """Bytes that making its codes takes at most: a band of blocks, in fp32, and its codes."""
+        if isinstance(self.form, Mxfp4 | Int4Groups):
+            return 0  # as much as any change of type
+        return min(self.form.block[0], self.shape[0]) * self.shape[1] * 5
+
+    def at(self, index: Shape) -> Packed:
+        """The slice at a place on its first axes."""
+        return replace(self, codes=sliced(self.codes, index), scales=sliced(self.scales, index))
+
+    def matrix(self) -> Matrix:
+        """The numbers in bf16, by the rows that are packed."""
+        if isinstance(self.form, Mxfp4 | Int4Groups):
+            codes = region_of(self.codes)
+            width = codes.width * 2 * BF16.size  # two codes to a byte
+            return GroupedNumbers(
+                name=self.name, rows=codes.rows, width=width, codes=self.codes, scales=self.scales, form=self.form
+            )
+        return _Decoded(
+            name=self.name,
+            rows=self.shape[0],
+            width=self.shape[1] * BF16.size,
+            codes=region_of(self.codes),
+            scales=_Scales(tensor=self.scales),
+            block=self.form.block,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """A tensor of plain numbers, as a checkpoint has it."""
+
+    tensor: TensorInfo  # as if they were stored so
+    packed: Packed | None = None
+    joined: Region | None = None  # where it is in parts in several files
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def shape(self) -> Shape:
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.tensor.dtype
+
+    @property
+    def place(self) -> str:
+        return self.tensor.place
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        """The tensors that hold it."""
+        return (self.packed.codes, *self.packed.beside) if self.packed else (self.tensor,)
+
+    @property
+    def files(self) -> frozenset[Path]:
+        parts = self.joined.boxes if self.joined else self.stored
+        return frozenset(part.file for part in parts)
+
+    def at(self, index: Shape) -> Weight:
+        """The slice at a place on its first axes."""
+        if not index:
+            return self
+        return replace(self, tensor=sliced(self.tensor, index), packed=self.packed and self.packed.at(index))
+
+    @property
+    def across(self) -> bool:
+        """Whether its matrix is the other way round than its shape."""
+        return self.packed is not None and self.packed.across
+
+    def matrix(self) -> Matrix:
+        """Its rows."""
+        return self.packed.matrix() if self.packed else self.joined or region_of(self.tensor)
+
+
+def sliced(tensor: TensorInfo, index: Shape) -> TensorInfo:
+    """The slice of a tensor at a place on its first axes."""
+    start, size, shape = tensor.start, tensor.size, tensor.shape
+    for place in index:
+        size //= shape[0]
+        start, shape = start + place * size, shape[1:]
+    return replace(tensor, start=start, size=size, shape=shape)
+
+
+def weights_of(form: Quantization | None, tensors: Mapping[str, TensorInfo]) -> dict[str, Weight]:
+    """The weights that tensors of a checkpoint are, in their order; scales are a part of what they scale.
+
+    Raises:
+        UserError: codes without the scales they need, or that no configuration speaks of.
+    """
+    found: dict[str, Weight] = {}
+    packed: dict[str, Packed] = {}  # by the name of the codes
+    for tensor in tensors.values():
+        if isinstance(form, Mxfp4) and tensor.name.endswith(_BLOCKS):
+            packed[tensor.name] = _grouped(form, tensor, tensors)
+        elif isinstance(form, Int4Groups) and tensor.name.endswith(_PACKED):
+            packed[tensor.name] = _of_words(form, tensor, tensors)
+        elif tensor.dtype == "F8_E4M3":
+            packed[tensor.name] = _packed(form, tensor, tensors)
+    beside = {tensor.name for weight in packed.values() for tensor in weight.beside}
+    for name, tensor in tensors.items():
+        if weight := packed.get(name):
+            size = prod(weight.shape) * BF16.size
+            plain = replace(tensor, name=weight.name, dtype=BF16.safetensors, shape=weight.shape, size=size)
+            found[weight.name] = Weight(tensor=plain, packed=weight)
+        elif name not in beside:
+            found[name] = Weight(tensor=tensor)
+    return found
+
+
+def _grouped(form: Mxfp4, codes: TensorInfo, tensors: Mapping[str, TensorInfo]) -> Packed:
+    name = codes.name.removesuffix(_BLOCKS)
+    scales = tensors.get(f"{name}_scales")
+    if codes.dtype != "U8" or len(codes.shape) != 4 or codes.shape[-1] != mxfp4.CODES:
+        raise UserError(
+            f"{codes.place}: {codes.name} is {codes.dtype}{list(codes.shape)}; U8 by groups of 16 is wanted"
+        )
+    if scales is None:
+        raise UserError(f"{codes.place}: {name}_scales is missing, beside {codes.name}; fetch the model again")
+    if (scales.dtype, scales.shape) != ("U8", codes.shape[:-1]):
+        raise UserError(
+            f"{scales.place}: {scales.name} is {scales.dtype}{list(scales.shape)}; {codes.name} asks for "
+            f"U8{list(codes.shape[:-1])}"
+        )
+    return Packed(name=name, codes=codes, scales=scales, form=form)
+
+
+def _of_words(form: Int4Groups, codes: TensorInfo, tensors: Mapping[str, TensorInfo]) -> Packed:
+    name = codes.name.removesuffix(_PACKED)
+    scales, written = tensors.get(f"{name}_scale"), tensors.get(f"{name}_shape")
+    if codes.dtype != "I32" or len(codes.shape) != 2 or codes.shape[1] * _IN_WORD % int4.GROUP:
+        raise UserError(
+            f"{codes.place}: {codes.name} is {codes.dtype}{list(codes.shape)}; I32 by whole groups of {int4.GROUP} numbers, "
+            f"{_IN_WORD} to each, is wanted"
+        )
+    if scales is None or written is None:
+        missing = f"{name}_shape" if scales else f"{name}_scale"
+        raise UserError(f"{codes.place}: {missing} is missing, beside {codes.name}; fetch the model again")
+    wanted = (codes.shape[0], codes.shape[1] * _IN_WORD // int4.GROUP)
+    if (scales.dtype, scales.shape) != ("BF16", wanted):
+        raise UserError(
+            f"{scales.place}: {scales.name} is {scales.dtype}{list(scales.shape)}; {codes.name} asks for BF16{list(wanted)}"
+        )
+    if written.dtype not in ("I32", "I64") or written.shape != (2,):
+        raise UserError(f"{written.place}: {written.name} is {written.dtype}{list(written.shape)}; I64[2] is wanted")
+    return Packed(name=name, codes=codes, scales=scales, form=form, written=written)
+
+
+def check_written(weights: Mapping[str, Weight], files: Files) -> None:
+    """UserError where a tensor that says a weight's shape says another than its codes have."""
+    for weight in weights.values():
+        if (packed := weight.packed) and (told := packed.written):
+            data = files.read(told.file, told.start, told.size)
+            found = struct.unpack("<2i" if told.dtype == "I32" else "<2q", data)
+            if found != packed.shape:
+                raise UserError(
+                    f"{told.place}: {told.name} says {list(found)}, and {packed.codes.name} holds {list(packed.shape)} "
+                    "numbers; fetch the model again"
+                )
+
+
+def _packed(form: Quantization | None, codes: TensorInfo, tensors: Mapping[str, TensorInfo]) -> Packed:
+    if not isinstance(form, Fp8Blocks):
+        raise UserError(
+            f"{codes.place}: {codes.name} is {codes.dtype}, but config.json has no quantization_config that says how "
+            "to read it; fetch config.json again"
+        )
+    if len(codes.shape) != 2:
+        raise UserError(
+            f"{codes.place}: {codes.name} is {codes.dtype}{list(codes.shape)}; codes of a matrix are wanted"
+        )
+    name = f"{codes.name}_scale_inv"
+    scales = tensors.get(name)
+    if scales is None:
+        raise UserError(f"{codes.place}: {codes.name} is {codes.dtype}, and {name} is missing; fetch the model again")
+    if scales.dtype not in fp8.SCALE_TYPES:
+        known = " or ".join(fp8.SCALE_TYPES)
+        raise UserError(f"{scales.place}: {name} is {scales.dtype}; scales of {known} are wanted")
+    wanted = tuple(-(-size // block) for size, block in zip(codes.shape, form.block, strict=True))
+    if scales.shape != wanted:
+        raise UserError(
+            f"{scales.place}: {name} is {list(scales.shape)}; {codes.name}, {list(codes.shape)} in blocks of "
+            f"{list(form.block)}, asks for {list(wanted)}"
+        )
+    return Packed(name=codes.name, codes=codes, scales=scales, form=form)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Scales:
+    """A matrix of scales."""
+
+    tensor: TensorInfo
+
+    def row(self, files: Files, row: int) -> np.ndarray:
+        """One row as float32; UserError for NaN, of which no codes could be made again."""
+        import numpy as np
+
+        region = region_of(self.tensor)
+        data = memoryview(bytearray(region.width))
+        region.read(files, row, 1, 0, region.width, data)
+        scales = fp8.read_scales(data, self.tensor.dtype)
+        if np.isnan(scales).any():
+            raise UserError(f"{self.tensor.place}: {self.tensor.name} holds NaN in row {row}; fetch the model again")
+        return scales
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Decoded:
+    """bf16 numbers, made of codes and scales when they are read."""
+
+    name: str
+    rows: int
+    width: int
+    codes: Region
+    scales: _Scales
+    block: tuple[int, int]
+
+    def read(self, files: Files, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
+        """As `Region.read`."""
+        import numpy as np
+
+        first, columns = left // BF16.size, width // BF16.size
+        codes = np.empty((rows, columns), dtype=np.uint8)
+        self.codes.read(files, row, rows, first, columns, memoryview(codes).cast("B"))
+        result = np.frombuffer(out, dtype=np.uint16).reshape(rows, columns)
+        high, wide = self.block
+        for band in range(row // high, -(-(row + rows) // high)):
+            top, bottom = max(band * high - row, 0), min((band + 1) * high - row, rows)
+            start, stop = first // wide, -(-(first + columns) // wide)
+            scales = self.scales.row(files, band)[start:stop]
+            for number, products in enumerate(fp8.products(scales), start):
+                at = slice(max(number * wide - first, 0), (number + 1) * wide - first)
+                result[top:bottom, at] = products[codes[top:bottom, at]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Repacked:
+    """A band of blocks of a matrix of numbers, as codes or as the scales of those."""
+
+    numbers: Matrix
+    held: Dtype
+    packed: Packed  # whose scales are read
+    half: Half
+    band: int
+
+    @property
+    def size(self) -> int:
+        if self.half == "codes":
+            return self._rows * self.packed.shape[1]
+        return self.packed.scales.row_bytes
+
+    @property
+    def _rows(self) -> int:
+        high, _ = self._block
+        return min(high, self.packed.shape[0] - self.band * high)
+
+    @property
+    def _block(self) -> tuple[int, int]:
+        assert isinstance(self.packed.form, Fp8Blocks)
+        return self.packed.form.block
+
+    def fill(self, files: Files, out: memoryview) -> None:
+        import numpy as np
+
+        packed, (high, wide) = self.packed, self._block
+        assert isinstance(packed.form, Fp8Blocks)
+        even = packed.form.powers_of_two or packed.scales.dtype == fp8.E8M0
+        old = _Scales(tensor=packed.scales).row(files, self.band)
+        new, rows, columns = np.empty_like(old), self._rows, packed.shape[1]
+        held = np.empty((rows, columns * self.held.size), dtype=np.uint8)
+        self.numbers.read(files, self.band * high, rows, 0, self.numbers.width, memoryview(held).cast("B"))
+        codes = np.frombuffer(out, dtype=np.uint8).reshape(rows, columns) if self.half == "codes" else None
+        for number, scale in enumerate(old):
+            at = slice(number * wide, min((number + 1) * wide, columns))
+            block = np.ascontiguousarray(held[:, at.start * self.held.size : at.stop * self.held.size])
+            values = to_float32(memoryview(block).cast("B"), self.held).reshape(rows, -1)
+            try:
+                made, new[number] = fp8.requantize(values, scale, powers_of_two=even)
+            except fp8.NotFiniteError:
+                raise not_finite(packed.name) from None
+            if codes is not None:
+                codes[:, at] = made
+        if self.half == "scales":
+            out[:] = fp8.write_scales(new, packed.scales.dtype)
+
+
+def repacked(numbers: Matrix, held: Dtype, packed: Packed, half: Half) -> Iterator[Repacked | Regrouped]:
+    """A matrix of numbers of type `held` as one of the two tensors that it is stored as."""
+    if isinstance(packed.form, Mxfp4 | Int4Groups):
+        step = max(blocks.BLOCK // numbers.width, 1)
+        for row in range(0, numbers.rows, step):
+            rows = min(step, numbers.rows - row)
+            yield Regrouped(
+                numbers=numbers, held=held, scales=packed.scales, form=packed.form, half=half, row=row, rows=rows
+            )
+        return
+    for band in range(-(-packed.shape[0] // packed.form.block[0])):
+        yield Repacked(numbers=numbers, held=held, packed=packed, half=half, band=band)

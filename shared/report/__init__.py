@@ -1,0 +1,1 @@
+"""Metrics, charts and report.html of a run."""

@@ -1,0 +1,1 @@
+"""Processes: launching, process groups, agreement between ranks, the device."""

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shared.checkpoint.directory.open import open_checkpoint
+from shared.errors import UserError
+
+
+def test_a_published_directory_opens_with_its_facts(published: Callable[..., Path]) -> None:
+    checkpoint = open_checkpoint(published(), kinds=("hf",), flag="--source")
+    assert (checkpoint.kind, checkpoint.facts["family"]) == ("hf", "llama")
+    assert checkpoint.hf_files == checkpoint.path
+
+
+@pytest.mark.parametrize("position", [0, 2500, 4999])
+def test_one_flipped_bit_is_found_and_named(published: Callable[..., Path], position: int) -> None:
+    weights = published() / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[position] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match="model.safetensors is damaged"):
+        open_checkpoint(weights.parent, kinds=("hf",), flag="--source")
+    open_checkpoint(weights.parent, kinds=("hf",), flag="--source", verify="sizes")
+
+
+def test_missing_short_and_stray_files_are_named(published: Callable[..., Path]) -> None:
+    target = published()
+    stray = target / "model-00002.safetensors"
+    stray.write_bytes(b"")
+    with pytest.raises(UserError, match="weights of unknown origin"):
+        open_checkpoint(target, kinds=("hf",), flag="--source")
+    stray.unlink()
+    (target / "model.safetensors").write_bytes(b"0" * 4000)
+    with pytest.raises(UserError, match="has 4000 bytes instead of 5000"):
+        open_checkpoint(target, kinds=("hf",), flag="--source")
+    (target / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="model.safetensors is missing"):
+        open_checkpoint(target, kinds=("hf",), flag="--source")
+
+
+def test_a_newer_contract_is_refused_by_name(published: Callable[..., Path]) -> None:
+    path = published() / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"contract_version": 99}))
+    with pytest.raises(UserError, match="contract version 99"):
+        open_checkpoint(path.parent, kinds=("hf",), flag="--source")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"contract_version": 1}'])
+def test_a_damaged_manifest_is_refused(published: Callable[..., Path], text: str) -> None:
+    path = published() / "manifest.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="damaged"):
+        open_checkpoint(path.parent, kinds=("hf",), flag="--source")
+
+
+@pytest.mark.parametrize("name", ["../stray.txt", "/etc/hostname", "a/../../stray.txt"])
+def test_a_manifest_of_files_elsewhere_is_refused(published: Callable[..., Path], name: str) -> None:
+    """Files that it lists travel on: a stranger's directory must not choose what is read and written outside of it."""
+    path = published() / "manifest.json"
+    content = json.loads(path.read_text())
+    content["files"][name] = {"size": 0, "hash": "xxh3_128:0"}
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"is damaged at files: .* is not below the directory"):
+        open_checkpoint(path.parent, kinds=("hf",), flag="--source")
+
+
+def test_the_wrong_kind_is_named(published: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match="is a hf directory; wanted: megatron"):
+        open_checkpoint(published(), kinds=("megatron",), flag="--source")
+
+
+def test_foreign_hf_directory_must_have_the_shards_its_index_names(source: Path) -> None:
+    assert open_checkpoint(source, kinds=("hf",), flag="--source").manifest is None
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="model-2.safetensors is missing"):
+        open_checkpoint(source, kinds=("hf",), flag="--source")
+    (source / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(UserError, match="not a weight index"):
+        open_checkpoint(source, kinds=("hf",), flag="--source")
+
+
+def test_foreign_directories_without_weights_are_refused(tmp_path: Path, source: Path) -> None:
+    (source / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no weights"):
+        open_checkpoint(source, kinds=("hf",), flag="--source")
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        open_checkpoint(tmp_path, kinds=("hf",), flag="--source")
+    with pytest.raises(UserError, match="not a directory"):
+        open_checkpoint(tmp_path / "nowhere", kinds=("hf",), flag="--source")
+
+
+@pytest.mark.parametrize(("tracker", "folder"), [("release", "release"), ("100", "iter_0000100")])
+def test_foreign_megatron_directory_follows_its_tracker(tmp_path: Path, tracker: str, folder: str) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(tracker)
+    with pytest.raises(UserError, match=r"\.metadata is missing"):
+        open_checkpoint(tmp_path, kinds=("megatron",), flag="--source")
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / ".metadata").write_bytes(b"")
+    checkpoint = open_checkpoint(tmp_path, kinds=("megatron",), flag="--source")
+    assert checkpoint.iteration_path == tmp_path / folder
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("soon")
+    with pytest.raises(UserError, match="names no iteration"):
+        open_checkpoint(tmp_path, kinds=("megatron",), flag="--source")

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from shared.checkpoint.directory.open import open_checkpoint
+from shared.checkpoint.directory.run_directory import RunDirectory
+from shared.errors import AlreadyDone, UserError
+from shared.invocation import invoked
+
+TRAINING = """
+import sys
+from pathlib import Path
+from shared.checkpoint.directory.run_directory import RunDirectory
+from shared.invocation import invoked
+with invoked("pretrain", "train", {}):
+    run = RunDirectory.open(Path(sys.argv[2]), kind="megatron", inputs={"source": Path(sys.argv[1])})
+    print("begun", flush=True)
+    run.add_passengers(Path(sys.argv[1]))
+    for iteration in range((run.iteration or 0) + 1, 31):
+        (run.begin(iteration) / "0.distcp").write_bytes(b"%04d" % iteration * 50_000)
+        run.commit(iteration, facts={}, finished=iteration == 30)
+"""
+
+
+def _save(run: RunDirectory, iteration: int, *, finished: bool = False, keep: int = 2) -> None:
+    (run.begin(iteration) / "0.distcp").write_text(str(iteration))
+    run.commit(iteration, facts={"loss": 1.0}, finished=finished, keep=keep)
+
+
+def test_iterations_are_published_one_by_one(source: Path, tmp_path: Path) -> None:
+    run = RunDirectory.open(tmp_path / "run", kind="megatron", inputs={"source": source})
+    run.add_passengers(source)
+    with pytest.raises(UserError, match="not saved an iteration yet"):
+        open_checkpoint(run.path, kinds=("megatron",), flag="--source")
+    for iteration in (10, 20, 30):
+        _save(run, iteration)
+        checkpoint = open_checkpoint(run.path, kinds=("megatron",), flag="--source")
+        assert (checkpoint.iteration_path / "0.distcp").read_text() == str(iteration)
+        assert (checkpoint.hf_files / "config.json").exists()
+    assert sorted(path.name for path in run.path.glob("iter_*")) == ["iter_0000020", "iter_0000030"]
+    assert (run.path / "latest_checkpointed_iteration.txt").read_text() == "30"
+    run.close()
+
+
+def test_a_finished_run_is_done_and_another_needs_overwrite(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    run = RunDirectory.open(target, kind="megatron", inputs={"source": source})
+    _save(run, 10)
+    run.finish()
+    run.close()
+    with pytest.raises(AlreadyDone):
+        RunDirectory.open(target, kind="megatron", inputs={"source": source})
+    with invoked("pretrain", "train", {"steps": 5}):
+        with pytest.raises(UserError, match="--overwrite"):
+            RunDirectory.open(target, kind="megatron", inputs={"source": source})
+        again = RunDirectory.open(target, kind="megatron", inputs={"source": source}, overwrite=True)
+    assert (again.iteration, list(target.glob("iter_*"))) == (None, [])
+    again.close()
+
+
+def test_an_unfinished_run_is_resumed_also_with_overwrite_and_kept_from_others(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    run = RunDirectory.open(target, kind="megatron", inputs={"source": source})
+    _save(run, 10)
+    with pytest.raises(UserError, match="another process is writing it"):
+        RunDirectory.open(target, kind="megatron", inputs={"source": source})
+    run.close()
+    with invoked("pretrain", "train", {"steps": 5}), pytest.raises(UserError, match="unfinished|other inputs"):
+        RunDirectory.open(target, kind="megatron", inputs={"source": source})
+    resumed = RunDirectory.open(target, kind="megatron", inputs={"source": source}, overwrite=True)
+    assert resumed.iteration == 10
+    resumed.close()
+
+
+def test_what_a_kill_leaves_is_put_right(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    run = RunDirectory.open(target, kind="megatron", inputs={"source": source})
+    _save(run, 10)
+    run.begin(20)
+    (target / "iter_0000030").mkdir()  # renamed, the manifest not yet replaced
+    (target / "latest_checkpointed_iteration.txt").write_text("9")
+    run.close()
+    resumed = RunDirectory.open(target, kind="megatron", inputs={"source": source})
+    assert [path.name for path in target.glob("iter_*")] == ["iter_0000010"]
+    assert (target / "latest_checkpointed_iteration.txt").read_text() == "10"
+    resumed.close()
+
+
+def test_sigkill_at_random_points_always_leaves_a_whole_checkpoint(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    seed = random.SystemRandom().randrange(1 << 30)
+    print("seed", seed)
+    chance = random.Random(seed)
+    reached = 0
+    for _ in range(6):
+        process = subprocess.Popen([sys.executable, "-c", TRAINING, source, target], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(chance.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if (target / "manifest.json").exists():
+            checkpoint = open_checkpoint(target, kinds=("megatron",), flag="--source")
+            assert checkpoint.manifest is not None
+            iteration = checkpoint.manifest.iteration
+            assert iteration is not None
+            assert iteration >= reached
+            assert (checkpoint.iteration_path / "0.distcp").read_bytes() == b"%04d" % iteration * 50_000
+            reached = iteration
+        if reached == 30:
+            break
+    subprocess.run([sys.executable, "-c", TRAINING, source, target], check=reached < 30, capture_output=True)
+    assert open_checkpoint(target, kinds=("megatron",), flag="--source").manifest.iteration == 30  # type: ignore[union-attr]

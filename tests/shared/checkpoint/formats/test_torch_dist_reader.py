@@ -1,0 +1,136 @@
+"""Rows gathered from any chunking, and directories that are not whole."""
+
+from __future__ import annotations
+
+import pickle
+from functools import partial
+from itertools import pairwise, product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shared.checkpoint.copy.engine import write_files
+from shared.checkpoint.copy.operations import Constant
+from shared.checkpoint.dtypes import FP32
+from shared.checkpoint.formats.torch_dist_reader import TorchDistReader
+from shared.checkpoint.formats.torch_dist_writer import TorchDistLayout
+from shared.errors import UserError
+
+WHOLE = np.arange(2 * 12 * 6, dtype=np.float32).reshape(2, 12, 6)
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def boxes(*cuts: list[int]) -> list[Box]:
+    """Every box of a grid cut at these edges."""
+    ranges = [list(pairwise(edges)) for edges in cuts]
+    return [(tuple(start for start, _ in box), tuple(stop - start for start, stop in box)) for box in product(*ranges)]
+
+
+def write(folder: Path, chunks: list[Box], key: str = "w") -> Path:
+    folder.mkdir()
+    layout = TorchDistLayout()
+    layout.declare(key, FP32, WHOLE.shape)
+    for offsets, sizes in chunks:
+        part = WHOLE[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))]
+        layout.chunk(key, offsets, sizes, partial(list, [Constant(part.tobytes())]))
+    layout.put_objects(["w._extra_state/shard_0_1"], [None])
+    layout.finish(folder, {"iteration": 3})
+    write_files(folder, layout.files(), workers=1)
+    return folder
+
+
+CHUNKINGS = {
+    "one": boxes([0, 2], [0, 12], [0, 6]),
+    "layers": boxes([0, 1, 2], [0, 12], [0, 6]),
+    "rows": boxes([0, 1, 2], [0, 3, 12], [0, 6]),
+    "columns": boxes([0, 1, 2], [0, 12], [0, 2, 6]),
+    "columns over layers": boxes([0, 2], [0, 12], [0, 3, 6]),
+    "grid": boxes([0, 1, 2], [0, 5, 7, 12], [0, 1, 6]),
+    "mixed": [*boxes([0, 1], [0, 12], [0, 3, 6]), *boxes([1, 2], [0, 4, 12], [0, 6])],
+    "backwards": boxes([0, 1, 2], [0, 3, 12], [0, 2, 6])[::-1],
+}
+
+
+@pytest.mark.parametrize("chunking", CHUNKINGS)
+def test_every_window_of_rows(tmp_path: Path, chunking: str) -> None:
+    reader = TorchDistReader(write(tmp_path / "d", CHUNKINGS[chunking]))
+    assert reader.tensors["w"].shape == WHOLE.shape
+    for layer, first in product(range(2), range(12)):
+        for count in range(1, 13 - first):
+            found = b"".join(map(bytes, reader.rows("w", (layer,), first, count)))
+            assert found == WHOLE[layer, first : first + count].tobytes()
+
+
+def test_whole_tensor_along_its_first_axis(tmp_path: Path) -> None:
+    reader = TorchDistReader(write(tmp_path / "d", CHUNKINGS["layers"]))
+    assert b"".join(map(bytes, reader.rows("w", (), 0, 2))) == WHOLE.tobytes()
+
+
+def test_objects_and_common_values(tmp_path: Path) -> None:
+    reader = TorchDistReader(write(tmp_path / "d", CHUNKINGS["one"]))
+    assert reader.objects == {"w._extra_state/shard_0_1"}
+    assert reader.common() == {"iteration": 3}
+
+
+def test_optimizer_state_is_set_apart(tmp_path: Path) -> None:
+    reader = TorchDistReader(write(tmp_path / "d", CHUNKINGS["one"], key="optimizer.state.exp_avg.w"))
+    assert reader.tensors == {}
+    assert reader.other == {"optimizer.state.exp_avg.w": "float32"}
+
+
+def test_missing_rank(tmp_path: Path) -> None:
+    """Chunks that do not cover their tensor."""
+    folder = write(tmp_path / "d", CHUNKINGS["rows"][:-1])
+    with pytest.raises(UserError, match="the chunks of w hold 90 of 144 numbers"):
+        TorchDistReader(folder)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    folder = write(tmp_path / "d", CHUNKINGS["one"])
+    (folder / "__0_0.distcp").unlink()
+    with pytest.raises(UserError, match=r"__0_0.distcp is missing, though .metadata names it"):
+        TorchDistReader(folder)
+
+
+def test_truncated_file(tmp_path: Path) -> None:
+    folder = write(tmp_path / "d", CHUNKINGS["one"])
+    file = folder / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"__0_0.distcp is cut short"):
+        TorchDistReader(folder)
+
+
+def test_chunk_that_is_not_what_the_metadata_says(tmp_path: Path) -> None:
+    folder, other = write(tmp_path / "d", CHUNKINGS["rows"]), write(tmp_path / "e", CHUNKINGS["columns"])
+    (folder / ".metadata").write_bytes((other / ".metadata").read_bytes())
+    with pytest.raises(UserError, match="damaged|no tensor"):
+        list(TorchDistReader(folder).rows("w", (0,), 0, 12))
+
+
+def test_no_metadata(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"\.metadata is missing"):
+        TorchDistReader(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps({"a": 1})])
+def test_metadata_that_is_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(UserError, match=r"\.metadata"):
+        TorchDistReader(tmp_path)
+
+
+class Runs:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (exec, (f"open({str(self.path)!r}, 'w').close()",))
+
+
+def test_malicious_metadata_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "d", CHUNKINGS["one"])
+    (folder / ".metadata").write_bytes(pickle.dumps(Runs(tmp_path / "proof")))
+    with pytest.raises(UserError, match="builtins.exec"):
+        TorchDistReader(folder)
+    assert not (tmp_path / "proof").exists()

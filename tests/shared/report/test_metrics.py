@@ -1,0 +1,86 @@
+"""The record of a run."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from shared.architecture.architecture import Architecture
+from shared.families import registry
+from shared.report.metrics import Metrics, bits_per_byte, flops_per_token, read
+
+
+def test_a_resumed_run_forgets_what_it_repeats(tmp_path):
+    first = Metrics(tmp_path, resumed_step=None)
+    for step in range(1, 8):
+        first.append(step=step, loss=float(step))
+    first.append(step=7, validation_loss=0.5)
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')  # a kill in the middle of a write
+    resumed = Metrics(tmp_path, resumed_step=5)
+    for step in range(6, 9):
+        resumed.append(step=step, loss=10.0 * step)
+    resumed.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [row["loss"] for row in rows] == [1, 2, 3, 4, 5, 60, 70, 80]
+    assert read(tmp_path / "metrics.jsonl") == resumed.rows
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(r["step"], r["loss"]) for r in rows]
+
+
+def test_a_new_run_starts_its_record_anew(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
+    Metrics(tmp_path, resumed_step=None).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_record_before_the_first_update_survives_a_resume_at_zero(tmp_path):
+    first = Metrics(tmp_path, resumed_step=None)
+    first.append(step=0, validation_loss=2.0)
+    first.append(step=1, loss=1.0)
+    first.close()
+    assert Metrics(tmp_path, resumed_step=0).rows == [{"step": 0, "validation_loss": 2.0}]
+
+
+def test_flops_of_a_known_model():
+    """PaLM's accounting for GPT-3-like sizes: 6 N + 12 L H Q T, here with N counted by hand."""
+    tiny = Architecture(
+        family="llama",
+        num_layers=2,
+        hidden_size=8,
+        ffn_hidden_size=16,
+        num_attention_heads=2,
+        num_query_groups=1,
+        head_dim=4,
+        vocab_size=10,
+        max_position_embeddings=32,
+        norm_epsilon=1e-5,
+        rope_theta=1e4,
+        tied_embeddings=False,
+    )
+    layer = 8 * (8 + 4 + 4) + 8 * 8 + 3 * 8 * 16 + 2 * 8  # qkv, output, gated MLP, norms
+    weights = 2 * layer + 10 * 8 + 8  # with the output matrix, without the input embedding
+    assert flops_per_token(tiny, 32) == 6 * weights + 12 * 2 * 8 * 32
+
+
+def test_flops_of_a_model_whose_table_is_narrower():
+    """OPT 350M: the tied table is the output layer's matrix, and both projections are matrices."""
+    opt = registry.sizes()["opt-350m"]
+    untied = replace(opt, tied_embeddings=False)
+    assert untied.parameter_count() - opt.parameter_count() == 50_272 * 512
+    assert flops_per_token(untied, 128) == flops_per_token(opt, 128)
+
+
+def test_flops_of_a_model_with_states():
+    """By hand: three products with a state of 4 heads, 16 x 12 each, in the first layer; attention in the second."""
+    tiny = registry.sizes()["qwen3-next-tiny"]
+    matrices = tiny.parameter_count(active=True) - 512 * 64
+    assert flops_per_token(tiny, 32) == 6 * matrices + 12 * 4 * 32 * 32 + 6 * 3 * 4 * 16 * 12
+
+
+def test_bits_per_byte():
+    assert bits_per_byte(math.log(2), 4.0) == pytest.approx(0.25)
