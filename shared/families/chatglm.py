@@ -19,7 +19,7 @@ _NAMES = Names(
     fc1=("mlp.dense_h_to_4h",),
     fc2="mlp.dense_4h_to_h",
     final_norm="transformer.final_layernorm",
-    asides=("attention.rotary_emb.inv_freq",),
+    pass_through=("attention.rotary_emb.inv_freq",),
 )
 # sqrt(2 * 28): the published class counts 28 layers there, whatever num_layers says.
 _INPUT_MULTIPLIER = 56**0.5

@@ -10,7 +10,7 @@ from shared.errors import UserError
 from shared.families.common.fields import Fields
 from shared.families.common.tensor_table import Names, decoder_table
 from shared.families.family import Family, tiny
-from shared.mapping.rule import Aside, Table
+from shared.mapping.rule import PassThroughTensor, Table
 
 _NAMES = Names(
     embedding="transformer.embedding.word_embeddings",
@@ -21,10 +21,10 @@ _NAMES = Names(
     fc2="mlp.dense_4h_to_h",
     final_norm="transformer.encoder.final_layernorm",
     head="transformer.output_layer",
-    asides=(),
+    pass_through=(),
 )
 # A constant of the whole model, which every implementation recomputes.
-_FREQUENCIES = Aside(name="transformer.rotary_pos_emb.inv_freq", axes=())
+_FREQUENCIES = PassThroughTensor(name="transformer.rotary_pos_emb.inv_freq", axes=())
 _THETA = 10_000.0  # times rope_ratio
 
 

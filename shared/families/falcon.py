@@ -25,7 +25,7 @@ _NAMES = Names(
     fc1=("mlp.dense_h_to_4h",),
     fc2="mlp.dense_4h_to_h",
     final_norm="transformer.ln_f",
-    asides=("self_attention.rotary_emb.inv_freq",),
+    pass_through=("self_attention.rotary_emb.inv_freq",),
 )
 
 

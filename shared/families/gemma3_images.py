@@ -11,19 +11,19 @@ from shared.architecture.vision import Vision
 from shared.families import gemma3
 from shared.families.common import siglip
 from shared.families.common.multimodal_wrapper import SPELLINGS, Whole, family_of_whole
-from shared.mapping.rule import Aside
+from shared.mapping.rule import PassThroughTensor
 
 _TOWER = "vision_tower.vision_model."
 
 
-def _beside(a: Architecture, vision: Vision) -> Iterator[Aside]:
+def _beside(a: Architecture, vision: Vision) -> Iterator[PassThroughTensor]:
     """The tower, and what projects its vectors: `[vision, text]`, after a norm."""
     projector = "multi_modal_projector.mm_"
     shapes = {
         "input_projection_weight": (vision.hidden_size, a.hidden_size),
         "soft_emb_norm.weight": (vision.hidden_size,),
     }
-    yield from (Aside(name=projector + name, axes=(), shape=shape) for name, shape in shapes.items())
+    yield from (PassThroughTensor(name=projector + name, axes=(), shape=shape) for name, shape in shapes.items())
     yield from siglip.tensors(vision, _TOWER)
 
 
@@ -50,7 +50,7 @@ _WHOLE = Whole(
     write=siglip.write,
     beside=_beside,
     # transformers 5 has no `vision_model` in the tower's names.
-    spellings={
+    prefix_variants={
         **SPELLINGS,
         _TOWER: ("vision_tower.", "model.vision_tower.vision_model.", "model.vision_tower."),
     },

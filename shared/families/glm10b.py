@@ -29,7 +29,7 @@ _NAMES = Names(
     fc1=("mlp.dense_h_to_4h",),
     fc2="mlp.dense_4h_to_h",
     final_norm="glm.transformer.final_layernorm",
-    asides=(),
+    pass_through=(),
 )
 _BLANKS = ("mask_token_id", "smask_token_id", "gmask_token_id")  # the first of them alone where that is the only kind
 _EPSILON = 1e-5  # whatever the configuration says

@@ -13,7 +13,7 @@ from shared.architecture.architecture import Architecture, Prefix
 from shared.families.common.fields import Fields
 from shared.families.common.tensor_table import Names, decoder_table
 from shared.families.family import Family, tiny
-from shared.mapping.rule import Aside, Table
+from shared.mapping.rule import PassThroughTensor, Table
 
 _NAMES = Names(
     embedding="transformer.word_embeddings",
@@ -25,7 +25,7 @@ _NAMES = Names(
     gate_last=True,
     fc2="mlp.dense_4h_to_h",
     final_norm="transformer.final_layernorm",
-    asides=("attention.rotary_emb.inv_freq",),
+    pass_through=("attention.rotary_emb.inv_freq",),
 )
 _BLANKS = ("mask_token_id", "smask_token_id", "gmask_token_id")  # by precedence; places count on behind the last
 
@@ -94,7 +94,7 @@ def write(a: Architecture) -> dict[str, Any]:
 
 
 def table(a: Architecture) -> Table:
-    frequencies = Aside(
+    frequencies = PassThroughTensor(
         name="mixins.rotary-embedding.rotary_emb.inv_freq", axes=()
     )  # where that program saved it itself
     return decoder_table(a, _NAMES, (frequencies,))

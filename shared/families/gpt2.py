@@ -25,7 +25,7 @@ _NAMES = Names(
     fc2="mlp.c_proj",
     final_norm="transformer.ln_f",
     inputs_first=True,
-    asides=("attn.bias", "attn.masked_bias"),
+    pass_through=("attn.bias", "attn.masked_bias"),
 )
 
 

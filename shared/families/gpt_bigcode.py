@@ -24,7 +24,7 @@ _NAMES = Names(
     fc1=("mlp.c_fc",),
     fc2="mlp.c_proj",
     final_norm="transformer.ln_f",
-    asides=(),
+    pass_through=(),
 )
 
 

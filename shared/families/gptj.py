@@ -20,7 +20,7 @@ _NAMES = Names(
     fc1=("mlp.fc_in",),
     fc2="mlp.fc_out",
     final_norm="transformer.ln_f",
-    asides=("attn.bias", "attn.masked_bias"),
+    pass_through=("attn.bias", "attn.masked_bias"),
 )
 
 

@@ -22,7 +22,7 @@ _NAMES = Names(
     fc1=("feed_forward.w1", "feed_forward.w3"),
     fc2="feed_forward.w2",
     head="output",
-    asides=("attention.rotary_emb.inv_freq",),
+    pass_through=("attention.rotary_emb.inv_freq",),
 )
 
 

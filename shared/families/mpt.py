@@ -22,7 +22,7 @@ _NAMES = Names(
     fc1=("ffn.up_proj",),
     fc2="ffn.down_proj",
     final_norm="transformer.norm_f",
-    asides=(),
+    pass_through=(),
 )
 
 

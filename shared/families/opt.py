@@ -13,7 +13,7 @@ from shared.families.common.decoder import GELU, activation, gelu_name
 from shared.families.common.fields import Fields
 from shared.families.common.tensor_table import Names, decoder_table
 from shared.families.family import Family, tiny
-from shared.mapping.rule import Aside, Table
+from shared.mapping.rule import PassThroughTensor, Table
 
 _NAMES = Names(
     prefix="model.",
@@ -30,7 +30,7 @@ _NAMES = Names(
     fc1=("fc1",),
     fc2="fc2",
     final_norm="model.decoder.final_layer_norm",
-    asides=(),
+    pass_through=(),
 )
 
 
@@ -101,8 +101,8 @@ def table(a: Architecture) -> Table:
         return decoder_table(a, _NAMES)
     kinds = ("weight", "bias")
     layers = [_NAMES.layer + name for name in (_NAMES.attention_norm, _NAMES.mlp_norm)]
-    unread = [Aside(name=f"{name}.{kind}") for name in layers for kind in kinds]
-    unread += [Aside(name=f"{_NAMES.final_norm}.{kind}", axes=()) for kind in kinds]
+    unread = [PassThroughTensor(name=f"{name}.{kind}") for name in layers for kind in kinds]
+    unread += [PassThroughTensor(name=f"{_NAMES.final_norm}.{kind}", axes=()) for kind in kinds]
     return decoder_table(a, _NAMES, unread)
 
 

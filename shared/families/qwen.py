@@ -22,7 +22,7 @@ _NAMES = Names(
     fc1=("mlp.w2", "mlp.w1"),
     fc2="mlp.c_proj",
     final_norm="transformer.ln_f",
-    asides=("attn.rotary_emb.inv_freq", "attn.masked_bias"),
+    pass_through=("attn.rotary_emb.inv_freq", "attn.masked_bias"),
 )
 
 # Of precision, of the programs that run the model, and of the one that trained it.

@@ -10,8 +10,8 @@ from math import prod
 from typing import Protocol
 
 from shared.errors import UserError
-from shared.mapping.layout import Shape, of_source
-from shared.mapping.rule import Alias, Entry, Table
+from shared.mapping.layout import Shape, segments_of_source
+from shared.mapping.rule import Entry, Table, TiedTensor
 
 
 class Found(Protocol):
@@ -31,8 +31,8 @@ class Account:
     """A checkpoint's tensors, sorted by what becomes of them."""
 
     entries: tuple[Entry, ...]
-    aliases: tuple[Alias, ...]  # those that the checkpoint stores
-    asides: tuple[str, ...]  # those that it stores
+    tied_tensors: tuple[TiedTensor, ...]  # those that the checkpoint stores
+    pass_through: tuple[str, ...]  # those that it stores
 
 
 def account_sources(table: Table, found: Mapping[str, Found], where: str) -> Account:
@@ -47,33 +47,33 @@ def account_sources(table: Table, found: Mapping[str, Found], where: str) -> Acc
                 f"{where}: {len(found)} tensors in all, though config.json asks for {size} {axis.replace('_', ' ')}s; "
                 "correct it, or fetch the model again"
             )
-    table = table.named_as(found)
+    table = table.with_prefixes_of(found)
     entries = tuple(table.entries())
     wanted = {source.name: source.stored_shape for entry in entries for source in entry.sources}
     _check_rows(entries, wanted)
-    wanted |= table.kept()
-    aliases = tuple(alias for alias in table.aliases if alias.name in found)
-    asides = tuple(sorted(table.aside_names() & found.keys()))
+    wanted |= table.required_pass_through()
+    tied_tensors = tuple(tied for tied in table.tied_tensors if tied.name in found)
+    pass_through = tuple(sorted(table.pass_through_names() & found.keys()))
     if missing := [name for name in wanted if name not in found]:
         raise UserError(f"{where}: {_some(missing)} missing, though config.json asks for it; fetch the model again")
-    together = table.aside_names(complete=True)
+    together = table.pass_through_names(all_or_none=True)
     if together & found.keys() and (missing := sorted(together - found.keys())):
         raise UserError(
             f"{where}: {_some(missing)} missing, though others of its kind are there; fetch the model again"
         )
-    known = wanted.keys() | {alias.name for alias in aliases} | set(asides)
+    known = wanted.keys() | {tied.name for tied in tied_tensors} | set(pass_through)
     if unknown := sorted(found.keys() - known):
         near = get_close_matches(unknown[0], list(wanted), n=1, cutoff=0.0)
         raise UserError(
             f"{found[unknown[0]].place}: {_some(unknown)} unknown to this family and would be lost"
             f"{f' (nearest: {near[0]})' if near else ''}; remove it, or correct config.json"
         )
-    for name, shape in wanted.items() | {(a.name, wanted[a.of]) for a in aliases}:
+    for name, shape in wanted.items() | {(a.name, wanted[a.tied_to]) for a in tied_tensors}:
         if found[name].shape != shape:
             raise UserError(
                 f"{found[name].place}: {name} is {list(found[name].shape)}, config.json asks for {list(shape)}"
             )
-    return Account(entries=entries, aliases=aliases, asides=asides)
+    return Account(entries=entries, tied_tensors=tied_tensors, pass_through=pass_through)
 
 
 def _check_rows(entries: Iterable[Entry], shapes: Mapping[str, Shape]) -> None:
@@ -89,7 +89,9 @@ def _check_rows(entries: Iterable[Entry], shapes: Mapping[str, Shape]) -> None:
         assert slices[name] == prod(entry.sources[place].stack), f"a table uses each slice of a source once: {name}"
         if len(parts) == 1 and not parts[0][0].partial:
             continue
-        taken = sorted((s.source_row, s.rows) for entry, place in parts for s in of_source(entry.segments, place))
+        taken = sorted(
+            (s.source_row, s.rows) for entry, place in parts for s in segments_of_source(entry.segments, place)
+        )
         row = 0
         for first, rows in taken:
             assert first == row, f"a table uses each row of a source once: row {row} of {name}"

@@ -1,8 +1,8 @@
-"""Layouts: how rows of source tensors make up the rows of one Megatron tensor, in a form that runs both ways.
+"""Layouts: the rows of one Megatron tensor as rows of its source tensors, invertible.
 
-A *row* is one index of a tensor's first dimension: `[out, in]` has `out` rows of `in` elements, `[out]` has `out` rows
-of one. A layout that only moves rows compiles to segments, so that a conversion copies byte ranges and needs neither
-the tensors' arithmetic nor a tensor library.
+Shapes: `[out, in]` has `out` rows of `in` elements, `[out]` has `out` rows of one. `;` joins blocks of rows, `|` joins
+groups, q/k/v/g are the rows of one query/key/value/gate head. A layout compiles to segments (row ranges), so a
+conversion copies byte ranges without arithmetic and without torch.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 Shape = tuple[int, ...]
-PADDING = -1  # the source of rows of zeros
-ONES = -2  # and of rows of ones
+PADDING = -1  # source index of rows of zeros
+ONES = -2  # source index of rows of ones
 
 
 class LayoutError(ValueError):
-    """Shapes that a layout cannot take; the caller knows the tensor's name."""
+    """Source shapes do not fit the layout; the caller adds the tensor's name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
-    """`rows` rows that are contiguous in the target, and `step` apart in the source."""
+    """`rows` rows, contiguous in the target, `step` apart in the source."""
 
-    source: int  # which of the rule's sources, or PADDING or ONES
+    source: int  # index into the rule's sources, or PADDING or ONES
     source_row: int
     target_row: int
     rows: int
@@ -32,23 +32,23 @@ class Segment:
 
 
 class RowLayout(Protocol):
-    """A layout that moves whole rows. Its segments tile the target in order, and use no source's row twice."""
+    """A permutation of whole rows. Segments tile the target in order and use no source row twice."""
 
     def target_shape(self, shapes: Sequence[Shape]) -> Shape:
-        """Shape of the Megatron tensor made of sources of these shapes."""
+        """Shape of the Megatron tensor, from the shapes of its sources."""
         ...
 
     def segments(self, shapes: Sequence[Shape]) -> tuple[Segment, ...]:
-        """The target's rows in order."""
+        """Segments in the order of target rows."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interleave:
-    """Sources cut into `groups` equal runs of rows, dealt out group by group.
+    """Merge several sources group by group: each source is `groups` equal blocks of rows.
 
-    `groups=1` concatenates (`[gate ; up]`), and of one source copies. Attention's QKV has one group for every
-    key/value head: `[q1..qn k1 v1 | q.. k2 v2 | ...]`.
+    QKV, one group per key/value head: `[q1..qn] [k1 k2] [v1 v2]` to `[q1..qn/2 k1 v1 | q.. k2 v2]`.
+    `groups=1` concatenates: `[gate] [up]` to `[gate ; up]`. One source with `groups=1` is a copy.
     """
 
     groups: int = 1
@@ -74,11 +74,8 @@ class Interleave:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Deal:
-    """One source made of blocks of `parts` rows, dealt out as `Interleave` deals several sources.
-
-    A fused QKV `[q ; k ; v]` becomes `[q1..qn k1 v1 | q.. k2 v2 | ...]` with one group for every key/value head.
-    """
+class InterleaveFused:
+    """`Interleave` of one fused source: `[q ; k ; v]`, blocks of `parts` rows, to `[q1..qn k1 v1 | q.. k2 v2 | ...]`."""
 
     parts: tuple[int, ...]
     groups: int
@@ -99,10 +96,10 @@ class Deal:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gated:
-    """Attention whose query heads each have a gate, `[q1 g1 ; q2 g2 ; ..]`, and keys and values beside them.
+class InterleaveGatedQKV:
+    """QKV of gated attention: `[q1 g1 ; q2 g2 ; ..] [k1 k2] [v1 v2]` to `[q1..qn g1..gn k1 v1 | q.. g.. k2 v2 | ...]`.
 
-    One group for every key/value head, as Megatron-Core has it: `[q1..qn g1..gn k1 v1 | q.. g.. k2 v2 | ...]`.
+    One group per key/value head, as in Megatron-Core.
     """
 
     groups: int
@@ -117,18 +114,18 @@ class Gated:
     def segments(self, shapes: Sequence[Shape]) -> tuple[Segment, ...]:
         self.target_shape(shapes)
         result: list[Segment] = []
-        for whole in Interleave(groups=self.groups).segments(shapes):
-            if whole.source:
-                result.append(whole)
+        for block in Interleave(groups=self.groups).segments(shapes):
+            if block.source:
+                result.append(block)
                 continue
-            pairs = whole.rows // (2 * self.head_dim)
+            pairs = block.rows // (2 * self.head_dim)
             for index in range(2 * pairs):  # all queries of the group, then all gates
                 source = 2 * (index % pairs) + index // pairs
                 result.append(
                     Segment(
                         source=0,
-                        source_row=whole.source_row + source * self.head_dim,
-                        target_row=whole.target_row + index * self.head_dim,
+                        source_row=block.source_row + source * self.head_dim,
+                        target_row=block.target_row + index * self.head_dim,
                         rows=self.head_dim,
                     )
                 )
@@ -136,10 +133,10 @@ class Gated:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Undealt:
-    """One part of a source that `Interleave` would make of several: `[q1 k1 v1 | q2 k2 v2 | ...]` gives `[q1 ; q2 ..]`.
+class SplitInterleaved:
+    """One part of an interleaved source: `[q1 k1 v1 | q2 k2 v2 | ...]` to `[q1 ; q2 ..]`.
 
-    `parts` are rows of each of them in all; the other parts are other rules' to take.
+    `parts` are total rows per part, `part` indexes them. Other rules take the other parts.
     """
 
     parts: tuple[int, ...]
@@ -154,24 +151,24 @@ class Undealt:
 
     def segments(self, shapes: Sequence[Shape]) -> tuple[Segment, ...]:
         self.target_shape(shapes)
-        dealt = Interleave(groups=self.groups).segments([(part,) for part in self.parts])
+        interleaved = Interleave(groups=self.groups).segments([(part,) for part in self.parts])
         return tuple(
             Segment(source=0, source_row=s.target_row, target_row=s.source_row, rows=s.rows)
-            for s in dealt
+            for s in interleaved
             if s.source == self.part
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unwoven:
-    """One source whose rows belong to `parts` tensors in turn, which follow each other: `[g1 u1 g2 u2 ..]` to `[g ; u]`."""
+class Deinterleave:
+    """Row-interleaved source to concatenated parts: `[gate1 up1 gate2 up2 ..]` to `[gate ; up]` with `parts=2`."""
 
     parts: int
 
     def target_shape(self, shapes: Sequence[Shape]) -> Shape:
         (shape,) = shapes
         if shape[0] % self.parts:
-            raise LayoutError(f"{shape[0]} rows are not those of {self.parts} tensors in turn")
+            raise LayoutError(f"{shape[0]} rows do not deinterleave into {self.parts} equal parts")
         return shape
 
     def segments(self, shapes: Sequence[Shape]) -> tuple[Segment, ...]:
@@ -183,8 +180,8 @@ class Unwoven:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exchanged:
-    """One source whose two halves change places: `[up ; gate]` becomes `[gate ; up]`."""
+class SwapHalves:
+    """Swap the two halves of one source: `[up ; gate]` to `[gate ; up]`."""
 
     def target_shape(self, shapes: Sequence[Shape]) -> Shape:
         (shape,) = shapes
@@ -199,7 +196,7 @@ class Exchanged:
 
 @dataclass(frozen=True, kw_only=True)
 class PadRows:
-    """One source followed by rows of zeros up to `rows`: a vocabulary padded so that it divides over ranks."""
+    """Zero-pad one source to `rows` rows: the vocabulary, padded to a multiple of the tensor-parallel size."""
 
     rows: int
 
@@ -220,7 +217,7 @@ class PadRows:
 
 @dataclass(frozen=True, kw_only=True)
 class Constant:
-    """No source: a tensor that the target has to have, and whose numbers are all the same."""
+    """A target tensor without a source, filled with zeros or ones."""
 
     shape: Shape
     value: Literal[0, 1] = 0
@@ -235,31 +232,28 @@ class Constant:
 
 @dataclass(frozen=True, kw_only=True)
 class Transposed:
-    """A layout of sources that are matrices the other way round, `[in, out]`: rows are their columns.
+    """`layout` applied to transposed sources, `[in, out]`: segments count source columns."""
 
-    Its segments count columns of the sources; whoever moves them holds one tensor at a time.
-    """
-
-    rows: RowLayout
+    layout: RowLayout
 
     def target_shape(self, shapes: Sequence[Shape]) -> Shape:
-        return self.rows.target_shape([shape[::-1] for shape in shapes])
+        return self.layout.target_shape([shape[::-1] for shape in shapes])
 
     def segments(self, shapes: Sequence[Shape]) -> tuple[Segment, ...]:
-        return self.rows.segments([shape[::-1] for shape in shapes])
+        return self.layout.segments([shape[::-1] for shape in shapes])
 
 
 COPY = Interleave(groups=1)
 CONCAT = Interleave(groups=1)
 
 
-def of_source(segments: Sequence[Segment], source: int) -> list[Segment]:
-    """The layout backwards: one source's rows in order."""
+def segments_of_source(segments: Sequence[Segment], source: int) -> list[Segment]:
+    """The inverse layout: segments of one source, in the order of its rows."""
     return sorted((s for s in segments if s.source == source), key=lambda s: s.source_row)
 
 
-def of_target(segments: Sequence[Segment], first: int, rows: int) -> list[Segment]:
-    """The segments that make up `rows` rows of the target from row `first` on, cut to fit."""
+def segments_of_target(segments: Sequence[Segment], first: int, rows: int) -> list[Segment]:
+    """Segments of target rows `first` to `first + rows`, clipped."""
     result = []
     for segment in segments:
         start = max(segment.target_row, first)

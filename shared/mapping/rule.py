@@ -1,9 +1,8 @@
-"""Rules: one line of a family's tensor table, and what a table says of one particular model.
+"""Rules: the lines of a family's tensor table. Entries: those lines expanded over layers, experts and heads.
 
-A rule is `Megatron key | axes | source names | layout`. Names may hold `{layer}`, `{expert}`, `{query_head}` and
-`{key_head}`; a rule over the axis `layer` makes one entry for every layer, stacked by Megatron-Core into one tensor
-`[layers, ...]`, and over `layer` and `expert` one for every expert, `[layers, experts, ...]`; over heads likewise. Where
-layers differ, Megatron-Core does not stack them: the key itself holds `{layer}` then.
+Rule: `Megatron key | axes | source names | layout`. Axes are `{layer}`, `{expert}`, `{query_head}`, `{key_head}` in
+names. An axis absent from the Megatron key is stacked: over `layer` one tensor `[layers, ...]`, over `layer` and
+`expert` `[layers, experts, ...]`. Megatron-Core stacks homogeneous layers; heterogeneous layers have `{layer}` in the key.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from shared.errors import UserError
 from shared.mapping.layout import COPY, PADDING, LayoutError, PadRows, RowLayout, Segment, Shape, Transposed
 
 Axis = Literal["layer", "expert", "query_head", "key_head"]
-# What names begin with, and what some files have in its place.
-Spellings = Mapping[str, tuple[str, ...]]
+# Prefix of source names -> prefixes that other files have in its place.
+PrefixVariants = Mapping[str, tuple[str, ...]]
 
 
-def spelt(name: str, spellings: Spellings) -> list[str]:
-    """A name as files may have it: as it is given, then with every form of what it begins with."""
+def name_variants(name: str, prefix_variants: PrefixVariants) -> list[str]:
+    """The name, then the name under every variant of its prefix."""
     names = [name]
-    for prefix, others in spellings.items():
+    for prefix, others in prefix_variants.items():
         forms = (prefix, *others)
         names += [other + name.removeprefix(form) for form in forms if name.startswith(form) for other in forms]
     return names
@@ -33,75 +32,75 @@ def spelt(name: str, spellings: Spellings) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A tensor of the Hugging Face form, of which a rule may take some rows and other rules the rest."""
+    """A Hugging Face tensor. Several rules may split its rows between them."""
 
     name: str
-    shape: Shape  # of what the rule takes: without the axes of `within`
-    within: tuple[Axis, ...] = ()  # axes that are dimensions of the tensor, its first: it holds all experts' in one
-    stack: Shape = ()  # of an entry: their sizes,
-    index: Shape = ()  # and the place on them
-    fp32: bool = False  # whatever the type of the model's other weights
-    # What a new model's are: normal with the family's deviation (biases zero, norms one), normal be it a bias, all one,
-    # or logarithms of numbers spread evenly up to 16.
-    drawn: Literal["usual", "normal", "one", "log"] = "usual"
+    shape: Shape  # without `stacked_axes`
+    stacked_axes: tuple[Axis, ...] = ()  # leading dimensions of the stored tensor, `[experts, ...]`
+    stack: Shape = ()  # sizes of the stacked axes (of an entry)
+    index: Shape = ()  # this entry's index on them
+    fp32: bool = False  # stored in float32 whatever the model's dtype
+    # Initialisation. usual: normal(0, initializer_range), biases 0, norms 1. normal: biases too. one: ones.
+    # log: log of uniform(0.01, 16).
+    init: Literal["usual", "normal", "one", "log"] = "usual"
 
     @property
     def stored_shape(self) -> Shape:
-        """Shape of the tensor that it is in."""
+        """Shape of the whole stored tensor."""
         return (*self.stack, *self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """How one Megatron tensor is made of source tensors, and they of it."""
+    """One Megatron tensor and the source tensors it is made of, invertible."""
 
     megatron: str
     sources: tuple[Source, ...]
     layout: RowLayout = COPY
     axes: tuple[Axis, ...] = ()
-    layers: tuple[int, ...] | None = None  # those that have it; None: all
-    less_one: bool = False  # Megatron-Core holds the numbers less one, and adds it when it computes
+    layers: tuple[int, ...] | None = None  # layers that have it; None: all
+    zero_centered_gamma: bool = False  # Megatron weight = source weight - 1 (layernorm_zero_centered_gamma)
 
     @property
-    def stacked(self) -> tuple[Axis, ...]:
+    def stacked_axes(self) -> tuple[Axis, ...]:
         """The axes that are dimensions of the Megatron tensor."""
         return tuple(axis for axis in self.axes if f"{{{axis}}}" not in self.megatron)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Alias:
-    """A source tensor that some checkpoints store though it is another one: a tied output head."""
+class TiedTensor:
+    """A source tensor that duplicates another where it is stored: a tied output head."""
 
     name: str
-    of: str
-    copy: bool = False  # whatever the configuration says of tied embeddings
+    tied_to: str
+    always: bool = False  # tied whatever `tie_word_embeddings` says
 
 
 @dataclass(frozen=True, kw_only=True)
-class Aside:
-    """A source tensor that no Megatron tensor is made of: kept beside the weights and restored."""
+class PassThroughTensor:
+    """A source tensor without a Megatron counterpart: stored unchanged in `hf/`, restored on export."""
 
     name: str
     axes: tuple[Axis, ...] = ("layer",)
     layers: tuple[int, ...] | None = None
-    complete: bool = False  # a checkpoint has all of those that say so, or none
-    shape: Shape | None = None  # of those that every checkpoint has: they are a part of the model, not constants
+    all_or_none: bool = False  # a checkpoint has all tensors with this mark, or none
+    shape: Shape | None = None  # given: required in every checkpoint (a vision tower); None: optional (`inv_freq`)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """All tensors of one model."""
+    """Every tensor of one model."""
 
     rules: tuple[Rule, ...]
-    aliases: tuple[Alias, ...] = ()
-    asides: tuple[Aside, ...] = ()
-    spellings: Spellings = field(default_factory=dict)
-    sizes: Mapping[Axis, int]  # how many of each axis
+    tied_tensors: tuple[TiedTensor, ...] = ()
+    pass_through: tuple[PassThroughTensor, ...] = ()
+    prefix_variants: PrefixVariants = field(default_factory=dict)
+    sizes: Mapping[Axis, int]
 
-    def named_as(self, found: Collection[str]) -> Table:
-        """The same table, its names beginning as the names found do: for each prefix the first form that one of them has."""
+    def with_prefixes_of(self, found: Collection[str]) -> Table:
+        """The table with the prefixes of the names found: for each prefix its first variant among them."""
         given: dict[str, str] = {}
-        for prefix, others in self.spellings.items():
+        for prefix, others in self.prefix_variants.items():
             forms = (prefix, *others)
             given[prefix] = next((form for form in forms if any(name.startswith(form) for name in found)), prefix)
         if all(prefix == form for prefix, form in given.items()):
@@ -111,10 +110,10 @@ class Table:
             prefix = next((prefix for prefix in given if name.startswith(prefix)), "")
             return given.get(prefix, "") + name.removeprefix(prefix)
 
-        return replace(self.renamed(called), spellings={})
+        return replace(self.renamed(called), prefix_variants={})
 
     def renamed(self, called: Callable[[str], str]) -> Table:
-        """The same table under other names of the source tensors."""
+        """The table with renamed source tensors."""
 
         def renamed(rule: Rule) -> Rule:
             return replace(rule, sources=tuple(replace(source, name=called(source.name)) for source in rule.sources))
@@ -122,47 +121,49 @@ class Table:
         return replace(
             self,
             rules=tuple(map(renamed, self.rules)),
-            aliases=tuple(replace(alias, name=called(alias.name), of=called(alias.of)) for alias in self.aliases),
-            asides=tuple(replace(aside, name=called(aside.name)) for aside in self.asides),
+            tied_tensors=tuple(
+                replace(tied, name=called(tied.name), tied_to=called(tied.tied_to)) for tied in self.tied_tensors
+            ),
+            pass_through=tuple(replace(tensor, name=called(tensor.name)) for tensor in self.pass_through),
         )
 
     def entries(self) -> Iterator[Entry]:
-        """The rules applied to every layer, in the order of the rules."""
+        """The rules expanded over their axes, in the order of the rules."""
         for rule in self.rules:
             for index in self._indices(rule.axes, rule.layers):
                 yield Entry(
                     key=rule.megatron.format(**index),
-                    stack=tuple(self.sizes[axis] for axis in rule.stacked),
-                    index=tuple(index[axis] for axis in rule.stacked),
+                    stack=tuple(self.sizes[axis] for axis in rule.stacked_axes),
+                    index=tuple(index[axis] for axis in rule.stacked_axes),
                     sources=tuple(self._source(source, index) for source in rule.sources),
                     layout=rule.layout,
-                    less_one=rule.less_one,
+                    zero_centered_gamma=rule.zero_centered_gamma,
                 )
 
     def _source(self, source: Source, index: Mapping[str, int]) -> Source:
         return replace(
             source,
             name=source.name.format(**index),
-            stack=tuple(self.sizes[axis] for axis in source.within),
-            index=tuple(index[axis] for axis in source.within),
+            stack=tuple(self.sizes[axis] for axis in source.stacked_axes),
+            index=tuple(index[axis] for axis in source.stacked_axes),
         )
 
-    def aside_names(self, *, complete: bool = False) -> set[str]:
-        """Names of the tensors that are kept beside the weights, if a checkpoint has them; or of the complete ones."""
+    def pass_through_names(self, *, all_or_none: bool = False) -> set[str]:
+        """Names of all pass-through tensors, or of those marked `all_or_none`."""
         return {
-            aside.name.format(**index)
-            for aside in self.asides
-            if aside.complete or not complete
-            for index in self._indices(aside.axes, aside.layers)
+            tensor.name.format(**index)
+            for tensor in self.pass_through
+            if tensor.all_or_none or not all_or_none
+            for index in self._indices(tensor.axes, tensor.layers)
         }
 
-    def kept(self) -> dict[str, Shape]:
-        """Tensors beside the weights that every checkpoint has, and their shapes."""
+    def required_pass_through(self) -> dict[str, Shape]:
+        """Names and shapes of the pass-through tensors that every checkpoint has."""
         return {
-            aside.name.format(**index): aside.shape
-            for aside in self.asides
-            if aside.shape is not None
-            for index in self._indices(aside.axes, aside.layers)
+            tensor.name.format(**index): tensor.shape
+            for tensor in self.pass_through
+            if tensor.shape is not None
+            for index in self._indices(tensor.axes, tensor.layers)
         }
 
     def _indices(self, axes: Sequence[Axis], layers: Sequence[int] | None) -> Iterator[dict[str, int]]:
@@ -173,18 +174,18 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One slice of a Megatron tensor (one layer's, or the whole) and the source tensors it is made of."""
+    """One slice of a Megatron tensor (one layer, one expert) and the source tensors it is made of."""
 
     key: str
-    stack: Shape  # sizes of the stacking axes, () for a tensor of its own
-    index: Shape  # this entry's place on them
+    stack: Shape  # sizes of the stacked axes, () for a tensor that is not stacked
+    index: Shape  # this entry's index on them
     sources: tuple[Source, ...]
     layout: RowLayout
-    less_one: bool = False
+    zero_centered_gamma: bool = False
 
     @property
     def shape(self) -> Shape:
-        """Shape of the slice, without the stacking axes."""
+        """Shape of the slice, without the stacked axes."""
         try:
             return self.layout.target_shape([source.shape for source in self.sources])
         except LayoutError as error:
@@ -197,25 +198,25 @@ class Entry:
 
     @property
     def padded(self) -> bool:
-        """Whether another padding of the rows is the same tensor."""
+        """Whether rows beyond the source's are padding (vocabulary)."""
         return isinstance(self.layout, PadRows)
 
     @property
     def partial(self) -> bool:
-        """Whether rows of the sources are left to other entries."""
+        """Whether other entries take the remaining rows of the sources."""
         return prod(self.shape) < sum(prod(source.shape) for source in self.sources)
 
     @property
     def transposed(self) -> bool:
-        """Whether the segments count columns of the sources."""
+        """Whether the segments count source columns."""
         return isinstance(self.layout, Transposed)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """The slice's rows in order."""
+        """Segments in the order of the slice's rows."""
         return self.layout.segments([source.shape for source in self.sources])
 
     @property
     def padding_rows(self) -> int:
-        """Rows of zeros in the slice."""
+        """Number of zero rows in the slice."""
         return sum(segment.rows for segment in self.segments if segment.source == PADDING)

@@ -20,7 +20,7 @@ from typing import Any
 
 from shared.architecture.architecture import Architecture
 from shared.mapping.layout import COPY, Constant, PadRows, Shape
-from shared.mapping.rule import Aside, Rule, Table
+from shared.mapping.rule import PassThroughTensor, Rule, Table
 from shared.mapping.transformer_engine_modules import describe, extra_states, limits, parameters
 
 _ENDS = {
@@ -62,12 +62,14 @@ def te_form(table: Table, a: Architecture) -> Form:
     """
     own = _own_names(a)
     further = [rule for rule in table.rules if rule.megatron.startswith(_FURTHER)]
-    asides = [Aside(name=s.name, axes=rule.axes, complete=True) for rule in further for s in rule.sources]
+    pass_through = [
+        PassThroughTensor(name=s.name, axes=rule.axes, all_or_none=True) for rule in further for s in rule.sources
+    ]
     renamed = [_renamed(rule, own) for rule in table.rules if rule not in further]
     entries = list(replace(table, rules=tuple(renamed)).entries())
     shapes = {entry.key: entry.global_shape for entry in entries}
     # Megatron-Core has one way to hold the weights of all norms; here each is held as Hugging Face has it.
-    plain = frozenset(entry.key.rpartition(".")[0] for entry in entries if entry.less_one)
+    plain = frozenset(entry.key.rpartition(".")[0] for entry in entries if entry.zero_centered_gamma)
     modules = describe(a, shapes, plain)
     wanted: dict[str, Shape] = {}
     states: list[str] = []
@@ -79,9 +81,9 @@ def te_form(table: Table, a: Architecture) -> Form:
     assert shapes.keys() <= wanted.keys(), f"no module has {sorted(shapes.keys() - wanted.keys())[:3]}"
     absent = [name for name in wanted if name not in shapes]
     assert all(name.endswith("bias") for name in absent), f"weights that the model lacks: {absent[:3]}"
-    rules = [replace(rule, less_one=False) for rule in renamed]
+    rules = [replace(rule, zero_centered_gamma=False) for rule in renamed]
     rules += [Rule(megatron=name, sources=(), layout=Constant(shape=wanted[name])) for name in absent]
-    table = replace(table, rules=tuple(rules), asides=(*table.asides, *asides))
+    table = replace(table, rules=tuple(rules), pass_through=(*table.pass_through, *pass_through))
     return Form(table=table, modules=modules, extra_states=tuple(states))
 
 

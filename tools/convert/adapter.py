@@ -11,7 +11,7 @@ from shared.checkpoint.formats.pytorch_bin import read_torch_weights
 from shared.checkpoint.formats.safetensors_file import Header, TensorInfo, read_header
 from shared.errors import UserError
 from shared.mapping.layout import CONCAT, COPY, Shape
-from shared.mapping.rule import Entry, Source, Spellings, Table, spelt
+from shared.mapping.rule import Entry, PrefixVariants, Source, Table, name_variants
 from tools.convert.adapter_config import AdapterConfig
 from tools.convert.lora import Delta
 
@@ -42,7 +42,7 @@ def read_adapter(directory: Path) -> Header:
     raise UserError(f"--adapter {directory} holds no adapter_model.safetensors and no adapter_model.bin")
 
 
-def match(config: AdapterConfig, stored: Header, table: Table, spellings: Spellings) -> Changes:
+def match(config: AdapterConfig, stored: Header, table: Table, prefix_variants: PrefixVariants) -> Changes:
     """Which tensors of the base change.
 
     Args:
@@ -54,16 +54,16 @@ def match(config: AdapterConfig, stored: Header, table: Table, spellings: Spelli
     Raises:
         UserError: naming a tensor that is left over, missing or does not fit.
     """
-    return _Match(config, table, spellings).changes(stored.tensors)
+    return _Match(config, table, prefix_variants).changes(stored.tensors)
 
 
 class _Match:
-    def __init__(self, config: AdapterConfig, table: Table, spellings: Spellings) -> None:
-        self.config, self.spellings = config, spellings
+    def __init__(self, config: AdapterConfig, table: Table, prefix_variants: PrefixVariants) -> None:
+        self.config, self.prefix_variants = config, prefix_variants
         self.places: dict[str, tuple[Entry, int]] = {
             source.name: (entry, place) for entry in table.entries() for place, source in enumerate(entry.sources)
         }
-        for name, shape in table.kept().items():
+        for name, shape in table.required_pass_through().items():
             source = Source(name=name, shape=shape)
             self.places[name] = (Entry(key=name, stack=(), index=(), sources=(source,), layout=COPY), 0)
         self.embeddings = {
@@ -71,8 +71,8 @@ class _Match:
             for name, (entry, _) in self.places.items()
             if entry.key.startswith("embedding.") and entry.key.endswith("_embeddings.weight")
         }
-        for alias in table.aliases:
-            self.places[alias.name] = self.places[alias.of]
+        for tied in table.tied_tensors:
+            self.places[tied.name] = self.places[tied.tied_to]
 
     def changes(self, tensors: Iterable[TensorInfo]) -> Changes:
         parts: dict[str, dict[str, TensorInfo]] = {}
@@ -93,7 +93,7 @@ class _Match:
 
     def _resolve(self, name: str) -> str | None:
         """A tensor's name in the base's files."""
-        return next((found for found in spelt(name, self.spellings) if found in self.places), None)
+        return next((found for found in name_variants(name, self.prefix_variants) if found in self.places), None)
 
     def _shape(self, name: str) -> Shape:
         entry, place = self.places[name]
@@ -221,7 +221,7 @@ class _Match:
         missing = []
         for name in self.places:
             module = name.removesuffix(".weight")
-            aimed = any(map(self.config.targets, spelt(module, self.spellings)))
+            aimed = any(map(self.config.targets, name_variants(module, self.prefix_variants)))
             if name.endswith(".weight") and aimed and len(self._shape(name)) == 2 and name not in deltas:
                 missing.append(name)
         # transformers 5 holds experts together, as parameters that target_modules does not reach

@@ -18,9 +18,9 @@ from shared.cli import log
 from shared.errors import UserError
 from shared.families import registry
 from shared.mapping.rule import Table
-from tools.convert.transfer import Import, alias_checks, named
+from tools.convert.transfer import Import, named, tied_checks
 
-ASIDES = "asides.safetensors"
+PASS_THROUGH_FILE = "asides.safetensors"
 
 
 def announce(plan: Import, reader: HfReader) -> None:
@@ -28,8 +28,8 @@ def announce(plan: Import, reader: HfReader) -> None:
     if plan.widened:
         names = ", ".join(plan.widened)
         log(f"{names}: parts of different types are held in float32, and written back as they were")
-    if asides := plan.account.asides:
-        log(f"{named(asides)}: kept beside the weights as they are; training does not change them")
+    if pass_through := plan.account.pass_through:
+        log(f"{named(pass_through)}: kept beside the weights as they are; training does not change them")
     if packed := [weight.packed for weight in reader.weights.values() if weight.packed]:
         log(f"{len(packed)} weights in {packed[0].form.title} are written as bfloat16; their scales are kept in hf/")
     if others := other_weights(reader.path, set(reader.files)):
@@ -47,9 +47,9 @@ def as_stored(architecture: Architecture, names: Collection[str], where: Path) -
     return stored
 
 
-def asides_of(files: Path) -> dict[str, TensorInfo]:
+def pass_through_of(files: Path) -> dict[str, TensorInfo]:
     """The tensors kept beside the weights; `files` is where config.json lies."""
-    path = files / ASIDES
+    path = files / PASS_THROUGH_FILE
     return {tensor.name: tensor for tensor in read_header(path).tensors} if path.is_file() else {}
 
 
@@ -62,26 +62,26 @@ def with_kept(table: Table, files: Path) -> tuple[Table, dict[str, TensorInfo]]:
     Raises:
         UserError: one of them is in neither, or of another shape than config.json asks for.
     """
-    asides = asides_of(files)
+    pass_through = pass_through_of(files)
     if (files / LAYOUT).is_file():
-        table = table.named_as(WeightLayout.read(files / LAYOUT).tensors())
-    elif table.kept():
-        if not asides:
-            asides = _of_whole(table, files)
-        table = table.named_as(asides)
-        asides = {name: tensor for name, tensor in asides.items() if name in table.aside_names()}
-    kept = table.kept()
-    if missing := sorted(kept.keys() - asides.keys()):
+        table = table.with_prefixes_of(WeightLayout.read(files / LAYOUT).tensors())
+    elif table.required_pass_through():
+        if not pass_through:
+            pass_through = _of_whole(table, files)
+        table = table.with_prefixes_of(pass_through)
+        pass_through = {name: tensor for name, tensor in pass_through.items() if name in table.pass_through_names()}
+    kept = table.required_pass_through()
+    if missing := sorted(kept.keys() - pass_through.keys()):
         raise UserError(
-            f"{files / ASIDES}: {named(missing)} missing, which the model has beside its language model; restore hf/, or "
-            "give --hf-files the model's own directory, weights included"
+            f"{files / PASS_THROUGH_FILE}: {named(missing)} missing, which the model has beside its language model; "
+            "restore hf/, or give --hf-files the model's own directory, weights included"
         )
     for name, shape in kept.items():
-        if asides[name].shape != shape:
+        if pass_through[name].shape != shape:
             raise UserError(
-                f"{asides[name].place}: {name} is {list(asides[name].shape)}, config.json asks for {list(shape)}"
+                f"{pass_through[name].place}: {name} is {list(pass_through[name].shape)}, config.json asks for {list(shape)}"
             )
-    return table, asides
+    return table, pass_through
 
 
 def _of_whole(table: Table, files: Path) -> dict[str, TensorInfo]:
@@ -90,14 +90,14 @@ def _of_whole(table: Table, files: Path) -> dict[str, TensorInfo]:
         return HfReader(files, flag="--hf-files").tensors
     except UserError as error:
         raise UserError(
-            f"{files} lacks {named(sorted(table.kept()))}, which the model has beside its language model; give --hf-files the "
-            f"model's own directory, weights included ({error})"
+            f"{files} lacks {named(sorted(table.required_pass_through()))}, which the model has beside its language model; "
+            f"give --hf-files the model's own directory, weights included ({error})"
         ) from None
 
 
 def converts(plan: Import, reader: HfReader) -> bool:
     """Whether numbers change their type, or columns their place."""
-    shifted = any(entry.less_one for entry in plan.account.entries)
+    shifted = any(entry.zero_centered_gamma for entry in plan.account.entries)
     packed = any(weight.packed for weight in reader.weights.values())
     return bool(plan.widened) or shifted or packed or reader.cut_columns
 
@@ -106,7 +106,7 @@ def source_checks(checkpoint: Checkpoint, plan: Import, reader: HfReader, shard:
     """What is checked of the source while it is read: its hashes, and by one process what is stored twice."""
 
     def checks(sources: frozenset[Path]) -> list[Task]:
-        ties = alias_checks(plan, reader) if shard is None or shard.index == 1 else []
+        ties = tied_checks(plan, reader) if shard is None or shard.index == 1 else []
         return [*content_checks(checkpoint, sources, flag="--source"), *ties]
 
     return checks
@@ -122,7 +122,7 @@ def keep_hf_files(out: Publication, plan: Import, reader: HfReader) -> None:
         (hf / "config.json").write_text(json.dumps(reader.config, indent=2) + "\n", encoding="utf-8")
     (hf / LAYOUT).write_text(reader.layout.encode(), encoding="utf-8")
     if kept := _kept(plan, reader):
-        aside = default_layout([(tensor.name, tensor.dtype, tensor.shape) for tensor in kept], file=ASIDES)
+        aside = default_layout([(tensor.name, tensor.dtype, tensor.shape) for tensor in kept], file=PASS_THROUGH_FILE)
         write_weights(
             hf, aside, lambda t: reader.rows(t.name), lambda name, digest: out.record_hash(f"hf/{name}", digest)
         )
@@ -130,6 +130,6 @@ def keep_hf_files(out: Publication, plan: Import, reader: HfReader) -> None:
 
 def _kept(plan: Import, reader: HfReader) -> list[TensorInfo]:
     """What is kept as it is: tensors that are no weights, and what says what the codes of those that are stand for."""
-    kept = [tensor for name in plan.account.asides for tensor in reader.weights[name].stored]
+    kept = [tensor for name in plan.account.pass_through for tensor in reader.weights[name].stored]
     beside = [tensor for weight in reader.weights.values() if weight.packed for tensor in weight.packed.beside]
     return [*kept, *(tensor for tensor in beside if tensor not in kept)]

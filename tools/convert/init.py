@@ -61,7 +61,7 @@ def run(
     architecture = registry.from_config(config)
 
     table = registry.table_of(architecture)
-    if kept := table.kept():
+    if kept := table.required_pass_through():
         raise UserError(
             f"weights are drawn of language models alone, and {architecture.family} has {len(kept)} tensors beside its own "
             f"({min(kept)}); take a --size or the config.json of its language model"
@@ -110,7 +110,7 @@ def _drawer(
 
     entries = list(registry.table_of(architecture).entries())
     of = {source.name: entry for entry in entries for source in entry.sources}
-    drawn = {source.name: source.drawn for entry in entries for source in entry.sources}
+    drawn = {source.name: source.init for entry in entries for source in entry.sources}
     norms = {name for name, entry in of.items() if "norm" in entry.key and entry.key.endswith("weight")}
 
     def draw(tensor: TensorInfo) -> Iterator[memoryview]:
@@ -125,8 +125,8 @@ def _drawer(
             elif drawn[name] == "log":
                 values = np.log(generator.uniform(0.01, 16.0, count)).astype(np.float32)
             elif name in norms:  # Gemma stores its weights less one
-                less_one = architecture.norm == "rmsnorm_1p" and not of[name].less_one
-                values = np.full(count, 0.0 if less_one else 1.0, dtype=np.float32)
+                stored_zero_centered = architecture.norm == "rmsnorm_1p" and not of[name].zero_centered_gamma
+                values = np.full(count, 0.0 if stored_zero_centered else 1.0, dtype=np.float32)
             elif name.endswith("bias") and drawn[name] == "usual":
                 values = np.zeros(count, dtype=np.float32)
             else:

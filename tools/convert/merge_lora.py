@@ -30,7 +30,7 @@ from tools.convert.adapter_config import AdapterConfig
 from tools.convert.execute import execute
 from tools.convert.lora import Matrix, merged
 from tools.convert.tokenizer_files import FILES, check_same_vocabulary
-from tools.convert.transfer import alias_checks, plan_import
+from tools.convert.transfer import plan_import, tied_checks
 
 _MATRIX_THREADS = "OPENBLAS_NUM_THREADS"  # one each: the copying threads are many enough
 
@@ -49,14 +49,14 @@ def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int
         architecture = registry.as_stored(registry.from_files(source), reader.weights)
         table = registry.table_of(architecture)
         plan = plan_import(reader, architecture, table)
-        spellings, table = table.spellings, table.named_as(reader.tensors)
-        changes = match(config, read_adapter(adapter), table, spellings)
+        prefix_variants, table = table.prefix_variants, table.with_prefixes_of(reader.tensors)
+        changes = match(config, read_adapter(adapter), table, prefix_variants)
         merge = _plan(reader, changes, table)
         _say(config, changes, merge)
         check_same_vocabulary(adapter, source, plan.architecture.vocab_size)
 
         def checks(sources: frozenset[Path]) -> list[Task]:
-            return [*content_checks(checkpoint, sources, flag="--source"), *alias_checks(plan, reader)]
+            return [*content_checks(checkpoint, sources, flag="--source"), *tied_checks(plan, reader)]
 
         execute(
             "merge-lora",
@@ -92,16 +92,16 @@ def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int
 
 def _plan(reader: HfReader, changes: Changes, table: Table) -> Merge:
     layout, untied = reader.layout, None
-    for alias in (alias for alias in table.aliases if not alias.copy):
-        if changes.names & {alias.name, alias.of}:
-            untied = alias.name, alias.of
-            if alias.name not in layout.tensors():
-                embedding = reader.tensors[alias.of]
-                layout = layout.with_tensor(alias.name, embedding.dtype, embedding.shape)
+    for tied in (tied for tied in table.tied_tensors if not tied.always):
+        if changes.names & {tied.name, tied.tied_to}:
+            untied = tied.name, tied.tied_to
+            if tied.name not in layout.tensors():
+                embedding = reader.tensors[tied.tied_to]
+                layout = layout.with_tensor(tied.name, embedding.dtype, embedding.shape)
     if untied:
         # refuses by name what cannot be untied
         registry.from_config(registry.completed(untied_config(reader.config), reader.path))
-    copies = {alias.name: alias.of for alias in table.aliases if alias.copy}
+    copies = {tied.name: tied.tied_to for tied in table.tied_tensors if tied.always}
     return Merge(reader=reader, changes=changes, layout=layout, untied=untied, copies=copies)
 
 

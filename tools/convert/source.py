@@ -21,7 +21,7 @@ from shared.checkpoint.formats.swiss_army_transformer import (
 from shared.cli import log
 from shared.errors import UserError
 from shared.families import registry
-from tools.convert.beside import ASIDES
+from tools.convert.beside import PASS_THROUGH_FILE
 
 _CONFIG = "config.json"
 _FAMILY = "glm130b"  # the one whose tensors' cut is known
@@ -49,7 +49,7 @@ def open_source(
 
 def _check_names(directories: list[Path]) -> None:
     """Refuse files that would be taken for what `hf/` has of this tool, and not come back."""
-    for path in (directory / name for directory in directories for name in (LAYOUT, ASIDES)):
+    for path in (directory / name for directory in directories for name in (LAYOUT, PASS_THROUGH_FILE)):
         if path.exists():
             raise UserError(f"{path} has the name of a file that this tool writes beside weights; rename or remove it")
 

@@ -24,7 +24,7 @@ from shared.errors import UserError
 from shared.families import registry
 from shared.mapping.transformer_engine import te_form
 from shared.quantized.scheme import quantization_of
-from tools.convert.beside import ASIDES, as_stored, asides_of, with_kept
+from tools.convert.beside import PASS_THROUGH_FILE, as_stored, pass_through_of, with_kept
 from tools.convert.execute import execute
 from tools.convert.megatron_lm import MegatronLmReader
 from tools.convert.megatron_lm_names import HEAD
@@ -72,10 +72,10 @@ def run(
             written = sorted({tensors[name].dtype for name in plan.rounded})
             why = "--dtype" if dtype else "the source's type"
             log(f"{len(plan.rounded)} tensors held in {', '.join(held)} are rounded to {', '.join(written)}, {why}")
-        if plan.asides:
-            types = sorted({weight.dtype for weight in plan.asides.values()})
+        if plan.pass_through:
+            types = sorted({weight.dtype for weight in plan.pass_through.values()})
             log(
-                f"{named(list(plan.asides))}: as the original checkpoint had them, whatever was trained since"
+                f"{named(list(plan.pass_through))}: as the original checkpoint had them, whatever was trained since"
                 f"{f'; they stay {", ".join(types)}, --dtype is that of the rest' if dtype else ''}"
             )
 
@@ -197,19 +197,22 @@ def open_export(
     if quantized and not (files / LAYOUT).is_file():
         raise UserError(f"--quantized: {files / LAYOUT} is missing, which says which weights are; leave it out")
     layout = WeightLayout.read(files / LAYOUT) if (files / LAYOUT).is_file() else None
-    asides = asides_of(files)
+    pass_through = pass_through_of(files)
     own, wanted = architecture, BY_FLAG[dtype] if dtype else None
     alone = bool(family and family != architecture.family)
     if family and alone:
-        if asides and architecture.prediction_layers:
-            raise UserError(f"--family {family} has no place for layers behind the last, which {files / ASIDES} holds")
+        if pass_through and architecture.prediction_layers:
+            raise UserError(
+                f"--family {family} has no place for layers behind the last, which {files / PASS_THROUGH_FILE} holds"
+            )
         architecture = registry.as_family(architecture, family)
         wanted = wanted or _type_of(layout)
-        if asides:
+        if pass_through:
             log(
-                f"{len(asides)} tensors beside the weights that {family} has no place for are left out: {min(asides)}.."
+                f"{len(pass_through)} tensors beside the weights that {family} has no place for are left out: "
+                f"{min(pass_through)}.."
             )
-        layout, asides, form = None, {}, None  # the names are others
+        layout, pass_through, form = None, {}, None  # the names are others
     reader: FormReader
     if checkpoint.kind == "te":
         table, reader = te_form(registry.table_of(architecture), architecture).table, TeReader(checkpoint.path)
@@ -219,12 +222,12 @@ def open_export(
         reader = MegatronLmReader(checkpoint.iteration_path, architecture, table)
     else:
         reader = TorchDistReader(checkpoint.iteration_path)
-        stored = registry.as_stored if asides else partial(as_stored, where=checkpoint.path)
+        stored = registry.as_stored if pass_through else partial(as_stored, where=checkpoint.path)
         architecture = stored(architecture, reader.tensors)
         table = registry.table_of(architecture)
     if not alone:
-        table, asides = with_kept(table, files)
-    plan = plan_export(reader, architecture, table, layout, asides, wanted, form=form, quantized=quantized)
+        table, pass_through = with_kept(table, files)
+    plan = plan_export(reader, architecture, table, layout, pass_through, wanted, form=form, quantized=quantized)
     if own.normalized_head and not architecture.normalized_head:
         (head,) = (name for name, ((entry, _), *_) in plan.origin.items() if entry.key == HEAD)
         log(

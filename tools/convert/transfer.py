@@ -40,8 +40,8 @@ from shared.checkpoint.formats.transformer_engine import STATE_TYPE, TeReader
 from shared.errors import UserError
 from shared.mapping.account import Account, account_sources, account_targets
 from shared.mapping.extra_states import extra_states
-from shared.mapping.layout import ONES, PADDING, Segment, Shape, of_source, of_target
-from shared.mapping.rule import Alias, Entry, Table
+from shared.mapping.layout import ONES, PADDING, Segment, Shape, segments_of_source, segments_of_target
+from shared.mapping.rule import Entry, Table, TiedTensor
 from shared.quantized.scheme import Quantization
 from shared.quantized.stored_weight import Half, Packed, Weight, repacked, weights_of
 from tools.convert.megatron_lm import MegatronLmReader
@@ -68,7 +68,7 @@ def plan_import(reader: HfReader, architecture: Architecture, table: Table) -> I
     """Match a checkpoint with its family's table; UserError if a tensor would be lost, made up or misread."""
     account = account_sources(table, reader.weights, str(reader.path))
     kinds: dict[str, set[Dtype]] = {}
-    less_one = {entry.key for entry in account.entries if entry.less_one}
+    zero_centered_gamma = {entry.key for entry in account.entries if entry.zero_centered_gamma}
     for entry in account.entries:
         for source in entry.sources:
             tensor = reader.weights[source.name]
@@ -80,22 +80,22 @@ def plan_import(reader: HfReader, architecture: Architecture, table: Table) -> I
     return Import(
         architecture=architecture,
         account=account,
-        dtypes={key: FP64 if key in less_one else common(found) for key, found in kinds.items()},
+        dtypes={key: FP64 if key in zero_centered_gamma else common(found) for key, found in kinds.items()},
         widened=tuple(key for key, found in kinds.items() if len(found) > 1),
     )
 
 
-def alias_checks(plan: Import, reader: HfReader) -> list[Task]:
+def tied_checks(plan: Import, reader: HfReader) -> list[Task]:
     """Reads of tensors that are stored though they are others; each raises UserError where they differ."""
-    return [partial(_check_alias, reader, alias) for alias in plan.account.aliases]
+    return [partial(_check_tied, reader, tied) for tied in plan.account.tied_tensors]
 
 
-def _check_alias(reader: HfReader, alias: Alias) -> None:
-    name, of = alias.name, alias.of
+def _check_tied(reader: HfReader, tied: TiedTensor) -> None:
+    name, of = tied.name, tied.tied_to
     same = reader.weights[name].dtype == reader.weights[of].dtype
     if not same or any(a != b for a, b in zip(reader.numbers(name), reader.numbers(of), strict=True)):
         ties, mend = "config.json ties them (tie_word_embeddings)", "set tie_word_embeddings to false, or remove it"
-        if alias.copy:
+        if tied.always:
             ties, mend = "it stands for a copy", "remove it"
         raise UserError(
             f"{reader.weights[name].place}: {name} differs from {of}, though {ties} and one would be lost; {mend}"
@@ -166,7 +166,7 @@ COMMON = {
 
 def target_moves(entry: Entry, dtype: Dtype, reader: HfReader, first: int, count: int) -> Iterator[Move]:
     """What makes rows of a Megatron tensor's slice, from its sources."""
-    for segment in of_target(entry.segments, first, count):
+    for segment in segments_of_target(entry.segments, first, count):
         if segment.source in (PADDING, ONES):
             filler = number(1 if segment.source == ONES else 0, dtype)
             yield from repeated(filler, segment.rows * prod(entry.shape[1:]))
@@ -185,7 +185,7 @@ def target_moves(entry: Entry, dtype: Dtype, reader: HfReader, first: int, count
             moves = windows(part, 0, part.rows, _limit(own, dtype) // segment.step)
         else:
             moves = windows(region, segment.source_row, segment.rows, _limit(own, dtype))
-        if entry.less_one:
+        if entry.zero_centered_gamma:
             place = f"{tensor.place}: {tensor.name}"
             moves = (Added(move=move, number=-1.0, source=own, target=dtype, exact=place) for move in moves)
             yield from moves
@@ -200,7 +200,7 @@ class Export:
     architecture: Architecture
     layout: WeightLayout
     origin: dict[str, list[tuple[Entry, int]]]  # Hugging Face name -> the slices it is in, and as which source
-    asides: dict[str, Weight]  # tensors that are no weights, kept in a file of their own
+    pass_through: dict[str, Weight]  # tensors that are no weights, kept in a file of their own
     packed: dict[str, tuple[Packed, Half]]  # tensors that a weight is to be stored as, in place of its numbers
     constants: tuple[Entry, ...]  # tensors of the form that the model has none of
     rounded: tuple[str, ...]  # tensors that are written in a narrower type than they are held in
@@ -217,7 +217,7 @@ def plan_export(
     architecture: Architecture,
     table: Table,
     layout: WeightLayout | None,
-    asides: Mapping[str, TensorInfo],
+    pass_through: Mapping[str, TensorInfo],
     dtype: Dtype | None,
     *,
     form: Quantization | None = None,
@@ -230,7 +230,7 @@ def plan_export(
         architecture: what hf/config.json says.
         table: its tensors, in that form.
         layout: the source's shards; None for transformers' default.
-        asides: tensors kept beside the Megatron form.
+        pass_through: tensors kept beside the Megatron form.
         dtype: the type of every weight; None for the source's own, or where there is no layout the checkpoint's.
         form: how the source's weights were stored.
         quantized: whether they are to be stored so again, not as plain numbers.
@@ -239,7 +239,7 @@ def plan_export(
     if layout is not None:
         layout = layout.plain(form)
     if layout is not None:
-        table = table.named_as(layout.tensors())
+        table = table.with_prefixes_of(layout.tensors())
     entries = account_targets(table, reader.tensors, str(reader.directory), NOT_WEIGHTS)
     origin: dict[str, list[tuple[Entry, int]]] = {}
     for entry in entries:
@@ -252,18 +252,18 @@ def plan_export(
     if layout is None:
         types = {name: (FP32 if dtype is FP64 else dtype).safetensors for name, dtype in held.items()}
         triples = [(name, types[name], shapes[name]) for name in origin]
-        triples += [(name, asides[name].dtype, shape) for name, shape in table.kept().items()]
+        triples += [(name, pass_through[name].dtype, shape) for name, shape in table.required_pass_through().items()]
         layout = default_layout(sorted(triples))
     names = layout.tensors()
-    for alias in table.aliases:
-        if alias.name in names:
-            origin[alias.name], shapes[alias.name] = origin[alias.of], shapes[alias.of]
-            held[alias.name] = held[alias.of]
+    for tied in table.tied_tensors:
+        if tied.name in names:
+            origin[tied.name], shapes[tied.name] = origin[tied.tied_to], shapes[tied.tied_to]
+            held[tied.name] = held[tied.tied_to]
     if absent := sorted(shapes.keys() - names.keys()):
         raise UserError(
             f"hf/weights.json has no place for {absent[0]}, which hf/config.json asks for; restore the file"
         )
-    kept = weights_of(form, asides)
+    kept = weights_of(form, pass_through)
     if unknown := sorted(names.keys() - shapes.keys() - kept.keys()):
         raise UserError(f"hf/weights.json asks for {unknown[0]}, which is in no file; restore hf/ from the source")
     for name, shape in shapes.items():
@@ -278,7 +278,9 @@ def plan_export(
 
     def rounds(name: str) -> bool:
         written, own = (weight_dtype(of[name].dtype, name, "hf/weights.json") for of in (final, names))
-        if any(entry.less_one for entry, _ in origin[name]):  # exact as it was imported, and never after training
+        if any(
+            entry.zero_centered_gamma for entry, _ in origin[name]
+        ):  # exact as it was imported, and never after training
             return held[name] is not FP64 or common([written, own]) is not written
         return common([held[name], written]) is not written
 
@@ -287,28 +289,28 @@ def plan_export(
     if stored is not None and quantized:
         for weight in weights_of(form, stored.tensors()).values():
             if weight.packed and weight.name in origin:
-                scaled = _with_scales(weight.packed, asides)
+                scaled = _with_scales(weight.packed, pass_through)
                 packed |= {name: (scaled, half) for name, half in scaled.halves.items()}
         layout, wanted = stored, stored.tensors().keys() - packed.keys()
-        kept = {name: Weight(tensor=tensor) for name, tensor in asides.items() if name in wanted}
+        kept = {name: Weight(tensor=tensor) for name, tensor in pass_through.items() if name in wanted}
     return Export(
         architecture=architecture,
         layout=layout,
         origin=origin,
-        asides=kept,
+        pass_through=kept,
         packed=packed,
         constants=tuple(entry for entry in entries if not entry.sources),
         rounded=rounded,
     )
 
 
-def _with_scales(packed: Packed, asides: Mapping[str, TensorInfo]) -> Packed:
+def _with_scales(packed: Packed, pass_through: Mapping[str, TensorInfo]) -> Packed:
     """With the scales that were kept beside the weights."""
     for tensor in packed.beside:
-        kept = asides.get(tensor.name)
+        kept = pass_through.get(tensor.name)
         if kept is None or (kept.dtype, kept.shape) != (tensor.dtype, tensor.shape):
             raise UserError(f"{tensor.name} is not beside the weights as hf/weights.json has it; restore hf/")
-    return replace(packed, scales=asides[packed.scales.name])
+    return replace(packed, scales=pass_through[packed.scales.name])
 
 
 def named(tensors: Sequence[str]) -> str:
@@ -318,7 +320,7 @@ def named(tensors: Sequence[str]) -> str:
 
 def changes_types(plan: Export, reader: FormReader) -> bool:
     """Whether a tensor is written in another type than it is held in."""
-    tensors, kept = plan.layout.tensors(), plan.asides.values()
+    tensors, kept = plan.layout.tensors(), plan.pass_through.values()
     held = ((name, reader.tensors[entry.key].dtype) for name, parts in plan.origin.items() for entry, _ in parts)
     changed = any(tensors[name].dtype != dtype.safetensors for name, dtype in held if name in tensors)
     return changed or bool(plan.packed) or bool(plan.unit_rows) or any(weight.packed for weight in kept)
@@ -328,8 +330,8 @@ def layout_export(plan: Export, reader: FormReader) -> list[NewFile]:
     """The shards of an export."""
 
     def sources(tensor: TensorInfo) -> Iterable[Path]:
-        if tensor.name in plan.asides:
-            return plan.asides[tensor.name].files
+        if tensor.name in plan.pass_through:
+            return plan.pass_through[tensor.name].files
         name, scales = tensor.name, frozenset[Path]()
         if tensor.name in plan.packed:
             packed, _ = plan.packed[tensor.name]
@@ -341,8 +343,8 @@ def layout_export(plan: Export, reader: FormReader) -> list[NewFile]:
 
 def source_moves(plan: Export, reader: FormReader, tensor: TensorInfo) -> Iterator[Move]:
     """What makes a Hugging Face tensor, from those of the other form that it is in."""
-    if tensor.name in plan.asides:
-        aside = plan.asides[tensor.name].matrix()
+    if tensor.name in plan.pass_through:
+        aside = plan.pass_through[tensor.name].matrix()
         yield from windows(aside, 0, aside.rows)
         return
     if tensor.name in plan.packed:
@@ -362,7 +364,7 @@ def _slice_moves(
     pieces = []
     for entry, place in origin:
         held, region = reader.tensors[entry.key].dtype, reader.region(entry.key, entry.index)
-        segments, (rows, *columns) = of_source(entry.segments, place), entry.sources[place].shape
+        segments, (rows, *columns) = segments_of_source(entry.segments, place), entry.sources[place].shape
         if entry.transposed:
             parts = tuple(
                 Part(region=region, row=s.target_row, rows=s.rows, at=s.source_row, step=s.step) for s in segments
@@ -374,13 +376,13 @@ def _slice_moves(
             woven = _gathered(entry, segments, region, rows)
             yield from (converted(m, held, wanted) for m in windows(woven, 0, rows, _limit(held, wanted) // 2))
             return
-        pieces += [(segment, region, entry.less_one, held) for segment in segments]
-    for segment, region, less_one, held in sorted(pieces, key=lambda piece: piece[0].source_row):
+        pieces += [(segment, region, entry.zero_centered_gamma, held) for segment in segments]
+    for segment, region, zero_centered_gamma, held in sorted(pieces, key=lambda piece: piece[0].source_row):
         limit = max(_limit(held, wanted), region.width if unit else 0)  # a row's length is known when all of it is read
         for move in windows(region, segment.target_row, segment.rows, limit):
             if unit:
                 yield Unit(move=move, row=region.width // held.size, source=held, target=wanted)
-            elif less_one:
+            elif zero_centered_gamma:
                 yield Added(move=move, number=1.0, source=held, target=wanted)
             else:
                 yield converted(move, held, wanted)
@@ -402,7 +404,7 @@ def _numbers(plan: Export, reader: FormReader, name: str) -> Iterator[tuple[Shap
             held.add(reader.tensors[entry.key].dtype)
             shape = entry.sources[place].shape
             rows = shape[1] if entry.transposed else shape[0]
-            parts += _gathered(entry, of_source(entry.segments, place), region, rows).parts
+            parts += _gathered(entry, segments_of_source(entry.segments, place), region, rows).parts
         if len(held) > 1:
             raise UserError(f"{reader.directory}: parts of {name} are of different types; leave out --quantized")
         yield index, Gathered(name=name, rows=rows, width=region.width, parts=tuple(parts)), held.pop()

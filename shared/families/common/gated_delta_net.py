@@ -8,7 +8,7 @@ from typing import Any
 
 from shared.architecture.architecture import Architecture, DeltaNet
 from shared.families.common.fields import Fields
-from shared.mapping.layout import CONCAT, RowLayout, Undealt
+from shared.mapping.layout import CONCAT, RowLayout, SplitInterleaved
 from shared.mapping.rule import Rule, Source
 
 DELTA_PARTS = (
@@ -37,15 +37,17 @@ def delta_rules(a: Architecture, delta: DeltaNet, key: str, name: str) -> Iterat
     for source, rows in (("in_proj_qkvz", (k, k, v, v)), ("in_proj_ba", (heads, heads))):
         parts = DELTA_PARTS[:4] if len(rows) == 4 else DELTA_PARTS[4:]
         for place, part in enumerate(parts):
-            layout = Undealt(parts=rows, groups=delta.key_heads, part=place)
+            layout = SplitInterleaved(parts=rows, groups=delta.key_heads, part=place)
             yield rule(f"in_proj.weight.{part}", f"{source}.weight", sum(rows), hidden, layout=layout)
     for place, part in enumerate(DELTA_PARTS[:3]):
-        layout = Undealt(parts=(k, k, v), groups=1, part=place)
+        layout = SplitInterleaved(parts=(k, k, v), groups=1, part=place)
         yield rule(f"conv1d.weight.{part}", "conv1d.weight", 2 * k + v, 1, delta.conv_kernel, layout=layout)
-    yield rule("A_log", "A_log", heads, drawn="log")
-    yield rule("dt_bias", "dt_bias", heads, drawn="one")
+    yield rule("A_log", "A_log", heads, init="log")
+    yield rule("dt_bias", "dt_bias", heads, init="one")
     # Hugging Face stores this norm's weight as it is; Megatron-Core has one switch for all norms.
-    yield replace(rule("out_norm.weight", "norm.weight", delta.value_head_dim), less_one=a.norm == "rmsnorm_1p")
+    yield replace(
+        rule("out_norm.weight", "norm.weight", delta.value_head_dim), zero_centered_gamma=a.norm == "rmsnorm_1p"
+    )
     yield rule("out_proj.weight", "out_proj.weight", hidden, v)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from shared.architecture.architecture import Architecture
-from shared.mapping.rule import Alias, Rule, Source, Table
+from shared.mapping.rule import Rule, Source, Table, TiedTensor
 
 _KEY = "mtp."  # of their tensors in Megatron form
 _LAYERS = "decoder.layers."
@@ -79,13 +79,13 @@ def prediction_rules(a: Architecture, index: int, names: PredictionNames, layer:
     yield Rule(megatron=f"{key}.final_layernorm.weight", sources=(norm,))
 
 
-def prediction_aliases(names: PredictionNames, embedding: str, head: str) -> Iterator[Alias]:
+def mtp_tied_tensors(names: PredictionNames, embedding: str, head: str) -> Iterator[TiedTensor]:
     """What one layer's files may have of the model's own tensors, whose names are given."""
     for name, of in ((names.embedding, embedding), (names.head, head)):
         if name:
-            yield Alias(name=f"{name}.weight", of=f"{of}.weight", copy=True)
+            yield TiedTensor(name=f"{name}.weight", tied_to=f"{of}.weight", always=True)
 
 
 def of_prediction(table: Table) -> Table:
     """The part of the table that is about such layers."""
-    return replace(table, rules=tuple(rule for rule in table.rules if rule.megatron.startswith(_KEY)), asides=())
+    return replace(table, rules=tuple(rule for rule in table.rules if rule.megatron.startswith(_KEY)), pass_through=())

@@ -16,13 +16,13 @@ from shared.architecture.vision import Vision
 from shared.errors import UserError
 from shared.families.common.fields import Fields
 from shared.families.family import Family
-from shared.mapping.rule import Aside, Spellings, Table
+from shared.mapping.rule import PassThroughTensor, PrefixVariants, Table
 
 _TEXT, _VISION, _TIED = "text_config", "vision_config", "tie_word_embeddings"
 PREFIX = "language_model."  # of the language model's own names
 
 # What files call the parts: first as published and as transformers writes them, then as its class names them.
-SPELLINGS: Spellings = {
+SPELLINGS: PrefixVariants = {
     f"{PREFIX}model.": ("model.language_model.",),
     f"{PREFIX}lm_head.": ("lm_head.",),
     "multi_modal_projector.": ("model.multi_modal_projector.",),
@@ -41,8 +41,8 @@ class Whole:
     fields: Mapping[str, Any]  # of those, what a new configuration says
     read: Callable[[Fields], Vision]  # of `vision_config`
     write: Callable[[Vision], dict[str, Any]]
-    beside: Callable[[Architecture, Vision], Iterable[Aside]]
-    spellings: Spellings
+    beside: Callable[[Architecture, Vision], Iterable[PassThroughTensor]]
+    prefix_variants: PrefixVariants
 
     def architecture(self, name: str, given: Fields) -> Architecture:
         """The language model, and the sizes of what is beside it."""
@@ -70,7 +70,9 @@ class Whole:
         """The language model's tensors, and those that are kept."""
         assert a.vision is not None
         table = self.inner.table(a).renamed(lambda name: PREFIX + name)
-        return replace(table, asides=(*table.asides, *self.beside(a, a.vision)), spellings=self.spellings)
+        return replace(
+            table, pass_through=(*table.pass_through, *self.beside(a, a.vision)), prefix_variants=self.prefix_variants
+        )
 
     def config(self, a: Architecture) -> dict[str, Any]:
         """A new configuration's own fields."""

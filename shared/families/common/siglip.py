@@ -9,7 +9,7 @@ from shared.architecture.vision import Vision
 from shared.errors import UserError
 from shared.families.common.fields import Fields
 from shared.mapping.layout import Shape
-from shared.mapping.rule import Aside
+from shared.mapping.rule import PassThroughTensor
 
 MODEL_TYPE = "siglip_vision_model"
 
@@ -49,19 +49,19 @@ def write(vision: Vision) -> dict[str, Any]:
     }
 
 
-def tensors(vision: Vision, prefix: str) -> Iterator[Aside]:
+def tensors(vision: Vision, prefix: str) -> Iterator[PassThroughTensor]:
     """Every tensor of the tower, under names that begin with the prefix."""
     hidden, ffn, layers = vision.hidden_size, vision.ffn_hidden_size, tuple(range(vision.num_layers))
 
-    def both(name: str, *shape: int, each: bool = False) -> Iterator[Aside]:
+    def both(name: str, *shape: int, each: bool = False) -> Iterator[PassThroughTensor]:
         """A weight, and a bias of its rows."""
         for kind, size in (("weight", shape), ("bias", shape[:1])):
             yield one(f"{name}.{kind}", size, each)
 
-    def one(name: str, shape: Shape, each: bool = False) -> Aside:
+    def one(name: str, shape: Shape, each: bool = False) -> PassThroughTensor:
         if each:
-            return Aside(name=f"{prefix}encoder.layers.{{layer}}.{name}", layers=layers, shape=shape)
-        return Aside(name=prefix + name, axes=(), shape=shape)
+            return PassThroughTensor(name=f"{prefix}encoder.layers.{{layer}}.{name}", layers=layers, shape=shape)
+        return PassThroughTensor(name=prefix + name, axes=(), shape=shape)
 
     patch, patches = vision.patch_size, (vision.image_size // vision.patch_size) ** 2
     yield from both("embeddings.patch_embedding", hidden, vision.num_channels, patch, patch)

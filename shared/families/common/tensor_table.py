@@ -9,21 +9,21 @@ from typing import Literal
 from shared.architecture.architecture import Architecture, Experts
 from shared.families.common.gated_delta_net import delta_rules
 from shared.families.common.mla import latent_norms, latent_projections
-from shared.families.common.mtp import OF_DEEPSEEK, PredictionNames, prediction_aliases, prediction_rules
+from shared.families.common.mtp import OF_DEEPSEEK, PredictionNames, mtp_tied_tensors, prediction_rules
 from shared.mapping.layout import (
     CONCAT,
     COPY,
     Constant,
-    Deal,
-    Exchanged,
-    Gated,
+    Deinterleave,
     Interleave,
+    InterleaveFused,
+    InterleaveGatedQKV,
     PadRows,
     RowLayout,
+    SwapHalves,
     Transposed,
-    Unwoven,
 )
-from shared.mapping.rule import Alias, Aside, Axis, Rule, Source, Table
+from shared.mapping.rule import Axis, PassThroughTensor, Rule, Source, Table, TiedTensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class Names:
     prediction: PredictionNames | None = None  # of layers for tokens further ahead
     inputs_first: bool = False  # weights of linear layers are `[in, out]`, as GPT-2's
     # Constants that files of old transformers versions hold; every implementation recomputes them.
-    asides: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
+    pass_through: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
 
 
 DEEPSEEK = Names(
@@ -80,22 +80,27 @@ DEEPSEEK = Names(
 )
 
 
-def decoder_table(a: Architecture, names: Names, further_asides: Iterable[Aside] = ()) -> Table:
+def decoder_table(a: Architecture, names: Names, further_pass_through: Iterable[PassThroughTensor] = ()) -> Table:
     """Tensors of the decoder, as the architecture has them."""
     rules = list(_rules(a, names))
-    aliases = [Alias(name=f"{names.head}.weight", of=f"{names.embedding}.weight")] if a.tied_embeddings else []
+    tied_tensors = (
+        [TiedTensor(name=f"{names.head}.weight", tied_to=f"{names.embedding}.weight")] if a.tied_embeddings else []
+    )
     if names.prediction:
         head = names.embedding if a.tied_embeddings else names.head
         for index in range(a.prediction_layers):
             own = names.prediction.at(a, index)
             layer = _rules(a.prediction_layer, replace(names, layer=own.layer))
             rules += prediction_rules(a, index, own, layer)
-            aliases += prediction_aliases(own, names.embedding, head)
+            tied_tensors += mtp_tied_tensors(own, names.embedding, head)
     return Table(
         rules=tuple(rules),
-        aliases=tuple(aliases),
-        asides=(*(Aside(name=names.layer + name) for name in names.asides), *further_asides),
-        spellings={names.prefix: ("",)} if names.prefix else {},
+        tied_tensors=tuple(tied_tensors),
+        pass_through=(
+            *(PassThroughTensor(name=names.layer + name) for name in names.pass_through),
+            *further_pass_through,
+        ),
+        prefix_variants={names.prefix: ("",)} if names.prefix else {},
         sizes={
             "layer": a.num_layers,
             "expert": a.experts.count if a.experts else 0,
@@ -137,7 +142,7 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
                 Source(name=f"{names.layer}{name}.{kind}", shape=shape[::-1] if across else shape)
                 for name, shape in zip(parts, shapes, strict=True)
             ]
-            rows_of = Transposed(rows=layout) if across else layout
+            rows_of = Transposed(layout=layout) if across else layout
             yield Rule(megatron=f"{key}.{kind}", axes=axes, layers=of, sources=tuple(sources), layout=rows_of)
 
     def fixed(kind: str, size: int) -> Constant:
@@ -170,9 +175,11 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
         groups: RowLayout = Interleave(groups=a.num_query_groups)  # [q1..qn k1 v1 | q.. k2 v2 | ...]
         queries = 2 * q if a.attention_gate else q
         if a.attention_gate:
-            groups = Gated(groups=a.num_query_groups, head_dim=a.head_dim)
+            groups = InterleaveGatedQKV(groups=a.num_query_groups, head_dim=a.head_dim)
         elif len(names.qkv) == 1:
-            groups = CONCAT if names.fused == "groups" else Deal(parts=(q, kv, kv), groups=a.num_query_groups)
+            groups = (
+                CONCAT if names.fused == "groups" else InterleaveFused(parts=(q, kv, kv), groups=a.num_query_groups)
+            )
         rows = (queries, kv, kv)
         yield from layer(f"{attention}.linear_qkv", names.qkv, rows, hidden, a.qkv_bias, groups, of=attending)
         if a.qk_norm:
@@ -220,14 +227,14 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
         if own_norm:
             yield from norm(f"{mlp}.linear_fc1.layer_norm_", names.mlp_norm, of=dense)
         rows = (ffn, ffn) if a.gated else (ffn,)
-        gated: RowLayout = Exchanged() if names.gate_last else CONCAT
+        gated: RowLayout = SwapHalves() if names.gate_last else CONCAT
         yield from layer(f"{mlp}.linear_fc1", names.fc1, rows, hidden, a.mlp_bias, gated, of=dense)
         yield from layer(f"{mlp}.linear_fc2", (names.fc2,), (hidden,), ffn, a.mlp_bias, of=dense)
     if experts := a.experts:
         if own_norm:
             yield from norm(f"{layers}.pre_mlp_layernorm.", names.mlp_norm, of=sparse)
         for rule in layer(f"{mlp}.router", (names.router,), (experts.count,), hidden, experts.bias, of=sparse):
-            yield replace(rule, sources=tuple(replace(source, drawn="normal") for source in rule.sources))
+            yield replace(rule, sources=tuple(replace(source, init="normal") for source in rule.sources))
         if experts.correction_bias:
             source = Source(name=names.layer + names.correction_bias, shape=(experts.count,), fp32=True)
             yield Rule(megatron=f"{mlp}.router.expert_bias", axes=("layer",), layers=sparse, sources=(source,))
@@ -259,19 +266,19 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
 def together_rules(names: Names, each: str, experts: Experts, hidden: int, layers: tuple[int, ...]) -> Iterator[Rule]:
     """Experts of one tensor; a bias is named after its weight, whose name has no ending."""
     size, (fc1,) = experts.ffn_hidden_size, names.expert_fc1
-    turns: RowLayout = Unwoven(parts=2)
+    turns: RowLayout = Deinterleave(parts=2)
     for key, name, rows, columns, layout in (
         ("linear_fc1", fc1, 2 * size, hidden, turns),
         ("linear_fc2", names.expert_fc2, hidden, size, CONCAT),
     ):
-        sources = {"weight": Source(name=names.layer + name, shape=(columns, rows), within=("expert",))}
+        sources = {"weight": Source(name=names.layer + name, shape=(columns, rows), stacked_axes=("expert",))}
         if experts.bias:
-            sources["bias"] = Source(name=f"{names.layer}{name}_bias", shape=(rows,), within=("expert",))
+            sources["bias"] = Source(name=f"{names.layer}{name}_bias", shape=(rows,), stacked_axes=("expert",))
         for kind, source in sources.items():
             yield Rule(
                 megatron=f"{each}.{key}.{kind}",
                 axes=("layer", "expert"),
                 layers=layers,
                 sources=(source,),
-                layout=Transposed(rows=layout) if kind == "weight" else layout,
+                layout=Transposed(layout=layout) if kind == "weight" else layout,
             )

@@ -24,7 +24,7 @@ def test_each_absent_tensor_is_named(size: str) -> None:
     table = registry.table_of(registry.sizes()[size])
     entries = tuple(table.entries())
     sources = {source.name: Found(source.stored_shape) for entry in entries for source in entry.sources}
-    kept = {name: Found(shape) for name, shape in table.kept().items()}
+    kept = {name: Found(shape) for name, shape in table.required_pass_through().items()}
     sources |= kept
     targets = {entry.key: Found(entry.global_shape) for entry in entries}
     account_sources(table, sources, "dir")

@@ -89,7 +89,7 @@ def test_every_tensor_of_a_published_model_is_accounted_for(name: str, proof: An
         found = transformers_tensors(config)
         without = registry.as_stored(architecture, found)  # transformers ignores layers for tokens further ahead
         account = account_sources(registry.table_of(without), found, name)
-        beside = set(account.asides)  # of what sees images
+        beside = set(account.pass_through)  # of what sees images
         assert {source.name for entry in account.entries for source in entry.sources} == found.keys() - beside
         count = sum(math.prod(tensor.shape) for tensor in found.values())
         figures |= {"tensors": len(found), "parameters": count}

@@ -8,8 +8,8 @@ import pytest
 
 from shared.errors import UserError
 from shared.mapping.account import account_sources, account_targets
-from shared.mapping.layout import PadRows, Undealt
-from shared.mapping.rule import Alias, Aside, Rule, Source, Table
+from shared.mapping.layout import PadRows, SplitInterleaved
+from shared.mapping.rule import PassThroughTensor, Rule, Source, Table, TiedTensor
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ TABLE = Table(
         Rule(megatron="embedding", sources=(Source(name="wte", shape=(5, 3)),), layout=PadRows(rows=8)),
         Rule(megatron="layers.fc", axes=("layer",), sources=(Source(name="h.{layer}.fc", shape=(2, 3)),)),
     ),
-    aliases=(Alias(name="head", of="wte"),),
-    asides=(Aside(name="h.{layer}.inv_freq"),),
+    tied_tensors=(TiedTensor(name="head", tied_to="wte"),),
+    pass_through=(PassThroughTensor(name="h.{layer}.inv_freq"),),
     sizes={"layer": 2},
 )
 SOURCES = {"wte": Found((5, 3)), "h.0.fc": Found((2, 3)), "h.1.fc": Found((2, 3))}
@@ -34,9 +34,9 @@ TARGETS = {"embedding": Found((8, 3)), "layers.fc": Found((2, 2, 3))}
 def test_each_tensor_has_its_place() -> None:
     account = account_sources(TABLE, SOURCES | {"head": Found((5, 3)), "h.1.inv_freq": Found((7,))}, "dir")
     assert len(account.entries) == 3
-    assert [alias.name for alias in account.aliases] == ["head"]
-    assert account.asides == ("h.1.inv_freq",)
-    assert account_sources(TABLE, SOURCES, "dir").aliases == ()
+    assert [tied.name for tied in account.tied_tensors] == ["head"]
+    assert account.pass_through == ("h.1.inv_freq",)
+    assert account_sources(TABLE, SOURCES, "dir").tied_tensors == ()
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,9 @@ def test_a_table_that_uses_a_source_twice_is_a_defect() -> None:
 
 def test_rules_may_share_a_source_and_must_use_it_up() -> None:
     source = (Source(name="qk", shape=(4, 3)),)
-    halves = [Rule(megatron=f"h.{p}", sources=source, layout=Undealt(parts=(2, 2), groups=2, part=p)) for p in (0, 1)]
+    halves = [
+        Rule(megatron=f"h.{p}", sources=source, layout=SplitInterleaved(parts=(2, 2), groups=2, part=p)) for p in (0, 1)
+    ]
     shared = replace(TABLE, rules=(*TABLE.rules, *halves))
     assert len(account_sources(shared, SOURCES | {"qk": Found((4, 3))}, "dir").entries) == 5
     with pytest.raises(AssertionError, match="row 1 of qk"):
@@ -73,12 +75,12 @@ def test_rules_may_share_a_source_and_must_use_it_up() -> None:
 
 
 def test_slices_of_a_source_are_used_once_each() -> None:
-    source = Source(name="all", shape=(2, 3), within=("expert",))
+    source = Source(name="all", shape=(2, 3), stacked_axes=("expert",))
     table = Table(rules=(Rule(megatron="fc", axes=("expert",), sources=(source,)),), sizes={"expert": 4})
     assert len(account_sources(table, {"all": Found((4, 2, 3))}, "dir").entries) == 4
     with pytest.raises(UserError, match=r"all is \[4, 3, 2\], config.json asks for \[4, 2, 3\]"):
         account_sources(table, {"all": Found((4, 3, 2))}, "dir")
-    first = replace(table.rules[0], axes=(), sources=(replace(source, within=(), stack=(4,), index=(0,)),))
+    first = replace(table.rules[0], axes=(), sources=(replace(source, stacked_axes=(), stack=(4,), index=(0,)),))
     alone = replace(table, rules=(replace(table.rules[0], axes=("layer",)), first), sizes={"layer": 1, "expert": 4})
     with pytest.raises((AssertionError, KeyError)):
         account_sources(alone, {"all": Found((4, 2, 3))}, "dir")

@@ -8,18 +8,18 @@ import pytest
 from shared.mapping.layout import (
     CONCAT,
     PADDING,
-    Deal,
-    Exchanged,
-    Gated,
+    Deinterleave,
     Interleave,
+    InterleaveFused,
+    InterleaveGatedQKV,
     LayoutError,
     PadRows,
     RowLayout,
+    SplitInterleaved,
+    SwapHalves,
     Transposed,
-    Undealt,
-    Unwoven,
-    of_source,
-    of_target,
+    segments_of_source,
+    segments_of_target,
 )
 
 CASES: list[tuple[RowLayout, list[tuple[int, ...]]]] = [
@@ -29,14 +29,14 @@ CASES: list[tuple[RowLayout, list[tuple[int, ...]]]] = [
     (Interleave(groups=2), [(8, 3), (4, 3), (4, 3)]),
     (Interleave(groups=1), [(8, 3), (2, 3), (2, 3)]),
     (Interleave(groups=4), [(4,), (4,), (4,)]),
-    (Deal(parts=(8, 4, 4), groups=2), [(16, 3)]),
-    (Deal(parts=(4, 1, 1), groups=1), [(6,)]),
-    (Gated(groups=2, head_dim=2), [(16, 3), (4, 3), (4, 3)]),
-    (Gated(groups=1, head_dim=1), [(6,), (1,), (1,)]),
-    (Unwoven(parts=2), [(8, 3)]),
-    (Unwoven(parts=3), [(9,)]),
-    (Exchanged(), [(6, 3)]),
-    (Exchanged(), [(4,)]),
+    (InterleaveFused(parts=(8, 4, 4), groups=2), [(16, 3)]),
+    (InterleaveFused(parts=(4, 1, 1), groups=1), [(6,)]),
+    (InterleaveGatedQKV(groups=2, head_dim=2), [(16, 3), (4, 3), (4, 3)]),
+    (InterleaveGatedQKV(groups=1, head_dim=1), [(6,), (1,), (1,)]),
+    (Deinterleave(parts=2), [(8, 3)]),
+    (Deinterleave(parts=3), [(9,)]),
+    (SwapHalves(), [(6, 3)]),
+    (SwapHalves(), [(4,)]),
     (PadRows(rows=8), [(5, 3)]),
     (PadRows(rows=8), [(8, 3)]),
 ]
@@ -70,7 +70,7 @@ def test_backwards_gives_every_source_back(layout: RowLayout, shapes: list[tuple
     segments = layout.segments(shapes)
     for place, source in enumerate(sources):
         found = np.zeros_like(source)
-        for s in of_source(segments, place):
+        for s in segments_of_source(segments, place):
             found[s.source_row :: s.step][: s.rows] = target[s.target_row : s.target_row + s.rows]
         assert np.array_equal(found, source)
 
@@ -86,7 +86,7 @@ def test_any_window_of_the_target_is_made_of_cut_segments(layout: RowLayout, sha
                 np.zeros((s.rows, *target.shape[1:]))
                 if s.source == PADDING
                 else sources[s.source][s.source_row :: s.step][: s.rows]
-                for s in of_target(segments, first, rows)
+                for s in segments_of_target(segments, first, rows)
             ]
             assert np.array_equal(np.concatenate(parts), target[first : first + rows])
 
@@ -111,10 +111,14 @@ def test_interleaving_agrees_with_the_reshape_of_megatron_bridge() -> None:
     [
         (Interleave(groups=3), [(6, 2), (4, 2)], "4 rows are not 3 equal groups"),
         (CONCAT, [(4, 2), (4, 3)], "different widths"),
-        (Exchanged(), [(5, 3)], "5 rows are not two halves"),
+        (SwapHalves(), [(5, 3)], "5 rows are not two halves"),
         (PadRows(rows=4), [(5, 2)], "5 rows do not fit in 4"),
-        (Gated(groups=2, head_dim=2), [(12, 3), (4, 3), (4, 3)], "12 rows are not 2 groups of queries and gates"),
-        (Undealt(parts=(2, 2), groups=2, part=0), [(6,)], r"6 rows are not 2 groups of \[2, 2\] rows in all"),
+        (
+            InterleaveGatedQKV(groups=2, head_dim=2),
+            [(12, 3), (4, 3), (4, 3)],
+            "12 rows are not 2 groups of queries and gates",
+        ),
+        (SplitInterleaved(parts=(2, 2), groups=2, part=0), [(6,)], r"6 rows are not 2 groups of \[2, 2\] rows in all"),
     ],
 )
 def test_shapes_that_do_not_fit(layout: RowLayout, shapes: list[tuple[int, ...]], message: str) -> None:
@@ -125,7 +129,7 @@ def test_shapes_that_do_not_fit(layout: RowLayout, shapes: list[tuple[int, ...]]
 def test_gates_of_a_group_follow_its_queries() -> None:
     """One group of two heads, head_dim 1: [q1 g1 ; q2 g2], k, v to [q1 q2 g1 g2 k v], as Megatron-Core splits it."""
     queries, k, v = np.array([1, 51, 2, 52, 3, 53, 4, 54]), np.array([10, 20]), np.array([100, 200])
-    layout = Gated(groups=2, head_dim=1)
+    layout = InterleaveGatedQKV(groups=2, head_dim=1)
     assert apply(layout, [queries, k, v]).tolist() == [1, 2, 51, 52, 10, 100, 3, 4, 53, 54, 20, 200]
 
 
@@ -134,35 +138,35 @@ def test_parts_of_what_was_dealt_are_what_it_was_made_of() -> None:
     dealt = apply(Interleave(groups=2), sources)
     sizes = tuple(len(source) for source in sources)
     for place, source in enumerate(sources):
-        assert np.array_equal(apply(Undealt(parts=sizes, groups=2, part=place), [dealt]), source)
+        assert np.array_equal(apply(SplitInterleaved(parts=sizes, groups=2, part=place), [dealt]), source)
 
 
 def test_halves_change_places() -> None:
-    assert apply(Exchanged(), [np.arange(6)]).tolist() == [3, 4, 5, 0, 1, 2]
+    assert apply(SwapHalves(), [np.arange(6)]).tolist() == [3, 4, 5, 0, 1, 2]
 
 
 def test_a_fused_projection_is_dealt_as_three_are() -> None:
     q, k, v = (np.arange(rows)[:, None] + start for rows, start in ((8, 0), (2, 100), (2, 200)))
     apart = apply(Interleave(groups=2), [q, k, v])
-    assert np.array_equal(apply(Deal(parts=(8, 2, 2), groups=2), [np.concatenate([q, k, v])]), apart)
+    assert np.array_equal(apply(InterleaveFused(parts=(8, 2, 2), groups=2), [np.concatenate([q, k, v])]), apart)
     with pytest.raises(LayoutError, match="12 rows are not blocks of"):
-        Deal(parts=(8, 2, 1), groups=1).target_shape([(12, 3)])
+        InterleaveFused(parts=(8, 2, 1), groups=1).target_shape([(12, 3)])
 
 
 def test_transposed_sources_are_dealt_by_columns() -> None:
-    inner = Deal(parts=(8, 2, 2), groups=2)
-    layout = Transposed(rows=inner)
+    inner = InterleaveFused(parts=(8, 2, 2), groups=2)
+    layout = Transposed(layout=inner)
     assert layout.target_shape([(3, 12)]) == inner.target_shape([(12, 3)]) == (12, 3)
     assert layout.segments([(3, 12)]) == inner.segments([(12, 3)])
 
 
 def test_rows_in_turn_follow_each_other() -> None:
     (source,) = numbered([(6, 2)])
-    assert np.array_equal(apply(Unwoven(parts=2), [source]), np.concatenate([source[::2], source[1::2]]))
-    segments = Unwoven(parts=2).segments([(6, 2)])
-    assert [(s.source_row, s.target_row, s.rows, s.step) for s in of_target(segments, 1, 4)] == [
+    assert np.array_equal(apply(Deinterleave(parts=2), [source]), np.concatenate([source[::2], source[1::2]]))
+    segments = Deinterleave(parts=2).segments([(6, 2)])
+    assert [(s.source_row, s.target_row, s.rows, s.step) for s in segments_of_target(segments, 1, 4)] == [
         (2, 1, 2, 2),
         (1, 3, 2, 2),
     ]
-    with pytest.raises(LayoutError, match="3 tensors in turn"):
-        Unwoven(parts=3).target_shape([(8, 2)])
+    with pytest.raises(LayoutError, match="8 rows do not deinterleave into 3 equal parts"):
+        Deinterleave(parts=3).target_shape([(8, 2)])

@@ -6,7 +6,7 @@ import pytest
 
 from shared.errors import UserError
 from shared.mapping.layout import CONCAT, Interleave, PadRows
-from shared.mapping.rule import Alias, Aside, Rule, Source, Table
+from shared.mapping.rule import PassThroughTensor, Rule, Source, Table, TiedTensor
 
 QKV = Rule(
     megatron="layers.qkv.weight",
@@ -49,8 +49,8 @@ def test_layers_that_differ_have_keys_of_their_own() -> None:
 
 
 def test_aside_names() -> None:
-    table = Table(rules=(), asides=(Aside(name="h.{layer}.inv_freq"),), sizes={"layer": 2})
-    assert table.aside_names() == {"h.0.inv_freq", "h.1.inv_freq"}
+    table = Table(rules=(), pass_through=(PassThroughTensor(name="h.{layer}.inv_freq"),), sizes={"layer": 2})
+    assert table.pass_through_names() == {"h.0.inv_freq", "h.1.inv_freq"}
 
 
 def test_sources_that_cannot_be_joined_are_named() -> None:
@@ -66,20 +66,20 @@ def test_a_prefix_that_no_name_has_is_left_out() -> None:
     rule = Rule(megatron="fc", axes=("layer",), sources=(Source(name="model.h.{layer}.fc", shape=(2, 3)),))
     table = Table(
         rules=(rule,),
-        aliases=(Alias(name="head", of="model.wte"),),
-        asides=(Aside(name="model.h.{layer}.mask"),),
-        spellings={"model.": ("",)},
+        tied_tensors=(TiedTensor(name="head", tied_to="model.wte"),),
+        pass_through=(PassThroughTensor(name="model.h.{layer}.mask"),),
+        prefix_variants={"model.": ("",)},
         sizes={"layer": 1},
     )
-    assert table.named_as({"model.h.0.fc", "head"}) is table
-    bare = table.named_as({"h.0.fc", "head"})
+    assert table.with_prefixes_of({"model.h.0.fc", "head"}) is table
+    bare = table.with_prefixes_of({"h.0.fc", "head"})
     assert [source.name for entry in bare.entries() for source in entry.sources] == ["h.0.fc"]
-    assert (bare.aliases[0].name, bare.aliases[0].of) == ("head", "wte")
-    assert bare.aside_names() == {"h.0.mask"}
+    assert (bare.tied_tensors[0].name, bare.tied_tensors[0].tied_to) == ("head", "wte")
+    assert bare.pass_through_names() == {"h.0.mask"}
 
 
 def test_a_source_may_hold_all_experts() -> None:
-    source = Source(name="h.{layer}.experts", shape=(3, 2), within=("expert",))
+    source = Source(name="h.{layer}.experts", shape=(3, 2), stacked_axes=("expert",))
     rule = Rule(megatron="fc2", axes=("layer", "expert"), sources=(source,))
     entries = list(Table(rules=(rule,), sizes={"layer": 2, "expert": 3}).entries())
     assert entries[5].global_shape == (2, 3, 3, 2)

@@ -76,14 +76,14 @@ def write_hf(
     kinds: dict[str, tuple[Dtype, tuple[int, ...]]] = {}
     around_one: set[str] = set()  # weights of norms, unless the family stores them less one
     table = registry.table_of(architecture)
-    for entry in (table.named_as({""}) if without_prefix else table).entries():
+    for entry in (table.with_prefixes_of({""}) if without_prefix else table).entries():
         for source in entry.sources:
             kinds[source.name] = (FP32 if source.fp32 or fp32(source.name) else BY_FLAG[dtype], source.stored_shape)
-            stored_whole = architecture.norm != "rmsnorm_1p" or entry.less_one
+            stored_whole = architecture.norm != "rmsnorm_1p" or entry.zero_centered_gamma
             if "norm" in entry.key and entry.key.endswith("weight") and stored_whole:
                 around_one.add(source.name)
-    kinds |= {name: (BY_FLAG[dtype], shape) for name, shape in table.kept().items()}
-    copies = {alias.name: alias.of for alias in table.aliases if alias.copy or stored_head}
+    kinds |= {name: (BY_FLAG[dtype], shape) for name, shape in table.required_pass_through().items()}
+    copies = {tied.name: tied.tied_to for tied in table.tied_tensors if tied.always or stored_head}
     kinds |= {name: kinds[of] for name, of in copies.items()}
     if inv_freq:
         for layer in range(architecture.num_layers):

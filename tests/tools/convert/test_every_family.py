@@ -213,7 +213,7 @@ def test_two_processes_run_and_train_as_transformers_does(
             without = replace(architecture, prediction_layers=0)
             entries = registry.table_of(without if architecture.prediction_layers else architecture).entries()
             kept = {source.name for entry in entries for source in entry.sources}
-            kept |= registry.table_of(architecture).kept().keys()
+            kept |= registry.table_of(architecture).required_pass_through().keys()
             assert after.tensors.keys() == kept
             assert architecture.prediction_layers or kept == before.tensors.keys()
             for name in after.tensors:
@@ -224,10 +224,10 @@ def check_gradients(a: Architecture, reader: HfReader, theirs: dict[str, torch.T
     """The largest difference, relative to the largest gradient."""
     differences = []
     # Gradients are brought back as if they were weights: those held less one come with one added.
-    plus_one = {s.name for entry in registry.table_of(a).entries() if entry.less_one for s in entry.sources}
+    plus_one = {s.name for entry in registry.table_of(a).entries() if entry.zero_centered_gamma for s in entry.sources}
     largest = max(gradient.abs().max() for gradient in theirs.values())
     # Not trained by gradients, though kept with the weights.
-    beside = registry.table_of(a).kept()
+    beside = registry.table_of(a).required_pass_through()
     trained = {name for name in reader.tensors.keys() - beside if not name.endswith("e_score_correction_bias")}
     assert trained == theirs.keys()
     for name, expected in theirs.items():

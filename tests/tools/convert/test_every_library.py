@@ -29,7 +29,7 @@ ABSENT = ["torch", "megatron", "transformer_engine", "transformers", "safetensor
 def moves_numbers(a: Architecture) -> bool:
     """Whether something of it is more than a permutation of rows: turned, dealt out one by one, or held less one."""
     entries = registry.table_of(a).entries()
-    return any(e.transposed or e.less_one or any(s.step > 1 for s in e.segments) for e in entries)
+    return any(e.transposed or e.zero_centered_gamma or any(s.step > 1 for s in e.segments) for e in entries)
 
 
 @pytest.mark.parametrize("numbers", [False, True])

@@ -56,7 +56,7 @@ def mistakes_of_tables(a: Architecture) -> Iterator[tuple[str, Callable[[Rule], 
             if not rule.megatron.endswith(ending):
                 return rule
             if isinstance(rule.layout, Transposed):
-                return replace(rule, layout=Transposed(rows=Swapped(rule.layout.rows, *runs)))
+                return replace(rule, layout=Transposed(layout=Swapped(rule.layout.layout, *runs)))
             return replace(rule, layout=Swapped(rule.layout, *runs))
 
         return wrong
@@ -127,7 +127,7 @@ def mistakes_of_delta_nets(
     for part in ("in_proj.weight.beta", "in_proj.weight.alpha", "A_log", "dt_bias"):
         yield f"rows of {part}", swap(part, (0, 1, 1))
     yield "rows of the output projection", swap("out_proj.weight", (0, 1, 1))
-    yield "the norm held as it is stored", lambda rule: replace(rule, less_one=False)
+    yield "the norm held as it is stored", lambda rule: replace(rule, zero_centered_gamma=False)
 
 
 def mistakes_of_latent_attention(
@@ -188,11 +188,11 @@ def exchanged(rule: Rule, axis: Axis) -> Rule:
     @dataclass(frozen=True, kw_only=True)
     class NextSlice(Source):
         def __post_init__(self) -> None:
-            index = (place ^ (of == axis) for of, place in zip(self.within, self.index, strict=False))
+            index = (place ^ (of == axis) for of, place in zip(self.stacked_axes, self.index, strict=False))
             object.__setattr__(self, "index", tuple(index))
 
     def of(source: Source) -> Source:
-        if axis in source.within:
+        if axis in source.stacked_axes:
             return NextSlice(**{field.name: getattr(source, field.name) for field in fields(source)})
         return replace(source, name=Next(source.name))
 

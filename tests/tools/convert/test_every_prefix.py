@@ -16,7 +16,9 @@ def test_files_saved_without_the_prefix_of_their_names(
 ) -> None:
     """BLOOM, GPT-2 and OPT were published by a program that saved the model without its head."""
     for size, architecture in tiny_sizes.items():
-        prefix = next((p for p, others in registry.table_of(architecture).spellings.items() if "" in others), None)
+        prefix = next(
+            (p for p, others in registry.table_of(architecture).prefix_variants.items() if "" in others), None
+        )
         if prefix is None:
             continue
         source, target, back = (tmp_path / f"{size}.{name}" for name in ("hf", "megatron", "back"))

@@ -17,7 +17,7 @@ import pytest
 
 from shared.checkpoint.formats.hugging_face import HfReader, default_layout, write_weights
 from shared.families import registry
-from shared.mapping.rule import Source, spelt
+from shared.mapping.rule import Source, name_variants
 
 ROOT = Path(__file__).resolve().parents[3]
 PEFT = ROOT / "tools" / "rlhf" / ".venv" / "bin" / "python"  # rlhf's environment has it
@@ -153,9 +153,9 @@ def test_the_weights_are_those_that_peft_merges(made: Path, convert: Any, tmp_pa
     assert f"trained on {made / base}; it changes {changed} tensors" in answer.err
     ours, theirs, before = (weights(path) for path in (out, made / "of" / case / "merged", made / base))
     assert ours.keys() == before.keys()
-    spellings = registry.table_of(BASES[base][0]).spellings
+    prefix_variants = registry.table_of(BASES[base][0]).prefix_variants
     for name, tensor in ours.items():
-        wanted = next(theirs[other] for other in spelt(name, spellings) if other in theirs)
+        wanted = next(theirs[other] for other in name_variants(name, prefix_variants) if other in theirs)
         if case == "dora-fp32" and wanted != before[name]:
             numbers, exact = (np.frombuffer(content, np.float32) for *_, content in (tensor, wanted))
             assert (np.abs(numbers - exact) <= DORA_FP32 * np.abs(exact)).all(), name

@@ -138,13 +138,13 @@ def test_what_is_beside_is_accounted_for(source: Path, convert: Any, tmp_path: P
 @pytest.mark.parametrize("lost", ["all", "one", "shape"])
 def test_nothing_is_exported_without_it(source: Path, megatron: Path, convert: Any, tmp_path: Path, lost: str) -> None:
     """Neither where hf/ lost it, nor where a program that never had it wrote the weights."""
-    asides = without_manifest(megatron) / "hf" / "asides.safetensors"
-    kept = load_file(asides)
-    asides.unlink()
+    pass_through = without_manifest(megatron) / "hf" / "asides.safetensors"
+    kept = load_file(pass_through)
+    pass_through.unlink()
     if lost == "one":
-        save_file({name: tensor for name, tensor in kept.items() if name != _LAST}, asides)
+        save_file({name: tensor for name, tensor in kept.items() if name != _LAST}, pass_through)
     if lost == "shape":
-        save_file(kept | {_LAST: torch.ones(31)}, asides)
+        save_file(kept | {_LAST: torch.ones(31)}, pass_through)
     message = f"{_LAST} is [31], config.json asks for [32]" if lost == "shape" else "which the model has beside its"
     for layout in (True, False):
         if not layout:
