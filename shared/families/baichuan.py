@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.errors import UserError
 from shared.families.common.decoder import SILU, activation
 from shared.families.common.fields import Fields
@@ -36,7 +37,7 @@ def read(fields: Fields) -> Architecture:
             f"config.json: {'remove' if rotary else 'give'} max_position_embeddings: that the field is there stands for "
             f"rotary embedding, and Baichuan's models of hidden_size {hidden} have {'ALiBi' if rotary else 'it'}"
         )
-    return Architecture(
+    return nested(
         family="baichuan",
         num_layers=fields.get("num_hidden_layers", int),
         hidden_size=hidden,
@@ -76,7 +77,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, _NAMES)
 
 
-_BAICHUAN_7B = Architecture(
+_BAICHUAN_7B = nested(
     family="baichuan",
     num_layers=32,
     hidden_size=4096,

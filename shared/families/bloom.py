@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families.common.fields import Fields
 from shared.families.common.tensor_table import Names, decoder_table
 from shared.families.family import Family, tiny
@@ -38,7 +39,7 @@ def read(fields: Fields) -> Architecture:
         return int(next((fields.get(name, int) for name in names if fields.has(name)), 0) or fields.get(names[0], int))
 
     hidden, heads = either("hidden_size", "n_embed"), either("n_head", "num_attention_heads")
-    return Architecture(
+    return nested(
         family="bloom",
         num_layers=either("n_layer", "num_hidden_layers"),
         hidden_size=hidden,
@@ -83,7 +84,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, _NAMES)
 
 
-_BLOOM = Architecture(
+_BLOOM = nested(
     family="bloom",
     num_layers=70,
     hidden_size=14_336,

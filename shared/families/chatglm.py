@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from shared.architecture.architecture import Architecture, Prefix
+from shared.architecture.architecture import Architecture
+from shared.architecture.version_1 import Prefix, nested
 from shared.families.common.fields import Fields
 from shared.families.common.tensor_table import Names, decoder_table
 from shared.families.family import Family, tiny
@@ -37,7 +38,7 @@ def read(fields: Fields) -> Architecture:
     fields.expect("position_encoding_2d", True, why="positions are two streams")
     fields.ignore("prefix_projection")
     hidden, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
-    return Architecture(
+    return nested(
         family="chatglm",
         num_layers=fields.get("num_layers", int),
         hidden_size=hidden,
@@ -89,7 +90,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, _NAMES)
 
 
-_CHATGLM_6B = Architecture(
+_CHATGLM_6B = nested(
     family="chatglm",
     num_layers=28,
     hidden_size=4096,

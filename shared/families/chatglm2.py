@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.errors import UserError
 from shared.families.common.fields import Fields
 from shared.families.common.tensor_table import Names, decoder_table
@@ -54,7 +55,7 @@ def read(fields: Fields) -> Architecture:
     hidden, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
     head_dim = fields.get("kv_channels", int, hidden // heads)
     biases = fields.get("add_bias_linear", bool, False)
-    return Architecture(
+    return nested(
         family="chatglm2",
         num_layers=layers,
         hidden_size=hidden,
@@ -111,7 +112,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, _NAMES, (_FREQUENCIES,))
 
 
-_CHATGLM3_6B = Architecture(
+_CHATGLM3_6B = nested(
     family="chatglm2",
     num_layers=28,
     hidden_size=4096,

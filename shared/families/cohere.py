@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families.common.decoder import common_fields, table, written_fields
 from shared.families.common.fields import Fields
 from shared.families.family import Family, tiny
@@ -15,7 +16,7 @@ def read(fields: Fields) -> Architecture:
     fields.ignore("model_max_length")  # the tokenizer's
     bias = fields.get("attention_bias", bool, False)
     normed = fields.get("use_qk_norm", bool, False)
-    return Architecture(
+    return nested(
         family="cohere",
         norm="layernorm",
         residual="parallel_shared",
@@ -35,7 +36,7 @@ def write(a: Architecture) -> dict[str, Any]:
     return {**fields, "logit_scale": a.logit_multiplier, "attention_bias": a.qkv_bias, "use_qk_norm": a.qk_norm}
 
 
-_COMMAND_R = Architecture(
+_COMMAND_R = nested(
     family="cohere",
     num_layers=40,
     hidden_size=8192,

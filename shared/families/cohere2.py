@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families.common.decoder import common_fields, table, written_fields
 from shared.families.common.fields import Fields
 from shared.families.common.sliding_windows import every, window_fields, written_window_fields
@@ -26,7 +27,7 @@ def read(fields: Fields) -> Architecture:
     common = common_fields(fields, epsilon="layer_norm_eps", default_epsilon=1e-5, tied=True)
     windows = window_fields(fields, common["num_layers"], 4096, every(pattern, common["num_layers"]))
     everything = windows["sliding_window"] is None
-    return Architecture(
+    return nested(
         family="cohere2",
         norm="layernorm",
         residual="parallel_shared",
@@ -48,7 +49,7 @@ def write(a: Architecture) -> dict[str, Any]:
     }
 
 
-_COMMAND_R7B = Architecture(
+_COMMAND_R7B = nested(
     family="cohere2",
     num_layers=32,
     hidden_size=4096,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from shared.architecture.architecture import Architecture, Experts, LatentAttention, RopeScaling
+from shared.architecture.architecture import Architecture, RopeScaling
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import Experts, nested
+from shared.architecture.version_1 import Latent as LatentAttention
 from shared.families.common.decoder import common_fields, written_fields
 from shared.families.common.fields import Fields
 from shared.families.common.mla import latent_fields, written_latent_fields
@@ -27,7 +29,7 @@ def read(fields: Fields) -> Architecture:
     grouped = _METHODS[fields.get("topk_method", str, "greedy")]
     experts = deepseek_experts(fields, common["num_layers"], dense=0, grouped=grouped, group_score_of=1)
     latent = latent_fields(fields, common["num_attention_heads"])
-    return Architecture(family="deepseek_v2", **common | latent, experts=replace(experts, normalized=False))
+    return nested(family="deepseek_v2", **common | latent, experts=replace(experts, normalized=False))
 
 
 def write(a: Architecture) -> dict[str, Any]:
@@ -56,7 +58,7 @@ _EXPERTS = Experts(
     auxiliary_loss_of="sequence",
     dense_layers=(0,),
 )
-_V2_LITE = Architecture(
+_V2_LITE = nested(
     family="deepseek_v2",
     num_layers=27,
     hidden_size=2048,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from shared.architecture.architecture import Architecture, Experts, LatentAttention, RopeScaling
+from shared.architecture.architecture import Architecture, RopeScaling
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import Experts, nested
+from shared.architecture.version_1 import Latent as LatentAttention
 from shared.families.common.decoder import common_fields, written_fields
 from shared.families.common.fields import Fields
 from shared.families.common.mla import latent_fields, written_latent_fields
@@ -23,7 +25,7 @@ def read(fields: Fields) -> Architecture:
     fields.expect("norm_topk_prob", True, why="sigmoid scores that are not divided by their sum are not computed here")
     experts = deepseek_experts(fields, common["num_layers"], dense=3, grouped=True, group_score_of=2)
     latent = latent_fields(fields, common["num_attention_heads"])
-    return Architecture(
+    return nested(
         family="deepseek_v3",
         **common | latent,
         experts=replace(experts, score="sigmoid", correction_bias=True),
@@ -62,7 +64,7 @@ _EXPERTS = Experts(
     auxiliary_loss_of="sequence",
     dense_layers=(0, 1, 2),
 )
-_V3 = Architecture(
+_V3 = nested(
     family="deepseek_v3",
     num_layers=61,
     hidden_size=7168,

@@ -6,10 +6,11 @@ Falcon RW has them one after the other, biases, and ALiBi.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from shared.architecture.architecture import Architecture, Residual
+from shared.architecture.architecture import Architecture, ResidualKind
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families.common.decoder import GELU, activation, gelu_name
 from shared.families.common.fields import Fields, renamed, rope_fields
 from shared.families.common.tensor_table import Names, decoder_table
@@ -52,13 +53,13 @@ def read(fields: Fields) -> Architecture:
     groups = 1
     if new or not fields.get("multi_query", bool, True):
         groups = fields.get("num_kv_heads", int, heads) if new else heads
-    residual: Residual = "parallel_shared"
+    residual: ResidualKind = "parallel_shared"
     if new and fields.get("num_ln_in_parallel_attn", int, 2) == 2:
         residual = "parallel"
     elif not new and not fields.get("parallel_attn", bool, True):
         residual = "sequential"
     bias = fields.get("bias", bool, False)
-    return Architecture(
+    return nested(
         family="falcon",
         num_layers=fields.get("num_hidden_layers", int),
         hidden_size=hidden,
@@ -117,7 +118,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, two_norms if a.residual == "parallel" else _NAMES)
 
 
-_FALCON_7B = Architecture(
+_FALCON_7B = nested(
     family="falcon",
     num_layers=32,
     hidden_size=4544,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
 from shared.families.common.fields import Fields
 from shared.mapping.rule import Table
 

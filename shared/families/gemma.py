@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Activation, Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families.common.decoder import common_fields, table, written_fields
 from shared.families.common.fields import Fields
 from shared.families.family import Family, tiny
@@ -22,7 +23,7 @@ def read(fields: Fields) -> Architecture:
     bias = fields.get("attention_bias", bool, False)
     common = common_fields(fields, activations=_ACTIVATIONS, default_activation="gelu_pytorch_tanh", tied=True)
     common["head_dim"] = fields.get("head_dim", int, 256)
-    return Architecture(
+    return nested(
         family="gemma",
         norm="rmsnorm_1p",
         embedding_multiplier=common["hidden_size"] ** 0.5,
@@ -36,7 +37,7 @@ def write(a: Architecture) -> dict[str, Any]:
     return {**written_fields(a, activation="gelu_pytorch_tanh"), "attention_bias": a.qkv_bias}
 
 
-_GEMMA_7B = Architecture(
+_GEMMA_7B = nested(
     family="gemma",
     num_layers=28,
     hidden_size=3072,

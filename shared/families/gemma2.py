@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Activation, Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families.common.decoder import common_fields, written_fields
 from shared.families.common.fields import Fields
 from shared.families.common.sliding_windows import every, window_fields, written_window_fields
@@ -35,7 +36,7 @@ def read(fields: Fields) -> Architecture:
     )
     bias = fields.get("attention_bias", bool, False)
     full = every(2, common["num_layers"])
-    return Architecture(
+    return nested(
         family="gemma2",
         norm="rmsnorm_1p",
         norm_placement="sandwich",
@@ -66,7 +67,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, _NAMES)
 
 
-_GEMMA_2_9B = Architecture(
+_GEMMA_2_9B = nested(
     family="gemma2",
     num_layers=42,
     hidden_size=3584,

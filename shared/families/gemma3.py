@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from shared.architecture.architecture import Architecture, RopeScaling
+from shared.architecture.version_1 import nested
 from shared.errors import UserError
 from shared.families.common.decoder import common_fields, written_fields
 from shared.families.common.fields import Fields, rope_fields_by_kind
@@ -38,7 +39,7 @@ def read(fields: Fields) -> Architecture:
         raise UserError(f"config.json: rope_local_base_freq {old} contradicts rope_parameters, which say {new}")
     theta = new or old or 10_000.0
     bias = fields.get("attention_bias", bool, False)
-    return Architecture(
+    return nested(
         family="gemma3",
         norm="rmsnorm_1p",
         norm_placement="sandwich",
@@ -71,7 +72,7 @@ def write(a: Architecture) -> dict[str, Any]:
 
 
 def _size(layers: int, hidden: int, ffn: int, heads: int, groups: int, **further: Any) -> Architecture:
-    return Architecture(
+    return nested(
         **{
             "family": "gemma3",
             "num_layers": layers,

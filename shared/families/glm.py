@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.version_1 import nested
 from shared.families.common.decoder import common_fields, written_fields
 from shared.families.common.fields import Fields
 from shared.families.common.tensor_table import Names, decoder_table
@@ -17,7 +18,7 @@ _NAMES = Names(fc1=("mlp.gate_up_proj",))
 def read(fields: Fields) -> Architecture:
     """Biases are on q, k and v only."""
     common = common_fields(fields, default_epsilon=1.5625e-7, rotary_fraction=0.5)
-    return Architecture(
+    return nested(
         family="glm",
         rotary_interleaved=True,
         qkv_bias=fields.get("attention_bias", bool, True),
@@ -33,7 +34,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, _NAMES)
 
 
-_GLM_4_9B = Architecture(
+_GLM_4_9B = nested(
     family="glm",
     num_layers=40,
     hidden_size=4096,

@@ -6,11 +6,12 @@ It is published with modelling code of its own, whose model_type is that of tran
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shared.architecture.architecture import Architecture, Prefix
+from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import Prefix, nested
 from shared.errors import UserError
 from shared.families.common.fields import Fields
 from shared.families.common.tensor_table import Names, decoder_table
@@ -63,7 +64,7 @@ def read(fields: Fields) -> Architecture:
             "<|startofpiece|> and [MASK], which positions follow from; put the published tokenizer's files there "
             "(added_tokens.json, vocab.json or vocab.txt, tokenizer_config.json)"
         )
-    return Architecture(
+    return nested(
         family="glm10b",
         num_layers=fields.get("num_layers", int),
         hidden_size=hidden,
@@ -116,7 +117,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, _NAMES)
 
 
-_GLM_10B = Architecture(
+_GLM_10B = nested(
     family="glm10b",
     num_layers=48,
     hidden_size=4096,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from shared.architecture.architecture import Architecture, Prefix
+from shared.architecture.architecture import Architecture
+from shared.architecture.version_1 import Prefix, nested
 from shared.families.common.fields import Fields
 from shared.families.common.tensor_table import Names, decoder_table
 from shared.families.family import Family, tiny
@@ -44,7 +45,7 @@ def read(fields: Fields) -> Architecture:
     fields.ignore("tokenizer_type", "model_parallel_size", "parallel_output")  # of how it is run
     layers, hidden, heads = (fields.get(name, int) for name in ("num_layers", "hidden_size", "num_attention_heads"))
     blanks = tuple(fields.get(name, int) for name in _BLANKS)
-    return Architecture(
+    return nested(
         family="glm130b",
         num_layers=layers,
         hidden_size=hidden,
@@ -100,7 +101,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, _NAMES, (frequencies,))
 
 
-_GLM_130B = Architecture(
+_GLM_130B = nested(
     family="glm130b",
     num_layers=70,
     hidden_size=12_288,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families.common.decoder import common_fields, written_fields
 from shared.families.common.fields import Fields
 from shared.families.common.tensor_table import Names, decoder_table
@@ -22,7 +23,7 @@ _NAMES = Names(
 def read(fields: Fields) -> Architecture:
     """Biases are on q, k and v only."""
     common = common_fields(fields, default_epsilon=1.5625e-7, rotary_fraction=0.5)
-    return Architecture(
+    return nested(
         family="glm4",
         rotary_interleaved=True,
         qkv_bias=fields.get("attention_bias", bool, True),
@@ -39,7 +40,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, _NAMES)
 
 
-_GLM_4_9B = Architecture(
+_GLM_4_9B = nested(
     family="glm4",
     num_layers=40,
     hidden_size=4096,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from shared.architecture.architecture import Architecture, Experts
+from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import Experts, nested
 from shared.errors import UserError
 from shared.families.common.decoder import common_fields, written_fields
 from shared.families.common.fields import Fields
@@ -24,7 +25,7 @@ def read(fields: Fields) -> Architecture:
         raise UserError(f"config.json: num_nextn_predict_layers {old} contradicts num_mtp_layers {new}")
     further = new if old is None else old
     experts = deepseek_experts(fields, common["num_layers"], dense=1, grouped=True, group_score_of=2)
-    return Architecture(
+    return nested(
         family="glm4_moe",
         qk_norm=fields.get("use_qk_norm", bool, False),
         qkv_bias=fields.get("attention_bias", bool, False),
@@ -49,7 +50,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, DEEPSEEK)
 
 
-_AIR = Architecture(
+_AIR = nested(
     family="glm4_moe",
     num_layers=46,
     hidden_size=4096,

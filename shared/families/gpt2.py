@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families.common.fields import Fields
 from shared.families.common.gpt_fields import gpt_fields, written_gpt_fields
 from shared.families.common.tensor_table import Names, decoder_table
@@ -33,7 +34,7 @@ def read(fields: Fields) -> Architecture:
     fields.expect("add_cross_attention", False, why="this is a decoder")
     fields.ignore("reorder_and_upcast_attn")  # how scores are rounded below fp32
     common = gpt_fields(fields, dropout=0.1, default_activation="gelu_new", tied=True)
-    return Architecture(
+    return nested(
         family="gpt2",
         positions="learned",
         num_query_groups=common["num_attention_heads"],
@@ -52,7 +53,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, _NAMES)
 
 
-_GPT_2 = Architecture(
+_GPT_2 = nested(
     family="gpt2",
     num_layers=12,
     hidden_size=768,

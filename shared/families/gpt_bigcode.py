@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families.common.fields import Fields
 from shared.families.common.gpt_fields import gpt_fields, written_gpt_fields
 from shared.families.common.tensor_table import Names, decoder_table
@@ -38,7 +39,7 @@ def read(fields: Fields) -> Architecture:
     common = gpt_fields(fields, dropout=0.1, default_activation="gelu_pytorch_tanh", tied=True)
     groups = 1 if fields.get("multi_query", bool, True) else common["num_attention_heads"]
     fields.expect("num_key_value_heads", groups, why="multi_query decides it")
-    return Architecture(
+    return nested(
         family="gpt_bigcode",
         positions="learned",
         num_query_groups=groups,
@@ -56,7 +57,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, _NAMES)
 
 
-_STARCODER = Architecture(
+_STARCODER = nested(
     family="gpt_bigcode",
     num_layers=40,
     hidden_size=6144,

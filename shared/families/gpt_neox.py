@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families.common.decoder import GELU, activation, gelu_name, rotary_dim, written_fields
 from shared.families.common.fields import Fields
 from shared.families.common.tensor_table import Names, decoder_table
@@ -35,7 +36,7 @@ def read(fields: Fields) -> Architecture:
     positions = fields.get("max_position_embeddings", int)
     theta, scaling = fields.rope(fields.get("rotary_emb_base", float, 10_000.0), positions, partial=True)
     bias = fields.get("attention_bias", bool, True)
-    return Architecture(
+    return nested(
         family="gpt_neox",
         num_layers=fields.get("num_hidden_layers", int),
         hidden_size=hidden,
@@ -82,7 +83,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, _NAMES)
 
 
-_PYTHIA_1_4B = Architecture(
+_PYTHIA_1_4B = nested(
     family="gpt_neox",
     num_layers=24,
     hidden_size=2048,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from shared.architecture.architecture import Activation, Architecture, Experts, RopeScaling
+from shared.architecture.architecture import Activation, Architecture, RopeScaling
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import Experts, nested
 from shared.errors import UserError
 from shared.families.common.decoder import common_fields, written_fields
 from shared.families.common.fields import Fields
@@ -42,7 +43,7 @@ def read(fields: Fields) -> Architecture:
     )
     fields.expect("experts_per_token", experts.top_k, why="it is num_experts_per_tok, or absent")
     fields.ignore("initial_context_length")  # rope_scaling's original length, which is read
-    return Architecture(
+    return nested(
         family="gpt_oss",
         attention_sinks=True,
         qkv_bias=bias,
@@ -74,7 +75,7 @@ def table(a: Architecture) -> Table:
 
 
 _EXPERTS = Experts(count=128, top_k=4, ffn_hidden_size=2880, bias=True, auxiliary_loss=0.9)
-_120B = Architecture(
+_120B = nested(
     family="gpt_oss",
     num_layers=36,
     hidden_size=2880,

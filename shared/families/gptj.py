@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.version_1 import nested
 from shared.families.common.fields import Fields
 from shared.families.common.gpt_fields import gpt_fields, written_gpt_fields
 from shared.families.common.tensor_table import Names, decoder_table
@@ -28,7 +29,7 @@ def read(fields: Fields) -> Architecture:
     fields.expect("rotary", True, why="this family has rotary embedding")
     common = gpt_fields(fields, dropout=0.0, default_activation="gelu_new", tied=False)
     rotated = fields.get("rotary_dim", int, 64)
-    return Architecture(
+    return nested(
         family="gptj",
         residual="parallel_shared",
         rotary_dim=None if rotated == common["head_dim"] else rotated,
@@ -47,7 +48,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, _NAMES)
 
 
-_GPT_J_6B = Architecture(
+_GPT_J_6B = nested(
     family="gptj",
     num_layers=28,
     hidden_size=4096,

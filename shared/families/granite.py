@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families.common.decoder import common_fields, table, written_fields
 from shared.families.common.fields import Fields
 from shared.families.family import Family, tiny
@@ -15,7 +16,7 @@ def read(fields: Fields) -> Architecture:
     """`attention_multiplier` takes the place of 1 / sqrt(head_dim); logits are divided by `logits_scaling`."""
     bias = fields.get("attention_bias", bool, False)
     dropout = fields.get("attention_dropout", float, 0.0)
-    return Architecture(
+    return nested(
         family="granite",
         embedding_multiplier=fields.get("embedding_multiplier", float, 1.0),
         residual_multiplier=fields.get("residual_multiplier", float, 1.0),
@@ -43,7 +44,7 @@ def write(a: Architecture) -> dict[str, Any]:
     }
 
 
-_GRANITE_3_8B = Architecture(
+_GRANITE_3_8B = nested(
     family="granite",
     num_layers=40,
     hidden_size=4096,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture, RopeScaling
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families.common.decoder import common_fields, table, written_fields
 from shared.families.common.fields import Fields
 from shared.families.family import Family, tiny
@@ -25,7 +26,7 @@ def read(fields: Fields) -> Architecture:
     for name in ("rope_theta", "rope_scaling", "rope_parameters"):
         fields.expect(name, why="InternLM's rotary embedding is in `rotary`")
     rotary.finish("internlm (rotary)")
-    return Architecture(family="internlm", qkv_bias=bias, attention_output_bias=bias, **common)
+    return nested(family="internlm", qkv_bias=bias, attention_output_bias=bias, **common)
 
 
 def write(a: Architecture) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def write(a: Architecture) -> dict[str, Any]:
     return {**written, "bias": a.qkv_bias, "rotary": rotary}
 
 
-_INTERNLM_7B = Architecture(
+_INTERNLM_7B = nested(
     family="internlm",
     num_layers=32,
     hidden_size=4096,

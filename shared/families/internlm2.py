@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture, RopeScaling
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families.common.decoder import common_fields, written_fields
 from shared.families.common.fields import Fields
 from shared.families.common.tensor_table import Names, decoder_table
@@ -29,7 +30,7 @@ _NAMES = Names(
 def read(fields: Fields) -> Architecture:
     """`bias` is on the fused projection and on attention's output."""
     bias = fields.get("bias", bool, True)
-    return Architecture(family="internlm2", qkv_bias=bias, attention_output_bias=bias, **common_fields(fields))
+    return nested(family="internlm2", qkv_bias=bias, attention_output_bias=bias, **common_fields(fields))
 
 
 def write(a: Architecture) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, _NAMES)
 
 
-_INTERNLM2_7B = Architecture(
+_INTERNLM2_7B = nested(
     family="internlm2",
     num_layers=32,
     hidden_size=4096,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture, RopeScaling
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families.common.decoder import common_fields, table, written_fields
 from shared.families.common.fields import Fields, renamed
 from shared.families.family import Family
@@ -20,7 +21,7 @@ def today(config: Mapping[str, Any]) -> dict[str, Any]:
 def read(fields: Fields) -> Architecture:
     """`attention_bias` is on q, k, v and o; `mlp_bias` on gate, up and down."""
     bias = fields.get("attention_bias", bool, False)
-    return Architecture(
+    return nested(
         family="llama",
         qkv_bias=bias,
         attention_output_bias=bias,
@@ -33,7 +34,7 @@ def write(a: Architecture) -> dict[str, Any]:
     return {**written_fields(a), "attention_bias": a.qkv_bias, "mlp_bias": a.mlp_bias}
 
 
-_TINY = Architecture(
+_TINY = nested(
     family="llama",
     num_layers=2,
     hidden_size=64,
@@ -47,7 +48,7 @@ _TINY = Architecture(
     rope_theta=10_000.0,
     tied_embeddings=False,
 )
-_LLAMA_3_1_8B = Architecture(
+_LLAMA_3_1_8B = nested(
     family="llama",
     num_layers=32,
     hidden_size=4096,

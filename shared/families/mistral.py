@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families.common.decoder import common_fields, table, written_fields
 from shared.families.common.fields import Fields
 from shared.families.family import Family, tiny
@@ -20,14 +21,14 @@ def read(fields: Fields) -> Architecture:
         [("full" if window is None else "sliding") + "_attention"] * common["num_layers"],
         why="all layers of this family are alike",
     )
-    return Architecture(family="mistral", sliding_window=window, **common)
+    return nested(family="mistral", sliding_window=window, **common)
 
 
 def write(a: Architecture) -> dict[str, Any]:
     return {**written_fields(a), "sliding_window": a.sliding_window}
 
 
-_MISTRAL_7B = Architecture(
+_MISTRAL_7B = nested(
     family="mistral",
     num_layers=32,
     hidden_size=4096,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from shared.architecture.architecture import Architecture, Experts
+from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import Experts, nested
 from shared.families.common.decoder import common_fields, written_fields
 from shared.families.common.fields import Fields
 from shared.families.common.tensor_table import Names, decoder_table
@@ -30,7 +31,7 @@ def read(fields: Fields) -> Architecture:
         auxiliary_loss=fields.get("router_aux_loss_coef", float, 0.001),
     )
     window = fields.optional("sliding_window", int)
-    return Architecture(family="mixtral", experts=experts, sliding_window=window, **common)
+    return nested(family="mixtral", experts=experts, sliding_window=window, **common)
 
 
 def write(a: Architecture) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, _NAMES)
 
 
-_MIXTRAL_8X7B = Architecture(
+_MIXTRAL_8X7B = nested(
     family="mixtral",
     num_layers=32,
     hidden_size=4096,

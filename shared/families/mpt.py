@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families.common.fields import Fields
 from shared.families.common.tensor_table import Names, decoder_table
 from shared.families.family import Family, tiny
@@ -45,7 +46,7 @@ def read(fields: Fields) -> Architecture:
     fields.ignore("tokenizer_name", "verbose")
     attention = _attention(Fields(fields.get("attn_config", dict)))
     hidden, heads = fields.get("d_model", int), fields.get("n_heads", int)
-    return Architecture(
+    return nested(
         family="mpt",
         num_layers=fields.get("n_layers", int),
         hidden_size=hidden,
@@ -105,7 +106,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, _NAMES)
 
 
-_MPT_7B = Architecture(
+_MPT_7B = nested(
     family="mpt",
     num_layers=32,
     hidden_size=4096,

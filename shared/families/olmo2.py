@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families.common.decoder import common_fields, written_fields
 from shared.families.common.fields import Fields
 from shared.families.common.tensor_table import Names, decoder_table
@@ -17,7 +18,7 @@ _NAMES = Names(post_attention_norm="post_attention_layernorm", post_mlp_norm="po
 
 def read(fields: Fields) -> Architecture:
     bias = fields.get("attention_bias", bool, False)
-    return Architecture(
+    return nested(
         family="olmo2",
         norm_placement="post",
         qk_norm=True,
@@ -38,7 +39,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, _NAMES)
 
 
-_OLMO_2_7B = Architecture(
+_OLMO_2_7B = nested(
     family="olmo2",
     num_layers=32,
     hidden_size=4096,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture, RopeScaling
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.errors import UserError
 from shared.families.common.decoder import common_fields, written_fields
 from shared.families.common.fields import Fields, rope_fields_by_kind
@@ -29,7 +30,7 @@ def read(fields: Fields) -> Architecture:
     own = _THETA if own is None else own
     alike = windows["sliding_window"] is None or (own == theta and common["rope_scaling"] is None)
     bias = fields.get("attention_bias", bool, False)
-    return Architecture(
+    return nested(
         family="olmo3",
         norm_placement="post",
         qk_norm=True,
@@ -51,7 +52,7 @@ def write(a: Architecture) -> dict[str, Any]:
     return fields
 
 
-_OLMO_3_7B = Architecture(
+_OLMO_3_7B = nested(
     family="olmo3",
     num_layers=32,
     hidden_size=4096,

@@ -5,10 +5,11 @@ The 350M model is of its own: norms of each sum, none behind the last, and a tab
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families.common.decoder import GELU, activation, gelu_name
 from shared.families.common.fields import Fields
 from shared.families.common.tensor_table import Names, decoder_table
@@ -44,7 +45,7 @@ def read(fields: Fields) -> Architecture:
     hidden, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
     columns = fields.get("word_embed_proj_dim", int, hidden)
     bias = fields.get("enable_bias", bool, True)
-    return Architecture(
+    return nested(
         family="opt",
         num_layers=fields.get("num_hidden_layers", int),
         hidden_size=hidden,
@@ -106,7 +107,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, _NAMES, unread)
 
 
-_OPT_1_3B = Architecture(
+_OPT_1_3B = nested(
     family="opt",
     num_layers=24,
     hidden_size=2048,

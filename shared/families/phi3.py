@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture, RopeScaling
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.errors import UserError
 from shared.families.common.decoder import common_fields, written_fields
 from shared.families.common.fields import Fields
@@ -42,7 +43,7 @@ def read(fields: Fields) -> Architecture:
         raise UserError(
             f"config.json: rope_scaling of type {common['rope_scaling'].kind}: this family has longrope only"
         )
-    return Architecture(family="phi3", sliding_window=window, **common)
+    return nested(family="phi3", sliding_window=window, **common)
 
 
 def write(a: Architecture) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, _NAMES)
 
 
-_PHI_4 = Architecture(
+_PHI_4 = nested(
     family="phi3",
     num_layers=40,
     hidden_size=5120,

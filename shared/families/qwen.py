@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families.common.fields import Fields, renamed
 from shared.families.common.tensor_table import Names, decoder_table
 from shared.families.family import Family, tiny
@@ -71,7 +72,7 @@ def read(fields: Fields) -> Architecture:
     by_length = [fields.get(name, bool, True) for name in ("use_dynamic_ntk", "use_logn_attn")]
     trained = fields.get("seq_length", int, positions)
     bias = not fields.get("no_bias", bool, True)
-    return Architecture(
+    return nested(
         family="qwen",
         num_layers=fields.get("num_hidden_layers", int),
         hidden_size=hidden,
@@ -121,7 +122,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, _NAMES)
 
 
-_QWEN_7B = Architecture(
+_QWEN_7B = nested(
     family="qwen",
     num_layers=32,
     hidden_size=4096,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families.common.decoder import common_fields, table, written_fields
 from shared.families.common.fields import Fields
 from shared.families.common.sliding_windows import (
@@ -19,14 +20,14 @@ from shared.families.family import Family, tiny
 def read(fields: Fields) -> Architecture:
     common = chunked_positions(fields, common_fields(fields))
     windows = optional_window_fields(fields, common["num_layers"], range(fields.get("max_window_layers", int, 28)))
-    return Architecture(family="qwen2", qkv_bias=True, **common, **windows)
+    return nested(family="qwen2", qkv_bias=True, **common, **windows)
 
 
 def write(a: Architecture) -> dict[str, Any]:
     return {**written_fields(a), **written_optional_window_fields(a)}
 
 
-_QWEN_2_5_0_5B = Architecture(
+_QWEN_2_5_0_5B = nested(
     family="qwen2",
     num_layers=24,
     hidden_size=896,

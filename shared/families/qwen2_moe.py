@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from shared.architecture.architecture import Architecture, Experts
+from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import Experts, nested
 from shared.families.common.decoder import common_fields, table, written_fields
 from shared.families.common.fields import Fields
 from shared.families.common.moe import dense_layers, written_dense_layers
@@ -30,7 +31,7 @@ def read(fields: Fields) -> Architecture:
         auxiliary_loss=fields.get("router_aux_loss_coef", float, 0.001),
         dense_layers=dense_layers(fields, common["num_layers"]),
     )
-    return Architecture(family="qwen2_moe", qkv_bias=bias, experts=experts, **common, **windows)
+    return nested(family="qwen2_moe", qkv_bias=bias, experts=experts, **common, **windows)
 
 
 def write(a: Architecture) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def write(a: Architecture) -> dict[str, Any]:
     }
 
 
-_QWEN_1_5_MOE = Architecture(
+_QWEN_1_5_MOE = nested(
     family="qwen2_moe",
     num_layers=24,
     hidden_size=2048,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture, RopeScaling
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families.common.decoder import common_fields, table, written_fields
 from shared.families.common.fields import Fields
 from shared.families.common.sliding_windows import optional_window_fields, written_optional_window_fields
@@ -18,14 +19,14 @@ def read(fields: Fields) -> Architecture:
     bias = fields.get("attention_bias", bool, False)
     common = common_fields(fields) | {"head_dim": fields.get("head_dim", int, _DEFAULT_HEAD_DIM)}
     windows = optional_window_fields(fields, common["num_layers"], range(fields.get("max_window_layers", int, 28)))
-    return Architecture(family="qwen3", qk_norm=True, qkv_bias=bias, attention_output_bias=bias, **common, **windows)
+    return nested(family="qwen3", qk_norm=True, qkv_bias=bias, attention_output_bias=bias, **common, **windows)
 
 
 def write(a: Architecture) -> dict[str, Any]:
     return {**written_fields(a), "attention_bias": a.qkv_bias, **written_optional_window_fields(a)}
 
 
-_QWEN3_8B = Architecture(
+_QWEN3_8B = nested(
     family="qwen3",
     num_layers=36,
     hidden_size=4096,

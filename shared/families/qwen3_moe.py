@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from shared.architecture.architecture import Architecture, Experts
+from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import Experts, nested
 from shared.errors import UserError
 from shared.families.common.decoder import common_fields, table, written_fields
 from shared.families.common.fields import Fields
@@ -36,7 +37,7 @@ def read(fields: Fields) -> Architecture:
         auxiliary_loss=fields.get("router_aux_loss_coef", float, 0.001),
         dense_layers=dense_layers(fields, common["num_layers"]),
     )
-    return Architecture(
+    return nested(
         family="qwen3_moe",
         qk_norm=True,
         qkv_bias=bias,
@@ -62,7 +63,7 @@ def write(a: Architecture) -> dict[str, Any]:
     }
 
 
-_QWEN3_30B_A3B = Architecture(
+_QWEN3_30B_A3B = nested(
     family="qwen3_moe",
     num_layers=48,
     hidden_size=2048,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from shared.architecture.architecture import Architecture, DeltaNet, Experts
+from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import Delta as DeltaNet
+from shared.architecture.version_1 import Experts, nested
 from shared.errors import UserError
 from shared.families.common.decoder import common_fields, written_fields
 from shared.families.common.fields import Fields
@@ -43,7 +45,7 @@ def read(fields: Fields) -> Architecture:
         auxiliary_loss=fields.get("router_aux_loss_coef", float, 0.001),
         dense_layers=dense_layers(fields, layers),
     )
-    return Architecture(
+    return nested(
         family="qwen3_next",
         norm="rmsnorm_1p",
         qk_norm=True,
@@ -89,7 +91,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, Names(prediction=OF_QWEN))
 
 
-_80B_A3B = Architecture(
+_80B_A3B = nested(
     family="qwen3_next",
     num_layers=48,
     hidden_size=2048,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
 from shared.checkpoint.directory.auxiliary_files import config_of
 from shared.errors import UserError
 from shared.families import (
@@ -229,7 +230,9 @@ def as_family(architecture: Architecture, name: str) -> Architecture:
             read = from_config(to_config(same))
         except ValueError as error:
             raise UserError(f"--family {name} cannot be this {architecture.family} model: {error}; {mend}") from None
-        different = [field.name for field in fields(same) if getattr(same, field.name) != getattr(read, field.name)]
+        different = [
+            field.name for field in fields(same.flat) if getattr(same, field.name) != getattr(read, field.name)
+        ]
     if different:
         what = f"whose {different[0]} is {getattr(same, different[0])!r}"
         raise UserError(f"--family {name} cannot be this {architecture.family} model, {what}; {mend}")
@@ -244,7 +247,7 @@ def _structure(architecture: Architecture) -> dict[str, Any]:
             return [field.name for field in fields(value) if getattr(value, field.name) is not None]
         return value if isinstance(value, str) else None
 
-    named = (field.name for field in fields(architecture) if field.name not in ("family", "rope_scaling"))
+    named = (field.name for field in fields(architecture.flat) if field.name not in ("family", "rope_scaling"))
     return {name: kind(getattr(architecture, name)) for name in named}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.version_1 import nested
 from shared.errors import UserError
 from shared.families.common.decoder import common_fields, full_attention_only, table, written_fields
 from shared.families.common.fields import Fields
@@ -22,7 +23,7 @@ def read(fields: Fields) -> Architecture:
     rotated = fields.get("no_rope_layers", list, default)[:layers]
     if len(rotated) < layers or set(rotated) - {0, 1}:
         raise UserError(f"config.json: no_rope_layers = {rotated!r} does not say 0 or 1 for {layers} layers")
-    return Architecture(
+    return nested(
         family="smollm3",
         layers_without_rope=tuple(index for index, rope in enumerate(rotated) if not rope),
         qkv_bias=bias,
@@ -44,7 +45,7 @@ def write(a: Architecture) -> dict[str, Any]:
     }
 
 
-_SMOLLM3_3B = Architecture(
+_SMOLLM3_3B = nested(
     family="smollm3",
     num_layers=36,
     hidden_size=2048,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families.common.decoder import common_fields, written_fields
 from shared.families.common.fields import Fields, renamed
 from shared.families.common.tensor_table import Names, decoder_table
@@ -28,7 +29,7 @@ def read(fields: Fields) -> Architecture:
     fields.expect("rotary_scaling_factor", 1, 1.0, why="angles are not scaled")
     parallel = fields.get("use_parallel_residual", bool, False)
     normed = fields.get("qk_layernorm", bool, False)
-    return Architecture(
+    return nested(
         family="stablelm",
         norm="layernorm",
         norm_bias=True,
@@ -51,7 +52,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, _NAMES)
 
 
-_STABLELM_2_1_6B = Architecture(
+_STABLELM_2_1_6B = nested(
     family="stablelm",
     num_layers=24,
     hidden_size=2048,

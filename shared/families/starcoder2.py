@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families.common.decoder import GELU, common_fields, gelu_name, written_fields
 from shared.families.common.fields import Fields
 from shared.families.common.tensor_table import Names, decoder_table
@@ -24,7 +25,7 @@ def read(fields: Fields) -> Architecture:
     # Left over in the 7B's file from gpt_bigcode; transformers reads none of them.
     fields.ignore("activation_function", "layer_norm_epsilon")
     fields.ignore("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32")
-    return Architecture(
+    return nested(
         family="starcoder2",
         norm="layernorm",
         norm_bias=True,
@@ -64,7 +65,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, _NAMES)
 
 
-_STARCODER2_7B = Architecture(
+_STARCODER2_7B = nested(
     family="starcoder2",
     num_layers=32,
     hidden_size=4608,

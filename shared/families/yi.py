@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families.common.decoder import common_fields, written_fields
 from shared.families.common.fields import Fields
 from shared.families.common.tensor_table import Names, decoder_table
@@ -16,7 +17,7 @@ from shared.mapping.rule import Table
 def read(fields: Fields) -> Architecture:
     """`num_key_value_heads` has a default of its own in the published class, and is always given."""
     fields.get("num_key_value_heads", int)
-    return Architecture(family="yi", **common_fields(fields, default_theta=5_000_000.0, default_epsilon=1e-5))
+    return nested(family="yi", **common_fields(fields, default_theta=5_000_000.0, default_epsilon=1e-5))
 
 
 def write(a: Architecture) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, Names(attention_norm="ln1", mlp_norm="ln2"))
 
 
-_YI_6B = Architecture(
+_YI_6B = nested(
     family="yi",
     num_layers=32,
     hidden_size=4096,

@@ -65,7 +65,7 @@ def limits(a: Architecture) -> Limits:
     """What TransformerEngine lacks; a field that nobody has looked into counts as lacking wherever it is set."""
     unknown = [
         f"{field.name} {value!r}"
-        for field in fields(a)
+        for field in fields(a.flat)
         if field.default is not MISSING and field.name not in _EXPRESSED | _NOT_OF_LAYERS
         for value in [getattr(a, field.name)]
         if value != field.default

@@ -18,7 +18,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
-from shared.architecture.architecture import Architecture, DeltaNet
+from shared.architecture.architecture import Architecture
+from shared.architecture.version_1 import Delta as DeltaNet
 from shared.kernels.gated_delta_rule import gated_delta_rule
 from shared.model.norm import norm_of
 

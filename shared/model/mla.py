@@ -14,7 +14,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from shared.architecture.architecture import Architecture, LatentAttention
+from shared.architecture.architecture import Architecture
+from shared.architecture.version_1 import Latent as LatentAttention
 from shared.model.attention import CoreAttention
 from shared.model.norm import norm_of
 from shared.model.rope import Rotation

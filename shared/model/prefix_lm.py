@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from shared.architecture.architecture import Architecture, Prefix
+from shared.architecture.architecture import Architecture, PrefixLM
 from shared.errors import UserError
 
 
 def prefix_inputs(
-    prefix: Prefix, ids: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor | None
+    prefix: PrefixLM, ids: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions and mask of rows; of every segment by itself where rows are packed.
 

@@ -6,12 +6,13 @@ import json
 import sys
 import zlib
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from shared.architecture.architecture import Architecture, Experts
+from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import Experts
 from shared.checkpoint.formats.hugging_face import default_layout, write_weights
 from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.families import registry

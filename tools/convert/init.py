@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
 from shared.checkpoint.copy.blocks import BLOCK
 from shared.checkpoint.copy.engine import Advance
 from shared.checkpoint.directory.auxiliary_files import both_spellings, config_of, copy_passengers

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
 from shared.checkpoint.copy.blocks import Files
 from shared.checkpoint.copy.byte_view import Box, Region, region_of
 from shared.checkpoint.copy.engine import Task

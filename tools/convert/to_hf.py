@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
 from shared.checkpoint.copy.engine import Task
 from shared.checkpoint.directory.auxiliary_files import config_of, copy_passengers
 from shared.checkpoint.directory.open import Checkpoint, content_checks, open_checkpoint

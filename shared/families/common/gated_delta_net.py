@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
-from shared.architecture.architecture import Architecture, DeltaNet
+from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import Delta as DeltaNet
 from shared.families.common.fields import Fields
 from shared.mapping.layout import CONCAT, RowLayout, SplitInterleaved
 from shared.mapping.rule import Rule, Source

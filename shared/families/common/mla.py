@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from shared.architecture.architecture import Architecture, LatentAttention
+from shared.architecture.architecture import Architecture
+from shared.architecture.version_1 import Latent as LatentAttention
 from shared.errors import UserError
 from shared.families.common.fields import Fields
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from shared.architecture.architecture import Architecture, Experts
+from shared.architecture.architecture import Architecture
+from shared.architecture.version_1 import Experts
 from shared.errors import UserError
 from shared.families.common.fields import Fields
 

@@ -8,9 +8,10 @@ first: Megatron-Core's `MultiTokenPredictionLayer`, and vLLM's `deepseek_mtp`, `
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
 from shared.mapping.rule import Rule, Source, Table, TiedTensor
 
 _KEY = "mtp."  # of their tensors in Megatron form

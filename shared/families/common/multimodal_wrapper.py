@@ -8,10 +8,11 @@ tensors are beside.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
 from shared.architecture.vision import Vision
 from shared.errors import UserError
 from shared.families.common.fields import Fields

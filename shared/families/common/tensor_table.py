@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-from shared.architecture.architecture import Architecture, Experts
+from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import Experts
 from shared.families.common.gated_delta_net import delta_rules
 from shared.families.common.mla import latent_norms, latent_projections
 from shared.families.common.mtp import OF_DEEPSEEK, PredictionNames, mtp_tied_tensors, prediction_rules

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from shared.architecture.architecture import Prefix
+from shared.architecture.architecture import PrefixLM
 from shared.errors import UserError
 from shared.families import registry
 
@@ -29,13 +29,14 @@ def test_tokens_are_read_beside_the_configuration(tmp_path: Path) -> None:
 
 def test_the_configuration_goes_first_and_null_says_nothing(tmp_path: Path) -> None:
     read = registry.from_files(folder(tmp_path, IDS, sop_token_id=9, mask_token_id=None)).prefix
-    assert read == Prefix(start_token=9, blank_tokens=(50260, 50264, 50263), earliest=True)
+    assert read == PrefixLM(start_token=9, blank_tokens=(50260, 50264, 50263), earliest=True, position_streams=2)
 
 
 def test_models_with_one_kind_of_blank(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"mask_token": "<mask>"}))
     read = registry.from_files(folder(tmp_path, {"<|startofpiece|>": 50265, "<mask>": 50264, "[MASK]": 3})).prefix
-    assert read == Prefix(start_token=50265, blank_tokens=(50264,), earliest=True)
+    blank = PrefixLM(start_token=50265, blank_tokens=(50264,), earliest=True, position_streams=2)
+    assert read == blank
 
 
 @pytest.mark.parametrize("tokens", [None, {"[MASK]": 50260}, {"<|startofpiece|>": 50257}])

@@ -7,13 +7,13 @@ import json
 import math
 import runpy
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
 from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.errors import UserError
 from shared.families import registry

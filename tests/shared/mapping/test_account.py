@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 
+from shared.architecture.flat_view import changed as replace
 from shared.errors import UserError
 from shared.mapping.account import account_sources, account_targets
 from shared.mapping.layout import PadRows, SplitInterleaved

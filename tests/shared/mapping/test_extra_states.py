@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
+from shared.architecture.flat_view import changed as replace
 from shared.families import registry
 from shared.mapping.extra_states import extra_states
 from shared.model import gpt, weights

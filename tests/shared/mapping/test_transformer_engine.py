@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import Flat
 from shared.families import registry
 from shared.mapping import transformer_engine_modules as te
 from shared.mapping.transformer_engine import Form, te_form
@@ -89,17 +91,20 @@ def test_what_transformer_engine_has_is_whole(name: str) -> None:
 
 def test_a_field_that_nobody_has_looked_into_counts_as_lacking() -> None:
     @dataclass(frozen=True, kw_only=True)
-    class Later(Architecture):
+    class Later(Flat):
         surprise: bool = False
 
-    known = {field.name: getattr(size("tiny"), field.name) for field in fields(Architecture)}
-    assert te.limits(Later(**known)).all == ()
-    limits = te.limits(Later(**known, surprise=True))
+    later = replace(size("tiny"))
+    known = vars(later.flat)
+    later.__dict__["flat"] = Later(**known)
+    assert te.limits(later).all == ()
+    later.__dict__["flat"] = Later(**known, surprise=True)
+    limits = te.limits(later)
     assert limits.attention == limits.mlp == limits.layer == ("surprise True",)
 
 
 def test_fields_that_are_named_exist() -> None:
-    assert {field.name for field in fields(Architecture)} >= te._EXPRESSED | te._NOT_OF_LAYERS
+    assert {field.name for field in fields(Flat)} >= te._EXPRESSED | te._NOT_OF_LAYERS
 
 
 def arguments_of(a: Architecture) -> Iterator[dict[str, Any]]:

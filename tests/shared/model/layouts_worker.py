@@ -21,7 +21,7 @@ LAYOUTS = {
 
 
 def architecture(**changes):
-    from shared.architecture.architecture import Architecture
+    from shared.architecture.version_1 import nested
 
     fields = dict(
         family="qwen3",
@@ -42,7 +42,7 @@ def architecture(**changes):
         mlp_bias=True,
         initializer_range=0.1,
     )
-    return Architecture(**{**fields, **changes})
+    return nested(**{**fields, **changes})
 
 
 def save(chunks, directory):

@@ -15,7 +15,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from shared.architecture.architecture import Architecture, RopeScaling
+from shared.architecture.architecture import RopeScaling
+from shared.architecture.version_1 import nested
 from shared.model.gpt import build
 from shared.model.logits import logits
 from shared.runtime.process_groups import ParallelLayout
@@ -70,7 +71,7 @@ def of_transformers(config_class, model_class, fields):
 
 
 def architecture_of(config, fields):
-    return Architecture(
+    return nested(
         **{
             "family": config.model_type, "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96,
             "num_attention_heads": 4, "num_query_groups": config.num_key_value_heads,

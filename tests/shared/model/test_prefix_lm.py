@@ -1,9 +1,8 @@
-from dataclasses import replace
-
 import pytest
 import torch
 
-from shared.architecture.architecture import Prefix
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import Prefix
 from shared.errors import UserError
 from shared.model.attention import segment_mask
 from shared.model.prefix_lm import prefix_inputs, with_blank

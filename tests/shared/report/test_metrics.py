@@ -2,12 +2,12 @@
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import nested
 from shared.families import registry
 from shared.report.metrics import Metrics, bits_per_byte, flops_per_token, read
 
@@ -48,7 +48,7 @@ def test_a_record_before_the_first_update_survives_a_resume_at_zero(tmp_path):
 
 def test_flops_of_a_known_model():
     """PaLM's accounting for GPT-3-like sizes: 6 N + 12 L H Q T, here with N counted by hand."""
-    tiny = Architecture(
+    tiny = nested(
         family="llama",
         num_layers=2,
         hidden_size=8,

@@ -1,8 +1,7 @@
-from dataclasses import replace
-
 import pytest
 import torch
 
+from shared.architecture.flat_view import changed as replace
 from shared.errors import UserError
 from shared.families import registry
 from shared.runtime.process_groups import ParallelLayout, initialize

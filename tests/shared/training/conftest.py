@@ -9,6 +9,7 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.version_1 import nested
 from shared.runtime.quiet import hush
 from shared.training.config import TrainingConfig
 
@@ -63,7 +64,7 @@ def tiny_architecture(**changes) -> Architecture:
         rope_theta=1e4,
         tied_embeddings=True,
     )
-    return Architecture(**{**fields, **changes})
+    return nested(**{**fields, **changes})
 
 
 @pytest.fixture

@@ -120,12 +120,11 @@ def main() -> None:
 
 def run(directory: Path) -> dict:
     """One model's results, by layout."""
-    from shared.architecture.architecture import Architecture
+    from shared.architecture import dictionary
     from shared.training.config import TrainingConfig
 
     given = json.loads((directory / "run.json").read_text())
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in given["architecture"].items()}
-    architecture = Architecture(**fields)
+    architecture = dictionary.read(given["architecture"])
     results = {}
     for name in layouts_of(directory.name):
         config = TrainingConfig(**{**given["config"], **LAYOUTS[name], "processes": 2})

@@ -26,7 +26,7 @@ def runs(start, tiny_run, start_ahead, ahead_run, tmp_path_factory):
     directory = tmp_path_factory.mktemp("layouts")
     alone = {}
     for name, (config, architecture), first in (("next", tiny_run, start), ("ahead", ahead_run, start_ahead)):
-        given = {"config": asdict(config), "architecture": asdict(architecture)}
+        given = {"config": asdict(config), "architecture": architecture.to_dict()}
         (directory / name).mkdir()
         (directory / name / "run.json").write_text(json.dumps(given))
         one = worker.Session(config, architecture, first, restore=False)

@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 
 from shared.architecture.architecture import Architecture, RopeScaling
+from shared.architecture.flat_view import changed as replace
 from shared.checkpoint.dtypes import BF16, BY_FLAG, FP32, Dtype, from_float32
 from shared.checkpoint.formats.hugging_face import default_layout, write_weights
 from shared.families import registry

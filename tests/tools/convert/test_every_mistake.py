@@ -6,14 +6,17 @@ The mistakes are those that undo themselves on the way back, which the round tri
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from shared.architecture.architecture import Architecture, DeltaNet, LatentAttention
+from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import Delta as DeltaNet
+from shared.architecture.version_1 import Latent as LatentAttention
 from shared.families import registry
 from shared.families.family import Family
 from shared.mapping.layout import Segment, Shape, Transposed
@@ -227,7 +230,7 @@ CARELESS: dict[str, Any] = {
 
 def careless_readings(a: Architecture) -> Iterator[tuple[str, dict[str, Any]]]:
     """Fields that are read as something else."""
-    assert CARELESS.keys() <= {field.name for field in fields(a)}
+    assert CARELESS.keys() <= {field.name for field in fields(a.flat)}
     for name, wrong in CARELESS.items():
         value = getattr(a, name)
         other = wrong.get(value, value) if isinstance(wrong, dict) else wrong

@@ -8,13 +8,13 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from shared.architecture.flat_view import changed as replace
 from shared.checkpoint.formats.hugging_face import HfReader, default_layout, write_weights
 from shared.families import registry
 from shared.mapping.rule import Source, name_variants

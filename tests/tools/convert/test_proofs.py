@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shared.architecture.flat_view import changed as replace
 from shared.families import registry
 from tools.convert import proofs
 

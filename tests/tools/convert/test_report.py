@@ -8,13 +8,14 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from shared.architecture.architecture import Architecture, Experts
+from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
+from shared.architecture.version_1 import Experts
 from shared.checkpoint.files import hash_file
 from shared.checkpoint.formats.hugging_face import default_layout, write_weights
 from shared.checkpoint.formats.safetensors_file import TensorInfo

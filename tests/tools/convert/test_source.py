@@ -12,7 +12,6 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from shared.architecture.flat_view import changed as replace
 from shared.families import registry
 
 Make = Callable[..., Path]

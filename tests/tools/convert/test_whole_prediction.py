@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import shared.runtime.device
 from shared.architecture.architecture import Architecture
+from shared.architecture.flat_view import changed as replace
 from shared.families import registry
 from shared.mapping.rule import Rule
 from tests.references.prediction import Predicting

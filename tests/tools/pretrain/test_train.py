@@ -6,16 +6,18 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from shared.architecture.flat_view import changed as replace
+
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from shared.architecture.architecture import Architecture
+from shared.architecture.version_1 import nested
 from shared.checkpoint.directory.publish import publish
 from shared.cli import invoked
 from shared.data.indexed import IndexedWriter
@@ -30,7 +32,7 @@ REPOSITORY = Path(__file__).parents[3]
 TIMING = {"seconds", "tokens_per_second", "memory_bytes"}
 VOCAB = 300
 TRAIN_TOKENS = 6000
-MODEL = Architecture(
+MODEL = nested(
     family="llama",
     num_layers=2,
     hidden_size=64,

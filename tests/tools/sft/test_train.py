@@ -14,7 +14,7 @@ import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from shared.architecture.architecture import Architecture
+from shared.architecture.version_1 import nested
 from shared.checkpoint.directory.publish import publish
 from shared.cli import invoked
 from shared.families import registry
@@ -26,7 +26,7 @@ hush()
 
 TIMING = {"seconds", "tokens_per_second", "memory_bytes"}
 VOCAB, LENGTH = 200, 24
-MODEL = Architecture(
+MODEL = nested(
     family="qwen2",
     num_layers=2,
     hidden_size=64,
