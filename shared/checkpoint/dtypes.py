@@ -112,7 +112,7 @@ def add(data: memoryview, number: float, source: Dtype, target: Dtype) -> memory
         return memoryview(summed).cast("B") if target is FP64 else from_float32(summed.astype(np.float32), target)
 
 
-def unit(row: memoryview, source: Dtype, target: Dtype) -> memoryview:
+def normalize_row(row: memoryview, source: Dtype, target: Dtype) -> memoryview:
     """A row divided by its length, in another type: a quotient in float64, rounded to float32 on the way to less.
 
     As in torch's `normalize`, a length below 1e-12 counts as that: a row of zeros stays one.

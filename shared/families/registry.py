@@ -62,7 +62,7 @@ from shared.families.common.fields import Fields
 from shared.families.common.mtp import of_prediction
 from shared.families.family import Family
 from shared.mapping.rule import Table
-from shared.quantized.scheme import quantization_of
+from shared.quantized.scheme import quantization_scheme
 
 _MODULES = (
     llama,
@@ -159,7 +159,7 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
         UserError: a field asks for something that is not computed here, by name.
     """
     family = family_of(config)
-    quantization_of(config)  # says how weights are stored, not what is computed: known, or refused
+    quantization_scheme(config)  # says how weights are stored, not what is computed: known, or refused
     today = family.today(config)
     given = Fields({name: value for name, value in today.items() if name != "quantization_config"})
     try:

@@ -34,7 +34,7 @@ class NotFiniteError(ValueError):
 
 
 @cache
-def numbers() -> np.ndarray:
+def code_values() -> np.ndarray:
     """The number of every code, `[256]` float32."""
     import numpy as np
 
@@ -67,14 +67,14 @@ def write_scales(scales: np.ndarray, dtype: str) -> memoryview:
     return memoryview((exponents + 126).astype(np.uint8))
 
 
-def products(scales: np.ndarray) -> np.ndarray:
+def product_table(scales: np.ndarray) -> np.ndarray:
     """What each code gives with each scale: bits of bf16, `[..., 256]` uint16 for scales `[...]` float32."""
     import numpy as np
 
     with np.errstate(over="ignore", invalid="ignore"):
-        exact = scales[..., None] * numbers()
+        exact = scales[..., None] * code_values()
         # NaN takes the code's sign: it comes back as the same one of the two
-        exact = np.where(np.isnan(numbers()), numbers(), exact)
+        exact = np.where(np.isnan(code_values()), code_values(), exact)
         return np.frombuffer(from_float32(exact, BF16), dtype=np.uint16).reshape(exact.shape)
 
 
@@ -115,7 +115,7 @@ def requantize(values: np.ndarray, scale: np.float32, *, powers_of_two: bool) ->
 
     with np.errstate(all="ignore"):
         codes = encode(values / scale if scale else values)
-        again = to_float32(memoryview(products(np.float32(scale))), BF16)[codes]
+        again = to_float32(memoryview(product_table(np.float32(scale))), BF16)[codes]
     if np.array_equal(again.view(np.uint32), np.ascontiguousarray(values).view(np.uint32)):
         return codes, scale
     largest = np.abs(values).max()

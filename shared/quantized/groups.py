@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
-from shared.checkpoint.copy.blocks import Files
-from shared.checkpoint.copy.byte_view import Matrix, region_of
+from shared.checkpoint.copy.blocks import OpenFiles
+from shared.checkpoint.copy.byte_view import ByteView, view_of
 from shared.checkpoint.dtypes import BF16, Dtype, to_float32
 from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.errors import UserError
@@ -18,25 +18,27 @@ from shared.quantized.scheme import Int4Groups, Mxfp4
 if TYPE_CHECKING:
     import numpy as np
 
-Half = Literal["codes", "scales"]
+Component = Literal["codes", "scales"]
 _AT_ONCE = 1 << 13  # groups; making codes of them holds several copies
 
 
-def arithmetic(form: Mxfp4 | Int4Groups) -> ModuleType:
+def codec(scheme: Mxfp4 | Int4Groups) -> ModuleType:
     """`decode` and `requantize` of a form, and how many numbers and bytes are in a group of it."""
-    return mxfp4 if isinstance(form, Mxfp4) else int4
+    return mxfp4 if isinstance(scheme, Mxfp4) else int4
 
 
-def _scales(files: Files, tensor: TensorInfo, size: int, row: int, rows: int, first: int, groups: int) -> np.ndarray:
+def _scales(
+    files: OpenFiles, tensor: TensorInfo, size: int, row: int, rows: int, first: int, groups: int
+) -> np.ndarray:
     import numpy as np
 
     found = np.empty(rows * groups, dtype={1: np.uint8, 2: np.uint16}[size])
-    region_of(tensor).read(files, row, rows, first * size, groups * size, memoryview(found).cast("B"))
+    view_of(tensor).read(files, row, rows, first * size, groups * size, memoryview(found).cast("B"))
     return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GroupedNumbers:
+class DequantizedGroups:
     """bf16 numbers, made of codes in groups and their scales when they are read."""
 
     name: str
@@ -44,19 +46,19 @@ class GroupedNumbers:
     width: int
     codes: TensorInfo
     scales: TensorInfo
-    form: Mxfp4 | Int4Groups
+    scheme: Mxfp4 | Int4Groups
 
-    def read(self, files: Files, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
+    def read(self, files: OpenFiles, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
         """As `Region.read`; UserError for scales that are no numbers, of which no codes could be made again."""
         import numpy as np
 
-        of = arithmetic(self.form)
+        of = codec(self.scheme)
         whole = of.GROUP * BF16.size
         first, last = left // whole, -(-(left + width) // whole)
         groups = last - first
         codes = np.empty((rows * groups, of.CODES), dtype=np.uint8)
         at, wide = first * of.CODES, groups * of.CODES
-        region_of(self.codes).read(files, row, rows, at, wide, memoryview(codes).cast("B"))
+        view_of(self.codes).read(files, row, rows, at, wide, memoryview(codes).cast("B"))
         scales = _scales(files, self.scales, of.SCALE, row, rows, first, groups)
         cut = (first * whole, groups * whole) != (left, width)
         made = np.empty((len(codes), of.GROUP), dtype=np.uint16) if cut else np.frombuffer(out, dtype=np.uint16)
@@ -75,44 +77,44 @@ class GroupedNumbers:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Regrouped:
+class QuantizeGroups:
     """Rows of a matrix of numbers, as codes in groups or as the scales of those."""
 
-    numbers: Matrix
-    held: Dtype
+    numbers: ByteView
+    dtype: Dtype
     scales: TensorInfo  # that they had
-    form: Mxfp4 | Int4Groups
-    half: Half
+    scheme: Mxfp4 | Int4Groups
+    component: Component
     row: int
     rows: int
 
     @property
     def groups(self) -> int:
         """In a row."""
-        return self.scales.row_bytes // arithmetic(self.form).SCALE
+        return self.scales.row_bytes // codec(self.scheme).SCALE
 
     @property
     def size(self) -> int:
-        of = arithmetic(self.form)
-        return self.rows * self.groups * int(of.CODES if self.half == "codes" else of.SCALE)
+        of = codec(self.scheme)
+        return self.rows * self.groups * int(of.CODES if self.component == "codes" else of.SCALE)
 
-    def fill(self, files: Files, out: memoryview) -> None:
+    def fill(self, files: OpenFiles, out: memoryview) -> None:
         import numpy as np
 
-        of = arithmetic(self.form)
-        held = memoryview(bytearray(self.rows * self.numbers.width))
-        self.numbers.read(files, self.row, self.rows, 0, self.numbers.width, held)
+        of = codec(self.scheme)
+        data = memoryview(bytearray(self.rows * self.numbers.width))
+        self.numbers.read(files, self.row, self.rows, 0, self.numbers.width, data)
         old = _scales(files, self.scales, of.SCALE, self.row, self.rows, 0, self.groups)
-        result = np.frombuffer(out, dtype=np.uint8 if self.half == "codes" else old.dtype).reshape(len(old), -1)
-        step = of.GROUP * self.held.size
+        result = np.frombuffer(out, dtype=np.uint8 if self.component == "codes" else old.dtype).reshape(len(old), -1)
+        step = of.GROUP * self.dtype.size
         for start in range(0, len(old), _AT_ONCE):
             stop = min(start + _AT_ONCE, len(old))
-            values = to_float32(held[start * step : stop * step], self.held).reshape(-1, of.GROUP)
+            values = to_float32(data[start * step : stop * step], self.dtype).reshape(-1, of.GROUP)
             try:
                 codes, scales = of.requantize(values, old[start:stop])
             except NotFiniteError:
                 raise not_finite(self.numbers.name) from None
-            result[start:stop] = codes if self.half == "codes" else scales[:, None]
+            result[start:stop] = codes if self.component == "codes" else scales[:, None]
 
 
 def not_finite(name: str) -> UserError:

@@ -35,11 +35,11 @@ def decode(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """
     import numpy as np
 
-    values = _numbers(scales)
+    values = _to_float32(scales)
     if not np.isfinite(values).all():
         raise NotFiniteError
     with np.errstate(over="ignore"):
-        products = _bits(values[:, None] * np.arange(_LOWEST, _HIGHEST + 1, dtype=np.float32))
+        products = _to_bf16_bits(values[:, None] * np.arange(_LOWEST, _HIGHEST + 1, dtype=np.float32))
     result = np.empty((len(codes), GROUP), dtype=np.uint16)
     table, base = products.reshape(-1), np.arange(0, products.size, 16)[:, None]
     result[:, 0::2] = table[base + (codes & 15)]
@@ -55,39 +55,39 @@ def requantize(values: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.n
     """
     import numpy as np
 
-    old = _numbers(scales)[:, None]
+    old = _to_float32(scales)[:, None]
     with np.errstate(all="ignore"):
         # Of a scale of zero the sign is all that is left.
-        codes = _packed(np.where(old == 0, -np.signbit(values).astype(np.float32), values / old))
-    again = _numbers(decode(codes, scales))
+        codes = _pack_codes(np.where(old == 0, -np.signbit(values).astype(np.float32), values / old))
+    again = _to_float32(decode(codes, scales))
     changed = (again.view(np.uint32) != np.ascontiguousarray(values).view(np.uint32)).any(axis=1)
     if not changed.any():
         return codes, scales
-    rounded = _numbers(_bits(values[changed]))
+    rounded = _to_float32(_to_bf16_bits(values[changed]))
     largest = np.abs(rounded).max(axis=1)
     if not np.isfinite(largest).all():
         raise NotFiniteError
-    made = _bits(largest / np.float32(7.5)).copy()
-    made[made == 0] = _bits(np.array([_OF_ZEROS], dtype=np.float32))[0]
+    made = _to_bf16_bits(largest / np.float32(7.5)).copy()
+    made[made == 0] = _to_bf16_bits(np.array([_OF_ZEROS], dtype=np.float32))[0]
     new = scales.copy()
     new[changed] = made
-    codes[changed] = _packed(_numbers(_bits(rounded / _numbers(made)[:, None])))
+    codes[changed] = _pack_codes(_to_float32(_to_bf16_bits(rounded / _to_float32(made)[:, None])))
     return codes, new
 
 
-def _numbers(bits: np.ndarray) -> np.ndarray:
+def _to_float32(bits: np.ndarray) -> np.ndarray:
     import numpy as np
 
     return to_float32(memoryview(np.ascontiguousarray(bits)).cast("B"), BF16).reshape(bits.shape)
 
 
-def _bits(values: np.ndarray) -> np.ndarray:
+def _to_bf16_bits(values: np.ndarray) -> np.ndarray:
     import numpy as np
 
     return np.frombuffer(from_float32(values, BF16), dtype=np.uint16).reshape(values.shape)
 
 
-def _packed(quotients: np.ndarray) -> np.ndarray:
+def _pack_codes(quotients: np.ndarray) -> np.ndarray:
     """Two codes to a byte, of numbers rounded to nearest, ties to even; NaN becomes anything."""
     import numpy as np
 

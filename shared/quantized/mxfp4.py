@@ -28,7 +28,7 @@ _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @cache
-def products() -> np.ndarray:
+def product_table() -> np.ndarray:
     """What each code gives with each scale: bits of bf16, `[256, 16]` uint16."""
     import numpy as np
 
@@ -42,7 +42,7 @@ def decode(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Bits of bf16, `[groups, 32]` uint16, of codes `[groups, 16]` and scales `[groups]`, bytes both."""
     import numpy as np
 
-    table, base = products().reshape(-1), scales.astype(np.uint16)[:, None] << 4
+    table, base = product_table().reshape(-1), scales.astype(np.uint16)[:, None] << 4
     result = np.empty((len(codes), GROUP), dtype=np.uint16)
     result[:, 0::2] = table[base | (codes & 15)]
     result[:, 1::2] = table[base | (codes >> 4)]

@@ -41,7 +41,7 @@ class Int4Groups:
     title = "int4 in groups (compressed-tensors)"
 
 
-Quantization = Fp8Blocks | Mxfp4 | Int4Groups
+QuantizationScheme = Fp8Blocks | Mxfp4 | Int4Groups
 
 # What changes how a program computes with the weights, or which modules it looks for codes in; the weights' own types
 # tell the latter.
@@ -84,7 +84,7 @@ _OF_QUANTISING = {
 _MEND = "fetch the unquantised model, or let the program that quantised it write one"
 
 
-def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
+def quantization_scheme(config: Mapping[str, Any]) -> QuantizationScheme | None:
     """The form of the weights; None where they are plain numbers.
 
     Raises:

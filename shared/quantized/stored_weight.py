@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared.checkpoint.copy import blocks
-from shared.checkpoint.copy.blocks import Files
-from shared.checkpoint.copy.byte_view import Matrix, Region, region_of
+from shared.checkpoint.copy.blocks import OpenFiles
+from shared.checkpoint.copy.byte_view import ByteView, ExtentView, view_of
 from shared.checkpoint.dtypes import BF16, Dtype, to_float32
 from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.errors import UserError
 from shared.mapping.layout import Shape
 from shared.quantized import fp8_blocks as fp8
 from shared.quantized import int4, mxfp4
-from shared.quantized.groups import GroupedNumbers, Half, Regrouped, not_finite
-from shared.quantized.scheme import Fp8Blocks, Int4Groups, Mxfp4, Quantization
+from shared.quantized.groups import Component, DequantizedGroups, QuantizeGroups, not_finite
+from shared.quantized.scheme import Fp8Blocks, Int4Groups, Mxfp4, QuantizationScheme
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,66 +34,66 @@ _IN_WORD = 8  # codes of four bits
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packed:
+class QuantizedWeight:
     """A weight that is stored as codes and scales."""
 
     name: str
     codes: TensorInfo
     scales: TensorInfo
-    form: Quantization
-    written: TensorInfo | None = None  # which says the shape of the plain numbers
+    scheme: QuantizationScheme
+    stored_shape: TensorInfo | None = None  # which says the shape of the plain numbers
 
     @property
     def shape(self) -> Shape:
         """Of the plain numbers."""
-        if self.across:
+        if self.transposed:
             *outer, rows, groups, _ = self.codes.shape
             return (*outer, groups * mxfp4.GROUP, rows)
-        if isinstance(self.form, Int4Groups):
+        if isinstance(self.scheme, Int4Groups):
             return (self.codes.shape[0], self.codes.shape[1] * _IN_WORD)
         return self.codes.shape
 
     @property
-    def across(self) -> bool:
+    def transposed(self) -> bool:
         """Whether the rows that are packed are columns of the plain numbers."""
-        return isinstance(self.form, Mxfp4)
+        return isinstance(self.scheme, Mxfp4)
 
     @property
-    def beside(self) -> tuple[TensorInfo, ...]:
+    def companions(self) -> tuple[TensorInfo, ...]:
         """Tensors that say what the codes stand for."""
-        return (self.scales, self.written) if self.written else (self.scales,)
+        return (self.scales, self.stored_shape) if self.stored_shape else (self.scales,)
 
     @property
-    def halves(self) -> dict[str, Half]:
+    def components(self) -> dict[str, Component]:
         """Names of the two tensors."""
         return {self.codes.name: "codes", self.scales.name: "scales"}
 
     @property
-    def strip_bytes(self) -> int:
+    def operation_bytes(self) -> int:
         """Bytes that making its codes takes at most: a band of blocks, in fp32, and its codes."""
-        if isinstance(self.form, Mxfp4 | Int4Groups):
+        if isinstance(self.scheme, Mxfp4 | Int4Groups):
             return 0  # as much as any change of type
-        return min(self.form.block[0], self.shape[0]) * self.shape[1] * 5
+        return min(self.scheme.block[0], self.shape[0]) * self.shape[1] * 5
 
-    def at(self, index: Shape) -> Packed:
+    def at(self, index: Shape) -> QuantizedWeight:
         """The slice at a place on its first axes."""
         return replace(self, codes=sliced(self.codes, index), scales=sliced(self.scales, index))
 
-    def matrix(self) -> Matrix:
+    def view(self) -> ByteView:
         """The numbers in bf16, by the rows that are packed."""
-        if isinstance(self.form, Mxfp4 | Int4Groups):
-            codes = region_of(self.codes)
+        if isinstance(self.scheme, Mxfp4 | Int4Groups):
+            codes = view_of(self.codes)
             width = codes.width * 2 * BF16.size  # two codes to a byte
-            return GroupedNumbers(
-                name=self.name, rows=codes.rows, width=width, codes=self.codes, scales=self.scales, form=self.form
+            return DequantizedGroups(
+                name=self.name, rows=codes.rows, width=width, codes=self.codes, scales=self.scales, scheme=self.scheme
             )
-        return _Decoded(
+        return DequantizedBlocks(
             name=self.name,
             rows=self.shape[0],
             width=self.shape[1] * BF16.size,
-            codes=region_of(self.codes),
+            codes=view_of(self.codes),
             scales=_Scales(tensor=self.scales),
-            block=self.form.block,
+            block=self.scheme.block,
         )
 
 
@@ -102,8 +102,8 @@ class Weight:
     """A tensor of plain numbers, as a checkpoint has it."""
 
     tensor: TensorInfo  # as if they were stored so
-    packed: Packed | None = None
-    joined: Region | None = None  # where it is in parts in several files
+    quantized: QuantizedWeight | None = None
+    joined: ExtentView | None = None  # where it is in parts in several files
 
     @property
     def name(self) -> str:
@@ -124,27 +124,27 @@ class Weight:
     @property
     def stored(self) -> tuple[TensorInfo, ...]:
         """The tensors that hold it."""
-        return (self.packed.codes, *self.packed.beside) if self.packed else (self.tensor,)
+        return (self.quantized.codes, *self.quantized.companions) if self.quantized else (self.tensor,)
 
     @property
     def files(self) -> frozenset[Path]:
-        parts = self.joined.boxes if self.joined else self.stored
+        parts = self.joined.extents if self.joined else self.stored
         return frozenset(part.file for part in parts)
 
     def at(self, index: Shape) -> Weight:
         """The slice at a place on its first axes."""
         if not index:
             return self
-        return replace(self, tensor=sliced(self.tensor, index), packed=self.packed and self.packed.at(index))
+        return replace(self, tensor=sliced(self.tensor, index), quantized=self.quantized and self.quantized.at(index))
 
     @property
-    def across(self) -> bool:
+    def transposed(self) -> bool:
         """Whether its matrix is the other way round than its shape."""
-        return self.packed is not None and self.packed.across
+        return self.quantized is not None and self.quantized.transposed
 
-    def matrix(self) -> Matrix:
+    def view(self) -> ByteView:
         """Its rows."""
-        return self.packed.matrix() if self.packed else self.joined or region_of(self.tensor)
+        return self.quantized.view() if self.quantized else self.joined or view_of(self.tensor)
 
 
 def sliced(tensor: TensorInfo, index: Shape) -> TensorInfo:
@@ -156,33 +156,33 @@ def sliced(tensor: TensorInfo, index: Shape) -> TensorInfo:
     return replace(tensor, start=start, size=size, shape=shape)
 
 
-def weights_of(form: Quantization | None, tensors: Mapping[str, TensorInfo]) -> dict[str, Weight]:
+def assemble_weights(scheme: QuantizationScheme | None, tensors: Mapping[str, TensorInfo]) -> dict[str, Weight]:
     """The weights that tensors of a checkpoint are, in their order; scales are a part of what they scale.
 
     Raises:
         UserError: codes without the scales they need, or that no configuration speaks of.
     """
     found: dict[str, Weight] = {}
-    packed: dict[str, Packed] = {}  # by the name of the codes
+    quantized: dict[str, QuantizedWeight] = {}  # by the name of the codes
     for tensor in tensors.values():
-        if isinstance(form, Mxfp4) and tensor.name.endswith(_BLOCKS):
-            packed[tensor.name] = _grouped(form, tensor, tensors)
-        elif isinstance(form, Int4Groups) and tensor.name.endswith(_PACKED):
-            packed[tensor.name] = _of_words(form, tensor, tensors)
+        if isinstance(scheme, Mxfp4) and tensor.name.endswith(_BLOCKS):
+            quantized[tensor.name] = _mxfp4_weight(scheme, tensor, tensors)
+        elif isinstance(scheme, Int4Groups) and tensor.name.endswith(_PACKED):
+            quantized[tensor.name] = _int4_weight(scheme, tensor, tensors)
         elif tensor.dtype == "F8_E4M3":
-            packed[tensor.name] = _packed(form, tensor, tensors)
-    beside = {tensor.name for weight in packed.values() for tensor in weight.beside}
+            quantized[tensor.name] = _fp8_weight(scheme, tensor, tensors)
+    companions = {tensor.name for weight in quantized.values() for tensor in weight.companions}
     for name, tensor in tensors.items():
-        if weight := packed.get(name):
+        if weight := quantized.get(name):
             size = prod(weight.shape) * BF16.size
             plain = replace(tensor, name=weight.name, dtype=BF16.safetensors, shape=weight.shape, size=size)
-            found[weight.name] = Weight(tensor=plain, packed=weight)
-        elif name not in beside:
+            found[weight.name] = Weight(tensor=plain, quantized=weight)
+        elif name not in companions:
             found[name] = Weight(tensor=tensor)
     return found
 
 
-def _grouped(form: Mxfp4, codes: TensorInfo, tensors: Mapping[str, TensorInfo]) -> Packed:
+def _mxfp4_weight(scheme: Mxfp4, codes: TensorInfo, tensors: Mapping[str, TensorInfo]) -> QuantizedWeight:
     name = codes.name.removesuffix(_BLOCKS)
     scales = tensors.get(f"{name}_scales")
     if codes.dtype != "U8" or len(codes.shape) != 4 or codes.shape[-1] != mxfp4.CODES:
@@ -196,18 +196,18 @@ def _grouped(form: Mxfp4, codes: TensorInfo, tensors: Mapping[str, TensorInfo]) 
             f"{scales.place}: {scales.name} is {scales.dtype}{list(scales.shape)}; {codes.name} asks for "
             f"U8{list(codes.shape[:-1])}"
         )
-    return Packed(name=name, codes=codes, scales=scales, form=form)
+    return QuantizedWeight(name=name, codes=codes, scales=scales, scheme=scheme)
 
 
-def _of_words(form: Int4Groups, codes: TensorInfo, tensors: Mapping[str, TensorInfo]) -> Packed:
+def _int4_weight(scheme: Int4Groups, codes: TensorInfo, tensors: Mapping[str, TensorInfo]) -> QuantizedWeight:
     name = codes.name.removesuffix(_PACKED)
-    scales, written = tensors.get(f"{name}_scale"), tensors.get(f"{name}_shape")
+    scales, stored_shape = tensors.get(f"{name}_scale"), tensors.get(f"{name}_shape")
     if codes.dtype != "I32" or len(codes.shape) != 2 or codes.shape[1] * _IN_WORD % int4.GROUP:
         raise UserError(
             f"{codes.place}: {codes.name} is {codes.dtype}{list(codes.shape)}; I32 by whole groups of {int4.GROUP} numbers, "
             f"{_IN_WORD} to each, is wanted"
         )
-    if scales is None or written is None:
+    if scales is None or stored_shape is None:
         missing = f"{name}_shape" if scales else f"{name}_scale"
         raise UserError(f"{codes.place}: {missing} is missing, beside {codes.name}; fetch the model again")
     wanted = (codes.shape[0], codes.shape[1] * _IN_WORD // int4.GROUP)
@@ -215,26 +215,30 @@ def _of_words(form: Int4Groups, codes: TensorInfo, tensors: Mapping[str, TensorI
         raise UserError(
             f"{scales.place}: {scales.name} is {scales.dtype}{list(scales.shape)}; {codes.name} asks for BF16{list(wanted)}"
         )
-    if written.dtype not in ("I32", "I64") or written.shape != (2,):
-        raise UserError(f"{written.place}: {written.name} is {written.dtype}{list(written.shape)}; I64[2] is wanted")
-    return Packed(name=name, codes=codes, scales=scales, form=form, written=written)
+    if stored_shape.dtype not in ("I32", "I64") or stored_shape.shape != (2,):
+        raise UserError(
+            f"{stored_shape.place}: {stored_shape.name} is {stored_shape.dtype}{list(stored_shape.shape)}; I64[2] is wanted"
+        )
+    return QuantizedWeight(name=name, codes=codes, scales=scales, scheme=scheme, stored_shape=stored_shape)
 
 
-def check_written(weights: Mapping[str, Weight], files: Files) -> None:
+def check_stored_shapes(weights: Mapping[str, Weight], files: OpenFiles) -> None:
     """UserError where a tensor that says a weight's shape says another than its codes have."""
     for weight in weights.values():
-        if (packed := weight.packed) and (told := packed.written):
+        if (quantized := weight.quantized) and (told := quantized.stored_shape):
             data = files.read(told.file, told.start, told.size)
             found = struct.unpack("<2i" if told.dtype == "I32" else "<2q", data)
-            if found != packed.shape:
+            if found != quantized.shape:
                 raise UserError(
-                    f"{told.place}: {told.name} says {list(found)}, and {packed.codes.name} holds {list(packed.shape)} "
+                    f"{told.place}: {told.name} says {list(found)}, and {quantized.codes.name} holds {list(quantized.shape)} "
                     "numbers; fetch the model again"
                 )
 
 
-def _packed(form: Quantization | None, codes: TensorInfo, tensors: Mapping[str, TensorInfo]) -> Packed:
-    if not isinstance(form, Fp8Blocks):
+def _fp8_weight(
+    scheme: QuantizationScheme | None, codes: TensorInfo, tensors: Mapping[str, TensorInfo]
+) -> QuantizedWeight:
+    if not isinstance(scheme, Fp8Blocks):
         raise UserError(
             f"{codes.place}: {codes.name} is {codes.dtype}, but config.json has no quantization_config that says how "
             "to read it; fetch config.json again"
@@ -250,13 +254,13 @@ def _packed(form: Quantization | None, codes: TensorInfo, tensors: Mapping[str, 
     if scales.dtype not in fp8.SCALE_TYPES:
         known = " or ".join(fp8.SCALE_TYPES)
         raise UserError(f"{scales.place}: {name} is {scales.dtype}; scales of {known} are wanted")
-    wanted = tuple(-(-size // block) for size, block in zip(codes.shape, form.block, strict=True))
+    wanted = tuple(-(-size // block) for size, block in zip(codes.shape, scheme.block, strict=True))
     if scales.shape != wanted:
         raise UserError(
             f"{scales.place}: {name} is {list(scales.shape)}; {codes.name}, {list(codes.shape)} in blocks of "
-            f"{list(form.block)}, asks for {list(wanted)}"
+            f"{list(scheme.block)}, asks for {list(wanted)}"
         )
-    return Packed(name=codes.name, codes=codes, scales=scales, form=form)
+    return QuantizedWeight(name=codes.name, codes=codes, scales=scales, scheme=scheme)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -265,13 +269,13 @@ class _Scales:
 
     tensor: TensorInfo
 
-    def row(self, files: Files, row: int) -> np.ndarray:
+    def row(self, files: OpenFiles, row: int) -> np.ndarray:
         """One row as float32; UserError for NaN, of which no codes could be made again."""
         import numpy as np
 
-        region = region_of(self.tensor)
-        data = memoryview(bytearray(region.width))
-        region.read(files, row, 1, 0, region.width, data)
+        view = view_of(self.tensor)
+        data = memoryview(bytearray(view.width))
+        view.read(files, row, 1, 0, view.width, data)
         scales = fp8.read_scales(data, self.tensor.dtype)
         if np.isnan(scales).any():
             raise UserError(f"{self.tensor.place}: {self.tensor.name} holds NaN in row {row}; fetch the model again")
@@ -279,17 +283,17 @@ class _Scales:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Decoded:
+class DequantizedBlocks:
     """bf16 numbers, made of codes and scales when they are read."""
 
     name: str
     rows: int
     width: int
-    codes: Region
+    codes: ExtentView
     scales: _Scales
     block: tuple[int, int]
 
-    def read(self, files: Files, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
+    def read(self, files: OpenFiles, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
         """As `Region.read`."""
         import numpy as np
 
@@ -302,71 +306,79 @@ class _Decoded:
             top, bottom = max(band * high - row, 0), min((band + 1) * high - row, rows)
             start, stop = first // wide, -(-(first + columns) // wide)
             scales = self.scales.row(files, band)[start:stop]
-            for number, products in enumerate(fp8.products(scales), start):
+            for number, products in enumerate(fp8.product_table(scales), start):
                 at = slice(max(number * wide - first, 0), (number + 1) * wide - first)
                 result[top:bottom, at] = products[codes[top:bottom, at]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Repacked:
+class QuantizeBlocks:
     """A band of blocks of a matrix of numbers, as codes or as the scales of those."""
 
-    numbers: Matrix
-    held: Dtype
-    packed: Packed  # whose scales are read
-    half: Half
+    numbers: ByteView
+    dtype: Dtype
+    quantized: QuantizedWeight  # whose scales are read
+    component: Component
     band: int
 
     @property
     def size(self) -> int:
-        if self.half == "codes":
-            return self._rows * self.packed.shape[1]
-        return self.packed.scales.row_bytes
+        if self.component == "codes":
+            return self._rows * self.quantized.shape[1]
+        return self.quantized.scales.row_bytes
 
     @property
     def _rows(self) -> int:
         high, _ = self._block
-        return min(high, self.packed.shape[0] - self.band * high)
+        return min(high, self.quantized.shape[0] - self.band * high)
 
     @property
     def _block(self) -> tuple[int, int]:
-        assert isinstance(self.packed.form, Fp8Blocks)
-        return self.packed.form.block
+        assert isinstance(self.quantized.scheme, Fp8Blocks)
+        return self.quantized.scheme.block
 
-    def fill(self, files: Files, out: memoryview) -> None:
+    def fill(self, files: OpenFiles, out: memoryview) -> None:
         import numpy as np
 
-        packed, (high, wide) = self.packed, self._block
-        assert isinstance(packed.form, Fp8Blocks)
-        even = packed.form.powers_of_two or packed.scales.dtype == fp8.E8M0
-        old = _Scales(tensor=packed.scales).row(files, self.band)
-        new, rows, columns = np.empty_like(old), self._rows, packed.shape[1]
-        held = np.empty((rows, columns * self.held.size), dtype=np.uint8)
-        self.numbers.read(files, self.band * high, rows, 0, self.numbers.width, memoryview(held).cast("B"))
-        codes = np.frombuffer(out, dtype=np.uint8).reshape(rows, columns) if self.half == "codes" else None
+        quantized, (high, wide) = self.quantized, self._block
+        assert isinstance(quantized.scheme, Fp8Blocks)
+        even = quantized.scheme.powers_of_two or quantized.scales.dtype == fp8.E8M0
+        old = _Scales(tensor=quantized.scales).row(files, self.band)
+        new, rows, columns = np.empty_like(old), self._rows, quantized.shape[1]
+        data = np.empty((rows, columns * self.dtype.size), dtype=np.uint8)
+        self.numbers.read(files, self.band * high, rows, 0, self.numbers.width, memoryview(data).cast("B"))
+        codes = np.frombuffer(out, dtype=np.uint8).reshape(rows, columns) if self.component == "codes" else None
         for number, scale in enumerate(old):
             at = slice(number * wide, min((number + 1) * wide, columns))
-            block = np.ascontiguousarray(held[:, at.start * self.held.size : at.stop * self.held.size])
-            values = to_float32(memoryview(block).cast("B"), self.held).reshape(rows, -1)
+            block = np.ascontiguousarray(data[:, at.start * self.dtype.size : at.stop * self.dtype.size])
+            values = to_float32(memoryview(block).cast("B"), self.dtype).reshape(rows, -1)
             try:
                 made, new[number] = fp8.requantize(values, scale, powers_of_two=even)
             except fp8.NotFiniteError:
-                raise not_finite(packed.name) from None
+                raise not_finite(quantized.name) from None
             if codes is not None:
                 codes[:, at] = made
-        if self.half == "scales":
-            out[:] = fp8.write_scales(new, packed.scales.dtype)
+        if self.component == "scales":
+            out[:] = fp8.write_scales(new, quantized.scales.dtype)
 
 
-def repacked(numbers: Matrix, held: Dtype, packed: Packed, half: Half) -> Iterator[Repacked | Regrouped]:
+def quantize(
+    numbers: ByteView, dtype: Dtype, quantized: QuantizedWeight, component: Component
+) -> Iterator[QuantizeBlocks | QuantizeGroups]:
     """A matrix of numbers of type `held` as one of the two tensors that it is stored as."""
-    if isinstance(packed.form, Mxfp4 | Int4Groups):
+    if isinstance(quantized.scheme, Mxfp4 | Int4Groups):
         step = max(blocks.BLOCK // numbers.width, 1)
         for row in range(0, numbers.rows, step):
             rows = min(step, numbers.rows - row)
-            yield Regrouped(
-                numbers=numbers, held=held, scales=packed.scales, form=packed.form, half=half, row=row, rows=rows
+            yield QuantizeGroups(
+                numbers=numbers,
+                dtype=dtype,
+                scales=quantized.scales,
+                scheme=quantized.scheme,
+                component=component,
+                row=row,
+                rows=rows,
             )
         return
-    for band in range(-(-packed.shape[0] // packed.form.block[0])):
-        yield Repacked(numbers=numbers, held=held, packed=packed, half=half, band=band)
+    for band in range(-(-quantized.shape[0] // quantized.scheme.block[0])):
+        yield QuantizeBlocks(numbers=numbers, dtype=dtype, quantized=quantized, component=component, band=band)

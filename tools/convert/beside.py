@@ -25,13 +25,15 @@ PASS_THROUGH_FILE = "asides.safetensors"
 
 def announce(plan: Import, reader: HfReader) -> None:
     """Say what is not simply carried over."""
-    if plan.widened:
-        names = ", ".join(plan.widened)
+    if plan.upcast:
+        names = ", ".join(plan.upcast)
         log(f"{names}: parts of different types are held in float32, and written back as they were")
     if pass_through := plan.account.pass_through:
         log(f"{named(pass_through)}: kept beside the weights as they are; training does not change them")
-    if packed := [weight.packed for weight in reader.weights.values() if weight.packed]:
-        log(f"{len(packed)} weights in {packed[0].form.title} are written as bfloat16; their scales are kept in hf/")
+    if quantized := [weight.quantized for weight in reader.weights.values() if weight.quantized]:
+        log(
+            f"{len(quantized)} weights in {quantized[0].scheme.title} are written as bfloat16; their scales are kept in hf/"
+        )
     if others := other_weights(reader.path, set(reader.files)):
         log(f"not carried over, being other forms of the weights: {', '.join(others)}")
 
@@ -98,8 +100,8 @@ def _of_whole(table: Table, files: Path) -> dict[str, TensorInfo]:
 def converts(plan: Import, reader: HfReader) -> bool:
     """Whether numbers change their type, or columns their place."""
     shifted = any(entry.zero_centered_gamma for entry in plan.account.entries)
-    packed = any(weight.packed for weight in reader.weights.values())
-    return bool(plan.widened) or shifted or packed or reader.cut_columns
+    quantized = any(weight.quantized for weight in reader.weights.values())
+    return bool(plan.upcast) or shifted or quantized or reader.splits_columns
 
 
 def source_checks(checkpoint: Checkpoint, plan: Import, reader: HfReader, shard: Shard | None) -> Checks:
@@ -116,7 +118,7 @@ def keep_hf_files(out: Publication, plan: Import, reader: HfReader) -> None:
     """Write `hf/`: every other file of the source, the shards it had, and the tensors that are not in the other form."""
     hf = out.path / "hf"
     hf.mkdir(exist_ok=True)
-    for directory in reader.beside:
+    for directory in reader.auxiliary_directories:
         copy_passengers(directory, hf)
     if not (hf / "config.json").is_file():
         (hf / "config.json").write_text(json.dumps(reader.config, indent=2) + "\n", encoding="utf-8")
@@ -131,5 +133,7 @@ def keep_hf_files(out: Publication, plan: Import, reader: HfReader) -> None:
 def _kept(plan: Import, reader: HfReader) -> list[TensorInfo]:
     """What is kept as it is: tensors that are no weights, and what says what the codes of those that are stand for."""
     kept = [tensor for name in plan.account.pass_through for tensor in reader.weights[name].stored]
-    beside = [tensor for weight in reader.weights.values() if weight.packed for tensor in weight.packed.beside]
+    beside = [
+        tensor for weight in reader.weights.values() if weight.quantized for tensor in weight.quantized.companions
+    ]
     return [*kept, *(tensor for tensor in beside if tensor not in kept)]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shared.architecture.architecture import Architecture
-from shared.checkpoint.copy.operations import NewFile
+from shared.checkpoint.copy.operations import FilePlan
 from shared.checkpoint.directory.publish import Checks, Publication
 from shared.cli import log, progress
 from tools.convert.report import peak_memory, plan_lines, summary
@@ -25,7 +25,7 @@ def execute(
     command: str,
     architecture: Architecture,
     out: Publication,
-    files: Sequence[NewFile],
+    files: Sequence[FilePlan],
     target: Path,
     *,
     workers: int | None,

@@ -23,7 +23,7 @@ from shared.families import registry
 from shared.mapping.account import account_sources, account_targets
 from shared.mapping.layout import Shape
 from shared.mapping.transformer_engine import te_form
-from shared.quantized.scheme import quantization_of
+from shared.quantized.scheme import quantization_scheme
 from tools.convert.beside import with_kept
 from tools.convert.to_te import summary
 
@@ -107,10 +107,10 @@ def _family(checkpoint: Checkpoint, reader: Reader) -> dict[str, Any]:
     config = config_of(path)
     result: dict[str, Any] = {"family": config.get("model_type")}
     try:
-        if form := quantization_of(config):
+        if form := quantization_scheme(config):
             result["quantization"] = form.title
             if isinstance(reader, HfReader):
-                result["quantized_weights"] = sum(weight.packed is not None for weight in reader.weights.values())
+                result["quantized_weights"] = sum(weight.quantized is not None for weight in reader.weights.values())
         architecture = registry.from_files(path.parent)
         if not isinstance(reader, TeReader):  # whose tables keep layers for tokens further ahead beside the weights
             architecture = registry.as_stored(

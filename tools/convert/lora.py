@@ -9,9 +9,9 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from shared.checkpoint.copy import blocks
-from shared.checkpoint.copy.blocks import Files
-from shared.checkpoint.copy.byte_view import Region, region_of
-from shared.checkpoint.copy.operations import Move
+from shared.checkpoint.copy.blocks import OpenFiles
+from shared.checkpoint.copy.byte_view import ExtentView, view_of
+from shared.checkpoint.copy.operations import CopyOperation
 from shared.checkpoint.dtypes import Dtype, cast, count_not_finite, from_float32, to_float32, weight_dtype
 from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.errors import UserError
@@ -34,25 +34,25 @@ _held = _Held()
 class Matrix:
     """What is added to."""
 
-    region: Region
+    view: ExtentView
     held: Dtype
     dtype: Dtype  # what it is rounded to, before anything is added and after
 
     @property
     def columns(self) -> int:
-        return self.region.width // self.held.size
+        return self.view.width // self.held.size
 
-    def rows(self, files: Files, first: int, count: int) -> np.ndarray:
+    def rows(self, files: OpenFiles, first: int, count: int) -> np.ndarray:
         """`[count, columns]` in float32, to be written to."""
-        data = memoryview(bytearray(count * self.region.width))
-        self.region.read(files, first, count, 0, self.region.width, data)
+        data = memoryview(bytearray(count * self.view.width))
+        self.view.read(files, first, count, 0, self.view.width, data)
         return to_float32(cast(data, self.held, self.dtype), self.dtype).reshape(count, self.columns)
 
     def strips(self) -> Iterator[tuple[int, int]]:
         """First row and number of rows of what is computed at once: a block of float32."""
         step = max(blocks.BLOCK // (4 * self.columns), 1)
-        for first in range(0, self.region.rows, step):
-            yield first, min(step, self.region.rows - first)
+        for first in range(0, self.view.rows, step):
+            yield first, min(step, self.view.rows - first)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,7 +81,7 @@ class Delta:
         """Of memory, beside a strip: the factor that every strip needs, and what it is made of."""
         return 3 * 4 * prod((self.b if self.across else self.a).shape) // self.experts
 
-    def rows(self, files: Files, first: int, count: int, columns: int) -> np.ndarray:
+    def rows(self, files: OpenFiles, first: int, count: int, columns: int) -> np.ndarray:
         """`[count, columns]` of what is added, from row `first` of the matrix on."""
         import numpy as np
 
@@ -95,28 +95,28 @@ class Delta:
         result *= np.float32(self.scale)
         return result
 
-    def _once(self, files: Files, key: tuple[Delta, str], first: int, count: int) -> np.ndarray:
+    def _once(self, files: OpenFiles, key: tuple[Delta, str], first: int, count: int) -> np.ndarray:
         if _held.key != key:
             _held.values = self._b(files, first, count) if self.across else self._a(files, first, count)
             _held.key = key
         return _held.values
 
-    def _a(self, files: Files, first: int, count: int) -> np.ndarray:
+    def _a(self, files: OpenFiles, first: int, count: int) -> np.ndarray:
         """Columns of the expert's `A`: `[rank, count]`."""
         return _window(self.a, files, self.expert * self.rank, self.rank, first, count)
 
-    def _b(self, files: Files, first: int, count: int) -> np.ndarray:
+    def _b(self, files: OpenFiles, first: int, count: int) -> np.ndarray:
         """Rows of the expert's `B`: `[count, rank]`."""
         rows = _window(self.b, files, self.first_output + first, count, 0, self.b.shape[1])
         return rows[:, self.expert :: self.experts]
 
-    def magnitudes(self, files: Files) -> np.ndarray:
+    def magnitudes(self, files: OpenFiles) -> np.ndarray:
         """DoRA's vector, one number for each output."""
         assert self.magnitude is not None
         count = self.magnitude.shape[0]
         return _window(self.magnitude, files, 0, count, 0, 1).reshape(count)
 
-    def column_factors(self, files: Files, base: Matrix) -> np.ndarray:
+    def column_factors(self, files: OpenFiles, base: Matrix) -> np.ndarray:
         """DoRA's factor of each column of a matrix `[in, out]`: its norm needs all rows, which are read once for that."""
         import numpy as np
 
@@ -131,11 +131,11 @@ class Delta:
             return self._factors[0]
 
 
-def _window(tensor: TensorInfo, files: Files, row: int, rows: int, left: int, columns: int) -> np.ndarray:
+def _window(tensor: TensorInfo, files: OpenFiles, row: int, rows: int, left: int, columns: int) -> np.ndarray:
     """Rows and columns of one of the adapter's tensors in float32."""
     dtype = weight_dtype(tensor.dtype, tensor.name, tensor.place)
     data = memoryview(bytearray(rows * columns * dtype.size))
-    region_of(tensor).read(files, row, rows, left * dtype.size, columns * dtype.size, data)
+    view_of(tensor).read(files, row, rows, left * dtype.size, columns * dtype.size, data)
     return to_float32(data, dtype).reshape(rows, columns)
 
 
@@ -152,7 +152,7 @@ class Merged:
     def size(self) -> int:
         return self.count * self.base.columns * self.base.dtype.size
 
-    def fill(self, files: Files, out: memoryview) -> None:
+    def fill(self, files: OpenFiles, out: memoryview) -> None:
         import numpy as np
 
         delta, base, dtype = self.delta, self.base, self.base.dtype
@@ -171,12 +171,12 @@ class Merged:
         out[:] = from_float32(values.reshape(-1), dtype)
         if any(count_not_finite(out, dtype)):
             raise UserError(
-                f"{delta.b.place}: {base.region.name} is not finite after merging, in {dtype.name}; the adapter is "
+                f"{delta.b.place}: {base.view.name} is not finite after merging, in {dtype.name}; the adapter is "
                 "broken, or the base's type is too narrow for it"
             )
 
 
-def merged(base: Matrix, delta: Delta) -> Iterator[Move]:
+def merged(base: Matrix, delta: Delta) -> Iterator[CopyOperation]:
     """A whole matrix with what the adapter adds."""
     for first, count in base.strips():
         yield Merged(base=base, delta=delta, first=first, count=count)

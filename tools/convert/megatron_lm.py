@@ -14,8 +14,8 @@ from pathlib import Path
 
 from shared.architecture.architecture import Architecture
 from shared.architecture.flat_view import changed as replace
-from shared.checkpoint.copy.blocks import Files
-from shared.checkpoint.copy.byte_view import Box, Region, region_of
+from shared.checkpoint.copy.blocks import OpenFiles
+from shared.checkpoint.copy.byte_view import Extent, ExtentView, view_of
 from shared.checkpoint.copy.engine import Task
 from shared.checkpoint.dtypes import Dtype, weight_dtype
 from shared.checkpoint.formats.megatron_lm_ranks import Ranks, read_ranks
@@ -44,11 +44,11 @@ class MegatronLmReader:
     Raises UserError where the ranks do not make up the model that the architecture describes.
     """
 
-    cut_columns = True  # where there is tensor parallelism, which there nearly always is
+    splits_columns = True  # where there is tensor parallelism, which there nearly always is
 
     def __init__(self, directory: Path, architecture: Architecture, table: Table) -> None:
         self.directory = directory
-        self._files = Files()
+        self._files = OpenFiles()
         self._ranks = read_ranks(directory)
         self._architecture = architecture
         _check_arguments(self._ranks, architecture, directory)
@@ -146,15 +146,15 @@ class MegatronLmReader:
             f"{list(wanted)} in all"
         )
 
-    def region(self, key: str, index: Shape) -> Region:
+    def view(self, key: str, index: Shape) -> ExtentView:
         """Where the rows of `tensor[index]` lie."""
         parts, entry = self._parts[key, index], self._entries[key, index]
         shape, own = self._shape(key, index), parts[0].shape
         width = prod(shape[1:]) * self.tensors[key].dtype.size
-        boxes = tuple(self._boxes(key, entry, parts, shape, own))
-        return Region(name=key, rows=shape[0], width=width, boxes=boxes)
+        extents = tuple(self._extents(key, entry, parts, shape, own))
+        return ExtentView(name=key, rows=shape[0], width=width, extents=extents)
 
-    def _boxes(self, key: str, entry: Entry, parts: list[TensorInfo], shape: Shape, own: Shape) -> Iterator[Box]:
+    def _extents(self, key: str, entry: Entry, parts: list[TensorInfo], shape: Shape, own: Shape) -> Iterator[Extent]:
         if own == shape:  # every rank has all of it
             parts = parts[:1]
         columns_cut = own[:1] == shape[:1]
@@ -162,7 +162,7 @@ class MegatronLmReader:
             place = part.start
             for row, rows in self._runs(key, rank, own[0], len(parts) if not columns_cut else 1):
                 left = rank * part.row_bytes if columns_cut else 0
-                yield Box(file=part.file, start=place, row=row, rows=rows, left=left, width=part.row_bytes)
+                yield Extent(file=part.file, start=place, row=row, rows=rows, left=left, width=part.row_bytes)
                 place += rows * part.row_bytes
 
     def _runs(self, key: str, rank: int, rows: int, ranks: int) -> Iterator[tuple[int, int]]:
@@ -193,7 +193,7 @@ class MegatronLmReader:
 
     def rows(self, key: str, index: Shape, first: int, count: int) -> Iterator[memoryview]:
         """Bytes of rows of `tensor[index]`, in blocks of whole rows valid until the next is asked for."""
-        yield from self.region(key, index).blocks(self._files, first, count)
+        yield from self.view(key, index).blocks(self._files, first, count)
 
     def checks(self) -> list[Task]:
         """Reads of the head that the last pipeline stage holds though it is the embedding; UserError where it differs."""
@@ -202,8 +202,8 @@ class MegatronLmReader:
 
 
 def _check_copy(copy: TensorInfo, embedding: TensorInfo) -> None:
-    with Files() as files:
-        ours, theirs = (region_of(t).blocks(files, 0, t.shape[0]) for t in (copy, embedding))
+    with OpenFiles() as files:
+        ours, theirs = (view_of(t).blocks(files, 0, t.shape[0]) for t in (copy, embedding))
         same = copy.shape == embedding.shape and all(a == b for a, b in zip(ours, theirs, strict=True))
     if not same:
         raise UserError(

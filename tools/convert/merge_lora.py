@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.checkpoint.copy.blocks import BLOCK
-from shared.checkpoint.copy.byte_view import region_of
+from shared.checkpoint.copy.byte_view import view_of
 from shared.checkpoint.copy.engine import Task
-from shared.checkpoint.copy.operations import Move, converted, windows
+from shared.checkpoint.copy.operations import CopyOperation, cast_operation, copy_rows
 from shared.checkpoint.directory.auxiliary_files import config_of, copy_passengers
 from shared.checkpoint.directory.open import content_checks, open_checkpoint
 from shared.checkpoint.directory.publish import publish
@@ -24,7 +24,7 @@ from shared.errors import UserError
 from shared.families import registry
 from shared.families.common.multimodal_wrapper import untied as untied_config
 from shared.mapping.rule import Table
-from shared.quantized.scheme import quantization_of
+from shared.quantized.scheme import quantization_scheme
 from tools.convert.adapter import Changes, match, read_adapter
 from tools.convert.adapter_config import AdapterConfig
 from tools.convert.execute import execute
@@ -42,7 +42,7 @@ def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int
     with publish(target, kind="hf", inputs=inputs, overwrite=overwrite, resumable=True) as out:
         checkpoint = open_checkpoint(source, kinds=("hf",), flag="--source", verify="small")
         reader, config = HfReader(source), AdapterConfig(adapter)
-        if quantization_of(reader.config):
+        if quantization_scheme(reader.config):
             raise UserError(
                 f"--source {source} is quantised; make plain numbers of it first, with `convert to-megatron` and `to-hf`"
             )
@@ -62,7 +62,7 @@ def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int
             "merge-lora",
             plan.architecture,
             out,
-            weight_files(merge.layout, merge.moves, merge.sources),
+            weight_files(merge.layout, merge.operations, merge.sources),
             target,
             workers=workers,
             strips=False,
@@ -136,22 +136,22 @@ class Merge:
     untied: tuple[str, str] | None  # the head that becomes a tensor of its own, and the embedding that it was
     copies: Mapping[str, str]  # names of copies, and of what; they stay copies
 
-    def moves(self, tensor: TensorInfo) -> Iterator[Move]:
+    def operations(self, tensor: TensorInfo) -> Iterator[CopyOperation]:
         """Make one tensor."""
         name = self.copies.get(tensor.name, tensor.name)
         base = self._base(name)
         if name not in self.changes.names:
-            region = region_of(base)
-            yield from windows(region, 0, region.rows)
+            view = view_of(base)
+            yield from copy_rows(view, 0, view.rows)
             return
         whole = self.changes.whole.get(name, base)
         held, dtype = (weight_dtype(t.dtype, t.name, t.place) for t in (whole, base))
         if delta := self.changes.deltas.get(name):
-            yield from merged(Matrix(region=region_of(whole), held=held, dtype=dtype), delta)
+            yield from merged(Matrix(view=view_of(whole), held=held, dtype=dtype), delta)
         else:
             limit = BLOCK * held.size // max(held.size, dtype.size)
-            for move in windows(region_of(whole), 0, whole.shape[0], limit):
-                yield converted(move, held, dtype)
+            for operation in copy_rows(view_of(whole), 0, whole.shape[0], limit):
+                yield cast_operation(operation, held, dtype)
 
     def sources(self, tensor: TensorInfo) -> Iterator[Path]:
         """The files that a tensor is made of."""

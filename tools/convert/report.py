@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 from shared.architecture.architecture import Architecture
-from shared.checkpoint.copy import blocks
-from shared.checkpoint.copy import operations as moves
+from shared.checkpoint.copy import blocks, operations
 from shared.console import quantity
 
 _BESIDES = 12 << 20  # bytes of what is not data: stacks, arenas, the metadata written at the end
@@ -24,7 +23,7 @@ def peak_memory(workers: int, strips: bool, converts: bool, beside: int = 0) -> 
         converts: whether numbers change their type: a block of them in both, and in between.
         beside: bytes that each thread holds beside those.
     """
-    each = blocks.BLOCK * (1 + 2 * moves.STRIP * strips + 6 * converts) + beside
+    each = blocks.BLOCK * (1 + 2 * operations.STRIP * strips + 6 * converts) + beside
     plan = _resident() * 17 // 16  # and what is planned only when a file is begun: it grows with the number of tensors
     return plan + _BESIDES + workers * each + (_NUMPY if (strips or converts) and "numpy" not in sys.modules else 0)
 

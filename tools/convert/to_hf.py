@@ -23,7 +23,7 @@ from shared.cli import log
 from shared.errors import UserError
 from shared.families import registry
 from shared.mapping.transformer_engine import te_form
-from shared.quantized.scheme import quantization_of
+from shared.quantized.scheme import quantization_scheme
 from tools.convert.beside import PASS_THROUGH_FILE, as_stored, pass_through_of, with_kept
 from tools.convert.execute import execute
 from tools.convert.megatron_lm import MegatronLmReader
@@ -65,13 +65,13 @@ def run(
         files = hf_files or checkpoint.hf_files
         reader, plan = open_export(checkpoint, files, dtype, family, quantized=quantized)
         tensors = plan.layout.tensors()
-        if plan.rounded:
+        if plan.downcast:
             held = sorted(
-                {reader.tensors[entry.key].dtype.name for name in plan.rounded for entry, _ in plan.origin[name]}
+                {reader.tensors[entry.key].dtype.name for name in plan.downcast for entry, _ in plan.origin[name]}
             )
-            written = sorted({tensors[name].dtype for name in plan.rounded})
+            written = sorted({tensors[name].dtype for name in plan.downcast})
             why = "--dtype" if dtype else "the source's type"
-            log(f"{len(plan.rounded)} tensors held in {', '.join(held)} are rounded to {', '.join(written)}, {why}")
+            log(f"{len(plan.downcast)} tensors held in {', '.join(held)} are rounded to {', '.join(written)}, {why}")
         if plan.pass_through:
             types = sorted({weight.dtype for weight in plan.pass_through.values()})
             log(
@@ -94,9 +94,9 @@ def run(
             target,
             workers=workers,
             strips=any(entry.transposed for parts in plan.origin.values() for entry, _ in parts),
-            converts=reader.cut_columns or changes_types(plan, reader),
+            converts=reader.splits_columns or changes_types(plan, reader),
             checks=checks,
-            beside=max((packed.strip_bytes for packed, _ in plan.packed.values()), default=0),
+            beside=max((weight.operation_bytes for weight, _ in plan.components.values()), default=0),
         )
         if not out.finishing:
             return
@@ -189,7 +189,7 @@ def open_export(
             f"{files / 'config.json'} is missing; give --hf-files DIR, where config.json and the tokenizer are"
         )
     config = config_of(files / "config.json")
-    architecture, form = registry.from_files(files), quantization_of(config)
+    architecture, form = registry.from_files(files), quantization_scheme(config)
     if quantized and form is None:
         raise UserError(
             f"--quantized: {files / 'config.json'} has no quantization_config, which says how; leave it out"

@@ -17,20 +17,20 @@ from pathlib import Path
 from shared.architecture.architecture import Architecture
 from shared.architecture.flat_view import changed as replace
 from shared.checkpoint.copy import blocks
-from shared.checkpoint.copy.blocks import Files
-from shared.checkpoint.copy.byte_view import EveryNth, Gathered, Matrix, Rows
+from shared.checkpoint.copy.blocks import OpenFiles
+from shared.checkpoint.copy.byte_view import ByteView, ConcatenatedView, RowRange, StridedView
 from shared.checkpoint.copy.engine import Task
 from shared.checkpoint.copy.operations import (
-    Added,
-    Move,
-    NewFile,
-    Part,
-    Unit,
-    converted,
-    repeated,
+    AddConstant,
+    CopyOperation,
+    FilePlan,
+    NormalizeRows,
+    TransposedRows,
+    cast_operation,
+    copy_rows,
+    fill_value,
     stream,
-    turned,
-    windows,
+    transpose,
 )
 from shared.checkpoint.dtypes import BF16, FP32, FP64, Dtype, common, number, weight_dtype
 from shared.checkpoint.formats.hugging_face import HfReader, WeightLayout, default_layout, weight_files
@@ -43,8 +43,8 @@ from shared.mapping.account import Account, account_sources, account_targets
 from shared.mapping.extra_states import extra_states
 from shared.mapping.layout import ONES, PADDING, Segment, Shape, segments_of_source, segments_of_target
 from shared.mapping.rule import Entry, Table, TiedTensor
-from shared.quantized.scheme import Quantization
-from shared.quantized.stored_weight import Half, Packed, Weight, repacked, weights_of
+from shared.quantized.scheme import QuantizationScheme
+from shared.quantized.stored_weight import Component, QuantizedWeight, Weight, assemble_weights, quantize
 from tools.convert.megatron_lm import MegatronLmReader
 
 FormReader = TorchDistReader | TeReader | MegatronLmReader
@@ -57,7 +57,7 @@ class Import:
     architecture: Architecture
     account: Account
     dtypes: dict[str, Dtype]  # of each Megatron tensor
-    widened: tuple[str, ...]  # Megatron tensors whose slices differ in type, held in the wider one
+    upcast: tuple[str, ...]  # Megatron tensors whose slices differ in type, held in the wider one
 
     @property
     def bytes(self) -> int:
@@ -82,7 +82,7 @@ def plan_import(reader: HfReader, architecture: Architecture, table: Table) -> I
         architecture=architecture,
         account=account,
         dtypes={key: FP64 if key in zero_centered_gamma else common(found) for key, found in kinds.items()},
-        widened=tuple(key for key, found in kinds.items() if len(found) > 1),
+        upcast=tuple(key for key, found in kinds.items() if len(found) > 1),
     )
 
 
@@ -127,13 +127,13 @@ def layout_import(plan: Import, reader: HfReader) -> TorchDistLayout:
             count = min(step, rows - first)
             rest = (0,) * (len(entry.shape) - 1)
             sizes = ((1,) * len(entry.index)) + (count, *entry.shape[1:])
-            moves = partial(target_moves, entry, dtype, reader, first, count)
-            layout.chunk(entry.key, (*entry.index, first, *rest), sizes, moves, frozenset().union(*read))
+            operations = partial(target_operations, entry, dtype, reader, first, count)
+            layout.chunk(entry.key, (*entry.index, first, *rest), sizes, operations, frozenset().union(*read))
     layout.put_objects(extra_states(plan.architecture), [None])
     return layout
 
 
-def layout_te(plan: Import, reader: HfReader, states: Iterable[str]) -> tuple[WeightLayout, list[NewFile]]:
+def layout_te(plan: Import, reader: HfReader, states: Iterable[str]) -> tuple[WeightLayout, list[FilePlan]]:
     """The shards of TransformerEngine's form, layer after layer, with empty states of these names; and their files."""
     entries: dict[str, list[Entry]] = {}
     for entry in plan.account.entries:  # slices of a tensor in their order
@@ -142,15 +142,15 @@ def layout_te(plan: Import, reader: HfReader, states: Iterable[str]) -> tuple[We
     triples += [(name, STATE_TYPE, (0,)) for name in states]
     layout = default_layout(sorted(triples, key=lambda triple: _by_layer(triple[0])))
 
-    def moves(tensor: TensorInfo) -> Iterator[Move]:
+    def operations(tensor: TensorInfo) -> Iterator[CopyOperation]:
         for entry in entries.get(tensor.name, ()):
-            yield from target_moves(entry, plan.dtypes[entry.key], reader, 0, entry.shape[0])
+            yield from target_operations(entry, plan.dtypes[entry.key], reader, 0, entry.shape[0])
 
     def sources(tensor: TensorInfo) -> Iterable[Path]:
         names = [source.name for entry in entries.get(tensor.name, ()) for source in entry.sources]
         return [path for name in names for path in reader.weights[name].files]
 
-    return layout, weight_files(layout, moves, sources)
+    return layout, weight_files(layout, operations, sources)
 
 
 def _by_layer(name: str) -> tuple[bool, int, str]:
@@ -165,33 +165,36 @@ COMMON = {
 }
 
 
-def target_moves(entry: Entry, dtype: Dtype, reader: HfReader, first: int, count: int) -> Iterator[Move]:
+def target_operations(entry: Entry, dtype: Dtype, reader: HfReader, first: int, count: int) -> Iterator[CopyOperation]:
     """What makes rows of a Megatron tensor's slice, from its sources."""
     for segment in segments_of_target(entry.segments, first, count):
         if segment.source in (PADDING, ONES):
             filler = number(1 if segment.source == ONES else 0, dtype)
-            yield from repeated(filler, segment.rows * prod(entry.shape[1:]))
+            yield from fill_value(filler, segment.rows * prod(entry.shape[1:]))
             continue
         source = entry.sources[segment.source]
         tensor = reader.weights[source.name].at(source.index)
-        own, region = weight_dtype(tensor.dtype, tensor.name, tensor.place), tensor.matrix()
-        moves: Iterable[Move]
-        if entry.transposed and not tensor.across:
+        own, view = weight_dtype(tensor.dtype, tensor.name, tensor.place), tensor.view()
+        operations: Iterable[CopyOperation]
+        if entry.transposed and not tensor.transposed:
             rows = tensor.shape[0]
-            parts = (Part(region=region, row=0, rows=rows, at=0),)
+            parts = (TransposedRows(view=view, row=0, rows=rows, at=0),)
             limit = _limit(own, dtype)
-            moves = turned(parts, segment.source_row, segment.rows, rows, own.size, limit, segment.step)
+            operations = transpose(parts, segment.source_row, segment.rows, rows, own.size, limit, segment.step)
         elif segment.step > 1:
-            part = EveryNth(matrix=region, first=segment.source_row, rows=segment.rows, step=segment.step)
-            moves = windows(part, 0, part.rows, _limit(own, dtype) // segment.step)
+            part = StridedView(view=view, first=segment.source_row, rows=segment.rows, step=segment.step)
+            operations = copy_rows(part, 0, part.rows, _limit(own, dtype) // segment.step)
         else:
-            moves = windows(region, segment.source_row, segment.rows, _limit(own, dtype))
+            operations = copy_rows(view, segment.source_row, segment.rows, _limit(own, dtype))
         if entry.zero_centered_gamma:
             place = f"{tensor.place}: {tensor.name}"
-            moves = (Added(move=move, number=-1.0, source=own, target=dtype, exact=place) for move in moves)
-            yield from moves
+            operations = (
+                AddConstant(operation=operation, number=-1.0, source=own, target=dtype, exact_name=place)
+                for operation in operations
+            )
+            yield from operations
         else:
-            yield from (converted(move, own, dtype) for move in moves)
+            yield from (cast_operation(operation, own, dtype) for operation in operations)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,9 +205,9 @@ class Export:
     layout: WeightLayout
     origin: dict[str, list[tuple[Entry, int]]]  # Hugging Face name -> the slices it is in, and as which source
     pass_through: dict[str, Weight]  # tensors that are no weights, kept in a file of their own
-    packed: dict[str, tuple[Packed, Half]]  # tensors that a weight is to be stored as, in place of its numbers
+    components: dict[str, tuple[QuantizedWeight, Component]]  # codes and scales of weights written quantised, by name
     constants: tuple[Entry, ...]  # tensors of the form that the model has none of
-    rounded: tuple[str, ...]  # tensors that are written in a narrower type than they are held in
+    downcast: tuple[str, ...]  # tensors that are written in a narrower type than they are held in
     unit_rows: frozenset[str] = frozenset()  # tensors whose rows are divided by their lengths
 
     @property
@@ -221,7 +224,7 @@ def plan_export(
     pass_through: Mapping[str, TensorInfo],
     dtype: Dtype | None,
     *,
-    form: Quantization | None = None,
+    form: QuantizationScheme | None = None,
     quantized: bool = False,
 ) -> Export:
     """Match a checkpoint with its family's table and the shards it is to have.
@@ -264,7 +267,7 @@ def plan_export(
         raise UserError(
             f"hf/weights.json has no place for {absent[0]}, which hf/config.json asks for; restore the file"
         )
-    kept = weights_of(form, pass_through)
+    kept = assemble_weights(form, pass_through)
     if unknown := sorted(names.keys() - shapes.keys() - kept.keys()):
         raise UserError(f"hf/weights.json asks for {unknown[0]}, which is in no file; restore hf/ from the source")
     for name, shape in shapes.items():
@@ -285,33 +288,33 @@ def plan_export(
             return held[name] is not FP64 or common([written, own]) is not written
         return common([held[name], written]) is not written
 
-    rounded = tuple(name for name in origin if rounds(name))
-    packed: dict[str, tuple[Packed, Half]] = {}
+    downcast = tuple(name for name in origin if rounds(name))
+    components: dict[str, tuple[QuantizedWeight, Component]] = {}
     if stored is not None and quantized:
-        for weight in weights_of(form, stored.tensors()).values():
-            if weight.packed and weight.name in origin:
-                scaled = _with_scales(weight.packed, pass_through)
-                packed |= {name: (scaled, half) for name, half in scaled.halves.items()}
-        layout, wanted = stored, stored.tensors().keys() - packed.keys()
+        for weight in assemble_weights(form, stored.tensors()).values():
+            if weight.quantized and weight.name in origin:
+                scaled = _with_scales(weight.quantized, pass_through)
+                components |= {name: (scaled, component) for name, component in scaled.components.items()}
+        layout, wanted = stored, stored.tensors().keys() - components.keys()
         kept = {name: Weight(tensor=tensor) for name, tensor in pass_through.items() if name in wanted}
     return Export(
         architecture=architecture,
         layout=layout,
         origin=origin,
         pass_through=kept,
-        packed=packed,
+        components=components,
         constants=tuple(entry for entry in entries if not entry.sources),
-        rounded=rounded,
+        downcast=downcast,
     )
 
 
-def _with_scales(packed: Packed, pass_through: Mapping[str, TensorInfo]) -> Packed:
+def _with_scales(weight: QuantizedWeight, pass_through: Mapping[str, TensorInfo]) -> QuantizedWeight:
     """With the scales that were kept beside the weights."""
-    for tensor in packed.beside:
+    for tensor in weight.companions:
         kept = pass_through.get(tensor.name)
         if kept is None or (kept.dtype, kept.shape) != (tensor.dtype, tensor.shape):
             raise UserError(f"{tensor.name} is not beside the weights as hf/weights.json has it; restore hf/")
-    return replace(packed, scales=pass_through[packed.scales.name])
+    return replace(weight, scales=pass_through[weight.scales.name])
 
 
 def named(tensors: Sequence[str]) -> str:
@@ -324,99 +327,101 @@ def changes_types(plan: Export, reader: FormReader) -> bool:
     tensors, kept = plan.layout.tensors(), plan.pass_through.values()
     held = ((name, reader.tensors[entry.key].dtype) for name, parts in plan.origin.items() for entry, _ in parts)
     changed = any(tensors[name].dtype != dtype.safetensors for name, dtype in held if name in tensors)
-    return changed or bool(plan.packed) or bool(plan.unit_rows) or any(weight.packed for weight in kept)
+    return changed or bool(plan.components) or bool(plan.unit_rows) or any(weight.quantized for weight in kept)
 
 
-def layout_export(plan: Export, reader: FormReader) -> list[NewFile]:
+def layout_export(plan: Export, reader: FormReader) -> list[FilePlan]:
     """The shards of an export."""
 
     def sources(tensor: TensorInfo) -> Iterable[Path]:
         if tensor.name in plan.pass_through:
             return plan.pass_through[tensor.name].files
         name, scales = tensor.name, frozenset[Path]()
-        if tensor.name in plan.packed:
-            packed, _ = plan.packed[tensor.name]
-            name, scales = packed.name, frozenset([packed.scales.file])
+        if tensor.name in plan.components:
+            weight, _ = plan.components[tensor.name]
+            name, scales = weight.name, frozenset([weight.scales.file])
         return scales.union(*(reader.files_of(entry.key, entry.index) for entry, _ in plan.origin[name]))
 
-    return weight_files(plan.layout, lambda tensor: source_moves(plan, reader, tensor), sources)
+    return weight_files(plan.layout, lambda tensor: source_operations(plan, reader, tensor), sources)
 
 
-def source_moves(plan: Export, reader: FormReader, tensor: TensorInfo) -> Iterator[Move]:
+def source_operations(plan: Export, reader: FormReader, tensor: TensorInfo) -> Iterator[CopyOperation]:
     """What makes a Hugging Face tensor, from those of the other form that it is in."""
     if tensor.name in plan.pass_through:
-        aside = plan.pass_through[tensor.name].matrix()
-        yield from windows(aside, 0, aside.rows)
+        aside = plan.pass_through[tensor.name].view()
+        yield from copy_rows(aside, 0, aside.rows)
         return
-    if tensor.name in plan.packed:
-        packed, half = plan.packed[tensor.name]
-        for index, numbers, held in _numbers(plan, reader, packed.name):
-            yield from repacked(numbers, held, packed.at(index), half)
+    if tensor.name in plan.components:
+        weight, component = plan.components[tensor.name]
+        for index, numbers, held in _numbers(plan, reader, weight.name):
+            yield from quantize(numbers, held, weight.at(index), component)
         return
     wanted = weight_dtype(tensor.dtype, tensor.name, tensor.place)
     for _, parts in groupby(plan.origin[tensor.name], key=lambda part: part[0].sources[part[1]].index):
-        yield from _slice_moves(list(parts), reader, wanted, unit=tensor.name in plan.unit_rows)
+        yield from _slice_operations(list(parts), reader, wanted, unit=tensor.name in plan.unit_rows)
 
 
-def _slice_moves(
+def _slice_operations(
     origin: Sequence[tuple[Entry, int]], reader: FormReader, wanted: Dtype, *, unit: bool
-) -> Iterator[Move]:
+) -> Iterator[CopyOperation]:
     """What makes a Hugging Face tensor, or a slice of one that holds all experts'; `unit`: each row divided by its length."""
     pieces = []
     for entry, place in origin:
-        held, region = reader.tensors[entry.key].dtype, reader.region(entry.key, entry.index)
+        held, view = reader.tensors[entry.key].dtype, reader.view(entry.key, entry.index)
         segments, (rows, *columns) = segments_of_source(entry.segments, place), entry.sources[place].shape
         if entry.transposed:
             parts = tuple(
-                Part(region=region, row=s.target_row, rows=s.rows, at=s.source_row, step=s.step) for s in segments
+                TransposedRows(view=view, row=s.target_row, rows=s.rows, at=s.source_row, step=s.step) for s in segments
             )
-            strips = turned(parts, 0, rows, columns[0], held.size, _limit(held, wanted))
-            yield from (converted(move, held, wanted) for move in strips)
+            strips = transpose(parts, 0, rows, columns[0], held.size, _limit(held, wanted))
+            yield from (cast_operation(operation, held, wanted) for operation in strips)
             return
         if any(segment.step > 1 for segment in segments):
-            woven = _gathered(entry, segments, region, rows)
-            yield from (converted(m, held, wanted) for m in windows(woven, 0, rows, _limit(held, wanted) // 2))
+            strided = _concatenated(entry, segments, view, rows)
+            yield from (cast_operation(m, held, wanted) for m in copy_rows(strided, 0, rows, _limit(held, wanted) // 2))
             return
-        pieces += [(segment, region, entry.zero_centered_gamma, held) for segment in segments]
-    for segment, region, zero_centered_gamma, held in sorted(pieces, key=lambda piece: piece[0].source_row):
-        limit = max(_limit(held, wanted), region.width if unit else 0)  # a row's length is known when all of it is read
-        for move in windows(region, segment.target_row, segment.rows, limit):
+        pieces += [(segment, view, entry.zero_centered_gamma, held) for segment in segments]
+    for segment, view, zero_centered_gamma, held in sorted(pieces, key=lambda piece: piece[0].source_row):
+        limit = max(_limit(held, wanted), view.width if unit else 0)  # a row's length is known when all of it is read
+        for operation in copy_rows(view, segment.target_row, segment.rows, limit):
             if unit:
-                yield Unit(move=move, row=region.width // held.size, source=held, target=wanted)
+                yield NormalizeRows(operation=operation, row=view.width // held.size, source=held, target=wanted)
             elif zero_centered_gamma:
-                yield Added(move=move, number=1.0, source=held, target=wanted)
+                yield AddConstant(operation=operation, number=1.0, source=held, target=wanted)
             else:
-                yield converted(move, held, wanted)
+                yield cast_operation(operation, held, wanted)
 
 
-def _gathered(entry: Entry, segments: Iterable[Segment], region: Matrix, rows: int) -> Gathered:
+def _concatenated(entry: Entry, segments: Iterable[Segment], view: ByteView, rows: int) -> ConcatenatedView:
     """A source's rows, from where the entry has them."""
-    parts = tuple(Rows(matrix=region, row=s.target_row, rows=s.rows, at=s.source_row, step=s.step) for s in segments)
-    return Gathered(name=entry.key, rows=rows, width=region.width, parts=parts)
+    parts = tuple(RowRange(view=view, row=s.target_row, rows=s.rows, at=s.source_row, step=s.step) for s in segments)
+    return ConcatenatedView(name=entry.key, rows=rows, width=view.width, parts=parts)
 
 
-def _numbers(plan: Export, reader: FormReader, name: str) -> Iterator[tuple[Shape, Matrix, Dtype]]:
-    """Each slice of a weight that is to be packed: its place, its numbers as they are packed, and their type."""
+def _numbers(plan: Export, reader: FormReader, name: str) -> Iterator[tuple[Shape, ByteView, Dtype]]:
+    """Each slice of a weight to be quantised: its index, its values in the order of its codes, their dtype."""
     for index, origin in groupby(plan.origin[name], key=lambda part: part[0].sources[part[1]].index):
-        parts: list[Rows] = []
+        parts: list[RowRange] = []
         held: set[Dtype] = set()
         for entry, place in origin:
-            region = reader.region(entry.key, entry.index)
+            view = reader.view(entry.key, entry.index)
             held.add(reader.tensors[entry.key].dtype)
             shape = entry.sources[place].shape
             rows = shape[1] if entry.transposed else shape[0]
-            parts += _gathered(entry, segments_of_source(entry.segments, place), region, rows).parts
+            parts += _concatenated(entry, segments_of_source(entry.segments, place), view, rows).parts
         if len(held) > 1:
             raise UserError(f"{reader.directory}: parts of {name} are of different types; leave out --quantized")
-        yield index, Gathered(name=name, rows=rows, width=region.width, parts=tuple(parts)), held.pop()
+        yield index, ConcatenatedView(name=name, rows=rows, width=view.width, parts=tuple(parts)), held.pop()
 
 
-def packed_rows(plan: Export, reader: FormReader, name: str) -> Iterator[memoryview]:
+def rows_to_quantize(plan: Export, reader: FormReader, name: str) -> Iterator[memoryview]:
     """What is held of a weight that is stored quantised, in bf16 and in the order of its codes."""
-    with Files() as files:
+    with OpenFiles() as files:
         for _, numbers, held in _numbers(plan, reader, name):
             limit = _limit(held, BF16)
-            yield from stream((converted(m, held, BF16) for m in windows(numbers, 0, numbers.rows, limit)), files)
+            yield from stream(
+                (cast_operation(m, held, BF16) for m in copy_rows(numbers, 0, numbers.rows, limit)), files
+            )
 
 
 def constant_checks(plan: Export, reader: FormReader) -> list[Task]:
@@ -442,8 +447,8 @@ def changed_constant(reader: FormReader, entry: Entry) -> str | None:
 
 def source_rows(plan: Export, reader: FormReader, tensor: TensorInfo) -> Iterator[memoryview]:
     """Bytes of a Hugging Face tensor; each block is valid until the next one is asked for."""
-    with Files() as files:
-        yield from stream(source_moves(plan, reader, tensor), files)
+    with OpenFiles() as files:
+        yield from stream(source_operations(plan, reader, tensor), files)
 
 
 def _limit(source: Dtype, target: Dtype) -> int:

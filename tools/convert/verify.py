@@ -22,11 +22,11 @@ from shared.cli import invocation, log, progress
 from shared.errors import StageError, UserError
 from shared.families import registry
 from shared.mapping.transformer_engine import te_form
-from shared.quantized.scheme import quantization_of
+from shared.quantized.scheme import quantization_scheme
 from tools.convert.remote import remote_class
 from tools.convert.source import open_source
 from tools.convert.to_hf import open_export
-from tools.convert.transfer import Export, FormReader, changed_constant, packed_rows, source_rows
+from tools.convert.transfer import Export, FormReader, changed_constant, rows_to_quantize, source_rows
 
 MAX_DIFFERENCES = 20  # named in the certificate
 LOGITS_NEED = {"torch": "torch", "transformers": "transformers", "megatron.core": "megatron-core"}
@@ -77,7 +77,7 @@ def run(
     findings = Findings()
     _compare_config(reader.config, config_of(made.hf_files / "config.json"), findings)
     if not findings.differences:  # of different shapes there is nothing to compare further
-        quantized = any(weight.packed for weight in reader.weights.values())
+        quantized = any(weight.quantized for weight in reader.weights.values())
         held, plan = open_export(made, made.hf_files, None, quantized=quantized)
         _compare_layout(reader, plan, made.hf_files / LAYOUT, findings)
         with progress(reader.bytes, "bytes", "comparing") as advance:
@@ -134,7 +134,7 @@ def _require_models() -> None:
 def _require_class(config: dict[str, Any], source: Path, trust_remote_code: bool) -> None:
     """UserError where nothing computes the source's logits, or only code that nobody has said to run."""
     family = registry.family_of(config)
-    if (trust_remote_code or family.remote) and quantization_of(config):
+    if (trust_remote_code or family.remote) and quantization_scheme(config):
         raise UserError("logits of quantised models are computed by transformers' classes only: give --no-logits")
     if trust_remote_code:
         if not remote_class(config):
@@ -202,7 +202,7 @@ def _compare_tensor(name: str, reader: HfReader, held: FormReader, plan: Export,
     if (tensor.dtype, tensor.shape) != (exported.dtype, exported.shape):
         findings.differences.append(f"{name} comes back as {exported.dtype}{list(exported.shape)}")
         return
-    weight = name in plan.origin and name not in plan.packed
+    weight = name in plan.origin and name not in plan.components
     dtype = weight_dtype(tensor.dtype, name, tensor.place) if weight else None
     position, nan, infinite, different = 0, 0, 0, False
     for ours, theirs in _aligned(reader.rows(name), source_rows(plan, held, exported)):
@@ -220,14 +220,14 @@ def _compare_tensor(name: str, reader: HfReader, held: FormReader, plan: Export,
 
 def _compare_numbers(reader: HfReader, held: FormReader, plan: Export, findings: Findings) -> None:
     """Of weights that are stored quantised: what their codes stand for is what is held, to the bit."""
-    for name in (name for name, weight in reader.weights.items() if weight.packed and name in plan.origin):
+    for name in (name for name, weight in reader.weights.items() if weight.quantized and name in plan.origin):
         dtype, nan, infinite, same = (
             weight_dtype(reader.weights[name].dtype, name, reader.weights[name].place),
             0,
             0,
             True,
         )
-        for ours, theirs in _aligned(reader.numbers(name), packed_rows(plan, held, name)):
+        for ours, theirs in _aligned(reader.numbers(name), rows_to_quantize(plan, held, name)):
             counts = count_not_finite(ours, dtype)
             nan, infinite, same = nan + counts[0], infinite + counts[1], same and ours == theirs
         if not same:
@@ -270,7 +270,9 @@ def _check_layers(path: Path, plan: Export, findings: Findings) -> None:
 
 
 def _compare_files(reader: HfReader, kept: Path, findings: Findings) -> None:
-    ours = {relative: place / relative for place in reversed(reader.beside) for relative in passengers(place)}
+    ours = {
+        relative: place / relative for place in reversed(reader.auxiliary_directories) for relative in passengers(place)
+    }
     theirs = set(passengers(kept))
     if not (reader.path / "config.json").is_file():
         theirs.discard(Path("config.json"))  # made of what the source says; its fields were compared

@@ -22,7 +22,7 @@ from shared.errors import StageError
 from shared.families import registry
 from shared.families.common.transformers_workarounds import completed
 from shared.model.prefix_lm import prefix_inputs, with_blank
-from shared.quantized.scheme import quantization_of
+from shared.quantized.scheme import quantization_scheme
 from tools.convert.remote import remote_class
 
 # Both sides compute in fp32 from the same bits and differ in the order of sums only. Each of a layer's dozen roundings
@@ -131,7 +131,7 @@ def _transformers(source: Path, ids: torch.Tensor, trust_remote_code: bool) -> t
     disable_progress_bar()
     config, architecture = config_of(source / "config.json"), registry.from_files(source)
     options = {"dtype": torch.float32, "attn_implementation": attention_of(architecture)}
-    if quantization_of(config):
+    if quantization_scheme(config):
         model = _plain(source, **options)
     elif trust_remote_code and (name := remote_class(config)):
         with _code_of(source):
@@ -187,7 +187,7 @@ def _plain(source: Path, **options: Any) -> Any:
     for name, weight in reader.weights.items():
         data = bytearray(b"".join(reader.numbers(name)))
         numbers = torch.frombuffer(data, dtype=types[weight.dtype])
-        if weight.across:
+        if weight.transposed:
             *outer, columns, rows = weight.shape
             state[name] = numbers.view(*outer, rows, columns).transpose(-1, -2).contiguous()
         else:

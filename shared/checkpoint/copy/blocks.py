@@ -15,7 +15,7 @@ from shared.errors import UserError
 BLOCK = 1 << 20  # bytes: what a core's cache holds is read, hashed and written at a fraction of the cost of more
 
 
-class Files:
+class OpenFiles:
     """Files kept open for reading by offset, by any number of threads."""
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Files:
             os.close(descriptor)
         self._open.clear()
 
-    def __enter__(self) -> Files:
+    def __enter__(self) -> OpenFiles:
         return self
 
     def __exit__(

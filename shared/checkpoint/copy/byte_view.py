@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from shared.checkpoint.copy import blocks
-from shared.checkpoint.copy.blocks import Files
+from shared.checkpoint.copy.blocks import OpenFiles
 from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.errors import UserError
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-class Matrix(Protocol):
+class ByteView(Protocol):
     """Rows of a tensor that can be read, be they stored or made when they are read."""
 
     @property
@@ -33,13 +33,13 @@ class Matrix(Protocol):
         """Bytes of a row."""
         ...
 
-    def read(self, files: Files, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
+    def read(self, files: OpenFiles, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
         """Fill `out`, of `rows * width` bytes, with a window of the matrix."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Box:
+class Extent:
     """Rows `row` to `row + rows`, bytes `left` to `left + width` of each, stored without a gap."""
 
     file: Path
@@ -51,43 +51,43 @@ class Box:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Region:
+class ExtentView:
     """A matrix of bytes, tiled by boxes."""
 
     name: str  # of the tensor, for messages
     rows: int
     width: int
-    boxes: tuple[Box, ...]
+    extents: tuple[Extent, ...]
 
-    def read(self, files: Files, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
+    def read(self, files: OpenFiles, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
         """Fill `out`, of `rows * width` bytes, with a window of the matrix."""
         filled = 0
-        for box in self.boxes:
-            top, bottom = max(row, box.row), min(row + rows, box.row + box.rows)
-            start, stop = max(left, box.left), min(left + width, box.left + box.width)
+        for extent in self.extents:
+            top, bottom = max(row, extent.row), min(row + rows, extent.row + extent.rows)
+            start, stop = max(left, extent.left), min(left + width, extent.left + extent.width)
             if top >= bottom or start >= stop:
                 continue
             run, count = stop - start, bottom - top
             filled += run * count
-            source = box.start + (top - box.row) * box.width + start - box.left
+            source = extent.start + (top - extent.row) * extent.width + start - extent.left
             place = (top - row) * width + start - left
-            if run == width and (run == box.width or count == 1):
-                files.read_into(box.file, source, out[place : place + count * run])
-            elif run == box.width:
+            if run == width and (run == extent.width or count == 1):
+                files.read_into(extent.file, source, out[place : place + count * run])
+            elif run == extent.width:
                 piece = memoryview(bytearray(count * run))
-                files.read_into(box.file, source, piece)
+                files.read_into(extent.file, source, piece)
                 _scatter(piece, out[(top - row) * width : (bottom - row) * width], width, start - left, run)
             else:
                 for _ in range(count):
-                    files.read_into(box.file, source, out[place : place + run])
-                    source, place = source + box.width, place + width
+                    files.read_into(extent.file, source, out[place : place + run])
+                    source, place = source + extent.width, place + width
         if filled != rows * width:
             raise UserError(
                 f"{self.name}: {filled} of {rows * width} bytes of rows {row} to {row + rows} are in its chunks; "
                 "the checkpoint is damaged, fetch or write it again"
             )
 
-    def blocks(self, files: Files, row: int, rows: int) -> Iterator[memoryview]:
+    def blocks(self, files: OpenFiles, row: int, rows: int) -> Iterator[memoryview]:
         """Whole rows in blocks of bounded size; each block is valid until the next one is asked for."""
         step = max(blocks.BLOCK // max(self.width, 1), 1)
         buffer = memoryview(bytearray(min(step, rows) * self.width))
@@ -98,18 +98,18 @@ class Region:
             yield block
 
 
-def region_of(tensor: TensorInfo) -> Region:
+def view_of(tensor: TensorInfo) -> ExtentView:
     """A tensor of one file as a matrix of bytes."""
     rows = tensor.shape[0] if tensor.shape else 1
-    box = Box(file=tensor.file, start=tensor.start, row=0, rows=rows, left=0, width=tensor.row_bytes)
-    return Region(name=tensor.name, rows=rows, width=tensor.row_bytes, boxes=(box,))
+    extent = Extent(file=tensor.file, start=tensor.start, row=0, rows=rows, left=0, width=tensor.row_bytes)
+    return ExtentView(name=tensor.name, rows=rows, width=tensor.row_bytes, extents=(extent,))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rows:
+class RowRange:
     """Rows `row` to `row + rows` of a matrix, which are those from `at` on of another, there `step` apart."""
 
-    matrix: Matrix
+    view: ByteView
     row: int
     rows: int
     at: int
@@ -117,15 +117,15 @@ class Rows:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Gathered:
+class ConcatenatedView:
     """A matrix put together of rows of others."""
 
     name: str
     rows: int
     width: int
-    parts: tuple[Rows, ...]
+    parts: tuple[RowRange, ...]
 
-    def read(self, files: Files, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
+    def read(self, files: OpenFiles, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
         """As `Region.read`."""
         for part in self.parts:
             first = max(-(-(row - part.at) // part.step), 0)  # of the part's rows, those in the window
@@ -133,40 +133,40 @@ class Gathered:
             top = part.at + first * part.step - row
             if count > 0 and part.step == 1:
                 place = out[top * width : (top + count) * width]
-                part.matrix.read(files, part.row + first, count, left, width, place)
+                part.view.read(files, part.row + first, count, left, width, place)
             elif count > 0:
                 piece = memoryview(bytearray(count * width))
-                part.matrix.read(files, part.row + first, count, left, width, piece)
-                _every(out, top, part.step, width)[:count] = _every(piece, 0, 1, width)
+                part.view.read(files, part.row + first, count, left, width, piece)
+                _strided_rows(out, top, part.step, width)[:count] = _strided_rows(piece, 0, 1, width)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EveryNth:
+class StridedView:
     """`rows` rows of a matrix that are `step` apart, from row `first` on."""
 
-    matrix: Matrix
+    view: ByteView
     first: int
     rows: int
     step: int
 
     @property
     def name(self) -> str:
-        return self.matrix.name
+        return self.view.name
 
     @property
     def width(self) -> int:
         """As `Matrix`."""
-        return self.matrix.width
+        return self.view.width
 
-    def read(self, files: Files, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
+    def read(self, files: OpenFiles, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
         """As `Region.read`."""
         span = (rows - 1) * self.step + 1
         piece = memoryview(bytearray(span * width))
-        self.matrix.read(files, self.first + row * self.step, span, left, width, piece)
-        _every(out, 0, 1, width)[:] = _every(piece, 0, self.step, width)
+        self.view.read(files, self.first + row * self.step, span, left, width, piece)
+        _strided_rows(out, 0, 1, width)[:] = _strided_rows(piece, 0, self.step, width)
 
 
-def _every(data: memoryview, first: int, step: int, width: int) -> np.ndarray:
+def _strided_rows(data: memoryview, first: int, step: int, width: int) -> np.ndarray:
     """Rows of `width` bytes, `step` apart."""
     import numpy as np
 

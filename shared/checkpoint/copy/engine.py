@@ -16,9 +16,9 @@ from pathlib import Path
 import xxhash
 
 from shared.checkpoint.copy import blocks
-from shared.checkpoint.copy.blocks import Files
+from shared.checkpoint.copy.blocks import OpenFiles
 from shared.checkpoint.copy.journal import Journal
-from shared.checkpoint.copy.operations import Block, NewFile
+from shared.checkpoint.copy.operations import Block, FilePlan
 from shared.checkpoint.files import small_stacks, write_out
 
 _WRITE_OUT = 64 << 20  # bytes of a file, after which the kernel is told to bring them to the disk
@@ -32,7 +32,7 @@ class _Stopped(Exception):  # noqa: N818 -- another thread failed
 
 def write_files(
     directory: Path,
-    files: Sequence[NewFile],
+    files: Sequence[FilePlan],
     *,
     workers: int,
     advance: Advance = lambda amount: None,
@@ -53,36 +53,36 @@ def write_files(
         Exception: the first one of a move or task, when all threads have ended.
     """
     _allow_files(len(files) + len(frozenset().union(*(file.sources for file in files))))
-    crew = _Crew(directory, files, advance, journal, tasks)
-    threads = [threading.Thread(target=crew.work, name=f"copy-{n}", daemon=True) for n in range(workers)]
+    pool = _WorkerPool(directory, files, advance, journal, tasks)
+    threads = [threading.Thread(target=pool.work, name=f"copy-{n}", daemon=True) for n in range(workers)]
     try:
         with small_stacks():
             for thread in threads:
                 thread.start()
-            crew.disk.submit(int).result()  # starts its thread
+            pool.disk.submit(int).result()  # starts its thread
         for thread in threads:
             while thread.is_alive():
                 thread.join(0.2)  # a signal is served between two waits
     except BaseException:
-        crew.stop()
+        pool.stop()
         raise
     finally:
         for thread in threads:
             if thread.ident is not None:
                 thread.join()
-        crew.close()
-    if crew.failure is not None:
-        raise crew.failure
-    return {output.file.name: output.digest for output in crew.outputs}
+        pool.close()
+    if pool.failure is not None:
+        raise pool.failure
+    return {output.file.name: output.digest for output in pool.outputs}
 
 
-class _Crew:
+class _WorkerPool:
     """What the threads share."""
 
     def __init__(
         self,
         directory: Path,
-        files: Sequence[NewFile],
+        files: Sequence[FilePlan],
         advance: Advance,
         journal: Journal | None,
         tasks: Sequence[Task],
@@ -90,13 +90,13 @@ class _Crew:
         self.failure: BaseException | None = None
         self.disk = ThreadPoolExecutor(1, "disk")  # brings to the disk what is written, while more is
         self.outputs = [
-            _Output(directory / file.name, file, journal, self._raise_if_stopped, self.disk) for file in files
+            _FileWriter(directory / file.name, file, journal, self._raise_if_stopped, self.disk) for file in files
         ]
-        self._files = Files()
+        self._files = OpenFiles()
         self._advance = advance
         self._lock = threading.Lock()
-        self._waiting = list(reversed(self.outputs))
-        self._begun: list[_Output] = []
+        self._pending = list(reversed(self.outputs))
+        self._started: list[_FileWriter] = []
         self._tasks = list(reversed(tasks))
         self._stop = False
 
@@ -105,7 +105,7 @@ class _Crew:
         buffer = memoryview(bytearray(blocks.BLOCK))
         try:
             while (step := self._next()) is not None:
-                if not isinstance(step, _Output):
+                if not isinstance(step, _FileWriter):
                     step()
                     self._raise_if_stopped()
                     continue
@@ -120,15 +120,15 @@ class _Crew:
                 self.failure = self.failure or error
             self.stop()
 
-    def _next(self) -> _Output | Task | None:
+    def _next(self) -> _FileWriter | Task | None:
         with self._lock:
-            if self._waiting:
-                self._begun.append(self._waiting.pop())
-                return self._begun[-1]
+            if self._pending:
+                self._started.append(self._pending.pop())
+                return self._started[-1]
             if self._tasks:
                 return self._tasks.pop()
-            self._begun = [output for output in self._begun if not output.exhausted]
-            return self._begun[0] if self._begun else None
+            self._started = [output for output in self._started if not output.exhausted]
+            return self._started[0] if self._started else None
 
     def stop(self) -> None:
         self._stop = True
@@ -147,13 +147,13 @@ class _Crew:
             output.close()
 
 
-class _Output:
+class _FileWriter:
     """A file being written."""
 
     def __init__(
         self,
         path: Path,
-        file: NewFile,
+        file: FilePlan,
         journal: Journal | None,
         check: Callable[[], None],
         disk: ThreadPoolExecutor,
@@ -163,15 +163,15 @@ class _Output:
         self.exhausted = False  # every block has been taken
         self._path, self._journal, self._check, self._disk = path, journal, check, disk
         self._sent = 0  # bytes that the kernel was told to bring to the disk
-        self._settled: Future[None] | None = None
+        self._flushed: Future[None] | None = None
         self._descriptor: int | None = None
         self._hash = xxhash.xxh3_128()
-        self._taking = threading.Lock()
+        self._take_lock = threading.Lock()
         self._turn = threading.Condition()
         self._numbered: Iterator[tuple[int, int, Block]] | None = None
         self._hashed = self._written = 0  # blocks
 
-    def write(self, files: Files, buffer: memoryview) -> Iterator[int]:
+    def write(self, files: OpenFiles, buffer: memoryview) -> Iterator[int]:
         """Take blocks until there is none; yields the bytes of each."""
         while (taken := self._take()) is not None:
             if isinstance(taken, int):
@@ -186,21 +186,23 @@ class _Output:
             yield block.size
 
     def _take(self) -> tuple[int, int, Block] | int | None:
-        with self._taking:
+        with self._take_lock:
             if self._numbered is None:
                 self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-                kept = self._journal.kept(self.file.name, self._descriptor, self._hash) if self._journal else 0
-                self._numbered = self._number(kept)
-                if kept:
-                    return kept
+                resumed_bytes = (
+                    self._journal.resume(self.file.name, self._descriptor, self._hash) if self._journal else 0
+                )
+                self._numbered = self._number(resumed_bytes)
+                if resumed_bytes:
+                    return resumed_bytes
             taken = next(self._numbered, None)
             self.exhausted = taken is None
             return taken
 
-    def _number(self, kept: int) -> Iterator[tuple[int, int, Block]]:
+    def _number(self, resumed_bytes: int) -> Iterator[tuple[int, int, Block]]:
         start = number = 0
         for block in self.file.make_blocks():
-            if start >= kept:
+            if start >= resumed_bytes:
                 yield number, start, block
                 number += 1
             start += block.size
@@ -216,10 +218,10 @@ class _Output:
         """
         self._wait(lambda: self._hashed == number)
         # only the thread whose turn it is comes here
-        if block.seal is not None:
-            block.seal(data)
+        if block.finalize is not None:
+            block.finalize(data)
         self._hash.update(data)
-        digest = self._hash.hexdigest() if block.whole else ""
+        digest = self._hash.hexdigest() if block.resumable else ""
         with self._turn:
             self._hashed += 1
             self._turn.notify_all()
@@ -230,9 +232,9 @@ class _Output:
             self._written += 1
             self._turn.notify_all()
 
-    def _wait(self, come: Callable[[], bool]) -> None:
+    def _wait(self, ready: Callable[[], bool]) -> None:
         with self._turn:
-            while not come():
+            while not ready():
                 self._check()  # before waiting: who stops says so first, and wakes those that wait after that
                 self._turn.wait()
 
@@ -256,7 +258,7 @@ class _Output:
     def _finish(self) -> None:
         assert self._descriptor is not None
         self.digest = f"xxh3_128:{self._hash.hexdigest()}"
-        self._settled = self._disk.submit(_settle, self._descriptor)
+        self._flushed = self._disk.submit(_flush, self._descriptor)
         self._descriptor = None
 
     def wake(self) -> None:
@@ -267,11 +269,11 @@ class _Output:
         """After `disk` has ended; OSError if the disk did not take the file."""
         if self._descriptor is not None:
             os.close(self._descriptor)
-        if self._settled is not None:
-            self._settled.result()
+        if self._flushed is not None:
+            self._flushed.result()
 
 
-def _settle(descriptor: int) -> None:
+def _flush(descriptor: int) -> None:
     """A whole file's last step: it is on the disk."""
     try:
         os.fsync(descriptor)

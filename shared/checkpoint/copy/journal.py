@@ -14,7 +14,7 @@ from pathlib import Path
 import xxhash
 
 from shared.checkpoint.copy import blocks
-from shared.checkpoint.copy.operations import NewFile
+from shared.checkpoint.copy.operations import FilePlan
 from shared.checkpoint.files import hash_bytes
 from shared.console import log, quantity
 
@@ -22,7 +22,7 @@ JOURNAL = ".journal"
 _EVERY = 32 << 20  # bytes between two lines of a file
 
 
-def plan_key(files: Sequence[NewFile]) -> str:
+def plan_key(files: Sequence[FilePlan]) -> str:
     """Which files are to be written, of which sizes, in which blocks."""
     return hash_bytes("\n".join([str(blocks.BLOCK), *(f"{file.name} {file.size}" for file in files)]).encode())
 
@@ -37,22 +37,22 @@ class Journal:
 
     def __init__(self, directory: Path, work: str) -> None:
         self._path = directory / JOURNAL
-        self._kept = _read(self._path, work)
+        self._resumable = _read(self._path, work)
         self._noted: dict[str, int] = {}
         for path in [path for path in directory.rglob("*") if path.is_file() and path != self._path]:
-            if path.relative_to(directory).as_posix() not in self._kept:
+            if path.relative_to(directory).as_posix() not in self._resumable:
                 path.unlink()  # no more is known of it than that it may be half of a file
         self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        if not self._kept:
+        if not self._resumable:
             os.ftruncate(self._descriptor, 0)
             self._write({"work": work})
 
-    def kept(self, name: str, descriptor: int, digest: xxhash.xxh3_128) -> int:
+    def resume(self, name: str, descriptor: int, digest: xxhash.xxh3_128) -> int:
         """Bytes at the start of a file that are as they were written; `digest` is brought to their end.
 
         A file of which nothing can be kept is emptied.
         """
-        length, wanted = self._kept.get(name, (0, ""))
+        length, wanted = self._resumable.get(name, (0, ""))
         buffer = memoryview(bytearray(min(blocks.BLOCK, length)))
         done = 0
         while done < length:
@@ -76,9 +76,9 @@ class Journal:
             self._noted[name] = length
             self._write({"file": name, "bytes": length, "hash": digest})
 
-    def resumed(self) -> str:
+    def summary(self) -> str:
         """A line that says what is there from an earlier run; empty where there is nothing."""
-        size = sum(length for length, _ in self._kept.values())
+        size = sum(length for length, _ in self._resumable.values())
         return f"an earlier run was stopped: {quantity(size, 'bytes')} of it are checked and kept" if size else ""
 
     def close(self, *, remove: bool = False) -> None:
@@ -91,7 +91,7 @@ class Journal:
         os.write(self._descriptor, (json.dumps(line) + "\n").encode())
 
 
-def began(directory: Path, work: str) -> bool:
+def is_attempt_at(directory: Path, work: str) -> bool:
     """Whether a directory left by another run was to hold the same work."""
     try:
         with (directory / JOURNAL).open(encoding="utf-8") as file:

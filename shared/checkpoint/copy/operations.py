@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Protocol
 
 from shared.checkpoint.copy import blocks
-from shared.checkpoint.copy.blocks import Files
-from shared.checkpoint.copy.byte_view import Matrix
-from shared.checkpoint.dtypes import Dtype, add, cast, unit
+from shared.checkpoint.copy.blocks import OpenFiles
+from shared.checkpoint.copy.byte_view import ByteView
+from shared.checkpoint.dtypes import Dtype, add, cast, normalize_row
 from shared.errors import UserError
 
 STRIP = 8  # blocks that a strip of a transposed tensor may take
@@ -22,19 +22,19 @@ _TILE = 64  # rows that are transposed at once, so that both sides stay in a cor
 _CAST_AT_ONCE = 1 << 18  # numbers; a conversion holds several copies of them
 
 
-class Move(Protocol):
+class CopyOperation(Protocol):
     """Makes `size` bytes of a file."""
 
     @property
     def size(self) -> int: ...
 
-    def fill(self, files: Files, out: memoryview) -> None:
+    def fill(self, files: OpenFiles, out: memoryview) -> None:
         """Write the bytes into `out`, which is of that size."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Constant:
+class WriteBytes:
     """Bytes known beforehand."""
 
     data: bytes
@@ -43,12 +43,12 @@ class Constant:
     def size(self) -> int:
         return len(self.data)
 
-    def fill(self, files: Files, out: memoryview) -> None:
+    def fill(self, files: OpenFiles, out: memoryview) -> None:
         out[:] = self.data
 
 
 @dataclass(frozen=True, slots=True)
-class Repeated:
+class FillValue:
     """One number again and again."""
 
     number: bytes
@@ -58,15 +58,15 @@ class Repeated:
     def size(self) -> int:
         return self.count * len(self.number)
 
-    def fill(self, files: Files, out: memoryview) -> None:
+    def fill(self, files: OpenFiles, out: memoryview) -> None:
         out[:] = self.number * self.count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Window:
+class CopyRows:
     """Rows and columns of a tensor as they are."""
 
-    region: Matrix
+    view: ByteView
     row: int
     rows: int
     left: int
@@ -76,15 +76,15 @@ class Window:
     def size(self) -> int:
         return self.rows * self.width
 
-    def fill(self, files: Files, out: memoryview) -> None:
-        self.region.read(files, self.row, self.rows, self.left, self.width, out)
+    def fill(self, files: OpenFiles, out: memoryview) -> None:
+        self.view.read(files, self.row, self.rows, self.left, self.width, out)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
+class TransposedRows:
     """`rows` rows of a tensor that become as many columns, from column `at` on, `step` apart."""
 
-    region: Matrix
+    view: ByteView
     row: int
     rows: int
     at: int
@@ -92,10 +92,10 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Turned:
+class Transpose:
     """A strip of tensors transposed: `count` columns of the parts, `step` apart from `first` on, become rows."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[TransposedRows, ...]
     first: int
     count: int
     columns: int  # of the result
@@ -106,7 +106,7 @@ class Turned:
     def size(self) -> int:
         return self.count * self.columns * self.item
 
-    def fill(self, files: Files, out: memoryview) -> None:
+    def fill(self, files: OpenFiles, out: memoryview) -> None:
         import numpy as np  # the only move, but for a change of type, that needs it
 
         result = np.frombuffer(out, dtype=f"u{self.item}").reshape(self.count, self.columns)
@@ -114,7 +114,7 @@ class Turned:
         left, width = self.first * self.item, span * self.item
         for part in self.parts:
             strip = np.empty(part.rows * width, dtype=np.uint8)
-            part.region.read(files, part.row, part.rows, left, width, memoryview(strip))
+            part.view.read(files, part.row, part.rows, left, width, memoryview(strip))
             numbers = strip.view(f"u{self.item}").reshape(part.rows, span)[:, :: self.step]
             for row in range(0, part.rows, _TILE):
                 tile = numbers[row : row + _TILE]
@@ -123,108 +123,108 @@ class Turned:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Converted:
+class Cast:
     """Another move's numbers in another type."""
 
-    move: Move
+    operation: CopyOperation
     source: Dtype
     target: Dtype
 
     @property
     def size(self) -> int:
-        return self.move.size // self.source.size * self.target.size
+        return self.operation.size // self.source.size * self.target.size
 
-    def fill(self, files: Files, out: memoryview) -> None:
-        held = memoryview(bytearray(self.move.size))
-        self.move.fill(files, held)
-        count = self.at_once()
+    def fill(self, files: OpenFiles, out: memoryview) -> None:
+        held = memoryview(bytearray(self.operation.size))
+        self.operation.fill(files, held)
+        count = self.values_per_call()
         for first in range(0, len(held) // self.source.size, count):
             stop = first + count
             numbers = held[first * self.source.size : stop * self.source.size]
-            out[first * self.target.size : stop * self.target.size] = self.changed(numbers)
+            out[first * self.target.size : stop * self.target.size] = self.convert(numbers)
 
-    def at_once(self) -> int:
+    def values_per_call(self) -> int:
         """How many numbers `changed` is given."""
         return _CAST_AT_ONCE
 
-    def changed(self, numbers: memoryview) -> memoryview:
+    def convert(self, numbers: memoryview) -> memoryview:
         """What becomes of some of them."""
         return cast(numbers, self.source, self.target)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Added(Converted):
+class AddConstant(Cast):
     """Another move's numbers plus one or less one, in another type."""
 
     number: float
-    exact: str | None = None  # the tensor that must come back bit for bit, to be named where it does not
+    exact_name: str | None = None  # the tensor that must come back bit for bit, to be named where it does not
 
-    def changed(self, numbers: memoryview) -> memoryview:
+    def convert(self, numbers: memoryview) -> memoryview:
         summed = add(numbers, self.number, self.source, self.target)
-        if self.exact and add(summed, -self.number, self.target, self.source) != numbers:
+        if self.exact_name and add(summed, -self.number, self.target, self.source) != numbers:
             raise UserError(
-                f"{self.exact} has numbers too small to be held as Megatron-Core does, less one, and given back "
+                f"{self.exact_name} has numbers too small to be held as Megatron-Core does, less one, and given back "
                 "bit for bit; set those below 2e-9 to zero"
             )
         return summed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Unit(Converted):
+class NormalizeRows(Cast):
     """Another move's rows, whole ones, each divided by its length, in another type."""
 
     row: int  # numbers of one
 
-    def at_once(self) -> int:
+    def values_per_call(self) -> int:
         return self.row
 
-    def changed(self, numbers: memoryview) -> memoryview:
-        return unit(numbers, self.source, self.target)
+    def convert(self, numbers: memoryview) -> memoryview:
+        return normalize_row(numbers, self.source, self.target)
 
 
-def converted(move: Move, source: Dtype, target: Dtype) -> Move:
+def cast_operation(operation: CopyOperation, source: Dtype, target: Dtype) -> CopyOperation:
     """The move itself where the types are the same."""
-    return move if source is target else Converted(move=move, source=source, target=target)
+    return operation if source is target else Cast(operation=operation, source=source, target=target)
 
 
-def repeated(number: bytes, count: int) -> Iterator[Move]:
+def fill_value(number: bytes, count: int) -> Iterator[CopyOperation]:
     """One number so many times, in moves of at most a block."""
     step = blocks.BLOCK // len(number)
     for start in range(0, count, step):
-        yield Repeated(number, min(step, count - start))
+        yield FillValue(number, min(step, count - start))
 
 
-def windows(region: Matrix, row: int, rows: int, limit: int | None = None) -> Iterator[Window]:
+def copy_rows(view: ByteView, row: int, rows: int, limit: int | None = None) -> Iterator[CopyRows]:
     """Whole rows in moves of at most `limit` bytes; a longer row is cut, at a multiple of 8 bytes."""
     limit = limit or blocks.BLOCK
-    if region.width > limit:
+    if view.width > limit:
         width = limit // 8 * 8
         for line in range(row, row + rows):
-            for left in range(0, region.width, width):
-                yield Window(region=region, row=line, rows=1, left=left, width=min(width, region.width - left))
+            for left in range(0, view.width, width):
+                yield CopyRows(view=view, row=line, rows=1, left=left, width=min(width, view.width - left))
         return
-    step = limit // max(region.width, 1)
+    step = limit // max(view.width, 1)
     for first in range(row, row + rows, step):
         count = min(step, row + rows - first)
-        yield Window(region=region, row=first, rows=count, left=0, width=region.width)
+        yield CopyRows(view=view, row=first, rows=count, left=0, width=view.width)
 
 
-def turned(
-    parts: tuple[Part, ...],
+def transpose(
+    parts: tuple[TransposedRows, ...],
     first: int,
     count: int,
     columns: int,
     item: int,
     limit: int | None = None,
     step: int = 1,
-) -> Iterator[Turned]:
+) -> Iterator[Transpose]:
     """`count` columns of the parts, `step` apart from `first` on, as rows: in strips that read at most 8 `limit` bytes.
 
     A strip is read in as many pieces as its parts have rows: the wider it is, the fewer.
     """
     most = max(STRIP * (limit or blocks.BLOCK) // (columns * item * step), 1)
     for done in range(0, count, most):
-        yield Turned(
+        yield Transpose(
             parts=parts,
             first=first + done * step,
             count=min(most, count - done),
@@ -234,14 +234,14 @@ def turned(
         )
 
 
-def stream(moves: Iterable[Move], files: Files) -> Iterator[memoryview]:
+def stream(operations: Iterable[CopyOperation], files: OpenFiles) -> Iterator[memoryview]:
     """The moves' bytes one after the other; each block is valid until the next one is asked for."""
     buffer = memoryview(bytearray())
-    for move in moves:
-        if len(buffer) < move.size:
-            buffer = memoryview(bytearray(move.size))
-        block = buffer[: move.size]
-        move.fill(files, block)
+    for operation in operations:
+        if len(buffer) < operation.size:
+            buffer = memoryview(bytearray(operation.size))
+        block = buffer[: operation.size]
+        operation.fill(files, block)
         yield block
 
 
@@ -250,13 +250,13 @@ class Block:
     """What is written to a file at once."""
 
     size: int
-    fill: Callable[[Files, memoryview], None]  # in any order, several at a time
-    seal: Callable[[memoryview], None] | None = None  # after it, in the file's order: what depends on bytes before
-    whole: bool = True  # whether what follows can be written without knowing what came before
+    fill: Callable[[OpenFiles, memoryview], None]  # in any order, several at a time
+    finalize: Callable[[memoryview], None] | None = None  # after it, in the file's order: what depends on bytes before
+    resumable: bool = True  # whether what follows can be written without knowing what came before
 
 
 @dataclass(frozen=True, kw_only=True)
-class NewFile:
+class FilePlan:
     """A file to be."""
 
     name: str  # relative to the directory it is written to
@@ -265,25 +265,25 @@ class NewFile:
     make_blocks: Callable[[], Iterator[Block]]
 
 
-def packed(moves: Iterable[Move], limit: int | None = None) -> Iterator[Block]:
+def pack_blocks(operations: Iterable[CopyOperation], limit: int | None = None) -> Iterator[Block]:
     """Moves in blocks of about `limit` bytes: neighbours are written at once, a larger move alone."""
-    held: list[Move] = []
+    held: list[CopyOperation] = []
     size = 0
-    for move in moves:
-        if held and size + move.size > (limit or blocks.BLOCK):
+    for operation in operations:
+        if held and size + operation.size > (limit or blocks.BLOCK):
             yield _block(held, size)
             held, size = [], 0
-        held.append(move)
-        size += move.size
+        held.append(operation)
+        size += operation.size
     if held:
         yield _block(held, size)
 
 
-def _block(moves: list[Move], size: int) -> Block:
-    def fill(files: Files, out: memoryview) -> None:
+def _block(operations: list[CopyOperation], size: int) -> Block:
+    def fill(files: OpenFiles, out: memoryview) -> None:
         position = 0
-        for move in moves:
-            move.fill(files, out[position : position + move.size])
-            position += move.size
+        for operation in operations:
+            operation.fill(files, out[position : position + operation.size])
+            position += operation.size
 
     return Block(size=size, fill=fill)

@@ -16,7 +16,7 @@ from typing import Any
 
 from shared.checkpoint.copy.engine import Advance, Task, write_files
 from shared.checkpoint.copy.journal import JOURNAL, Journal, plan_key
-from shared.checkpoint.copy.operations import NewFile
+from shared.checkpoint.copy.operations import FilePlan
 from shared.checkpoint.directory.manifest import (
     MANIFEST,
     FileEntry,
@@ -69,13 +69,13 @@ class Publication:
         """Hand in the hash of a file, computed while it was written, so that it is not read again."""
         self._hashes[name] = digest
 
-    def mine(self, files: Sequence[NewFile]) -> list[NewFile]:
+    def mine(self, files: Sequence[FilePlan]) -> list[FilePlan]:
         """Those of the directory's files that this process writes."""
         return list(files)
 
     def write(
         self,
-        files: Sequence[NewFile],
+        files: Sequence[FilePlan],
         *,
         workers: int,
         advance: Advance,
@@ -91,7 +91,7 @@ class Publication:
         """
         mine = self.mine(files)
         journal = Journal(self.path, f"{self.work} {plan_key(files)}")
-        if kept := journal.resumed():
+        if kept := journal.summary():
             log(kept)
         try:
             for folder in {(self.path / file.name).parent for file in mine}:
@@ -108,7 +108,7 @@ class Publication:
         paths = [path for path in files_below(self.path) if path != self.path / JOURNAL]
         return list_files(self.path, paths, self._hashes)
 
-    def seal(self, kind: Kind, same: str, parents: list[Parent]) -> None:
+    def finalize(self, kind: Kind, same: str, parents: list[Parent]) -> None:
         """Make the directory durable; the manifest last."""
         (self.path / JOURNAL).unlink(missing_ok=True)
         entries = self.entries()
@@ -171,7 +171,7 @@ def publish(
             held = lock(partial)
         out = Publication(partial, f"{same} {invocation().version}")
         yield out
-        out.seal(kind, same, parents)
+        out.finalize(kind, same, parents)
         put_in_place(partial, target)
     except (SystemExit, KeyboardInterrupt):
         if partial is not None and not resumable:

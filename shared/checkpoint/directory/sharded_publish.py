@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.checkpoint.copy.engine import Advance
-from shared.checkpoint.copy.journal import JOURNAL, began, plan_key
-from shared.checkpoint.copy.operations import NewFile
+from shared.checkpoint.copy.journal import JOURNAL, is_attempt_at, plan_key
+from shared.checkpoint.copy.operations import FilePlan
 from shared.checkpoint.directory.manifest import Inputs, Kind, Parent, identity, parents_of
 from shared.checkpoint.directory.publish import Checks, Publication, publish, put_in_place
 from shared.checkpoint.directory.target import PARTIAL, SHARDS, check_no_shards, check_overlap, check_target, lock
@@ -54,7 +54,7 @@ class Shard:
         return f"{self.index}-of-{self.count}"
 
 
-def deal(files: Sequence[NewFile], shard: Shard) -> list[NewFile]:
+def deal(files: Sequence[FilePlan], shard: Shard) -> list[FilePlan]:
     """The files of one shard: whole files, neighbours together, about as many bytes as every other."""
     total = sum(file.size for file in files)
     dealt, position = [], 0
@@ -143,11 +143,11 @@ class _ShardPublication(Publication):
         self.shard = shard
         self.plan = ""
 
-    def mine(self, files: Sequence[NewFile]) -> list[NewFile]:
+    def mine(self, files: Sequence[FilePlan]) -> list[FilePlan]:
         return deal(files, self.shard)
 
     def write(
-        self, files: Sequence[NewFile], *, workers: int, advance: Advance, checks: Checks = lambda sources: ()
+        self, files: Sequence[FilePlan], *, workers: int, advance: Advance, checks: Checks = lambda sources: ()
     ) -> None:
         self.plan = plan_key(files)
         super().write(files, workers=workers, advance=advance, checks=checks)
@@ -169,7 +169,7 @@ def _written(staging: Path, shard: Shard, work: _Work) -> Iterator[Publication]:
             raise UserError(
                 f"--shard {shard.index}/{shard.count}: another process is writing it; wait for it or stop it"
             )
-        if attempt is None and began(beside, work.same):
+        if attempt is None and is_attempt_at(beside, work.same):
             attempt, held = beside, descriptor
         else:
             remove_tree(beside)
@@ -212,11 +212,11 @@ class _GatheredPublication(Publication):
         super().__init__(path, work)
         self._staging, self._shard, self._records = staging, shard, records
 
-    def mine(self, files: Sequence[NewFile]) -> list[NewFile]:
+    def mine(self, files: Sequence[FilePlan]) -> list[FilePlan]:
         return []
 
     def write(
-        self, files: Sequence[NewFile], *, workers: int, advance: Advance, checks: Checks = lambda sources: ()
+        self, files: Sequence[FilePlan], *, workers: int, advance: Advance, checks: Checks = lambda sources: ()
     ) -> None:
         moves: list[tuple[Path, Path]] = []
         for index, record in self._records.items():
@@ -270,7 +270,7 @@ def _gathered(staging: Path, shard: Shard, work: _Work, target: Path, kind: Kind
         whole.mkdir(exist_ok=True)
         out = _GatheredPublication(whole, work.same, staging, shard, records)
         yield out
-        out.seal(kind, work.same, work.parents)
+        out.finalize(kind, work.same, work.parents)
         put_in_place(whole, target)
         remove_tree(staging)
     finally:

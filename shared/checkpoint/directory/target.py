@@ -6,7 +6,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from shared.checkpoint.copy.journal import began
+from shared.checkpoint.copy.journal import is_attempt_at
 from shared.checkpoint.directory.manifest import MANIFEST, Inputs, Manifest, read_manifest
 from shared.checkpoint.files import remove_tree
 from shared.console import log
@@ -67,7 +67,7 @@ def clear_leftovers(target: Path, keep: str | None = None) -> tuple[Path | None,
             if kept[1] is not None:
                 os.close(kept[1])
             raise UserError(f"--target {target}: another process is writing it ({beside.name}); wait for it or stop it")
-        if keep is not None and kept[0] is None and began(beside, keep):
+        if keep is not None and kept[0] is None and is_attempt_at(beside, keep):
             kept = beside, descriptor
             continue
         remove_tree(beside)

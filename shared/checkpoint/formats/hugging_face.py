@@ -11,8 +11,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoint.copy.blocks import Files, HashedFile
-from shared.checkpoint.copy.operations import Block, Constant, Move, NewFile, packed, stream, windows
+from shared.checkpoint.copy.blocks import HashedFile, OpenFiles
+from shared.checkpoint.copy.operations import Block, CopyOperation, FilePlan, WriteBytes, copy_rows, pack_blocks, stream
 from shared.checkpoint.directory.auxiliary_files import complete_hf, config_of
 from shared.checkpoint.formats.pytorch_bin import read_torch_weights
 from shared.checkpoint.formats.safetensors_file import (
@@ -27,8 +27,8 @@ from shared.checkpoint.formats.safetensors_file import (
 )
 from shared.errors import UserError
 from shared.mapping.layout import Shape
-from shared.quantized.scheme import Quantization, quantization_of
-from shared.quantized.stored_weight import Weight, check_written, weights_of
+from shared.quantized.scheme import QuantizationScheme, quantization_scheme
+from shared.quantized.stored_weight import Weight, assemble_weights, check_stored_shapes
 
 __all__ = ["HfReader", "Shard", "WeightLayout", "complete_hf", "config_of", "default_layout", "write_weights"]
 
@@ -78,10 +78,10 @@ class WeightLayout:
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error}); convert the model again") from None
 
-    def plain(self, form: Quantization | None) -> WeightLayout:
+    def plain(self, scheme: QuantizationScheme | None) -> WeightLayout:
         """The same shards with plain numbers in place of codes, and without the scales."""
-        weights = weights_of(form, self.tensors())
-        if not any(weight.packed for weight in weights.values()):
+        weights = assemble_weights(scheme, self.tensors())
+        if not any(weight.quantized for weight in weights.values()):
             return self
         by_name = {weight.stored[0].name: weight for weight in weights.values()}
         shards = []
@@ -121,17 +121,17 @@ class HfReader:
     tensor or shard that the index does not mention: such a directory has lost something.
     """
 
-    cut_columns = False  # whether parts of a row lie in several places
+    splits_columns = False  # whether parts of a row lie in several places
 
     def __init__(self, path: Path, flag: str = "--source") -> None:
         self.path = path
-        self.beside: tuple[Path, ...] = (path,)  # where the files lie that travel with the weights
+        self.auxiliary_directories: tuple[Path, ...] = (path,)  # where the files lie that travel with the weights
         self.config = config_of(path / "config.json")
         stored = stored_weights(path, flag)
         self.files = [shard.file for shard in stored.shards]
         self.tensors: dict[str, TensorInfo] = stored.tensors()
         self.layout = stored if all(shard.header.text for shard in stored.shards) else _as_safetensors(stored)
-        self._files = Files()
+        self._files = OpenFiles()
 
     def rows(self, name: str, first: int = 0, count: int | None = None) -> Iterator[memoryview]:
         """Bytes of `count` rows from row `first` on, in blocks of whole rows valid until the next is asked for."""
@@ -142,14 +142,14 @@ class HfReader:
     @cached_property
     def weights(self) -> dict[str, Weight]:
         """Raises UserError where they are stored in a form that is not read here."""
-        weights = weights_of(quantization_of(self.config), self.tensors)
-        check_written(weights, self._files)
+        weights = assemble_weights(quantization_scheme(self.config), self.tensors)
+        check_stored_shapes(weights, self._files)
         return weights
 
     def numbers(self, name: str) -> Iterator[memoryview]:
         """Bytes of a weight's plain numbers, in blocks valid until the next is asked for."""
-        matrix = self.weights[name].matrix()
-        return stream(windows(matrix, 0, matrix.rows), self._files)
+        view = self.weights[name].view()
+        return stream(copy_rows(view, 0, view.rows), self._files)
 
     @property
     def bytes(self) -> int:
@@ -260,9 +260,9 @@ def _index(shards: Iterable[Shard]) -> str:
 
 def weight_files(
     layout: WeightLayout,
-    moves: Callable[[TensorInfo], Iterable[Move]],
+    operations: Callable[[TensorInfo], Iterable[CopyOperation]],
     sources: Callable[[TensorInfo], Iterable[Path]],
-) -> list[NewFile]:
+) -> list[FilePlan]:
     """The shards as files to be.
 
     Args:
@@ -272,11 +272,11 @@ def weight_files(
     """
 
     def blocks(shard: Shard) -> Iterator[Block]:
-        pieces = (move for tensor in shard.header.tensors for move in moves(tensor))
-        return packed(chain([Constant(header_bytes(shard.header.text))], pieces))
+        pieces = (operation for tensor in shard.header.tensors for operation in operations(tensor))
+        return pack_blocks(chain([WriteBytes(header_bytes(shard.header.text))], pieces))
 
     return [
-        NewFile(
+        FilePlan(
             name=shard.file,
             size=len(header_bytes(shard.header.text)) + sum(tensor.size for tensor in shard.header.tensors),
             sources=frozenset(path for tensor in shard.header.tensors for path in sources(tensor)),

@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoint.copy.blocks import Files
+from shared.checkpoint.copy.blocks import OpenFiles
 from shared.checkpoint.formats.pytorch_bin import TorchFile
 from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.errors import UserError
@@ -56,7 +56,7 @@ def read_ranks(iteration: Path) -> Ranks:
         UserError: a rank is missing or of another iteration, or a file is damaged or asks for code.
     """
     read = {}
-    with Files() as files:
+    with OpenFiles() as files:
         for path in rank_files(iteration):
             read[path.parent.name] = (path, *_read(path, files))
     arguments = _arguments(next(iter(read.values()))[1])
@@ -86,7 +86,7 @@ def read_ranks(iteration: Path) -> Ranks:
     )
 
 
-def _read(path: Path, files: Files) -> tuple[Mapping[str, Any], tuple[Mapping[str, TensorInfo], ...]]:
+def _read(path: Path, files: OpenFiles) -> tuple[Mapping[str, Any], tuple[Mapping[str, TensorInfo], ...]]:
     file = TorchFile(path, training=True)
     state = file.content
     names = [name for name in state if re.fullmatch(r"model\d*", str(name))] if isinstance(state, Mapping) else []

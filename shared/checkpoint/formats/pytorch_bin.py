@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoint.copy.blocks import Files
+from shared.checkpoint.copy.blocks import OpenFiles
 from shared.checkpoint.formats.safetensors_file import Header, TensorInfo, tensor_bytes
 from shared.checkpoint.formats.torch_pickle import StorageType, read_pickle
 from shared.errors import UserError
@@ -66,7 +66,7 @@ class TorchFile:
                 raise UserError(f"{path} is damaged: {error}; fetch it again") from None
         self.content = read_pickle(pickled, path, training=training)
 
-    def tensor(self, name: str, value: Any, files: Files) -> TensorInfo:
+    def tensor(self, name: str, value: Any, files: OpenFiles) -> TensorInfo:
         """Where a tensor of the object lies; UserError if it is not a plain contiguous one."""
         path = self.path
         try:
@@ -100,6 +100,6 @@ def read_torch_weights(path: Path) -> Header:
     file = TorchFile(path)
     if not isinstance(file.content, Mapping):
         raise UserError(f"{path} holds no state dict, a mapping of names to tensors; save model.state_dict()")
-    with Files() as files:
+    with OpenFiles() as files:
         found = tuple(file.tensor(str(name), value, files) for name, value in file.content.items())
     return Header(text="", metadata=None, tensors=found)

@@ -17,8 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoint.copy.blocks import Files
-from shared.checkpoint.copy.byte_view import Box, Region
+from shared.checkpoint.copy.blocks import OpenFiles
+from shared.checkpoint.copy.byte_view import Extent, ExtentView
 from shared.checkpoint.formats.hugging_face import HfReader, default_layout
 from shared.checkpoint.formats.pytorch_bin import TorchFile
 from shared.checkpoint.formats.safetensors_file import TensorInfo
@@ -39,7 +39,7 @@ class Joined:
     """A tensor of the whole model."""
 
     tensor: TensorInfo  # its file and start are the first rank's part's
-    region: Region
+    view: ExtentView
 
 
 def rank_states(directory: Path) -> list[Path]:
@@ -86,7 +86,7 @@ def _read(path: Path) -> dict[str, TensorInfo]:
     module = file.content.get("module") if isinstance(file.content, Mapping) else None
     if not isinstance(module, Mapping) or not module:
         raise UserError(f"{path} has no tensors under `module`: it is no checkpoint of SwissArmyTransformer")
-    with Files() as files:
+    with OpenFiles() as files:
         tensors = {str(name): file.tensor(str(name), value, files) for name, value in module.items()}
     for name, tensor in tensors.items():
         if tensor.dtype in ("I8", "U8"):
@@ -112,23 +112,23 @@ def _joined(parts: Sequence[TensorInfo]) -> Joined:
         shape = (rows, shape[1] * count)
     else:
         parts = parts[:1]
-    boxes = tuple(box for rank, part in enumerate(parts) for box in _boxes(part, rank, count, rows, width))
+    extents = tuple(extent for rank, part in enumerate(parts) for extent in _extents(part, rank, count, rows, width))
     tensor = replace(first, shape=shape, size=first.size * len(parts))
-    region = Region(name=name, rows=shape[0] if shape else 1, width=tensor.row_bytes, boxes=boxes)
-    return Joined(tensor=tensor, region=region)
+    view = ExtentView(name=name, rows=shape[0] if shape else 1, width=tensor.row_bytes, extents=extents)
+    return Joined(tensor=tensor, view=view)
 
 
-def _boxes(part: TensorInfo, rank: int, count: int, rows: int, width: int) -> Iterator[Box]:
+def _extents(part: TensorInfo, rank: int, count: int, rows: int, width: int) -> Iterator[Extent]:
     """Where a rank's rows belong in the whole."""
     if part.name.endswith(_HALVES):
         half = rows // 2
         for place in range(2):
             start = part.start + place * half * width
-            yield Box(file=part.file, start=start, row=(place * count + rank) * half, rows=half, left=0, width=width)
+            yield Extent(file=part.file, start=start, row=(place * count + rank) * half, rows=half, left=0, width=width)
     elif part.name.endswith(_COLUMNS):
-        yield Box(file=part.file, start=part.start, row=0, rows=rows, left=rank * width, width=width)
+        yield Extent(file=part.file, start=part.start, row=0, rows=rows, left=rank * width, width=width)
     else:
-        yield Box(file=part.file, start=part.start, row=rank * rows, rows=rows, left=0, width=width)
+        yield Extent(file=part.file, start=part.start, row=rank * rows, rows=rows, left=0, width=width)
 
 
 class SatReader(HfReader):
@@ -141,27 +141,27 @@ class SatReader(HfReader):
         beside: where else the files lie that travel with the weights.
     """
 
-    cut_columns = True
+    splits_columns = True
 
     def __init__(self, path: Path, joined: Mapping[str, Joined], config: dict[str, Any], beside: Path | None) -> None:
         self.path, self.config = path, config
-        self.beside = (path, beside) if beside else (path,)
+        self.auxiliary_directories = (path, beside) if beside else (path,)
         self._joined = joined
         self.tensors = {name: tensor.tensor for name, tensor in joined.items()}
         self.layout = default_layout([(t.name, t.dtype, t.shape) for t in self.tensors.values()])
-        boxes = (box for tensor in joined.values() for box in tensor.region.boxes)
-        self.files = sorted({box.file.relative_to(path).as_posix() for box in boxes})
-        self._files = Files()
+        extents = (extent for tensor in joined.values() for extent in tensor.view.extents)
+        self.files = sorted({extent.file.relative_to(path).as_posix() for extent in extents})
+        self._files = OpenFiles()
 
     def rows(self, name: str, first: int = 0, count: int | None = None) -> Iterator[memoryview]:
         """As `HfReader.rows`."""
-        region = self._joined[name].region
-        yield from region.blocks(self._files, first, region.rows if count is None else count)
+        view = self._joined[name].view
+        yield from view.blocks(self._files, first, view.rows if count is None else count)
 
     @cached_property
     def weights(self) -> dict[str, Weight]:
         """As `HfReader.weights`; quantised ones were refused."""
-        return {name: Weight(tensor=held.tensor, joined=held.region) for name, held in self._joined.items()}
+        return {name: Weight(tensor=held.tensor, joined=held.view) for name, held in self._joined.items()}
 
 
 def head_dims(joined: Mapping[str, Joined]) -> set[int]:

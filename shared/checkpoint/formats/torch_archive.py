@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoint.copy.blocks import Files
+from shared.checkpoint.copy.blocks import OpenFiles
 from shared.checkpoint.dtypes import BY_STORAGE, Dtype
 from shared.checkpoint.formats.torch_pickle import Call, Name, Persistent, StorageType, read_pickle, write_pickle
 from shared.errors import UserError
@@ -131,7 +131,7 @@ class StoredTensor:
 class _Slice(io.RawIOBase):
     """A range of a file as a file, for zipfile."""
 
-    def __init__(self, files: Files, path: Path, start: int, size: int) -> None:
+    def __init__(self, files: OpenFiles, path: Path, start: int, size: int) -> None:
         self._files, self._path, self._start, self._size, self._at = files, path, start, size, 0
 
     def readable(self) -> bool:
@@ -155,7 +155,7 @@ class _Slice(io.RawIOBase):
         return data
 
 
-def find_tensor(files: Files, path: Path, start: int, size: int) -> StoredTensor:
+def find_tensor(files: OpenFiles, path: Path, start: int, size: int) -> StoredTensor:
     """Where the data of a tensor's archive lies; UserError if it is not a plain contiguous tensor."""
     try:
         with zipfile.ZipFile(_Slice(files, path, start, size)) as archive:

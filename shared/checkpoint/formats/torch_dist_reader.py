@@ -15,8 +15,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoint.copy.blocks import Files
-from shared.checkpoint.copy.byte_view import Box, Region
+from shared.checkpoint.copy.blocks import OpenFiles
+from shared.checkpoint.copy.byte_view import Extent, ExtentView
 from shared.checkpoint.dtypes import BY_NAME, Dtype
 from shared.checkpoint.formats.torch_archive import MAX_DATA, StoredTensor, find_tensor, tensor_archive
 from shared.checkpoint.formats.torch_pickle import read_pickle
@@ -66,7 +66,7 @@ class TorchDistReader:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._files = Files()
+        self._files = OpenFiles()
         self._indexed: dict[tuple[str, int], dict[Shape, list[Chunk]]] = {}
         path = directory / ".metadata"
         if not path.is_file():
@@ -124,13 +124,13 @@ class TorchDistReader:
             for place in range(first, first + count):
                 yield from self.rows(key, (*index, place), 0, self.tensors[key].shape[len(index) + 1])
             return
-        yield from self.region(key, index).blocks(self._files, first, count)
+        yield from self.view(key, index).blocks(self._files, first, count)
 
-    def region(self, key: str, index: Shape) -> Region:
+    def view(self, key: str, index: Shape) -> ExtentView:
         """Where the rows of `tensor[index]` lie."""
         tensor, axis = self.tensors[key], len(index)
         rest, size = tensor.shape[axis + 1 :], tensor.dtype.size
-        boxes = []
+        extents = []
         for chunk in self._at(tensor, index):
             if chunk.sizes[axis + 2 :] != tensor.shape[axis + 2 :]:
                 raise UserError(f"{tensor.place}: {key} is cut up in a way that is not supported")
@@ -139,12 +139,12 @@ class TorchDistReader:
             row, rows = chunk.offsets[axis], chunk.sizes[axis]
             width = columns * inner
             start = self._data(tensor, chunk) + _inside(chunk, index) * rows * width
-            boxes.append(Box(file=chunk.file, start=start, row=row, rows=rows, left=left * inner, width=width))
-        boxes.sort(key=lambda box: (box.row, box.left))
-        return Region(name=key, rows=tensor.shape[axis], width=prod(rest) * size, boxes=tuple(boxes))
+            extents.append(Extent(file=chunk.file, start=start, row=row, rows=rows, left=left * inner, width=width))
+        extents.sort(key=lambda extent: (extent.row, extent.left))
+        return ExtentView(name=key, rows=tensor.shape[axis], width=prod(rest) * size, extents=tuple(extents))
 
     @property
-    def cut_columns(self) -> bool:
+    def splits_columns(self) -> bool:
         """Whether a chunk of any tensor has less than whole rows."""
         return any(
             chunk.sizes[-1] != tensor.shape[-1]

@@ -16,8 +16,8 @@ from typing import Any
 from isal.isal_zlib import crc32  # zlib's own is an order of magnitude slower, and would cost as much as the copy
 
 from shared.checkpoint.copy import blocks
-from shared.checkpoint.copy.blocks import Files
-from shared.checkpoint.copy.operations import Block, Constant, Move, NewFile, packed
+from shared.checkpoint.copy.blocks import OpenFiles
+from shared.checkpoint.copy.operations import Block, CopyOperation, FilePlan, WriteBytes, pack_blocks
 from shared.checkpoint.dtypes import Dtype
 from shared.checkpoint.formats.torch_archive import object_archive, tensor_archive
 from shared.checkpoint.formats.torch_pickle import Call, Instance, Name, Pairs, write_pickle_to
@@ -54,7 +54,7 @@ class _Stored:
     offsets: Shape | None
     sizes: Shape
     size: int  # bytes of the archive
-    moves: Callable[[], Iterable[Move]]
+    operations: Callable[[], Iterable[CopyOperation]]
     sources: frozenset[Path]
 
 
@@ -76,7 +76,7 @@ class TorchDistLayout:
         key: str,
         offsets: Shape,
         sizes: Shape,
-        moves: Callable[[], Iterable[Move]],
+        operations: Callable[[], Iterable[CopyOperation]],
         sources: Iterable[Path] = (),
     ) -> None:
         """One box of a declared tensor.
@@ -92,23 +92,23 @@ class TorchDistLayout:
         tensor.chunks.append((offsets, sizes))
         size = tensor_archive(tensor.dtype, sizes).size
         self._stored.append(
-            _Stored(key=key, offsets=offsets, sizes=sizes, size=size, moves=moves, sources=frozenset(sources))
+            _Stored(key=key, offsets=offsets, sizes=sizes, size=size, operations=operations, sources=frozenset(sources))
         )
 
     def put_objects(self, keys: Iterable[str], value: Any) -> None:
         """The same plain value under each of the keys."""
-        moves = [Constant(object_archive(value))]
-        size, sources = moves[0].size, frozenset[Path]()
+        operations = [WriteBytes(object_archive(value))]
+        size, sources = operations[0].size, frozenset[Path]()
         for key in keys:
             self._objects.append(key)
             self._stored.append(
-                _Stored(key=key, offsets=None, sizes=(), size=size, moves=lambda: moves, sources=sources)
+                _Stored(key=key, offsets=None, sizes=(), size=size, operations=lambda: operations, sources=sources)
             )
 
-    def files(self) -> list[NewFile]:
+    def files(self) -> list[FilePlan]:
         """The data files; they do not depend on who writes them."""
         return [
-            NewFile(
+            FilePlan(
                 name=name,
                 size=sum(stored.size for stored in held),
                 sources=frozenset().union(*(stored.sources for stored in held)),
@@ -139,34 +139,34 @@ class TorchDistLayout:
 
     def _blocks(self, held: list[_Stored]) -> Iterator[Block]:
         """Small archives several at once, large ones in several blocks."""
-        small: list[Move] = []
+        small: list[CopyOperation] = []
         for stored in held:
             if stored.offsets is None or stored.size <= blocks.BLOCK:
                 small.append(self._archive(stored))
                 continue
-            yield from packed(small)
+            yield from pack_blocks(small)
             small = []
             yield from self._large(stored)
-        yield from packed(small)
+        yield from pack_blocks(small)
 
-    def _archive(self, stored: _Stored) -> Move:
+    def _archive(self, stored: _Stored) -> CopyOperation:
         if stored.offsets is None:
-            (move,) = stored.moves()
-            return move
+            (operation,) = stored.operations()
+            return operation
         return _Archive(size=stored.size, dtype=self._tensors[stored.key].dtype, stored=stored)
 
     def _large(self, stored: _Stored) -> Iterator[Block]:
         archive = tensor_archive(self._tensors[stored.key].dtype, stored.sizes)
         suffix = len(archive.suffix(0))
-        yield from packed([Constant(archive.prefix)])
+        yield from pack_blocks([WriteBytes(archive.prefix)])
         crc = _Crc()
-        for block in packed(stored.moves()):
-            yield Block(size=block.size, fill=block.fill, seal=crc.update, whole=False)
+        for block in pack_blocks(stored.operations()):
+            yield Block(size=block.size, fill=block.fill, finalize=crc.update, resumable=False)
 
-        def seal(out: memoryview) -> None:
+        def finalize(out: memoryview) -> None:
             out[:] = archive.suffix(crc.value)
 
-        yield Block(size=suffix, fill=lambda files, out: None, seal=seal)
+        yield Block(size=suffix, fill=lambda files, out: None, finalize=finalize)
 
     def _metadata(self) -> Instance:
         state = {
@@ -228,13 +228,13 @@ class _Archive:
     dtype: Dtype
     stored: _Stored
 
-    def fill(self, files: Files, out: memoryview) -> None:
+    def fill(self, files: OpenFiles, out: memoryview) -> None:
         archive = tensor_archive(self.dtype, self.stored.sizes)
         start = position = len(archive.prefix)
         out[:start] = archive.prefix
-        for move in self.stored.moves():
-            move.fill(files, out[position : position + move.size])
-            position += move.size
+        for operation in self.stored.operations():
+            operation.fill(files, out[position : position + operation.size])
+            position += operation.size
         assert position - start == archive.data_size, f"{self.stored.key}: {position - start} bytes"
         out[position:] = archive.suffix(crc32(out[start:position]))
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
-from shared.checkpoint.copy.blocks import Files
-from shared.checkpoint.copy.byte_view import Region, region_of
+from shared.checkpoint.copy.blocks import OpenFiles
+from shared.checkpoint.copy.byte_view import ExtentView, view_of
 from shared.checkpoint.dtypes import Dtype, weight_dtype
 from shared.checkpoint.formats.hugging_face import stored_weights
 from shared.checkpoint.formats.safetensors_file import TensorInfo
@@ -46,11 +46,11 @@ class TeTensor:
 class TeReader:
     """The parameters of a directory of kind te; UserError for a file that is missing or damaged."""
 
-    cut_columns = False
+    splits_columns = False
 
     def __init__(self, directory: Path, flag: str = "--source") -> None:
         self.directory = directory
-        self._files = Files()
+        self._files = OpenFiles()
         self.tensors: dict[str, TeTensor] = {}
         self.other: dict[str, str] = {}  # states beside the parameters, with their types
         for name, tensor in stored_weights(directory, flag).tensors().items():
@@ -65,16 +65,16 @@ class TeReader:
 
         A block is valid until the next one is asked for.
         """
-        yield from self.region(key, index).blocks(self._files, first, count)
+        yield from self.view(key, index).blocks(self._files, first, count)
 
-    def region(self, key: str, index: Shape) -> Region:
+    def view(self, key: str, index: Shape) -> ExtentView:
         """Where the rows of `tensor[index]` lie."""
         stored = self.tensors[key].stored
         sizes, shape, place = stored.shape[: len(index)], stored.shape[len(index) :], 0
         for at, size in zip(index, sizes, strict=True):
             place = place * size + at
         size = stored.size // prod(sizes)
-        return region_of(replace(stored, shape=shape, start=stored.start + place * size, size=size))
+        return view_of(replace(stored, shape=shape, start=stored.start + place * size, size=size))
 
     def files_of(self, key: str, index: Shape) -> frozenset[Path]:
         """The file that holds a tensor."""

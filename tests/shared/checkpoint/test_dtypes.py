@@ -16,7 +16,7 @@ from shared.checkpoint.dtypes import (
     cast,
     common,
     count_not_finite,
-    unit,
+    normalize_row,
     weight_dtype,
 )
 from shared.errors import UserError
@@ -115,7 +115,7 @@ def test_rows_of_unit_length_are_torch_s_of_float64(source: Dtype, target: Dtype
     rows = torch.randn(40, 300, generator=torch.Generator().manual_seed(0)).to(TORCH[source])
     rows[3], rows[4, 5], rows[6, 7] = 0, torch.nan, torch.inf
     for row in rows:
-        made = unit(memoryview(row.view(torch.uint8).numpy()), source, target)
+        made = normalize_row(memoryview(row.view(torch.uint8).numpy()), source, target)
         wanted = torch.nn.functional.normalize(row.double(), dim=0).to(TORCH[target])
         found = torch.frombuffer(bytearray(made), dtype=TORCH[target])
         assert torch.equal(found.nan_to_num(nan=7), wanted.nan_to_num(nan=7))

@@ -18,8 +18,8 @@ from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.errors import UserError
 from shared.families import registry
 from shared.mapping.account import account_sources
-from shared.quantized.scheme import quantization_of
-from shared.quantized.stored_weight import weights_of
+from shared.quantized.scheme import quantization_scheme
+from shared.quantized.stored_weight import assemble_weights
 
 REFERENCES = Path(__file__).parents[2] / "references"
 
@@ -364,7 +364,7 @@ def test_every_tensor_of_a_model_published_in_mxfp4_is_accounted_for(name: str, 
         for tensor, (dtype, shape) in stored.items()
     }
     architecture = registry.from_config(config)
-    weights = weights_of(quantization_of(config), infos)
+    weights = assemble_weights(quantization_scheme(config), infos)
     account_sources(registry.table_of(architecture), weights, name)
     assert sum(math.prod(weight.shape) for weight in weights.values()) == architecture.parameter_count()
 
@@ -386,6 +386,6 @@ def test_every_tensor_of_a_model_published_in_int4_is_accounted_for() -> None:
             for name, (dtype, shape) in stored.items():
                 infos[name] = TensorInfo(name=name, dtype=dtype, shape=shape, file=Path("header"), start=0, size=0)
     assert sum(name.endswith("_packed") for name in infos) == 60 * 384 * 3
-    weights = weights_of(quantization_of(config), infos)
+    weights = assemble_weights(quantization_scheme(config), infos)
     account_sources(registry.table_of(architecture), weights, "Kimi-K2-Thinking")
     assert sum(math.prod(weight.shape) for weight in weights.values()) == architecture.parameter_count()

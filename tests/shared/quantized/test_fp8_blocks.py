@@ -14,20 +14,22 @@ NAN = (0x7F, 0xFF)
 
 
 def decoded(codes: np.ndarray, scale: np.float32) -> np.ndarray:
-    return to_float32(memoryview(fp8.products(scale)), BF16)[codes]
+    return to_float32(memoryview(fp8.product_table(scale)), BF16)[codes]
 
 
 def test_numbers_are_torchs() -> None:
     theirs = CODES.view(torch.float8_e4m3fn).float().numpy()
     finite = [code for code in range(256) if code not in NAN]
-    assert np.array_equal(fp8.numbers().view(np.uint32)[finite], theirs.view(np.uint32)[finite])
-    assert np.isnan(fp8.numbers()[list(NAN)]).all()
+    assert np.array_equal(fp8.code_values().view(np.uint32)[finite], theirs.view(np.uint32)[finite])
+    assert np.isnan(fp8.code_values()[list(NAN)]).all()
 
 
 def test_codes_are_torchs() -> None:
     generator = np.random.default_rng(0)
     values = generator.standard_normal(1 << 18).astype(np.float32) * np.exp(generator.uniform(-9, 6, 1 << 18))
-    edges = np.concatenate([(fp8.numbers()[:126] + fp8.numbers()[1:127]) / 2, fp8.numbers()[:127]])  # ties, and exact
+    edges = np.concatenate(
+        [(fp8.code_values()[:126] + fp8.code_values()[1:127]) / 2, fp8.code_values()[:127]]
+    )  # ties, and exact
     near = np.concatenate([edges, np.nextafter(edges, np.float32(1e9)), np.nextafter(edges, np.float32(-1e9))])
     values = np.concatenate([values, near, -near]).astype(np.float32).clip(-448, 448)
     theirs = torch.from_numpy(values).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
@@ -48,8 +50,8 @@ def test_products_are_those_of_an_fp32_product_rounded_once() -> None:
     exact = CODES.view(torch.float8_e4m3fn).float() * torch.from_numpy(some)[:, None]
     theirs = exact.bfloat16().view(torch.int16).numpy().view(np.uint16)
     finite = [code for code in range(256) if code not in NAN]
-    assert np.array_equal(fp8.products(some)[:, finite], theirs[:, finite])
-    assert np.isnan(to_float32(memoryview(fp8.products(some)), BF16).reshape(-1, 256)[:, list(NAN)]).all()
+    assert np.array_equal(fp8.product_table(some)[:, finite], theirs[:, finite])
+    assert np.isnan(to_float32(memoryview(fp8.product_table(some)), BF16).reshape(-1, 256)[:, list(NAN)]).all()
 
 
 def test_every_code_comes_back_whatever_the_scale() -> None:
@@ -119,7 +121,7 @@ def test_numbers_with_such_scales_are_exact() -> None:
         CODES.view(torch.float8_e4m3fn).double()
         * torch.from_numpy(exponents).view(torch.float8_e8m0fnu).double()[:, None]
     )
-    ours = to_float32(memoryview(fp8.products(some)), BF16).reshape(-1, 256).astype(np.float64)
+    ours = to_float32(memoryview(fp8.product_table(some)), BF16).reshape(-1, 256).astype(np.float64)
     assert np.array_equal(ours, exact.numpy(), equal_nan=True)
 
 

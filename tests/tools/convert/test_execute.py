@@ -149,11 +149,11 @@ shared.checkpoint.copy.blocks.BLOCK = 1000
 shared.checkpoint.copy.journal._EVERY = 3000
 shared.checkpoint.formats.torch_dist_writer._SMALLEST = 40_000
 tools.convert.transfer.CHUNK_BYTES = 7000
-put = shared.checkpoint.copy.engine._Output._put
+put = shared.checkpoint.copy.engine._FileWriter._put
 def slowly(*arguments):  # or all would be written before the one who watches has looked
     time.sleep(0.001)
     put(*arguments)
-shared.checkpoint.copy.engine._Output._put = slowly
+shared.checkpoint.copy.engine._FileWriter._put = slowly
 print("begun", flush=True)
 tool.run(sys.argv[1:])
 """

@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.checkpoint.copy.blocks import Files
+from shared.checkpoint.copy.blocks import OpenFiles
 from shared.checkpoint.copy.engine import write_files
-from shared.checkpoint.copy.operations import Block, Constant, NewFile, packed
+from shared.checkpoint.copy.operations import Block, FilePlan, WriteBytes, pack_blocks
 from shared.checkpoint.files import hash_file
 
 CONTENT = {f"f{n}": np.random.default_rng(n).bytes(n * 1000 + 7) for n in range(5)}
 
 
-def new_file(name: str, content: bytes, step: int = 64) -> NewFile:
-    pieces = [Constant(content[start : start + step]) for start in range(0, len(content), step)]
-    return NewFile(name=name, size=len(content), sources=frozenset(), make_blocks=lambda: packed(pieces, step))
+def new_file(name: str, content: bytes, step: int = 64) -> FilePlan:
+    pieces = [WriteBytes(content[start : start + step]) for start in range(0, len(content), step)]
+    return FilePlan(name=name, size=len(content), sources=frozenset(), make_blocks=lambda: pack_blocks(pieces, step))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 7])
@@ -39,18 +39,18 @@ def test_blocks_of_one_file_are_made_at_the_same_time_and_sealed_in_order(tmp_pa
     def blocks() -> Iterator[Block]:
         for number in range(9):
 
-            def fill(files: Files, out: memoryview, number: int = number) -> None:
+            def fill(files: OpenFiles, out: memoryview, number: int = number) -> None:
                 together.wait()  # passes only when three threads are in it
                 time.sleep((3 - number % 3) / 100)  # the last of them first
                 out[:] = bytes([number])
 
-            def seal(out: memoryview) -> None:
+            def finalize(out: memoryview) -> None:
                 seen.append(out[0])
                 out[:] = bytes([10 * out[0] + next(order)])
 
-            yield Block(size=1, fill=fill, seal=seal, whole=False)
+            yield Block(size=1, fill=fill, finalize=finalize, resumable=False)
 
-    file = NewFile(name="f", size=9, sources=frozenset(), make_blocks=blocks)
+    file = FilePlan(name="f", size=9, sources=frozenset(), make_blocks=blocks)
     write_files(tmp_path, [file], workers=3)
     assert seen == list(range(9))
     assert (tmp_path / "f").read_bytes() == bytes(11 * number for number in range(9))
@@ -63,14 +63,14 @@ def test_the_first_failure_stops_all_and_is_raised(tmp_path: Path, workers: int)
     def blocks() -> Iterator[Block]:
         for number in range(10_000):
 
-            def fill(files: Files, out: memoryview, number: int = number) -> None:
+            def fill(files: OpenFiles, out: memoryview, number: int = number) -> None:
                 made.append(number)
                 if number == 20:
                     raise ZeroDivisionError
 
             yield Block(size=1, fill=fill)
 
-    file = NewFile(name="f", size=10_000, sources=frozenset(), make_blocks=blocks)
+    file = FilePlan(name="f", size=10_000, sources=frozenset(), make_blocks=blocks)
     with pytest.raises(ZeroDivisionError):
         write_files(tmp_path, [file, new_file("g", bytes(100_000))], workers=workers)
     assert len(made) < 100
@@ -90,7 +90,7 @@ def test_tasks_are_done_by_the_time_it_returns(tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_size_than_planned_is_a_defect(tmp_path: Path) -> None:
-    file = NewFile(name="f", size=3, sources=frozenset(), make_blocks=lambda: packed([Constant(b"xx")]))
+    file = FilePlan(name="f", size=3, sources=frozenset(), make_blocks=lambda: pack_blocks([WriteBytes(b"xx")]))
     with pytest.raises(AssertionError, match="2 bytes instead of 3"):
         write_files(tmp_path, [file], workers=1)
 

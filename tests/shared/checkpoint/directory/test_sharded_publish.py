@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.checkpoint.copy.operations import Constant, NewFile, packed
+from shared.checkpoint.copy.operations import FilePlan, WriteBytes, pack_blocks
 from shared.checkpoint.directory.open import open_checkpoint
 from shared.checkpoint.directory.sharded_publish import Shard, deal, published
 from shared.errors import AlreadyDone, UserError
@@ -20,9 +20,14 @@ CONTENT = {f"sub/f{n}.safetensors": np.random.default_rng(n).bytes(1000 + n) for
 Write = Callable[..., Path]
 
 
-def files(content: dict[str, bytes] | None = None) -> list[NewFile]:
+def files(content: dict[str, bytes] | None = None) -> list[FilePlan]:
     return [
-        NewFile(name=name, size=len(data), sources=frozenset(), make_blocks=lambda data=data: packed([Constant(data)]))
+        FilePlan(
+            name=name,
+            size=len(data),
+            sources=frozenset(),
+            make_blocks=lambda data=data: pack_blocks([WriteBytes(data)]),
+        )
         for name, data in (content or CONTENT).items()
     ]
 

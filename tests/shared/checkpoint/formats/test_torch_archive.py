@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.checkpoint.copy.blocks import Files
+from shared.checkpoint.copy.blocks import OpenFiles
 from shared.checkpoint.dtypes import BF16, BY_NAME, Dtype
 from shared.checkpoint.formats.torch_archive import find_tensor, object_archive, tensor_archive
 from shared.errors import UserError
@@ -45,7 +45,7 @@ def saved(path: Path, value: object, before: bytes = b"before", after: bytes = b
 def test_torch_s_archives_are_found_inside_a_file(tmp_path: Path) -> None:
     tensor = torch.randn(7, 5).to(torch.bfloat16)
     start, size = saved(tmp_path / "f", tensor)
-    with Files() as files:
+    with OpenFiles() as files:
         found = find_tensor(files, tmp_path / "f", start, size)
         data = files.read(tmp_path / "f", found.start, 70)
     assert (found.dtype, found.shape) == (BF16, (7, 5))
@@ -55,7 +55,7 @@ def test_torch_s_archives_are_found_inside_a_file(tmp_path: Path) -> None:
 def test_part_of_a_larger_storage(tmp_path: Path) -> None:
     whole = torch.arange(20, dtype=torch.float32).reshape(5, 4)
     start, size = saved(tmp_path / "f", whole[2:4])
-    with Files() as files:
+    with OpenFiles() as files:
         found = find_tensor(files, tmp_path / "f", start, size)
         data = files.read(tmp_path / "f", found.start, 32)
     assert data == whole[2:4].numpy().tobytes()
@@ -71,11 +71,11 @@ def test_part_of_a_larger_storage(tmp_path: Path) -> None:
 )
 def test_what_is_no_plain_tensor(tmp_path: Path, value: object, message: str) -> None:
     start, size = saved(tmp_path / "f", value)
-    with Files() as files, pytest.raises(UserError, match=message):
+    with OpenFiles() as files, pytest.raises(UserError, match=message):
         find_tensor(files, tmp_path / "f", start, size)
 
 
 def test_damage(tmp_path: Path) -> None:
     start, size = saved(tmp_path / "f", torch.zeros(4))
-    with Files() as files, pytest.raises(UserError, match="no tensor at byte"):
+    with OpenFiles() as files, pytest.raises(UserError, match="no tensor at byte"):
         find_tensor(files, tmp_path / "f", start + 1, size - 30)

@@ -11,29 +11,31 @@ import numpy as np
 import pytest
 
 from shared.checkpoint.copy.engine import write_files
-from shared.checkpoint.copy.operations import Constant
+from shared.checkpoint.copy.operations import WriteBytes
 from shared.checkpoint.dtypes import FP32
 from shared.checkpoint.formats.torch_dist_reader import TorchDistReader
 from shared.checkpoint.formats.torch_dist_writer import TorchDistLayout
 from shared.errors import UserError
 
 WHOLE = np.arange(2 * 12 * 6, dtype=np.float32).reshape(2, 12, 6)
-Box = tuple[tuple[int, ...], tuple[int, ...]]
+Chunk = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def boxes(*cuts: list[int]) -> list[Box]:
+def chunks_at(*cuts: list[int]) -> list[Chunk]:
     """Every box of a grid cut at these edges."""
     ranges = [list(pairwise(edges)) for edges in cuts]
-    return [(tuple(start for start, _ in box), tuple(stop - start for start, stop in box)) for box in product(*ranges)]
+    return [
+        (tuple(start for start, _ in chunk), tuple(stop - start for start, stop in chunk)) for chunk in product(*ranges)
+    ]
 
 
-def write(folder: Path, chunks: list[Box], key: str = "w") -> Path:
+def write(folder: Path, chunks: list[Chunk], key: str = "w") -> Path:
     folder.mkdir()
     layout = TorchDistLayout()
     layout.declare(key, FP32, WHOLE.shape)
     for offsets, sizes in chunks:
         part = WHOLE[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))]
-        layout.chunk(key, offsets, sizes, partial(list, [Constant(part.tobytes())]))
+        layout.chunk(key, offsets, sizes, partial(list, [WriteBytes(part.tobytes())]))
     layout.put_objects(["w._extra_state/shard_0_1"], [None])
     layout.finish(folder, {"iteration": 3})
     write_files(folder, layout.files(), workers=1)
@@ -41,14 +43,14 @@ def write(folder: Path, chunks: list[Box], key: str = "w") -> Path:
 
 
 CHUNKINGS = {
-    "one": boxes([0, 2], [0, 12], [0, 6]),
-    "layers": boxes([0, 1, 2], [0, 12], [0, 6]),
-    "rows": boxes([0, 1, 2], [0, 3, 12], [0, 6]),
-    "columns": boxes([0, 1, 2], [0, 12], [0, 2, 6]),
-    "columns over layers": boxes([0, 2], [0, 12], [0, 3, 6]),
-    "grid": boxes([0, 1, 2], [0, 5, 7, 12], [0, 1, 6]),
-    "mixed": [*boxes([0, 1], [0, 12], [0, 3, 6]), *boxes([1, 2], [0, 4, 12], [0, 6])],
-    "backwards": boxes([0, 1, 2], [0, 3, 12], [0, 2, 6])[::-1],
+    "one": chunks_at([0, 2], [0, 12], [0, 6]),
+    "layers": chunks_at([0, 1, 2], [0, 12], [0, 6]),
+    "rows": chunks_at([0, 1, 2], [0, 3, 12], [0, 6]),
+    "columns": chunks_at([0, 1, 2], [0, 12], [0, 2, 6]),
+    "columns over layers": chunks_at([0, 2], [0, 12], [0, 3, 6]),
+    "grid": chunks_at([0, 1, 2], [0, 5, 7, 12], [0, 1, 6]),
+    "mixed": [*chunks_at([0, 1], [0, 12], [0, 3, 6]), *chunks_at([1, 2], [0, 4, 12], [0, 6])],
+    "backwards": chunks_at([0, 1, 2], [0, 3, 12], [0, 2, 6])[::-1],
 }
 
 
