@@ -6,7 +6,7 @@ do not compute is `shared.model.support`'s to say.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -161,6 +161,43 @@ class Architecture(FlatView):
         changed = {kind: change(kind) for kind in self.kinds}
         mtp = replace(self.mtp, layer=change(self.mtp.layer)) if self.mtp else None
         return replace(self, layers=tuple(changed[layer] for layer in self.layers), mtp=mtp)
+
+    def with_values(
+        self,
+        *,
+        attention: Mapping[str, Any] | None = None,
+        rotary: Mapping[str, Any] | None = None,
+        delta_net: Mapping[str, Any] | None = None,
+        mlp: Mapping[str, Any] | None = None,
+        moe: Mapping[str, Any] | None = None,
+        norm: Mapping[str, Any] | None = None,
+        residual: Mapping[str, Any] | None = None,
+        layer: Mapping[str, Any] | None = None,
+        embedding: Mapping[str, Any] | None = None,
+        head: Mapping[str, Any] | None = None,
+        **fields: Any,
+    ) -> Architecture:
+        """The same model with these fields of its values replaced: of every layer, the one within MTP too, that has such a
+        value, `norm` also of the norms around the layers; `fields` are the Architecture's own.
+        """
+
+        def of_layer(one: Layer) -> Layer:
+            mixer, feed_forward = one.mixer, one.mlp
+            if isinstance(mixer, GatedDeltaNet):
+                mixer = replace(mixer, **delta_net or {})
+            else:
+                if rotary and mixer.rotary:
+                    mixer = replace(mixer, rotary=replace(mixer.rotary, **rotary))
+                mixer = replace(mixer, **attention or {})
+            feed_forward = replace(feed_forward, **(moe if isinstance(feed_forward, MoE) else mlp) or {})
+            parts = {"norm": replace(one.norm, **norm or {}), "residual": replace(one.residual, **residual or {})}
+            return replace(one, mixer=mixer, mlp=feed_forward, **parts, **layer or {})
+
+        around = {}
+        for name, end, given in (("embedding", self.embedding, embedding), ("head", self.head, head)):
+            own = {"norm": replace(end.norm, **norm or {})} if end.norm else {}
+            around[name] = replace(end, **own | dict(given or {}))
+        return replace(self.with_layers(of_layer), **around, **fields)
 
     def parameter_count(self, *, active: bool = False) -> int:
         """Number of weights, without vocabulary padding, MTP layers and vision tower.

@@ -100,7 +100,7 @@ def _modules(described: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _own_names(a: Architecture) -> dict[str, str]:
-    qkv = "self_attention.layernorm_qkv." if a.norms_in_front else "self_attention.qkv."
+    qkv = "self_attention.layernorm_qkv." if a.layers[0].pre_norms else "self_attention.qkv."
     return {**_ATTENTION, "self_attention.linear_qkv.": qkv, **({} if limits(a).mlp else _MLP)}
 
 

@@ -9,48 +9,65 @@ is imported.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from math import isclose
 from typing import Any
 
-from shared.architecture.architecture import Activation, Architecture
+from shared.architecture.architecture import (
+    MLP,
+    Activation,
+    Alibi,
+    Architecture,
+    Attention,
+    GatedDeltaNet,
+    LatentAttention,
+    Layer,
+    MoE,
+    Norm,
+    Residual,
+    RopeScaling,
+    Rotary,
+)
 
 TE = "transformer_engine.pytorch."
 Shape = tuple[int, ...]
 Module = dict[str, Any]  # "class" and "arguments", or "parameters" where no class has them
 
 # TransformerEngine's GELU is the tanh form; it has no exact one.
+_KINDS = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
 ACTIVATIONS: dict[Activation, str] = {"swiglu": "swiglu", "geglu_tanh": "geglu", "gelu_tanh": "gelu", "relu": "relu"}
 
-# Fields of an Architecture that TransformerLayer has an argument or a call for, or that `limits` looks into.
-_EXPRESSED = {
-    *(
-        "norm",
-        "norm_bias",
-        "norm_affine",
-        "norm_epsilon",
-        "norm_placement",
-        "residual",
-        "residual_multiplier",
-        "hidden_dropout",
+# Fields with a default that TransformerEngine has an argument or a call for, or that `limits` looks into. A field that is in no
+# list here counts as lacking wherever it is set.
+_EXPRESSED: dict[type, frozenset[str]] = {
+    Norm: frozenset(("kind", "bias", "affine", "zero_centered_gamma")),
+    Rotary: frozenset(("theta", "scaling", "dim", "interleaved")),
+    Alibi: frozenset(("bias_max",)),
+    Attention: frozenset(
+        (
+            "rotary",
+            "alibi",
+            "window",
+            "bias",
+            "output_bias",
+            "qk_norm",
+            "clip",
+            "scale",
+            "scale_by_layer",
+            "softcap",
+            "dropout",
+        )
     ),
-    *("activation", "mlp_bias", "experts", "positions", "rope_theta", "rope_scaling", "window_rope_theta"),
-    *("rotary_dim", "rotary_interleaved", "layers_without_rope", "latent", "qkv_bias", "attention_output_bias"),
-    *("alibi_bias_max", "qkv_clip", "attention_scale_by_layer"),
-    *("qk_norm", "qk_norm_scope", "attention_scale", "attention_softcap", "attention_dropout"),
-    *("sliding_window", "full_attention_layers"),
-}
-# Fields of what is before the first layer and behind the last, and of training.
-_NOT_OF_LAYERS = {
-    *("family", "initializer_range", "tied_embeddings", "embedding_norm", "prediction_layers", "embedding_multiplier"),
-    *("learned_position_offset", "logit_multiplier", "logit_softcap", "output_bias", "embedding_dropout"),
-    *("normalized_head", "final_norm", "embedding_size"),
+    LatentAttention: frozenset(("norm_epsilon", "scale", "dropout")),
+    MLP: frozenset(("activation", "bias")),
+    Residual: frozenset(("kind", "multiplier", "dropout")),
+    Layer: frozenset(("norm_placement", "residual")),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Why TransformerEngine's large modules do not compute what the architecture says; empty where they do."""
+    """Why TransformerEngine's large modules do not compute the architecture; empty where they do."""
 
     attention: tuple[str, ...]  # of MultiheadAttention
     mlp: tuple[str, ...]  # of LayerNormMLP
@@ -62,49 +79,83 @@ class Limits:
 
 
 def limits(a: Architecture) -> Limits:
-    """What TransformerEngine lacks; a field that nobody has looked into counts as lacking wherever it is set."""
-    unknown = [
-        f"{field.name} {value!r}"
-        for field in fields(a.flat)
-        if field.default is not MISSING and field.name not in _EXPRESSED | _NOT_OF_LAYERS
-        for value in [getattr(a, field.name)]
-        if value != field.default
-    ]
-    attention = {
-        "latent attention": a.latent is not None,
-        f"scores times {a.attention_scale}": a.attention_scale is not None
-        and not isclose(a.attention_scale, a.head_dim**-0.5, rel_tol=1e-6),
-        f"queries, keys and values clipped at {a.qkv_clip}": a.qkv_clip is not None,
-        f"ALiBi slopes down to 2^-{a.alibi_bias_max}, not 2^-8": a.alibi_bias_max != 8,
-        "scores divided by the layer's number": a.attention_scale_by_layer,
-        f"scores capped at {a.attention_softcap}": a.attention_softcap is not None,
-        f"norms of queries and keys by {a.qk_norm_scope}": a.qk_norm and a.qk_norm_scope != "head",
-        "norms of queries and keys with weights less one": a.qk_norm and a.norm == "rmsnorm_1p",
-        f"positions by {a.positions}": a.positions not in ("rope", "learned", "alibi"),
-        "enlarged sines and cosines": a.rope_scaling is not None and a.rope_scaling.amplitude != 1.0,
+    """What TransformerEngine lacks of any layer: one set of names serves all of them."""
+    found: tuple[list[str], list[str], list[str]] = ([], [], [])
+    unknown = [what for what, there in {"prefix LM": a.prefix, "vision tower": a.vision}.items() if there]
+    for kind in a.kinds:
+        unknown += _unknown(kind)
+        for part, reasons in zip(found, (_attention_limits(kind), _mlp_limits(kind), _layer_limits(kind)), strict=True):
+            part += [reason for reason, lacking in reasons.items() if lacking]
+    attention, mlp, layer = (tuple(dict.fromkeys((*part, *unknown))) for part in found)
+    return Limits(attention=attention, mlp=mlp, layer=layer)
+
+
+def _unknown(value: Any) -> list[str]:
+    """What is set in a layer that nobody has looked into, by class and field."""
+    if isinstance(value, GatedDeltaNet):
+        return ["gated delta net"]
+    found, known = [], _EXPRESSED.get(type(value), frozenset())
+    for field in fields(value):
+        own = getattr(value, field.name)
+        if field.default is not MISSING and field.name not in known and own != field.default:
+            found.append(f"{type(value).__name__}.{field.name} {own!r}")
+        elif is_dataclass(own) and not isinstance(own, RopeScaling):
+            found += _unknown(own.expert if isinstance(own, MoE) else own)
+    return found
+
+
+def _attention_limits(layer: Layer) -> dict[str, bool]:
+    mixer = layer.mixer
+    if isinstance(mixer, GatedDeltaNet):
+        return {}
+    rotary = mixer.rotary
+    common = {
+        "MLA": isinstance(mixer, LatentAttention),
+        f"softmax scale {mixer.scale}": mixer.scale is not None
+        and not isclose(mixer.scale, mixer.head_dim**-0.5, rel_tol=1e-6),
+        "amplitude of sines and cosines": rotary is not None
+        and rotary.scaling is not None
+        and rotary.scaling.amplitude != 1.0,
     }
-    mlp = {
-        "exact GELU, not TransformerEngine's by tanh": a.activation in ("gelu", "geglu"),
-        f"activation {a.activation}": a.activation not in ("gelu", "geglu", *ACTIVATIONS),
-        "no norm in front of the MLP": not a.norms_in_front,
-        "one norm for attention and MLP": a.residual == "parallel_shared",
+    if isinstance(mixer, LatentAttention):
+        return common
+    bias_max = mixer.alibi.bias_max if mixer.alibi else 8
+    return common | {
+        f"clip of q, k, v at {mixer.clip}": mixer.clip is not None,
+        f"ALiBi slopes down to 2^-{bias_max}, not 2^-8": bias_max != 8,
+        "scores divided by the layer's number": mixer.scale_by_layer,
+        f"softcap of scores {mixer.softcap}": mixer.softcap is not None,
+        f"qk_norm by {mixer.qk_norm}": mixer.qk_norm not in (None, "head"),
+        "qk_norm with zero-centred gamma": mixer.qk_norm is not None and layer.norm.zero_centered_gamma,
     }
-    layer = {
-        f"norms behind attention and MLP ({a.norm_placement})": a.norm_placement != "pre",
-        f"{a.residual} residual": a.residual not in ("sequential", "parallel", "parallel_shared"),
-        f"what is added times {a.residual_multiplier}": a.residual_multiplier != 1.0,
-        "dropout of attention and MLP apart": a.residual == "parallel" and a.hidden_dropout > 0.0,
+
+
+def _mlp_limits(layer: Layer) -> dict[str, bool]:
+    activation = (layer.mlp.expert if isinstance(layer.mlp, MoE) else layer.mlp).activation
+    return {
+        "exact GELU, not TransformerEngine's by tanh": activation in ("gelu", "geglu"),
+        f"activation {activation}": activation not in ("gelu", "geglu", *ACTIVATIONS),
+        "no norm before the MLP": not layer.pre_norms,
+        "one norm for attention and MLP": layer.residual.kind == "parallel_shared",
     }
-    found = [(*(reason for reason, lacking in part.items() if lacking), *unknown) for part in (attention, mlp, layer)]
-    return Limits(attention=found[0], mlp=found[1], layer=found[2])
+
+
+def _layer_limits(layer: Layer) -> dict[str, bool]:
+    residual = layer.residual
+    return {
+        f"norm placement {layer.norm_placement}": layer.norm_placement != "pre",
+        f"{residual.kind} residual": residual.kind not in ("sequential", "parallel", "parallel_shared"),
+        f"residual multiplier {residual.multiplier}": residual.multiplier != 1.0,
+        "parallel residual with dropout": residual.kind == "parallel" and residual.dropout > 0.0,
+    }
 
 
 def describe(a: Architecture, shapes: Mapping[str, Shape], plain: Collection[str] = ()) -> dict[str, Any]:
     """The content of `layers.json`, for tensors of these names and shapes (`shared.mapping.transformer_engine`).
 
-    `plain` are norms whose weights are not held less one, though the others' are.
+    `plain` are norms without zero-centred gamma, though the others have it.
     """
-    layers: list[dict[str, Shape]] = [{} for _ in range(a.num_layers)]
+    layers: list[dict[str, Shape]] = [{} for _ in a.layers]
     ends: dict[str, Shape] = {}
     for name, shape in shapes.items():
         if name.startswith("layers."):
@@ -115,9 +166,8 @@ def describe(a: Architecture, shapes: Mapping[str, Shape], plain: Collection[str
     return {
         "transformer_engine": ">=2.9",
         "architecture": a.to_dict(),
-        "ends": _parts(a, ends, plain)
-        | ({"output_layer": {"tied_to": "embedding.weight"}} if a.tied_embeddings else {}),
-        "layers": [_layer(a, index, own, plain) for index, own in enumerate(layers)],
+        "ends": _parts(a, ends, plain) | ({"output_layer": {"tied_to": "embedding.weight"}} if a.head.tied else {}),
+        "layers": [_layer(a, index, own, plain, limits(a)) for index, own in enumerate(layers)],
     }
 
 
@@ -168,104 +218,112 @@ def extra_states(module: Module) -> tuple[str, ...]:
     return ("_extra_state",)
 
 
-def _layer(a: Architecture, index: int, shapes: Mapping[str, Shape], plain: Collection[str]) -> dict[str, Any]:
-    lacking = limits(a)
-    experts = ("experts",) if index in a.moe_layers else ()
+def _layer(
+    a: Architecture, index: int, shapes: Mapping[str, Shape], plain: Collection[str], lacking: Limits
+) -> dict[str, Any]:
+    layer = a.layers[index]
+    experts = ("MoE",) if isinstance(layer.mlp, MoE) else ()
     because = (*lacking.all, *experts)
-    call = _call(a, index)
+    call = _call(layer)
     if not because:
-        return {"class": f"{TE}TransformerLayer", "arguments": _layer_arguments(a, index), "call": call}
+        arguments = _layer_arguments(layer, a.hidden_size, index)
+        return {"class": f"{TE}TransformerLayer", "arguments": arguments, "call": call}
     modules: dict[str, Module] = {}
     if not lacking.attention:
-        modules["self_attention"] = {"class": f"{TE}MultiheadAttention", "arguments": _attention(a, index)}
+        attention = _attention_arguments(layer, a.hidden_size, index)
+        modules["self_attention"] = {"class": f"{TE}MultiheadAttention", "arguments": attention}
     if not lacking.mlp and not experts:
-        modules["layernorm_mlp"] = {"class": f"{TE}LayerNormMLP", "arguments": _mlp(a)}
+        modules["layernorm_mlp"] = {"class": f"{TE}LayerNormMLP", "arguments": _mlp_arguments(layer, a.hidden_size)}
     rest = {name: shape for name, shape in shapes.items() if not name.startswith(tuple(f"{m}." for m in modules))}
     own = {path.removeprefix(f"layers.{index}.") for path in plain}
-    return {"modules": modules | _parts(a, rest, own), "because": list(because), "call": call}
+    return {"modules": modules | _parts(a, rest, own, layer), "because": list(because), "call": call}
 
 
-def _call(a: Architecture, index: int) -> dict[str, Any]:
-    """Arguments of the layer's call: angles of its positions by these frequencies, or biases by distance."""
-    if a.positions == "alibi":
-        return {"core_attention_bias_type": "alibi"}
-    if a.positions != "rope" or index in a.layers_without_rope:
+def _call(layer: Layer) -> dict[str, Any]:
+    """Arguments of the layer's call: rotary frequencies, or ALiBi."""
+    mixer = layer.mixer
+    if isinstance(mixer, GatedDeltaNet):
         return {}
-    theta, scaling = a.rope_theta, a.rope_scaling
-    if a.window_rope_theta is not None and a.window(index) is not None:
-        theta, scaling = a.window_rope_theta, None
-    interleaved = a.rotary_interleaved or a.latent is not None
+    if isinstance(mixer, Attention) and mixer.alibi:
+        return {"core_attention_bias_type": "alibi"}
+    rotary = mixer.rotary
+    if rotary is None:
+        return {}
     return {
         "rotary_pos_emb": {
-            "dim": a.rotated,
-            "theta": theta,
-            "interleaved": interleaved,
-            "scaling": None if scaling is None else asdict(scaling),
+            "dim": mixer.rotary_dim,
+            "theta": rotary.theta,
+            "interleaved": rotary.interleaved or isinstance(mixer, LatentAttention),
+            "scaling": None if rotary.scaling is None else asdict(rotary.scaling),
         }
     }
 
 
-def _normalization(a: Architecture) -> dict[str, Any]:
-    kind = "LayerNorm" if a.norm == "layernorm" else "RMSNorm"
-    return {"normalization": kind, "zero_centered_gamma": a.norm == "rmsnorm_1p"}
+def _normalization(norm: Norm) -> dict[str, Any]:
+    return {"normalization": _KINDS[norm.kind], "zero_centered_gamma": norm.zero_centered_gamma}
 
 
-def _window(a: Architecture, index: int) -> list[int] | None:
-    window = a.window(index)
-    return None if window is None else [window - 1, 0]  # tokens to the left, itself not counted
-
-
-def _common_attention(a: Architecture, index: int) -> dict[str, Any]:
+def _common_attention(layer: Layer, hidden: int, index: int) -> dict[str, Any]:
+    mixer, norm = layer.mixer, layer.norm
+    assert isinstance(mixer, Attention)
     return {
-        "hidden_size": a.hidden_size,
-        "num_attention_heads": a.num_attention_heads,
-        "num_gqa_groups": a.num_query_groups,
-        "kv_channels": a.head_dim,
-        "layernorm_epsilon": a.norm_epsilon,
-        "attention_dropout": a.attention_dropout,
+        "hidden_size": hidden,
+        "num_attention_heads": mixer.heads,
+        "num_gqa_groups": mixer.groups,
+        "kv_channels": mixer.head_dim,
+        "layernorm_epsilon": norm.epsilon,
+        "attention_dropout": mixer.dropout,
         "layer_number": index + 1,
-        "window_size": _window(a, index),
+        # tokens to the left, itself not counted
+        "window_size": None if mixer.window is None else [mixer.window - 1, 0],
         "fuse_qkv_params": True,
         "qkv_weight_interleaved": True,  # [q1..qn k1 v1 | q.. k2 v2 | ...], as Megatron-Core's
-        "rotary_pos_interleaved": a.rotary_interleaved,
-        **_normalization(a),
-        "qk_norm_type": ("LayerNorm" if a.norm == "layernorm" else "RMSNorm") if a.qk_norm else None,
-        "qk_norm_eps": a.norm_epsilon,
-        "qk_norm_before_rope": a.qk_norm,
+        "rotary_pos_interleaved": mixer.rotary is not None and mixer.rotary.interleaved,
+        **_normalization(norm),
+        "qk_norm_type": _KINDS[norm.kind] if mixer.qk_norm else None,
+        "qk_norm_eps": norm.epsilon,
+        "qk_norm_before_rope": mixer.qk_norm is not None,
     }
 
 
-def _layer_arguments(a: Architecture, index: int) -> dict[str, Any]:
+def _layer_arguments(layer: Layer, hidden: int, index: int) -> dict[str, Any]:
+    mixer, mlp = layer.mixer, layer.mlp
+    assert isinstance(mixer, Attention)
+    assert isinstance(mlp, MLP)
     return {
-        **_common_attention(a, index),
-        "ffn_hidden_size": a.ffn_hidden_size,
-        "hidden_dropout": a.hidden_dropout,
+        **_common_attention(layer, hidden, index),
+        "ffn_hidden_size": mlp.ffn_hidden_size,
+        "hidden_dropout": layer.residual.dropout,
         "self_attn_mask_type": "causal",
-        "parallel_attention_mlp": a.residual == "parallel",
+        "parallel_attention_mlp": layer.residual.kind == "parallel",
         # One for all: those that the model does not have are zero in the files.
-        "bias": a.qkv_bias or a.attention_output_bias or a.mlp_bias,
-        "activation": ACTIVATIONS[a.activation],
+        "bias": mixer.bias or mixer.output_bias or mlp.bias,
+        "activation": ACTIVATIONS[mlp.activation],
     }
 
 
-def _attention(a: Architecture, index: int) -> dict[str, Any]:
+def _attention_arguments(layer: Layer, hidden: int, index: int) -> dict[str, Any]:
+    mixer = layer.mixer
+    assert isinstance(mixer, Attention)
     return {
-        **_common_attention(a, index),
+        **_common_attention(layer, hidden, index),
         "attn_mask_type": "causal",
-        "input_layernorm": a.norms_in_front,
-        "return_layernorm_output": a.residual == "parallel_shared",
-        "bias": a.qkv_bias or a.attention_output_bias,
+        "input_layernorm": layer.pre_norms,
+        "return_layernorm_output": layer.residual.kind == "parallel_shared",
+        "bias": mixer.bias or mixer.output_bias,
     }
 
 
-def _mlp(a: Architecture) -> dict[str, Any]:
+def _mlp_arguments(layer: Layer, hidden: int) -> dict[str, Any]:
+    mlp = layer.mlp
+    assert isinstance(mlp, MLP)
     return {
-        "hidden_size": a.hidden_size,
-        "ffn_hidden_size": a.ffn_hidden_size,
-        "eps": a.norm_epsilon,
-        "bias": a.mlp_bias,
-        **_normalization(a),
-        "activation": ACTIVATIONS[a.activation],
+        "hidden_size": hidden,
+        "ffn_hidden_size": mlp.ffn_hidden_size,
+        "eps": layer.norm.epsilon,
+        "bias": mlp.bias,
+        **_normalization(layer.norm),
+        "activation": ACTIVATIONS[mlp.activation],
     }
 
 
@@ -275,17 +333,21 @@ def _of_layer(arguments: Mapping[str, Any]) -> tuple[Module, Module]:
     return attention, {"class": f"{TE}LayerNormMLP", "arguments": dict(arguments)}
 
 
-def _parts(a: Architecture, shapes: Mapping[str, Shape], plain: Collection[str]) -> dict[str, Module]:
-    """Modules of these tensors, each by the names and shapes that it has."""
+def _parts(
+    a: Architecture, shapes: Mapping[str, Shape], plain: Collection[str], layer: Layer | None = None
+) -> dict[str, Module]:
+    """Modules of these tensors, each by its names and shapes; of a layer, or of embedding and head."""
     grouped: dict[str, dict[str, Shape]] = {}
     for name, shape in shapes.items():
         path, _, leaf = name.rpartition(".")
         grouped.setdefault(path, {})[leaf] = shape
-    return {path: _part(a, path, leaves, path in plain) for path, leaves in grouped.items()}
+    return {
+        path: _part(a.layers[0] if layer is None else layer, path, own, path in plain) for path, own in grouped.items()
+    }
 
 
-def _part(a: Architecture, path: str, leaves: Mapping[str, Shape], plain: bool) -> Module:
-    norm = _normalization(a) | ({"zero_centered_gamma": False} if plain else {})
+def _part(layer: Layer, path: str, leaves: Mapping[str, Shape], plain: bool) -> Module:
+    norm = _normalization(layer.norm) | ({"zero_centered_gamma": False} if plain else {})
     first = leaves.get("weight", leaves.get("weight0", ()))
     is_matrix = len(first) == 2 and not path.endswith("norm")  # a norm of heads apart has rows, too
     matrix = {"in_features": first[-1], "out_features": first[0]} if is_matrix else {}
@@ -295,9 +357,11 @@ def _part(a: Architecture, path: str, leaves: Mapping[str, Shape], plain: bool) 
         count = sum(name.startswith("weight") for name in leaves)
         return {"class": f"{TE}GroupedLinear", "arguments": {"num_gemms": count, **matrix, "bias": bias}}
     if matrix and others in ({"layer_norm_weight"}, {"layer_norm_weight", "layer_norm_bias"}):
-        low = a.latent is not None and path.endswith("_up_proj")
-        epsilon = a.latent.norm_epsilon if low and a.latent else a.norm_epsilon
-        returned = {"return_layernorm_output": True} if a.residual == "parallel_shared" else {}
+        low_rank = isinstance(layer.mixer, LatentAttention) and path.endswith("_up_proj")
+        epsilon = (
+            layer.mixer.norm_epsilon if isinstance(layer.mixer, LatentAttention) and low_rank else layer.norm.epsilon
+        )
+        returned = {"return_layernorm_output": True} if layer.residual.kind == "parallel_shared" else {}
         return {
             "class": f"{TE}LayerNormLinear",
             "arguments": {**matrix, "eps": epsilon, "bias": bias, **norm, **returned},
@@ -308,13 +372,13 @@ def _part(a: Architecture, path: str, leaves: Mapping[str, Shape], plain: bool) 
                 "class": "torch.nn.Embedding",
                 "arguments": {"num_embeddings": first[0], "embedding_dim": first[1]},
             }
-        plain = path.endswith("router") or path == "output_layer"  # which nobody computes in FP8
-        return {"class": "torch.nn.Linear" if plain else f"{TE}Linear", "arguments": {**matrix, "bias": bias}}
+        high_precision = path.endswith("router") or path == "output_layer"  # never in FP8
+        return {"class": "torch.nn.Linear" if high_precision else f"{TE}Linear", "arguments": {**matrix, "bias": bias}}
     if len(first) == 1 and not others and path.endswith("norm"):
         kind = norm.pop("normalization")
         return {
             "class": f"{TE}{kind}",
-            "arguments": {"normalized_shape": first[0], "eps": a.norm_epsilon, **norm},
+            "arguments": {"normalized_shape": first[0], "eps": layer.norm.epsilon, **norm},
         }
     return {"parameters": {name: list(shape) for name, shape in leaves.items()}}
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
-from shared.architecture.flat_view import changed as replace
 from shared.errors import UserError
 from shared.mapping.account import account_sources, account_targets
 from shared.mapping.layout import PadRows, SplitInterleaved

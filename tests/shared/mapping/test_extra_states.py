@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from shared.architecture.flat_view import changed as replace
 from shared.families import registry
 from shared.mapping.extra_states import extra_states
 from shared.model import gpt, weights
@@ -36,4 +37,4 @@ def test_every_object_that_a_model_asks_for_is_named(size: str) -> None:
     assert len(names) == len(set(names))
     # The output layer's has no place for what TransformerEngine has no module for.
     assert asked - {"output_layer._extra_state/shard_0_1"} <= set(names)
-    assert any("experts.experts" in name for name in asked) == (architecture.experts is not None)
+    assert any("experts.experts" in name for name in asked) == (architecture.moe is not None)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
 
-from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
-from shared.architecture.version_1 import Flat
+from shared.architecture.architecture import Architecture, Attention
 from shared.families import registry
 from shared.mapping import transformer_engine_modules as te
 from shared.mapping.transformer_engine import Form, te_form
@@ -25,12 +23,13 @@ def shapes_of(form: Form) -> dict[str, tuple[int, ...]]:
 
 
 def size(name: str, **changes: Any) -> Architecture:
-    return replace(registry.sizes()[name], **changes)
+    return registry.sizes()[name].with_values(**changes)
 
 
 def test_llama() -> None:
     """As `TransformerLayer(fuse_qkv_params=True, normalization="RMSNorm", activation="swiglu", bias=False)` registers them."""
-    shapes = shapes_of(form_of(size("tiny", num_layers=1, vocab_size=509)))
+    one = size("tiny", vocab_size=509)
+    shapes = shapes_of(form_of(replace(one, layers=one.layers[:1])))
     assert shapes == {
         "embedding.weight": (509, 64),  # not padded
         "layers.0.self_attention.layernorm_qkv.layer_norm_weight": (64,),
@@ -48,7 +47,7 @@ def test_layers_with_experts_and_without() -> None:
     form = form_of(size("qwen3-moe-tiny-mixed"))
     layers = form.modules["layers"]
     whole = [index for index, layer in enumerate(layers) if "class" in layer]
-    sparse = [index for index, layer in enumerate(layers) if layer.get("because") == ["experts"]]
+    sparse = [index for index, layer in enumerate(layers) if layer.get("because") == ["MoE"]]
     assert sorted(whole + sparse) == list(range(len(layers)))
     assert whole
     modules = layers[sparse[0]]["modules"]
@@ -63,18 +62,18 @@ def test_layers_with_experts_and_without() -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "because"),
     [
-        ("gemma2-tiny", {}, "capped"),
-        ("gemma2-tiny", {}, "sandwich"),
-        ("granite-tiny", {}, "what is added times"),
-        ("granite-tiny", {}, "scores times"),
-        ("olmo2-tiny", {}, "by projection"),
-        ("olmo2-tiny", {}, "no norm in front of the MLP"),
+        ("gemma2-tiny", {}, "softcap of scores 5.0"),
+        ("gemma2-tiny", {}, "norm placement sandwich"),
+        ("granite-tiny", {}, "residual multiplier"),
+        ("granite-tiny", {}, "softmax scale"),
+        ("olmo2-tiny", {}, "qk_norm by projection"),
+        ("olmo2-tiny", {}, "no norm before the MLP"),
         ("gpt-neox-tiny", {}, "exact GELU"),
         ("gptj-tiny", {}, "one norm for attention and MLP"),
-        ("deepseek-v3-tiny", {}, "latent attention"),
-        ("qwen3-tiny-yarn", {}, "enlarged sines and cosines"),
-        ("qwen3-tiny", {"norm": "rmsnorm_1p"}, "weights less one"),
-        ("gpt-neox-tiny", {"hidden_dropout": 0.1}, "dropout of attention and MLP apart"),
+        ("deepseek-v3-tiny", {}, "MLA"),
+        ("qwen3-tiny-yarn", {}, "amplitude of sines and cosines"),
+        ("qwen3-tiny", {"norm": {"zero_centered_gamma": True}}, "qk_norm with zero-centred gamma"),
+        ("gpt-neox-tiny", {"residual": {"dropout": 0.1}}, "parallel residual with dropout"),
     ],
 )
 def test_what_transformer_engine_lacks_is_said(name: str, changes: dict[str, Any], because: str) -> None:
@@ -91,20 +90,22 @@ def test_what_transformer_engine_has_is_whole(name: str) -> None:
 
 def test_a_field_that_nobody_has_looked_into_counts_as_lacking() -> None:
     @dataclass(frozen=True, kw_only=True)
-    class Later(Flat):
+    class Later(Attention):
         surprise: bool = False
 
-    later = replace(size("tiny"))
-    known = vars(later.flat)
-    later.__dict__["flat"] = Later(**known)
-    assert te.limits(later).all == ()
-    later.__dict__["flat"] = Later(**known, surprise=True)
-    limits = te.limits(later)
-    assert limits.attention == limits.mlp == limits.layer == ("surprise True",)
+    plain = size("tiny")
+    assert isinstance(plain.attention, Attention)
+    later = Later(**vars(plain.attention), surprise=True)
+    limits = te.limits(plain.with_layers(lambda layer: replace(layer, mixer=later)))
+    assert "Later.surprise True" in limits.attention
+    assert "Later.surprise True" in limits.mlp
+    assert "Later.surprise True" in limits.layer
+    assert te.limits(plain).all == ()
 
 
 def test_fields_that_are_named_exist() -> None:
-    assert {field.name for field in fields(Flat)} >= te._EXPRESSED | te._NOT_OF_LAYERS
+    for value, names in te._EXPRESSED.items():
+        assert {field.name for field in fields(value)} >= names
 
 
 def arguments_of(a: Architecture) -> Iterator[dict[str, Any]]:
@@ -114,16 +115,20 @@ def arguments_of(a: Architecture) -> Iterator[dict[str, Any]]:
 
 def test_a_window_counts_the_tokens_to_the_left() -> None:
     a = size("mistral-tiny")
-    assert a.sliding_window is not None
-    assert [given["window_size"] for given in arguments_of(a)] == [[a.sliding_window - 1, 0]] * a.num_layers
-    mixed = replace(a, full_attention_layers=(1,))
+    assert isinstance(a.attention, Attention)
+    assert a.attention.window is not None
+    assert [given["window_size"] for given in arguments_of(a)] == [[a.attention.window - 1, 0]] * a.num_layers
+    mixed = replace(a, layers=(a.layers[0], a.with_values(attention={"window": None}).layers[1]))
     assert next(given["window_size"] for given in list(arguments_of(mixed))[1:]) is None
 
 
 def test_rotation_by_kind_of_layer_is_in_each_layers_call() -> None:
-    a = size("mistral-tiny", full_attention_layers=(1,), window_rope_theta=500.0)
-    thetas = [layer["call"]["rotary_pos_emb"]["theta"] for layer in form_of(a).modules["layers"]]
-    assert thetas == [500.0, a.rope_theta]
+    a = size("mistral-tiny")
+    local = size("mistral-tiny", rotary={"theta": 500.0})
+    mixed = replace(a, layers=(local.layers[0], a.with_values(attention={"window": None}).layers[1]))
+    thetas = [layer["call"]["rotary_pos_emb"]["theta"] for layer in form_of(mixed).modules["layers"]]
+    assert a.attention.rotary is not None
+    assert thetas == [500.0, a.attention.rotary.theta]
 
 
 def test_parts_are_recognised() -> None:
