@@ -129,6 +129,14 @@ class Architecture(FlatView):
         """The first mixture of experts."""
         return next((k.mlp for k in self.kinds if isinstance(k.mlp, MoE)), None)
 
+    @property
+    def feed_forward(self) -> MLP:
+        """An MLP of any layer: the first dense one, or where all layers have experts the first expert."""
+        if self.mlp:
+            return self.mlp
+        assert self.moe is not None
+        return self.moe.expert
+
     @cached_property
     def delta_net(self) -> GatedDeltaNet | None:
         """The first gated delta net."""
@@ -190,14 +198,18 @@ class Architecture(FlatView):
                     mixer = replace(mixer, rotary=replace(mixer.rotary, **rotary))
                 mixer = replace(mixer, **attention or {})
             feed_forward = replace(feed_forward, **(moe if isinstance(feed_forward, MoE) else mlp) or {})
-            parts = {"norm": replace(one.norm, **norm or {}), "residual": replace(one.residual, **residual or {})}
+            parts: dict[str, Any] = {
+                "norm": replace(one.norm, **norm or {}),
+                "residual": replace(one.residual, **residual or {}),
+            }
             return replace(one, mixer=mixer, mlp=feed_forward, **parts, **layer or {})
 
-        around = {}
-        for name, end, given in (("embedding", self.embedding, embedding), ("head", self.head, head)):
+        def with_norm(end: Any, given: Mapping[str, Any] | None) -> Any:
             own = {"norm": replace(end.norm, **norm or {})} if end.norm else {}
-            around[name] = replace(end, **own | dict(given or {}))
-        return replace(self.with_layers(of_layer), **around, **fields)
+            return replace(end, **own | dict(given or {}))
+
+        ends: dict[str, Any] = {"embedding": with_norm(self.embedding, embedding), "head": with_norm(self.head, head)}
+        return replace(self.with_layers(of_layer), **ends, **fields)
 
     def parameter_count(self, *, active: bool = False) -> int:
         """Number of weights, without vocabulary padding, MTP layers and vision tower.

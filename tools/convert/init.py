@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 
 from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
 from shared.checkpoint.copy.blocks import BLOCK
 from shared.checkpoint.copy.engine import Advance
 from shared.checkpoint.directory.auxiliary_files import both_spellings, config_of, copy_passengers
@@ -125,7 +125,9 @@ def _drawer(
             elif drawn[name] == "log":
                 values = np.log(generator.uniform(0.01, 16.0, count)).astype(np.float32)
             elif name in norms:  # Gemma stores its weights less one
-                stored_zero_centered = architecture.norm == "rmsnorm_1p" and not of[name].zero_centered_gamma
+                stored_zero_centered = (
+                    architecture.layers[0].norm.zero_centered_gamma and not of[name].zero_centered_gamma
+                )
                 values = np.full(count, 0.0 if stored_zero_centered else 1.0, dtype=np.float32)
             elif name.endswith("bias") and drawn[name] == "usual":
                 values = np.zeros(count, dtype=np.float32)

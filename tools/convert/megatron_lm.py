@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
 
-from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
+from shared.architecture.architecture import Architecture, Attention
 from shared.checkpoint.copy.blocks import OpenFiles
 from shared.checkpoint.copy.byte_view import Extent, ExtentView, view_of
 from shared.checkpoint.copy.engine import Task
@@ -70,7 +69,7 @@ class MegatronLmReader:
                     parts[place].setdefault(tensor, info)
         for place, shards in parts.items():
             listed = [shards[rank] for rank in sorted(shards)]
-            if place.key == HEAD and self._architecture.tied_embeddings:
+            if place.key == HEAD and self._architecture.head.tied:
                 self._tied_copy = listed
                 continue
             key, index = spelt(place, self._known)
@@ -81,7 +80,7 @@ class MegatronLmReader:
     def _of_ranks(self, tensor: int, expert: int) -> Iterator[tuple[Place, TensorInfo]]:
         """A tensor- and expert-parallel rank's tensors over all pipeline stages, numbered as in the whole model."""
         stages = [self._ranks.at[tensor, stage, expert].chunks for stage in range(self._ranks.pipeline)]
-        before, experts = 0, self._architecture.experts.count // self._ranks.expert if self._architecture.experts else 0
+        before, experts = 0, self._architecture.moe.experts // self._ranks.expert if self._architecture.moe else 0
         for virtual in range(max(map(len, stages))):
             for chunks in (chunks for chunks in stages if virtual < len(chunks)):
                 layers = 0
@@ -95,7 +94,7 @@ class MegatronLmReader:
 
     def _pieces(self, place: Place, info: TensorInfo) -> Iterator[tuple[Place, TensorInfo]]:
         """Parts that torch_dist holds by themselves: of a gated delta net's projection and convolution."""
-        delta = self._architecture.delta
+        delta = self._architecture.delta_net
         if delta is None or not place.key.endswith((".in_proj.weight", ".conv1d.weight")):
             yield place, info
             return
@@ -168,12 +167,12 @@ class MegatronLmReader:
     def _runs(self, key: str, rank: int, rows: int, ranks: int) -> Iterator[tuple[int, int]]:
         """Where each run of a rank's rows, in their order, belongs: its first row in the whole, and how many they are."""
         first = rank * rows if ranks > 1 else 0
-        if self._architecture.gated and ".linear_fc1." in key and ".layer_norm_" not in key:
+        if self._architecture.feed_forward.gated and ".linear_fc1." in key and ".layer_norm_" not in key:
             half = rows // 2  # each rank has rows of gate and of up
             yield rank * half if ranks > 1 else 0, half
             yield half * ranks + (rank * half if ranks > 1 else 0), half
         elif ".linear_qkv." in key and ".layer_norm_" not in key and self._ranks.version < 2:
-            size = self._architecture.head_dim
+            size = self._architecture.attention.head_dim
             heads = rows // (3 * size)
             if self._ranks.version < 1:  # [3, heads, head_dim]
                 for part in range(3):
@@ -215,7 +214,8 @@ def _check_copy(copy: TensorInfo, embedding: TensorInfo) -> None:
 def _check_arguments(ranks: Ranks, a: Architecture, directory: Path) -> None:
     """What shapes do not tell, the run's arguments do: heads above all."""
     told = ranks.arguments
-    if a.qk_norm and a.qk_norm_scope == "each_head":
+    attention = a.attention
+    if isinstance(attention, Attention) and attention.qk_norm == "each_head":
         raise UserError(
             f"{directory}: Megatron-LM has no norms of each head, so these files of ranks are not its own, and how they "
             "are cut is not known; save as torch_dist"
@@ -227,24 +227,25 @@ def _check_arguments(ranks: Ranks, a: Architecture, directory: Path) -> None:
         )
     if ranks.version not in (0, 1, 2, 3):
         raise UserError(f"{directory}: checkpoint_version is {ranks.version}; rows of versions 0, 1, 2 and 3 are known")
-    if ranks.version < 2 and a.num_query_groups != a.num_attention_heads:
+    if ranks.version < 2 and attention.groups != attention.heads:
         raise UserError(f"{directory}: checkpoint_version {ranks.version} is from before groups of queries")
     if (told.get("expert_tensor_parallel_size") or ranks.tensor) != ranks.tensor:
         raise UserError(
             f"{directory}: experts at another tensor-parallel size than the rest are not read; save as torch_dist"
         )
     grouped = told.get("group_query_attention", "num_query_groups" in told)
+    rotary = told.get("position_embedding_type") == "rope"
     wanted: Mapping[str, object] = {
         "num_layers": a.num_layers,
         "hidden_size": a.hidden_size,
-        "num_attention_heads": a.num_attention_heads,
-        **({} if a.latent else {"kv_channels": a.head_dim}),
-        **({"num_query_groups": a.num_query_groups} if grouped and not a.latent else {}),
-        **({"rotary_base": a.rope_theta} if told.get("position_embedding_type") == "rope" else {}),
-        "norm_epsilon": a.norm_epsilon,
-        "layernorm_epsilon": a.norm_epsilon,
-        "swiglu": a.activation == "swiglu",
-        "untie_embeddings_and_output_weights": not a.tied_embeddings,
+        "num_attention_heads": attention.heads,
+        **({} if a.mla else {"kv_channels": attention.head_dim}),
+        **({"num_query_groups": attention.groups} if grouped and not a.mla else {}),
+        **({"rotary_base": attention.rotary.theta} if rotary and attention.rotary else {}),
+        "norm_epsilon": a.layers[0].norm.epsilon,
+        "layernorm_epsilon": a.layers[0].norm.epsilon,
+        "swiglu": a.feed_forward.activation == "swiglu",
+        "untie_embeddings_and_output_weights": not a.head.tied,
     }
     for name, value in wanted.items():
         if told.get(name) is not None and told[name] != value:

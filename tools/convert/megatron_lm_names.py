@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from shared.architecture.flat_view import changed as replace
 from shared.mapping.layout import Shape
 
 HEAD = "output_layer.weight"

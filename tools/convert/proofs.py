@@ -58,7 +58,7 @@ def tested_sizes(family: Family) -> dict[str, Architecture]:
 
 def proofs_of(architecture: Architecture) -> list[str]:
     """Every proof of a size, in the order of the tables."""
-    layouts = ["tp2", "pp2"] + ["ep2"] * bool(architecture.experts)
+    layouts = ["tp2", "pp2"] + ["ep2"] * bool(architecture.moe)
     logits = [f"logits {layout}" for layout in layouts]
     training = [f"training {layout}" for layout in layouts]
     return ["round trip", "te round trip", "logits", *logits, *training, "mistakes", "vllm"]

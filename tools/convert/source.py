@@ -78,9 +78,9 @@ def _config(source: Path, hf_files: Path | None, joined: Mapping[str, Joined]) -
                     "config.json of this model"
                 )
         registry.from_config(told | config)  # which refuses what this family cannot say
-    if other := head_dims(joined) - {architecture.head_dim}:
+    if other := head_dims(joined) - {architecture.attention.head_dim}:
         raise UserError(
-            f"{place}: num_attention_heads is {architecture.num_attention_heads}, the inv_freq in the ranks' files asks "
+            f"{place}: num_attention_heads is {architecture.attention.heads}, the inv_freq in the ranks' files asks "
             f"for {architecture.hidden_size // other.pop()}; give --hf-files DIR with the config.json of this model"
         )
     return config

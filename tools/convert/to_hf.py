@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
 from shared.checkpoint.copy.engine import Task
 from shared.checkpoint.directory.auxiliary_files import config_of, copy_passengers
 from shared.checkpoint.directory.open import Checkpoint, content_checks, open_checkpoint
@@ -201,7 +201,7 @@ def open_export(
     own, wanted = architecture, BY_FLAG[dtype] if dtype else None
     alone = bool(family and family != architecture.family)
     if family and alone:
-        if pass_through and architecture.prediction_layers:
+        if pass_through and architecture.mtp:
             raise UserError(
                 f"--family {family} has no place for layers behind the last, which {files / PASS_THROUGH_FILE} holds"
             )
@@ -217,7 +217,7 @@ def open_export(
     if checkpoint.kind == "te":
         table, reader = te_form(registry.table_of(architecture), architecture).table, TeReader(checkpoint.path)
     elif rank_files(checkpoint.iteration_path):
-        architecture = replace(architecture, prediction_layers=0)  # which such files are refused for
+        architecture = replace(architecture, mtp=None)  # which such files are refused for
         table = registry.table_of(architecture)
         reader = MegatronLmReader(checkpoint.iteration_path, architecture, table)
     else:
@@ -228,7 +228,7 @@ def open_export(
     if not alone:
         table, pass_through = with_kept(table, files)
     plan = plan_export(reader, architecture, table, layout, pass_through, wanted, form=form, quantized=quantized)
-    if own.normalized_head and not architecture.normalized_head:
+    if own.head.normalized and not architecture.head.normalized:
         (head,) = (name for name, ((entry, _), *_) in plan.origin.items() if entry.key == HEAD)
         log(
             f"{head}: each row is divided by its length, as {own.family}'s own code does and {family}'s does not, and rounded to "

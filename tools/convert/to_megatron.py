@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from shared.architecture.flat_view import changed as replace
 from shared.checkpoint.directory.open import TRACKER
 from shared.checkpoint.directory.sharded_publish import Shard, published
 from shared.families import registry

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from math import prod
 from pathlib import Path
 
 from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
 from shared.checkpoint.copy import blocks
 from shared.checkpoint.copy.blocks import OpenFiles
 from shared.checkpoint.copy.byte_view import ByteView, ConcatenatedView, RowRange, StridedView

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from shared.architecture.flat_view import changed as replace
 from shared.data.sources import Piece, Row, rows
 from shared.errors import UserError
 
