@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import pkgutil
 import subprocess
 import sys
 import traceback
+from pathlib import Path
 
 
 def main(tool: str, version: str, *modules: str) -> int:
@@ -20,7 +20,9 @@ def main(tool: str, version: str, *modules: str) -> int:
         print(f"the base image has Python {sys.version.split()[0]}; 3.12 or 3.13 is needed", file=sys.stderr)
         return 1
     package = importlib.import_module(f"tools.{tool}")
-    needs = {f"tools.{tool}.{module.name}": "" for module in pkgutil.iter_modules(package.__path__)}
+    root = Path(package.__path__[0])
+    files = (path.relative_to(root).with_suffix("").parts for path in sorted(root.rglob("[!_]*.py")))
+    needs = {".".join(("tools", tool, *parts)): "" for parts in files if not parts[0].startswith(".")}
     for word in modules:
         module, _, requirement = word.partition("=")
         needs[module] = requirement

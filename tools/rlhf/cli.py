@@ -22,7 +22,7 @@ def reward(options: RewardOptions) -> int | None:
 
     code = launch(options.processes)
     if code is None:
-        from tools.rlhf.reward import run
+        from tools.rlhf.algorithms.reward import run
 
         run(options)
     return code
@@ -39,7 +39,7 @@ def ppo(options: PPOOptions) -> int | None:
 
     code = launch(options.processes)
     if code is None:
-        from tools.rlhf.ppo import run
+        from tools.rlhf.algorithms.ppo import run
 
         run(options)
     return code
@@ -55,7 +55,7 @@ def grpo(options: GRPOOptions) -> int | None:
 
     code = launch(options.processes)
     if code is None:
-        from tools.rlhf.grpo import run
+        from tools.rlhf.algorithms.grpo import run
 
         run(options)
     return code

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from shared.cli import ExistingDir, ExistingFile, NonNegative, Positive
-from tools.rlhf.reward_spec import RewardSpec, parse
+from tools.rlhf.rewards.spec import RewardSpec, parse
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]

@@ -8,7 +8,7 @@ from typing import Any
 
 from shared.report.charts import Line, chart
 from shared.report.metrics import METRICS, read
-from tools.rlhf.hold import Held
+from tools.rlhf.run_context import RunContext
 
 REPORT = "report.html"
 
@@ -39,19 +39,21 @@ circle.one { fill: var(--one); } circle.two { fill: var(--two); } circle.three {
 _COLOURS = ("one", "two", "three")
 
 
-def add_record(held: Held, *, title: str, facts: Mapping[str, Any], charts: Mapping[str, Sequence[str]]) -> None:
+def add_record(
+    context: RunContext, *, title: str, facts: Mapping[str, Any], charts: Mapping[str, Sequence[str]]
+) -> None:
     """Put the run's metrics.jsonl and report.html into the directory being published; rank 0 only.
 
     Args:
-        held: the run.
+        context: the run.
         title: the report's heading.
         facts: shown as a list of values.
         charts: title -> names of the metrics it draws.
     """
-    assert held.out is not None, "rank 0 holds the directory in the making"
-    record = held.state.path / METRICS
-    (held.out.path / METRICS).write_bytes(record.read_bytes())
-    (held.out.path / REPORT).write_text(page(title, read(record), facts, charts), encoding="utf-8")
+    assert context.out is not None, "rank 0 holds the directory in the making"
+    record = context.state.path / METRICS
+    (context.out.path / METRICS).write_bytes(record.read_bytes())
+    (context.out.path / REPORT).write_text(page(title, read(record), facts, charts), encoding="utf-8")
 
 
 def page(

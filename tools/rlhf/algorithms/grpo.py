@@ -9,44 +9,46 @@ import torch
 
 from shared.console import log
 from shared.errors import UserError
-from tools.rlhf import rewards
 from tools.rlhf.data import Prompt, read_prompts
-from tools.rlhf.hold import Held, check_batches, held
-from tools.rlhf.host import Host, prepare
+from tools.rlhf.engines.deepspeed import prepare
+from tools.rlhf.engines.distributed import DistributedContext
+from tools.rlhf.engines.trl import Contract, common_arguments, resume_point, train, unwrapped
 from tools.rlhf.models import Source, load_policy, open_source, save_hf
 from tools.rlhf.options import GRPOOptions
 from tools.rlhf.report import add_record
-from tools.rlhf.reward_spec import RewardSpec
-from tools.rlhf.trainers import Contract, common_arguments, resume_point, train, unwrapped
+from tools.rlhf.rewards import weighted_sum
+from tools.rlhf.rewards.spec import RewardSpec
+from tools.rlhf.rollout.rollout import Reply
+from tools.rlhf.run_context import RunContext, check_batches, open_run
 
 
 def run(options: GRPOOptions) -> None:
     """Train, publish the policy."""
-    host = prepare()
-    _check(options, host)
-    with held(host, options.target, options.inputs, overwrite=options.overwrite) as target:
+    distributed = prepare()
+    _check(options, distributed)
+    with open_run(distributed, options.target, options.inputs, overwrite=options.overwrite) as context:
         source = open_source(options.source)
         prompts = read_prompts(
             options.prompts, source.tokenizer, context=source.context, max_new_tokens=options.max_new_tokens
         )
         _check_uniform(prompts, options)
-        reward = rewards.load(
+        reward = weighted_sum.load(
             options.rewards,
             source.tokenizer,
-            device=host.device,
+            device=distributed.device,
             dtype=torch.float32,
             batch_size=options.micro_batch_size,
         )
-        _print_plan(options, source, prompts, host)
-        trained = _train(options, source, prompts, reward, target, host)
-        if target.out is not None:
-            facts = save_hf(trained, target.out.path, source) | {"updates": options.steps, "prompts": len(prompts)}
-            target.out.describe(**facts)
-            add_record(target, title=f"GRPO run {options.target.name}", facts=facts, charts=_charts(reward))
-        host.barrier()
+        _print_plan(options, source, prompts, distributed)
+        trained = _train(options, source, prompts, reward, context, distributed)
+        if context.out is not None:
+            facts = save_hf(trained, context.out.path, source) | {"updates": options.steps, "prompts": len(prompts)}
+            context.out.describe(**facts)
+            add_record(context, title=f"GRPO run {options.target.name}", facts=facts, charts=_charts(reward))
+        distributed.barrier()
 
 
-def _charts(reward: rewards.Reward) -> dict[str, tuple[str, ...]]:
+def _charts(reward: weighted_sum.Reward) -> dict[str, tuple[str, ...]]:
     components = tuple(f"rewards/{name}/mean" for name in reward.names)
     return {
         "Reward": ("reward", *(components if len(components) > 1 else ())),
@@ -58,9 +60,11 @@ def _charts(reward: rewards.Reward) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _check(options: GRPOOptions, host: Host) -> None:
+def _check(options: GRPOOptions, distributed: DistributedContext) -> None:
     """UserError for numbers that do not divide each other."""
-    check_batches(global_batch_size=options.global_batch_size, micro_batch_size=options.micro_batch_size, host=host)
+    check_batches(
+        global_batch_size=options.global_batch_size, micro_batch_size=options.micro_batch_size, distributed=distributed
+    )
     if options.global_batch_size % options.generations:
         raise UserError(
             f"--global-batch-size {options.global_batch_size} is not a multiple of --generations {options.generations}"
@@ -79,7 +83,9 @@ def _check_uniform(prompts: Sequence[Prompt], options: GRPOOptions) -> None:
         )
 
 
-def _print_plan(options: GRPOOptions, source: Source, prompts: Sequence[Prompt], host: Host) -> None:
+def _print_plan(
+    options: GRPOOptions, source: Source, prompts: Sequence[Prompt], distributed: DistributedContext
+) -> None:
     groups = options.global_batch_size // options.generations
     log(f"policy    {source.path}, context {source.context}")
     log(f"reward    {' + '.join(f'{spec.weight:g} * {spec.name}' for spec in options.rewards)}")
@@ -88,20 +94,25 @@ def _print_plan(options: GRPOOptions, source: Source, prompts: Sequence[Prompt],
         f"update    {groups} prompts with {options.generations} replies each of up to {options.max_new_tokens} tokens; "
         f"{options.steps} updates, {options.epochs} on the same replies"
     )
-    log(f"machine   {host.world_size} process(es) on {host.device.type}")
+    log(f"machine   {distributed.world_size} process(es) on {distributed.device.type}")
 
 
 def _train(
-    options: GRPOOptions, source: Source, prompts: Sequence[Prompt], reward: rewards.Reward, target: Held, host: Host
+    options: GRPOOptions,
+    source: Source,
+    prompts: Sequence[Prompt],
+    reward: weighted_sum.Reward,
+    context: RunContext,
+    distributed: DistributedContext,
 ) -> torch.nn.Module:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    resumed = resume_point(target, host)
+    resumed = resume_point(context, distributed)
     arguments = GRPOConfig(
         **common_arguments(
-            target,
-            host,
+            context,
+            distributed,
             micro_batch_size=options.micro_batch_size,
             global_batch_size=options.global_batch_size,
             learning_rate=options.learning_rate,
@@ -129,8 +140,8 @@ def _train(
         processing_class=source.tokenizer,
     )
     contract = Contract(
-        target,
-        host,
+        context,
+        distributed,
         resumed=resumed,
         log_every=options.log_every,
         line=_line,
@@ -149,13 +160,13 @@ def _line(row: Mapping[str, float]) -> str:
     )
 
 
-def _reward_function(spec: RewardSpec, scorer: rewards.Scorer, prompts: Sequence[Prompt], source: Source) -> Any:
+def _reward_function(spec: RewardSpec, scorer: weighted_sum.Scorer, prompts: Sequence[Prompt], source: Source) -> Any:
     """One of our rewards in the form TRL calls: it sees the sampled ids, so nothing is tokenised a second time."""
 
     def function(*, row: list[int], completion_ids: list[list[int]], **unused: Any) -> list[float]:
         texts = source.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         replies = [
-            rewards.Reply(ids=tuple(ids), text=text, ended=bool(ids) and ids[-1] in source.eos_ids)
+            Reply(ids=tuple(ids), text=text, ended=bool(ids) and ids[-1] in source.eos_ids)
             for ids, text in zip(completion_ids, texts, strict=True)
         ]
         return scorer([prompts[i] for i in row], replies)

@@ -13,13 +13,14 @@ from shared.console import log
 from shared.errors import UserError
 from shared.families.common.transformers_workarounds import completed
 from tools.rlhf.data import Pair, read_preferences
-from tools.rlhf.hold import Held, check_batches, held
-from tools.rlhf.host import Host, prepare
+from tools.rlhf.engines.deepspeed import prepare
+from tools.rlhf.engines.distributed import DistributedContext
+from tools.rlhf.engines.trl import Contract, common_arguments, resume_point, train, unwrapped
 from tools.rlhf.models import Source, open_source, save_hf
 from tools.rlhf.options import RewardOptions
 from tools.rlhf.report import add_record
-from tools.rlhf.rewards import score
-from tools.rlhf.trainers import Contract, common_arguments, resume_point, train, unwrapped
+from tools.rlhf.rewards.reward_model import score
+from tools.rlhf.run_context import RunContext, check_batches, open_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,29 +35,31 @@ class Preferences:
 
 def run(options: RewardOptions) -> None:
     """Train, compare accuracy on held-out pairs before and after, publish."""
-    host = prepare()
-    check_batches(global_batch_size=options.global_batch_size, micro_batch_size=options.micro_batch_size, host=host)
+    distributed = prepare()
+    check_batches(
+        global_batch_size=options.global_batch_size, micro_batch_size=options.micro_batch_size, distributed=distributed
+    )
     inputs = {"source": options.source, "data": options.data}
-    with held(host, options.target, inputs, overwrite=options.overwrite) as target:
+    with open_run(distributed, options.target, inputs, overwrite=options.overwrite) as context:
         source = open_source(options.source)
         pairs = _split(options, source)
         model = _model(options, source)
-        _print_plan(options, source, pairs, host)
-        before = accuracy(model, pairs.validation, options.micro_batch_size, host)
+        _print_plan(options, source, pairs, distributed)
+        before = accuracy(model, pairs.validation, options.micro_batch_size, distributed)
         if before is not None:
             log(f"accuracy on held-out pairs before training: {before:.3f}")
-        trained = _train(options, source, pairs, model, target, host)
-        if target.out is not None:
-            after = accuracy(trained.to(host.device), pairs.validation, options.micro_batch_size, host)
+        trained = _train(options, source, pairs, model, context, distributed)
+        if context.out is not None:
+            after = accuracy(trained.to(distributed.device), pairs.validation, options.micro_batch_size, distributed)
             counts = {"pairs": len(pairs.train), "held_out": len(pairs.validation), "dropped": pairs.dropped}
             result = {"accuracy_before": before, "accuracy_after": after, **counts}
             if after is not None:
                 log(f"accuracy on held-out pairs after training: {after:.3f}")
-            facts = save_hf(trained.to("cpu"), target.out.path, source, new_config=True) | result
-            target.out.describe(**facts)
-            add_record(target, title=f"Reward model {options.target.name}", facts=facts, charts=_CHARTS)
+            facts = save_hf(trained.to("cpu"), context.out.path, source, new_config=True) | result
+            context.out.describe(**facts)
+            add_record(context, title=f"Reward model {options.target.name}", facts=facts, charts=_CHARTS)
             print(json.dumps(result), flush=True)
-        host.barrier()
+        distributed.barrier()
 
 
 _CHARTS = {"Loss": ("loss",), "Accuracy on training pairs": ("accuracy",), "Margin": ("margin",)}
@@ -93,7 +96,7 @@ def _model(options: RewardOptions, source: Source) -> Any:
     return completed(model).eval()
 
 
-def _print_plan(options: RewardOptions, source: Source, pairs: Preferences, host: Host) -> None:
+def _print_plan(options: RewardOptions, source: Source, pairs: Preferences, distributed: DistributedContext) -> None:
     longest = max(max(len(pair.chosen), len(pair.rejected)) for pair in pairs.train)
     updates = math.ceil(options.epochs * len(pairs.train) / options.global_batch_size)
     log(f"model     {source.path}, context {source.context}")
@@ -102,36 +105,41 @@ def _print_plan(options: RewardOptions, source: Source, pairs: Preferences, host
         f"the longest sequence has {longest} tokens"
     )
     log(f"training  about {updates} updates of {options.global_batch_size} pairs, {options.epochs:g} epoch(s)")
-    log(f"machine   {host.world_size} process(es) on {host.device.type}")
+    log(f"machine   {distributed.world_size} process(es) on {distributed.device.type}")
 
 
-def accuracy(model: Any, pairs: list[Pair], batch_size: int, host: Host) -> float | None:
+def accuracy(model: Any, pairs: list[Pair], batch_size: int, distributed: DistributedContext) -> float | None:
     """Share of pairs whose chosen sequence scores strictly above the rejected one; None without pairs."""
     if not pairs:
         return None
-    model.to(host.device)
+    model.to(distributed.device)
     right = 0
     # By length, so that a batch holds little padding.
     ordered = sorted(pairs, key=lambda pair: len(pair.chosen) + len(pair.rejected))
     for start in range(0, len(ordered), batch_size):
         batch = ordered[start : start + batch_size]
         sequences = [pair.chosen for pair in batch] + [pair.rejected for pair in batch]
-        chosen, rejected = score(model, sequences, model.config.pad_token_id, host.device).chunk(2)
+        chosen, rejected = score(model, sequences, model.config.pad_token_id, distributed.device).chunk(2)
         right += int((chosen > rejected).sum())
     return right / len(pairs)
 
 
 def _train(
-    options: RewardOptions, source: Source, pairs: Preferences, model: Any, target: Held, host: Host
+    options: RewardOptions,
+    source: Source,
+    pairs: Preferences,
+    model: Any,
+    context: RunContext,
+    distributed: DistributedContext,
 ) -> torch.nn.Module:
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-    resumed = resume_point(target, host)
+    resumed = resume_point(context, distributed)
     arguments = RewardConfig(
         **common_arguments(
-            target,
-            host,
+            context,
+            distributed,
             micro_batch_size=options.micro_batch_size,
             global_batch_size=options.global_batch_size,
             learning_rate=options.learning_rate,
@@ -150,8 +158,8 @@ def _train(
         model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=source.tokenizer
     )
     contract = Contract(
-        target,
-        host,
+        context,
+        distributed,
         resumed=resumed,
         log_every=options.log_every,
         line=lambda row: f"loss {row['loss']:.4f}, accuracy {row['accuracy']:.3f}, margin {row['margin']:.3f}",

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from shared.errors import UserError
-from tools.rlhf.reward_spec import parse
+from tools.rlhf.rewards.spec import parse
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """From a roll-out to what PPO learns from: log-probabilities, values, rewards, advantages.
 
-Shapes as in `tools.rlhf.rollout`: B replies on this rank, P prompt columns, T reply columns.
+Shapes as in `tools.rlhf.rollout.rollout`: B replies on this rank, P prompt columns, T reply columns.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.rlhf import algorithm
-from tools.rlhf.host import Host
-from tools.rlhf.rollout import Rollout
+from tools.rlhf.algorithms import losses
+from tools.rlhf.engines.distributed import DistributedContext
+from tools.rlhf.rollout.rollout import Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class Recipe:
     """What turns scores into advantages."""
 
     temperature: float
-    kl_estimator: algorithm.KLEstimator
+    kl_estimator: losses.KLEstimator
     kl_coefficient: float
     missing_eos_penalty: float
     discount: float
@@ -93,7 +93,7 @@ def reply_logits(model: Any, sequences: Sequences) -> Tensor:
 
 def policy_log_probs(model: Any, sequences: Sequences, temperature: float) -> Tensor:
     """Log-probabilities [B, T] of the reply tokens under a policy."""
-    return algorithm.token_log_probs(reply_logits(model, sequences), sequences.reply_ids, temperature)
+    return losses.token_log_probs(reply_logits(model, sequences), sequences.reply_ids, temperature)
 
 
 def reply_values(critic: Any, sequences: Sequences) -> Tensor:
@@ -111,7 +111,7 @@ def collect(
     actor: Any,
     critic: Any,
     reference: Any,
-    host: Host,
+    distributed: DistributedContext,
 ) -> tuple[Experience, dict[str, float]]:
     """Evaluate a roll-out with the models as they are.
 
@@ -125,7 +125,7 @@ def collect(
         actor: the policy's engine.
         critic: the critic's engine.
         reference: the frozen policy's engine.
-        host: reduces statistics over the ranks.
+        distributed: reduces statistics over the ranks.
 
     Returns:
         the experience, and metrics over all ranks.
@@ -141,31 +141,31 @@ def collect(
     for index, part in sequences.micro_batches(torch.arange(len(mask), device=mask.device), recipe.micro_batch_size):
         columns = part.reply_mask.shape[1]
         logits = reply_logits(actor, part)
-        log_probs[index, :columns] = algorithm.token_log_probs(logits, part.reply_ids, recipe.temperature)
-        entropies[index, :columns] = algorithm.token_entropies(logits, recipe.temperature)
+        log_probs[index, :columns] = losses.token_log_probs(logits, part.reply_ids, recipe.temperature)
+        entropies[index, :columns] = losses.token_entropies(logits, recipe.temperature)
         reference_log_probs[index, :columns] = policy_log_probs(reference, part, recipe.temperature)
         values[index, :columns] = reply_values(critic, part)
 
-    kl = algorithm.kl_divergence(log_probs, reference_log_probs, recipe.kl_estimator)
+    kl = losses.kl_divergence(log_probs, reference_log_probs, recipe.kl_estimator)
     ended = torch.tensor([reply.ended for reply in rollout.replies], dtype=torch.float32, device=mask.device)
     scores = scores.to(mask.device) - recipe.missing_eos_penalty * (1 - ended)
-    rewards = algorithm.token_rewards(scores, kl, mask, recipe.kl_coefficient)
-    advantages, returns = algorithm.generalized_advantages(rewards, values, mask, recipe.discount, recipe.gae_lambda)
-    explained = algorithm.explained_variance(values, returns, mask, host.sum)
+    rewards = losses.token_rewards(scores, kl, mask, recipe.kl_coefficient)
+    advantages, returns = losses.generalized_advantages(rewards, values, mask, recipe.discount, recipe.gae_lambda)
+    explained = losses.explained_variance(values, returns, mask, distributed.sum)
     if recipe.whiten_advantages:
-        advantages = algorithm.whiten(advantages, mask, host.sum)
+        advantages = losses.whiten(advantages, mask, distributed.sum)
 
     gap = (rollout.sampler_log_probs - log_probs).abs() * mask
     replies = torch.ones_like(ended)
     metrics = {
-        "kl": algorithm.masked_mean(kl, mask, host.sum).item(),
-        "kl_reply": algorithm.masked_mean((kl * mask).sum(-1), replies, host.sum).item(),
-        "entropy": algorithm.masked_mean(entropies, mask, host.sum).item(),
-        "log_prob_gap": algorithm.masked_mean(gap, mask, host.sum).item(),
-        "log_prob_gap_max": host.maximum(gap.max().item()),
+        "kl": losses.masked_mean(kl, mask, distributed.sum).item(),
+        "kl_reply": losses.masked_mean((kl * mask).sum(-1), replies, distributed.sum).item(),
+        "entropy": losses.masked_mean(entropies, mask, distributed.sum).item(),
+        "log_prob_gap": losses.masked_mean(gap, mask, distributed.sum).item(),
+        "log_prob_gap_max": distributed.maximum(gap.max().item()),
         "explained_variance": explained.item(),
-        "reply_tokens": algorithm.masked_mean(mask.sum(-1), replies, host.sum).item(),
-        "ended": algorithm.masked_mean(ended, replies, host.sum).item(),
+        "reply_tokens": losses.masked_mean(mask.sum(-1), replies, distributed.sum).item(),
+        "ended": losses.masked_mean(ended, replies, distributed.sum).item(),
     }
     experience = Experience(
         sequences=sequences, log_probs=log_probs, values=values, advantages=advantages, returns=returns

@@ -21,23 +21,24 @@ from shared.console import log
 from shared.errors import Interrupted, StageError, UserError
 from shared.report.metrics import Metrics, peak_memory
 from shared.training.schedule import Schedule
-from tools.rlhf import algorithm, rewards
+from tools.rlhf.algorithms import losses
+from tools.rlhf.algorithms.experience import Experience, Recipe, collect, policy_log_probs, reply_values
 from tools.rlhf.data import Prompt, read_prompts
-from tools.rlhf.experience import Experience, Recipe, collect, policy_log_probs, reply_values
-from tools.rlhf.hold import Held, StopRequest, check_batches, held
-from tools.rlhf.host import (
+from tools.rlhf.engines.deepspeed import (
     EngineOptions,
-    Host,
     Precision,
     frozen_engine,
     full_weights,
     prepare,
     train_engine,
 )
+from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.models import Source, load_critic, load_policy, open_source, save_hf
 from tools.rlhf.options import PPOOptions
 from tools.rlhf.report import add_record
-from tools.rlhf.rollout import sample
+from tools.rlhf.rewards import weighted_sum
+from tools.rlhf.rollout.in_process import sample
+from tools.rlhf.run_context import RunContext, StopRequest, check_batches, open_run
 
 _KL_HORIZON = 10.0  # iterations; K_beta = 0.1 of arXiv:1909.08593
 
@@ -49,31 +50,31 @@ class Models:
     actor: Any
     critic: Any
     reference: Any
-    reward: rewards.Reward
+    reward: weighted_sum.Reward
 
 
 def run(options: PPOOptions) -> None:
     """Train, save state on the way, publish the policy."""
-    host = prepare()
-    _check(options, host)
-    with held(host, options.target, options.inputs, overwrite=options.overwrite) as target:
+    distributed = prepare()
+    _check(options, distributed)
+    with open_run(distributed, options.target, options.inputs, overwrite=options.overwrite) as context:
         source = open_source(options.source)
         prompts = read_prompts(
             options.prompts, source.tokenizer, context=source.context, max_new_tokens=options.max_new_tokens
         )
-        models, precision = _build(options, source, host)
-        _print_plan(options, source, prompts, models, precision, host)
-        _train(options, source, prompts, models, target, host)
-        weights = full_weights(models.actor, host)
-        if target.out is not None:
-            facts = save_hf(models.actor.module, target.out.path, source, weights=weights)
+        models, precision = _build(options, source, distributed)
+        _print_plan(options, source, prompts, models, precision, distributed)
+        _train(options, source, prompts, models, context, distributed)
+        weights = full_weights(models.actor, distributed)
+        if context.out is not None:
+            facts = save_hf(models.actor.module, context.out.path, source, weights=weights)
             facts |= {"iterations": options.steps, "prompts": len(prompts), "precision": precision}
-            target.out.describe(**facts)
-            add_record(target, title=f"PPO run {options.target.name}", facts=facts, charts=_charts(models.reward))
-        host.barrier()
+            context.out.describe(**facts)
+            add_record(context, title=f"PPO run {options.target.name}", facts=facts, charts=_charts(models.reward))
+        distributed.barrier()
 
 
-def _charts(reward: rewards.Reward) -> dict[str, tuple[str, ...]]:
+def _charts(reward: weighted_sum.Reward) -> dict[str, tuple[str, ...]]:
     components = tuple(f"reward/{name}" for name in reward.names)
     return {
         "Reward": ("reward", *(components if len(components) > 1 else ())),
@@ -89,9 +90,11 @@ def _charts(reward: rewards.Reward) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _check(options: PPOOptions, host: Host) -> None:
+def _check(options: PPOOptions, distributed: DistributedContext) -> None:
     """UserError for batch sizes that do not divide each other."""
-    check_batches(global_batch_size=options.global_batch_size, micro_batch_size=options.micro_batch_size, host=host)
+    check_batches(
+        global_batch_size=options.global_batch_size, micro_batch_size=options.micro_batch_size, distributed=distributed
+    )
     if options.rollout_batch_size % options.global_batch_size:
         raise UserError(
             f"--rollout-batch-size {options.rollout_batch_size} is not a multiple of --global-batch-size "
@@ -99,21 +102,21 @@ def _check(options: PPOOptions, host: Host) -> None:
         )
 
 
-def _build(options: PPOOptions, source: Source, host: Host) -> tuple[Models, Precision]:
-    precision: Precision = options.precision or ("bf16" if host.device.type == "cuda" else "fp32")
+def _build(options: PPOOptions, source: Source, distributed: DistributedContext) -> tuple[Models, Precision]:
+    precision: Precision = options.precision or ("bf16" if distributed.device.type == "cuda" else "fp32")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     engine = EngineOptions(
         zero=options.zero,
         precision=precision,
         micro_batch_size=options.micro_batch_size,
-        accumulation=options.global_batch_size // (options.micro_batch_size * host.world_size),
+        accumulation=options.global_batch_size // (options.micro_batch_size * distributed.world_size),
         max_gradient_norm=options.max_gradient_norm,
     )
     # Rewards first: a function that does not load is found before minutes of loading models.
-    reward = rewards.load(
+    reward = weighted_sum.load(
         options.rewards,
         source.tokenizer,
-        device=host.device,
+        device=distributed.device,
         dtype=dtype,
         batch_size=options.micro_batch_size,
         wrap=lambda model: frozen_engine(model, engine),
@@ -131,7 +134,12 @@ def _build(options: PPOOptions, source: Source, host: Host) -> tuple[Models, Pre
 
 
 def _print_plan(
-    options: PPOOptions, source: Source, prompts: Sequence[Prompt], models: Models, precision: Precision, host: Host
+    options: PPOOptions,
+    source: Source,
+    prompts: Sequence[Prompt],
+    models: Models,
+    precision: Precision,
+    distributed: DistributedContext,
 ) -> None:
     replies = options.steps * options.rollout_batch_size
     log(f"policy    {source.path} ({type(models.actor.module).__name__}, context {source.context})")
@@ -143,24 +151,33 @@ def _print_plan(
         f"{options.epochs * options.rollout_batch_size // options.global_batch_size} updates of "
         f"{options.global_batch_size} replies; {options.steps} iterations"
     )
-    log(f"machine   {host.world_size} process(es) on {host.device.type}, ZeRO stage {options.zero}, {precision}")
+    log(
+        f"machine   {distributed.world_size} process(es) on {distributed.device.type}, ZeRO stage {options.zero}, {precision}"
+    )
 
 
 def _train(
-    options: PPOOptions, source: Source, prompts: Sequence[Prompt], models: Models, target: Held, host: Host
+    options: PPOOptions,
+    source: Source,
+    prompts: Sequence[Prompt],
+    models: Models,
+    context: RunContext,
+    distributed: DistributedContext,
 ) -> None:
     stop = StopRequest()
-    first, kl_coefficient = _resume(options, models, target, host)
-    metrics = Metrics(target.state.path, resumed_step=first - 1 if first > 1 else None) if host.rank == 0 else None
+    first, kl_coefficient = _resume(options, models, context, distributed)
+    metrics = (
+        Metrics(context.state.path, resumed_step=first - 1 if first > 1 else None) if distributed.rank == 0 else None
+    )
     critic_rate = options.learning_rate if options.critic_learning_rate is None else options.critic_learning_rate
     for step in range(first, options.steps + 1):
         started = time.perf_counter()
         actor_rate, critic_rate_now = (_rate(options, peak, step) for peak in (options.learning_rate, critic_rate))
         _set_rate(models.actor, actor_rate)
         _set_rate(models.critic, critic_rate_now)
-        experience, row = _experience(options, source, prompts, models, step, kl_coefficient, host)
+        experience, row = _experience(options, source, prompts, models, step, kl_coefficient, distributed)
         collected = time.perf_counter()
-        row |= update(models.actor, models.critic, experience, options, step, host)
+        row |= update(models.actor, models.critic, experience, options, step, distributed)
         now = time.perf_counter()
         row |= {
             "kl_coefficient": kl_coefficient,
@@ -171,18 +188,18 @@ def _train(
         }
         _refuse_nan(step, row)
         if options.kl_target is not None:
-            kl_coefficient = algorithm.adapt_kl_coefficient(
+            kl_coefficient = losses.adapt_kl_coefficient(
                 kl_coefficient, row["kl_reply"], options.kl_target, _KL_HORIZON
             )
         if metrics is not None:
             metrics.append(step=step, **row)
         if step % options.log_every == 0 or step == options.steps:
             log(_line(step, options.steps, row, models.reward.names))
-        stopping = host.any(stop.received) and step < options.steps
+        stopping = distributed.any(stop.received) and step < options.steps
         if stopping or step % options.save_every == 0 or step == options.steps:
             if metrics is not None:
                 metrics.sync()
-            _save(models, target, step, kl_coefficient, host)
+            _save(models, context, step, kl_coefficient, distributed)
         if stopping:
             raise Interrupted(
                 f"stopped by a signal after iteration {step} of {options.steps}; run the same command to go on"
@@ -198,20 +215,20 @@ def _experience(
     models: Models,
     step: int,
     kl_coefficient: float,
-    host: Host,
+    distributed: DistributedContext,
 ) -> tuple[Experience, dict[str, float]]:
     """Roll out, score, evaluate."""
-    torch.manual_seed(_seed(options.seed, step, host.rank))
+    torch.manual_seed(_seed(options.seed, step, distributed.rank))
     started = time.perf_counter()
     rollout = sample(
         models.actor.module,
-        _draw(prompts, options, step, host),
+        _draw(prompts, options, step, distributed),
         source.tokenizer,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         eos_ids=source.eos_ids,
         pad_id=source.pad_id,
-        in_step=options.zero == 3 and host.world_size > 1,
+        in_step=options.zero == 3 and distributed.world_size > 1,
     )
     sampled = time.perf_counter()
     scores, components = models.reward(rollout.prompts, rollout.replies)
@@ -226,18 +243,24 @@ def _experience(
         micro_batch_size=options.micro_batch_size,
     )
     experience, row = collect(
-        rollout, scores, recipe, actor=models.actor, critic=models.critic, reference=models.reference, host=host
+        rollout,
+        scores,
+        recipe,
+        actor=models.actor,
+        critic=models.critic,
+        reference=models.reference,
+        distributed=distributed,
     )
     rewarded = {"reward": scores} | {f"reward/{name}": values for name, values in components.items()}
-    row = {name: _mean(values, host) for name, values in rewarded.items()} | row
+    row = {name: _mean(values, distributed) for name, values in rewarded.items()} | row
     spread = (scores.double() - row["reward"]) ** 2
-    row["reward_deviation"] = math.sqrt(_mean(spread, host))
+    row["reward_deviation"] = math.sqrt(_mean(spread, distributed))
     row["seconds_rollout"] = sampled - started
     return experience, row
 
 
 def update(
-    actor: Any, critic: Any, experience: Experience, options: PPOOptions, step: int, host: Host
+    actor: Any, critic: Any, experience: Experience, options: PPOOptions, step: int, distributed: DistributedContext
 ) -> dict[str, float]:
     """Several epochs of clipped updates over shuffled mini-batches; returns metrics, averaged over the updates.
 
@@ -249,24 +272,24 @@ def update(
     rows = len(experience.log_probs)
     updates = options.rollout_batch_size // options.global_batch_size
     micro_batches = rows // updates // options.micro_batch_size
-    scale = micro_batches * host.world_size
-    generator = torch.Generator().manual_seed(_seed(options.seed, step, host.rank))
+    scale = micro_batches * distributed.world_size
+    generator = torch.Generator().manual_seed(_seed(options.seed, step, distributed.rank))
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     norms: list[float] = []
     for _ in range(options.epochs):
         for chosen in torch.randperm(rows, generator=generator).to(device).split(rows // updates):
-            tokens = host.sum(sequences.reply_mask[chosen].sum())
+            tokens = distributed.sum(sequences.reply_mask[chosen].sum())
             for index, part in sequences.micro_batches(chosen, options.micro_batch_size):
                 mask = part.reply_mask
                 old = (index, slice(mask.shape[1]))
                 log_probs = policy_log_probs(actor, part, options.temperature)
-                loss, clipped = algorithm.policy_loss(
+                loss, clipped = losses.policy_loss(
                     log_probs, experience.log_probs[old], experience.advantages[old], mask, options.clip_range, tokens
                 )
                 actor.backward(loss * scale)
                 actor.step()
                 values = reply_values(critic, part)
-                critic_loss, critic_clipped = algorithm.value_loss(
+                critic_loss, critic_clipped = losses.value_loss(
                     values, experience.values[old], experience.returns[old], mask, options.value_clip_range, tokens
                 )
                 critic.backward(critic_loss * scale)
@@ -275,17 +298,17 @@ def update(
             # DeepSpeed knows the norm of all but plain float32 (stage 0).
             if (norm := actor.get_global_grad_norm()) is not None:
                 norms.append(float(norm))
-    totals = host.sum(totals) / (options.epochs * updates)
+    totals = distributed.sum(totals) / (options.epochs * updates)
     names = ("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction")
     row = dict(zip(names, totals.tolist(), strict=True))
     return row | ({"gradient_norm": sum(norms) / len(norms)} if norms else {})
 
 
-def _draw(prompts: Sequence[Prompt], options: PPOOptions, step: int, host: Host) -> list[Prompt]:
+def _draw(prompts: Sequence[Prompt], options: PPOOptions, step: int, distributed: DistributedContext) -> list[Prompt]:
     """This rank's prompts of an iteration: the file in a new shuffled order each time it is used up."""
     begin = (step - 1) * options.rollout_batch_size
     order = _order(len(prompts), options.seed, begin, begin + options.rollout_batch_size)
-    return [prompts[i] for place, i in enumerate(order) if place % host.world_size == host.rank]
+    return [prompts[i] for place, i in enumerate(order) if place % distributed.world_size == distributed.rank]
 
 
 def _order(count: int, seed: int, begin: int, end: int) -> Iterator[int]:
@@ -300,9 +323,9 @@ def _seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step) * 1_000_003 + rank + 1
 
 
-def _mean(values: Tensor, host: Host) -> float:
-    values = values.to(host.device, torch.float64)
-    return algorithm.masked_mean(values, torch.ones_like(values), host.sum).item()
+def _mean(values: Tensor, distributed: DistributedContext) -> float:
+    values = values.to(distributed.device, torch.float64)
+    return losses.masked_mean(values, torch.ones_like(values), distributed.sum).item()
 
 
 def _rate(options: PPOOptions, peak: float, step: int) -> float:
@@ -335,24 +358,28 @@ def _line(step: int, steps: int, row: dict[str, float], names: Sequence[str]) ->
     return f"iteration {step}/{steps}: {', '.join(parts)}, {row['seconds']:.1f} s"
 
 
-def _save(models: Models, target: Held, step: int, kl_coefficient: float, host: Host) -> None:
-    place = target.state.begin(step)
+def _save(
+    models: Models, context: RunContext, step: int, kl_coefficient: float, distributed: DistributedContext
+) -> None:
+    place = context.state.begin(step)
     for name, engine in (("actor", models.actor), ("critic", models.critic)):
         engine.save_checkpoint(str(place), tag=name, save_latest=False)
-    host.barrier()
-    if target.out is not None:
-        target.state.commit(step, {"kl_coefficient": kl_coefficient})
-    host.barrier()
+    distributed.barrier()
+    if context.out is not None:
+        context.state.commit(step, {"kl_coefficient": kl_coefficient})
+    distributed.barrier()
 
 
-def _resume(options: PPOOptions, models: Models, target: Held, host: Host) -> tuple[int, float]:
+def _resume(
+    options: PPOOptions, models: Models, context: RunContext, distributed: DistributedContext
+) -> tuple[int, float]:
     """The first iteration to run and its KL coefficient."""
-    if target.out is not None:
-        target.state.create()
-    step = host.broadcast(target.state.step)
+    if context.out is not None:
+        context.state.create()
+    step = distributed.broadcast(context.state.step)
     if step is None:
         return 1, options.kl_coefficient
     for name, engine in (("actor", models.actor), ("critic", models.critic)):
-        engine.load_checkpoint(str(target.state.of_step(step)), tag=name)
+        engine.load_checkpoint(str(context.state.of_step(step)), tag=name)
     log(f"resuming after iteration {step}")
-    return step + 1, target.state.facts(step)["kl_coefficient"]
+    return step + 1, context.state.facts(step)["kl_coefficient"]

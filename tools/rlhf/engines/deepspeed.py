@@ -18,47 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tools.rlhf.engines.distributed import DistributedContext
+
 Precision = Literal["bf16", "fp32"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Host:
-    """This process's place in the job."""
-
-    device: torch.device
-    rank: int
-    world_size: int
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks, in place; the `Reduce` of `tools.rlhf.algorithm`."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on some rank: the same answer on all."""
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
-
-    def maximum(self, value: float) -> float:
-        """The largest value of all ranks."""
-        tensor = torch.tensor(value, device=self.device, dtype=torch.float64)
-        if self.world_size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return float(tensor)
-
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's Python object, on every rank."""
-        box = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
-
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        self.sum(torch.zeros(1, device=self.device))
-
-
-def prepare() -> Host:
+def prepare() -> DistributedContext:
     """Join the process group (torchrun's environment, or a group of one) and make DeepSpeed ready."""
     cuda = torch.cuda.is_available()
     if not cuda:
@@ -81,7 +46,7 @@ def prepare() -> Host:
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(verbose=False)
-    return Host(device=device, rank=dist.get_rank(), world_size=dist.get_world_size())
+    return DistributedContext(device=device, rank=dist.get_rank(), world_size=dist.get_world_size())
 
 
 def quieten() -> None:
@@ -152,7 +117,7 @@ def _initialize(model: nn.Module, config: dict[str, Any]) -> Any:
     return engine
 
 
-def full_weights(engine: Any, host: Host) -> dict[str, Tensor]:
+def full_weights(engine: Any, distributed: DistributedContext) -> dict[str, Tensor]:
     """The model's parameters and buffers by name, whole, on the CPU of rank 0; an empty dict on the others.
 
     Under ZeRO-3 one parameter at a time is gathered, so no rank ever holds the whole model on its device.
@@ -160,7 +125,7 @@ def full_weights(engine: Any, host: Host) -> dict[str, Tensor]:
     import deepspeed
 
     weights: dict[str, Tensor] = {}
-    persistent = set(engine.module.state_dict(keep_vars=True)) if host.rank == 0 else set()
+    persistent = set(engine.module.state_dict(keep_vars=True)) if distributed.rank == 0 else set()
     for name, tensor in [*engine.module.named_parameters(), *engine.module.named_buffers()]:
         with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
             if name in persistent:

@@ -12,13 +12,13 @@ from types import FrameType
 from shared.checkpoint.directory.manifest import Inputs
 from shared.checkpoint.directory.publish import Publication, publish
 from shared.errors import EXIT_DONE, EXIT_USAGE, AlreadyDone, UserError
-from tools.rlhf.host import Host
+from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.state import State
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
-    """The target of a run, held by it."""
+class RunContext:
+    """An open run: the directory to publish and the state to resume from."""
 
     out: Publication | None
     """The directory in the making; on rank 0 only."""
@@ -26,28 +26,28 @@ class Held:
 
 
 @contextmanager
-def held(host: Host, target: Path, inputs: Inputs, *, overwrite: bool) -> Iterator[Held]:
+def open_run(distributed: DistributedContext, target: Path, inputs: Inputs, *, overwrite: bool) -> Iterator[RunContext]:
     """Hold `target` and its state for this job; publish when the block ends well, then drop the state.
 
     Rank 0 decides whether the job may run. When it may not, rank 0 says why and the other ranks leave in silence, with
     the same exit code.
     """
-    if host.rank != 0:
-        refusal = host.broadcast(None)
+    if distributed.rank != 0:
+        refusal = distributed.broadcast(None)
         if refusal is not None:
             raise SystemExit(refusal)
-        yield Held(out=None, state=State.open(target, inputs, overwrite=True))
+        yield RunContext(out=None, state=State.open(target, inputs, overwrite=True))
         return
     announced = False
     try:
         with publish(target, kind="hf", inputs=inputs, overwrite=overwrite) as out:
             state = State.open(target, inputs, overwrite=overwrite)
-            host.broadcast(None)
+            distributed.broadcast(None)
             announced = True
-            yield Held(out=out, state=state)
+            yield RunContext(out=out, state=state)
     except (AlreadyDone, UserError) as refused:
         if not announced:
-            host.broadcast(EXIT_DONE if isinstance(refused, AlreadyDone) else EXIT_USAGE)
+            distributed.broadcast(EXIT_DONE if isinstance(refused, AlreadyDone) else EXIT_USAGE)
         raise
     state.remove()
 
@@ -64,10 +64,10 @@ class StopRequest:
         self.received = True
 
 
-def check_batches(*, global_batch_size: int, micro_batch_size: int, host: Host) -> None:
+def check_batches(*, global_batch_size: int, micro_batch_size: int, distributed: DistributedContext) -> None:
     """UserError unless an update is a whole number of forward passes of every process."""
-    if global_batch_size % (micro_batch_size * host.world_size):
+    if global_batch_size % (micro_batch_size * distributed.world_size):
         raise UserError(
             f"--global-batch-size {global_batch_size} is not a multiple of --micro-batch-size {micro_batch_size} times "
-            f"{host.world_size} process(es)"
+            f"{distributed.world_size} process(es)"
         )

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from tools.rlhf.algorithms.experience import Sequences, policy_log_probs
 from tools.rlhf.data import Prompt
-from tools.rlhf.experience import Sequences, policy_log_probs
 from tools.rlhf.models import load_policy, open_source
-from tools.rlhf.rollout import sample
+from tools.rlhf.rollout.in_process import sample
 
 
 @pytest.fixture(scope="module")

@@ -18,23 +18,24 @@ from shared.checkpoint.files import remove_tree, sync, sync_tree
 from shared.console import log
 from shared.errors import Interrupted, StageError
 from shared.report.metrics import Metrics, peak_memory
-from tools.rlhf.hold import Held, StopRequest
-from tools.rlhf.host import Host, Precision
+from tools.rlhf.engines.deepspeed import Precision
+from tools.rlhf.engines.distributed import DistributedContext
+from tools.rlhf.run_context import RunContext, StopRequest
 
 _MARKER = "complete"
 _CHECKPOINT = "checkpoint-"
 
 
-def resume_point(held: Held, host: Host) -> Path | None:
+def resume_point(context: RunContext, distributed: DistributedContext) -> Path | None:
     """The newest whole checkpoint of the Trainer; half ones are removed."""
-    folder = held.state.path / "trainer"
-    if host.rank == 0:
-        held.state.create()
+    folder = context.state.path / "trainer"
+    if distributed.rank == 0:
+        context.state.create()
         for path in folder.glob(f"{_CHECKPOINT}*"):
             if not (path / _MARKER).exists():
                 remove_tree(path)
                 log(f"removed {path.name}, whose saving was cut short")
-    host.barrier()
+    distributed.barrier()
     whole = sorted(folder.glob(f"{_CHECKPOINT}*"), key=_step_of)
     if whole:
         log(f"resuming after update {_step_of(whole[-1])}")
@@ -46,8 +47,8 @@ def _step_of(path: Path) -> int:
 
 
 def common_arguments(
-    held: Held,
-    host: Host,
+    context: RunContext,
+    distributed: DistributedContext,
     *,
     micro_batch_size: int,
     global_batch_size: int,
@@ -59,18 +60,18 @@ def common_arguments(
     save_every: int,
 ) -> dict[str, Any]:
     """Arguments of a Trainer that every command sets alike. Batch sizes are known to divide each other."""
-    chosen = precision or ("bf16" if host.device.type == "cuda" else "fp32")
+    chosen = precision or ("bf16" if distributed.device.type == "cuda" else "fp32")
     return {
-        "output_dir": str(held.state.path / "trainer"),
+        "output_dir": str(context.state.path / "trainer"),
         "per_device_train_batch_size": micro_batch_size,
-        "gradient_accumulation_steps": global_batch_size // (micro_batch_size * host.world_size),
+        "gradient_accumulation_steps": global_batch_size // (micro_batch_size * distributed.world_size),
         "learning_rate": learning_rate,
         "warmup_steps": warmup_steps,
         "adam_beta2": 0.95,
         "weight_decay": 0.0,
         "max_grad_norm": max_gradient_norm,
         "bf16": chosen == "bf16",
-        "use_cpu": host.device.type == "cpu",
+        "use_cpu": distributed.device.type == "cpu",
         "gradient_checkpointing": False,
         "seed": seed,
         "save_strategy": "steps",
@@ -80,9 +81,9 @@ def common_arguments(
         "logging_nan_inf_filter": False,  # it would hide what must stop the run
         "report_to": "none",
         "disable_tqdm": True,
-        "dataloader_pin_memory": host.device.type == "cuda",
+        "dataloader_pin_memory": distributed.device.type == "cuda",
         "ddp_find_unused_parameters": False,
-        "ddp_backend": None if host.device.type == "cuda" else "gloo",
+        "ddp_backend": None if distributed.device.type == "cuda" else "gloo",
     }
 
 
@@ -91,8 +92,8 @@ class Contract(TrainerCallback):
 
     def __init__(
         self,
-        held: Held,
-        host: Host,
+        context: RunContext,
+        distributed: DistributedContext,
         *,
         resumed: Path | None,
         log_every: int,
@@ -101,8 +102,8 @@ class Contract(TrainerCallback):
     ) -> None:
         """
         Args:
-            held: the run.
-            host: this process's place.
+            context: the run.
+            distributed: this process's place.
             resumed: the checkpoint that training goes on from.
             log_every: updates between two log lines.
             line: a log line's text from an update's metrics.
@@ -110,14 +111,14 @@ class Contract(TrainerCallback):
         """
         self.interrupted_at: int | None = None
         self._period = period
-        self._host, self._log_every, self._line = host, log_every, line
+        self._distributed, self._log_every, self._line = distributed, log_every, line
         self._stop = StopRequest()
         step = _step_of(resumed) if resumed else None
-        self._metrics = Metrics(held.state.path, resumed_step=step) if host.rank == 0 else None
+        self._metrics = Metrics(context.state.path, resumed_step=step) if distributed.rank == 0 else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         between = state.global_step == state.max_steps or state.global_step % self._period
-        if not between and self._host.any(self._stop.received):
+        if not between and self._distributed.any(self._stop.received):
             self.interrupted_at = state.global_step
             control.should_save = control.should_training_stop = True
         return control
@@ -138,7 +139,7 @@ class Contract(TrainerCallback):
             log(f"update {state.global_step}/{state.max_steps}: {self._line(row)}")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._host.barrier()  # every rank writes its generator state
+        self._distributed.barrier()  # every rank writes its generator state
         if self._metrics is not None:
             self._metrics.sync()
             place = Path(args.output_dir) / f"{_CHECKPOINT}{state.global_step}"

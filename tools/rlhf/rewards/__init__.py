@@ -1,0 +1,1 @@
+"""Rewards of replies: reward models, Python functions, their weighted sum."""

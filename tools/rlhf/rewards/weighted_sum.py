@@ -1,0 +1,75 @@
+"""The reward of a reply: a weighted sum of reward models and Python functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from shared.checkpoint.directory.open import open_checkpoint
+from shared.data.tokenizer import open_tokenizer
+from tools.rlhf.data import Prompt
+from tools.rlhf.rewards.python_function import FunctionReward
+from tools.rlhf.rewards.reward_model import ModelReward, load_reward_model
+from tools.rlhf.rewards.spec import RewardSpec
+from tools.rlhf.rollout.rollout import Reply
+
+
+class Scorer(Protocol):
+    """Gives every reply a score."""
+
+    def __call__(self, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> list[float]: ...
+
+
+class Reward:
+    """The weighted sum of its components."""
+
+    def __init__(self, components: Sequence[tuple[RewardSpec, Scorer]]) -> None:
+        self.components = tuple(components)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The components' names, in the order of `--reward`."""
+        return tuple(spec.name for spec, _ in self.components)
+
+    def __call__(self, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sums [replies] and each component's unweighted scores [replies], float32 on the CPU."""
+        scores = {spec.name: torch.tensor(scorer(prompts, replies)) for spec, scorer in self.components}
+        total = torch.stack([spec.weight * scores[spec.name] for spec, _ in self.components]).sum(0)
+        return total, scores
+
+
+def load(
+    specs: Sequence[RewardSpec],
+    tokenizer: Any,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch_size: int,
+    wrap: Callable[[nn.Module], Any] = lambda model: model,
+) -> Reward:
+    """The rewards of `--reward`.
+
+    Args:
+        specs: what `spec.parse` read.
+        tokenizer: the policy's, whose ids a reward model of the same vocabulary reads as they are.
+        device: where reward models run.
+        dtype: of reward models' weights.
+        batch_size: replies a forward pass.
+        wrap: puts a reward model into an engine.
+    """
+    components: list[tuple[RewardSpec, Scorer]] = []
+    for spec in specs:
+        if spec.function is not None:
+            components.append((spec, FunctionReward(spec.path, spec.function)))
+            continue
+        open_checkpoint(spec.path, kinds=("hf",), flag="--reward")
+        model = wrap(load_reward_model(spec.path, dtype).to(device))
+        own = open_tokenizer(spec.path, flag="--reward")
+        same = own.get_vocab() == tokenizer.get_vocab()
+        components.append(
+            (spec, ModelReward(spec.path, model, None if same else own, device=device, batch_size=batch_size))
+        )
+    return Reward(components)
