@@ -183,10 +183,12 @@ class Architecture(FlatView):
         layer: Mapping[str, Any] | None = None,
         embedding: Mapping[str, Any] | None = None,
         head: Mapping[str, Any] | None = None,
+        num_layers: int | None = None,
         **fields: Any,
     ) -> Architecture:
         """The same model with these fields of its values replaced: of every layer, the one within MTP too, that has such a
-        value, `norm` also of the norms around the layers; `fields` are the Architecture's own.
+        value, `norm` also of the norms around the layers; `fields` are the Architecture's own. `num_layers` is for models whose
+        layers are all equal; ValueError for others.
         """
 
         def of_layer(one: Layer) -> Layer:
@@ -208,6 +210,10 @@ class Architecture(FlatView):
             own = {"norm": replace(end.norm, **norm or {})} if end.norm else {}
             return replace(end, **own | dict(given or {}))
 
+        if num_layers is not None:
+            if len(self.kinds) > 1:
+                raise ValueError(f"which of {len(self.kinds)} kinds of layers are the {num_layers}? give layers")
+            fields["layers"] = tuple(map(of_layer, self.kinds)) * num_layers
         ends: dict[str, Any] = {"embedding": with_norm(self.embedding, embedding), "head": with_norm(self.head, head)}
         return replace(self.with_layers(of_layer), **ends, **fields)
 

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
-from shared.architecture.version_1 import Experts
+from shared.architecture.architecture import MLP, Architecture
 from shared.checkpoint.formats.hugging_face import default_layout, write_weights
 from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.families import registry
@@ -22,15 +20,14 @@ _QWEN3_MOE = registry.sizes()["qwen3-30b-a3b"]
 SHAPES: dict[str, Architecture] = {
     "tiny": registry.sizes()["tiny"],
     "llama-3.2-1b": _LLAMA_1B,
-    "llama-3.2-3b": replace(
-        _LLAMA_1B, num_layers=28, hidden_size=3072, num_attention_heads=24, num_query_groups=8, head_dim=128
+    "llama-3.2-3b": _LLAMA_1B.with_values(
+        num_layers=28, hidden_size=3072, attention={"heads": 24, "groups": 8, "head_dim": 128}
     ),
-    "qwen3-moe-2b": replace(
-        _QWEN3_MOE,
+    "qwen3-moe-2b": _QWEN3_MOE.with_values(
         num_layers=20,
         hidden_size=1024,
-        num_attention_heads=16,
-        experts=Experts(count=64, top_k=8, ffn_hidden_size=448, auxiliary_loss=0.001),
+        attention={"heads": 16},
+        moe={"experts": 64, "expert": MLP(ffn_hidden_size=448)},
     ),
 }
 _POOL = 32 << 20  # bytes of random bf16 numbers, of which every tensor takes another stretch

@@ -12,8 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from shared.architecture.flat_view import changed as replace
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
@@ -22,7 +20,12 @@ from tests.tools.convert.conftest import write_hf  # noqa: E402
 
 PEERS = ROOT / "tests" / "peers"
 KEPT = ("config.json", "model.safetensors")
-SMALL = {"hidden_size": 16, "ffn_hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 4}
+SMALL = {
+    "hidden_size": 16,
+    "mlp": {"ffn_hidden_size": 24},
+    "attention": {"heads": 4, "groups": 2, "head_dim": 4},
+    "head": {"tied": False},
+}
 
 
 def main() -> None:
@@ -31,7 +34,7 @@ def main() -> None:
         place = ROOT / "tests" / "golden" / "megatron-bridge" / family
         place.mkdir(parents=True)
         size = registry.sizes()["tiny" if family == "llama" else f"{family}-tiny"]
-        write_hf(place / "hf", replace(size, **SMALL, num_layers=2, vocab_size=259, tied_embeddings=False))
+        write_hf(place / "hf", size.with_values(**SMALL, num_layers=2, vocab_size=259))
         for path in (place / "hf").iterdir():
             if path.name not in KEPT:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

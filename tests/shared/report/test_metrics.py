@@ -6,8 +6,6 @@ import math
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from shared.architecture.flat_view import changed as replace
-from shared.architecture.version_1 import nested
 from shared.families import registry
 from shared.report.metrics import Metrics, bits_per_byte, flops_per_token, read
 
@@ -48,19 +46,17 @@ def test_a_record_before_the_first_update_survives_a_resume_at_zero(tmp_path):
 
 def test_flops_of_a_known_model():
     """PaLM's accounting for GPT-3-like sizes: 6 N + 12 L H Q T, here with N counted by hand."""
-    tiny = nested(
-        family="llama",
-        num_layers=2,
-        hidden_size=8,
-        ffn_hidden_size=16,
-        num_attention_heads=2,
-        num_query_groups=1,
-        head_dim=4,
-        vocab_size=10,
-        max_position_embeddings=32,
-        norm_epsilon=1e-5,
-        rope_theta=1e4,
-        tied_embeddings=False,
+    tiny = registry.from_config(
+        {
+            "model_type": "llama",
+            "num_hidden_layers": 2,
+            "hidden_size": 8,
+            "intermediate_size": 16,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "vocab_size": 10,
+            "max_position_embeddings": 32,
+        }
     )
     layer = 8 * (8 + 4 + 4) + 8 * 8 + 3 * 8 * 16 + 2 * 8  # qkv, output, gated MLP, norms
     weights = 2 * layer + 10 * 8 + 8  # with the output matrix, without the input embedding
@@ -70,7 +66,7 @@ def test_flops_of_a_known_model():
 def test_flops_of_a_model_whose_table_is_narrower():
     """OPT 350M: the tied table is the output layer's matrix, and both projections are matrices."""
     opt = registry.sizes()["opt-350m"]
-    untied = replace(opt, tied_embeddings=False)
+    untied = opt.with_values(head={"tied": False})
     assert untied.parameter_count() - opt.parameter_count() == 50_272 * 512
     assert flops_per_token(untied, 128) == flops_per_token(opt, 128)
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,6 @@ import numpy as np
 import pytest
 
 from shared.architecture.architecture import Architecture, RopeScaling
-from shared.architecture.flat_view import changed as replace
 from shared.checkpoint.dtypes import BF16, BY_FLAG, FP32, Dtype, from_float32
 from shared.checkpoint.formats.hugging_face import default_layout, write_weights
 from shared.families import registry
@@ -37,23 +37,25 @@ SIZES = {
     if "tiny" in name and (not CHOSEN or size.family in CHOSEN)
 }
 
-TINY = replace(registry.sizes()["tiny"], vocab_size=259, rope_theta=50_000.0)  # 259: padded on every layout
+TINY = registry.sizes()["tiny"].with_values(vocab_size=259, rotary={"theta": 50_000.0})  # 259: padded on every layout
 LLAMA3 = RopeScaling(kind="llama3", factor=8.0, original_length=64)
+
+LINEAR = RopeScaling(kind="linear", factor=4.0)
 
 # name -> architecture and how the files differ from the plain ones
 VARIANTS: dict[str, tuple[Architecture, dict[str, Any]]] = {
     "llama-gqa": (TINY, {}),
-    "llama-mha-tied": (replace(TINY, num_query_groups=4, tied_embeddings=True, vocab_size=256), {}),
-    "llama-mqa-head-dim": (replace(TINY, num_query_groups=1, head_dim=24), {"dtype": "fp32"}),
-    "llama-tied-head-stored": (replace(TINY, tied_embeddings=True), {"stored_head": True}),
-    "llama-biases": (replace(TINY, qkv_bias=True, attention_output_bias=True, mlp_bias=True), {}),
-    "llama-rope-llama3-sharded": (replace(TINY, rope_scaling=LLAMA3), {"shard_bytes": 100_000}),
-    "llama-rope-linear": (replace(TINY, rope_scaling=RopeScaling(kind="linear", factor=4.0)), {"dtype": "fp16"}),
+    "llama-mha-tied": (TINY.with_values(attention={"groups": 4}, head={"tied": True}, vocab_size=256), {}),
+    "llama-mqa-head-dim": (TINY.with_values(attention={"groups": 1, "head_dim": 24}), {"dtype": "fp32"}),
+    "llama-tied-head-stored": (TINY.with_values(head={"tied": True}), {"stored_head": True}),
+    "llama-biases": (TINY.with_values(attention={"bias": True, "output_bias": True}, mlp={"bias": True}), {}),
+    "llama-rope-llama3-sharded": (TINY.with_values(rotary={"scaling": LLAMA3}), {"shard_bytes": 100_000}),
+    "llama-rope-linear": (TINY.with_values(rotary={"scaling": LINEAR}), {"dtype": "fp16"}),
     "llama-fp32-norms": (TINY, {"fp32": lambda name: "norm" in name}),
     "llama-one-fp32-layer": (TINY, {"fp32": lambda name: "layers.1" in name}),
     "llama-inv-freq": (TINY, {"inv_freq": True}),
     "qwen2-tied": (replace(registry.sizes()["qwen2-tiny"], vocab_size=259), {}),
-    "qwen2-untied": (replace(registry.sizes()["qwen2-tiny"], tied_embeddings=False), {"shard_bytes": 80_000}),
+    "qwen2-untied": (registry.sizes()["qwen2-tiny"].with_values(head={"tied": False}), {"shard_bytes": 80_000}),
     "qwen3": (replace(registry.sizes()["qwen3-tiny"], vocab_size=259), {}),
 }
 
@@ -79,7 +81,7 @@ def write_hf(
     for entry in (table.with_prefixes_of({""}) if without_prefix else table).entries():
         for source in entry.sources:
             kinds[source.name] = (FP32 if source.fp32 or fp32(source.name) else BY_FLAG[dtype], source.stored_shape)
-            stored_whole = architecture.norm != "rmsnorm_1p" or entry.zero_centered_gamma
+            stored_whole = not architecture.layers[0].norm.zero_centered_gamma or entry.zero_centered_gamma
             if "norm" in entry.key and entry.key.endswith("weight") and stored_whole:
                 around_one.add(source.name)
     kinds |= {name: (BY_FLAG[dtype], shape) for name, shape in table.required_pass_through().items()}
@@ -87,7 +89,10 @@ def write_hf(
     kinds |= {name: kinds[of] for name, of in copies.items()}
     if inv_freq:
         for layer in range(architecture.num_layers):
-            kinds[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = (FP32, (architecture.head_dim // 2,))
+            kinds[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = (
+                FP32,
+                (architecture.attention.head_dim // 2,),
+            )
     layout = default_layout([(n, k.safetensors, s) for n, (k, s) in sorted(kinds.items())], shard_bytes)
 
     def blocks(tensor: Any) -> list[memoryview]:

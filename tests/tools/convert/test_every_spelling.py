@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shared.architecture.flat_view import changed as replace
 from shared.families import registry
 
 # Today's names to those of old, and what else is said; None: a field that the old spelling lacks.

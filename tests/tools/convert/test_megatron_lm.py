@@ -16,15 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
+from shared.architecture.architecture import Architecture, Attention
 from shared.families import registry
 
 Make = Callable[..., Path]
-LLAMA = replace(registry.sizes()["tiny"], vocab_size=259, num_layers=4)
-GPT2 = replace(registry.sizes()["gpt2-tiny"], vocab_size=259, num_layers=4)
-QWEN2 = replace(registry.sizes()["qwen2-tiny"], vocab_size=259, num_layers=4)
-MIXTRAL = replace(registry.sizes()["mixtral-tiny"], num_layers=4)
+LLAMA = registry.sizes()["tiny"].with_values(vocab_size=259, num_layers=4)
+GPT2 = registry.sizes()["gpt2-tiny"].with_values(vocab_size=259, num_layers=4)
+QWEN2 = registry.sizes()["qwen2-tiny"].with_values(vocab_size=259, num_layers=4)
+MIXTRAL = registry.sizes()["mixtral-tiny"].with_values(num_layers=4)
 
 
 def layer_of(a: Architecture, hf: dict[str, torch.Tensor], layer: int) -> dict[str, torch.Tensor]:
@@ -42,22 +41,22 @@ def layer_of(a: Architecture, hf: dict[str, torch.Tensor], layer: int) -> dict[s
             made[f"mlp.linear_fc1.layer_norm_{kind}"] = hf[f"{p}ln_2.{kind}"]
             qkv = hf[f"{p}attn.c_attn.{kind}"]
             qkv = qkv.T if kind == "weight" else qkv  # [3 * heads * head_dim, ...]
-            blocks = qkv.reshape(3, a.num_attention_heads, a.head_dim, *qkv.shape[1:])
+            blocks = qkv.reshape(3, a.attention.heads, a.attention.head_dim, *qkv.shape[1:])
             made[f"self_attention.linear_qkv.{kind}"] = blocks.transpose(0, 1).reshape(qkv.shape)
         return made
-    p, n = f"model.layers.{layer}.", a.num_query_groups
+    p, n = f"model.layers.{layer}.", a.attention.groups
     made = {
         "self_attention.linear_qkv.layer_norm_weight": hf[p + "input_layernorm.weight"],
         "self_attention.linear_proj.weight": hf[p + "self_attn.o_proj.weight"],
     }
-    for kind in ("weight", "bias") if a.qkv_bias else ("weight",):
+    for kind in ("weight", "bias") if isinstance(a.attention, Attention) and a.attention.bias else ("weight",):
         q, k, v = (hf[f"{p}self_attn.{part}_proj.{kind}"] for part in "qkv")
         rows = [part.reshape(n, -1, *part.shape[1:]) for part in (q, k, v)]
         made[f"self_attention.linear_qkv.{kind}"] = torch.cat(rows, 1).flatten(0, 1)
-    if a.experts:
+    if a.moe:
         made["pre_mlp_layernorm.weight"] = hf[p + "post_attention_layernorm.weight"]
         made["mlp.router.weight"] = hf[p + "block_sparse_moe.gate.weight"]
-        for expert in range(a.experts.count):
+        for expert in range(a.moe.experts):
             e = f"{p}block_sparse_moe.experts.{expert}."
             own = f"mlp.experts.local_experts.{expert}."
             made[own + "linear_fc1.weight"] = torch.cat([hf[e + "w1.weight"], hf[e + "w3.weight"]])
@@ -73,13 +72,13 @@ def shard(a: Architecture, key: str, tensor: torch.Tensor, rank: int, count: int
     """A tensor-parallel rank's part."""
     if "layer_norm" in key or "layernorm" in key or "router" in key or key.endswith(("proj.bias", "fc2.bias")):
         return tensor
-    if "linear_fc1" in key and a.gated:
+    if "linear_fc1" in key and a.feed_forward.gated:
         return torch.cat([half.chunk(count)[rank] for half in tensor.chunk(2)])
     if "linear_proj" in key or "linear_fc2" in key:
         return tensor.chunk(count, dim=1)[rank]
     part = tensor.chunk(count)[rank]
     if "linear_qkv" in key and version < 2:  # [heads, 3, head_dim] is what later versions have
-        heads = part.view(-1, 3, a.head_dim, *part.shape[1:])
+        heads = part.view(-1, 3, a.attention.head_dim, *part.shape[1:])
         order = (1, 0, 2, *range(3, heads.dim())) if version < 1 else (0, 2, 1, *range(3, heads.dim()))
         part = heads.permute(*order).reshape(part.shape)
     return part
@@ -147,7 +146,7 @@ def write(
         "tensor_model_parallel_size": tensor,
         "pipeline_model_parallel_size": pipeline,
         "expert_model_parallel_size": expert,
-        "num_attention_heads": a.num_attention_heads,
+        "num_attention_heads": a.attention.heads,
         **arguments,
     }
     for t, p, e in ((t, p, e) for t in range(tensor) for p in range(pipeline) for e in range(expert)):
@@ -162,8 +161,8 @@ def write(
             for local in range(per_stage):
                 for key, whole in layer_of(a, hf, (v * pipeline + p) * per_stage + local).items():
                     kept = renamed(key, {"core": {}, "old": OLD, "oldest": OLDEST}[names])
-                    if a.experts and "local_experts" in key:
-                        own = a.experts.count // expert
+                    if a.moe and "local_experts" in key:
+                        own = a.moe.experts // expert
                         index = int(key.split(".")[3])
                         if index // own != e:
                             continue
@@ -174,8 +173,8 @@ def write(
                     state[f"decoder.final_layernorm.{kind}"] = hf[
                         f"transformer.ln_f.{kind}" if gpt2 else "model.norm.weight"
                     ]
-                if not a.tied_embeddings or pipeline > 1:
-                    head = embedding if a.tied_embeddings else hf["lm_head.weight"]
+                if not a.head.tied or pipeline > 1:
+                    head = embedding if a.head.tied else hf["lm_head.weight"]
                     state["output_layer.weight"] = torch.cat([head, padding]).chunk(tensor)[t].clone()
             roots = {"old": "encoder", "oldest": "transformer"}
             chunks.append(nested(state, roots[names]) if names != "core" else state)

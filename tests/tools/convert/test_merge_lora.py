@@ -8,13 +8,13 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from shared.architecture.flat_view import changed as replace
 from shared.checkpoint.formats.hugging_face import HfReader, default_layout, write_weights
 from shared.families import registry
 from shared.mapping.rule import Source, name_variants
@@ -28,8 +28,8 @@ BASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (replace(SIZES["tiny"], vocab_size=259), {"shard_bytes": 100_000}),
     "llama-fp32": (SIZES["tiny"], {"dtype": "fp32"}),
     "llama-fp16": (SIZES["tiny"], {"dtype": "fp16"}),
-    "llama-tied": (replace(SIZES["tiny"], tied_embeddings=True), {"dtype": "fp32", "shard_bytes": 200_000}),
-    "qwen2": (replace(SIZES["qwen2-tiny"], tied_embeddings=False), {}),
+    "llama-tied": (SIZES["tiny"].with_values(head={"tied": True}), {"dtype": "fp32", "shard_bytes": 200_000}),
+    "qwen2": (SIZES["qwen2-tiny"].with_values(head={"tied": False}), {}),
     "gpt2": (SIZES["gpt2-tiny"], {}),
     "gpt2-bare": (SIZES["gpt2-tiny"], {"without_prefix": True}),
     "mixtral": (SIZES["mixtral-tiny"], {}),
@@ -242,7 +242,7 @@ def test_memory_is_what_the_plan_says(tmp_path: Path) -> None:
     from tests.benchmarks.checkpoints import generate
     from tests.tools.convert.test_report import converted
 
-    architecture = replace(SIZES["tiny"], hidden_size=2048, ffn_hidden_size=22_000, num_layers=1)
+    architecture = SIZES["tiny"].with_values(hidden_size=2048, mlp={"ffn_hidden_size": 22_000}, num_layers=1)
     generate(tmp_path / "hf", architecture)
     sources = [source for entry in registry.table_of(architecture).entries() for source in entry.sources]
     plain_adapter(

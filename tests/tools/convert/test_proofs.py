@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shared.architecture.flat_view import changed as replace
 from shared.families import registry
 from tools.convert import proofs
 
@@ -27,7 +27,7 @@ def test_whatever_a_family_says_is_in_its_description() -> None:
     tiny = sizes["gemma-tiny"]
     changed = [
         replace(family, sizes=sizes | {"another": tiny}),
-        replace(family, sizes=sizes | {"gemma-tiny": replace(tiny, rope_theta=1e6)}),
+        replace(family, sizes=sizes | {"gemma-tiny": tiny.with_values(rotary={"theta": 1e6})}),
     ]
     found = {proofs.description(given) for given in (family, *changed)}
     assert len(found) == 3
@@ -47,7 +47,7 @@ def test_a_change_in_the_table_or_the_configuration_is_one_of_the_description(
 
     other = {
         "table": table,
-        "read": lambda fields: replace(family.read(fields), norm_epsilon=0.5),
+        "read": lambda fields: family.read(fields).with_values(norm={"epsilon": 0.5}),
         "write": lambda a: family.write(a) | {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": None},
     }
     changed = replace(family, **{part: other[part]})

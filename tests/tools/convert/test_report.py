@@ -13,9 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
-from shared.architecture.version_1 import Experts
+from shared.architecture.architecture import MLP, Architecture
 from shared.checkpoint.files import hash_file
 from shared.checkpoint.formats.hugging_face import default_layout, write_weights
 from shared.checkpoint.formats.safetensors_file import TensorInfo
@@ -101,28 +99,24 @@ def both_ways(tmp_path: Path) -> Both:
 def test_a_checkpoint_of_twenty_times_the_limit(both_ways: Both) -> None:
     """RLIMIT_DATA: the heap, the stacks and every other private page that can be written. The limit is real."""
     limit = 44 << 20
-    architecture = replace(
-        registry.sizes()["tiny"], hidden_size=2048, ffn_hidden_size=11_000, num_layers=6, vocab_size=16_000
-    )
+    tiny = registry.sizes()["tiny"]
+    architecture = tiny.with_values(hidden_size=2048, mlp={"ffn_hidden_size": 11_000}, num_layers=6, vocab_size=16_000)
     assert both_ways(architecture, limit) > 20 * limit
 
 
 def test_many_small_tensors(both_ways: Both) -> None:
     """What is known of 20,000 tensors takes more memory than the blocks that are copied."""
-    experts = Experts(count=256, top_k=2, ffn_hidden_size=8)
-    both_ways(replace(registry.sizes()["qwen3-moe-tiny"], hidden_size=16, num_layers=26, experts=experts), 1 << 30)
+    moe = {"experts": 256, "top_k": 2, "expert": MLP(ffn_hidden_size=8)}
+    both_ways(registry.sizes()["qwen3-moe-tiny"].with_values(hidden_size=16, num_layers=26, moe=moe), 1 << 30)
 
 
 def test_transposed_tensors_larger_than_the_limit(both_ways: Both) -> None:
     """They are turned strip by strip; 134 MB each, and numpy takes much of the limit."""
     limit = 120 << 20
-    architecture = replace(
-        registry.sizes()["gpt2-tiny"],
+    architecture = registry.sizes()["gpt2-tiny"].with_values(
         hidden_size=4096,
-        ffn_hidden_size=16_384,
-        num_attention_heads=32,
-        num_query_groups=32,
-        head_dim=128,
+        mlp={"ffn_hidden_size": 16_384},
+        attention={"heads": 32, "groups": 32, "head_dim": 128},
         num_layers=1,
         vocab_size=1024,
     )
@@ -133,13 +127,10 @@ def test_transposed_tensors_larger_than_the_limit(both_ways: Both) -> None:
 def test_quantized_tensors_larger_than_the_limit(both_ways: Both) -> None:
     """Numbers are made of codes window by window, and codes of numbers band by band; 134 MB of numbers each."""
     limit = 120 << 20
-    architecture = replace(
-        registry.sizes()["tiny"],
+    architecture = registry.sizes()["tiny"].with_values(
         hidden_size=2048,
-        ffn_hidden_size=32_768,
-        num_attention_heads=16,
-        num_query_groups=2,
-        head_dim=128,
+        mlp={"ffn_hidden_size": 32_768},
+        attention={"heads": 16, "groups": 2, "head_dim": 128},
         num_layers=1,
         vocab_size=1024,
     )

@@ -20,7 +20,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shared.architecture.flat_view import changed as replace
 from shared.families import registry
 
 Make = Callable[..., Path]
@@ -62,7 +61,7 @@ def model(write_architecture: Make, tmp_path: Path) -> dict[str, torch.Tensor]:
     """A whole model's tensors, constants of the rotation among them."""
     found = load_file(write_architecture(tmp_path / "hf", TINY, dtype="fp16") / "model.safetensors")
     for layer in range(TINY.num_layers):
-        constants = 10_000.0 ** (-torch.arange(0, TINY.head_dim, 2) / TINY.head_dim)
+        constants = 10_000.0 ** (-torch.arange(0, TINY.attention.head_dim, 2) / TINY.attention.head_dim)
         found[f"transformer.layers.{layer}.attention.rotary_emb.inv_freq"] = constants.half()
     return found
 
@@ -108,7 +107,7 @@ def test_what_training_leaves_beside_changes_nothing(
 ) -> None:
     """DeepSpeed's checkpoints of SwissArmyTransformer: states of generators, and its own constants."""
     model = {name: tensor for name, tensor in model.items() if not name.endswith("inv_freq")}
-    model["mixins.rotary-embedding.rotary_emb.inv_freq"] = torch.ones(TINY.head_dim // 2)
+    model["mixins.rotary-embedding.rotary_emb.inv_freq"] = torch.ones(TINY.attention.head_dim // 2)
     states = {
         "iteration": 49300,
         "random_rng_state": random.getstate(),
@@ -132,10 +131,12 @@ def test_what_training_leaves_beside_changes_nothing(
 def test_a_model_of_no_published_shape_needs_its_configuration(
     write_architecture: Make, convert: Any, tmp_path: Path
 ) -> None:
-    other = replace(
-        TINY, num_layers=3, input_multiplier=6**0.5, vocab_size=96, num_attention_heads=2, num_query_groups=2
+    other = TINY.with_values(
+        num_layers=3,
+        residual={"input_multiplier": 6**0.5},
+        vocab_size=96,
+        attention={"heads": 2, "groups": 2, "head_dim": TINY.hidden_size // 2},
     )
-    other = replace(other, head_dim=other.hidden_size // 2)
     files = write_architecture(tmp_path / "hf", other, dtype="fp16")
     source = cut(tmp_path / "sat", load_file(files / "model.safetensors"), 2)
     words = ("to-megatron", "--source", source, "--target", tmp_path / "megatron")
@@ -264,8 +265,14 @@ finally:
 def test_memory_is_less_than_a_rank_and_what_the_plan_says(tmp_path: Path) -> None:
     """Ranks of 252 MB each under a limit of 120 MB, of which numpy, which puts columns side by side, takes much."""
     limit = 120 << 20
-    big = replace(TINY, hidden_size=2048, ffn_hidden_size=24_576, head_dim=512, vocab_size=16_384, num_layers=2)
-    big = replace(big, input_multiplier=2.0)
+    big = TINY.with_values(
+        hidden_size=2048,
+        mlp={"ffn_hidden_size": 24_576},
+        attention={"head_dim": 512},
+        vocab_size=16_384,
+        num_layers=2,
+        residual={"input_multiplier": 2.0},
+    )
     shapes = {s.name: s.shape for entry in registry.table_of(big).entries() for s in entry.sources}
     source = cut(tmp_path / "sat", {name: torch.ones(shape, dtype=torch.half) for name, shape in shapes.items()}, 2)
     assert rank(source, 0).stat().st_size > 2 * limit

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
 from shared.families import registry
 from shared.mapping.layout import Interleave
 from shared.mapping.rule import Rule
@@ -137,19 +137,21 @@ def test_the_layers_compute_what_transformers_does(
 
 def careless_builds(a: Architecture, description: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Descriptions with one argument read as another, where the tensors still fit."""
-    wrong: dict[str, Any] = {"rotary_pos_interleaved": not a.rotary_interleaved} if a.positions == "rope" else {}
-    wrong |= {"layernorm_epsilon": 0.1, "zero_centered_gamma": a.norm != "rmsnorm_1p"}
-    wrong |= {"qkv_weight_interleaved": False} if a.num_query_groups > 1 else {}
-    wrong |= {"window_size": None} if a.sliding_window and len(a.full_attention_layers) < a.num_layers else {}
-    wrong |= {"parallel_attention_mlp": a.residual != "parallel"}
-    wrong |= {"activation": "reglu" if a.gated else "relu" if a.activation != "relu" else "gelu"}
-    wrong |= {"qk_norm_before_rope": False} if a.qk_norm else {}
+    rotary = next((kind.mixer.rotary for kind in a.kinds if getattr(kind.mixer, "rotary", None)), None)
+    mlp = a.feed_forward
+    wrong: dict[str, Any] = {"rotary_pos_interleaved": not rotary.interleaved} if rotary else {}
+    wrong |= {"layernorm_epsilon": 0.1, "zero_centered_gamma": not a.layers[0].norm.zero_centered_gamma}
+    wrong |= {"qkv_weight_interleaved": False} if a.attention.groups > 1 else {}
+    wrong |= {"window_size": None} if any(getattr(kind.mixer, "window", None) for kind in a.kinds) else {}
+    wrong |= {"parallel_attention_mlp": a.layers[0].residual.kind != "parallel"}
+    wrong |= {"activation": "reglu" if mlp.gated else "relu" if mlp.activation != "relu" else "gelu"}
+    wrong |= {"qk_norm_before_rope": False} if getattr(a.attention, "qk_norm", None) else {}
     for name, value in wrong.items():
         layers = [layer | {"arguments": layer["arguments"] | {name: value}} for layer in description["layers"]]
         yield name, description | {"layers": layers}
     if any(layer["call"] for layer in description["layers"]):
         yield "call", description | {"layers": [layer | {"call": {}} for layer in description["layers"]]}
-    if a.layers_without_rope:
+    if rotary and any(kind.mixer.rotary is None for kind in a.kinds):
         call = next(layer["call"] for layer in description["layers"] if layer["call"])
         yield "NoPE", description | {"layers": [layer | {"call": call} for layer in description["layers"]]}
 
@@ -175,7 +177,7 @@ def mistakes(a: Architecture) -> Iterator[tuple[str, Callable[[Rule], Rule]]]:
             "key and value",
             swapped("linear_qkv.weight", sources=lambda sources: (sources[0], sources[2], sources[1])),
         )
-        if a.num_query_groups > 1:
+        if a.attention.groups > 1:
             yield "blocks of queries, keys and values", swapped("linear_qkv.weight", layout=lambda _: Interleave())
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shared.architecture.flat_view import changed as replace
 from shared.families import llama, registry
 from shared.mapping.layout import CONCAT
 from shared.mapping.rule import Rule, Table

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import shared.runtime.device
-from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
+from shared.architecture.architecture import Architecture, Attention, MoE
 from shared.families import registry
 from shared.mapping.rule import Rule
 from tests.references.prediction import Predicting
@@ -25,7 +25,7 @@ from tests.tools.convert.test_every_mistake import mistaken, mistakes_of_tables
 from tools.convert.verify_logits import RELATIVE_TOLERANCE
 
 POSITIONS = 288
-PREDICTING = [name for name, size in SIZES.items() if size.prediction_layers]
+PREDICTING = [name for name, size in SIZES.items() if size.mtp]
 IDS = torch.randint(509, (1, POSITIONS), generator=torch.Generator().manual_seed(1))
 
 
@@ -130,7 +130,7 @@ def mistakes(a: Architecture) -> Iterator[tuple[str, Callable[[Rule], Rule]]]:
 
     yield "norms of embedding and hidden state", exchanged
     of_model = dict(mistakes_of_tables(a))
-    for name in ("gate and up of experts", "query of another head" if a.latent else "key and value"):
+    for name in ("gate and up of experts", "query of another head" if a.mla else "key and value"):
         wrong = of_model[name]
         yield name, lambda rule, wrong=wrong: wrong(rule) if rule.megatron.startswith("mtp.") else rule
 
@@ -227,33 +227,37 @@ def plain(a: Architecture) -> Any:
     from shared.runtime.process_groups import ParallelLayout, initialize
 
     initialize(ParallelLayout(), seed=0)
-    experts = a.experts
-    assert experts is not None
+    attention, moe = a.attention, a.moe
+    assert moe is not None
+    assert moe.shared is not None
+    assert isinstance(attention, Attention)
+    assert attention.rotary is not None
+    assert a.mtp is not None
     config = TransformerConfig(
         num_layers=a.num_layers,
-        mtp_num_layers=a.prediction_layers,
+        mtp_num_layers=a.mtp.depth,
         hidden_size=a.hidden_size,
-        ffn_hidden_size=a.ffn_hidden_size,
-        num_attention_heads=a.num_attention_heads,
-        num_query_groups=a.num_query_groups,
-        kv_channels=a.head_dim,
+        ffn_hidden_size=a.mlp.ffn_hidden_size if a.mlp else a.unused_ffn_hidden_size,
+        num_attention_heads=attention.heads,
+        num_query_groups=attention.groups,
+        kv_channels=attention.head_dim,
         normalization="RMSNorm",
-        layernorm_epsilon=a.norm_epsilon,
+        layernorm_epsilon=a.layers[0].norm.epsilon,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
-        add_qkv_bias=a.qkv_bias,
-        qk_layernorm=a.qk_norm,
+        add_qkv_bias=attention.bias,
+        qk_layernorm=attention.qk_norm is not None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        num_moe_experts=experts.count,
-        moe_layer_freq=[int(layer in a.moe_layers) for layer in range(a.num_layers)],
-        moe_ffn_hidden_size=experts.ffn_hidden_size,
-        moe_shared_expert_intermediate_size=experts.shared_ffn_hidden_size,
-        moe_router_topk=experts.top_k,
+        num_moe_experts=moe.experts,
+        moe_layer_freq=[int(isinstance(layer.mlp, MoE)) for layer in a.layers],
+        moe_ffn_hidden_size=moe.expert.ffn_hidden_size,
+        moe_shared_expert_intermediate_size=moe.shared.ffn_hidden_size,
+        moe_router_topk=moe.top_k,
         moe_router_score_function="sigmoid",
         moe_router_enable_expert_bias=True,
-        moe_router_topk_scaling_factor=experts.scaling,
+        moe_router_topk_scaling_factor=moe.scaling,
         moe_router_load_balancing_type="none",
         moe_router_dtype="fp32",
         moe_token_dispatcher_type="alltoall",
@@ -270,8 +274,8 @@ def plain(a: Architecture) -> Any:
         max_sequence_length=a.max_position_embeddings,
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
-        rotary_percent=a.rotated / a.head_dim,
-        rotary_base=a.rope_theta,
+        rotary_percent=attention.rotary_dim / attention.head_dim,
+        rotary_base=attention.rotary.theta,
         mtp_block_spec=get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False),
     )
     with torch.no_grad():

@@ -6,18 +6,16 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from shared.architecture.flat_view import changed as replace
-
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from shared.architecture.architecture import Architecture
-from shared.architecture.version_1 import nested
 from shared.checkpoint.directory.publish import publish
 from shared.cli import invoked
 from shared.data.indexed import IndexedWriter
@@ -32,19 +30,18 @@ REPOSITORY = Path(__file__).parents[3]
 TIMING = {"seconds", "tokens_per_second", "memory_bytes"}
 VOCAB = 300
 TRAIN_TOKENS = 6000
-MODEL = nested(
-    family="llama",
-    num_layers=2,
-    hidden_size=64,
-    ffn_hidden_size=96,
-    num_attention_heads=4,
-    num_query_groups=2,
-    head_dim=16,
-    vocab_size=VOCAB,
-    max_position_embeddings=128,
-    norm_epsilon=1e-5,
-    rope_theta=1e4,
-    tied_embeddings=False,
+MODEL = registry.from_config(
+    {
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+    }
 )
 OPTIONS = {
     "steps": 12,
@@ -186,7 +183,7 @@ def test_tokens_further_ahead(data, tmp_path, capsys):
 
 def test_a_source_without_the_layers_for_tokens_further_ahead_that_its_configuration_says(data, tmp_path, capsys):
     model = replace(registry.sizes()["deepseek-v3-tiny"], vocab_size=VOCAB)
-    source = random_model(tmp_path / "source", replace(model, prediction_layers=0))
+    source = random_model(tmp_path / "source", replace(model, mtp=None))
     (source / "hf" / "config.json").write_text(json.dumps(registry.to_config(model)))
     assert run(source, data, tmp_path / "run", steps=1, validate_every=0) == 0
     assert "the source has no weights of the layers for tokens further ahead" in capsys.readouterr().err

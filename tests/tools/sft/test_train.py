@@ -14,7 +14,6 @@ import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from shared.architecture.version_1 import nested
 from shared.checkpoint.directory.publish import publish
 from shared.cli import invoked
 from shared.families import registry
@@ -26,20 +25,19 @@ hush()
 
 TIMING = {"seconds", "tokens_per_second", "memory_bytes"}
 VOCAB, LENGTH = 200, 24
-MODEL = nested(
-    family="qwen2",
-    num_layers=2,
-    hidden_size=64,
-    ffn_hidden_size=96,
-    num_attention_heads=4,
-    num_query_groups=2,
-    head_dim=16,
-    vocab_size=VOCAB,
-    max_position_embeddings=64,
-    norm_epsilon=1e-5,
-    rope_theta=1e4,
-    qkv_bias=True,
-    tied_embeddings=True,
+MODEL = registry.from_config(
+    {
+        "model_type": "qwen2",
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    }
 )
 OPTIONS = {"epochs": 2, "global_batch_size": 4, "learning_rate": 5e-3, "precision": "fp32", "save_every": 4}
 
