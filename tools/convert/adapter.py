@@ -49,7 +49,7 @@ def match(config: AdapterConfig, stored: Header, table: Table, prefix_variants: 
         config: the adapter's.
         stored: its tensors.
         table: the base's, under the names of its files.
-        spellings: what those names may begin with, and what the model's class has in its place.
+        prefix_variants: what those names may begin with, and what the model's class has in its place.
 
     Raises:
         UserError: naming a tensor that is left over, missing or does not fit.

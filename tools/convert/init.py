@@ -24,7 +24,7 @@ from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.cli import log, progress
 from shared.errors import UserError
 from shared.families import registry
-from tools.convert.report import peak_memory, plan_lines, summary
+from tools.convert.conversion_report import peak_memory, plan_line, result_line
 from tools.convert.tokenizer_files import tokenizer_fields
 
 DtypeFlag = Literal["bf16", "fp16", "fp32"]
@@ -74,7 +74,7 @@ def run(
     )
     total = sum(tensor.size for tensor in layout.tensors().values())
     with publish(target, kind="hf", inputs=inputs, overwrite=overwrite) as out:
-        log(plan_lines("init", architecture, len(layout.shards), total, 1, peak_memory(1, strips=False, converts=True)))
+        log(plan_line("init", architecture, len(layout.shards), total, 1, peak_memory(1, transposes=False, casts=True)))
         started = time.monotonic()
         with progress(total, "bytes", "drawing weights") as advance:
             draw = _drawer(architecture, kinds, seed)
@@ -87,7 +87,7 @@ def run(
             tensors=len(sources),
             parameters=architecture.parameter_count(),
         )
-        log(summary(target, total, time.monotonic() - started))
+        log(result_line(target, total, time.monotonic() - started))
 
 
 def _named(size: str) -> Architecture:

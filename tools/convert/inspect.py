@@ -24,8 +24,8 @@ from shared.mapping.account import account_sources, account_targets
 from shared.mapping.layout import Shape
 from shared.mapping.transformer_engine import te_form
 from shared.quantized.scheme import quantization_scheme
-from tools.convert.beside import with_kept
-from tools.convert.to_te import summary
+from tools.convert.hf_files import match_pass_through
+from tools.convert.to_te import layer_lines
 
 Reader = HfReader | TorchDistReader | TeReader
 
@@ -83,7 +83,7 @@ def _describe(checkpoint: Checkpoint, reader: Reader, rows: list[Row]) -> dict[s
         found["chunks"] = sum(len(tensor.chunks) for tensor in reader.tensors.values())
         found["optimizer_tensors"] = len(reader.other)
     elif isinstance(reader, TeReader):
-        found["layers"] = summary(config_of(checkpoint.path / LAYERS)["layers"])
+        found["layers"] = layer_lines(config_of(checkpoint.path / LAYERS)["layers"])
     else:
         found["shards"] = len(reader.layout.shards)
     found |= _family(checkpoint, reader)
@@ -126,7 +126,7 @@ def _family(checkpoint: Checkpoint, reader: Reader) -> dict[str, Any]:
         else:
             account_targets(table, reader.tensors, str(checkpoint.path))
         if not isinstance(reader, HfReader):
-            with_kept(table, path.parent)
+            match_pass_through(table, path.parent)
     except UserError as error:
         result["problem"] = str(error)
     return result

@@ -27,10 +27,10 @@ from shared.mapping.rule import Table
 from shared.quantized.scheme import quantization_scheme
 from tools.convert.adapter import Changes, match, read_adapter
 from tools.convert.adapter_config import AdapterConfig
-from tools.convert.execute import execute
+from tools.convert.conversion import run_conversion
 from tools.convert.lora import Matrix, merged
+from tools.convert.plan_import import plan_import, tied_checks
 from tools.convert.tokenizer_files import FILES, check_same_vocabulary
-from tools.convert.transfer import plan_import, tied_checks
 
 _MATRIX_THREADS = "OPENBLAS_NUM_THREADS"  # one each: the copying threads are many enough
 
@@ -58,17 +58,17 @@ def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int
         def checks(sources: frozenset[Path]) -> list[Task]:
             return [*content_checks(checkpoint, sources, flag="--source"), *tied_checks(plan, reader)]
 
-        execute(
+        run_conversion(
             "merge-lora",
             plan.architecture,
             out,
             weight_files(merge.layout, merge.operations, merge.sources),
             target,
             workers=workers,
-            strips=False,
-            converts=True,
+            transposes=False,
+            casts=True,
             checks=checks,
-            beside=8 * BLOCK + max((delta.bytes_held for delta in changes.deltas.values()), default=0),
+            memory_per_worker=8 * BLOCK + max((delta.bytes_held for delta in changes.deltas.values()), default=0),
         )
         write_index(out.path, merge.layout)
         if own := [name for name in FILES if (adapter / name).is_file()]:

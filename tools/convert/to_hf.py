@@ -24,19 +24,13 @@ from shared.errors import UserError
 from shared.families import registry
 from shared.mapping.transformer_engine import te_form
 from shared.quantized.scheme import quantization_scheme
-from tools.convert.beside import PASS_THROUGH_FILE, as_stored, pass_through_of, with_kept
-from tools.convert.execute import execute
+from tools.convert.conversion import run_conversion
+from tools.convert.conversion_report import abbreviated
+from tools.convert.hf_files import PASS_THROUGH_FILE, match_pass_through, pass_through_tensors
 from tools.convert.megatron_lm import MegatronLmReader
 from tools.convert.megatron_lm_names import HEAD
-from tools.convert.transfer import (
-    Export,
-    FormReader,
-    changes_types,
-    constant_checks,
-    layout_export,
-    named,
-    plan_export,
-)
+from tools.convert.plan_export import ExportPlan, constant_checks, export_files, plan_export
+from tools.convert.planning import MegatronReader, with_stored_mtp
 
 DtypeFlag = Literal["bf16", "fp16", "fp32"]
 
@@ -64,20 +58,7 @@ def run(
         )
         files = hf_files or checkpoint.hf_files
         reader, plan = open_export(checkpoint, files, dtype, family, quantized=quantized)
-        tensors = plan.layout.tensors()
-        if plan.downcast:
-            held = sorted(
-                {reader.tensors[entry.key].dtype.name for name in plan.downcast for entry, _ in plan.origin[name]}
-            )
-            written = sorted({tensors[name].dtype for name in plan.downcast})
-            why = "--dtype" if dtype else "the source's type"
-            log(f"{len(plan.downcast)} tensors held in {', '.join(held)} are rounded to {', '.join(written)}, {why}")
-        if plan.pass_through:
-            types = sorted({weight.dtype for weight in plan.pass_through.values()})
-            log(
-                f"{named(list(plan.pass_through))}: as the original checkpoint had them, whatever was trained since"
-                f"{f'; they stay {", ".join(types)}, --dtype is that of the rest' if dtype else ''}"
-            )
+        _log_export(plan, reader, dtype)
 
         def checks(sources: frozenset[Path]) -> list[Task]:
             once = constant_checks(plan, reader) if shard is None or shard.index == 1 else []
@@ -85,18 +66,17 @@ def run(
                 once += reader.checks()
             return [*content_checks(checkpoint, sources, flag="--source"), *once]
 
-        shards = layout_export(plan, reader)
-        execute(
+        run_conversion(
             "to-hf",
             plan.architecture,
             out,
-            shards,
+            export_files(plan, reader),
             target,
             workers=workers,
-            strips=any(entry.transposed for parts in plan.origin.values() for entry, _ in parts),
-            converts=reader.splits_columns or changes_types(plan, reader),
+            transposes=plan.transposes,
+            casts=plan.casts(reader),
             checks=checks,
-            beside=max((weight.operation_bytes for weight, _ in plan.components.values()), default=0),
+            memory_per_worker=max((weight.operation_bytes for weight, _ in plan.components.values()), default=0),
         )
         if not out.finishing:
             return
@@ -109,6 +89,7 @@ def run(
             _name_plain(out.path / "config.json")
         if dtype:
             _name_dtype(out.path / "config.json", BY_FLAG[dtype].name)
+        tensors = plan.layout.tensors()
         out.describe(
             family=plan.architecture.family,
             architecture=plan.architecture.to_dict(),
@@ -116,6 +97,24 @@ def run(
             tensors=len(tensors),
             parameters=plan.architecture.parameter_count(),
             **({"iteration": checkpoint.iteration_path.name} if checkpoint.kind == "megatron" else {}),
+        )
+
+
+def _log_export(plan: ExportPlan, reader: MegatronReader, dtype: DtypeFlag | None) -> None:
+    """Log everything that is not a plain copy."""
+    tensors = plan.layout.tensors()
+    if plan.downcast:
+        held = sorted(
+            {reader.tensors[entry.key].dtype.name for name in plan.downcast for entry, _ in plan.origin[name]}
+        )
+        written = sorted({tensors[name].dtype for name in plan.downcast})
+        why = "--dtype" if dtype else "the source's type"
+        log(f"{len(plan.downcast)} tensors held in {', '.join(held)} are rounded to {', '.join(written)}, {why}")
+    if plan.pass_through:
+        types = sorted({weight.dtype for weight in plan.pass_through.values()})
+        log(
+            f"{abbreviated(list(plan.pass_through))}: as the original checkpoint had them, whatever was trained since"
+            f"{f'; they stay {", ".join(types)}, --dtype is that of the rest' if dtype else ''}"
         )
 
 
@@ -174,7 +173,7 @@ def open_export(
     family: str | None = None,
     *,
     quantized: bool = False,
-) -> tuple[FormReader, Export]:
+) -> tuple[MegatronReader, ExportPlan]:
     """A checkpoint and what becomes of its tensors.
 
     Args:
@@ -189,15 +188,15 @@ def open_export(
             f"{files / 'config.json'} is missing; give --hf-files DIR, where config.json and the tokenizer are"
         )
     config = config_of(files / "config.json")
-    architecture, form = registry.from_files(files), quantization_scheme(config)
-    if quantized and form is None:
+    architecture, scheme = registry.from_files(files), quantization_scheme(config)
+    if quantized and scheme is None:
         raise UserError(
             f"--quantized: {files / 'config.json'} has no quantization_config, which says how; leave it out"
         )
     if quantized and not (files / LAYOUT).is_file():
         raise UserError(f"--quantized: {files / LAYOUT} is missing, which says which weights are; leave it out")
     layout = WeightLayout.read(files / LAYOUT) if (files / LAYOUT).is_file() else None
-    pass_through = pass_through_of(files)
+    pass_through = pass_through_tensors(files)
     own, wanted = architecture, BY_FLAG[dtype] if dtype else None
     alone = bool(family and family != architecture.family)
     if family and alone:
@@ -209,11 +208,10 @@ def open_export(
         wanted = wanted or _type_of(layout)
         if pass_through:
             log(
-                f"{len(pass_through)} tensors beside the weights that {family} has no place for are left out: "
-                f"{min(pass_through)}.."
+                f"{len(pass_through)} pass-through tensors left out, {family} has no place for them: {min(pass_through)}.."
             )
-        layout, pass_through, form = None, {}, None  # the names are others
-    reader: FormReader
+        layout, pass_through, scheme = None, {}, None  # the names are others
+    reader: MegatronReader
     if checkpoint.kind == "te":
         table, reader = te_form(registry.table_of(architecture), architecture).table, TeReader(checkpoint.path)
     elif rank_files(checkpoint.iteration_path):
@@ -222,12 +220,12 @@ def open_export(
         reader = MegatronLmReader(checkpoint.iteration_path, architecture, table)
     else:
         reader = TorchDistReader(checkpoint.iteration_path)
-        stored = registry.as_stored if pass_through else partial(as_stored, where=checkpoint.path)
+        stored = registry.as_stored if pass_through else partial(with_stored_mtp, where=checkpoint.path)
         architecture = stored(architecture, reader.tensors)
         table = registry.table_of(architecture)
     if not alone:
-        table, pass_through = with_kept(table, files)
-    plan = plan_export(reader, architecture, table, layout, pass_through, wanted, form=form, quantized=quantized)
+        table, pass_through = match_pass_through(table, files)
+    plan = plan_export(reader, architecture, table, layout, pass_through, wanted, scheme=scheme, quantized=quantized)
     if own.head.normalized and not architecture.head.normalized:
         (head,) = (name for name, ((entry, _), *_) in plan.origin.items() if entry.key == HEAD)
         log(

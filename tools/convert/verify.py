@@ -23,10 +23,11 @@ from shared.errors import StageError, UserError
 from shared.families import registry
 from shared.mapping.transformer_engine import te_form
 from shared.quantized.scheme import quantization_scheme
+from tools.convert.hf_source import open_hf_source
+from tools.convert.plan_export import ExportPlan, changed_constant, exported_rows, rows_to_quantize
+from tools.convert.planning import MegatronReader
 from tools.convert.remote import remote_class
-from tools.convert.source import open_source
 from tools.convert.to_hf import open_export
-from tools.convert.transfer import Export, FormReader, changed_constant, rows_to_quantize, source_rows
 
 MAX_DIFFERENCES = 20  # named in the certificate
 LOGITS_NEED = {"torch": "torch", "transformers": "transformers", "megatron.core": "megatron-core"}
@@ -70,7 +71,7 @@ def run(
             )
     if certificate.is_dir():
         raise UserError(f"--certificate {certificate} is a directory; name a file")
-    _, reader = open_source(source, hf_files, verify="content")
+    _, reader = open_hf_source(source, hf_files, verify="content")
     made = open_checkpoint(target, kinds=("megatron", "te"), flag="--target")
     if logits:
         _require_class(reader.config, source, trust_remote_code)
@@ -177,7 +178,7 @@ def _compare_config(source: dict[str, Any], kept: dict[str, Any], findings: Find
             findings.differences.append(f"config.json: {name} is {kept[name]!r} instead of {source[name]!r}")
 
 
-def _compare_layout(reader: HfReader, plan: Export, path: Path, findings: Findings) -> None:
+def _compare_layout(reader: HfReader, plan: ExportPlan, path: Path, findings: Findings) -> None:
     """The shards: which tensors, of which types, in which files and order."""
     wanted, found = reader.tensors, plan.layout.tensors()
     for name in sorted(wanted.keys() - found.keys()):
@@ -195,7 +196,7 @@ def _compare_layout(reader: HfReader, plan: Export, path: Path, findings: Findin
         findings.differences.append(f"{path}: the shards are not the source's")
 
 
-def _compare_tensor(name: str, reader: HfReader, held: FormReader, plan: Export, findings: Findings) -> None:
+def _compare_tensor(name: str, reader: HfReader, held: MegatronReader, plan: ExportPlan, findings: Findings) -> None:
     tensor, exported = reader.tensors[name], plan.layout.tensors()[name]
     findings.tensors += 1
     findings.bytes += tensor.size
@@ -205,7 +206,7 @@ def _compare_tensor(name: str, reader: HfReader, held: FormReader, plan: Export,
     weight = name in plan.origin and name not in plan.components
     dtype = weight_dtype(tensor.dtype, name, tensor.place) if weight else None
     position, nan, infinite, different = 0, 0, 0, False
-    for ours, theirs in _aligned(reader.rows(name), source_rows(plan, held, exported)):
+    for ours, theirs in _aligned(reader.rows(name), exported_rows(plan, held, exported)):
         if dtype is not None:
             counts = count_not_finite(ours, dtype)
             nan, infinite = nan + counts[0], infinite + counts[1]
@@ -218,7 +219,7 @@ def _compare_tensor(name: str, reader: HfReader, held: FormReader, plan: Export,
         findings.not_finite[name] = f"{nan} NaN, {infinite} infinite"
 
 
-def _compare_numbers(reader: HfReader, held: FormReader, plan: Export, findings: Findings) -> None:
+def _compare_numbers(reader: HfReader, held: MegatronReader, plan: ExportPlan, findings: Findings) -> None:
     """Of weights that are stored quantised: what their codes stand for is what is held, to the bit."""
     for name in (name for name, weight in reader.weights.items() if weight.quantized and name in plan.origin):
         dtype, nan, infinite, same = (
@@ -250,7 +251,7 @@ def _aligned(left: Iterator[memoryview], right: Iterator[memoryview]) -> Iterato
         a, b = a[size:], b[size:]
 
 
-def _check_added(held: FormReader, plan: Export, findings: Findings) -> None:
+def _check_added(held: MegatronReader, plan: ExportPlan, findings: Findings) -> None:
     """What a conversion wrote: rows beyond the vocabulary, and biases and norms that the model does not have."""
     for entry in plan.constants:
         if what := changed_constant(held, entry):
@@ -262,7 +263,7 @@ def _check_added(held: FormReader, plan: Export, findings: Findings) -> None:
             findings.differences.append(f"{entry.key}: rows beyond the vocabulary are not zero")
 
 
-def _check_layers(path: Path, plan: Export, findings: Findings) -> None:
+def _check_layers(path: Path, plan: ExportPlan, findings: Findings) -> None:
     """What says how the layers are made is what the configuration asks for."""
     form = te_form(registry.table_of(plan.architecture), plan.architecture)
     if config_of(path) != json.loads(json.dumps(form.modules)):

@@ -240,7 +240,7 @@ def plain_adapter(directory: Path, base: Path, sources: list[Source], rank: int 
 def test_memory_is_what_the_plan_says(tmp_path: Path) -> None:
     """A matrix of 90 MB, of which a strip is held at a time."""
     from tests.benchmarks.checkpoints import generate
-    from tests.tools.convert.test_report import converted
+    from tests.tools.convert.test_conversion_report import converted
 
     architecture = SIZES["tiny"].with_values(hidden_size=2048, mlp={"ffn_hidden_size": 22_000}, num_layers=1)
     generate(tmp_path / "hf", architecture)

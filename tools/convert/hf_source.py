@@ -21,13 +21,13 @@ from shared.checkpoint.formats.swiss_army_transformer import (
 from shared.cli import log
 from shared.errors import UserError
 from shared.families import registry
-from tools.convert.beside import PASS_THROUGH_FILE
+from tools.convert.hf_files import PASS_THROUGH_FILE
 
 _CONFIG = "config.json"
 _FAMILY = "glm130b"  # the one whose tensors' cut is known
 
 
-def open_source(
+def open_hf_source(
     source: Path, hf_files: Path | None, verify: Literal["content", "small"] = "small"
 ) -> tuple[Checkpoint, HfReader]:
     """The checkpoint at --source, and its tensors.

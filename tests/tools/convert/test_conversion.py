@@ -27,7 +27,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny model in as many blocks and files as a large one."""
     monkeypatch.setattr(blocks, "BLOCK", 1000)
     monkeypatch.setattr(torch_dist_writer, "_SMALLEST", 40_000)
-    monkeypatch.setattr("tools.convert.transfer.CHUNK_BYTES", 7000)
+    monkeypatch.setattr("tools.convert.plan_import.CHUNK_BYTES", 7000)
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -143,12 +143,12 @@ KILLED = """
 import sys, time
 import shared.checkpoint.copy.blocks, shared.checkpoint.copy.engine, shared.checkpoint.copy.journal
 import shared.checkpoint.formats.torch_dist_writer
-import tools.convert.transfer
+import tools.convert.plan_import
 from tools.convert.cli import tool
 shared.checkpoint.copy.blocks.BLOCK = 1000
 shared.checkpoint.copy.journal._EVERY = 3000
 shared.checkpoint.formats.torch_dist_writer._SMALLEST = 40_000
-tools.convert.transfer.CHUNK_BYTES = 7000
+tools.convert.plan_import.CHUNK_BYTES = 7000
 put = shared.checkpoint.copy.engine._FileWriter._put
 def slowly(*arguments):  # or all would be written before the one who watches has looked
     time.sleep(0.001)

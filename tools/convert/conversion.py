@@ -1,0 +1,59 @@
+"""Runs the plan of a conversion: logs it, writes this process's files, logs the result."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from shared.architecture.architecture import Architecture
+from shared.checkpoint.copy.operations import FilePlan
+from shared.checkpoint.directory.publish import Checks, Publication
+from shared.cli import log, progress
+from tools.convert.conversion_report import peak_memory, plan_line, result_line
+
+_MAX_WORKERS = 8  # by default: more threads seldom keep a disk busier
+
+
+def default_workers() -> int:
+    """A thread per processor of this process, at most 8."""
+    return min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
+
+
+def run_conversion(
+    command: str,
+    architecture: Architecture,
+    out: Publication,
+    files: Sequence[FilePlan],
+    target: Path,
+    *,
+    workers: int | None,
+    transposes: bool,
+    casts: bool,
+    checks: Checks,
+    memory_per_worker: int = 0,
+) -> None:
+    """Write this process's share of the files.
+
+    Args:
+        command: name of the command.
+        architecture: of the model.
+        out: publication in progress.
+        files: all files of the conversion.
+        target: the directory to be published.
+        workers: threads; None for the default.
+        transposes: whether tensors are transposed.
+        casts: whether numbers change their type, or columns their place.
+        checks: from the files read to the checks made during the copy.
+        memory_per_worker: bytes of a thread beside its blocks.
+    """
+    mine, workers = out.mine(files), workers or default_workers()
+    size = sum(file.size for file in mine)
+    memory = peak_memory(workers, transposes=transposes, casts=casts, per_worker=memory_per_worker)
+    log(plan_line(command, architecture, len(mine), size, workers, memory))
+    started = time.monotonic()
+    with progress(size, "bytes", "converting") as advance:
+        out.write(files, workers=workers, advance=advance, checks=checks)
+    if mine:
+        log(result_line(target, size, time.monotonic() - started))

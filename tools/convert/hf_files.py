@@ -1,0 +1,91 @@
+"""`hf/` of a Megatron or TransformerEngine directory: the source's auxiliary files, its shards, its pass-through tensors.
+
+With them `to-hf` writes the source's directory again, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from shared.checkpoint.directory.auxiliary_files import copy_passengers
+from shared.checkpoint.directory.publish import Publication
+from shared.checkpoint.formats.hugging_face import LAYOUT, HfReader, WeightLayout, default_layout, write_weights
+from shared.checkpoint.formats.safetensors_file import TensorInfo, read_header
+from shared.errors import UserError
+from shared.mapping.rule import Table
+from tools.convert.conversion_report import abbreviated
+from tools.convert.plan_import import ImportPlan
+
+PASS_THROUGH_FILE = "asides.safetensors"
+
+
+def pass_through_tensors(files: Path) -> dict[str, TensorInfo]:
+    """Tensors kept beside the weights; `files` is the folder of config.json."""
+    path = files / PASS_THROUGH_FILE
+    return {tensor.name: tensor for tensor in read_header(path).tensors} if path.is_file() else {}
+
+
+def match_pass_through(table: Table, files: Path) -> tuple[Table, dict[str, TensorInfo]]:
+    """The table under the names of the model's files, and the model's pass-through tensors.
+
+    They are in hf/asides.safetensors, or where `files` is the model's own directory among its weights.
+
+    Raises:
+        UserError: one that every checkpoint of the model has (a vision tower's) is in neither, or is misshapen.
+    """
+    tensors = pass_through_tensors(files)
+    if (files / LAYOUT).is_file():
+        table = table.with_prefixes_of(WeightLayout.read(files / LAYOUT).tensors())
+    elif table.required_pass_through():
+        if not tensors:
+            tensors = _of_model(table, files)
+        table = table.with_prefixes_of(tensors)
+        tensors = {name: tensor for name, tensor in tensors.items() if name in table.pass_through_names()}
+    kept = table.required_pass_through()
+    if missing := sorted(kept.keys() - tensors.keys()):
+        raise UserError(
+            f"{files / PASS_THROUGH_FILE}: {abbreviated(missing)} missing, which the model has beside its language model; "
+            "restore hf/, or give --hf-files the model's own directory, weights included"
+        )
+    for name, shape in kept.items():
+        if tensors[name].shape != shape:
+            raise UserError(
+                f"{tensors[name].place}: {name} is {list(tensors[name].shape)}, config.json asks for {list(shape)}"
+            )
+    return table, tensors
+
+
+def _of_model(table: Table, files: Path) -> dict[str, TensorInfo]:
+    try:
+        return HfReader(files, flag="--hf-files").tensors
+    except UserError as error:
+        raise UserError(
+            f"{files} lacks {abbreviated(sorted(table.required_pass_through()))}, which the model has beside its language "
+            f"model; give --hf-files the model's own directory, weights included ({error})"
+        ) from None
+
+
+def write_hf_files(out: Publication, plan: ImportPlan, reader: HfReader) -> None:
+    """Write `hf/`."""
+    hf = out.path / "hf"
+    hf.mkdir(exist_ok=True)
+    for directory in reader.auxiliary_directories:
+        copy_passengers(directory, hf)
+    if not (hf / "config.json").is_file():
+        (hf / "config.json").write_text(json.dumps(reader.config, indent=2) + "\n", encoding="utf-8")
+    (hf / LAYOUT).write_text(reader.layout.encode(), encoding="utf-8")
+    if kept := _kept(plan, reader):
+        layout = default_layout([(tensor.name, tensor.dtype, tensor.shape) for tensor in kept], file=PASS_THROUGH_FILE)
+        write_weights(
+            hf, layout, lambda t: reader.rows(t.name), lambda name, digest: out.record_hash(f"hf/{name}", digest)
+        )
+
+
+def _kept(plan: ImportPlan, reader: HfReader) -> list[TensorInfo]:
+    """Pass-through tensors, and the scales of quantised weights."""
+    kept = [tensor for name in plan.account.pass_through for tensor in reader.weights[name].stored]
+    scales = [
+        tensor for weight in reader.weights.values() if weight.quantized for tensor in weight.quantized.companions
+    ]
+    return [*kept, *(tensor for tensor in scales if tensor not in kept)]

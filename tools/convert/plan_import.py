@@ -1,0 +1,171 @@
+"""Plan of an import: every tensor of a Hugging Face checkpoint matched with the family's table, and the torch_dist chunks.
+
+All tensors are accounted for before the first byte is written. Each byte of the result is written once and each byte of
+the source read once, in blocks: memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+
+from shared.architecture.architecture import Architecture
+from shared.checkpoint.copy.engine import Task
+from shared.checkpoint.directory.auxiliary_files import other_weights
+from shared.checkpoint.directory.open import Checkpoint, content_checks
+from shared.checkpoint.directory.publish import Checks, Publication
+from shared.checkpoint.directory.sharded_publish import Shard
+from shared.checkpoint.dtypes import FP64, Dtype, common, weight_dtype
+from shared.checkpoint.formats.hugging_face import HfReader
+from shared.checkpoint.formats.torch_dist_writer import CHUNK_BYTES, TorchDistLayout
+from shared.cli import log
+from shared.errors import UserError
+from shared.mapping.account import Account, account_sources
+from shared.mapping.extra_states import extra_states
+from shared.mapping.rule import Entry, Table, TiedTensor
+from tools.convert.conversion_report import abbreviated
+from tools.convert.planning import entry_operations
+
+# Content of common.pt, as Megatron-Core 0.18 and before write it; later ones read it too.
+COMMON = {
+    "checkpoint_version": 3.0,
+    "iteration": 0,
+    "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportPlan:
+    """Where a Hugging Face checkpoint's tensors go."""
+
+    architecture: Architecture
+    account: Account
+    dtypes: dict[str, Dtype]  # by Megatron key
+    upcast: tuple[str, ...]  # keys whose slices are of different types: held in the wider one
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of weights to be written."""
+        return sum(prod(entry.shape) * self.dtypes[entry.key].size for entry in self.account.entries)
+
+    @property
+    def transposes(self) -> bool:
+        """Whether any tensor is transposed."""
+        return any(entry.transposed for entry in self.account.entries)
+
+    def casts(self, reader: HfReader) -> bool:
+        """Whether any number changes its type, or any column its place."""
+        shifted = any(entry.zero_centered_gamma for entry in self.account.entries)
+        quantized = any(weight.quantized for weight in reader.weights.values())
+        return bool(self.upcast) or shifted or quantized or reader.splits_columns
+
+
+def plan_import(reader: HfReader, architecture: Architecture, table: Table) -> ImportPlan:
+    """Match a checkpoint with its family's table.
+
+    Raises:
+        UserError: a tensor is missing, unknown, misshapen, or of a type that is no weight's.
+    """
+    account = account_sources(table, reader.weights, str(reader.path))
+    found: dict[str, set[Dtype]] = {}
+    zero_centered_gamma = {entry.key for entry in account.entries if entry.zero_centered_gamma}
+    for entry in account.entries:
+        for source in entry.sources:
+            tensor = reader.weights[source.name]
+            found.setdefault(entry.key, set()).add(weight_dtype(tensor.dtype, source.name, tensor.place))
+    most = Counter(dtype for dtypes in found.values() for dtype in dtypes).most_common(1)[0][0]
+    for entry in account.entries:
+        if not entry.sources:  # a constant: the type of the weight beside it, if there is one
+            found[entry.key] = found.get(entry.key.removesuffix("bias") + "weight", {most})
+    return ImportPlan(
+        architecture=architecture,
+        account=account,
+        dtypes={key: FP64 if key in zero_centered_gamma else common(dtypes) for key, dtypes in found.items()},
+        upcast=tuple(key for key, dtypes in found.items() if len(dtypes) > 1),
+    )
+
+
+def log_import(plan: ImportPlan, reader: HfReader) -> None:
+    """Log everything that is not a plain copy."""
+    if plan.upcast:
+        names = ", ".join(plan.upcast)
+        log(f"{names}: parts of different types are held in float32, and written back as they were")
+    if pass_through := plan.account.pass_through:
+        log(f"{abbreviated(pass_through)}: kept beside the weights as they are; training does not change them")
+    if quantized := [weight.quantized for weight in reader.weights.values() if weight.quantized]:
+        log(
+            f"{len(quantized)} weights in {quantized[0].scheme.title} are written as bfloat16; their scales are kept in hf/"
+        )
+    if others := other_weights(reader.path, set(reader.files)):
+        log(f"not carried over, being other forms of the weights: {', '.join(others)}")
+
+
+def import_checks(checkpoint: Checkpoint, plan: ImportPlan, reader: HfReader, shard: Shard | None) -> Checks:
+    """Checks of the source while it is read: its hashes, and in the first shard the tensors that are stored twice."""
+
+    def checks(sources: frozenset[Path]) -> list[Task]:
+        tied = tied_checks(plan, reader) if shard is None or shard.index == 1 else []
+        return [*content_checks(checkpoint, sources, flag="--source"), *tied]
+
+    return checks
+
+
+def describe_import(out: Publication, plan: ImportPlan) -> None:
+    """Record the model in the manifest."""
+    out.describe(
+        family=plan.architecture.family,
+        architecture=plan.architecture.to_dict(),
+        dtype=sorted({dtype.name for dtype in plan.dtypes.values()}),
+        tensors=len(plan.dtypes),
+        parameters=plan.architecture.parameter_count(),
+    )
+
+
+def tied_checks(plan: ImportPlan, reader: HfReader) -> list[Task]:
+    """A task per tensor that is stored twice; UserError if the two differ."""
+    return [partial(_check_tied, reader, tied) for tied in plan.account.tied_tensors]
+
+
+def _check_tied(reader: HfReader, tied: TiedTensor) -> None:
+    name, of = tied.name, tied.tied_to
+    same = reader.weights[name].dtype == reader.weights[of].dtype
+    if not same or any(a != b for a, b in zip(reader.numbers(name), reader.numbers(of), strict=True)):
+        ties, fix = "config.json ties them (tie_word_embeddings)", "set tie_word_embeddings to false, or remove it"
+        if tied.always:
+            ties, fix = "it stands for a copy", "remove it"
+        raise UserError(
+            f"{reader.weights[name].place}: {name} differs from {of}, though {ties} and one would be lost; {fix}"
+        )
+
+
+def torch_dist_layout(plan: ImportPlan, reader: HfReader) -> TorchDistLayout:
+    """Chunks of every tensor, and the `_extra_state` objects that a strict load wants.
+
+    Chunks follow the order of their sources on disk: each new file then reads few of the source's files.
+    """
+    layout = TorchDistLayout()
+    for entry in {entry.key: entry for entry in plan.account.entries}.values():
+        layout.declare(entry.key, plan.dtypes[entry.key], entry.global_shape)
+
+    def place(entry: Entry) -> tuple[str, int]:
+        if not entry.sources:
+            return "", 0
+        first = reader.weights[entry.sources[0].name].tensor
+        return str(first.file), first.start
+
+    for entry in sorted(plan.account.entries, key=place):
+        dtype, read = plan.dtypes[entry.key], [reader.weights[source.name].files for source in entry.sources]
+        rows, columns = entry.shape[0], prod(entry.shape[1:])
+        chunks = -(-rows * columns * dtype.size // CHUNK_BYTES)
+        step = -(-rows // chunks)
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            rest = (0,) * (len(entry.shape) - 1)
+            sizes = ((1,) * len(entry.index)) + (count, *entry.shape[1:])
+            operations = partial(entry_operations, entry, dtype, reader, first, count)
+            layout.chunk(entry.key, (*entry.index, first, *rest), sizes, operations, frozenset().union(*read))
+    layout.put_objects(extra_states(plan.architecture), [None])
+    return layout
