@@ -251,7 +251,7 @@ def _slice_operations(origin: Origin, reader: MegatronReader, wanted: Dtype, *, 
 
 
 def _concatenated(entry: Entry, segments: Iterable[Segment], view: ByteView, rows: int) -> ConcatenatedView:
-    """RowRange of a source in their order, read from the entry's view."""
+    """Rows of a source in their order, read from the entry's view."""
     parts = tuple(RowRange(view=view, row=s.target_row, rows=s.rows, at=s.source_row, step=s.step) for s in segments)
     return ConcatenatedView(name=entry.key, rows=rows, width=view.width, parts=parts)
 

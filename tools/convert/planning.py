@@ -69,5 +69,5 @@ def entry_operations(entry: Entry, dtype: Dtype, reader: HfReader, first: int, c
 
 
 def read_limit(source: Dtype, target: Dtype) -> int:
-    """Bytes to read at once: neither they nor the cast_operation bytes exceed a block."""
+    """Bytes to read at once: neither they nor the cast bytes exceed a block."""
     return blocks.BLOCK * source.size // max(source.size, target.size)
