@@ -31,6 +31,7 @@ TINY = {
     for name, size in registry.sizes().items()
     if "tiny" in name and (not CHOSEN or size.family in CHOSEN)
 }
+GOLDEN = Path(__file__).parents[2] / "golden"
 POSITIONS = 200
 # fp32 sums in another order, as `convert verify` explains: 1e-4 of the logits' spread.
 TOLERANCE = 1e-4
@@ -251,12 +252,19 @@ def test_a_description_of_another_model_is_found_out(write_architecture: Any, co
     source, target = write_architecture(tmp_path / "hf", registry.sizes()["tiny"]), tmp_path / "te"
     assert convert("to-te", "--source", source, "--target", target).code == 0
     made = saved(target, tmp_path / "made", load_file(target / "model.safetensors"))
-    description = json.loads((made / "layers.json").read_text())
-    description["layers"][1]["arguments"]["rotary_pos_interleaved"] = True
-    (made / "layers.json").write_text(json.dumps(description))
-    answer = convert("verify", "--source", source, "--target", made)
-    assert answer.code == 1
-    assert "layers.json does not describe this model" in answer.err
+    right = json.loads((made / "layers.json").read_text())
+    earlier = json.loads((GOLDEN / "architecture" / "version_1.json").read_text())["tiny"]
+    arguments = right["layers"][1]["arguments"] | {"rotary_pos_interleaved": True}
+    for changes, code in (
+        ({"architecture": earlier}, 0),  # as earlier versions wrote it
+        ({"architecture": earlier | {"rope_theta": 5.0}}, 1),
+        ({"architecture": {}}, 1),
+        ({"layers": [right["layers"][0], right["layers"][1] | {"arguments": arguments}]}, 1),
+    ):
+        (made / "layers.json").write_text(json.dumps(right | changes))
+        answer = convert("verify", "--source", source, "--target", made)
+        assert answer.code == code, answer.err
+        assert ("layers.json does not describe this model" in answer.err) == bool(code)
 
 
 def test_in_parts_and_by_threads_it_is_the_same(
