@@ -1,14 +1,14 @@
-"""`infer evaluate`: lm-evaluation-harness in this process, offline, on vLLM or transformers."""
+"""`infer evaluate`: lm-evaluation-harness in this process, offline, on any engine."""
 
 from __future__ import annotations
 
 import json
 import math
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from shared.checkpoint.directory.publish import publish
 from shared.cli import log
 from shared.errors import UserError
-from shared.families.common.transformers_workarounds import completed
-from tools.infer.engine import check_supported, model_config, open_source, reason
-from tools.infer.settings import DTYPES, engine_arguments, on_gpu, prepare_environment, read_config
+from tools.infer.engines.engine import EngineSettings, open_engine
+from tools.infer.environment import prepare_environment
+from tools.infer.source import open_source
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from tools.infer.tasks import Chosen
 
 OUTPUT = "results.json"
-_BOOTSTRAP = 1000  # resamplings for the standard error of metrics without a formula; the harness's 100,000 take minutes
-_EVERYTHING = 1_000_000_000  # sequences
-_SHOWN = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples")
+_BOOTSTRAP = 1000  # resamples for the standard error of metrics without a formula; the harness's 100,000 take minutes
+_PUBLISHED = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples")
 
 
 def run(
@@ -37,23 +36,16 @@ def run(
     tasks: tuple[str, ...],
     target: Path,
     *,
-    engine: str,
     limit: int | None,
-    batch_size: int | None,
     apply_chat_template: bool,
     keep_samples: bool,
-    max_model_len: int | None,
-    precision: str | None,
-    tensor_parallel: int,
-    seed: int,
+    settings: EngineSettings,
     overwrite: bool,
 ) -> None:
     """Evaluate and publish `target`. UserError names the task or file that cannot be used."""
     prepare_environment()
-    if engine == "hf" and tensor_parallel != 1:
-        raise UserError("--tensor-parallel belongs to --engine vllm; leave it out")
     with tempfile.TemporaryDirectory(prefix="infer-") as cache:
-        from tools.infer.tasks import choose  # the harness reads its environment, too
+        from tools.infer.tasks import choose  # imports the harness, which reads the environment
 
         chosen = choose(tasks, Path(cache))
         inputs: dict[str, Path | Sequence[Path]] = {"source": source, "tasks": chosen.files}
@@ -61,28 +53,26 @@ def run(
             model = open_source(source)
             if apply_chat_template:
                 _check_chat_template(model)
-            loaded = _load_tasks(chosen, seed)
+            loaded = _load_tasks(chosen, settings.seed)
             began = time.monotonic()
-            if engine == "vllm":
-                lm = _vllm(model, precision, max_model_len, tensor_parallel, batch_size, seed)
-            else:
-                lm = _transformers(model, precision, max_model_len, batch_size)
-            ready = time.monotonic()
-            results = _evaluate(lm, loaded, limit, apply_chat_template, seed)
-            seconds = time.monotonic() - ready
+            with closing(open_engine(model, settings)) as engine:
+                lm = engine.harness_model()
+                ready = time.monotonic()
+                results = _evaluate(lm, loaded, limit, apply_chat_template, settings.seed)
+                seconds = time.monotonic() - ready
             if keep_samples:
                 _write_samples(out.path, results["samples"])
-            report = {key: results[key] for key in _SHOWN if key in results}
-            report |= {"engine": engine, "lm_eval": version("lm-eval"), "limit": limit, "seed": seed}
+            report = {key: results[key] for key in _PUBLISHED if key in results}
+            report |= {"engine": engine.name, "lm_eval": version("lm-eval"), "limit": limit, "seed": settings.seed}
             (out.path / OUTPUT).write_text(json.dumps(_plain(report), indent=1) + "\n", encoding="utf-8")
             metrics = {task: _metrics(values) for task, values in results["results"].items()}
-            out.describe(engine=engine, metrics=metrics, seconds=round(seconds, 2))
+            out.describe(engine=engine.name, metrics=metrics, seconds=round(seconds, 2))
     log(f"evaluated in {seconds:.1f} s after {ready - began:.1f} s to load: {target / OUTPUT}")
     print(table(metrics, {task: count["effective"] for task, count in results["n-samples"].items()}))
 
 
 def _load_tasks(chosen: Chosen, seed: int) -> TaskDict:
-    """The harness's tasks, their data read. UserError names the task whose data is not to be had."""
+    """The harness's tasks with their data. UserError names the task whose data cannot be loaded."""
     found: list[Any] = []
     for spec in chosen.specs:
         name = spec["task"] if isinstance(spec, dict) else spec
@@ -106,7 +96,7 @@ def _load_tasks(chosen: Chosen, seed: int) -> TaskDict:
 
 
 def _evaluate(lm: LM, tasks: TaskDict, limit: int | None, apply_chat_template: bool, seed: int) -> dict[str, Any]:
-    """The harness's results. Its `simple_evaluate` would add a report on the machine, for which it runs pip and git."""
+    """The harness's results. Not by its `simple_evaluate`, which runs pip and git to describe the machine."""
     import numpy
     import torch
     from lm_eval.evaluator import evaluate
@@ -122,57 +112,8 @@ def _evaluate(lm: LM, tasks: TaskDict, limit: int | None, apply_chat_template: b
         bootstrap_iters=_BOOTSTRAP,
         fewshot_as_multiturn=True,
     )
-    assert results is not None  # it is None on ranks other than the first, and there is one
+    assert results is not None  # None on ranks above 0, and there is one rank
     return dict(results)
-
-
-def _vllm(
-    source: Path,
-    precision: str | None,
-    max_model_len: int | None,
-    tensor_parallel: int,
-    batch_size: int | None,
-    seed: int,
-) -> LM:
-    check_supported(source)
-    arguments = engine_arguments(
-        source,
-        precision=precision,
-        max_model_len=max_model_len,
-        tensor_parallel=tensor_parallel,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    model_config(arguments)  # what vLLM refuses is said in one line, before anything is loaded
-    from lm_eval.models.vllm_causallms import VLLM
-
-    log(f"loading {source} with vLLM on {'GPU' if on_gpu() else 'CPU'}")
-    try:
-        # vLLM makes its own batches of all that it is given; the harness's "auto" adds a progress bar to that.
-        size = "auto" if sys.stderr.isatty() else _EVERYTHING
-        return VLLM(pretrained=arguments.pop("model"), batch_size=size, **arguments)
-    except ValueError as error:
-        raise UserError(f"--source {source}: {reason(error)}") from None
-
-
-def _transformers(source: Path, precision: str | None, max_model_len: int | None, batch_size: int | None) -> LM:
-    from lm_eval.models.huggingface import HFLM
-
-    log(f"loading {source} with transformers on {'GPU' if on_gpu() else 'CPU'}")
-    context = max_model_len or read_config(source).get("max_position_embeddings")
-    try:
-        lm = HFLM(
-            pretrained=str(source),
-            dtype=DTYPES[precision] if precision else "auto",
-            device="cuda" if on_gpu() else "cpu",
-            batch_size=batch_size or 8,
-            # The vLLM engine keeps two places of the context free, and both are to cut long texts at the same tokens.
-            max_length=context - 2 if context else None,
-        )
-        completed(lm.model)
-        return lm
-    except (ValueError, OSError) as error:
-        raise UserError(f"--source {source}: {str(error).strip().splitlines()[0]}") from None
 
 
 def _check_chat_template(source: Path) -> None:

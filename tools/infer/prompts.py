@@ -1,4 +1,4 @@
-"""Prompts: jsonl lines read, checked and turned into token ids."""
+"""Prompts: lines of a jsonl file, checked, and their token ids."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Row:
 
 
 def read_rows(path: Path, reserved: tuple[str, ...]) -> list[Row]:
-    """Every line of a jsonl file; blank lines are passed over.
+    """The lines of a jsonl file that are not blank.
 
     Args:
         path: the file.
-        reserved: fields that the output adds, which the input may not have.
+        reserved: fields that the output adds; an input with one of them is refused.
 
     Raises:
         UserError: names the file and the line.
@@ -71,7 +71,7 @@ def _parse(text: str, place: str, reserved: tuple[str, ...]) -> dict[str, Any]:
         raise UserError(f'{place}: "prompt" is a text and "messages" a list, not {type(prompt).__name__}')
     for name in reserved:
         if name in fields:
-            raise UserError(f'{place}: the field "{name}" is what the output adds; rename it')
+            raise UserError(f'{place}: the output adds a field "{name}"; rename the input\'s')
     return fields
 
 
@@ -80,24 +80,24 @@ def load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        # False, where by default a person at a terminal is asked whether to run the code that lies in the directory
+        # by default transformers asks at a terminal whether to run remote code
         return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError) as error:
         line = str(error).strip().splitlines()[0]
         if "trust_remote_code" in str(error):
             line = (
-                "it is code in the directory, which is not run; put the same tokenizer there as tokenizer.json, and "
-                "tokenizer_class PreTrainedTokenizerFast into tokenizer_config.json"
+                "it is remote code in the directory, which is not run; save the tokenizer as tokenizer.json, with "
+                "tokenizer_class PreTrainedTokenizerFast in tokenizer_config.json"
             )
         raise UserError(f"--source {source}: its tokenizer cannot be loaded: {line}") from None
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]], place: str) -> list[int]:
-    """Token ids of a prompt: raw text as it is, messages through the chat template with the reply opened."""
+    """Token ids of a prompt: raw text tokenized as it is, messages through the chat template with a generation prompt."""
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
         if not ids:
-            raise UserError(f"{place}: the prompt is empty and the tokenizer adds no start token; write a first word")
+            raise UserError(f"{place}: the prompt is empty and the tokenizer adds no BOS token; write a first word")
         return ids
     if not tokenizer.chat_template:
         raise UserError(f"{place}: messages need a chat template and the tokenizer has none; give a raw prompt instead")
@@ -109,7 +109,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]
 
 
 def check_length(ids: list[int], context: int, place: str) -> None:
-    """UserError if no room is left in the context for a single new token."""
+    """UserError if the prompt fills the context."""
     if len(ids) >= context:
         raise UserError(
             f"{place}: the prompt has {len(ids)} tokens and the context {context}; shorten it, or give a larger "

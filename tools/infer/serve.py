@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from shared.cli import log
 from shared.errors import EXIT_DONE, EXIT_INTERRUPTED, Interrupted, StageError, UserError
-from tools.infer.engine import check_supported, model_config, open_source, reason
+from tools.infer.engines.engine import EngineSettings
+from tools.infer.engines.vllm import announce, checked_arguments
+from tools.infer.engines.vllm_support import reason, refusals
+from tools.infer.environment import on_gpu, prepare_environment
 from tools.infer.prompts import load_tokenizer
-from tools.infer.settings import engine_arguments, on_gpu, prepare_environment
+from tools.infer.source import open_source
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -27,37 +30,19 @@ if TYPE_CHECKING:
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
-def run(
-    source: Path,
-    *,
-    host: str,
-    port: int,
-    served_model_name: str | None,
-    max_model_len: int | None,
-    precision: str | None,
-    tensor_parallel: int,
-    batch_size: int | None,
-) -> None:
+def run(source: Path, *, host: str, port: int, served_model_name: str | None, settings: EngineSettings) -> None:
     """Serve until SIGTERM or SIGINT, or SIGUSR1, which raises Interrupted.
 
-    UserError for what cannot be served, StageError if the engine dies.
+    UserError for a model or address that cannot be served, StageError if the engine dies.
     """
-    signal.signal(signal.SIGTERM, _leave)  # a server that is told to stop has done its work, also while it loads
+    signal.signal(signal.SIGTERM, _leave)  # exit code 0 for a server that is stopped, even while it loads
     signal.signal(signal.SIGINT, _leave)
     signal.signal(signal.SIGUSR1, _leave_for_now)
     with bind(host, port) as listener:
         prepare_environment()
         model = open_source(source)
-        check_supported(model)
-        load_tokenizer(model)  # what vLLM would find out in the midst of its start
-        arguments = engine_arguments(
-            model,
-            precision=precision,
-            max_model_len=max_model_len,
-            tensor_parallel=tensor_parallel,
-            batch_size=batch_size,
-        )
-        model_config(arguments)
+        arguments, _ = checked_arguments(model, settings)
+        load_tokenizer(model)  # vLLM loads it late, in the midst of its start
         name = served_model_name or source.resolve().name
         import uvloop
 
@@ -74,14 +59,14 @@ def _leave(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def _leave_for_now(signum: int, frame: FrameType | None) -> None:
-    """Slurm's warning that the time is up: stop as SIGTERM does, with the exit code that says: start it again."""
+    """Slurm's warning before the time limit: stop as on SIGTERM, with the exit code for a restart."""
     global _exit_code
     _exit_code = EXIT_INTERRUPTED
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """The listening address, taken before the long load and kept. UserError if it is not to be had."""
+    """A listening socket, opened before the long load. UserError if the address cannot be used."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
@@ -90,7 +75,7 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
-        listener.listen(128)  # a second server on the same port is refused from here on, not only once this one is up
+        listener.listen(128)  # refuses a second server on the port from now on, while this one still loads
     except OSError as error:
         listener.close()
         raise UserError(
@@ -105,14 +90,14 @@ async def _serve(listener: socket.socket, host: str, arguments: dict[str, Any], 
     port = listener.getsockname()[1]
     base = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     options = _server_options(arguments, host, port, name)
-    log(f"loading {arguments['model']} with vLLM on {'GPU' if on_gpu() else 'CPU'}")
+    announce(arguments)
     async with _engine(arguments) as engine:
         died = False
         stop = engine.shutdown
 
         def stop_once(timeout: float | None = None) -> None:
             nonlocal died
-            died = died or engine.errored  # from here on it is errored in any case
+            died = died or engine.errored  # read before `stop`, after which it is true in any case
             engine.shutdown = stop
             stop(timeout)
 
@@ -127,7 +112,7 @@ async def _serve(listener: socket.socket, host: str, arguments: dict[str, Any], 
 
 
 def _log_config() -> dict[str, Any]:
-    """Uvicorn's, with the access log on stderr too: stdout holds the ready line and nothing else."""
+    """Uvicorn's logging configuration with the access log on stderr; stdout holds only the ready line."""
     from uvicorn.config import LOGGING_CONFIG
 
     config = copy.deepcopy(LOGGING_CONFIG)
@@ -136,7 +121,7 @@ def _log_config() -> dict[str, Any]:
 
 
 def _server_options(arguments: dict[str, Any], host: str, port: int, name: str) -> Namespace:
-    """The options of vLLM's own `serve`, as its parser makes them."""
+    """The options of `vllm serve`, made by vLLM's own parser."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -149,15 +134,13 @@ async def _engine(arguments: dict[str, Any]) -> AsyncIterator[AsyncLLM]:
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    try:
+    with refusals(arguments["model"]):
         config = AsyncEngineArgs(**arguments).create_engine_config()
-    except ValueError as error:
-        raise UserError(f"--source {arguments['model']}: {reason(error)}") from None
     if not on_gpu():
-        # The server needs the engine in a process of its own. vLLM starts it afresh on CPU, and it spends most of the
-        # start importing again what this process has imported; a fork has it. No thread of torch runs here yet.
+        # The server's engine is a process. On CPU vLLM spawns it, and most of its start is the imports that this process has
+        # done already; a fork shares them. No thread of torch runs yet.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-        os.register_at_fork(after_in_child=_belong_to_parent)
+        os.register_at_fork(after_in_child=_die_with_parent)
     try:
         engine = AsyncLLM.from_vllm_config(config)
     except RuntimeError as error:
@@ -168,14 +151,16 @@ async def _engine(arguments: dict[str, Any]) -> AsyncIterator[AsyncLLM]:
         engine.shutdown(timeout=config.shutdown_timeout)
 
 
-def _belong_to_parent() -> None:
-    """Have the kernel end this process when its parent is gone, even by SIGKILL, so that no engine is left behind."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # where Slurm signals every process of a job: the server stops it
+def _die_with_parent() -> None:
+    """Have the kernel kill the engine when the server is gone, even by SIGKILL."""
+    signal.signal(
+        signal.SIGUSR1, signal.SIG_IGN
+    )  # Slurm may signal every process of a job; the server stops the engine
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 async def _announce(base: str, name: str) -> None:
-    """Say that the server is ready once /health answers."""
+    """Print the ready line once /health answers."""
     import aiohttp
 
     async with aiohttp.ClientSession() as session:

@@ -1,4 +1,4 @@
-"""Evaluation tasks: YAML files of the user's own, directories of them, and the names that the harness brings."""
+"""Evaluation tasks: YAML files, directories of them, and names of the harness's own tasks."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from shared.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """What is to be run."""
+    """The tasks of --tasks."""
 
     specs: list[str | dict[str, Any]]  # for `TaskManager.load`: a name, or a configuration
-    files: list[Path]  # every file that decides the result, so that a changed one is another evaluation
+    files: list[Path]  # all files that determine the result: inputs of the published directory
     manager: TaskManager
 
 
 def choose(tasks: Sequence[str], cache: Path) -> Chosen:
-    """Resolve what --tasks names.
+    """Resolve --tasks.
 
     Args:
         tasks: YAML files, directories, or names of the harness's own tasks.
-        cache: where `datasets` may keep its copies of local data files, for this run only.
+        cache: where `datasets` keeps its copies of local data files, for this run only.
 
     Raises:
-        UserError: names what is unknown, and the nearest that is known.
+        UserError: names the unknown task and the nearest known one.
     """
     specs: list[str | dict[str, Any]] = []
     files: list[Path] = []
@@ -56,7 +56,7 @@ def choose(tasks: Sequence[str], cache: Path) -> Chosen:
             spec, parts = _local(file, cache)
             specs.append(spec)
             files += parts
-    # The harness's own index is 14,000 files long; it is read only for a name that is no file.
+    # The harness's index has 14,000 files; it is read only if a task is given by name.
     manager = TaskManager(include_defaults=bool(names))
     for name in names:
         entry = manager.task_index.get(name)
@@ -69,7 +69,7 @@ def choose(tasks: Sequence[str], cache: Path) -> Chosen:
 
 
 def _local(path: Path, cache: Path) -> tuple[dict[str, Any], list[Path]]:
-    """A task file as a configuration with absolute paths, and the files that it is made of."""
+    """The configuration of a task file with absolute paths, and the files that it consists of."""
     try:
         config = load_yaml(path)
         parts = _parts(path)
@@ -86,7 +86,7 @@ def _local(path: Path, cache: Path) -> tuple[dict[str, Any], list[Path]]:
 
 
 def _absolute(data: Any, task: Path) -> tuple[Any, list[Path]]:
-    """`data_files` (a path, a list or a mapping of them) with each path taken relative to the task's file."""
+    """`data_files` (a path, a list or a mapping of them) with every path resolved against the task's file."""
     if isinstance(data, dict):
         pairs = {split: _absolute(value, task) for split, value in data.items()}
         return {s: value for s, (value, _) in pairs.items()}, [f for _, found in pairs.values() for f in found]
@@ -95,20 +95,20 @@ def _absolute(data: Any, task: Path) -> tuple[Any, list[Path]]:
         return [value for value, _ in both], [f for _, found in both for f in found]
     if "://" in str(data):
         return data, []
-    whole = str(task.resolve().parent / str(data))
-    found = [Path(name) for name in sorted(glob.glob(whole, recursive=True))]
+    pattern = str(task.resolve().parent / str(data))
+    found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
     if not found:
-        raise UserError(f"--tasks {task}: its data file {whole} does not exist")
-    return whole, found
+        raise UserError(f"--tasks {task}: its data file {pattern} does not exist")
+    return pattern, found
 
 
 def _parts(path: Path) -> list[Path]:
-    """The task's file, the files that it includes and the Python files whose functions it names."""
+    """The task's file, the files that it includes and the Python files of its `!function` tags."""
     path = path.resolve()
     functions: list[Path] = []
 
     class Loader(yaml.SafeLoader):
-        """Notes the file of each `!function module.name` instead of importing it."""
+        """Records the file of each `!function module.name` without importing it."""
 
     def note(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
         module = loader.construct_scalar(node).rpartition(".")[0]

@@ -1,6 +1,6 @@
 """Exports of tiny models of families, made in convert's environment: Hugging Face -> Megatron -> Hugging Face, in fp32.
 
-Run as `family_exports.py FOLDER SIZE...`; each size's export is FOLDER/SIZE. SIZE may be `yi-tiny=llama`: as another family.
+`family_exports.py FOLDER SIZE...` writes FOLDER/SIZE for each size. A SIZE of `yi-tiny=llama` is exported as another family.
 """
 
 from __future__ import annotations
@@ -9,39 +9,49 @@ import runpy
 import sys
 from pathlib import Path
 
-from shared.architecture.architecture import Architecture
+from shared.architecture.architecture import MLP, Architecture, Attention, Layer, MoE, Rotary
 from shared.architecture.flat_view import changed as replace
 from shared.families import registry
 from tools.convert.cli import tool
 
 write_hf = runpy.run_path(str(Path(__file__).parents[1] / "convert" / "conftest.py"))["write_hf"]
-HEAD_DIM = 32  # the smallest that vLLM's attention on the CPU is compiled for
+HEAD_DIM = 32  # the smallest that vLLM's CPU attention is compiled for
 
 
 def servable(a: Architecture) -> Architecture:
-    """The same with heads of a size that vLLM's kernels have, everything that hangs on it in proportion."""
-    if a.latent:  # its kernels know the published sizes alone, and its norms within attention the model's epsilon
-        latent = replace(a.latent, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
-        return replace(a, latent=latent, head_dim=192, norm_epsilon=latent.norm_epsilon)
-    if a.delta and a.experts:  # likewise, and in bf16: every expert is used, so that rounding does not choose others
-        delta = replace(a.delta, key_head_dim=128, value_head_dim=128, conv_kernel=4)
-        a = replace(a, delta=delta, experts=replace(a.experts, top_k=a.experts.count))
-    if a.glu_limit:
-        a = replace(a, glu_limit=7.0)  # gpt-oss's, which vLLM takes whatever is configured
-    times = HEAD_DIM // a.head_dim
-    changes = {name: getattr(a, name) * times for name in ("head_dim", "hidden_size", "rotary_dim") if getattr(a, name)}
-    if not a.gated:
-        changes["ffn_hidden_size"] = (
-            4 * changes["hidden_size"]
-        )  # vLLM's Falcon takes it for that, whatever is configured
-    if a.rope_scaling and a.rope_scaling.short_factors:
-        factors = {name: getattr(a.rope_scaling, name) for name in ("short_factors", "long_factors")}
-        wider = {name: tuple(f for f in known for _ in range(times)) for name, known in factors.items()}
-        # vLLM takes the factor for that of the lengths, as it is in every published configuration
-        factor = a.max_position_embeddings / a.rope_scaling.original_length
-        changes["rope_scaling"] = replace(a.rope_scaling, factor=factor, **wider)
-    # where the family makes one size of others, as its configuration says
-    return registry.from_config(registry.to_config(replace(a, **changes)))
+    """The same model with head sizes that vLLM's CPU kernels have, and the sizes that follow from them."""
+    if a.mla:  # the published dimensions only; within attention vLLM's norms have the model's epsilon
+        published = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+        return a.with_values(attention=published, norm={"epsilon": a.mla.norm_epsilon})
+    if a.delta_net and a.moe:
+        # the published dimensions, in bf16 only; with all experts chosen, rounding cannot choose others
+        published = {"key_head_dim": 128, "value_head_dim": 128, "conv_kernel": 4}
+        a = a.with_values(delta_net=published, moe={"top_k": a.moe.experts})
+    times = HEAD_DIM // a.attention.head_dim
+    hidden = a.hidden_size * times
+
+    def wider(layer: Layer) -> Layer:
+        mixer, mlp = layer.mixer, layer.mlp
+        if isinstance(mixer, Attention):
+            rotary = mixer.rotary and wider_rotary(mixer.rotary)
+            mixer = replace(mixer, head_dim=mixer.head_dim * times, rotary=rotary)
+        if isinstance(mlp, MLP) and not mlp.gated:
+            mlp = replace(mlp, ffn_hidden_size=4 * hidden)  # vLLM's Falcon computes it, whatever config.json says
+        if isinstance(mlp, MoE) and mlp.expert.clamp:
+            mlp = replace(mlp, expert=replace(mlp.expert, clamp=7.0))  # vLLM's gpt-oss, whatever config.json says
+        return replace(layer, mixer=mixer, mlp=mlp)
+
+    def wider_rotary(rotary: Rotary) -> Rotary:
+        scaling = rotary.scaling
+        if scaling and scaling.short_factors:
+            names = ("short_factors", "long_factors")
+            factors = {name: tuple(f for f in getattr(scaling, name) for _ in range(times)) for name in names}
+            # vLLM reads the factor as the ratio of lengths, which it is in every published configuration
+            scaling = replace(scaling, factor=a.max_position_embeddings / scaling.original_length, **factors)
+        return replace(rotary, dim=rotary.dim and rotary.dim * times, scaling=scaling)
+
+    wide = replace(a.with_layers(wider), hidden_size=hidden)
+    return registry.from_config(registry.to_config(wide))  # fields that a family's config.json derives from others
 
 
 def call(*words: str | Path) -> None:

@@ -14,11 +14,14 @@ from typing import Any
 
 import torch
 
+from shared.checkpoint.directory.auxiliary_files import config_of
 from shared.errors import UserError
 from shared.families import registry
 from tests.tools.infer import seeing
-from tools.infer.engine import check_supported, model_config, start
-from tools.infer.settings import engine_arguments, read_config
+from tools.infer.engines.engine import EngineSettings
+from tools.infer.engines.vllm import load
+from tools.infer.engines.vllm_arguments import engine_arguments
+from tools.infer.engines.vllm_support import check_supported, model_config
 
 GIVEN, CONTINUED = 224, 24  # tokens: beyond the windows and original lengths of tiny sizes
 
@@ -27,7 +30,7 @@ def of_transformers(source: Path, ids: torch.Tensor, dtype: torch.dtype) -> dict
     from transformers import AutoModelForCausalLM
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    kind, config = AutoModelForCausalLM, read_config(source)
+    kind, config = AutoModelForCausalLM, config_of(source / "config.json")
     if code := config.get("auto_map"):  # by name: vLLM has put configurations of its own into transformers
         kind = get_class_from_dynamic_module(code["AutoModelForCausalLM"], source)
     attention = "sdpa" if config.get("alibi") else "eager"  # transformers' eager Falcon adds ALiBi twice
@@ -46,7 +49,7 @@ def of_vllm(source: Path, arguments: dict[str, Any], ids: list[int], sees: bool)
     sampling = SamplingParams(
         temperature=0.0, max_tokens=CONTINUED, ignore_eos=True, detokenize=False, prompt_logprobs=0
     )
-    llm = start(arguments)
+    llm = load(arguments)
     (answer,) = llm.generate([TokensPrompt(prompt_token_ids=ids)], sampling, use_tqdm=False)
     given = zip(answer.prompt_logprobs[1:], ids[1:], strict=True)
     known = [position[token].logprob for position, token in given]
@@ -55,16 +58,15 @@ def of_vllm(source: Path, arguments: dict[str, Any], ids: list[int], sees: bool)
 
 
 def both(source: Path) -> dict[str, Any]:
-    config = read_config(source)
+    config = config_of(source / "config.json")
     try:
         check_supported(source)
     except UserError as error:
         return {"lacking": str(error).replace(f"--source {source}: ", "")}
     sees = "vision_config" in config
     length = CONTINUED + max(GIVEN, seeing.complete(source) if sees else 0)
-    limits = {"max_model_len": length, "tensor_parallel": 1, "batch_size": 1}
     precision = "bf16" if "linear_key_head_dim" in config else "fp32"  # vLLM's delta nets on the CPU are of bf16 only
-    arguments = engine_arguments(source, precision=precision, **limits)
+    arguments = engine_arguments(source, EngineSettings(precision=precision, max_model_len=length, batch_size=1))
     arguments |= {"skip_tokenizer_init": not sees, "trust_remote_code": "auto_map" in config}
     if sees:  # taken here to see that all weights are where they belong
         arguments["limit_mm_per_prompt"] = {"image": 1}

@@ -14,7 +14,7 @@ import signal
 import sys
 import traceback
 
-from tools.infer.settings import prepare_environment
+from tools.infer.environment import prepare_environment
 
 prepare_environment()
 
@@ -70,6 +70,7 @@ def main() -> None:
         print(json.dumps(answer), flush=True)
     for child in running:
         os.kill(child, signal.SIGKILL)
+    os._exit(0)  # the interpreter would take vLLM apart, half a minute on a busy machine
 
 
 if __name__ == "__main__":

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 
+from tests.tools.infer.engines.double import EngineDouble
+from tools.infer import chat
 from tools.infer.chat import converse
+from tools.infer.engines.engine import EngineSettings, Sampling
 
 
 def conversation(lines: list[str], system: str | None = None) -> list[list[dict]]:
@@ -26,7 +31,7 @@ def test_each_turn_sees_those_before(capsys):
     assert asked[1][2]["content"] == "n=2"
 
 
-def test_reset_forgets_and_exit_leaves(capsys):
+def test_reset_starts_anew_and_exit_leaves(capsys):
     asked = conversation(["one", "/reset", "two", "/exit", "three"])
     assert asked == [[{"role": "user", "content": "one"}], [{"role": "user", "content": "two"}]]
 
@@ -44,3 +49,16 @@ def test_a_tokenizer_without_a_template_is_named(launcher, models):
     done = launcher("chat", "--source", models("qwen3"), stdin="fox?\n")
     assert done.code == 2
     assert "has no chat template" in done.stderr
+
+
+def test_a_conversation_goes_to_any_engine(models, monkeypatch, capsys):
+    double = EngineDouble()
+    monkeypatch.setattr(chat, "open_engine", double.open)
+    monkeypatch.setattr("sys.stdin", io.StringIO("fox?\ndog?\n"))
+    sampling = Sampling(max_tokens=4, temperature=0.5, top_p=1.0, seed=1)
+    chat.run(models("llama"), system="be brief", sampling=sampling, settings=EngineSettings(batch_size=1, seed=1))
+    assert capsys.readouterr().out == "answer 1\nanswer 2\n"
+    assert double.calls == ["load", "close"]
+    assert [request.sampling for request in double.requests] == [sampling, sampling]
+    first, second = (request.prompt for request in double.requests)
+    assert len(second) > len(first)  # it holds the first turn

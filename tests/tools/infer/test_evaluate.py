@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 
 from shared.checkpoint.directory.open import open_checkpoint
+from shared.cli import invoked
+from tests.tools.infer.engines.double import EngineDouble
+from tools.infer import evaluate
+from tools.infer.engines.engine import EngineSettings
 from tools.infer.evaluate import table
 
 HELD_OUT = """
@@ -154,3 +158,28 @@ def test_the_table_lines_up():
     lines = table({"a": {"bits_per_byte": 1.25}, "longer": {"acc": 0.5}}, {"a": 10, "longer": 3}).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[1].split() == ["a", "10", "bits_per_byte", "1.2500"]
+
+
+def test_tasks_are_evaluated_by_any_engine(models, tasks, monkeypatch, tmp_path, capsys):
+    double = EngineDouble()
+    monkeypatch.setattr(evaluate, "open_engine", double.open)
+    settings = EngineSettings(seed=3)
+    with invoked("infer", "evaluate", {}):
+        evaluate.run(
+            models("llama"),
+            (str(tasks / "held_out.yaml"),),
+            tmp_path / "out",
+            limit=2,
+            apply_chat_template=False,
+            keep_samples=True,
+            settings=settings,
+            overwrite=False,
+        )
+    assert double.settings == settings
+    assert double.calls == ["load", "close"]
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["engine"] == "double"
+    assert results["results"]["held_out"]["bits_per_byte,none"] == 1.0
+    assert results["n-samples"]["held_out"]["effective"] == 2
+    assert len((tmp_path / "out/samples_held_out.jsonl").read_text().splitlines()) == 2
+    assert "held_out" in capsys.readouterr().out

@@ -10,7 +10,11 @@ import pytest
 from shared.checkpoint.directory.open import open_checkpoint
 from shared.checkpoint.directory.publish import publish
 from shared.cli import invoked
+from shared.errors import UserError
 from shared.families import registry
+from tests.tools.infer.engines.double import EngineDouble
+from tools.infer import generate
+from tools.infer.engines.engine import EngineSettings, Sampling
 
 PROMPTS = ["The quick", "def f(x): return", "lazy dog. " * 9, "x", "brown fox jumps over the"]
 
@@ -150,3 +154,48 @@ def test_delta_nets_are_of_bf16_only_without_a_gpu(launcher, models, tmp_path):
     done = launcher(*words)
     assert done.code == 2
     assert "gated delta nets in bf16 only; give --precision bf16" in done.stderr
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """The engine that `generate` opens, without a model."""
+    double = EngineDouble()
+    monkeypatch.setattr(generate, "open_engine", double.open)
+    return double
+
+
+def generate_with_double(source: Path, prompts: Path, target: Path, samples: int) -> None:
+    sampling = Sampling(max_tokens=9, temperature=1.0, top_p=0.5, samples=samples, seed=100)
+    settings = EngineSettings(max_model_len=64, seed=100)
+    with invoked("infer", "generate", {}):
+        generate.run(source, prompts, target, sampling=sampling, settings=settings, overwrite=False)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_rows_are_completed_by_any_engine(samples, double, models, tmp_path):
+    rows = [{"prompt": text, "id": text} for text in ("fox", "dog", "lazy")]
+    prompts = write(tmp_path / "prompts.jsonl", rows)
+    generate_with_double(models("llama"), prompts, tmp_path / "out", samples)
+    assert double.calls == ["load", "close"]
+    seeds = [request.sampling.seed for request in double.requests]
+    assert seeds == [100 + index * samples for index in range(3)]
+    answers = read(tmp_path / "out")
+    assert [row["id"] for row in answers] == ["fox", "dog", "lazy"]  # though the last one finishes first
+    texts = [[str(seed + sample) for sample in range(samples)] for seed in seeds]
+    if samples == 1:
+        assert [row["completion"] for row in answers] == [text for (text,) in texts]
+        assert {row["finish_reason"] for row in answers} == {"length"}
+    else:
+        assert [row["completions"] for row in answers] == texts
+        assert [row["completion_tokens"] for row in answers] == [[1, 2]] * 3
+    facts = open_checkpoint(tmp_path / "out", kinds=("result",), flag="--source").facts
+    assert facts["engine"] == "double"
+    assert facts["completion_tokens"] == 3 * sum(range(1, samples + 1))
+    assert facts["prompt_tokens"] == sum(row["prompt_tokens"] for row in answers)
+
+
+def test_a_prompt_that_does_not_fit_is_found_before_the_model_is_loaded(double, models, tmp_path):
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "The fox " * 80}])
+    with pytest.raises(UserError, match="prompts.jsonl:1: the prompt has"):
+        generate_with_double(models("llama"), prompts, tmp_path / "out", 1)
+    assert double.calls == ["close"]

@@ -1,26 +1,24 @@
-"""Open a directory and start vLLM on it, in this process."""
+"""What vLLM supports of the models that `convert` writes, checked before weights are loaded."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from shared.checkpoint.directory.open import open_checkpoint
-from shared.cli import log
+from shared.checkpoint.directory.auxiliary_files import config_of
 from shared.errors import UserError
 from shared.families import registry
-from tools.infer.settings import on_gpu, read_config
+from tools.infer.environment import on_gpu
 
-if TYPE_CHECKING:
-    from vllm import LLM, RequestOutput, SamplingParams
-
-
-# Fields of config.json that change the model and that vLLM's code for the architecture does not look at, or asserts without a
-# word, and the value that it computes.
-_IGNORED = {
-    "ChatGLMForConditionalGeneration": ("position_encoding_2d", False),  # the first ChatGLM; it has those after
+# Per architecture: a field of config.json that vLLM's class does not read, or asserts without a message, and the one value that
+# the class computes.
+_NOT_READ = {
+    "ChatGLMForConditionalGeneration": (
+        "position_encoding_2d",
+        False,
+    ),  # the first ChatGLM; vLLM has ChatGLM2 and later
     "GPT2LMHeadModel": ("scale_attn_by_inverse_layer_idx", False),
     "GptOssForCausalLM": ("swiglu_limit", 7.0),
     "InternLM2ForCausalLM": ("bias", False),
@@ -29,40 +27,35 @@ _IGNORED = {
 }
 
 
-def open_source(source: Path) -> Path:
-    """The directory, checked to be whole. UserError names the file that is not."""
-    return open_checkpoint(source, kinds=("hf",), flag="--source").hf_files
-
-
 def check_supported(source: Path) -> None:
-    """UserError if vLLM has no code for the architecture that config.json names."""
+    """UserError if vLLM lacks the architecture of config.json, or computes it differently."""
     from vllm import ModelRegistry
 
-    config = read_config(source)
+    config = config_of(source / "config.json")
     names = config.get("architectures") or []
     supported = ModelRegistry.get_supported_archs()
     known = [name for name in names if name in supported]
     if not known:
         raise UserError(
             f"--source {source}: vLLM does not carry the architecture {', '.join(names) or '(none named)'} "
-            f"(model_type {config.get('model_type')}); {_way_out(source, supported)}"
+            f"(model_type {config.get('model_type')}); {_alternative(source, supported)}"
         )
-    for name in (name for name in known if name in _IGNORED):
-        field, computed = _IGNORED[name]
+    for name in (name for name in known if name in _NOT_READ):
+        field, computed = _NOT_READ[name]
         if config.get(field, computed) != computed:
             raise UserError(
                 f"--source {source}: vLLM's {name} does not compute {field} = {config[field]} of config.json, which changes the "
                 "model; `infer evaluate --engine hf` may run it"
             )
     if not on_gpu():
-        # vLLM looks at a model's class in a second process, so as not to touch CUDA in this one; that costs half a
-        # minute of imports. Without a GPU there is nothing to protect, and the class is needed here anyway.
+        # To keep CUDA out of this process vLLM inspects a model's class in a second one, half a minute of imports. Without a
+        # GPU there is no CUDA to keep out, and this process needs the class anyway.
         for name in known:
             ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
-def _way_out(source: Path, supported: Collection[str]) -> str:
-    """What a person may do with a model whose class vLLM lacks."""
+def _alternative(source: Path, supported: Collection[str]) -> str:
+    """How to run a model whose class vLLM lacks."""
     try:
         architecture = registry.from_files(source)
     except UserError:
@@ -83,49 +76,45 @@ def _way_out(source: Path, supported: Collection[str]) -> str:
 
 
 def model_config(arguments: Mapping[str, Any]) -> Any:
-    """vLLM's view of the model, without loading it. UserError for what it refuses."""
+    """vLLM's `ModelConfig`, made without loading the model. UserError for a model that vLLM refuses."""
     from vllm import EngineArgs
 
-    try:
+    with refusals(arguments["model"]):
         config = EngineArgs(**arguments).create_model_config()
-    except ValueError as error:
-        raise UserError(f"--source {arguments['model']}: {reason(error)}") from None
     if not on_gpu():
-        _check_kernels(arguments["model"], config)
+        _check_cpu_kernels(arguments["model"], config)
     return config
 
 
-def _check_kernels(source: str, config: Any) -> None:
-    """vLLM's attention on the CPU is compiled for some sizes and types, and finds out in the first step."""
+def _check_cpu_kernels(source: str, config: Any) -> None:
+    """UserError for a head size or dtype that vLLM's CPU kernels lack; vLLM itself would fail in the first step."""
     import torch
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
     from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
 
     size, compiled = config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
-    if config.use_mla:  # one vector for all heads
+    if config.use_mla:
         compiled = CPUMLABackend.get_supported_head_sizes()
     if size not in compiled:
         raise UserError(
-            f"--source {source}: vLLM on CPU has no attention for {'latent vectors' if config.use_mla else 'heads'} of "
-            f"{size}, only {', '.join(map(str, compiled))}; use a GPU, or `infer evaluate --engine hf`"
+            f"--source {source}: vLLM on CPU has no attention for {'MLA latents' if config.use_mla else 'heads'} of {size}, "
+            f"only {', '.join(map(str, compiled))}; use a GPU, or `infer evaluate --engine hf`"
         )
-    if "linear_key_head_dim" in read_config(Path(source)) and config.dtype != torch.bfloat16:
+    if "linear_key_head_dim" in config_of(Path(source) / "config.json") and config.dtype != torch.bfloat16:
         raise UserError(
             f"--source {source}: vLLM on CPU has gated delta nets in bf16 only; give --precision bf16, or use a GPU"
         )
 
 
-def start(arguments: Mapping[str, Any]) -> LLM:
-    """The engine with the model loaded. UserError for what vLLM refuses."""
-    from vllm import LLM
-
-    log(f"loading {arguments['model']} with vLLM on {'GPU' if on_gpu() else 'CPU'}")
+@contextlib.contextmanager
+def refusals(source: object) -> Iterator[None]:
+    """vLLM's refusal of a model as a UserError. An AssertionError without a message stays one: a defect, not a refusal."""
     try:
-        return LLM(**arguments)
-    except (ValueError, AssertionError) as error:  # it refuses by both
+        yield
+    except (ValueError, AssertionError) as error:
         if isinstance(error, AssertionError) and not str(error):
-            raise  # but what it says nothing about is a defect
-        raise UserError(f"--source {arguments['model']}: {reason(error)}") from None
+            raise
+        raise UserError(f"--source {source}: {reason(error)}") from None
 
 
 def reason(error: Exception) -> str:
@@ -133,14 +122,3 @@ def reason(error: Exception) -> str:
     errors = getattr(error, "errors", None)
     text = errors()[0]["msg"].removeprefix("Value error, ") if callable(errors) else str(error)
     return text.strip().splitlines()[0] if text.strip() else type(error).__name__
-
-
-def complete(llm: LLM, requests: Mapping[str, tuple[list[int], SamplingParams]]) -> Iterator[RequestOutput]:
-    """Run requests (id -> token ids, sampling) and yield each output as it grows; `finished` marks the last of each."""
-    from vllm import TokensPrompt
-
-    engine = llm.llm_engine
-    for name, (ids, sampling) in requests.items():
-        engine.add_request(name, TokensPrompt(prompt_token_ids=ids), sampling)
-    while engine.has_unfinished_requests():
-        yield from engine.step()

@@ -1,0 +1,65 @@
+"""What every engine must do, as JSON: `contract.py ENGINE DIRECTORY REQUESTS`. Run in a fork of the launcher.
+
+REQUESTS.json holds token ids of prompts, pairs of texts to score and the number of tokens to generate. Writes REQUESTS.out.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.instance import Instance
+
+from tools.infer.engines.engine import Completion, Engine, EngineSettings, Request, Sampling, open_engine
+
+SAMPLES = 8
+
+
+def all_of(engine: Engine, requests: list[Request]) -> list[list[Completion]]:
+    """The completions of each request, in the order of the requests."""
+    finished = dict(engine.generate(requests))
+    assert sorted(finished) == list(range(len(requests)))
+    return [finished[index] for index in range(len(requests))]
+
+
+def main(name: str, source: Path, given: dict[str, Any]) -> dict[str, Any]:
+    engine = open_engine(source, EngineSettings(engine=name, precision="fp32", batch_size=4))
+    assert isinstance(engine, Engine)
+    assert engine.name == name
+    answer: dict[str, Any] = {"context_length": engine.context_length}
+    lm = engine.harness_model()
+    scored = [
+        Instance(request_type="loglikelihood", doc={}, arguments=tuple(pair), idx=index)
+        for index, pair in enumerate(given["pairs"])
+    ]
+    answer["log_likelihoods"] = lm.loglikelihood(scored)
+    engine.load()  # the weights are there already
+
+    greedy = Sampling(max_tokens=given["tokens"], temperature=0.0, top_p=1.0)
+    requests = [Request(prompt=ids, sampling=greedy) for ids in given["prompts"]]
+    answer["greedy"] = [[asdict(sample) for sample in samples] for samples in all_of(engine, requests)]
+    answer["streamed"] = [list(engine.stream(request)) for request in requests]
+    full = Sampling(max_tokens=10_000, temperature=0.0, top_p=1.0)
+    (answer["full"],) = all_of(engine, [Request(prompt=given["prompts"][0], sampling=full)])[0]
+    answer["full"] = asdict(answer["full"])
+
+    def sampled(seed: int, **changes: Any) -> Request:
+        sampling = Sampling(max_tokens=60, temperature=2.0, samples=SAMPLES, seed=seed, **({"top_p": 1.0} | changes))
+        return Request(prompt=given["prompts"][0], sampling=sampling)
+
+    alone = all_of(engine, [sampled(5)])[0]
+    beside = all_of(engine, [sampled(500), sampled(5), sampled(900)])
+    answer["sampled"] = [asdict(sample) for sample in alone]
+    answer["beside"] = [[asdict(sample) for sample in samples] for samples in beside]
+    answer["nucleus"] = [asdict(sample) for sample in all_of(engine, [sampled(5, top_p=1e-6)])[0]]
+    engine.close()
+    return answer
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[3])
+    result = main(sys.argv[1], Path(sys.argv[2]), json.loads(path.with_suffix(".json").read_text()))
+    path.with_suffix(".out.json").write_text(json.dumps(result))

@@ -1,0 +1,103 @@
+"""The contract of an engine, on vLLM and on transformers, against a computation in float64."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+CONTRACT = Path(__file__).with_name("contract.py")
+PROMPTS = ["The quick", "def f(x): return", "lazy dog. " * 9]
+PAIRS = [("The quick", " brown fox"), ("The quick", " lazy dog"), ("", "def f(x)")]
+TOKENS, CONTEXT, EOS = 12, 128, 0
+
+
+@pytest.fixture(scope="module")
+def reference(models):
+    """What transformers' model computes in float64, without a cache, one sequence at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = models("llama")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64)
+
+    def log_probabilities(ids: list[int]):
+        with torch.no_grad():
+            return model(torch.tensor([ids])).logits[0].log_softmax(-1)
+
+    def continued(ids: list[int], tokens: int) -> list[int]:
+        new: list[int] = []
+        while len(new) < tokens and new[-1:] != [EOS]:
+            new.append(int(log_probabilities([*ids, *new])[-1].argmax()))
+        return new
+
+    def scored(context: str, text: str) -> float:
+        before = tokenizer(context)["input_ids"] or [EOS]
+        ids = [*before, *tokenizer(text)["input_ids"]]
+        known = log_probabilities(ids)[:-1].gather(-1, torch.tensor(ids)[1:, None])
+        return float(known[len(before) - 1 :].sum())
+
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    return {
+        "prompts": prompts,
+        "greedy": [continued(ids, TOKENS) for ids in prompts],
+        "full": continued(prompts[0], CONTEXT - len(prompts[0])),
+        "log_likelihoods": [scored(*pair) for pair in PAIRS],
+        "decode": lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+    }
+
+
+@pytest.fixture(scope="module", params=["vllm", "hf"])
+def answer(request, launcher, models, reference, tmp_path_factory):
+    path = tmp_path_factory.mktemp("contract") / request.param
+    given = {"prompts": reference["prompts"], "pairs": PAIRS, "tokens": TOKENS}
+    path.with_suffix(".json").write_text(json.dumps(given))
+    done = launcher(CONTRACT, request.param, models("llama"), path)
+    assert done.code == 0, done.stderr
+    return json.loads(path.with_suffix(".out.json").read_text())
+
+
+def ends_as_it_says(sample: dict) -> bool:
+    """Whether the end-of-sequence token is the last one of a "stop", and nowhere else."""
+    return (EOS in sample["tokens"]) == (sample["finish_reason"] == "stop") and EOS not in sample["tokens"][:-1]
+
+
+def test_greedy_tokens_are_the_most_likely_ones(answer, reference):
+    for (sample,), wanted in zip(answer["greedy"], reference["greedy"], strict=True):
+        assert sample["tokens"] == wanted
+        assert sample["text"] == reference["decode"](wanted)
+        assert ends_as_it_says(sample)
+
+
+def test_the_context_is_the_models_and_ends_a_completion(answer, reference):
+    assert answer["context_length"] == CONTEXT
+    assert answer["full"]["tokens"] == reference["full"]
+    assert ends_as_it_says(answer["full"])
+
+
+def test_streamed_pieces_are_the_same_text(answer):
+    for pieces, (sample,) in zip(answer["streamed"], answer["greedy"], strict=True):
+        assert "".join(pieces) == sample["text"]
+        assert len(pieces) > TOKENS / 2  # as it is generated, not at the end
+
+
+def test_samples_depend_on_their_seed_and_not_on_the_batch(answer):
+    tokens = [sample["tokens"] for sample in answer["sampled"]]
+    assert answer["beside"][1] == answer["sampled"]
+    assert len({tuple(ids) for samples in answer["beside"] for ids in [s["tokens"] for s in samples]}) == 3 * len(
+        tokens
+    )
+    assert all(ends_as_it_says(sample) for sample in answer["sampled"])
+    assert {"stop", "length"} == {s["finish_reason"] for samples in answer["beside"] for s in samples}
+
+
+def test_the_smallest_nucleus_is_the_most_likely_token(answer, reference):
+    for sample in answer["nucleus"]:
+        assert sample["tokens"][:TOKENS] == reference["greedy"][0][: len(sample["tokens"])]
+
+
+def test_log_likelihoods_equal_a_float64_computation(answer, reference):
+    found = [value for value, _ in answer["log_likelihoods"]]
+    assert found == pytest.approx(reference["log_likelihoods"], rel=1e-5)  # fp32 log-probabilities: about 1e-6 each

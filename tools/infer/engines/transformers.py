@@ -1,0 +1,134 @@
+"""transformers in this process: slower than vLLM, and the reference to check it against."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.checkpoint.directory.auxiliary_files import config_of
+from shared.console import log
+from shared.errors import UserError
+from shared.families.common.transformers_workarounds import completed
+from tools.infer.engines.engine import DTYPES, Completion, EngineSettings, Request, pieces
+from tools.infer.environment import on_gpu
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+
+_BATCH_SIZE = 8
+
+
+class TransformersEngine:
+    """A model in transformers, one sequence at a time; the harness scores `batch_size` at a time."""
+
+    name = "hf"
+
+    def __init__(self, source: Path, settings: EngineSettings) -> None:
+        self._source = source
+        self._settings = settings
+        self._given = settings.max_model_len or config_of(source / "config.json").get("max_position_embeddings")
+        self._lm: HFLM | None = None
+
+    @property
+    def context_length(self) -> int:
+        return self._given or self.harness_model().max_length
+
+    def load(self) -> None:
+        self.harness_model()
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Completion]]]:
+        for index, request in enumerate(requests):
+            yield index, [self._complete(request, sample) for sample in range(request.sampling.samples)]
+
+    def stream(self, request: Request) -> Iterator[str]:
+        return pieces(self._growing(request))
+
+    def harness_model(self) -> HFLM:
+        if self._lm is None:
+            from lm_eval.models.huggingface import HFLM
+
+            log(f"loading {self._source} with transformers on {'GPU' if on_gpu() else 'CPU'}")
+            precision = self._settings.precision
+            try:
+                self._lm = HFLM(
+                    pretrained=str(self._source),
+                    dtype=DTYPES[precision] if precision else "auto",
+                    device="cuda" if on_gpu() else "cpu",
+                    batch_size=self._settings.batch_size or _BATCH_SIZE,
+                    # The harness keeps two positions of vLLM's context free; both engines cut long texts at the same tokens.
+                    max_length=self._given - 2 if self._given else None,
+                )
+            except (ValueError, OSError) as error:
+                raise UserError(f"--source {self._source}: {str(error).strip().splitlines()[0]}") from None
+            completed(self._lm.model)
+        return self._lm
+
+    def close(self) -> None:
+        self._lm = None
+
+    def _complete(self, request: Request, sample: int, streamer: Any = None) -> Completion:
+        import torch
+        from transformers import GenerationConfig
+
+        lm = self.harness_model()
+        model, sampling = lm.model, request.sampling
+        published = model.generation_config
+        ends = {lm.tokenizer.eos_token_id, *_as_list(published.eos_token_id)} - {None}
+        random = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        config = GenerationConfig(
+            max_new_tokens=min(sampling.max_tokens, self.context_length - len(request.prompt)),
+            eos_token_id=sorted(ends),
+            pad_token_id=lm.tokenizer.pad_token_id,
+            do_sample=sampling.temperature > 0,
+            **(random if sampling.temperature > 0 else {}),
+        )
+        ids = torch.tensor([request.prompt], device=model.device)
+        # transformers fills fields that are None from the published configuration, e.g. its repetition penalty
+        model.generation_config = GenerationConfig()
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(sampling.seed + sample)
+                output = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer
+                )
+        finally:
+            model.generation_config = published
+        tokens = output[0, len(request.prompt) :].tolist()
+        return Completion(
+            text=self._decode(tokens),
+            tokens=tokens,
+            finish_reason="stop" if tokens and tokens[-1] in ends else "length",
+        )
+
+    def _growing(self, request: Request) -> Iterator[tuple[str, bool]]:
+        """(text so far, whether it is finished), a token at a time; `generate` runs in a thread."""
+        arrived: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
+
+        class Streamer:
+            """What transformers hands the prompt to, then each token."""
+
+            def put(self, value: Any) -> None:
+                arrived.put(value.flatten().tolist())
+
+            def end(self) -> None:
+                """The end is that of the thread, which comes after an error too."""
+
+        tokens: list[int] = []
+        with ThreadPoolExecutor(1) as thread:
+            running = thread.submit(self._complete, request, 0, Streamer())
+            running.add_done_callback(lambda _: arrived.put(None))
+            if arrived.get() is not None:  # the prompt
+                while (new := arrived.get()) is not None:
+                    tokens += new
+                    yield self._decode(tokens), False
+            yield running.result().text, True
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.harness_model().tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]

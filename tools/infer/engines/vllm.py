@@ -1,0 +1,127 @@
+"""vLLM in this process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.console import log
+from tools.infer.engines.engine import Completion, EngineSettings, Request, Sampling, pieces
+from tools.infer.engines.vllm_arguments import engine_arguments
+from tools.infer.engines.vllm_support import check_supported, model_config, refusals
+from tools.infer.environment import on_gpu
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from vllm import LLM, RequestOutput, SamplingParams
+
+_UNLIMITED = 1_000_000_000  # sequences
+
+
+class VllmEngine:
+    """A model in vLLM: continuous batching, CUDA graphs on GPU."""
+
+    name = "vllm"
+
+    def __init__(self, source: Path, settings: EngineSettings) -> None:
+        self._arguments, self._context_length = checked_arguments(source, settings)
+        self._llm: LLM | None = None
+
+    @property
+    def context_length(self) -> int:
+        return self._context_length
+
+    def load(self) -> None:
+        if self._llm is None:
+            self._llm = load(self._arguments)
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Completion]]]:
+        from vllm.sampling_params import RequestOutputKind
+
+        # with any other kind, each output holds one of the samples
+        final = RequestOutputKind.FINAL_ONLY
+        sampled = (
+            (request.prompt, sampling_params(request.sampling, output_kind=final, n=request.sampling.samples))
+            for request in requests
+        )
+        for output in self._run(sampled):
+            if output.finished:
+                ordered = sorted(output.outputs, key=lambda completion: completion.index)
+                yield (
+                    int(output.request_id),
+                    [
+                        Completion(text=c.text, tokens=list(c.token_ids), finish_reason=str(c.finish_reason))
+                        for c in ordered
+                    ],
+                )
+
+    def stream(self, request: Request) -> Iterator[str]:
+        outputs = self._run([(request.prompt, sampling_params(request.sampling))])
+        return pieces((output.outputs[0].text, output.finished) for output in outputs)
+
+    def harness_model(self) -> LM:
+        from lm_eval.models.vllm_causallms import VLLM
+
+        assert self._llm is None, "the harness's class loads the model itself"
+        announce(self._arguments)
+        arguments = dict(self._arguments)
+        source = arguments.pop("model")
+        # vLLM batches whatever it is given; the harness's "auto" means the same, with a progress bar.
+        size = "auto" if sys.stderr.isatty() else _UNLIMITED
+        with refusals(source):
+            model = VLLM(pretrained=source, batch_size=size, **arguments)
+        self._llm = model.model
+        return model
+
+    def close(self) -> None:
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+
+    def _run(self, prompts: Iterable[tuple[list[int], SamplingParams]]) -> Iterator[RequestOutput]:
+        """Outputs of all prompts, numbered from 0, as they grow; `finished` marks the last of each."""
+        from vllm import TokensPrompt
+
+        self.load()
+        assert self._llm is not None
+        engine = self._llm.llm_engine
+        for index, (ids, sampling) in enumerate(prompts):
+            engine.add_request(str(index), TokensPrompt(prompt_token_ids=ids), sampling)
+        while engine.has_unfinished_requests():
+            yield from engine.step()
+
+
+def checked_arguments(source: Path, settings: EngineSettings) -> tuple[dict[str, Any], int]:
+    """vLLM's keyword arguments and the context length of a model that it supports here. UserError for any other."""
+    check_supported(source)
+    arguments = engine_arguments(source, settings)
+    return arguments, model_config(arguments).max_model_len
+
+
+def sampling_params(sampling: Sampling, **further: Any) -> SamplingParams:
+    """vLLM's form of `sampling`; vLLM seeds sample i of a request with `seed + i`."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        **further,
+    )
+
+
+def announce(arguments: Mapping[str, Any]) -> None:
+    """Log what is loaded where."""
+    log(f"loading {arguments['model']} with vLLM on {'GPU' if on_gpu() else 'CPU'}")
+
+
+def load(arguments: Mapping[str, Any]) -> LLM:
+    """vLLM with the model loaded. UserError for a model that vLLM refuses."""
+    from vllm import LLM
+
+    announce(arguments)
+    with refusals(arguments["model"]):
+        return LLM(**arguments)
