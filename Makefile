@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 2
 # where it is set, every start of a tool compiles its libraries anew, for half a minute
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-slurm test-containers images peers bench-convert proofs
+.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-slurm test-containers images peers bench-convert proofs command-line
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -96,6 +96,9 @@ lint: tests/lint/.venv/.ready setup ## ruff, mypy, shellcheck, hadolint, compose
 format: tests/lint/.venv/.ready ## lay the Python files out
 	tests/lint/.venv/bin/ruff check --fix .
 	tests/lint/.venv/bin/ruff format .
+
+command-line: tools/convert/.venv/.ready ## record every tool's flags in tests/golden/command_line.txt
+	tools/convert/.venv/bin/python tests/command_line.py
 
 lock: tools/pretrain/.venv/.ready ## resolve every requirements.lock anew
 	tools/lock.sh $(TOOLS)

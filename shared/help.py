@@ -42,7 +42,7 @@ def command_help(tool: Tool, command: Command) -> str:
         "Flags:",
     ]
     for name, parameter in command.parameters.items():
-        hint = _type_text(command.hints[name])
+        hint = type_text(command.hints[name])
         if parameter.default is inspect.Parameter.empty:
             note = "required"
         elif parameter.default is None or parameter.default in ([], ()):
@@ -94,7 +94,7 @@ def _entries(section: str) -> dict[str, str]:
 def _required(command: Command) -> list[str]:
     empty = inspect.Parameter.empty
     wanted = [n for n, p in command.parameters.items() if p.default is empty and n not in command.positional]
-    return [f"{flag_name(name)} {_type_text(command.hints[name])}" for name in wanted]
+    return [f"{flag_name(name)} {type_text(command.hints[name])}" for name in wanted]
 
 
 def _default_text(value: Any) -> str:
@@ -103,16 +103,16 @@ def _default_text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _type_text(hint: Any) -> str:
+def type_text(hint: Any) -> str:
     origin = typing.get_origin(hint)
     if origin is Annotated:
-        return _type_text(typing.get_args(hint)[0])
+        return type_text(typing.get_args(hint)[0])
     if origin is Literal:
         return "|".join(map(str, typing.get_args(hint)))
     if origin in (typing.Union, UnionType):
-        return "|".join(dict.fromkeys(_type_text(arg) for arg in typing.get_args(hint) if arg is not NoneType))
+        return "|".join(dict.fromkeys(type_text(arg) for arg in typing.get_args(hint) if arg is not NoneType))
     if origin in (list, tuple):
-        return f"{_type_text(typing.get_args(hint)[0])},..."
+        return f"{type_text(typing.get_args(hint)[0])},..."
     if hint is bool:
         return "true|false"
     return {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}.get(hint, getattr(hint, "__name__", str(hint)))
