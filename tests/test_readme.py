@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("convert", "pretrain", "sft", "rlhf", "infer")
-FOLDERS = ("", "tools/*/", "demo/", "containers/", "containers/*/")
+FOLDERS = ("", "docs/", "docs/*/", "tools/*/", "demo/", "containers/", "containers/*/")
 DOCUMENTS = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}*.md"))
 
 
@@ -98,3 +98,14 @@ def test_every_make_target_named_exists() -> None:
         target = line.split()[1]
         planned = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
         assert planned.returncode == 0, f"{line}\n{planned.stderr}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_path_named_exists(document: Path) -> None:
+    """Links, and paths from the root in code spans; `<tool>` stands for each tool."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    links = [document.parent / link for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)]
+    spans = re.findall(r"`((?:shared|tools|tests|containers|demo|docs)/[\w./<>-]+)`", text)
+    named = [ROOT / span.replace("<tool>", tool) for span in spans for tool in TOOLS]
+    missing = sorted({str(path) for path in (*links, *named) if "<" not in path.name and not path.exists()})
+    assert not missing
