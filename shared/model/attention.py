@@ -17,9 +17,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch.nn.functional import scaled_dot_product_attention
 
-from shared.architecture.architecture import Architecture
+from shared.architecture.architecture import Attention, LatentAttention
 from shared.kernels.attention import alibi
-from shared.model.rope import Rotation
+from shared.model.rope import RotaryAngles
 
 
 def segment_mask(segments: torch.Tensor) -> torch.Tensor:
@@ -50,32 +50,32 @@ class ClippedLinear(ColumnParallelLinear):
         return projected.clamp(-self.limit, self.limit), None
 
 
-class RotatedSelfAttention(SelfAttention):
-    """Megatron-Core's self attention with sines and cosines of `amplitude` times their size, or angles of its own.
+class RotarySelfAttention(SelfAttention):
+    """Megatron-Core's self attention with a factor of sines and cosines, and with angles of this layer's own.
 
-    Megatron-Core knows that factor where it computes it itself, and has the same angles in all layers.
+    Megatron-Core reads that factor from its own YaRN configuration, and has the same angles in all layers.
     """
 
-    def __init__(self, *args: Any, amplitude: float, rotation: Rotation | None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, amplitude: float, angles: RotaryAngles | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._yarn_concentration_factor = amplitude
-        self.rotation = rotation
+        self.angles = angles
 
     def forward(
         self, *args: Any, rotary_pos_emb: torch.Tensor | None = None, **others: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As Megatron-Core's; `rotary_pos_emb` `[sequence, 1, 1, rotated]` are the angles of the other layers."""
-        if self.rotation is not None and rotary_pos_emb is not None:
-            rotary_pos_emb = self.rotation(len(rotary_pos_emb))
+        """As Megatron-Core's; `rotary_pos_emb` `[sequence, 1, 1, rotated]` are the model's angles."""
+        if self.angles is not None and rotary_pos_emb is not None:
+            rotary_pos_emb = self.angles(len(rotary_pos_emb))
         attended: tuple[torch.Tensor, torch.Tensor | None]
         attended = super().forward(*args, rotary_pos_emb=rotary_pos_emb, **others)
         return attended
 
 
-class StreamedSelfAttention(SelfAttention):
-    """Megatron-Core's self attention with the two halves of each head rotated by themselves, by angles of their own.
+class Rotary2DSelfAttention(SelfAttention):
+    """Megatron-Core's self attention with each half of a head rotated by its own positions (GLM's 2-D positions).
 
-    Megatron-Core would pair elements half a head apart; these are a quarter of a head apart.
+    Megatron-Core pairs elements half a head apart; here they are a quarter of a head apart.
     """
 
     def forward(
@@ -101,8 +101,8 @@ class CoreAttention(torch.nn.Module):
     """Causal attention with grouped queries, as a `core_attention` of Megatron-Core's self attention.
 
     `attention_mask` is either None (causal) or a mask by `segment_mask` or `prefix_inputs`. It holds True where attention
-    is allowed, as torch has it; Megatron-Core's own module reads masks the other way round. Sliding windows, ALiBi, soft
-    caps and the scale are the architecture's.
+    is allowed, as torch has it; Megatron-Core's own module reads masks the other way round. Window, ALiBi, soft
+    cap, sinks and scale are those of `attention`.
     """
 
     def __init__(
@@ -117,29 +117,31 @@ class CoreAttention(torch.nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
         k_channels: int | None = None,  # of keys and of values, where they differ; their tensors say it too
         v_channels: int | None = None,
-        architecture: Architecture,
+        attention: Attention | LatentAttention,
     ) -> None:
         super().__init__()
         assert attn_mask_type == AttnMaskType.causal
         assert attention_type == "self"
         assert config.context_parallel_size == 1
-        assert softmax_scale is None or (architecture.latent and architecture.attention_scale is None)
-        # None: 1 / sqrt(head_dim). Latent attention gives its own.
-        self.softmax_scale = architecture.attention_scale if softmax_scale is None else softmax_scale
-        if architecture.attention_scale_by_layer:  # the layer's number in the model, whatever the pipeline's stage
-            self.softmax_scale = (self.softmax_scale or architecture.head_dim**-0.5) / layer_number
-        self.softcap = architecture.attention_softcap
-        self.window = architecture.window(layer_number - 1)
-        self.dropout = config.attention_dropout
+        # None: 1 / sqrt(head_dim). Megatron-Core's MLA gives its own.
+        self.softmax_scale = attention.scale if softmax_scale is None else softmax_scale
+        self.dropout = attention.dropout
+        self.softcap: float | None = None
+        self.window: int | None = None
         self.slopes: torch.Tensor | None = None
-        self.alibi_scale = architecture.head_dim**-0.5 if architecture.alibi == "rounded" else None
-        if architecture.positions == "alibi":
-            slopes = alibi.slopes(architecture.num_attention_heads, architecture.alibi_bias_max)
-            parts = slopes.chunk(config.tensor_model_parallel_size)
-            self.slopes = parts[parallel_state.get_tensor_model_parallel_rank()]
+        self.alibi_scale: float | None = None
         self.softmax_offset: torch.nn.Parameter | None = None  # of this process's heads, under Megatron-Core's name
-        if architecture.attention_sinks:
-            heads = architecture.num_attention_heads // config.tensor_model_parallel_size
+        if isinstance(attention, LatentAttention):
+            return
+        if attention.scale_by_layer:  # the layer's number in the model, whatever the pipeline's stage
+            self.softmax_scale = (self.softmax_scale or attention.head_dim**-0.5) / layer_number
+        self.softcap, self.window = attention.softcap, attention.window
+        if attention.alibi:
+            self.alibi_scale = attention.head_dim**-0.5 if attention.alibi.rounded else None
+            parts = alibi.slopes(attention.heads, attention.alibi.bias_max).chunk(config.tensor_model_parallel_size)
+            self.slopes = parts[parallel_state.get_tensor_model_parallel_rank()]
+        if attention.sinks:
+            heads = attention.heads // config.tensor_model_parallel_size
             self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
             set_tensor_model_parallel_attributes(self.softmax_offset, is_parallel=True, dim=0, stride=1)
             if config.perform_initialization:

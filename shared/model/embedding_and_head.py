@@ -1,6 +1,6 @@
-"""The two ends of a model, where families differ from Megatron-Core's GPT: after the embedding, and at the logits.
+"""Embedding and head, where families differ from Megatron-Core's GPT.
 
-Megatron-Core builds both ends itself and has no place for other ones; forward hooks add to their results.
+Megatron-Core's GPT builds both itself and has no spec for them; forward hooks change their outputs.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from shared.architecture.architecture import Architecture
+from shared.architecture.architecture import Architecture, Head
 from shared.model.norm import norm_of
 
 
-class FilledPositions(torch.nn.Embedding):
-    """A table for places in a text and one for those in what fills its blank, `filling` (GLM); Megatron-Core has one."""
+class LearnedPositions2D(torch.nn.Embedding):
+    """A table of first positions and one of second positions, `filling` (GLM's 2-D positions); Megatron-Core has one."""
 
     def __init__(self, rows: int, hidden_size: int) -> None:
         super().__init__(rows, hidden_size)
@@ -33,28 +33,29 @@ class FilledPositions(torch.nn.Embedding):
 
 def adapt_embedding(embedding: LanguageModelEmbedding, architecture: Architecture) -> None:
     """The architecture's positions, and its norm, multiplier and dropout of embedded tokens."""
-    embedding.embedding_dropout.p = architecture.embedding_dropout
-    if architecture.positions == "learned" and architecture.position_streams > 1:
+    value = architecture.embedding
+    embedding.embedding_dropout.p = value.dropout
+    if value.positions and architecture.prefix and architecture.prefix.position_streams > 1:
         config = embedding.config
-        embedding.position_embeddings = FilledPositions(architecture.learned_positions, config.hidden_size)
+        embedding.position_embeddings = LearnedPositions2D(architecture.position_rows, config.hidden_size)
         if config.perform_initialization:
             for table in embedding.position_embeddings.parameters():
                 config.embedding_init_method(table)
-    if architecture.positions == "learned":  # Megatron-Core makes this table, alone, in fp32 whatever the type
+    if value.positions:  # Megatron-Core makes this table, alone, in fp32 whatever the type
         embedding.position_embeddings.to(embedding.config.params_dtype)
-    if architecture.embedding_norm:
+    if value.norm:
         config = embedding.config
-        embedding.word_embeddings_layernorm = norm_of(architecture, checkpointed=False)(
-            config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+        embedding.word_embeddings_layernorm = norm_of(value.norm, checkpointed=False)(
+            config=config, hidden_size=config.hidden_size
         )
         embedding.word_embeddings.register_forward_hook(
             lambda module, inputs, output: embedding.word_embeddings_layernorm(output)
         )
-    if architecture.embedding_multiplier != 1.0:
+    if value.multiplier != 1.0:
 
         def multiply(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
             # Rounded to the activations' type, as transformers does.
-            return output * torch.tensor(architecture.embedding_multiplier, dtype=output.dtype, device=output.device)
+            return output * torch.tensor(value.multiplier, dtype=output.dtype, device=output.device)
 
         embedding.word_embeddings.register_forward_hook(multiply)
 
@@ -76,8 +77,8 @@ class Projection(torch.nn.Module):
         return torch.nn.functional.linear(x, self.weight)
 
 
-def narrow_embedding(embedding: LanguageModelEmbedding, columns: int) -> None:
-    """A table of that many columns, and a projection to the hidden size."""
+def factorise_embedding(embedding: LanguageModelEmbedding, columns: int) -> None:
+    """A table of `columns` columns, and a projection to the hidden size."""
     config, scattered = embedding.config, embedding.reduce_scatter_embeddings
     embedding.word_embeddings = VocabParallelEmbedding(
         num_embeddings=embedding.vocab_size,
@@ -91,8 +92,8 @@ def narrow_embedding(embedding: LanguageModelEmbedding, columns: int) -> None:
     embedding.word_embeddings.register_forward_hook(lambda module, inputs, output: embedding.projection(output))
 
 
-def narrow_output(model: GPTModel) -> None:
-    """Hidden states projected to what the output layer reads."""
+def factorise_output(model: GPTModel) -> None:
+    """A projection of hidden states to the output layer's columns."""
     config = model.config
     model.output_projection = Projection(
         config.hidden_size, model.output_layer.input_size, config, sequence_parallel=config.sequence_parallel
@@ -107,10 +108,10 @@ def output_layer(model: GPTModel, architecture: Architecture) -> ColumnParallelL
         model.vocab_size,
         config=model.config,
         init_method=model.config.init_method,
-        bias=architecture.output_bias,
+        bias=architecture.head.bias,
         skip_bias_add=False,
         gather_output=not model.parallel_output,
-        skip_weight_param_allocation=model.pre_process and architecture.tied_embeddings,
+        skip_weight_param_allocation=model.pre_process and architecture.head.tied,
         tp_group=model.pg_collection.tp,
     )
     if layer.weight is not None:
@@ -118,16 +119,16 @@ def output_layer(model: GPTModel, architecture: Architecture) -> ColumnParallelL
     return layer
 
 
-def adapt_output(layer: ColumnParallelLinear, architecture: Architecture) -> None:
-    """The architecture's norm of the layer's rows, and its multiplier and soft cap of logits."""
-    if architecture.normalized_head:
+def adapt_output(layer: ColumnParallelLinear, head: Head) -> None:
+    """NormHead, and multiplier and soft cap of the logits."""
+    if head.normalized:
 
         def normalize(layer: torch.nn.Module, inputs: Any, others: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             # Of the weight as it is, at every step: the gradient goes through the norm. A row is a process's own.
             return inputs, others | {"weight": torch.nn.functional.normalize(layer.weight)}
 
         layer.register_forward_pre_hook(normalize, with_kwargs=True)
-    multiplier, cap = architecture.logit_multiplier, architecture.logit_softcap
+    multiplier, cap = head.multiplier, head.softcap
     if multiplier == 1.0 and cap is None:
         return
 

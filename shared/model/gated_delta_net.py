@@ -18,13 +18,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
+from shared.architecture import attention as values
 from shared.architecture.architecture import Architecture
-from shared.architecture.version_1 import Delta as DeltaNet
+from shared.architecture.norm import Norm
 from shared.kernels.gated_delta_rule import gated_delta_rule
 from shared.model.norm import norm_of
 
 # Checkpoints carry TransformerEngine's names, where a norm in front of a projection is a part of it.
-DELTA_CHECKPOINT_KEYS = {"input_layernorm.": "self_attention.in_proj.layer_norm_"}
+DELTA_NET_CHECKPOINT_KEYS = {"input_layernorm.": "self_attention.in_proj.layer_norm_"}
 
 
 class TorchGatedDeltaNet(GatedDeltaNet):
@@ -39,7 +40,7 @@ class TorchGatedDeltaNet(GatedDeltaNet):
         submodules: GatedDeltaNetSubmodules,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
-        delta: DeltaNet,
+        net: values.GatedDeltaNet,
         name: str | None = None,
     ) -> None:
         # Not Megatron-Core's own, which asks for the kernels first; the attributes are those that its checkpoint code
@@ -50,14 +51,14 @@ class TorchGatedDeltaNet(GatedDeltaNet):
         self.tp_size, self.cp_size, self.conv_bias, self.conv_init = tensor, 1, False, None
         self.A_init_range = (0.01, 16.0)
         self.num_value_heads, self.key_head_dim, self.value_head_dim = (
-            delta.value_heads,
-            delta.key_head_dim,
-            delta.value_head_dim,
+            net.value_heads,
+            net.key_head_dim,
+            net.value_head_dim,
         )
-        self.qk_dim_local_tp, self.v_dim_local_tp = delta.key_size // tensor, delta.value_size // tensor
-        self.num_v_heads_local_tp = delta.value_heads // tensor
+        self.qk_dim_local_tp, self.v_dim_local_tp = net.key_size // tensor, net.value_size // tensor
+        self.num_v_heads_local_tp = net.value_heads // tensor
         self._setup_variant_attrs()
-        self.in_proj_dim = 2 * delta.key_size + 2 * delta.value_size + self.in_proj_extra_dim
+        self.in_proj_dim = 2 * net.key_size + 2 * net.value_size + self.in_proj_extra_dim
         self.in_proj = submodules.in_proj(
             config.hidden_size,
             self.in_proj_dim,
@@ -73,17 +74,15 @@ class TorchGatedDeltaNet(GatedDeltaNet):
         device, dtype = torch.cuda.current_device(), config.params_dtype
         channels = self.conv_dim_local_tp
         self.conv1d = torch.nn.Conv1d(
-            channels, channels, delta.conv_kernel, groups=channels, bias=False, device=device, dtype=dtype
+            channels, channels, net.conv_kernel, groups=channels, bias=False, device=device, dtype=dtype
         )
         self.dt_bias = torch.nn.Parameter(torch.empty(self.num_v_heads_local_tp, dtype=dtype, device=device))
         self.A_log = torch.nn.Parameter(torch.empty(self.num_v_heads_local_tp, dtype=dtype, device=device))
         for parameter in (self.conv1d.weight, self.dt_bias, self.A_log):
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
-        self.out_norm = submodules.out_norm(
-            config=config, hidden_size=delta.value_head_dim, eps=config.layernorm_epsilon
-        )
+        self.out_norm = submodules.out_norm(config=config, hidden_size=net.value_head_dim, eps=config.layernorm_epsilon)
         self.out_proj = submodules.out_proj(
-            delta.value_size,
+            net.value_size,
             config.hidden_size,
             config=config,
             init_method=config.output_layer_init_method,
@@ -139,27 +138,27 @@ def causal_convolution(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Ten
     return mixed
 
 
-def delta_net(architecture: Architecture, delta: DeltaNet) -> ModuleSpec:
-    """What takes the place of attention in a layer's spec."""
+def delta_net_spec(net: values.GatedDeltaNet, norm: Norm) -> ModuleSpec:
+    """A gated delta net in the place of attention in a layer's spec."""
     return ModuleSpec(
         module=TorchGatedDeltaNet,
-        params={"delta": delta},
+        params={"net": net},
         submodules=GatedDeltaNetSubmodules(
             in_proj=ColumnParallelLinear,
-            out_norm=norm_of(architecture, checkpointed=True),
+            out_norm=norm_of(norm, checkpointed=True),
             out_proj=RowParallelLinear,
         ),
     )
 
 
-def delta_config(architecture: Architecture, delta: DeltaNet) -> dict[str, Any]:
+def delta_net_config(architecture: Architecture, net: values.GatedDeltaNet) -> dict[str, Any]:
     """Fields of `TransformerConfig`."""
     return {
         "experimental_attention_variant": "gated_delta_net",
-        "linear_attention_freq": [int(layer in delta.layers) for layer in range(architecture.num_layers)],
-        "linear_conv_kernel_dim": delta.conv_kernel,
-        "linear_key_head_dim": delta.key_head_dim,
-        "linear_value_head_dim": delta.value_head_dim,
-        "linear_num_key_heads": delta.key_heads,
-        "linear_num_value_heads": delta.value_heads,
+        "linear_attention_freq": [int(isinstance(layer.mixer, values.GatedDeltaNet)) for layer in architecture.layers],
+        "linear_conv_kernel_dim": net.conv_kernel,
+        "linear_key_head_dim": net.key_head_dim,
+        "linear_value_head_dim": net.value_head_dim,
+        "linear_num_key_heads": net.key_heads,
+        "linear_num_value_heads": net.value_heads,
     }

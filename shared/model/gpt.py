@@ -15,15 +15,21 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch.nn import functional
 
-from shared.architecture.architecture import Activation, Architecture
+from shared.architecture.architecture import Activation, Architecture, Attention, LatentAttention
 from shared.model.cross_entropy import vocab_parallel_cross_entropy
-from shared.model.embedding_and_head import adapt_embedding, adapt_output, narrow_embedding, narrow_output, output_layer
-from shared.model.gated_delta_net import delta_config
-from shared.model.mla import latent_config
-from shared.model.moe import experts_config
+from shared.model.embedding_and_head import (
+    adapt_embedding,
+    adapt_output,
+    factorise_embedding,
+    factorise_output,
+    output_layer,
+)
+from shared.model.gated_delta_net import delta_net_config
+from shared.model.mla import mla_config
+from shared.model.moe import moe_config
 from shared.model.prefix_lm import prefix_inputs
-from shared.model.rope import PlacedRotation, Rotation
-from shared.model.spec import block_spec, prediction_spec
+from shared.model.rope import PrefixRotaryAngles, RotaryAngles
+from shared.model.spec import block_spec, model_rotary, mtp_spec
 from shared.runtime.device import prepare
 from shared.runtime.process_groups import ParallelLayout
 
@@ -46,7 +52,16 @@ _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
 }
-_POSITIONS = {"rope": "rope", "learned": "learned_absolute", "alibi": "none"}  # Megatron-Core's names
+
+
+def _position_embedding_type(architecture: Architecture) -> str:
+    """Megatron-Core's name."""
+    if architecture.embedding.positions:
+        return "learned_absolute"
+    if model_rotary(architecture) is None:
+        return "none"
+    # M-RoPE is the one kind of rotary embedding that reads position ids.
+    return "mrope" if architecture.prefix else "rope"
 
 
 class LanguageModel(GPTModel):
@@ -56,44 +71,45 @@ class LanguageModel(GPTModel):
     `[batch, sequence]` and a mask by `segment_mask` or None for plain causal attention, the last pipeline stage
     returns the loss of every label, `[batch, sequence]` fp32 in nats (0 where a label is negative), and without
     labels this process's logits `[batch, sequence, padded_vocab / tensor_parallel]`. Other stages return their
-    hidden states. Labels `[1 + prediction_layers, batch, sequence]` ask for losses of as many: of the next tokens,
-    and of those that each layer for tokens further ahead predicts, which is not run otherwise. Where the architecture
-    has a prefix, every stage reads positions and mask from the ids.
+    hidden states. Labels `[1 + mtp.depth, batch, sequence]` ask for the losses of the next tokens and of each MTP layer;
+    MTP layers are not run otherwise. A prefix LM reads positions and mask from the ids, on every stage.
     """
 
     def __init__(self, architecture: Architecture, config: TransformerConfig, vp_stage: int | None) -> None:
         num_layers = get_num_layers_to_build(config, vp_stage)
-        placed = architecture.prefix and architecture.positions == "rope"
         super().__init__(
             config=config,
             transformer_layer_spec=block_spec(architecture, get_transformer_layer_offset(config, vp_stage), num_layers),
             vocab_size=architecture.padded_vocab_size(config.tensor_model_parallel_size),
-            max_sequence_length=architecture.learned_positions,
+            max_sequence_length=architecture.position_rows,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-            share_embeddings_and_output_weights=architecture.tied_embeddings,
-            # Of positions that tokens say: the one kind of rotation that hands them on.
-            position_embedding_type="mrope" if placed else _POSITIONS[architecture.positions],
-            mtp_block_spec=prediction_spec(architecture),
+            share_embeddings_and_output_weights=architecture.head.tied,
+            position_embedding_type=_position_embedding_type(architecture),
+            mtp_block_spec=mtp_spec(architecture),
             vp_stage=vp_stage,
         )
         self.architecture = architecture
-        if placed:
-            self.rotary_pos_emb = PlacedRotation(architecture)
-        elif architecture.positions == "rope" and not architecture.latent:
-            self.rotary_pos_emb = Rotation(architecture)
-        narrow = architecture.embedding_size
+        rotary, attention = model_rotary(architecture), architecture.attention
+        if rotary and architecture.prefix:
+            self.rotary_pos_emb = PrefixRotaryAngles(
+                rotary, attention.rotary_dim // architecture.prefix.position_streams
+            )
+        elif rotary and isinstance(attention, Attention):
+            dim = attention.rotary_dim if rotary.dim is None else rotary.dim
+            self.rotary_pos_emb = RotaryAngles(rotary, dim, architecture.max_position_embeddings)
+        factorised_size = architecture.embedding.factorised_size
         if self.pre_process or self.mtp_process:
-            if narrow is not None:
-                narrow_embedding(self.embedding, narrow)
+            if factorised_size is not None:
+                factorise_embedding(self.embedding, factorised_size)
             adapt_embedding(self.embedding, architecture)
         if self.post_process:
-            if architecture.output_bias or narrow is not None:
+            if architecture.head.bias or factorised_size is not None:
                 self.output_layer = output_layer(self, architecture)
-            if narrow is not None:
-                narrow_output(self)
-            adapt_output(self.output_layer, architecture)
-        if narrow is not None and (self.pre_process or self.post_process):
+            if factorised_size is not None:
+                factorise_output(self)
+            adapt_output(self.output_layer, architecture.head)
+        if factorised_size is not None and (self.pre_process or self.post_process):
             self.setup_embeddings_and_output_layer()  # again, for the new weights: both ends of a tied table do so
 
     def forward(
@@ -107,15 +123,15 @@ class LanguageModel(GPTModel):
         if self.architecture.prefix:
             labels = others.get("labels")
             streams, attention_mask = prefix_inputs(self.architecture.prefix, input_ids, attention_mask, labels)
-            position_ids = streams[: self.architecture.position_streams]
-        elif self.architecture.positions == "learned":
+            position_ids = streams[: self.architecture.prefix.position_streams]
+        elif positions := self.architecture.embedding.positions:
             if attention_mask is not None:  # packed rows: positions count from the start of each segment
                 position_ids = attention_mask[:, 0].sum(-1) - 1
-            position_ids = position_ids + self.architecture.learned_position_offset
+            position_ids = position_ids + positions.offset
         return super().forward(input_ids, position_ids, attention_mask, **others)
 
     def _postprocess(self, **given: Any) -> torch.Tensor:
-        """See the class. Megatron-Core's loss of layers for tokens further ahead knows no labels of their own."""
+        """See the class. Megatron-Core's MTP loss takes no labels of its own."""
         if not (self.mtp_process and self.post_process):
             made: torch.Tensor = super()._postprocess(**given)
             return made
@@ -154,32 +170,34 @@ def transformer_config(
     TransformerEngine, or that compile, are off.
     """
     on_cpu = prepare().type == "cpu"
+    attention, mlp, moe = architecture.attention, architecture.feed_forward, architecture.moe
+    plain = attention if isinstance(attention, Attention) else None
+    norm, rotary = architecture.layers[0].norm, model_rotary(architecture)
+    no_rope = [int(isinstance(layer.mixer, Attention) and layer.mixer.rotary is None) for layer in architecture.layers]
     fields: dict[str, Any] = {
         "num_layers": architecture.num_layers,
-        "mtp_num_layers": architecture.prediction_layers or None,
+        "mtp_num_layers": architecture.mtp.depth if architecture.mtp else None,
         "hidden_size": architecture.hidden_size,
-        "ffn_hidden_size": architecture.ffn_hidden_size,
-        "num_attention_heads": architecture.num_attention_heads,
-        "num_query_groups": architecture.num_query_groups,
-        "kv_channels": architecture.head_dim,
-        "normalization": "LayerNorm" if architecture.norm == "layernorm" else "RMSNorm",
-        "layernorm_zero_centered_gamma": architecture.norm == "rmsnorm_1p",
-        "layernorm_epsilon": architecture.norm_epsilon,
-        "gated_linear_unit": architecture.gated,
-        "activation_func": _ACTIVATIONS[architecture.activation],
-        "activation_func_clamp_value": architecture.glu_limit,
-        "glu_linear_offset": architecture.glu_offset,
+        "ffn_hidden_size": mlp.ffn_hidden_size,  # of dense layers
+        "num_attention_heads": attention.heads,
+        "num_query_groups": attention.groups,
+        "kv_channels": attention.head_dim,
+        "normalization": "LayerNorm" if norm.kind == "layernorm" else "RMSNorm",
+        "layernorm_zero_centered_gamma": norm.zero_centered_gamma,
+        "layernorm_epsilon": norm.epsilon,
+        "gated_linear_unit": mlp.gated,
+        "activation_func": _ACTIVATIONS[mlp.activation],
+        "activation_func_clamp_value": mlp.clamp,
+        "glu_linear_offset": mlp.up_offset,
         "add_bias_linear": False,  # each layer's bias is in the spec
-        "add_qkv_bias": architecture.qkv_bias,
-        "qk_layernorm": architecture.qk_norm,
-        "attention_output_gate": architecture.attention_gate,
-        "rotary_interleaved": architecture.rotary_interleaved,
-        "mrope_section": [architecture.rotated] if architecture.prefix and architecture.positions == "rope" else None,
-        "no_rope_freq": [int(i in architecture.layers_without_rope) for i in range(architecture.num_layers)]
-        if architecture.layers_without_rope
-        else None,
-        "hidden_dropout": architecture.hidden_dropout,
-        "attention_dropout": architecture.attention_dropout,
+        "add_qkv_bias": plain is not None and plain.bias,
+        "qk_layernorm": plain is not None and plain.qk_norm is not None,
+        "attention_output_gate": plain is not None and plain.gate,
+        "rotary_interleaved": rotary is not None and rotary.interleaved,
+        "mrope_section": [attention.rotary_dim] if rotary and architecture.prefix else None,
+        "no_rope_freq": no_rope if rotary and any(no_rope) else None,
+        "hidden_dropout": architecture.layers[0].residual.dropout,
+        "attention_dropout": attention.dropout,
         "init_method_std": architecture.initializer_range,
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
@@ -203,11 +221,11 @@ def transformer_config(
         "persist_layer_norm": False,
         "apply_rope_fusion": False,
         **_RECOMPUTE[recompute],
-        **(experts_config(architecture, architecture.experts) if architecture.experts else {}),
-        **(delta_config(architecture, architecture.delta) if architecture.delta else {}),
+        **(moe_config(architecture, moe) if moe else {}),
+        **(delta_net_config(architecture, architecture.delta_net) if architecture.delta_net else {}),
     }
-    if architecture.latent:
-        return MLATransformerConfig(**{**fields, **latent_config(architecture, architecture.latent), **overrides})
+    if isinstance(attention, LatentAttention):
+        return MLATransformerConfig(**{**fields, **mla_config(attention), **overrides})
     return TransformerConfig(**{**fields, **overrides})
 
 

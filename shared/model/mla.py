@@ -1,7 +1,8 @@
-"""Multi-head latent attention (DeepSeek V2), from Megatron-Core's own module."""
+"""Multi-head latent attention, MLA (DeepSeek V2): Megatron-Core's module."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,37 +15,38 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from shared.architecture.architecture import Architecture
-from shared.architecture.version_1 import Latent as LatentAttention
+from shared.architecture.architecture import LatentAttention
+from shared.architecture.norm import Norm
 from shared.model.attention import CoreAttention
 from shared.model.norm import norm_of
-from shared.model.rope import Rotation
+from shared.model.rope import RotaryAngles, amplitude
 
 # Checkpoints carry TransformerEngine's names, where a norm in front of a projection is a part of it.
-LATENT_CHECKPOINT_KEYS = {
+MLA_CHECKPOINT_KEYS = {
     "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
     "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
 }
 
 
-class _Rotation(Rotation):
-    """The architecture's angles, and the factor of their sines and cosines."""
+class _AnglesAndAmplitude(RotaryAngles):
+    """Angles, and the factor of their sines and cosines, as Megatron-Core's YaRN returns them."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, float]:  # as Megatron-Core's YaRN answers
-        """Angles `[sequence, 1, 1, rotated]` in radians, and the factor."""
-        scaling = self.architecture.rope_scaling
-        return super().forward(*args, **kwargs), scaling.amplitude if scaling else 1.0
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, float]:
+        """Angles `[sequence, 1, 1, qk_rope_head_dim]` in radians, and the factor."""
+        return super().forward(*args, **kwargs), amplitude(self.rotary)
 
 
 class LatentSelfAttention(MLASelfAttention):
-    """Megatron-Core's latent attention with the architecture's frequencies and norms.
+    """Megatron-Core's MLA with the frequencies and norms of a `LatentAttention`.
 
-    Tensor parallelism needs sequence parallelism beside it.
+    Tensor parallelism needs sequence parallelism.
     """
 
-    def __init__(self, config: Any, *args: Any, architecture: Architecture, **kwargs: Any) -> None:
+    def __init__(
+        self, config: Any, *args: Any, mla: LatentAttention, max_position_embeddings: int, **kwargs: Any
+    ) -> None:
         super().__init__(config, *args, **kwargs)
-        self.rotary_pos_emb = _Rotation(architecture)
+        self.rotary_pos_emb = _AnglesAndAmplitude(mla.rotary, mla.qk_rope_head_dim, max_position_embeddings)
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
         """The spec as it is: Megatron-Core would put a norm in front of queries that are projected directly."""
@@ -72,45 +74,44 @@ class LatentSelfAttention(MLASelfAttention):
 _RESOLVED = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
 
 
-def latent_attention(architecture: Architecture, latent: LatentAttention) -> ModuleSpec:
+def mla_spec(mla: LatentAttention, norm: Norm, max_position_embeddings: int) -> ModuleSpec:
     """Attention of a layer's spec."""
-    plain = norm_of(architecture, checkpointed=False)
-
-    def norm(*, config: Any, hidden_size: int, eps: float) -> torch.nn.Module:
-        built: torch.nn.Module = plain(config=config, hidden_size=hidden_size, eps=latent.norm_epsilon)
-        return built
-
+    low_rank_norm = norm_of(replace(norm, epsilon=mla.norm_epsilon), checkpointed=False)
     return ModuleSpec(
         module=LatentSelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal, "architecture": architecture},
+        params={
+            "attn_mask_type": AttnMaskType.causal,
+            "mla": mla,
+            "max_position_embeddings": max_position_embeddings,
+        },
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=ColumnParallelLinear,
             linear_q_down_proj=ColumnParallelLinear,
             linear_q_up_proj=ColumnParallelLinear,
             linear_kv_down_proj=ColumnParallelLinear,
             linear_kv_up_proj=ColumnParallelLinear,
-            core_attention=ModuleSpec(module=CoreAttention, params={"architecture": architecture}),
+            core_attention=ModuleSpec(module=CoreAttention, params={"attention": mla}),
             linear_proj=RowParallelLinear,
-            q_layernorm=norm,
-            kv_layernorm=norm,
+            q_layernorm=low_rank_norm,
+            kv_layernorm=low_rank_norm,
         ),
     )
 
 
-def latent_config(architecture: Architecture, latent: LatentAttention) -> dict[str, Any]:
+def mla_config(mla: LatentAttention) -> dict[str, Any]:
     """Fields of `MLATransformerConfig`."""
-    scaling = architecture.rope_scaling
-    stretched = scaling is not None and scaling.kind == "yarn"
+    scaling = mla.rotary.scaling
+    yarn = scaling if scaling and scaling.kind == "yarn" else None
     return {
-        "q_lora_rank": latent.q_lora_rank,
-        "kv_lora_rank": latent.kv_lora_rank,
-        "qk_head_dim": latent.qk_nope_head_dim,
-        "qk_pos_emb_head_dim": latent.qk_rope_head_dim,
-        "v_head_dim": latent.v_head_dim,
+        "q_lora_rank": mla.q_lora_rank,
+        "kv_lora_rank": mla.kv_lora_rank,
+        "qk_head_dim": mla.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": mla.qk_rope_head_dim,
+        "v_head_dim": mla.v_head_dim,
         "qk_layernorm": True,
-        "rope_type": "yarn",  # whose rotation has a factor; what it is we say ourselves
-        "rotary_base": architecture.rope_theta,
-        # The scores' scale: 1 / sqrt(head_dim), times the square of 0.1 mscale_all_dim ln(factor) + 1.
-        "rotary_scaling_factor": scaling.factor if scaling and stretched else 1.0,
-        "mscale_all_dim": (scaling.mscale_all_dim or 0.0) if scaling and stretched else 0.0,
+        "rope_type": "yarn",  # the kind that has a factor of sines and cosines; frequencies are RotaryAngles'
+        "rotary_base": mla.rotary.theta,
+        # Softmax scale: 1 / sqrt(head_dim), times the square of 0.1 mscale_all_dim ln(factor) + 1.
+        "rotary_scaling_factor": yarn.factor if yarn else 1.0,
+        "mscale_all_dim": (yarn.mscale_all_dim or 0.0) if yarn else 0.0,
     }

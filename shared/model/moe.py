@@ -15,20 +15,19 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from shared.architecture.architecture import Architecture
-from shared.architecture.version_1 import Experts
+from shared.architecture.architecture import Architecture, MoE
 
 
-def experts_of(experts: Experts) -> Callable[..., Any]:
-    """Builds the layer's experts."""
+def moe_spec(moe: MoE) -> Callable[..., Any]:
+    """Builder of a layer's MoE."""
     linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     each = MLPSubmodules(linear_fc1=with_bias(ColumnParallelLinear), linear_fc2=with_bias(ShareOfBias))
     return partial(
         MoELayer,
         submodules=MoESubmodules(
-            experts=partial(SequentialMLP, submodules=each if experts.bias else linear),
+            experts=partial(SequentialMLP, submodules=each if moe.expert.bias else linear),
             shared_experts=partial(SharedExpertMLP, submodules=linear),
-            router=_router(experts),
+            router=_router(moe),
         ),
     )
 
@@ -63,10 +62,10 @@ class BiasedRouter(TopKRouter):
 
 
 class _BestGroups:
-    """Chooses groups by their best scores, where Megatron-Core asks whoever replays a choice."""
+    """Chooses groups by the sum of their best scores, in the place of Megatron-Core's router replay."""
 
-    def __init__(self, score_of: int) -> None:
-        self.score_of = score_of
+    def __init__(self, score_top: int) -> None:
+        self.score_top = score_top
         self.layer_number: int | None = None  # Megatron-Core tells it
 
     def get_replay_topk(
@@ -79,52 +78,49 @@ class _BestGroups:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores `[tokens, experts]` to those of the chosen and their indices, `[tokens, topk]` each."""
         groups = scores.view(len(scores), num_groups, -1)
-        best = groups.topk(self.score_of, dim=-1).values.sum(-1).topk(group_topk, dim=-1).indices
+        best = groups.topk(self.score_top, dim=-1).values.sum(-1).topk(group_topk, dim=-1).indices
         left_out = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, best, False)
         return default_compute_topk(groups.masked_fill(left_out[..., None], -torch.inf).flatten(1), topk)
 
 
 class GroupRouter(TopKRouter):
-    """Megatron-Core's router, with groups of experts compared by as many scores as the architecture says.
+    """Megatron-Core's router; a group's score is the sum of its `score_top` best, not of its `top_k / top_groups` best."""
 
-    Megatron-Core's own compares them by the sum of `top_k / top_groups` scores.
-    """
-
-    def __init__(self, *args: Any, score_of: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, score_top: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.router_replay = _BestGroups(score_of)
+        self.router_replay = _BestGroups(score_top)
 
 
-def _router(experts: Experts) -> Callable[..., Any]:
-    if experts.bias:
+def _router(moe: MoE) -> Callable[..., Any]:
+    if moe.router_bias:
         return BiasedRouter
-    if experts.groups == 1 or experts.top_k // experts.top_groups == experts.group_score_of:
+    if moe.groups == 1 or moe.top_k // moe.top_groups == moe.group_score_top:
         return TopKRouter
-    return partial(GroupRouter, score_of=experts.group_score_of)
+    return partial(GroupRouter, score_top=moe.group_score_top)
 
 
 _BALANCING = {"batch": "aux_loss", "sequence": "seq_aux_loss"}
 
 
-def experts_config(architecture: Architecture, experts: Experts) -> dict[str, Any]:
+def moe_config(architecture: Architecture, moe: MoE) -> dict[str, Any]:
     """Fields of `TransformerConfig`."""
-    mixed = not architecture.homogeneous
+    sparse = [int(isinstance(layer.mlp, MoE)) for layer in architecture.layers]
     return {
-        "num_moe_experts": experts.count,
-        "moe_layer_freq": [int(i in architecture.moe_layers) for i in range(architecture.num_layers)] if mixed else 1,
-        "moe_ffn_hidden_size": experts.ffn_hidden_size,
-        "moe_router_topk": experts.top_k,
-        "moe_router_score_function": experts.score,
+        "num_moe_experts": moe.experts,
+        "moe_layer_freq": 1 if architecture.homogeneous else sparse,
+        "moe_ffn_hidden_size": moe.expert.ffn_hidden_size,
+        "moe_router_topk": moe.top_k,
+        "moe_router_score_function": moe.score,
         # Softmax before the choice leaves the scores as they are, after it divides them by their sum.
-        "moe_router_pre_softmax": experts.score == "softmax" and not experts.normalized,
-        "moe_router_topk_scaling_factor": experts.scaling if experts.scaling != 1.0 else None,
-        "moe_router_enable_expert_bias": experts.correction_bias,
-        "moe_router_num_groups": experts.groups if experts.groups > 1 else None,
-        "moe_router_group_topk": experts.top_groups if experts.groups > 1 else None,
+        "moe_router_pre_softmax": moe.score == "softmax" and not moe.normalized,
+        "moe_router_topk_scaling_factor": moe.scaling if moe.scaling != 1.0 else None,
+        "moe_router_enable_expert_bias": moe.correction_bias,
+        "moe_router_num_groups": moe.groups if moe.groups > 1 else None,
+        "moe_router_group_topk": moe.top_groups if moe.groups > 1 else None,
         "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": _BALANCING[experts.auxiliary_loss_of] if experts.auxiliary_loss else "none",
-        "moe_aux_loss_coeff": experts.auxiliary_loss,
-        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
-        "moe_shared_expert_gate": experts.shared_gate,
+        "moe_router_load_balancing_type": _BALANCING[moe.auxiliary_loss_over] if moe.auxiliary_loss else "none",
+        "moe_aux_loss_coeff": moe.auxiliary_loss,
+        "moe_shared_expert_intermediate_size": moe.shared.ffn_hidden_size if moe.shared else None,
+        "moe_shared_expert_gate": moe.shared_gate,
         "moe_token_dispatcher_type": "alltoall",
     }

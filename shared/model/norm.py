@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -13,7 +12,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from shared.architecture.architecture import Architecture
+from shared.architecture.architecture import Attention, Norm
 
 
 class RMSNorm(torch.nn.Module):
@@ -177,34 +176,45 @@ class EachHeadLayerNorm(_Checkpointed):
         return (self.weight[first : first + heads].float() * scaled).to(x.dtype)
 
 
-_NORMS: dict[str, tuple[type[torch.nn.Module], type[torch.nn.Module]]] = {
-    "rmsnorm": (RMSNorm, CheckpointedRMSNorm),
-    "rmsnorm_1p": (RMSNorm1p, CheckpointedRMSNorm1p),
-    "layernorm": (PlainLayerNorm, CheckpointedPlainLayerNorm),
-}
+NormBuilder = Callable[..., torch.nn.Module]
 
 
-def norm_of(architecture: Architecture, *, checkpointed: bool) -> Any:
-    """The architecture's norm: a builder for a layer spec, of an entry of its own or of a part of a linear layer."""
-    if not architecture.norm_affine:
-        return (FixedLayerNorm, CheckpointedFixedLayerNorm)[checkpointed]
-    kinds = (LayerNorm, CheckpointedLayerNorm) if architecture.norm_bias else _NORMS[architecture.norm]
-    return kinds[checkpointed]
+def _classes(norm: Norm) -> tuple[type[torch.nn.Module], type[torch.nn.Module]]:
+    if not norm.affine:
+        return FixedLayerNorm, CheckpointedFixedLayerNorm
+    if norm.kind == "layernorm":
+        return (LayerNorm, CheckpointedLayerNorm) if norm.bias else (PlainLayerNorm, CheckpointedPlainLayerNorm)
+    return (RMSNorm1p, CheckpointedRMSNorm1p) if norm.zero_centered_gamma else (RMSNorm, CheckpointedRMSNorm)
 
 
-def head_norms(architecture: Architecture) -> tuple[Any, Any]:
-    """Builders of the norms of queries and of keys, or None."""
-    if not architecture.qk_norm:
+def norm_of(norm: Norm, *, checkpointed: bool) -> NormBuilder:
+    """A builder for a layer spec, which gives `norm`'s epsilon whatever Megatron-Core's configuration says.
+
+    `checkpointed`: the norm is a checkpoint entry of its own, not part of the linear layer behind it.
+    """
+    kind = _classes(norm)[checkpointed]
+
+    def build(*, config: TransformerConfig, hidden_size: int, eps: float | None = None) -> torch.nn.Module:
+        return kind(config=config, hidden_size=hidden_size, eps=norm.epsilon)
+
+    return build
+
+
+def qk_norms(attention: Attention, norm: Norm) -> tuple[NormBuilder | None, NormBuilder | None]:
+    """Builders of the norms of queries and of keys."""
+    if attention.qk_norm is None:
         return None, None
-    if architecture.qk_norm_scope == "head":
-        return (norm_of(architecture, checkpointed=True),) * 2
-    each = architecture.qk_norm_scope == "each_head"
-    assert architecture.norm == ("layernorm" if each else "rmsnorm")
-    norm = EachHeadLayerNorm if each else ProjectionRMSNorm
-    return (
-        partial(norm, heads=architecture.num_attention_heads),
-        partial(norm, heads=architecture.num_query_groups),
-    )
+    if attention.qk_norm == "head":
+        return (norm_of(norm, checkpointed=True),) * 2
+    kind = EachHeadLayerNorm if attention.qk_norm == "each_head" else ProjectionRMSNorm
+
+    def of_heads(heads: int) -> NormBuilder:
+        def build(*, config: TransformerConfig, hidden_size: int, eps: float | None = None) -> torch.nn.Module:
+            return kind(config=config, hidden_size=hidden_size, eps=norm.epsilon, heads=heads)
+
+        return build
+
+    return of_heads(attention.heads), of_heads(attention.groups)
 
 
 def _parameter(config: TransformerConfig, shape: tuple[int, ...], value: float) -> torch.nn.Parameter:

@@ -1,4 +1,7 @@
-"""Rotary frequencies and angles of an architecture."""
+"""Rotary frequencies and angles.
+
+Shapes: S sequence, B batch, R rotated elements of a head, P streams of positions.
+"""
 
 from __future__ import annotations
 
@@ -7,68 +10,74 @@ import math
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-from shared.architecture.architecture import Architecture, RopeScaling
+from shared.architecture.architecture import RopeScaling, Rotary
 
 
-class Rotation(RotaryEmbedding):
-    """Megatron-Core's angles `[sequence, 1, 1, rotated]` in radians, at the architecture's frequencies.
-
-    `windowed` are those of layers with a sliding window, where they have others.
-    """
+class RotaryAngles(RotaryEmbedding):
+    """Megatron-Core's angles `[S, 1, 1, R]` in radians, at the frequencies of a `Rotary`."""
 
     inv_freq: torch.Tensor
 
-    def __init__(self, architecture: Architecture, *, windowed: bool = False) -> None:
-        interleaved = architecture.rotary_interleaved
-        super().__init__(architecture.rotated, 1.0, rotary_interleaved=interleaved, use_cpu_initialization=True)
-        self.architecture, self.windowed = architecture, windowed
+    def __init__(self, rotary: Rotary, dim: int, max_position_embeddings: int) -> None:
+        """`dim`: rotated elements of a head."""
+        super().__init__(dim, 1.0, rotary_interleaved=rotary.interleaved, use_cpu_initialization=True)
+        self.rotary, self.rotary_dim, self.max_position_embeddings = rotary, dim, max_position_embeddings
 
     def get_freqs_non_repeated(self, max_seq_len: int, offset: int = 0) -> torch.Tensor:
-        """Angles of every pair, `[positions, rotated / 2]`, of the positions from `offset` on."""
-        frequencies = inverse_frequencies(self.architecture, offset + max_seq_len, windowed=self.windowed)
+        """Angles of every pair, `[S, R / 2]`, of the positions from `offset` on."""
+        frequencies = inverse_frequencies(
+            self.rotary,
+            self.rotary_dim,
+            length=offset + max_seq_len,
+            max_position_embeddings=self.max_position_embeddings,
+        )
         # A plain attribute, not a buffer: it stays fp32 when the model is cast, and out of checkpoints.
         self.inv_freq = frequencies.to(self.inv_freq.device)
         angles: torch.Tensor = super().get_freqs_non_repeated(max_seq_len, offset)
         return angles
 
 
-class PlacedRotation(torch.nn.Module):
-    """Angles of given positions, in place of Megatron-Core's rotation by several streams of them (M-RoPE).
+class PrefixRotaryAngles(torch.nn.Module):
+    """Angles of a prefix LM's positions, in place of Megatron-Core's M-RoPE.
 
-    Each stream rotates an equal part of the head, by frequencies of its own that are the same for all.
+    Each stream of positions rotates an equal part of the head, all by the same frequencies.
     """
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, rotary: Rotary, dim: int) -> None:
+        """`dim`: rotated elements of a head by each stream."""
         super().__init__()
-        self.architecture = architecture
+        self.frequencies = inverse_frequencies(rotary, dim)
 
     def forward(self, position_ids: torch.Tensor, section: object, cp_group: object = None) -> torch.Tensor:
-        """Positions `[streams, batch, sequence]` to angles `[sequence, batch, 1, rotated]` in radians."""
-        frequencies = inverse_frequencies(self.architecture).to(position_ids.device)
-        angles = position_ids.float()[..., None] * frequencies
+        """Positions `[P, B, S]` to angles `[S, B, 1, R]` in radians."""
+        angles = position_ids.float()[..., None] * self.frequencies.to(position_ids.device)
         return torch.cat([torch.cat((part, part), -1) for part in angles], -1).transpose(0, 1)[:, :, None]
 
 
-def inverse_frequencies(architecture: Architecture, length: int = 1, *, windowed: bool = False) -> torch.Tensor:
-    """Radians per token of every rotated pair, `[rotated / 2]`, fp32 on the CPU; of each stream where there are several.
+def inverse_frequencies(
+    rotary: Rotary, dim: int, *, length: int = 1, max_position_embeddings: int | None = None
+) -> torch.Tensor:
+    """Radians per token of every rotated pair, `[dim / 2]`, fp32 on the CPU.
 
-    `theta^(-2i / rotated)` (Su et al., 2021), where `rotated` is head_dim or the part of it that is rotated, stretched
-    as the architecture's `rope_scaling` says. `length` is the sequence's, in tokens: longrope and dynamic depend on it.
-    `windowed` asks for those of layers with a sliding window. Megatron-Core has the LLaMA 3.1 stretch too, but with its
-    factors and original length fixed.
+    `theta^(-2i / dim)` (Su et al., 2021), scaled by `rotary.scaling`. Megatron-Core has the LLaMA 3.1 scaling too, but
+    with fixed factors and original length.
+
+    Args:
+        rotary: theta and scaling.
+        dim: rotated elements of a head.
+        length: the sequence's, in tokens; longrope and dynamic scaling depend on it.
+        max_position_embeddings: the model's; dynamic scaling needs it.
     """
-    theta, scaling = architecture.rope_theta, architecture.rope_scaling
-    if windowed and architecture.window_rope_theta is not None:
-        theta, scaling = architecture.window_rope_theta, None
+    theta, scaling = rotary.theta, rotary.scaling
     if scaling is not None and scaling.kind == "dynamic":
-        theta *= _dynamic(architecture, scaling.factor, length)
-    rotated = architecture.rotated // architecture.position_streams
-    powers = theta ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
+        assert max_position_embeddings is not None
+        theta *= _dynamic(scaling.factor, dim, length / max_position_embeddings)
+    powers = theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if scaling is not None and scaling.kind == "longrope":
         factors = scaling.long_factors if length > scaling.original_length else scaling.short_factors
         return 1.0 / (torch.tensor(factors, dtype=torch.float32) * powers)
     frequencies = 1.0 / powers
-    if architecture.rotary_fp16:
+    if rotary.fp16_frequencies:
         frequencies = frequencies.half().float()
     if scaling is None or scaling.kind == "dynamic":
         return frequencies
@@ -79,10 +88,15 @@ def inverse_frequencies(architecture: Architecture, length: int = 1, *, windowed
     return _llama3(frequencies, scaling)
 
 
-def _dynamic(architecture: Architecture, factor: float, length: int) -> float:
-    """What theta is multiplied with, 1 up to the longest sequence that the model is for (transformers, InternLM)."""
-    excess = max(length / architecture.max_position_embeddings, 1.0) - 1.0
-    return (1.0 + factor * excess) ** (architecture.rotated / (architecture.rotated - 2))
+def amplitude(rotary: Rotary | None) -> float:
+    """Factor of sines and cosines."""
+    return rotary.scaling.amplitude if rotary and rotary.scaling else 1.0
+
+
+def _dynamic(factor: float, dim: int, stretch: float) -> float:
+    """Factor of theta for a sequence `stretch` times as long as `max_position_embeddings` (transformers, InternLM)."""
+    excess = max(stretch, 1.0) - 1.0
+    return (1.0 + factor * excess) ** (dim / (dim - 2))
 
 
 def _llama3(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:

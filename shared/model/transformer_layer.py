@@ -1,4 +1,4 @@
-"""Layers whose attention, MLP and norms are joined in another way than one after the other behind a norm each."""
+"""Transformer layers of any residual and norm placement."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from shared.architecture.architecture import Architecture
+from shared.architecture.architecture import Layer
 from shared.model.norm import norm_of
 
 
-def has_own_layer(architecture: Architecture) -> bool:
+def needs_general_layer(layer: Layer) -> bool:
     """Whether Megatron-Core's own layer does not compute it."""
-    plain = (architecture.residual, architecture.norm_placement) == ("sequential", "pre")
-    return not plain or (architecture.residual_multiplier, architecture.input_multiplier) != (1.0, 1.0)
+    plain = (layer.residual.kind, layer.norm_placement) == ("sequential", "pre")
+    return not plain or (layer.residual.multiplier, layer.residual.input_multiplier) != (1.0, 1.0)
 
 
-class JoinedLayer(TransformerLayer):
-    """A layer of any residual and norm placement; Megatron-Core's modules, joined here.
+class GeneralTransformerLayer(TransformerLayer):
+    """Megatron-Core's modules, joined by any residual and norm placement.
 
-    sequential: `h = i * x + m * post(attention(norm(x)))`, then `i * h + m * post(mlp(norm(h)))`, where norms and post
-    norms are there as the placement says, and `i` and `m` are the multipliers of the input and of what is added; norms
-    of the sum are `post(i * x + m * attention(x))`. normed: the same with `i * norm(x)` and `i * norm(h)`. parallel:
-    `x + attention(norm(x)) + mlp(norm'(x))`, with `norm' = norm` for parallel_shared.
+    `i` is `input_multiplier`, `m` is `multiplier`; `norm` and `post` are the identity where the placement has none.
+
+    - sequential: `h = i x + m post(attention(norm(x)))`, then `i h + m post(mlp(norm(h)))`
+    - sequential, norm placement sum: `h = post(i x + m attention(x))`, then `post(i h + m mlp(h))`
+    - normed: sequential with `i norm(x)` and `i norm(h)`
+    - parallel: `x + m (attention(norm(x)) + mlp(norm'(x)))`; parallel_shared: `norm' = norm`
     """
 
     def __init__(
@@ -32,18 +34,18 @@ class JoinedLayer(TransformerLayer):
         config: TransformerConfig,
         submodules: TransformerLayerSubmodules,
         *args: Any,
-        architecture: Architecture,
+        layer: Layer,
         **kwargs: Any,
     ) -> None:
         super().__init__(config, submodules, *args, **kwargs)
-        self.residual_kind = architecture.residual
-        self.norm_of_sum = architecture.norm_placement == "sum"
-        self.multiplier, self.input_multiplier = architecture.residual_multiplier, architecture.input_multiplier
+        self.residual_kind = layer.residual.kind
+        self.norm_of_sum = layer.norm_placement == "sum"
+        self.multiplier, self.input_multiplier = layer.residual.multiplier, layer.residual.input_multiplier
         self.post_self_attn_layernorm: torch.nn.Module = torch.nn.Identity()
         self.post_mlp_layernorm: torch.nn.Module = torch.nn.Identity()
-        if architecture.norm_placement != "pre":
-            norm = norm_of(architecture, checkpointed=False)
-            sizes = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
+        if layer.norm_placement != "pre":
+            norm = norm_of(layer.norm, checkpointed=False)
+            sizes = {"config": config, "hidden_size": config.hidden_size}
             self.post_self_attn_layernorm, self.post_mlp_layernorm = norm(**sizes), norm(**sizes)
 
     def forward(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from shared.architecture.architecture import Architecture
+from shared.architecture.architecture import Architecture, GatedDeltaNet
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
@@ -29,25 +29,26 @@ _PEAK_FLOPS = {
 }
 
 
-def flops_per_token(architecture: Architecture, sequence_length: int, *, further: bool = False) -> float:
+def flops_per_token(architecture: Architecture, sequence_length: int, *, mtp: bool = False) -> float:
     """Training FLOPs per token, forward and backward: 6 per weight of a matrix and 12 L s q for attention.
 
     The accounting of PaLM (arXiv:2204.02311, appendix B): no input embedding, no recomputation, attention not halved
-    for causality. Of experts those count that a token goes through. A gated delta net reads its state for the key and
-    for the query, and adds to it: three products of the state's size. `further` says that layers for tokens further
-    ahead are run: each is a layer, a projection, and the head once more.
+    for causality. MoE: the experts that a token goes through. A gated delta net reads its state for the key and for the
+    query, and adds to it: three products of the state's size. `mtp`: MTP layers are run; each is a layer, a projection,
+    and the head once more.
     """
     embedding = architecture.vocab_size * architecture.table_size
-    matrices = architecture.parameter_count(active=True) - (0 if architecture.tied_embeddings else embedding)
-    scores_and_values = architecture.q_size + architecture.attended_size  # 2 q where heads of values are as large
-    layers = len(architecture.attention_layers)
-    if further:
-        matrices += architecture.prediction_count(active=True) + architecture.prediction_layers * embedding
-        layers += architecture.prediction_layers
-    attention = layers * scores_and_values * sequence_length
-    states = 0
-    if delta := architecture.delta:
-        states = 3 * len(delta.layers) * delta.key_head_dim * delta.value_size
+    matrices = architecture.parameter_count(active=True) - (0 if architecture.head.tied else embedding)
+    layers = list(architecture.layers)
+    if mtp and architecture.mtp:
+        matrices += architecture.mtp_parameter_count(active=True) + architecture.mtp.depth * embedding
+        layers += [architecture.mtp.layer] * architecture.mtp.depth
+    attention = states = 0
+    for mixer in (layer.mixer for layer in layers):
+        if isinstance(mixer, GatedDeltaNet):
+            states += 3 * mixer.key_head_dim * mixer.value_size
+        else:  # scores and values: 2 q where value heads are as large
+            attention += (mixer.q_size + mixer.output_size) * sequence_length
     return 6.0 * (matrices + attention + states)
 
 

@@ -70,7 +70,7 @@ class Recorder:
         self._speaks = torch.distributed.get_rank() == 0
         self._saved = directory.resumed
         self._flops = flops_per_token(
-            inputs.architecture, config.sequence_length, further=config.mtp_loss_scaling_factor > 0
+            inputs.architecture, config.sequence_length, mtp=config.mtp_loss_scaling_factor > 0
         )
         self._peak = peak_flops()
         self._metrics = Metrics(directory.path, resumed_step=directory.resumed) if self._speaks else None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import shared.runtime.device
-from shared.architecture.architecture import Architecture
+from shared.architecture.architecture import Alibi, Architecture, Attention
 from shared.checkpoint.directory.auxiliary_files import config_of
 from shared.checkpoint.formats.hugging_face import HfReader
 from shared.cli import log
@@ -76,8 +76,15 @@ def compare_logits(
 def _reference(architecture: Architecture, trust_remote_code: bool) -> str:
     if trust_remote_code:
         return "the directory's own code"
-    given = architecture.alibi_bias_max
-    return "transformers" if given == 8 else f"transformers, given alibi_bias_max {given}, which its class leaves at 8"
+    alibi = _alibi(architecture)
+    if alibi is None or alibi.bias_max == 8:
+        return "transformers"
+    return f"transformers, given alibi_bias_max {alibi.bias_max}, which its class leaves at 8"
+
+
+def _alibi(architecture: Architecture) -> Alibi | None:
+    attention = architecture.attention
+    return attention.alibi if isinstance(attention, Attention) else None
 
 
 @contextlib.contextmanager
@@ -120,7 +127,8 @@ def _tear_down() -> None:
 def attention_of(architecture: Architecture) -> str:
     """transformers' implementation of attention to compare with: the plainest that is right."""
     # Its plainest of Falcon RW adds ALiBi twice: with the mask, which holds it for the other one, and by itself.
-    return "sdpa" if architecture.alibi == "rounded" else "eager"
+    alibi = _alibi(architecture)
+    return "sdpa" if alibi and alibi.rounded else "eager"
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ def saved(worker, tmp_path_factory):
     directory = tmp_path_factory.mktemp("layouts")
     for name, architecture in {
         "weights": worker.architecture(),
-        "one_group": worker.architecture(num_query_groups=1),
+        "one_group": worker.architecture(attention={"groups": 1}),
     }.items():
         initialize(ONE, 1)
         chunks = build(architecture, ONE, dtype=torch.float32, perform_initialization=True)

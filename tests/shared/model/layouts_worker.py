@@ -21,28 +21,22 @@ LAYOUTS = {
 
 
 def architecture(**changes):
-    from shared.architecture.version_1 import nested
+    """A tiny Qwen3 with every bias; `changes` as `Architecture.with_values` takes them."""
+    from shared.architecture.architecture import MLP, Architecture, Attention, Head, Layer, Norm, Rotary
 
-    fields = dict(
+    norm = Norm(epsilon=1e-5)
+    mixer = Attention(heads=4, groups=2, head_dim=32, rotary=Rotary(), bias=True, output_bias=True, qk_norm="head")
+    layer = Layer(mixer=mixer, mlp=MLP(ffn_hidden_size=96, bias=True), norm=norm)
+    tiny = Architecture(
         family="qwen3",
-        num_layers=4,
         hidden_size=64,
-        ffn_hidden_size=96,
-        num_attention_heads=4,
-        num_query_groups=2,
-        head_dim=32,
         vocab_size=VOCAB,
         max_position_embeddings=512,
-        norm_epsilon=1e-5,
-        rope_theta=1e4,
-        tied_embeddings=True,
-        qk_norm=True,
-        qkv_bias=True,
-        attention_output_bias=True,
-        mlp_bias=True,
+        layers=(layer,) * 4,
+        head=Head(tied=True, norm=norm),
         initializer_range=0.1,
     )
-    return nested(**{**fields, **changes})
+    return tiny.with_values(**changes)
 
 
 def save(chunks, directory):
@@ -194,7 +188,7 @@ def main(directory):
     # One key/value head over two processes: Megatron-Core cuts inside the head.
     for name, layout in {"one": ParallelLayout(), "cut": ParallelLayout(tensor=2)}.items():
         initialize(layout, 1)
-        chunks = build(architecture(num_query_groups=1), layout, dtype=torch.float32)
+        chunks = build(architecture(attention={"groups": 1}), layout, dtype=torch.float32)
         weights.load(chunks, directory / "one_group")
         results[f"one group {name}"] = logits(chunks, ids)[0, -1, :8].tolist()
     for vocab in (37, 21):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from shared.architecture.architecture import Alibi
 from shared.model.attention import segment_mask
 
 
@@ -37,9 +38,19 @@ def test_product_is_the_textbooks(groups, masked, model_of, worker):
 
 
 def test_dropout_acts_in_training_only(model_of, worker):
-    model = model_of(worker.architecture(attention_dropout=0.5))
+    model = model_of(worker.architecture(attention={"dropout": 0.5}))
     attention = model.decoder.layers[0].self_attention.core_attention
     tensors = [torch.randn(8, 1, 4, 32), torch.randn(8, 1, 2, 32), torch.randn(8, 1, 2, 32)]
     assert torch.equal(attention(*tensors, None), attention(*tensors, None))
     attention.train()
     assert not torch.equal(attention(*tensors, None), attention(*tensors, None))
+
+
+def test_rounded_bias_counts_from_the_start_of_each_text(model_of, worker):
+    model = model_of(worker.architecture(attention={"rotary": None, "alibi": Alibi(rounded=True)}))
+    ids, positions = torch.randint(64, (1, 700)), torch.arange(700)[None]
+    segments = torch.arange(700)[None] // 350
+    with torch.no_grad():
+        packed = model(ids, positions, segment_mask(segments))
+        alone = model(ids[:, 350:], positions[:, :350], None)
+    torch.testing.assert_close(packed[:, 350:], alone, atol=1e-5, rtol=0)  # fp32, numbers of size 1

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from shared.architecture.flat_view import changed as replace
 from shared.runtime.device import prepare
 
 prepare()

@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import (
@@ -15,8 +17,18 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from shared.architecture.architecture import RopeScaling
-from shared.architecture.version_1 import nested
+from shared.architecture.architecture import (
+    MLP,
+    Alibi,
+    Architecture,
+    Attention,
+    Head,
+    Layer,
+    LearnedPositions,
+    Norm,
+    RopeScaling,
+    Rotary,
+)
 from shared.model.gpt import build
 from shared.model.logits import logits
 from shared.runtime.process_groups import ParallelLayout
@@ -37,19 +49,19 @@ CASES = {
     "llama head_dim": (LlamaConfig, LlamaForCausalLM, {"head_dim": 32}, {}),
     "llama biases": (
         LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True},
-        {"qkv_bias": True, "attention_output_bias": True, "mlp_bias": True},
+        {"attention": {"bias": True, "output_bias": True}, "mlp": {"bias": True}},
     ),
-    "llama mlp bias": (LlamaConfig, LlamaForCausalLM, {"mlp_bias": True}, {"mlp_bias": True}),
+    "llama mlp bias": (LlamaConfig, LlamaForCausalLM, {"mlp_bias": True}, {"mlp": {"bias": True}}),
     "llama linear rope": (
         LlamaConfig, LlamaForCausalLM, {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
-        {"rope_scaling": RopeScaling(kind="linear", factor=4.0)},
+        {"rotary": {"scaling": RopeScaling(kind="linear", factor=4.0)}},
     ),
     "llama 3.1": (
         LlamaConfig, LlamaForCausalLM, {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}},
-        {"rope_theta": 5e5, "rope_scaling": RopeScaling(kind="llama3", factor=8.0, original_length=64)},
+        {"rotary": {"theta": 5e5, "scaling": RopeScaling(kind="llama3", factor=8.0, original_length=64)}},
     ),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}, {"qkv_bias": True}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}, {"qk_norm": True}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}, {"attention": {"bias": True}}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}, {"attention": {"qk_norm": "head"}}),
 }  # fmt: skip
 
 
@@ -70,16 +82,18 @@ def of_transformers(config_class, model_class, fields):
     return model
 
 
-def architecture_of(config, fields):
-    return nested(
-        **{
-            "family": config.model_type, "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96,
-            "num_attention_heads": 4, "num_query_groups": config.num_key_value_heads,
-            "head_dim": getattr(config, "head_dim", None) or 16, "vocab_size": VOCAB,
-            "max_position_embeddings": 512, "norm_epsilon": config.rms_norm_eps, "rope_theta": 1e4,
-            "tied_embeddings": config.tie_word_embeddings, **fields,
-        }
-    )  # fmt: skip
+def architecture_of(config, changes):
+    norm = Norm(epsilon=config.rms_norm_eps)
+    head_dim = getattr(config, "head_dim", None) or 16
+    mixer = Attention(heads=4, groups=config.num_key_value_heads, head_dim=head_dim, rotary=Rotary())
+    return Architecture(
+        family=config.model_type,
+        hidden_size=64,
+        vocab_size=VOCAB,
+        max_position_embeddings=512,
+        layers=(Layer(mixer=mixer, mlp=MLP(ffn_hidden_size=96), norm=norm),) * 2,
+        head=Head(tied=config.tie_word_embeddings, norm=norm),
+    ).with_values(**changes)
 
 
 @torch.no_grad()
@@ -152,7 +166,7 @@ def test_logits_and_gradients_are_those_of_transformers(case, model_of):
 
 
 def test_vocabulary_padding_changes_neither_loss_nor_gradient(model_of, worker):
-    model = model_of(worker.architecture(tied_embeddings=False))
+    model = model_of(worker.architecture(head={"tied": False}))
     ids = torch.randint(0, VOCAB, (2, 17))
     positions = torch.arange(16)[None]
 
@@ -172,24 +186,40 @@ def test_vocabulary_padding_changes_neither_loss_nor_gradient(model_of, worker):
     assert torch.count_nonzero(model.output_layer.weight.grad[:VOCAB]) > 0
 
 
-CAPPED = {"attention_softcap": 2.0, "logit_softcap": 3.0}
-POST = {"norm_placement": "post", "residual_multiplier": 0.5}
+def windows_in_every_second_layer(architecture):
+    full = architecture.layers[0]
+    windowed = replace(full, mixer=replace(full.mixer, window=4, rotary=Rotary(theta=500.0)))
+    return replace(architecture, layers=(windowed, full, windowed, full))
+
+
+LAYER_NORM = {"kind": "layernorm", "bias": True}
+LEARNED = {"attention": {"rotary": None}, "embedding": {"positions": LearnedPositions(offset=2)}}
 OTHER_FAMILIES = {
     "llama": {},
-    "learned positions": {"positions": "learned", "learned_position_offset": 2},
-    "alibi": {"positions": "alibi", "embedding_norm": True},
-    "window and caps": {"sliding_window": 4, "full_attention_layers": (1, 3), **CAPPED},
-    "norms behind": {**POST, "qk_norm_scope": "projection"},
-    "side by side": {"residual": "parallel_shared", "norm": "layernorm", "norm_bias": True, "activation": "gelu"},
-    "multipliers": {"embedding_multiplier": 8.0, "logit_multiplier": 0.5, "norm": "rmsnorm_1p"},
-}
+    "learned positions": LEARNED,
+    "no positions": {"attention": {"rotary": None}},
+    "alibi": {"attention": {"rotary": None, "alibi": Alibi()}, "embedding": {"norm": Norm(epsilon=1e-5)}},
+    "window and caps": {"attention": {"softcap": 2.0}, "head": {"softcap": 3.0}},
+    "norms behind": {
+        "layer": {"norm_placement": "post"}, "residual": {"multiplier": 0.5}, "attention": {"qk_norm": "projection"},
+    },
+    "side by side": {"residual": {"kind": "parallel_shared"}, "norm": LAYER_NORM, "mlp": {"activation": "gelu"}},
+    "multipliers": {
+        "embedding": {"multiplier": 8.0}, "head": {"multiplier": 0.5}, "norm": {"zero_centered_gamma": True},
+    },
+}  # fmt: skip
+
+
+def other_family(name, worker):
+    architecture = worker.architecture(**OTHER_FAMILIES[name])
+    return windows_in_every_second_layer(architecture) if name.startswith("window") else architecture
 
 
 @pytest.mark.parametrize("name", OTHER_FAMILIES)
 def test_packed_rows_equal_their_sequences_apart(name, model_of, worker):
     from shared.model.attention import segment_mask
 
-    model = model_of(worker.architecture(**OTHER_FAMILIES[name]))
+    model = model_of(other_family(name, worker))
     first, second = torch.randint(0, VOCAB, (1, 9)), torch.randint(0, VOCAB, (1, 5))
     row = torch.cat([first, second, torch.zeros(1, 2, dtype=torch.long)], dim=1)
     segments = torch.tensor([[1] * 9 + [2] * 5 + [0] * 2])
@@ -207,7 +237,7 @@ def test_recomputation_gives_the_same_gradients(name, recompute, model_of, worke
     gradients = []
     ids = torch.randint(0, VOCAB, (2, 17), generator=torch.Generator().manual_seed(2))
     for how in ("none", recompute):
-        model = model_of(worker.architecture(**OTHER_FAMILIES[name]), recompute=how).train()
+        model = model_of(other_family(name, worker), recompute=how).train()
         model(ids[:, :-1], torch.arange(16)[None], None, labels=ids[:, 1:]).mean().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for kept, recomputed in zip(*gradients, strict=True):
@@ -224,9 +254,10 @@ def test_weights_that_were_never_loaded_cannot_pass_for_trained(worker, model_of
 
 def test_dropout_is_the_architectures(model_of, worker):
     ids, positions = torch.randint(0, VOCAB, (1, 16)), torch.arange(16)[None]
-    for where in ("hidden_dropout", "embedding_dropout", "attention_dropout"):
-        for residual in ("sequential", "parallel"):
-            model = model_of(worker.architecture(**{where: 0.5, "residual": residual}))
+    for where in ("residual", "embedding", "attention"):
+        for kind in ("sequential", "parallel"):
+            architecture = worker.architecture(residual={"kind": kind})
+            model = model_of(architecture.with_values(**{where: {"dropout": 0.5}}))
             assert torch.equal(model(ids, positions, None), model(ids, positions, None))
             model.train()
             assert not torch.equal(model(ids, positions, None), model(ids, positions, None)), where
@@ -237,7 +268,7 @@ def test_training_in_bf16_follows_fp32(name, model_of, worker):
     ids = torch.randint(0, VOCAB, (2, 17), generator=torch.Generator().manual_seed(4))
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
-        model = model_of(worker.architecture(**OTHER_FAMILIES[name]), dtype).train()
+        model = model_of(other_family(name, worker), dtype).train()
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
         loss = model(ids[:, :-1], torch.arange(16)[None], None, labels=ids[:, 1:]).mean()
         loss.backward()

@@ -42,7 +42,7 @@ def test_weights_are_marked_for_sequence_parallel_sums(worker):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm_of_gemma_is_that_of_transformers_to_the_bit(dtype, model_of, worker):
-    norm = model_of(worker.architecture(norm="rmsnorm_1p"), dtype).decoder.final_layernorm
+    norm = model_of(worker.architecture(norm={"zero_centered_gamma": True}), dtype).decoder.final_layernorm
     theirs = GemmaRMSNorm(64, eps=1e-5).to(dtype)
     assert not norm.weight.any()
     with torch.no_grad():
@@ -54,8 +54,8 @@ def test_norm_of_gemma_is_that_of_transformers_to_the_bit(dtype, model_of, worke
 
 def test_layer_norms_are_those_of_torch_and_transformers(model_of, worker):
     x = torch.randn(7, 3, 64) * 5 + 2
-    plain = model_of(worker.architecture(norm="layernorm")).decoder.final_layernorm
-    biased = model_of(worker.architecture(norm="layernorm", norm_bias=True)).decoder.final_layernorm
+    plain = model_of(worker.architecture(norm={"kind": "layernorm"})).decoder.final_layernorm
+    biased = model_of(worker.architecture(norm={"kind": "layernorm", "bias": True})).decoder.final_layernorm
     theirs, torchs = CohereLayerNorm(64, eps=1e-5), torch.nn.LayerNorm(64, eps=1e-5)
     with torch.no_grad():
         for ours, reference in ((plain, theirs), (biased, torchs)):
@@ -68,7 +68,7 @@ def test_layer_norms_are_those_of_torch_and_transformers(model_of, worker):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norms_of_each_head_are_those_of_both_families(dtype, model_of, worker):
-    changes = {"norm": "layernorm", "qk_norm": True, "qk_norm_scope": "each_head"}
+    changes = {"norm": {"kind": "layernorm"}, "attention": {"qk_norm": "each_head"}}
     norm = model_of(worker.architecture(**changes), dtype).decoder.layers[0].self_attention.q_layernorm
     heads, size = norm.weight.shape
     cohere, stablelm = (

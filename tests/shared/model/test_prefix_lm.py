@@ -1,16 +1,17 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from shared.architecture.flat_view import changed as replace
-from shared.architecture.version_1 import Prefix
+from shared.architecture.architecture import LearnedPositions, PrefixLM
 from shared.errors import UserError
 from shared.model.attention import segment_mask
 from shared.model.prefix_lm import prefix_inputs, with_blank
-from shared.model.rope import PlacedRotation
+from shared.model.rope import PrefixRotaryAngles
 from shared.runtime.device import prepare
 
 START, GMASK, MASK = 91, 92, 93
-PREFIX = Prefix(start_token=START, blank_tokens=(GMASK, MASK))
+PREFIX = PrefixLM(start_token=START, blank_tokens=(GMASK, MASK))
 ROW = [5, MASK, 6, GMASK, START, 7, 8]  # of several blanks the first kind's
 
 
@@ -72,26 +73,27 @@ def test_rows_that_the_published_code_refuses(row):
 @pytest.fixture
 def glm(worker):
     return worker.architecture(
-        head_dim=16,
-        norm="layernorm",
-        norm_bias=True,
-        residual="normed",
-        input_multiplier=3.0,
-        position_streams=2,
-        rotary_fp16=True,
-        prefix=PREFIX,
+        attention={"head_dim": 16},
+        rotary={"fp16_frequencies": True},
+        norm={"kind": "layernorm", "bias": True},
+        residual={"kind": "normed", "input_multiplier": 3.0},
+        prefix=replace(PREFIX, position_streams=2),
     )
 
 
 def test_tokens_are_made_into_rows_that_can_be_read(glm):
     ids = torch.zeros(2, 64, dtype=torch.long)
     prefix_inputs(PREFIX, with_blank(ids, glm), None, None)
-    assert with_blank(ids, replace(glm, prefix=None, position_streams=1)) is ids
+    assert with_blank(ids, replace(glm, prefix=None)) is ids
 
 
 def test_both_positions_have_a_table(model_of, worker):
     """The embedded token, and of each of its places the row of the own table, summed in float64; for packed rows, too."""
-    learned = worker.architecture(positions="learned", position_streams=2, prefix=PREFIX)
+    learned = worker.architecture(
+        attention={"rotary": None},
+        embedding={"positions": LearnedPositions()},
+        prefix=replace(PREFIX, position_streams=2),
+    )
     model = model_of(learned).double()
     seen = []
     model.decoder.register_forward_pre_hook(lambda module, inputs, given: seen.append(given), with_kwargs=True)
@@ -114,7 +116,7 @@ def test_residuals_are_what_norms_made(model_of, glm):
     found, _ = layer(x, None, angles)
 
     def norm(x, module):
-        return torch.nn.functional.layer_norm(x, (64,), module.weight, module.bias, glm.norm_epsilon)
+        return torch.nn.functional.layer_norm(x, (64,), module.weight, module.bias, glm.layers[0].norm.epsilon)
 
     x = norm(x, layer.input_layernorm)
     x = norm(3.0 * x + layer.self_attention(x, None, rotary_pos_emb=angles)[0], layer.pre_mlp_layernorm)
@@ -125,7 +127,7 @@ def test_halves_of_heads_are_rotated_by_their_own_positions(model_of, glm):
     """Of each half, elements i and i + 4 of 8 are a complex number that turns by position * frequency, in float64."""
     attention = model_of(glm).decoder.layers[0].self_attention.double()
     positions = torch.stack([torch.randint(2048, (2, 9)) for _ in range(2)])
-    attention.angles = PlacedRotation(glm)(positions, None).double()
+    attention.angles = PrefixRotaryAngles(glm.attention.rotary, 8)(positions, None).double()
     assert attention.angles.shape == (9, 2, 1, 16)
     x = torch.randn(9, 2, 4, 16, dtype=torch.float64)
     frequencies = (10_000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)).half().double()

@@ -7,17 +7,17 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
-from shared.architecture.architecture import RopeScaling
+from shared.architecture.architecture import RopeScaling, Rotary
 from shared.families.common.fields import Fields
-from shared.model.rope import Rotation, inverse_frequencies
+from shared.model.rope import RotaryAngles, amplitude, inverse_frequencies
 from shared.runtime.device import prepare
 
 
-def test_plain_frequencies_are_transformers(worker):
+def test_plain_frequencies_are_transformers():
     config = LlamaConfig(
         hidden_size=64, num_attention_heads=4, head_dim=32, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
     )
-    assert torch.equal(inverse_frequencies(worker.architecture()), LlamaRotaryEmbedding(config).inv_freq)
+    assert torch.equal(inverse_frequencies(Rotary(), 32), LlamaRotaryEmbedding(config).inv_freq)
 
 
 @pytest.mark.parametrize(
@@ -42,15 +42,15 @@ def test_plain_frequencies_are_transformers(worker):
         ),
     ],
 )  # fmt: skip
-def test_scaled_frequencies_are_transformers(theirs, ours, worker):
-    architecture = worker.architecture(head_dim=128, rope_theta=5e5, rope_scaling=ours)
+def test_scaled_frequencies_are_transformers(theirs, ours):
+    found = inverse_frequencies(Rotary(theta=5e5, scaling=ours), 128)
     config = LlamaConfig(
         hidden_size=512, num_attention_heads=4, head_dim=128, rope_parameters={**theirs, "rope_theta": 5e5}
     )
     expected, attention_factor = ROPE_INIT_FUNCTIONS[theirs["rope_type"]](config, torch.device("cpu"))
     assert attention_factor == 1.0
-    torch.testing.assert_close(inverse_frequencies(architecture), expected, atol=0, rtol=1e-6)  # last bits of fp32
-    unscaled = inverse_frequencies(worker.architecture(head_dim=128, rope_theta=5e5))
+    torch.testing.assert_close(found, expected, atol=0, rtol=1e-6)  # last bits of fp32
+    unscaled = inverse_frequencies(Rotary(theta=5e5), 128)
     assert not torch.equal(expected, unscaled)
 
 
@@ -67,9 +67,9 @@ def test_scaled_frequencies_are_transformers(theirs, ours, worker):
         {"factor": 32.0, "original_max_position_embeddings": 4, "truncate": False},  # no pair turns so often
     ],
 )
-def test_yarn_is_transformers(theirs, theta, worker):
+def test_yarn_is_transformers(theirs, theta):
     scaling = Fields({"rope_scaling": {"rope_type": "yarn", **theirs}}).rope(theta, 131_072)[1]
-    architecture = worker.architecture(head_dim=64, rope_theta=theta, rope_scaling=scaling)
+    rotary = Rotary(theta=theta, scaling=scaling)
     config = LlamaConfig(
         hidden_size=256,
         num_attention_heads=4,
@@ -78,8 +78,8 @@ def test_yarn_is_transformers(theirs, theta, worker):
         rope_parameters={"rope_type": "yarn", "rope_theta": theta, **theirs},
     )
     expected, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
-    torch.testing.assert_close(inverse_frequencies(architecture), expected, atol=0, rtol=1e-6)
-    assert scaling.amplitude == pytest.approx(attention_factor, rel=1e-12)
+    torch.testing.assert_close(inverse_frequencies(rotary, 64), expected, atol=0, rtol=1e-6)
+    assert amplitude(rotary) == pytest.approx(attention_factor, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -102,48 +102,41 @@ def test_yarn_is_transformers(theirs, theta, worker):
     ],
     ids=["gemma3", "olmo3"],
 )  # fmt: skip
-def test_layers_with_a_window_have_their_own_frequencies(config, rotary, worker):
+def test_layers_with_a_window_have_their_own_frequencies(config, rotary):
     theta, scaling, own = Fields(config.to_dict()).rope_by_kind(1.0, config.max_position_embeddings)
-    architecture = worker.architecture(
-        head_dim=64, rope_theta=theta, rope_scaling=scaling, window_rope_theta=own, sliding_window=8
-    )
+    full, windowed = Rotary(theta=theta, scaling=scaling), Rotary(theta=own)
     theirs = rotary(config)
-    for windowed, kind in ((False, "full_attention"), (True, "sliding_attention")):
-        ours = inverse_frequencies(architecture, windowed=windowed)
+    for ours, kind in ((full, "full_attention"), (windowed, "sliding_attention")):
+        ours = inverse_frequencies(ours, 64)
         torch.testing.assert_close(ours, getattr(theirs, f"{kind}_inv_freq"), atol=0, rtol=1e-6)
     assert scaling is not None
-    assert not torch.equal(inverse_frequencies(architecture), inverse_frequencies(architecture, windowed=True))
+    assert not torch.equal(inverse_frequencies(full, 64), inverse_frequencies(windowed, 64))
 
 
 @pytest.mark.parametrize("further", [{}, {"attention_factor": 1.25}, {"factor": 7.0}, {"type": "longrope"}])
 @pytest.mark.parametrize("length", [1, 256, 257, 4096])
-def test_longrope_is_transformers_on_both_sides_of_the_original_length(further, length, worker):
+def test_longrope_is_transformers_on_both_sides_of_the_original_length(further, length):
     factors = {"short_factor": [1.0 + i / 16 for i in range(12)], "long_factor": [1.5 + i for i in range(12)]}
     plain = {"max_position_embeddings": 4096, "original_max_position_embeddings": 256, "rope_theta": 2e4}
     given = {**plain, "partial_rotary_factor": 0.75, "rope_scaling": {"rope_type": "longrope", **factors, **further}}
     theta, scaling = Fields(given).rope(1e4, 4096, partial=True)
-    architecture = worker.architecture(head_dim=32, rotary_dim=24, rope_theta=theta, rope_scaling=scaling)
+    rotary = Rotary(theta=theta, scaling=scaling, dim=24)
     theirs = Phi3RotaryEmbedding(Phi3Config(hidden_size=128, num_attention_heads=4, **given))
     prepare()
     cosines, sines = theirs(torch.zeros(1), torch.arange(length)[None])
-    angles = Rotation(architecture)(length)[:, 0, 0]
+    angles = RotaryAngles(rotary, 24, 4096)(length)[:, 0, 0]
     # Angles grow to thousands of radians, of which fp32 keeps four decimals.
     torch.testing.assert_close(angles.cos() * scaling.amplitude, cosines[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(angles.sin() * scaling.amplitude, sines[0], atol=1e-5, rtol=0)
-    short = inverse_frequencies(architecture, 256)
-    assert torch.equal(inverse_frequencies(architecture, length), short) == (length <= 256)
+    short = inverse_frequencies(rotary, 24, length=256)
+    assert torch.equal(inverse_frequencies(rotary, 24, length=length), short) == (length <= 256)
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0, 3.5])
 @pytest.mark.parametrize("length", [1, 512, 513, 2000])
-def test_dynamic_is_transformers_on_both_sides_of_the_longest_sequence(factor, length, worker):
+def test_dynamic_is_transformers_on_both_sides_of_the_longest_sequence(factor, length):
     given = {"rope_type": "dynamic", "factor": factor}
-    architecture = worker.architecture(
-        head_dim=32,
-        rope_theta=1e6,
-        rope_scaling=RopeScaling(kind="dynamic", factor=factor),
-        max_position_embeddings=512,
-    )
+    rotary = Rotary(theta=1e6, scaling=RopeScaling(kind="dynamic", factor=factor))
     config = LlamaConfig(
         hidden_size=128,
         num_attention_heads=4,
@@ -152,6 +145,6 @@ def test_dynamic_is_transformers_on_both_sides_of_the_longest_sequence(factor, l
     )
     expected, amplitude = ROPE_INIT_FUNCTIONS["dynamic"](config, torch.device("cpu"), seq_len=length)
     assert amplitude == 1.0
-    torch.testing.assert_close(inverse_frequencies(architecture, length), expected, atol=0, rtol=1e-6)
-    plain = inverse_frequencies(worker.architecture(head_dim=32, rope_theta=1e6))
-    assert torch.equal(inverse_frequencies(architecture, length), plain) == (length <= 512)
+    found = inverse_frequencies(rotary, 32, length=length, max_position_embeddings=512)
+    torch.testing.assert_close(found, expected, atol=0, rtol=1e-6)
+    assert torch.equal(found, inverse_frequencies(Rotary(theta=1e6), 32)) == (length <= 512)

@@ -5,7 +5,6 @@ from transformers.models.falcon.modeling_falcon import build_alibi_tensor as fal
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from shared.kernels.attention import alibi
-from shared.model.attention import segment_mask
 
 
 @pytest.mark.parametrize("heads", [1, 2, 6, 8, 12, 40, 71, 112])
@@ -44,13 +43,3 @@ def test_rounded_bias_is_falcons(heads):
         assert torch.equal(ours[0, :, query], theirs - theirs[:, query, None])
     exact = alibi.bias(alibi.slopes(heads), 700)
     assert (ours - exact).abs().max() > 0.1
-
-
-def test_rounded_bias_counts_from_the_start_of_each_text(model_of, worker):
-    model = model_of(worker.architecture(positions="alibi", alibi="rounded"))
-    ids, positions = torch.randint(64, (1, 700)), torch.arange(700)[None]
-    segments = torch.arange(700)[None] // 350
-    with torch.no_grad():
-        packed = model(ids, positions, segment_mask(segments))
-        alone = model(ids[:, 350:], positions[:, :350], None)
-    torch.testing.assert_close(packed[:, 350:], alone, atol=1e-5, rtol=0)  # fp32, numbers of size 1
