@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 2
 # where it is set, every start of a tool compiles its libraries anew, for half a minute
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-slurm test-containers images peers bench-convert proofs command-line
+.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert proofs command-line
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -41,7 +41,7 @@ image-%: ## image-convert: convert:0.1.0 and convert:latest
 pipeline-docker: containers/.venv/.ready ## the demo in containers, one for each stage
 	containers/.venv/bin/python containers/pipeline.py --work $(WORK)
 
-test: lint $(TOOLS:%=test-%) test-pipeline ## every test, each in its tool's environment
+test: lint $(TOOLS:%=test-%) test-pipeline test-golden ## every test, each in its tool's environment
 
 test-convert: setup ## the contract, families, mapping, convert and the command lines
 	OMP_NUM_THREADS=1 tools/convert/.venv/bin/python $(PYTEST) tests/test_*.py tests/shared/test_*.py tests/shared/checkpoint tests/shared/architecture \
@@ -63,6 +63,9 @@ test-infer: setup ## vLLM and lm-evaluation-harness
 
 test-pipeline: setup ## the stages, through their commands and directories only
 	tools/convert/.venv/bin/python -m pytest -q tests/pipeline
+
+test-golden: setup ## losses of tiny runs, equal to those recorded in tests/golden/curves
+	tools/convert/.venv/bin/python -m pytest -q --durations 3 tests/golden
 
 test-slurm: setup ## the Slurm scripts on a cluster of two nodes on this machine (Debian, as root)
 	tools/convert/.venv/bin/python -m pytest -q --durations 5 tests/slurm
