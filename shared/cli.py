@@ -97,7 +97,7 @@ class Command:
     name: str
     function: Callable[..., int | None]
     positional: tuple[str, ...]  # parameters that may also be given as bare words, in order
-    neutral: tuple[str, ...]  # parameters that do not change the result
+    not_fingerprinted: tuple[str, ...]  # parameters that do not change the result
     parameters: dict[str, inspect.Parameter] = field(repr=False)
     hints: dict[str, Any] = field(repr=False)
     groups: dict[str, type] = field(repr=False)  # parameters of the function that hold several flags
@@ -149,7 +149,7 @@ class Tool:
         *,
         name: str | None = None,
         positional: Sequence[str] = (),
-        neutral: Sequence[str] = (),
+        not_fingerprinted: Sequence[str] = (),
     ) -> Any:
         """Register a function as a command. Used bare or with arguments.
 
@@ -166,7 +166,7 @@ class Tool:
                 name=label,
                 function=function,
                 positional=tuple(positional),
-                neutral=tuple(neutral),
+                not_fingerprinted=tuple(not_fingerprinted),
                 **_flags(function),
             )
             return function
@@ -209,7 +209,9 @@ class Tool:
     def _execute(self, label: str, command: Command, arguments: dict[str, Any]) -> int:
         _install_signals()
         try:
-            with invoked(self.name, command.name, arguments, version=self.version, neutral=command.neutral):
+            with invoked(
+                self.name, command.name, arguments, version=self.version, not_fingerprinted=command.not_fingerprinted
+            ):
                 return command.call(arguments) or EXIT_DONE
         except AlreadyDone as done:
             log(str(done))

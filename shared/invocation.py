@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_NEVER_IDENTITY = {"overwrite", "target"}
+_NEVER_FINGERPRINTED = {"overwrite", "target"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +20,11 @@ class Invocation:
     command: str
     version: str
     options: dict[str, Any]  # JSON values; paths as text
-    neutral: tuple[str, ...] = ()
+    not_fingerprinted: tuple[str, ...] = ()
 
-    def identity(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def fingerprinted_options(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The options that decide the result. Inputs count by their content, so their paths are left out."""
-        ignored = {*_NEVER_IDENTITY, *self.neutral, *inputs}
+        ignored = {*_NEVER_FINGERPRINTED, *self.not_fingerprinted, *inputs}
         return {name: value for name, value in self.options.items() if name not in ignored}
 
 
@@ -38,7 +38,7 @@ def invocation() -> Invocation:
 
 @contextlib.contextmanager
 def invoked(
-    tool: str, command: str, options: Mapping[str, Any], *, version: str = "0", neutral: Sequence[str] = ()
+    tool: str, command: str, options: Mapping[str, Any], *, version: str = "0", not_fingerprinted: Sequence[str] = ()
 ) -> Iterator[Invocation]:
     """Declare the running command for the duration of the block."""
     current = Invocation(
@@ -46,7 +46,7 @@ def invoked(
         command=command,
         version=version,
         options={name: _plain(value) for name, value in options.items()},
-        neutral=tuple(neutral),
+        not_fingerprinted=tuple(not_fingerprinted),
     )
     token = _current.set(current)
     try:

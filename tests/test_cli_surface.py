@@ -30,7 +30,7 @@ def test_every_part_of_a_flag_is_recorded() -> None:
     ) -> None:
         """Work."""
 
-    tool.command(positional=("source",), neutral=("share",))(work)
+    tool.command(positional=("source",), not_fingerprinted=("share",))(work)
     assert described(tool, tool.commands["work"]) == [
         "tool work [SOURCE]",
         "  --source PATH existing_file required",

@@ -103,15 +103,15 @@ def sync(path: Path) -> None:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file's content whole: a reader, or a kill, sees the old or the new."""
-    beside = path.with_name(f".{path.name}.new")
+    temporary = path.with_name(f".{path.name}.new")
     try:
-        with beside.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        temporary.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
 

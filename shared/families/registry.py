@@ -10,7 +10,7 @@ from typing import Any
 
 from shared.architecture.architecture import Architecture
 from shared.architecture.flat_view import changed as replace
-from shared.checkpoint.directory.auxiliary_files import config_of
+from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.errors import UserError
 from shared.families import (
     baichuan,
@@ -184,7 +184,7 @@ def from_files(directory: Path, **changes: Any) -> Architecture:
     Raises:
         UserError: as `from_config`; there is no config.json.
     """
-    return from_config(completed(config_of(directory / "config.json") | changes, directory))
+    return from_config(completed(read_config(directory / "config.json") | changes, directory))
 
 
 def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

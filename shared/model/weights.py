@@ -10,11 +10,9 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from shared.checkpoint.formats.torch_dist_reader import NON_WEIGHT_PREFIXES
 from shared.errors import UserError
 from shared.model.gpt import LanguageModel
-
-# Entries of a training checkpoint that are no weights: optimizer state, schedules, random generators.
-NOT_WEIGHTS = ("optimizer.", "rng_state", "opt_param_scheduler", "rerun_state_machine", "common_state")
 
 
 def sharded_state_dict(chunks: Sequence[LanguageModel]) -> dict[str, dict[str, Any]]:
@@ -39,7 +37,7 @@ def load(chunks: Sequence[LanguageModel], iteration_path: Path) -> None:
     saved = {
         key: tuple(entry.global_shape)
         for key, entry in dist_checkpointing.load_tensors_metadata(str(iteration_path)).items()
-        if not key.startswith(NOT_WEIGHTS)
+        if not key.startswith(NON_WEIGHT_PREFIXES)
     }
     _check(_all_shapes(wanted), saved, chunks[0], iteration_path)
     loaded = dist_checkpointing.load(wanted, str(iteration_path))

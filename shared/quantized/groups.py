@@ -72,15 +72,15 @@ class DequantizedGroups:
                 raise UserError(f"{place} holds NaN or infinity; fetch the model again") from None
         if cut:
             begin = (left - first * whole) // BF16.size
-            numbers = np.frombuffer(out, dtype=np.uint16).reshape(rows, -1)
-            numbers[:] = made.reshape(rows, -1)[:, begin : begin + numbers.shape[1]]
+            values = np.frombuffer(out, dtype=np.uint16).reshape(rows, -1)
+            values[:] = made.reshape(rows, -1)[:, begin : begin + values.shape[1]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizeGroups:
     """Rows of a matrix of numbers, as codes in groups or as the scales of those."""
 
-    numbers: ByteView
+    values: ByteView
     dtype: Dtype
     scales: TensorInfo  # that they had
     scheme: Mxfp4 | Int4Groups
@@ -102,8 +102,8 @@ class QuantizeGroups:
         import numpy as np
 
         of = codec(self.scheme)
-        data = memoryview(bytearray(self.rows * self.numbers.width))
-        self.numbers.read(files, self.row, self.rows, 0, self.numbers.width, data)
+        data = memoryview(bytearray(self.rows * self.values.width))
+        self.values.read(files, self.row, self.rows, 0, self.values.width, data)
         old = _scales(files, self.scales, of.SCALE, self.row, self.rows, 0, self.groups)
         result = np.frombuffer(out, dtype=np.uint8 if self.component == "codes" else old.dtype).reshape(len(old), -1)
         step = of.GROUP * self.dtype.size
@@ -113,7 +113,7 @@ class QuantizeGroups:
             try:
                 codes, scales = of.requantize(values, old[start:stop])
             except NotFiniteError:
-                raise not_finite(self.numbers.name) from None
+                raise not_finite(self.values.name) from None
             result[start:stop] = codes if self.component == "codes" else scales[:, None]
 
 

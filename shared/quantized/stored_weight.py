@@ -225,13 +225,13 @@ def _int4_weight(scheme: Int4Groups, codes: TensorInfo, tensors: Mapping[str, Te
 def check_stored_shapes(weights: Mapping[str, Weight], files: OpenFiles) -> None:
     """UserError where a tensor that says a weight's shape says another than its codes have."""
     for weight in weights.values():
-        if (quantized := weight.quantized) and (told := quantized.stored_shape):
-            data = files.read(told.file, told.start, told.size)
-            found = struct.unpack("<2i" if told.dtype == "I32" else "<2q", data)
+        if (quantized := weight.quantized) and (declared := quantized.stored_shape):
+            data = files.read(declared.file, declared.start, declared.size)
+            found = struct.unpack("<2i" if declared.dtype == "I32" else "<2q", data)
             if found != quantized.shape:
                 raise UserError(
-                    f"{told.place}: {told.name} says {list(found)}, and {quantized.codes.name} holds {list(quantized.shape)} "
-                    "numbers; fetch the model again"
+                    f"{declared.place}: {declared.name} says {list(found)}, and {quantized.codes.name} holds "
+                    f"{list(quantized.shape)} numbers; fetch the model again"
                 )
 
 
@@ -315,7 +315,7 @@ class DequantizedBlocks:
 class QuantizeBlocks:
     """A band of blocks of a matrix of numbers, as codes or as the scales of those."""
 
-    numbers: ByteView
+    values: ByteView
     dtype: Dtype
     quantized: QuantizedWeight  # whose scales are read
     component: Component
@@ -346,7 +346,7 @@ class QuantizeBlocks:
         old = _Scales(tensor=quantized.scales).row(files, self.band)
         new, rows, columns = np.empty_like(old), self._rows, quantized.shape[1]
         data = np.empty((rows, columns * self.dtype.size), dtype=np.uint8)
-        self.numbers.read(files, self.band * high, rows, 0, self.numbers.width, memoryview(data).cast("B"))
+        self.values.read(files, self.band * high, rows, 0, self.values.width, memoryview(data).cast("B"))
         codes = np.frombuffer(out, dtype=np.uint8).reshape(rows, columns) if self.component == "codes" else None
         for number, scale in enumerate(old):
             at = slice(number * wide, min((number + 1) * wide, columns))
@@ -363,15 +363,15 @@ class QuantizeBlocks:
 
 
 def quantize(
-    numbers: ByteView, dtype: Dtype, quantized: QuantizedWeight, component: Component
+    values: ByteView, dtype: Dtype, quantized: QuantizedWeight, component: Component
 ) -> Iterator[QuantizeBlocks | QuantizeGroups]:
     """A matrix of numbers of type `held` as one of the two tensors that it is stored as."""
     if isinstance(quantized.scheme, Mxfp4 | Int4Groups):
-        step = max(blocks.BLOCK // numbers.width, 1)
-        for row in range(0, numbers.rows, step):
-            rows = min(step, numbers.rows - row)
+        step = max(blocks.BLOCK // values.width, 1)
+        for row in range(0, values.rows, step):
+            rows = min(step, values.rows - row)
             yield QuantizeGroups(
-                numbers=numbers,
+                values=values,
                 dtype=dtype,
                 scales=quantized.scales,
                 scheme=quantized.scheme,
@@ -381,4 +381,4 @@ def quantize(
             )
         return
     for band in range(-(-quantized.shape[0] // quantized.scheme.block[0])):
-        yield QuantizeBlocks(numbers=numbers, dtype=dtype, quantized=quantized, component=component, band=band)
+        yield QuantizeBlocks(values=values, dtype=dtype, quantized=quantized, component=component, band=band)

@@ -14,7 +14,7 @@ Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 # What decides memory and speed, and how often there is something to see: another value is the same run.
-NEUTRAL = (
+NOT_FINGERPRINTED = (
     *("micro_batch_size", "tensor_parallel", "pipeline_parallel", "virtual_pipeline", "sequence_parallel"),
     *("processes", "recompute", "save_every", "keep", "log_every"),
 )

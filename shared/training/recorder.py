@@ -13,10 +13,10 @@ from shared.report import metrics
 from shared.report import page as report
 from shared.report.metrics import Metrics, flops_per_token, peak_flops, peak_memory
 from shared.runtime.agreement import on_first_rank
-from shared.training.auxiliary_files import passengers
 from shared.training.config import TrainingConfig
 from shared.training.loss import Loss
 from shared.training.plan import Inputs
+from shared.training.run_hf_files import run_hf_files
 
 
 class SharedRun:
@@ -53,8 +53,8 @@ def take_up(target: Path, inputs: Inputs, *, overwrite: bool) -> SharedRun:
         nonlocal held
         parents = {"source": inputs.source.path, "data": inputs.data.path}
         held = RunDirectory.open(target, kind="megatron", inputs=parents, overwrite=overwrite)
-        with passengers(inputs) as files:
-            held.add_passengers(files)
+        with run_hf_files(inputs) as files:
+            held.add_auxiliary_files(files)
         return held.path, held.iteration
 
     path, iteration = on_first_rank(begin)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from shared.checkpoint.directory.manifest import identity, parents_of, read_manifest
+from shared.checkpoint.directory.manifest import parents_of, read_manifest, run_fingerprint
 from shared.checkpoint.directory.target import check_target
 from shared.console import log
 from shared.errors import UserError
@@ -127,4 +127,8 @@ def _leave_if_done(options: TrainingOptions) -> None:
     if manifest is None or manifest.state != "finished":
         return
     inputs = {"source": options.source, "data": options.data}
-    check_target(options.target, same=identity(invocation(), inputs, parents_of(inputs)), overwrite=options.overwrite)
+    check_target(
+        options.target,
+        fingerprint=run_fingerprint(invocation(), inputs, parents_of(inputs)),
+        overwrite=options.overwrite,
+    )

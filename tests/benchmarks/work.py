@@ -32,7 +32,7 @@ class _NoHash:
 
 def without_hashes(command: str, source: Path, target: Path) -> None:
     """A conversion by the library that neither hashes what it writes nor checks what it reads; archives have no checksums."""
-    execute = importlib.import_module("shared.checkpoint.copy.engine")
+    execute = importlib.import_module("shared.checkpoint.copy.worker_pool")
     writer = importlib.import_module("shared.checkpoint.formats.torch_dist_writer")
     module = importlib.import_module(f"tools.convert.{command.replace('-', '_')}")
     cli = importlib.import_module("tools.convert.cli")

@@ -24,7 +24,7 @@ def tool() -> Tool:
     tool = Tool("convert", summary="A tool for tests.")
     calls.clear()
 
-    @tool.command(positional=("source",), neutral=("workers",))
+    @tool.command(positional=("source",), not_fingerprinted=("workers",))
     def copy_weights(
         source: ExistingDir,
         target: Path,
@@ -133,7 +133,7 @@ class Special(Basic):
 def test_a_dataclass_stands_for_its_flags(tool: Tool, run: Run) -> None:
     seen: list[Any] = []
 
-    @tool.command(neutral=("steps",))
+    @tool.command(not_fingerprinted=("steps",))
     def walk(options: Special, far: bool = False) -> None:
         """Walk.
 
@@ -326,7 +326,7 @@ def test_defects_keep_their_traceback(tool: Tool) -> None:
 def test_invocation_knows_the_resolved_options(tool: Tool, run: Run, tmp_path: Path) -> None:
     seen = []
 
-    @tool.command(neutral=("workers",))
+    @tool.command(not_fingerprinted=("workers",))
     def record(target: Path, steps: int = 3, workers: int = 2, overwrite: bool = False) -> None:
         """Record."""
         seen.append(invocation())
@@ -334,4 +334,4 @@ def test_invocation_knows_the_resolved_options(tool: Tool, run: Run, tmp_path: P
     run("record", "--target", tmp_path, "--overwrite")
     assert (seen[0].tool, seen[0].command, seen[0].version) == ("convert", "record", tool.version)
     assert seen[0].options == {"target": str(tmp_path), "steps": 3, "workers": 2, "overwrite": True}
-    assert seen[0].identity({}) == {"steps": 3}
+    assert seen[0].fingerprinted_options({}) == {"steps": 3}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.checkpoint.formats.pytorch_bin import read_torch_weights
+from shared.checkpoint.formats.pytorch_bin import read_pytorch_bin
 from shared.checkpoint.formats.safetensors_file import Header, TensorInfo, read_header
 from shared.errors import UserError
 from shared.mapping.layout import CONCAT, COPY, Shape
@@ -36,7 +36,7 @@ class Changes:
 
 def read_adapter(directory: Path) -> Header:
     """Where the adapter's tensors lie."""
-    for name, read in (("adapter_model.safetensors", read_header), ("adapter_model.bin", read_torch_weights)):
+    for name, read in (("adapter_model.safetensors", read_header), ("adapter_model.bin", read_pytorch_bin)):
         if (directory / name).is_file():
             return read(directory / name)
     raise UserError(f"--adapter {directory} holds no adapter_model.safetensors and no adapter_model.bin")

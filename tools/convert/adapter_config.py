@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from shared.checkpoint.directory.auxiliary_files import config_of
+from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.errors import UserError
 
 CONFIG = "adapter_config.json"
@@ -72,7 +72,7 @@ class AdapterConfig:
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / CONFIG
-        fields = config_of(self.path)
+        fields = read_config(self.path)
         if fields.get("peft_type") != "LORA":
             raise UserError(f"{self.path}: peft_type is {fields.get('peft_type')!r}; only LORA adapters are merged")
         for name in sorted(fields.keys() - _READ - _WITHOUT_EFFECT):

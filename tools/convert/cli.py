@@ -49,7 +49,7 @@ def init(
     run(target, size, model_config, tokenizer, max_position_embeddings, dtype, seed, overwrite)
 
 
-@tool.command(neutral=("workers", "shard"))
+@tool.command(not_fingerprinted=("workers", "shard"))
 def to_megatron(
     source: ExistingDir,
     target: Path,
@@ -73,13 +73,13 @@ def to_megatron(
         shard: write one part of several, 1/4 to 4/4, in as many processes on machines that share the target's file
             system; when all are done, publish/4 makes the directory of them. The result is the same.
     """
-    from shared.checkpoint.directory.sharded_publish import Shard
+    from shared.checkpoint.directory.sharded_publish import ShardSpec
     from tools.convert.to_megatron import run
 
-    run(source, target, hf_files, overwrite, workers, Shard.parse(shard) if shard else None)
+    run(source, target, hf_files, overwrite, workers, ShardSpec.parse(shard) if shard else None)
 
 
-@tool.command(neutral=("workers", "shard"))
+@tool.command(not_fingerprinted=("workers", "shard"))
 def to_te(
     source: ExistingDir,
     target: Path,
@@ -103,13 +103,13 @@ def to_te(
         shard: write one part of several, 1/4 to 4/4, in as many processes on machines that share the target's file
             system; when all are done, publish/4 makes the directory of them. The result is the same.
     """
-    from shared.checkpoint.directory.sharded_publish import Shard
+    from shared.checkpoint.directory.sharded_publish import ShardSpec
     from tools.convert.to_te import run
 
-    run(source, target, hf_files, overwrite, workers, Shard.parse(shard) if shard else None)
+    run(source, target, hf_files, overwrite, workers, ShardSpec.parse(shard) if shard else None)
 
 
-@tool.command(neutral=("workers", "shard"))
+@tool.command(not_fingerprinted=("workers", "shard"))
 def to_hf(
     source: ExistingDir,
     target: Path,
@@ -143,14 +143,14 @@ def to_hf(
         shard: write one part of several, 1/4 to 4/4, in as many processes on machines that share the target's file
             system; when all are done, publish/4 makes the directory of them. The result is the same.
     """
-    from shared.checkpoint.directory.sharded_publish import Shard
+    from shared.checkpoint.directory.sharded_publish import ShardSpec
     from tools.convert.to_hf import run
 
-    part = Shard.parse(shard) if shard else None
+    part = ShardSpec.parse(shard) if shard else None
     run(source, target, dtype, hf_files, family, overwrite, workers, part, quantized)
 
 
-@tool.command(neutral=("workers",))
+@tool.command(not_fingerprinted=("workers",))
 def merge_lora(
     source: ExistingDir,
     adapter: ExistingDir,

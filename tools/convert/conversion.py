@@ -48,12 +48,12 @@ def run_conversion(
         checks: from the files read to the checks made during the copy.
         memory_per_worker: bytes of a thread beside its blocks.
     """
-    mine, workers = out.mine(files), workers or default_workers()
-    size = sum(file.size for file in mine)
+    own_files, workers = out.own_files(files), workers or default_workers()
+    size = sum(file.size for file in own_files)
     memory = peak_memory(workers, transposes=transposes, casts=casts, per_worker=memory_per_worker)
-    log(plan_line(command, architecture, len(mine), size, workers, memory))
+    log(plan_line(command, architecture, len(own_files), size, workers, memory))
     started = time.monotonic()
     with progress(size, "bytes", "converting") as advance:
         out.write(files, workers=workers, advance=advance, checks=checks)
-    if mine:
+    if own_files:
         log(result_line(target, size, time.monotonic() - started))

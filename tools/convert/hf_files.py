@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from shared.checkpoint.directory.auxiliary_files import copy_passengers
+from shared.checkpoint.directory.auxiliary_files import copy_auxiliary_files
 from shared.checkpoint.directory.publish import Publication
 from shared.checkpoint.formats.hugging_face import LAYOUT, HfReader, WeightLayout, default_layout, write_weights
 from shared.checkpoint.formats.safetensors_file import TensorInfo, read_header
@@ -71,7 +71,7 @@ def write_hf_files(out: Publication, plan: ImportPlan, reader: HfReader) -> None
     hf = out.path / "hf"
     hf.mkdir(exist_ok=True)
     for directory in reader.auxiliary_directories:
-        copy_passengers(directory, hf)
+        copy_auxiliary_files(directory, hf)
     if not (hf / "config.json").is_file():
         (hf / "config.json").write_text(json.dumps(reader.config, indent=2) + "\n", encoding="utf-8")
     (hf / LAYOUT).write_text(reader.layout.encode(), encoding="utf-8")

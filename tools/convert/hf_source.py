@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.checkpoint.directory.auxiliary_files import config_of
+from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.checkpoint.directory.open import Checkpoint, open_checkpoint
 from shared.checkpoint.formats.hugging_face import LAYOUT, HfReader
 from shared.checkpoint.formats.swiss_army_transformer import (
     SETTINGS,
-    Joined,
+    JoinedTensor,
     SatReader,
     head_dims,
     join_ranks,
@@ -35,7 +35,7 @@ def open_hf_source(
     Raises:
         UserError: it is not whole, or what it does not say itself is not in --hf-files either.
     """
-    checkpoint = open_checkpoint(source, kinds=("hf",), flag="--source", verify=verify, ranks="hf")
+    checkpoint = open_checkpoint(source, kinds=("hf",), flag="--source", verify=verify, per_rank="hf")
     ranks = rank_states(source) if checkpoint.manifest is None else []
     if hf_files and (source / _CONFIG).is_file():
         raise UserError(f"--hf-files: {source / _CONFIG} is there already; leave the flag out, or move the file away")
@@ -59,10 +59,10 @@ def inputs_of(source: Path, hf_files: Path | None) -> dict[str, Path]:
     return {"source": source} | ({"hf_files": hf_files} if hf_files else {})
 
 
-def _config(source: Path, hf_files: Path | None, joined: Mapping[str, Joined]) -> dict[str, Any]:
+def _config(source: Path, hf_files: Path | None, joined: Mapping[str, JoinedTensor]) -> dict[str, Any]:
     """The configuration: the one that is given, or that of the published model which the shapes are of."""
     given = next((d / _CONFIG for d in (source, hf_files) if d and (d / _CONFIG).is_file()), None)
-    config = config_of(given) if given else _published(source, _facts(joined))
+    config = read_config(given) if given else _published(source, _facts(joined))
     place = given or source
     if registry.family_of(config).name != _FAMILY:
         raise UserError(
@@ -70,7 +70,7 @@ def _config(source: Path, hf_files: Path | None, joined: Mapping[str, Joined]) -
         )
     architecture = registry.from_config(config)
     if (source / SETTINGS).is_file():
-        told = config_of(source / SETTINGS)
+        told = read_config(source / SETTINGS)
         for name, value in told.items():
             if name in config and config[name] != value:
                 raise UserError(
@@ -86,7 +86,7 @@ def _config(source: Path, hf_files: Path | None, joined: Mapping[str, Joined]) -
     return config
 
 
-def _facts(joined: Mapping[str, Joined]) -> dict[str, int]:
+def _facts(joined: Mapping[str, JoinedTensor]) -> dict[str, int]:
     """What the shapes say, under config.json's names."""
     shapes = {name: held.tensor.shape for name, held in joined.items()}
     layers = {int(found[1]) for name in shapes if (found := re.match(r"transformer\.layers\.(\d+)\.", name))}

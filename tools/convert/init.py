@@ -15,8 +15,8 @@ import numpy as np
 
 from shared.architecture.architecture import Architecture
 from shared.checkpoint.copy.blocks import BLOCK
-from shared.checkpoint.copy.engine import Advance
-from shared.checkpoint.directory.auxiliary_files import both_spellings, config_of, copy_passengers
+from shared.checkpoint.copy.worker_pool import Advance
+from shared.checkpoint.directory.auxiliary_files import copy_auxiliary_files, for_transformers_4_and_5, read_config
 from shared.checkpoint.directory.publish import publish
 from shared.checkpoint.dtypes import BY_FLAG, FP32, Dtype, from_float32
 from shared.checkpoint.formats.hugging_face import default_layout, write_weights
@@ -53,9 +53,9 @@ def run(
         changes["vocab_size"] = tokens.pop("vocab_size")
     types = {"dtype": kind.name, "torch_dtype": kind.name}
     if model_config is not None:
-        given_config = registry.completed(config_of(model_config), tokenizer or model_config.parent)
+        given_config = registry.completed(read_config(model_config), tokenizer or model_config.parent)
         registry.from_config(given_config)
-        config = both_spellings(given_config | changes | tokens | types)
+        config = for_transformers_4_and_5(given_config | changes | tokens | types)
     else:
         config = registry.to_config(replace(_named(str(size)), **changes), **tokens, **types)
     architecture = registry.from_config(config)
@@ -151,7 +151,7 @@ def _write_files(directory: Path, config: dict[str, Any], tokenizer: Path | None
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if tokenizer is None:
         return
-    copy_passengers(tokenizer, directory)
+    copy_auxiliary_files(tokenizer, directory)
     special = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
     if not (directory / "generation_config.json").exists() and special:
         (directory / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")

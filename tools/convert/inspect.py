@@ -10,12 +10,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoint.directory.auxiliary_files import config_of
+from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.checkpoint.directory.open import Checkpoint, open_checkpoint
 from shared.checkpoint.dtypes import BY_SAFETENSORS, count_not_finite
 from shared.checkpoint.formats.hugging_face import HfReader
 from shared.checkpoint.formats.torch_dist_reader import TorchDistReader
-from shared.checkpoint.formats.transformer_engine import LAYERS, TeReader
+from shared.checkpoint.formats.transformer_engine_reader import LAYERS, TeReader
 from shared.cli import log, progress
 from shared.console import quantity
 from shared.errors import StageError, UserError
@@ -81,9 +81,9 @@ def _describe(checkpoint: Checkpoint, reader: Reader, rows: list[Row]) -> dict[s
     if isinstance(reader, TorchDistReader):
         found["iteration"] = checkpoint.iteration_path.name
         found["chunks"] = sum(len(tensor.chunks) for tensor in reader.tensors.values())
-        found["optimizer_tensors"] = len(reader.other)
+        found["optimizer_tensors"] = len(reader.non_weights)
     elif isinstance(reader, TeReader):
-        found["layers"] = layer_lines(config_of(checkpoint.path / LAYERS)["layers"])
+        found["layers"] = layer_lines(read_config(checkpoint.path / LAYERS)["layers"])
     else:
         found["shards"] = len(reader.layout.shards)
     found |= _family(checkpoint, reader)
@@ -104,7 +104,7 @@ def _family(checkpoint: Checkpoint, reader: Reader) -> dict[str, Any]:
     path = checkpoint.hf_files / "config.json"
     if not path.is_file():
         return {"family": None, "problem": f"{path} is missing"}
-    config = config_of(path)
+    config = read_config(path)
     result: dict[str, Any] = {"family": config.get("model_type")}
     try:
         if form := quantization_scheme(config):
@@ -137,7 +137,7 @@ def _scan(reader: Reader) -> dict[str, str]:
     found: dict[str, list[int]] = {}
     if isinstance(reader, HfReader):
         size = sum(weight.tensor.size for weight in reader.weights.values())
-        weights = [(w.name, BY_SAFETENSORS.get(w.dtype), reader.numbers(w.name)) for w in reader.weights.values()]
+        weights = [(w.name, BY_SAFETENSORS.get(w.dtype), reader.values(w.name)) for w in reader.weights.values()]
     else:
         size = reader.bytes
         weights = [

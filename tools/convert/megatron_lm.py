@@ -15,7 +15,7 @@ from pathlib import Path
 from shared.architecture.architecture import Architecture, Attention
 from shared.checkpoint.copy.blocks import OpenFiles
 from shared.checkpoint.copy.byte_view import Extent, ExtentView, view_of
-from shared.checkpoint.copy.engine import Task
+from shared.checkpoint.copy.worker_pool import Task
 from shared.checkpoint.dtypes import Dtype, weight_dtype
 from shared.checkpoint.formats.megatron_lm_ranks import Ranks, read_ranks
 from shared.checkpoint.formats.safetensors_file import TensorInfo

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from shared.checkpoint.copy.blocks import BLOCK
 from shared.checkpoint.copy.byte_view import view_of
-from shared.checkpoint.copy.engine import Task
 from shared.checkpoint.copy.operations import CopyOperation, cast_operation, copy_rows
-from shared.checkpoint.directory.auxiliary_files import config_of, copy_passengers
+from shared.checkpoint.copy.worker_pool import Task
+from shared.checkpoint.directory.auxiliary_files import copy_auxiliary_files, read_config
 from shared.checkpoint.directory.open import content_checks, open_checkpoint
 from shared.checkpoint.directory.publish import publish
 from shared.checkpoint.dtypes import weight_dtype
@@ -75,7 +75,7 @@ def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int
             log(f"the adapter's own: {', '.join(own)}")
             for name in own:
                 shutil.copyfile(adapter / name, out.path / name)
-        copy_passengers(source, out.path)
+        copy_auxiliary_files(source, out.path)
         if merge.untied:
             _untie(out.path / "config.json")
         architecture = registry.from_files(out.path)
@@ -122,7 +122,7 @@ def _say(config: AdapterConfig, changes: Changes, merge: Merge) -> None:
 
 
 def _untie(path: Path) -> None:
-    config = untied_config(config_of(path))
+    config = untied_config(read_config(path))
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from shared.architecture.architecture import Architecture
 from shared.checkpoint.copy.blocks import OpenFiles
 from shared.checkpoint.copy.byte_view import ByteView, ConcatenatedView, RowRange
-from shared.checkpoint.copy.engine import Task
 from shared.checkpoint.copy.operations import (
     AddConstant,
     CopyOperation,
@@ -27,10 +26,11 @@ from shared.checkpoint.copy.operations import (
     stream,
     transpose,
 )
+from shared.checkpoint.copy.worker_pool import Task
 from shared.checkpoint.dtypes import BF16, FP32, FP64, Dtype, common, number, weight_dtype
 from shared.checkpoint.formats.hugging_face import WeightLayout, default_layout, weight_files
 from shared.checkpoint.formats.safetensors_file import TensorInfo
-from shared.checkpoint.formats.torch_dist_reader import NOT_WEIGHTS
+from shared.checkpoint.formats.torch_dist_reader import NON_WEIGHT_PREFIXES
 from shared.errors import UserError
 from shared.mapping.account import account_targets
 from shared.mapping.layout import ONES, Segment, Shape, segments_of_source
@@ -104,9 +104,9 @@ def plan_export(
     """
     stored = layout
     if layout is not None:
-        layout = layout.plain(scheme)
+        layout = layout.dequantized(scheme)
         table = table.with_prefixes_of(layout.tensors())
-    entries = account_targets(table, reader.tensors, str(reader.directory), NOT_WEIGHTS)
+    entries = account_targets(table, reader.tensors, str(reader.directory), NON_WEIGHT_PREFIXES)
     origin = _origins(entries)
     shapes = {name: entry.sources[place].stored_shape for name, ((entry, place), *_) in origin.items()}
     held = {name: common(reader.tensors[entry.key].dtype for entry, _ in parts) for name, parts in origin.items()}
@@ -229,7 +229,8 @@ def _slice_operations(origin: Origin, reader: MegatronReader, wanted: Dtype, *, 
         limit = read_limit(held, wanted)
         if entry.transposed:
             parts = tuple(
-                TransposedRows(view=view, row=s.target_row, rows=s.rows, at=s.source_row, step=s.step) for s in segments
+                TransposedRows(view=view, row=s.target_row, rows=s.rows, column=s.source_row, step=s.step)
+                for s in segments
             )
             strips = transpose(parts, 0, rows, columns[0], held.size, limit)
             yield from (cast_operation(operation, held, wanted) for operation in strips)
@@ -252,7 +253,9 @@ def _slice_operations(origin: Origin, reader: MegatronReader, wanted: Dtype, *, 
 
 def _concatenated(entry: Entry, segments: Iterable[Segment], view: ByteView, rows: int) -> ConcatenatedView:
     """Rows of a source in their order, read from the entry's view."""
-    parts = tuple(RowRange(view=view, row=s.target_row, rows=s.rows, at=s.source_row, step=s.step) for s in segments)
+    parts = tuple(
+        RowRange(view=view, row=s.target_row, rows=s.rows, target_row=s.source_row, step=s.step) for s in segments
+    )
     return ConcatenatedView(name=entry.key, rows=rows, width=view.width, parts=parts)
 
 

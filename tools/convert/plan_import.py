@@ -13,11 +13,11 @@ from math import prod
 from pathlib import Path
 
 from shared.architecture.architecture import Architecture
-from shared.checkpoint.copy.engine import Task
-from shared.checkpoint.directory.auxiliary_files import other_weights
+from shared.checkpoint.copy.worker_pool import Task
+from shared.checkpoint.directory.auxiliary_files import unread_weights
 from shared.checkpoint.directory.open import Checkpoint, content_checks
 from shared.checkpoint.directory.publish import Checks, Publication
-from shared.checkpoint.directory.sharded_publish import Shard
+from shared.checkpoint.directory.sharded_publish import ShardSpec
 from shared.checkpoint.dtypes import FP64, Dtype, common, weight_dtype
 from shared.checkpoint.formats.hugging_face import HfReader
 from shared.checkpoint.formats.torch_dist_writer import CHUNK_BYTES, TorchDistLayout
@@ -99,11 +99,11 @@ def log_import(plan: ImportPlan, reader: HfReader) -> None:
         log(
             f"{len(quantized)} weights in {quantized[0].scheme.title} are written as bfloat16; their scales are kept in hf/"
         )
-    if others := other_weights(reader.path, set(reader.files)):
+    if others := unread_weights(reader.path, set(reader.files)):
         log(f"not carried over, being other forms of the weights: {', '.join(others)}")
 
 
-def import_checks(checkpoint: Checkpoint, plan: ImportPlan, reader: HfReader, shard: Shard | None) -> Checks:
+def import_checks(checkpoint: Checkpoint, plan: ImportPlan, reader: HfReader, shard: ShardSpec | None) -> Checks:
     """Checks of the source while it is read: its hashes, and in the first shard the tensors that are stored twice."""
 
     def checks(sources: frozenset[Path]) -> list[Task]:
@@ -132,7 +132,7 @@ def tied_checks(plan: ImportPlan, reader: HfReader) -> list[Task]:
 def _check_tied(reader: HfReader, tied: TiedTensor) -> None:
     name, of = tied.name, tied.tied_to
     same = reader.weights[name].dtype == reader.weights[of].dtype
-    if not same or any(a != b for a, b in zip(reader.numbers(name), reader.numbers(of), strict=True)):
+    if not same or any(a != b for a, b in zip(reader.values(name), reader.values(of), strict=True)):
         ties, fix = "config.json ties them (tie_word_embeddings)", "set tie_word_embeddings to false, or remove it"
         if tied.always:
             ties, fix = "it stands for a copy", "remove it"
@@ -166,6 +166,6 @@ def torch_dist_layout(plan: ImportPlan, reader: HfReader) -> TorchDistLayout:
             rest = (0,) * (len(entry.shape) - 1)
             sizes = ((1,) * len(entry.index)) + (count, *entry.shape[1:])
             operations = partial(entry_operations, entry, dtype, reader, first, count)
-            layout.chunk(entry.key, (*entry.index, first, *rest), sizes, operations, frozenset().union(*read))
-    layout.put_objects(extra_states(plan.architecture), [None])
+            layout.add_chunk(entry.key, (*entry.index, first, *rest), sizes, operations, frozenset().union(*read))
+    layout.add_objects(extra_states(plan.architecture), [None])
     return layout

@@ -8,7 +8,7 @@ from pathlib import Path
 from shared.checkpoint.copy.operations import CopyOperation, FilePlan
 from shared.checkpoint.formats.hugging_face import HfReader, WeightLayout, default_layout, weight_files
 from shared.checkpoint.formats.safetensors_file import TensorInfo
-from shared.checkpoint.formats.transformer_engine import STATE_TYPE
+from shared.checkpoint.formats.transformer_engine_reader import STATE_TYPE
 from shared.mapping.rule import Entry
 from tools.convert.plan_import import ImportPlan
 from tools.convert.planning import entry_operations

@@ -21,7 +21,7 @@ from shared.checkpoint.copy.operations import (
 from shared.checkpoint.dtypes import Dtype, number, weight_dtype
 from shared.checkpoint.formats.hugging_face import HfReader
 from shared.checkpoint.formats.torch_dist_reader import TorchDistReader
-from shared.checkpoint.formats.transformer_engine import TeReader
+from shared.checkpoint.formats.transformer_engine_reader import TeReader
 from shared.cli import log
 from shared.families import registry
 from shared.mapping.layout import ONES, PADDING, segments_of_target
@@ -53,7 +53,7 @@ def entry_operations(entry: Entry, dtype: Dtype, reader: HfReader, first: int, c
         operations: Iterable[CopyOperation]
         if entry.transposed and not tensor.transposed:
             rows = tensor.shape[0]
-            parts = (TransposedRows(view=view, row=0, rows=rows, at=0),)
+            parts = (TransposedRows(view=view, row=0, rows=rows, column=0),)
             operations = transpose(parts, segment.source_row, segment.rows, rows, stored.size, limit, segment.step)
         elif segment.step > 1:
             strided = StridedView(view=view, first=segment.source_row, rows=segment.rows, step=segment.step)

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shared.architecture.architecture import Architecture
-from shared.checkpoint.copy.engine import Task
-from shared.checkpoint.directory.auxiliary_files import config_of, copy_passengers
+from shared.checkpoint.copy.worker_pool import Task
+from shared.checkpoint.directory.auxiliary_files import copy_auxiliary_files, read_config
 from shared.checkpoint.directory.open import Checkpoint, content_checks, open_checkpoint
-from shared.checkpoint.directory.sharded_publish import Shard, published
+from shared.checkpoint.directory.sharded_publish import ShardSpec, publish_sharded
 from shared.checkpoint.dtypes import BY_FLAG, Dtype
 from shared.checkpoint.formats.hugging_face import LAYOUT, WeightLayout, write_index
 from shared.checkpoint.formats.megatron_lm_ranks import rank_files
 from shared.checkpoint.formats.torch_dist_reader import TorchDistReader
-from shared.checkpoint.formats.transformer_engine import TeReader
+from shared.checkpoint.formats.transformer_engine_reader import TeReader
 from shared.cli import log
 from shared.errors import UserError
 from shared.families import registry
@@ -43,7 +43,7 @@ def run(
     family: str | None,
     overwrite: bool,
     workers: int | None,
-    shard: Shard | None,
+    shard: ShardSpec | None,
     quantized: bool = False,
 ) -> None:
     """Convert; publishes `target` of kind hf."""
@@ -52,9 +52,9 @@ def run(
     if quantized and family:
         raise UserError("--quantized and --family contradict each other: the source's form is of its own names")
     inputs = {"source": source} | ({"hf_files": hf_files} if hf_files else {})
-    with published(target, kind="hf", inputs=inputs, overwrite=overwrite, shard=shard) as out:
+    with publish_sharded(target, kind="hf", inputs=inputs, overwrite=overwrite, shard=shard) as out:
         checkpoint = open_checkpoint(
-            source, kinds=("megatron", "te"), flag="--source", verify="small", ranks="megatron"
+            source, kinds=("megatron", "te"), flag="--source", verify="small", per_rank="megatron"
         )
         files = hf_files or checkpoint.hf_files
         reader, plan = open_export(checkpoint, files, dtype, family, quantized=quantized)
@@ -78,13 +78,13 @@ def run(
             checks=checks,
             memory_per_worker=max((weight.operation_bytes for weight, _ in plan.components.values()), default=0),
         )
-        if not out.finishing:
+        if not out.writes_auxiliary_files:
             return
         write_index(out.path, plan.layout)
-        own = config_of(files / "config.json")
+        own = read_config(files / "config.json")
         if family and not _spelt_as(own, family):
             _write_config(out.path / "config.json", plan.architecture, own)
-        copy_passengers(files, out.path)
+        copy_auxiliary_files(files, out.path)
         if not quantized:
             _name_plain(out.path / "config.json")
         if dtype:
@@ -143,7 +143,7 @@ def _write_config(path: Path, architecture: Architecture, source: Mapping[str, A
 
 def _name_dtype(path: Path, name: str) -> None:
     """Let config.json say the type that the weights were asked to have; loaders believe it."""
-    config = config_of(path)
+    config = read_config(path)
 
     def saying(part: Mapping[str, Any]) -> dict[str, Any]:
         return {**part, **{field: name for field in ("dtype", "torch_dtype") if field in part}}
@@ -158,7 +158,7 @@ def _name_dtype(path: Path, name: str) -> None:
 
 def _name_plain(path: Path) -> None:
     """Let config.json not say that the weights are quantised, where they were."""
-    config = config_of(path)
+    config = read_config(path)
     if config.pop("quantization_config", None) is not None:
         log(
             "config.json: without quantization_config, the weights are plain numbers (--quantized writes the source's form)"
@@ -187,7 +187,7 @@ def open_export(
         raise UserError(
             f"{files / 'config.json'} is missing; give --hf-files DIR, where config.json and the tokenizer are"
         )
-    config = config_of(files / "config.json")
+    config = read_config(files / "config.json")
     architecture, scheme = registry.from_files(files), quantization_scheme(config)
     if quantized and scheme is None:
         raise UserError(

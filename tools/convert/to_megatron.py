@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from shared.checkpoint.directory.open import TRACKER
-from shared.checkpoint.directory.sharded_publish import Shard, published
+from shared.checkpoint.directory.sharded_publish import ShardSpec, publish_sharded
 from shared.families import registry
 from tools.convert.conversion import run_conversion
 from tools.convert.hf_files import write_hf_files
@@ -23,11 +23,11 @@ def run(
     hf_files: Path | None,
     overwrite: bool,
     workers: int | None,
-    shard: Shard | None,
+    shard: ShardSpec | None,
 ) -> None:
     """Convert; publishes `target` of kind megatron."""
     inputs = inputs_of(source, hf_files)
-    with published(target, kind="megatron", inputs=inputs, overwrite=overwrite, shard=shard) as out:
+    with publish_sharded(target, kind="megatron", inputs=inputs, overwrite=overwrite, shard=shard) as out:
         checkpoint, reader = open_hf_source(source, hf_files)
         declared = registry.from_config(registry.completed(reader.config, source))
         architecture = with_stored_mtp(declared, reader.weights, source)
@@ -45,7 +45,7 @@ def run(
             casts=plan.casts(reader),
             checks=import_checks(checkpoint, plan, reader, shard),
         )
-        if not out.finishing:
+        if not out.writes_auxiliary_files:
             return
         layout.finish(out.path / RELEASE, COMMON)
         (out.path / TRACKER).write_text(RELEASE, encoding="utf-8")

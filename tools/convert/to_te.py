@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoint.directory.sharded_publish import Shard, published
+from shared.checkpoint.directory.sharded_publish import ShardSpec, publish_sharded
 from shared.checkpoint.formats.hugging_face import write_index
-from shared.checkpoint.formats.transformer_engine import LAYERS
+from shared.checkpoint.formats.transformer_engine_reader import LAYERS
 from shared.cli import log
 from shared.families import registry
 from shared.mapping.transformer_engine import te_form
@@ -25,11 +25,11 @@ def run(
     hf_files: Path | None,
     overwrite: bool,
     workers: int | None,
-    shard: Shard | None,
+    shard: ShardSpec | None,
 ) -> None:
     """Convert; publishes `target` of kind te."""
     inputs = inputs_of(source, hf_files)
-    with published(target, kind="te", inputs=inputs, overwrite=overwrite, shard=shard) as out:
+    with publish_sharded(target, kind="te", inputs=inputs, overwrite=overwrite, shard=shard) as out:
         checkpoint, reader = open_hf_source(source, hf_files)
         architecture = registry.from_config(registry.completed(reader.config, source))
         form = te_form(registry.table_of(architecture), architecture)
@@ -49,7 +49,7 @@ def run(
             casts=plan.casts(reader),
             checks=import_checks(checkpoint, plan, reader, shard),
         )
-        if not out.finishing:
+        if not out.writes_auxiliary_files:
             return
         write_index(out.path, layout)
         (out.path / LAYERS).write_text(json.dumps(form.modules, indent=1) + "\n", encoding="utf-8")

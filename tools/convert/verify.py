@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from shared.architecture import dictionary
-from shared.checkpoint.directory.auxiliary_files import config_of, passengers
-from shared.checkpoint.directory.manifest import fingerprint
+from shared.checkpoint.directory.auxiliary_files import auxiliary_files, read_config
+from shared.checkpoint.directory.manifest import input_fingerprint
 from shared.checkpoint.directory.open import open_checkpoint
 from shared.checkpoint.dtypes import count_not_finite, weight_dtype
 from shared.checkpoint.files import write_atomically
 from shared.checkpoint.formats.hugging_face import LAYOUT, HfReader
-from shared.checkpoint.formats.transformer_engine import LAYERS
+from shared.checkpoint.formats.transformer_engine_reader import LAYERS
 from shared.cli import invocation, log, progress
 from shared.errors import StageError, UserError
 from shared.families import registry
@@ -77,7 +77,7 @@ def run(
     if logits:
         _require_class(reader.config, source, trust_remote_code)
     findings = Findings()
-    _compare_config(reader.config, config_of(made.hf_files / "config.json"), findings)
+    _compare_config(reader.config, read_config(made.hf_files / "config.json"), findings)
     if not findings.differences:  # of different shapes there is nothing to compare further
         quantized = any(weight.quantized for weight in reader.weights.values())
         held, plan = open_export(made, made.hf_files, None, quantized=quantized)
@@ -105,8 +105,8 @@ def run(
     content = {
         "passed": not findings.differences,
         "tool": f"{invocation().tool} {invocation().version}",
-        "source": {"name": source.resolve().name, "fingerprint": fingerprint(source)},
-        "target": {"name": target.resolve().name, "fingerprint": fingerprint(target)},
+        "source": {"name": source.resolve().name, "fingerprint": input_fingerprint(source)},
+        "target": {"name": target.resolve().name, "fingerprint": input_fingerprint(target)},
         **asdict(findings),
         "seconds": round(seconds, 1),
     }
@@ -229,7 +229,7 @@ def _compare_numbers(reader: HfReader, held: MegatronReader, plan: ExportPlan, f
             0,
             True,
         )
-        for ours, theirs in _aligned(reader.numbers(name), rows_to_quantize(plan, held, name)):
+        for ours, theirs in _aligned(reader.values(name), rows_to_quantize(plan, held, name)):
             counts = count_not_finite(ours, dtype)
             nan, infinite, same = nan + counts[0], infinite + counts[1], same and ours == theirs
         if not same:
@@ -273,7 +273,7 @@ def _check_layers(path: Path, plan: ExportPlan, findings: Findings) -> None:
 
     form = te_form(registry.table_of(plan.architecture), plan.architecture)
     try:
-        same = comparable(config_of(path)) == comparable(json.loads(json.dumps(form.modules)))
+        same = comparable(read_config(path)) == comparable(json.loads(json.dumps(form.modules)))
     except (AttributeError, KeyError, UserError):
         same = False
     if not same:
@@ -282,9 +282,11 @@ def _check_layers(path: Path, plan: ExportPlan, findings: Findings) -> None:
 
 def _compare_files(reader: HfReader, kept: Path, findings: Findings) -> None:
     ours = {
-        relative: place / relative for place in reversed(reader.auxiliary_directories) for relative in passengers(place)
+        relative: place / relative
+        for place in reversed(reader.auxiliary_directories)
+        for relative in auxiliary_files(place)
     }
-    theirs = set(passengers(kept))
+    theirs = set(auxiliary_files(kept))
     if not (reader.path / "config.json").is_file():
         theirs.discard(Path("config.json"))  # made of what the source says; its fields were compared
         ours.pop(Path("config.json"), None)

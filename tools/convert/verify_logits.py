@@ -14,7 +14,7 @@ import torch
 
 import shared.runtime.device
 from shared.architecture.architecture import Alibi, Architecture, Attention
-from shared.checkpoint.directory.auxiliary_files import config_of
+from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.checkpoint.formats.hugging_face import HfReader
 from shared.cli import log
 from shared.console import quantity
@@ -137,7 +137,7 @@ def _transformers(source: Path, ids: torch.Tensor, trust_remote_code: bool) -> t
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    config, architecture = config_of(source / "config.json"), registry.from_files(source)
+    config, architecture = read_config(source / "config.json"), registry.from_files(source)
     options = {"dtype": torch.float32, "attn_implementation": attention_of(architecture)}
     if quantization_scheme(config):
         model = _plain(source, **options)
@@ -193,7 +193,7 @@ def _plain(source: Path, **options: Any) -> Any:
     types = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
     state: dict[str, torch.Tensor] = {}
     for name, weight in reader.weights.items():
-        data = bytearray(b"".join(reader.numbers(name)))
+        data = bytearray(b"".join(reader.values(name)))
         numbers = torch.frombuffer(data, dtype=types[weight.dtype])
         if weight.transposed:
             *outer, columns, rows = weight.shape

@@ -44,7 +44,7 @@ class ModelOptions:
         )
 
 
-@tool.command(neutral=("batch_size", "tensor_parallel"))
+@tool.command(not_fingerprinted=("batch_size", "tensor_parallel"))
 def generate(
     source: ExistingDir,
     prompts: ExistingFile,
@@ -88,7 +88,7 @@ def generate(
     )
 
 
-@tool.command(neutral=("batch_size", "tensor_parallel"))
+@tool.command(not_fingerprinted=("batch_size", "tensor_parallel"))
 def evaluate(
     source: ExistingDir,
     tasks: tuple[str, ...],

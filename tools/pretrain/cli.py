@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from shared.cli import Existing, ExistingDir, NonNegative, Positive, Tool
-from shared.training.options import NEUTRAL, TrainingOptions
+from shared.training.options import NOT_FINGERPRINTED, TrainingOptions
 
 tool = Tool("pretrain", summary="Train a tokenizer, prepare text and pretrain with Megatron-Core.")
 
@@ -38,7 +38,7 @@ def tokenizer(
     run(source=source, target=target, vocab_size=vocab_size, text_key=text_key, overwrite=overwrite)
 
 
-@tool.command(neutral=("workers",))
+@tool.command(not_fingerprinted=("workers",))
 def prepare(
     source: tuple[Existing, ...],
     tokenizer: ExistingDir,
@@ -78,7 +78,7 @@ def prepare(
     )
 
 
-@tool.command(neutral=NEUTRAL)
+@tool.command(not_fingerprinted=NOT_FINGERPRINTED)
 def train(options: TrainingOptions, sequence_length: Positive | None = None) -> int | None:
     """Pretrain a model of a Megatron checkpoint on an indexed dataset, into a run directory of checkpoints.
 

@@ -7,10 +7,10 @@ from tools.rlhf.options import GRPOOptions, PPOOptions, RewardOptions
 
 tool = Tool("rlhf", summary="Train a reward model, and a policy on rewards, from and to Hugging Face directories.")
 
-_NEUTRAL = ("save_every", "log_every")
+_NOT_FINGERPRINTED = ("save_every", "log_every")
 
 
-@tool.command(neutral=_NEUTRAL)
+@tool.command(not_fingerprinted=_NOT_FINGERPRINTED)
 def reward(options: RewardOptions) -> int | None:
     """Train a reward model on preference pairs, with TRL's RewardTrainer.
 
@@ -28,7 +28,7 @@ def reward(options: RewardOptions) -> int | None:
     return code
 
 
-@tool.command(neutral=_NEUTRAL)
+@tool.command(not_fingerprinted=_NOT_FINGERPRINTED)
 def ppo(options: PPOOptions) -> int | None:
     """Train a policy on rewards by PPO, on DeepSpeed engines.
 
@@ -45,7 +45,7 @@ def ppo(options: PPOOptions) -> int | None:
     return code
 
 
-@tool.command(neutral=_NEUTRAL)
+@tool.command(not_fingerprinted=_NOT_FINGERPRINTED)
 def grpo(options: GRPOOptions) -> int | None:
     """Train a policy on rewards by GRPO, with TRL's GRPOTrainer: no critic, replies to one prompt are compared.
 

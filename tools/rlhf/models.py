@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shared.checkpoint.directory.auxiliary_files import finish_hf_directory
 from shared.checkpoint.directory.open import open_checkpoint
-from shared.checkpoint.formats.hugging_face import complete_hf
 from shared.data.tokenizer import open_tokenizer
 from shared.errors import StageError, UserError
 from shared.families.common.transformers_workarounds import completed
@@ -137,7 +137,7 @@ def save_hf(
     (directory / "generation_config.json").unlink(missing_ok=True)
     if not new_config:
         (directory / "config.json").unlink()
-    complete_hf(directory, source.path)
+    finish_hf_directory(directory, source.path)
     return {
         "family": model.config.model_type,
         "architecture": type(model).__name__,

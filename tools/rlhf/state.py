@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any, Self
 
-from shared.checkpoint.directory.manifest import Inputs, identity, parents_of
+from shared.checkpoint.directory.manifest import Inputs, parents_of, run_fingerprint
 from shared.checkpoint.files import remove_tree, sync, sync_tree, write_atomically
 from shared.console import log
 from shared.errors import UserError
@@ -37,7 +37,9 @@ class State:
         Raises:
             UserError: an unfinished run of another command is there, and --overwrite was not given.
         """
-        state = cls(target.with_name(f"{target.name}.state"), same=identity(invocation(), inputs, parents_of(inputs)))
+        state = cls(
+            target.with_name(f"{target.name}.state"), same=run_fingerprint(invocation(), inputs, parents_of(inputs))
+        )
         if state.path.exists() and not state._is_ours() and not overwrite:
             raise UserError(
                 f"{state.path} holds the state of an unfinished run with other inputs or options; "

@@ -9,12 +9,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from shared.cli import Existing, ExistingDir, NonNegative, Positive, Tool
-from shared.training.options import NEUTRAL, Rate, TrainingOptions
+from shared.training.options import NOT_FINGERPRINTED, Rate, TrainingOptions
 
 tool = Tool("sft", summary="Prepare conversations and fine-tune with Megatron-Core.")
 
 
-@tool.command(neutral=("workers",))
+@tool.command(not_fingerprinted=("workers",))
 def prepare(
     source: tuple[Existing, ...],
     tokenizer: ExistingDir,
@@ -75,7 +75,7 @@ class FineTuningOptions(TrainingOptions):
     weight_decay: Rate = 0.0
 
 
-@tool.command(neutral=NEUTRAL)
+@tool.command(not_fingerprinted=NOT_FINGERPRINTED)
 def train(options: FineTuningOptions, epochs: Positive | None = None) -> int | None:
     """Fine-tune a model of a Megatron checkpoint on packed conversations, into a run directory of checkpoints.
 

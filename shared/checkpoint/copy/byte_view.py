@@ -112,7 +112,7 @@ class RowRange:
     view: ByteView
     row: int
     rows: int
-    at: int
+    target_row: int
     step: int = 1
 
 
@@ -128,9 +128,9 @@ class ConcatenatedView:
     def read(self, files: OpenFiles, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
         """As `Region.read`."""
         for part in self.parts:
-            first = max(-(-(row - part.at) // part.step), 0)  # of the part's rows, those in the window
-            count = min(-(-(row + rows - part.at) // part.step), part.rows) - first
-            top = part.at + first * part.step - row
+            first = max(-(-(row - part.target_row) // part.step), 0)  # of the part's rows, those in the window
+            count = min(-(-(row + rows - part.target_row) // part.step), part.rows) - first
+            top = part.target_row + first * part.step - row
             if count > 0 and part.step == 1:
                 place = out[top * width : (top + count) * width]
                 part.view.read(files, part.row + first, count, left, width, place)

@@ -87,7 +87,7 @@ class TransposedRows:
     view: ByteView
     row: int
     rows: int
-    at: int
+    column: int
     step: int = 1
 
 
@@ -118,8 +118,8 @@ class Transpose:
             numbers = strip.view(f"u{self.item}").reshape(part.rows, span)[:, :: self.step]
             for row in range(0, part.rows, _TILE):
                 tile = numbers[row : row + _TILE]
-                at = part.at + row * part.step
-                result[:, at : at + len(tile) * part.step : part.step] = tile.T
+                column = part.column + row * part.step
+                result[:, column : column + len(tile) * part.step : part.step] = tile.T
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,24 +18,28 @@ WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz"),
     *(".onnx_data", ".ot", ".mlmodel", ".nemo"),
 )
-_OF_WEIGHTS = (".index.json",)
-_OWN = {MANIFEST, "weights.json", "asides.safetensors"}  # ours, about this directory
-_OF_RUNS = ("metrics.jsonl", "report.html", "run.json", "state/", "runs/", "tensorboard/")  # of the run that made it
-_TOOLS_FOLDERS = {".git", ".cache"}  # of the programs that fetched it
+_INDEX_SUFFIXES = (".index.json",)
+_BATON_FILES = {MANIFEST, "weights.json", "asides.safetensors"}  # ours, about this directory
+_RUN_FILES = ("metrics.jsonl", "report.html", "run.json", "state/", "runs/", "tensorboard/")  # of the run that made it
+_DOWNLOAD_FOLDERS = {".git", ".cache"}  # of the programs that fetched it
 
 
-def passengers(directory: Path) -> Iterator[Path]:
+def auxiliary_files(directory: Path) -> Iterator[Path]:
     """Relative paths of the files that travel, in a fixed order: of a published directory those it answers for."""
     if (directory / MANIFEST).is_file():
-        names = [n for n in config_of(directory / MANIFEST)["files"] if not n.startswith(_OF_RUNS)]
+        names = [n for n in read_config(directory / MANIFEST)["files"] if not n.startswith(_RUN_FILES)]
     else:
-        names = _names(directory)
+        names = _relative_names(directory)
     for name in sorted(names):
-        if not name.endswith((*WEIGHT_SUFFIXES, *_OF_WEIGHTS)) and name not in _OWN and not _points(directory / name):
+        if (
+            not name.endswith((*WEIGHT_SUFFIXES, *_INDEX_SUFFIXES))
+            and name not in _BATON_FILES
+            and not _is_latest_pointer(directory / name)
+        ):
             yield Path(name)
 
 
-def _points(path: Path) -> bool:
+def _is_latest_pointer(path: Path) -> bool:
     """Whether it is DeepSpeed's, or SwissArmyTransformer's, `latest`: the name of a folder of weights beside it."""
     if path.name != "latest":
         return False
@@ -43,25 +47,27 @@ def _points(path: Path) -> bool:
     return folder.isprintable() and bool(folder) and (path.parent / folder).is_dir()
 
 
-def _names(directory: Path) -> list[str]:
-    return [path.relative_to(directory).as_posix() for path in files_below(directory, _TOOLS_FOLDERS)]
+def _relative_names(directory: Path) -> list[str]:
+    return [path.relative_to(directory).as_posix() for path in files_below(directory, _DOWNLOAD_FOLDERS)]
 
 
-def other_weights(directory: Path, used: set[str]) -> list[str]:
+def unread_weights(directory: Path, used: set[str]) -> list[str]:
     """Weights in the directory that are not the ones read: another format, or parts of another model."""
-    return sorted(name for name in {*_names(directory)} - used - _OWN if name.endswith(WEIGHT_SUFFIXES))
+    return sorted(
+        name for name in {*_relative_names(directory)} - used - _BATON_FILES if name.endswith(WEIGHT_SUFFIXES)
+    )
 
 
-def copy_passengers(source: Path, target: Path) -> None:
+def copy_auxiliary_files(source: Path, target: Path) -> None:
     """Copy every passenger that is not at the target already; links are followed."""
-    for relative in passengers(source):
+    for relative in auxiliary_files(source):
         place = target / relative
         if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / relative, place)
 
 
-def config_of(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """The content of a config.json; UserError if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -74,7 +80,7 @@ def config_of(path: Path) -> dict[str, Any]:
     return content
 
 
-def complete_hf(directory: Path, source_files: Path) -> None:
+def finish_hf_directory(directory: Path, source_files: Path) -> None:
     """Make a directory with freshly saved weights one that any program can load.
 
     Copies what the source has beside its weights and the directory lacks, and writes config.json and
@@ -84,22 +90,22 @@ def complete_hf(directory: Path, source_files: Path) -> None:
         directory: has the weights, and a config.json if it is not the source's.
         source_files: where the model's other files are (`Checkpoint.hf_files`).
     """
-    copy_passengers(source_files, directory)
+    copy_auxiliary_files(source_files, directory)
     path = directory / "config.json"
-    config = config_of(path)
-    both = both_spellings(config)
+    config = read_config(path)
+    both = for_transformers_4_and_5(config)
     if both != config:
         path.write_text(json.dumps(both, indent=2) + "\n", encoding="utf-8")
     tokenizer = directory / "tokenizer_config.json"
     if tokenizer.is_file():
-        settings = config_of(tokenizer)
+        settings = read_config(tokenizer)
         if settings.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, unknown to 4
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"
             tokenizer.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             log(f"{tokenizer.name}: tokenizer_class is PreTrainedTokenizerFast, which transformers 4 and 5 know")
 
 
-def both_spellings(config: dict[str, Any]) -> dict[str, Any]:
+def for_transformers_4_and_5(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json with transformers 4's fields beside 5's, and 5's beside 4's."""
     result = dict(config)
     new = result.get("rope_parameters")

@@ -104,7 +104,7 @@ def read_manifest(directory: Path, *, flag: str) -> Manifest | None:
         raise UserError(f"{flag} {path} is damaged at {where}: {first['msg']}; publish the directory again") from None
 
 
-def fingerprint(path: Path) -> str:
+def input_fingerprint(path: Path) -> str:
     """What an input is: a file's content, a published directory's manifest, a foreign directory's files.
 
     Large files of a foreign directory count by size and modification time: reading hundreds of gigabytes to learn
@@ -128,16 +128,16 @@ def parents_of(inputs: Inputs) -> list[Parent]:
     parents = []
     for flag, given in inputs.items():
         for path in [given] if isinstance(given, Path) else given:
-            parents.append(Parent(flag=flag, name=path.resolve().name, fingerprint=fingerprint(path)))
+            parents.append(Parent(flag=flag, name=path.resolve().name, fingerprint=input_fingerprint(path)))
     return parents
 
 
-def identity(invocation: Invocation, inputs: Inputs, parents: list[Parent]) -> str:
+def run_fingerprint(invocation: Invocation, inputs: Inputs, parents: list[Parent]) -> str:
     """Equal for two commands exactly when they are the same work."""
     what = {
         "tool": invocation.tool,
         "command": invocation.command,
-        "options": invocation.identity(inputs),
+        "options": invocation.fingerprinted_options(inputs),
         "inputs": [[parent.flag, parent.fingerprint] for parent in parents],
     }
     return f"sha256:{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()}"

@@ -14,7 +14,7 @@ from shared.checkpoint.files import hash_file, hash_files
 from shared.checkpoint.formats.megatron_lm_ranks import rank_files
 from shared.checkpoint.formats.safetensors_file import weight_map_of
 from shared.checkpoint.formats.swiss_army_transformer import rank_states
-from shared.checkpoint.formats.transformer_engine import LAYERS
+from shared.checkpoint.formats.transformer_engine_reader import LAYERS
 from shared.console import log, progress
 from shared.errors import UserError
 
@@ -41,7 +41,7 @@ class Checkpoint:
         """The torch_dist directory of a Megatron checkpoint."""
         if self.manifest and self.manifest.iteration is not None:
             return self.path / iteration_name(self.manifest.iteration)
-        return self.path / tracked(self.path)
+        return self.path / tracked_iteration(self.path)
 
     @property
     def hf_files(self) -> Path:
@@ -54,7 +54,7 @@ def iteration_name(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
-def tracked(directory: Path) -> str:
+def tracked_iteration(directory: Path) -> str:
     """The sub-directory that Megatron's tracker file points at."""
     text = (directory / TRACKER).read_text(encoding="utf-8").strip()
     return text if text == "release" else iteration_name(int(text))
@@ -66,7 +66,7 @@ def open_checkpoint(
     kinds: Sequence[Kind],
     flag: str,
     verify: Literal["content", "small", "sizes"] = "content",
-    ranks: Kind | None = None,
+    per_rank: Kind | None = None,
 ) -> Checkpoint:
     """A directory of one of `kinds`, checked to be whole.
 
@@ -84,7 +84,7 @@ def open_checkpoint(
         raise UserError(f"{flag} {path} was left by a killed run and is not whole; run that stage again")
     manifest = read_manifest(path, flag=flag)
     if manifest is None:
-        kind = _foreign_kind(path, flag, ranks)
+        kind = _foreign_kind(path, flag, per_rank)
     else:
         kind = manifest.kind
         _verify(path, manifest, flag, verify)
@@ -117,10 +117,10 @@ def _verify(path: Path, manifest: Manifest, flag: str, verify: str) -> None:
     else:
         found = hash_files(paths)
     for name, digest in zip(names, found, strict=True):
-        _compare(path / name, digest, manifest.files[name].hash, flag)
+        _check_hash(path / name, digest, manifest.files[name].hash, flag)
 
 
-def _compare(path: Path, found: str, wanted: str, flag: str) -> None:
+def _check_hash(path: Path, found: str, wanted: str, flag: str) -> None:
     if found != wanted:
         raise UserError(f"{flag} {path} is damaged: its content does not match {MANIFEST}; publish it again")
 
@@ -134,25 +134,25 @@ def content_checks(checkpoint: Checkpoint, sources: Iterable[Path], *, flag: str
         return []
 
     def check(path: Path, wanted: str) -> None:
-        _compare(path, hash_file(path), wanted, flag)
+        _check_hash(path, hash_file(path), wanted, flag)
 
     entries = {checkpoint.path / name: entry for name, entry in checkpoint.manifest.files.items()}
     return [partial(check, path, entries[path].hash) for path in sorted(sources) if path in entries]
 
 
-def _foreign_kind(path: Path, flag: str, ranks: Kind | None) -> Kind:
+def _foreign_kind(path: Path, flag: str, per_rank: Kind | None) -> Kind:
     if (path / RUN).exists():
         raise UserError(f"{flag} {path} is a run that has not saved an iteration yet; run its stage again")
     if (path / TRACKER).is_file():
-        return _complete_megatron(path, flag, ranks)
+        return _check_foreign_megatron(path, flag, per_rank)
     if rank_states(path):
-        if ranks != "hf":
+        if per_rank != "hf":
             raise UserError(
                 f"{flag} {path} has a file of SwissArmyTransformer for each rank; `convert to-megatron` reads it"
             )
         return "hf"
     if (path / "config.json").is_file():
-        return _complete_hf(path, flag)
+        return _check_foreign_hf(path, flag)
     if (path / LAYERS).is_file():
         return "te"  # whose weights are checked when they are read
     if (path / "tokenizer.json").is_file():
@@ -160,13 +160,13 @@ def _foreign_kind(path: Path, flag: str, ranks: Kind | None) -> Kind:
     raise UserError(f"{flag} {path} holds no checkpoint: neither {MANIFEST}, config.json nor {TRACKER}")
 
 
-def _complete_megatron(path: Path, flag: str, ranks: Kind | None) -> Kind:
+def _check_foreign_megatron(path: Path, flag: str, per_rank: Kind | None) -> Kind:
     try:
-        iteration = path / tracked(path)
+        iteration = path / tracked_iteration(path)
     except ValueError:
         raise UserError(f"{flag} {path / TRACKER} names no iteration; write its number or 'release' there") from None
     if rank_files(iteration):
-        if ranks != "megatron":
+        if per_rank != "megatron":
             raise UserError(
                 f"{flag} {iteration} has a file for each rank, from before torch_dist; `convert to-hf --hf-files DIR` reads it"
             )
@@ -175,7 +175,7 @@ def _complete_megatron(path: Path, flag: str, ranks: Kind | None) -> Kind:
     return "megatron"
 
 
-def _complete_hf(path: Path, flag: str) -> Kind:
+def _check_foreign_hf(path: Path, flag: str) -> Kind:
     for index in sorted(path.glob("*.index.json")):
         for name in sorted({*weight_map_of(index, flag).values()}):
             if not (path / name).is_file():

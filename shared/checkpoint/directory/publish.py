@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoint.copy.engine import Advance, Task, write_files
 from shared.checkpoint.copy.journal import JOURNAL, Journal, plan_key
 from shared.checkpoint.copy.operations import FilePlan
+from shared.checkpoint.copy.worker_pool import Advance, Task, write_files
 from shared.checkpoint.directory.manifest import (
     MANIFEST,
     FileEntry,
@@ -24,9 +24,9 @@ from shared.checkpoint.directory.manifest import (
     Kind,
     Manifest,
     Parent,
-    identity,
     origin,
     parents_of,
+    run_fingerprint,
 )
 from shared.checkpoint.directory.target import (
     PARTIAL,
@@ -53,7 +53,7 @@ class Publication:
         work: what decides its content.
     """
 
-    finishing = True  # whether what is not made of moves is to be written here, too
+    writes_auxiliary_files = True  # whether what is not made of moves is to be written here, too
 
     def __init__(self, path: Path, work: str) -> None:
         self.path = path
@@ -69,7 +69,7 @@ class Publication:
         """Hand in the hash of a file, computed while it was written, so that it is not read again."""
         self._hashes[name] = digest
 
-    def mine(self, files: Sequence[FilePlan]) -> list[FilePlan]:
+    def own_files(self, files: Sequence[FilePlan]) -> list[FilePlan]:
         """Those of the directory's files that this process writes."""
         return list(files)
 
@@ -89,15 +89,15 @@ class Publication:
             advance: told of bytes.
             checks: given the files that are read here, what is to be checked meanwhile; an error publishes nothing.
         """
-        mine = self.mine(files)
+        own_files = self.own_files(files)
         journal = Journal(self.path, f"{self.work} {plan_key(files)}")
         if kept := journal.summary():
             log(kept)
         try:
-            for folder in {(self.path / file.name).parent for file in mine}:
+            for folder in {(self.path / file.name).parent for file in own_files}:
                 folder.mkdir(parents=True, exist_ok=True)
-            tasks = checks(frozenset().union(*(file.sources for file in mine)))
-            hashes = write_files(self.path, mine, workers=workers, advance=advance, journal=journal, tasks=tasks)
+            tasks = checks(frozenset().union(*(file.sources for file in own_files)))
+            hashes = write_files(self.path, own_files, workers=workers, advance=advance, journal=journal, tasks=tasks)
         finally:
             journal.close()
         for name, digest in hashes.items():
@@ -106,15 +106,15 @@ class Publication:
     def entries(self) -> dict[str, FileEntry]:
         """Size and hash of every file written."""
         paths = [path for path in files_below(self.path) if path != self.path / JOURNAL]
-        return list_files(self.path, paths, self._hashes)
+        return file_entries(self.path, paths, self._hashes)
 
-    def finalize(self, kind: Kind, same: str, parents: list[Parent]) -> None:
+    def finalize(self, kind: Kind, fingerprint: str, parents: list[Parent]) -> None:
         """Make the directory durable; the manifest last."""
         (self.path / JOURNAL).unlink(missing_ok=True)
         entries = self.entries()
         manifest = Manifest(
             kind=kind,
-            identity=same,
+            identity=fingerprint,
             parents=parents,
             facts=self.facts,
             files=entries,
@@ -127,7 +127,7 @@ class Publication:
         sync(self.path)
 
 
-def list_files(root: Path, paths: list[Path], known: dict[str, str] | None = None) -> dict[str, FileEntry]:
+def file_entries(root: Path, paths: list[Path], known: dict[str, str] | None = None) -> dict[str, FileEntry]:
     """Manifest entries of files below `root`; hashes in `known` (by relative path) are not computed again."""
     known = known or {}
     names = [path.relative_to(root).as_posix() for path in paths]
@@ -159,20 +159,20 @@ def publish(
     """
     check_overlap(target, inputs)
     parents = parents_of(inputs)
-    same = identity(invocation(), inputs, parents)
+    fingerprint = run_fingerprint(invocation(), inputs, parents)
     check_no_shards(target)
-    partial, held = clear_leftovers(target, keep=same if resumable else None)
+    partial, lock_descriptor = clear_leftovers(target, resume=fingerprint if resumable else None)
     try:
-        check_target(target, same=same, overwrite=overwrite)
+        check_target(target, fingerprint=fingerprint, overwrite=overwrite)
         if partial is None:
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(f"{target.name}{PARTIAL}{secrets.token_hex(4)}")
             partial.mkdir()
-            held = lock(partial)
-        out = Publication(partial, f"{same} {invocation().version}")
+            lock_descriptor = lock(partial)
+        out = Publication(partial, f"{fingerprint} {invocation().version}")
         yield out
-        out.finalize(kind, same, parents)
-        put_in_place(partial, target)
+        out.finalize(kind, fingerprint, parents)
+        move_into_place(partial, target)
     except (SystemExit, KeyboardInterrupt):
         if partial is not None and not resumable:
             remove_tree(partial)
@@ -182,11 +182,11 @@ def publish(
             remove_tree(partial)
         raise
     finally:
-        if held is not None:
-            os.close(held)
+        if lock_descriptor is not None:
+            os.close(lock_descriptor)
 
 
-def put_in_place(partial: Path, target: Path) -> None:
+def move_into_place(partial: Path, target: Path) -> None:
     """Let a whole directory appear at the target."""
     occupied = target.is_dir() and any(target.iterdir())
     if not occupied:
@@ -194,8 +194,8 @@ def put_in_place(partial: Path, target: Path) -> None:
     elif exchange(partial, target):
         remove_tree(partial)  # the old directory, now under the partial name
     else:
-        aside = target.with_name(f"{target.name}{REPLACED}{secrets.token_hex(4)}")
-        target.rename(aside)
+        replaced = target.with_name(f"{target.name}{REPLACED}{secrets.token_hex(4)}")
+        target.rename(replaced)
         partial.rename(target)
-        remove_tree(aside)
+        remove_tree(replaced)
     sync(target.parent)

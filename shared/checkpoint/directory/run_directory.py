@@ -15,20 +15,20 @@ from shared.checkpoint.directory.manifest import (
     Kind,
     Manifest,
     Parent,
-    identity,
     origin,
     parents_of,
     read_manifest,
+    run_fingerprint,
 )
 from shared.checkpoint.directory.open import TRACKER, iteration_name
-from shared.checkpoint.directory.publish import list_files
+from shared.checkpoint.directory.publish import file_entries
 from shared.checkpoint.directory.target import PARTIAL, RUN, check_overlap, check_target, clear_leftovers, lock
 from shared.checkpoint.files import files_below, remove_tree, sync, sync_tree, write_atomically
 from shared.console import log
 from shared.errors import UserError
 from shared.invocation import invocation
 
-PASSENGERS = "hf"  # config.json, tokenizer, ...: what travels with the weights
+HF_FILES = "hf"  # config.json, tokenizer, ...: what travels with the weights
 
 
 class RunDirectory:
@@ -39,11 +39,11 @@ class RunDirectory:
     beside them change while the run goes on and are not covered.
     """
 
-    def __init__(self, path: Path, *, kind: Kind, same: str, parents: list[Parent], descriptor: int) -> None:
+    def __init__(self, path: Path, *, kind: Kind, fingerprint: str, parents: list[Parent], descriptor: int) -> None:
         self.path = path
         self.iteration: int | None = None
         self._kind = kind
-        self._identity = same
+        self._fingerprint = fingerprint
         self._parents = parents
         self._descriptor = descriptor
         self._manifest: Manifest | None = None
@@ -61,23 +61,23 @@ class RunDirectory:
         check_overlap(target, inputs)
         clear_leftovers(target)
         parents = parents_of(inputs)
-        same = identity(invocation(), inputs, parents)
-        if not _resumable(target, same):
-            check_target(target, same=same, overwrite=overwrite)
+        fingerprint = run_fingerprint(invocation(), inputs, parents)
+        if not _resumable(target, fingerprint):
+            check_target(target, fingerprint=fingerprint, overwrite=overwrite)
             if target.exists():
                 remove_tree(target)
             target.mkdir(parents=True)
         descriptor = lock(target)
         if descriptor is None:
             raise UserError(f"--target {target}: another process is writing it; wait for it or stop it")
-        run = cls(target, kind=kind, same=same, parents=parents, descriptor=descriptor)
-        run._take_up()
+        run = cls(target, kind=kind, fingerprint=fingerprint, parents=parents, descriptor=descriptor)
+        run._restore()
         return run
 
-    def _take_up(self) -> None:
+    def _restore(self) -> None:
         """Bring the directory to the state its manifest describes."""
         if not (self.path / RUN).exists():
-            record = {"identity": self._identity, **origin(invocation())}
+            record = {"identity": self._fingerprint, **origin(invocation())}
             write_atomically(self.path / RUN, (json.dumps(record, indent=1) + "\n").encode())
         self._manifest = read_manifest(self.path, flag="--target")
         self.iteration = self._manifest.iteration if self._manifest else None
@@ -90,12 +90,12 @@ class RunDirectory:
         if self.iteration is not None:
             write_atomically(self.path / TRACKER, str(self.iteration).encode())
 
-    def add_passengers(self, files: Path) -> None:
+    def add_auxiliary_files(self, files: Path) -> None:
         """Copy what travels with the weights to `hf/`, once."""
-        target = self.path / PASSENGERS
+        target = self.path / HF_FILES
         if target.exists():
             return
-        partial = self.path / f"{PASSENGERS}{PARTIAL}{secrets.token_hex(4)}"
+        partial = self.path / f"{HF_FILES}{PARTIAL}{secrets.token_hex(4)}"
         shutil.copytree(files, partial)
         sync_tree(partial)
         partial.rename(target)
@@ -116,14 +116,14 @@ class RunDirectory:
             remove_tree(final)
         self._partial.rename(final)
         sync(self.path)
-        covered = [*files_below(final), *files_below(self.path / PASSENGERS)]
-        entries = list_files(self.path, covered)
+        covered = [*files_below(final), *files_below(self.path / HF_FILES)]
+        entries = file_entries(self.path, covered)
         self._record(
             Manifest(
                 kind=self._kind,
                 state="finished" if finished else "running",
                 iteration=iteration,
-                identity=self._identity,
+                identity=self._fingerprint,
                 parents=self._parents,
                 facts=facts,
                 files=entries,
@@ -149,7 +149,7 @@ class RunDirectory:
         os.close(self._descriptor)
 
 
-def _resumable(target: Path, same: str) -> bool:
+def _resumable(target: Path, fingerprint: str) -> bool:
     """Whether the target holds an unfinished run of the same work."""
     try:
         record = json.loads((target / RUN).read_text(encoding="utf-8"))
@@ -157,7 +157,7 @@ def _resumable(target: Path, same: str) -> bool:
         return False
     except ValueError:  # damaged: as good as another run's
         return False
-    if record.get("identity") != same:
+    if record.get("identity") != fingerprint:
         return False
     manifest = read_manifest(target, flag="--target")
     return manifest is None or manifest.state == "running"

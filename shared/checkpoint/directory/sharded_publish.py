@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoint.copy.engine import Advance
 from shared.checkpoint.copy.journal import JOURNAL, is_attempt_at, plan_key
 from shared.checkpoint.copy.operations import FilePlan
-from shared.checkpoint.directory.manifest import Inputs, Kind, Parent, identity, parents_of
-from shared.checkpoint.directory.publish import Checks, Publication, publish, put_in_place
+from shared.checkpoint.copy.worker_pool import Advance
+from shared.checkpoint.directory.manifest import Inputs, Kind, Parent, parents_of, run_fingerprint
+from shared.checkpoint.directory.publish import Checks, Publication, move_into_place, publish
 from shared.checkpoint.directory.target import PARTIAL, SHARDS, check_no_shards, check_overlap, check_target, lock
 from shared.checkpoint.files import remove_tree, sync, sync_tree, write_atomically
 from shared.console import log
@@ -33,42 +33,42 @@ _WHOLE = "whole"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard:
+class ShardSpec:
     """What `--shard` says: `2/4` writes the second of four parts, `publish/4` publishes them."""
 
     index: int | None  # from 1; None publishes
     count: int
 
     @staticmethod
-    def parse(text: str) -> Shard:
+    def parse(text: str) -> ShardSpec:
         found = re.fullmatch(r"(\d+|publish)/(\d+)", text)
         if found is None or not int(found[2]):
             raise UserError(f"--shard {text}: write 1/4 to 4/4 for the parts, then publish/4")
         index, count = None if found[1] == "publish" else int(found[1]), int(found[2])
         if index is not None and not 1 <= index <= count:
             raise UserError(f"--shard {text}: parts are counted from 1/{count} to {count}/{count}")
-        return Shard(index=index, count=count)
+        return ShardSpec(index=index, count=count)
 
     @property
     def label(self) -> str:
         return f"{self.index}-of-{self.count}"
 
 
-def deal(files: Sequence[FilePlan], shard: Shard) -> list[FilePlan]:
+def assign_files(files: Sequence[FilePlan], shard: ShardSpec) -> list[FilePlan]:
     """The files of one shard: whole files, neighbours together, about as many bytes as every other."""
     total = sum(file.size for file in files)
-    dealt, position = [], 0
+    assigned, position = [], 0
     for file in files:
         middle = position + file.size / 2
         if min(int(middle * shard.count / max(total, 1)), shard.count - 1) + 1 == shard.index:
-            dealt.append(file)
+            assigned.append(file)
         position += file.size
-    return dealt
+    return assigned
 
 
 @contextlib.contextmanager
-def published(
-    target: Path, *, kind: Kind, inputs: Inputs, overwrite: bool, shard: Shard | None
+def publish_sharded(
+    target: Path, *, kind: Kind, inputs: Inputs, overwrite: bool, shard: ShardSpec | None
 ) -> Iterator[Publication]:
     """As `publish`, by one process, or by several each with a shard.
 
@@ -83,29 +83,31 @@ def published(
         return
     check_overlap(target, inputs)
     parents = parents_of(inputs)
-    same = identity(invocation(), inputs, parents)
+    fingerprint = run_fingerprint(invocation(), inputs, parents)
     staging = target.with_name(f"{target.name}{SHARDS}{shard.count}")
     check_no_shards(target, own=staging)
-    check_target(target, same=same, overwrite=overwrite)
-    work = _Work(same=same, options=invocation().identity(inputs), parents=parents)
+    check_target(target, fingerprint=fingerprint, overwrite=overwrite)
+    work = _ShardWork(fingerprint=fingerprint, options=invocation().fingerprinted_options(inputs), parents=parents)
     with (
-        _written(staging, shard, work) if shard.index is not None else _gathered(staging, shard, work, target, kind)
+        _write_shard(staging, shard, work)
+        if shard.index is not None
+        else _publish_shards(staging, shard, work, target, kind)
     ) as out:
         yield out
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Work:
+class _ShardWork:
     """What a shard's bytes depend on."""
 
-    same: str
+    fingerprint: str
     options: dict[str, Any]
     parents: list[Parent]
 
-    def record(self, shard: Shard, plan: str, hashes: dict[str, str]) -> dict[str, Any]:
+    def record(self, shard: ShardSpec, plan: str, hashes: dict[str, str]) -> dict[str, Any]:
         return {
             "shard": shard.label,
-            "identity": self.same,
+            "identity": self.fingerprint,
             "version": invocation().version,
             "options": self.options,
             "inputs": [[parent.flag, parent.fingerprint] for parent in self.parents],
@@ -115,7 +117,7 @@ class _Work:
 
     def difference(self, record: dict[str, Any]) -> str:
         """What another shard was written for, if not for this; empty if it was."""
-        ours = self.record(Shard(index=1, count=1), "", {})
+        ours = self.record(ShardSpec(index=1, count=1), "", {})
         for name in sorted(ours["options"].keys() | record["options"].keys()):
             here, there = ours["options"].get(name), record["options"].get(name)
             if here != there:
@@ -136,15 +138,15 @@ def _shown(value: Any) -> str:
 class _ShardPublication(Publication):
     """One shard: only files that are made of moves, and of those only its own."""
 
-    finishing = False
+    writes_auxiliary_files = False
 
-    def __init__(self, path: Path, work: str, shard: Shard) -> None:
+    def __init__(self, path: Path, work: str, shard: ShardSpec) -> None:
         super().__init__(path, work)
         self.shard = shard
         self.plan = ""
 
-    def mine(self, files: Sequence[FilePlan]) -> list[FilePlan]:
-        return deal(files, self.shard)
+    def own_files(self, files: Sequence[FilePlan]) -> list[FilePlan]:
+        return assign_files(files, self.shard)
 
     def write(
         self, files: Sequence[FilePlan], *, workers: int, advance: Advance, checks: Checks = lambda sources: ()
@@ -154,32 +156,32 @@ class _ShardPublication(Publication):
 
 
 @contextlib.contextmanager
-def _written(staging: Path, shard: Shard, work: _Work) -> Iterator[Publication]:
+def _write_shard(staging: Path, shard: ShardSpec, work: _ShardWork) -> Iterator[Publication]:
     done = staging / shard.label
     record = _read_record(done)
-    if record is not None and not work.difference(record) and _complete(staging, done, record):
+    if record is not None and not work.difference(record) and _all_there(staging, done, record):
         raise AlreadyDone(
             f"already done: shard {shard.index} of {shard.count}; when all are, --shard publish/{shard.count}"
         )
     staging.mkdir(parents=True, exist_ok=True)
-    attempt, held = None, None
-    for beside in sorted(staging.glob(f"{shard.label}{PARTIAL}*")):
-        descriptor = lock(beside)
+    attempt, lock_descriptor = None, None
+    for leftover in sorted(staging.glob(f"{shard.label}{PARTIAL}*")):
+        descriptor = lock(leftover)
         if descriptor is None:
             raise UserError(
                 f"--shard {shard.index}/{shard.count}: another process is writing it; wait for it or stop it"
             )
-        if attempt is None and is_attempt_at(beside, work.same):
-            attempt, held = beside, descriptor
+        if attempt is None and is_attempt_at(leftover, work.fingerprint):
+            attempt, lock_descriptor = leftover, descriptor
         else:
-            remove_tree(beside)
+            remove_tree(leftover)
             os.close(descriptor)
     if attempt is None:
         attempt = staging / f"{shard.label}{PARTIAL}{secrets.token_hex(4)}"
         attempt.mkdir()
-        held = lock(attempt)
+        lock_descriptor = lock(attempt)
     try:
-        out = _ShardPublication(attempt, f"{work.same} {invocation().version}", shard)
+        out = _ShardPublication(attempt, f"{work.fingerprint} {invocation().version}", shard)
         yield out
         (attempt / JOURNAL).unlink()
         sync_tree(attempt)
@@ -198,21 +200,23 @@ def _written(staging: Path, shard: Shard, work: _Work) -> Iterator[Publication]:
             staging.rmdir()  # nothing of another shard is in it
         raise
     finally:
-        if held is not None:
-            os.close(held)
+        if lock_descriptor is not None:
+            os.close(lock_descriptor)
     log(
         f"shard {shard.index} of {shard.count} is written; when all are, run the same command with --shard publish/{shard.count}"
     )
 
 
-class _GatheredPublication(Publication):
+class _ShardsPublication(Publication):
     """The whole: nothing is read or written of what the shards have."""
 
-    def __init__(self, path: Path, work: str, staging: Path, shard: Shard, records: dict[int, dict[str, Any]]) -> None:
+    def __init__(
+        self, path: Path, work: str, staging: Path, shard: ShardSpec, records: dict[int, dict[str, Any]]
+    ) -> None:
         super().__init__(path, work)
         self._staging, self._shard, self._records = staging, shard, records
 
-    def mine(self, files: Sequence[FilePlan]) -> list[FilePlan]:
+    def own_files(self, files: Sequence[FilePlan]) -> list[FilePlan]:
         return []
 
     def write(
@@ -223,7 +227,7 @@ class _GatheredPublication(Publication):
             if record["plan"] != plan_key(files):
                 raise UserError(f"shard {index} of {self._shard.count} was written for other files; run it again")
             folder = self._staging / f"{index}-of-{self._shard.count}"
-            for file in deal(files, Shard(index=index, count=self._shard.count)):
+            for file in assign_files(files, ShardSpec(index=index, count=self._shard.count)):
                 place = _place(self._staging, folder, file.name)
                 if place is None or place.stat().st_size != file.size:
                     raise UserError(
@@ -241,7 +245,9 @@ class _GatheredPublication(Publication):
 
 
 @contextlib.contextmanager
-def _gathered(staging: Path, shard: Shard, work: _Work, target: Path, kind: Kind) -> Iterator[Publication]:
+def _publish_shards(
+    staging: Path, shard: ShardSpec, work: _ShardWork, target: Path, kind: Kind
+) -> Iterator[Publication]:
     count = shard.count
     if not staging.is_dir():
         raise UserError(
@@ -262,19 +268,19 @@ def _gathered(staging: Path, shard: Shard, work: _Work, target: Path, kind: Kind
                 "with what it was written with"
             )
         records[index] = record
-    held = lock(staging)
-    if held is None:
+    lock_descriptor = lock(staging)
+    if lock_descriptor is None:
         raise UserError(f"--shard publish/{count}: another process is publishing {target}; wait for it or stop it")
     try:
         whole = staging / _WHOLE
         whole.mkdir(exist_ok=True)
-        out = _GatheredPublication(whole, work.same, staging, shard, records)
+        out = _ShardsPublication(whole, work.fingerprint, staging, shard, records)
         yield out
-        out.finalize(kind, work.same, work.parents)
-        put_in_place(whole, target)
+        out.finalize(kind, work.fingerprint, work.parents)
+        move_into_place(whole, target)
         remove_tree(staging)
     finally:
-        os.close(held)
+        os.close(lock_descriptor)
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
@@ -284,7 +290,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _complete(staging: Path, folder: Path, record: dict[str, Any]) -> bool:
+def _all_there(staging: Path, folder: Path, record: dict[str, Any]) -> bool:
     places = {name: _place(staging, folder, name) for name in record["files"]}
     return all(p is not None and p.stat().st_size == record["files"][n]["size"] for n, p in places.items())
 

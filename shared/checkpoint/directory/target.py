@@ -47,47 +47,49 @@ def lock(directory: Path) -> int | None:
     return descriptor
 
 
-def clear_leftovers(target: Path, keep: str | None = None) -> tuple[Path | None, int | None]:
+def clear_leftovers(target: Path, resume: str | None = None) -> tuple[Path | None, int | None]:
     """Remove what killed runs left beside the target; refuse when one of them still lives.
 
     With `keep`, what was left of that work (`manifest.identity`) is locked and returned instead: (directory, lock).
     """
-    kept: tuple[Path | None, int | None] = None, None
+    found: tuple[Path | None, int | None] = None, None
     if not target.parent.is_dir():
-        return kept
-    for beside in sorted(target.parent.glob(f"{_escaped(target.name)}{REPLACED}*")):
+        return found
+    for leftover in sorted(target.parent.glob(f"{_escaped(target.name)}{REPLACED}*")):
         if not target.exists():  # killed between the two renames of a replacement: the old one is still whole
-            beside.rename(target)
+            leftover.rename(target)
             log(f"restored {target}: an earlier run was killed while replacing it")
         else:
-            remove_tree(beside)
-    for beside in sorted(target.parent.glob(f"{_escaped(target.name)}{PARTIAL}*")):
-        descriptor = lock(beside)
+            remove_tree(leftover)
+    for leftover in sorted(target.parent.glob(f"{_escaped(target.name)}{PARTIAL}*")):
+        descriptor = lock(leftover)
         if descriptor is None:
-            if kept[1] is not None:
-                os.close(kept[1])
-            raise UserError(f"--target {target}: another process is writing it ({beside.name}); wait for it or stop it")
-        if keep is not None and kept[0] is None and is_attempt_at(beside, keep):
-            kept = beside, descriptor
+            if found[1] is not None:
+                os.close(found[1])
+            raise UserError(
+                f"--target {target}: another process is writing it ({leftover.name}); wait for it or stop it"
+            )
+        if resume is not None and found[0] is None and is_attempt_at(leftover, resume):
+            found = leftover, descriptor
             continue
-        remove_tree(beside)
+        remove_tree(leftover)
         os.close(descriptor)
-        log(f"removed {beside.name}, left by a run that was killed")
-    return kept
+        log(f"removed {leftover.name}, left by a run that was killed")
+    return found
 
 
 def check_no_shards(target: Path, own: Path | None = None) -> None:
     """Refuse a target of which other processes are writing shards, but for those in `own`."""
-    for beside in sorted(target.parent.glob(f"{_escaped(target.name)}{SHARDS}*")):
-        if beside != own:
-            count = beside.name.rpartition("-")[2]
+    for leftover in sorted(target.parent.glob(f"{_escaped(target.name)}{SHARDS}*")):
+        if leftover != own:
+            count = leftover.name.rpartition("-")[2]
             raise UserError(
-                f"--target {target}: {beside.name} holds parts of a conversion in {count} shards; finish it with "
+                f"--target {target}: {leftover.name} holds parts of a conversion in {count} shards; finish it with "
                 f"--shard publish/{count}, or remove that directory"
             )
 
 
-def check_target(target: Path, *, same: str, overwrite: bool) -> Manifest | None:
+def check_target(target: Path, *, fingerprint: str, overwrite: bool) -> Manifest | None:
     """Decide whether the target may be written, by what stands there.
 
     Returns the manifest of what is to be replaced. Raises AlreadyDone when the same work is finished there, UserError
@@ -112,7 +114,7 @@ def check_target(target: Path, *, same: str, overwrite: bool) -> Manifest | None
         raise damaged
     if manifest is None:
         raise UserError(f"--target {target} holds an unfinished run of another command; finish it, or use --overwrite")
-    if manifest.identity != same:
+    if manifest.identity != fingerprint:
         raise UserError(
             f"--target {target} holds the result of `{manifest.tool} {manifest.command}` with other inputs or options; "
             "choose another directory or use --overwrite"

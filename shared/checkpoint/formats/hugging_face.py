@@ -13,8 +13,8 @@ from typing import Any
 
 from shared.checkpoint.copy.blocks import HashedFile, OpenFiles
 from shared.checkpoint.copy.operations import Block, CopyOperation, FilePlan, WriteBytes, copy_rows, pack_blocks, stream
-from shared.checkpoint.directory.auxiliary_files import complete_hf, config_of
-from shared.checkpoint.formats.pytorch_bin import read_torch_weights
+from shared.checkpoint.directory.auxiliary_files import read_config
+from shared.checkpoint.formats.pytorch_bin import read_pytorch_bin
 from shared.checkpoint.formats.safetensors_file import (
     Header,
     TensorInfo,
@@ -30,15 +30,13 @@ from shared.mapping.layout import Shape
 from shared.quantized.scheme import QuantizationScheme, quantization_scheme
 from shared.quantized.stored_weight import Weight, assemble_weights, check_stored_shapes
 
-__all__ = ["HfReader", "Shard", "WeightLayout", "complete_hf", "config_of", "default_layout", "write_weights"]
-
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TORCH_SINGLE = "pytorch_model.bin"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 LAYOUT = "weights.json"  # beside the Megatron form: the source's shards, so that an export has the same
 SHARD_BYTES = 5_000_000_000  # transformers' default
-Record = Callable[[str, str], None]  # (relative name, content hash)
+RecordHash = Callable[[str, str], None]  # (relative name, content hash)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +76,7 @@ class WeightLayout:
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error}); convert the model again") from None
 
-    def plain(self, scheme: QuantizationScheme | None) -> WeightLayout:
+    def dequantized(self, scheme: QuantizationScheme | None) -> WeightLayout:
         """The same shards with plain numbers in place of codes, and without the scales."""
         weights = assemble_weights(scheme, self.tensors())
         if not any(weight.quantized for weight in weights.values()):
@@ -86,8 +84,8 @@ class WeightLayout:
         by_name = {weight.stored[0].name: weight for weight in weights.values()}
         shards = []
         for shard in self.shards:
-            plain = [by_name[tensor.name] for tensor in shard.header.tensors if tensor.name in by_name]
-            triples = [(weight.name, weight.dtype, weight.shape) for weight in plain]
+            dequantized = [by_name[tensor.name] for tensor in shard.header.tensors if tensor.name in by_name]
+            triples = [(weight.name, weight.dtype, weight.shape) for weight in dequantized]
             if triples:
                 header = parse_header(encode_header(triples, shard.header.metadata), Path(shard.file))
                 shards.append(Shard(file=shard.file, header=header))
@@ -126,7 +124,7 @@ class HfReader:
     def __init__(self, path: Path, flag: str = "--source") -> None:
         self.path = path
         self.auxiliary_directories: tuple[Path, ...] = (path,)  # where the files lie that travel with the weights
-        self.config = config_of(path / "config.json")
+        self.config = read_config(path / "config.json")
         stored = stored_weights(path, flag)
         self.files = [shard.file for shard in stored.shards]
         self.tensors: dict[str, TensorInfo] = stored.tensors()
@@ -146,7 +144,7 @@ class HfReader:
         check_stored_shapes(weights, self._files)
         return weights
 
-    def numbers(self, name: str) -> Iterator[memoryview]:
+    def values(self, name: str) -> Iterator[memoryview]:
         """Bytes of a weight's plain numbers, in blocks valid until the next is asked for."""
         view = self.weights[name].view()
         return stream(copy_rows(view, 0, view.rows), self._files)
@@ -164,7 +162,7 @@ def stored_weights(path: Path, flag: str) -> WeightLayout:
     """The shards of a directory, as its index and their headers say; UserError where those disagree."""
     for pattern, single, index, read in (
         ("model*.safetensors", SINGLE, INDEX, read_header),
-        ("pytorch_model*.bin", TORCH_SINGLE, TORCH_INDEX, read_torch_weights),
+        ("pytorch_model*.bin", TORCH_SINGLE, TORCH_INDEX, read_pytorch_bin),
     ):
         there = sorted(file.name for file in path.glob(pattern))
         if (path / index).is_file():
@@ -293,7 +291,7 @@ def write_index(directory: Path, layout: WeightLayout) -> None:
 
 
 def write_weights(
-    directory: Path, layout: WeightLayout, blocks: Callable[[TensorInfo], Iterable[memoryview]], record: Record
+    directory: Path, layout: WeightLayout, blocks: Callable[[TensorInfo], Iterable[memoryview]], record: RecordHash
 ) -> None:
     """Write every shard, and the index if there is one.
 

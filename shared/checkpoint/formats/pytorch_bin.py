@@ -91,7 +91,7 @@ class TorchFile:
         return TensorInfo(name=name, dtype=dtype, shape=shape, file=path, start=data + start, size=size)
 
 
-def read_torch_weights(path: Path) -> Header:
+def read_pytorch_bin(path: Path) -> Header:
     """Where each tensor of the file lies, in the order of the state dict; the header has no text of its own.
 
     Raises:

@@ -26,7 +26,7 @@ from shared.errors import UserError
 from shared.mapping.layout import Shape
 from shared.quantized.stored_weight import Weight
 
-TRACKER = "latest"
+LATEST = "latest"
 SETTINGS = "model_config.json"  # which SwissArmyTransformer writes beside; GLM-130B was published without
 _RANK = re.compile(r"mp_rank_(\d{2,})_model_states\.pt")
 _ROWS = ("attention.query_key_value.weight", "attention.query_key_value.bias", "word_embeddings.weight")
@@ -35,7 +35,7 @@ _COLUMNS = ("attention.dense.weight", "mlp.dense_4h_to_h.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Joined:
+class JoinedTensor:
     """A tensor of the whole model."""
 
     tensor: TensorInfo  # its file and start are the first rank's part's
@@ -44,15 +44,15 @@ class Joined:
 
 def rank_states(directory: Path) -> list[Path]:
     """The ranks' files of the iteration that `latest` names; none where the directory is no such checkpoint."""
-    if not (directory / TRACKER).is_file():
+    if not (directory / LATEST).is_file():
         return []
-    name = (directory / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+    name = (directory / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     if not re.fullmatch(r"[\w.-]+", name):
         return []
     return sorted(path for path in (directory / name).glob("mp_rank_*") if _RANK.fullmatch(path.name))
 
 
-def join_ranks(files: Sequence[Path]) -> dict[str, Joined]:
+def join_ranks(files: Sequence[Path]) -> dict[str, JoinedTensor]:
     """Where each tensor of the model lies in its ranks' files, in the order of the first.
 
     Raises:
@@ -78,7 +78,7 @@ def join_ranks(files: Sequence[Path]) -> dict[str, Joined]:
                     f"{path}: {name} is {tensor.dtype}{list(tensor.shape)}, in {files[0].name} "
                     f"{first[name].dtype}{list(first[name].shape)}; fetch both again"
                 )
-    return {name: _joined([rank[name] for rank in ranks]) for name in first}
+    return {name: _join([rank[name] for rank in ranks]) for name in first}
 
 
 def _read(path: Path) -> dict[str, TensorInfo]:
@@ -101,7 +101,7 @@ def _count(rank: Mapping[str, TensorInfo]) -> int:
     return shape[0] // shape[1] if shape else 1
 
 
-def _joined(parts: Sequence[TensorInfo]) -> Joined:
+def _join(parts: Sequence[TensorInfo]) -> JoinedTensor:
     first, count = parts[0], len(parts)
     rows, width = first.shape[0] if first.shape else 1, first.row_bytes
     name = first.name
@@ -115,7 +115,7 @@ def _joined(parts: Sequence[TensorInfo]) -> Joined:
     extents = tuple(extent for rank, part in enumerate(parts) for extent in _extents(part, rank, count, rows, width))
     tensor = replace(first, shape=shape, size=first.size * len(parts))
     view = ExtentView(name=name, rows=shape[0] if shape else 1, width=tensor.row_bytes, extents=extents)
-    return Joined(tensor=tensor, view=view)
+    return JoinedTensor(tensor=tensor, view=view)
 
 
 def _extents(part: TensorInfo, rank: int, count: int, rows: int, width: int) -> Iterator[Extent]:
@@ -143,7 +143,9 @@ class SatReader(HfReader):
 
     splits_columns = True
 
-    def __init__(self, path: Path, joined: Mapping[str, Joined], config: dict[str, Any], beside: Path | None) -> None:
+    def __init__(
+        self, path: Path, joined: Mapping[str, JoinedTensor], config: dict[str, Any], beside: Path | None
+    ) -> None:
         self.path, self.config = path, config
         self.auxiliary_directories = (path, beside) if beside else (path,)
         self._joined = joined
@@ -164,7 +166,7 @@ class SatReader(HfReader):
         return {name: Weight(tensor=held.tensor, joined=held.view) for name, held in self._joined.items()}
 
 
-def head_dims(joined: Mapping[str, Joined]) -> set[int]:
+def head_dims(joined: Mapping[str, JoinedTensor]) -> set[int]:
     """Sizes of heads that rotation's constants tell, one number for each pair of a head's elements."""
     shapes: Iterator[Shape] = (held.tensor.shape for name, held in joined.items() if name.endswith("inv_freq"))
     return {2 * shape[0] for shape in shapes}

@@ -26,7 +26,7 @@ from shared.mapping.layout import Shape
 Places = dict[tuple[str, Shape | None], Any]  # (key, offsets of a chunk) -> where it lies
 
 # Entries of a training checkpoint that are no weights of the model.
-NOT_WEIGHTS = ("optimizer", "rng_state", "opt_param_scheduler", "rerun_state_machine", "common_state", "scaler")
+NON_WEIGHT_PREFIXES = ("optimizer", "rng_state", "opt_param_scheduler", "rerun_state_machine", "common_state", "scaler")
 
 
 @dataclass(kw_only=True)
@@ -79,13 +79,13 @@ class TorchDistReader:
             raise UserError(f"{path} is not a torch.distributed.checkpoint metadata file: {error}") from None
         self.objects = {key for key, state in states.items() if not hasattr(state, "size")}
         self.tensors: dict[str, DistTensor] = {}
-        self.other: dict[str, str] = {}  # tensors that are no weights of a model, with their types
+        self.non_weights: dict[str, str] = {}  # tensors that are no weights of a model, with their types
         for key, state in states.items():
             if key in self.objects:
                 continue
             dtype = state.properties.state[0]
-            if key.startswith(NOT_WEIGHTS):
-                self.other[key] = dtype
+            if key.startswith(NON_WEIGHT_PREFIXES):
+                self.non_weights[key] = dtype
             elif dtype not in BY_NAME:
                 raise UserError(
                     f"{path}: {key} is {dtype}; weights of bfloat16, float16, float32 or float64 are wanted"
@@ -131,14 +131,14 @@ class TorchDistReader:
         tensor, axis = self.tensors[key], len(index)
         rest, size = tensor.shape[axis + 1 :], tensor.dtype.size
         extents = []
-        for chunk in self._at(tensor, index):
+        for chunk in self._chunks_at(tensor, index):
             if chunk.sizes[axis + 2 :] != tensor.shape[axis + 2 :]:
                 raise UserError(f"{tensor.place}: {key} is cut up in a way that is not supported")
             inner = prod(rest[1:]) * size  # bytes of one column
             columns, left = (chunk.sizes[axis + 1], chunk.offsets[axis + 1]) if rest else (1, 0)
             row, rows = chunk.offsets[axis], chunk.sizes[axis]
             width = columns * inner
-            start = self._data(tensor, chunk) + _inside(chunk, index) * rows * width
+            start = self._data_start(tensor, chunk) + _slice_number(chunk, index) * rows * width
             extents.append(Extent(file=chunk.file, start=start, row=row, rows=rows, left=left * inner, width=width))
         extents.sort(key=lambda extent: (extent.row, extent.left))
         return ExtentView(name=key, rows=tensor.shape[axis], width=prod(rest) * size, extents=tuple(extents))
@@ -155,9 +155,9 @@ class TorchDistReader:
 
     def files_of(self, key: str, index: Shape) -> frozenset[Path]:
         """The files that hold a part of `tensor[index]`."""
-        return frozenset(chunk.file for chunk in self._at(self.tensors[key], index))
+        return frozenset(chunk.file for chunk in self._chunks_at(self.tensors[key], index))
 
-    def _at(self, tensor: DistTensor, index: Shape) -> list[Chunk]:
+    def _chunks_at(self, tensor: DistTensor, index: Shape) -> list[Chunk]:
         """The chunks that meet `tensor[index]`, looked up: large models have tens of thousands."""
         axis = len(index)
         if (tensor.key, axis) not in self._indexed:
@@ -169,10 +169,10 @@ class TorchDistReader:
             self._indexed[tensor.key, axis] = lookup
         return self._indexed[tensor.key, axis].get(index, [])
 
-    def _data(self, tensor: DistTensor, chunk: Chunk) -> int:
+    def _data_start(self, tensor: DistTensor, chunk: Chunk) -> int:
         """Byte in its file of a chunk's first number."""
         if chunk.stored is None:
-            chunk.stored = self._as_written_here(tensor, chunk)
+            chunk.stored = self._standard_archive(tensor, chunk)
         if chunk.stored is None:
             stored = find_tensor(self._files, chunk.file, chunk.start, chunk.length)
             if stored.shape != chunk.sizes or stored.dtype is not tensor.dtype:
@@ -183,7 +183,7 @@ class TorchDistReader:
             chunk.stored = stored
         return chunk.stored.start
 
-    def _as_written_here(self, tensor: DistTensor, chunk: Chunk) -> StoredTensor | None:
+    def _standard_archive(self, tensor: DistTensor, chunk: Chunk) -> StoredTensor | None:
         """Where the numbers are if the archive begins as this tool's do; one read then tells, of a model's thousands."""
         if prod(chunk.sizes) * tensor.dtype.size >= MAX_DATA:
             return None
@@ -208,7 +208,7 @@ class TorchDistReader:
         return sum(tensor.size for tensor in self.tensors.values())
 
 
-def _inside(chunk: Chunk, index: Shape) -> int:
+def _slice_number(chunk: Chunk, index: Shape) -> int:
     """Which of a chunk's slices `index` is."""
     inside = 0
     for place, offset, size in zip(index, chunk.offsets, chunk.sizes, strict=False):

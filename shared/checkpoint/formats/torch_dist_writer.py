@@ -71,7 +71,7 @@ class TorchDistLayout:
         assert key not in self._tensors, key
         self._tensors[key] = _Tensor(dtype=dtype, shape=shape)
 
-    def chunk(
+    def add_chunk(
         self,
         key: str,
         offsets: Shape,
@@ -95,7 +95,7 @@ class TorchDistLayout:
             _Stored(key=key, offsets=offsets, sizes=sizes, size=size, operations=operations, sources=frozenset(sources))
         )
 
-    def put_objects(self, keys: Iterable[str], value: Any) -> None:
+    def add_objects(self, keys: Iterable[str], value: Any) -> None:
         """The same plain value under each of the keys."""
         operations = [WriteBytes(object_archive(value))]
         size, sources = operations[0].size, frozenset[Path]()
@@ -110,11 +110,11 @@ class TorchDistLayout:
         return [
             FilePlan(
                 name=name,
-                size=sum(stored.size for stored in held),
-                sources=frozenset().union(*(stored.sources for stored in held)),
-                make_blocks=partial(self._blocks, held),
+                size=sum(stored.size for stored in archives),
+                sources=frozenset().union(*(stored.sources for stored in archives)),
+                make_blocks=partial(self._blocks, archives),
             )
-            for name, held in self._dealt()
+            for name, archives in self._assigned()
         ]
 
     def finish(self, directory: Path, common: dict[str, Any]) -> None:
@@ -124,23 +124,23 @@ class TorchDistLayout:
         with (directory / ".metadata").open("wb") as file:
             write_pickle_to(file, self._metadata())
 
-    def _dealt(self) -> Iterator[tuple[str, list[_Stored]]]:
+    def _assigned(self) -> Iterator[tuple[str, list[_Stored]]]:
         total = sum(stored.size for stored in self._stored)
         full = min(max(total // _FILES, _SMALLEST), _LARGEST)
-        held: list[_Stored] = []
+        archives: list[_Stored] = []
         size = number = 0
         for stored in self._stored:
-            if held and size + stored.size > full:
-                yield f"__0_{number}.distcp", held
-                held, size, number = [], 0, number + 1
-            held.append(stored)
+            if archives and size + stored.size > full:
+                yield f"__0_{number}.distcp", archives
+                archives, size, number = [], 0, number + 1
+            archives.append(stored)
             size += stored.size
-        yield f"__0_{number}.distcp", held
+        yield f"__0_{number}.distcp", archives
 
-    def _blocks(self, held: list[_Stored]) -> Iterator[Block]:
+    def _blocks(self, archives: list[_Stored]) -> Iterator[Block]:
         """Small archives several at once, large ones in several blocks."""
         small: list[CopyOperation] = []
-        for stored in held:
+        for stored in archives:
             if stored.offsets is None or stored.size <= blocks.BLOCK:
                 small.append(self._archive(stored))
                 continue
@@ -153,7 +153,7 @@ class TorchDistLayout:
         if stored.offsets is None:
             (operation,) = stored.operations()
             return operation
-        return _Archive(size=stored.size, dtype=self._tensors[stored.key].dtype, stored=stored)
+        return _WriteArchive(size=stored.size, dtype=self._tensors[stored.key].dtype, stored=stored)
 
     def _large(self, stored: _Stored) -> Iterator[Block]:
         archive = tensor_archive(self._tensors[stored.key].dtype, stored.sizes)
@@ -180,13 +180,16 @@ class TorchDistLayout:
     def _states(self) -> Iterator[tuple[str, Instance]]:
         for key, tensor in self._tensors.items():
             chunks = [
-                Instance(Name(_METADATA, "ChunkStorageMetadata"), {"offsets": _size(offsets), "sizes": _size(sizes)})
+                Instance(
+                    Name(_METADATA, "ChunkStorageMetadata"),
+                    {"offsets": _torch_size(offsets), "sizes": _torch_size(sizes)},
+                )
                 for offsets, sizes in tensor.chunks
             ]
             properties = (Name("torch", tensor.dtype.name), _STRIDED, False, _CONTIGUOUS, False)
             state = {
                 "properties": Instance(Name(_METADATA, "TensorProperties"), properties),
-                "size": _size(tensor.shape),
+                "size": _torch_size(tensor.shape),
                 "chunks": chunks,
             }
             yield key, Instance(Name(_METADATA, "TensorStorageMetadata"), state)
@@ -195,7 +198,7 @@ class TorchDistLayout:
 
     def _storage(self) -> Iterator[tuple[Instance, Instance]]:
         for key, offsets, file, offset, length in self._places():
-            index = {"fqn": key, "index": None, "offset": None if offsets is None else _size(offsets)}
+            index = {"fqn": key, "index": None, "offset": None if offsets is None else _torch_size(offsets)}
             place = {"relative_path": file, "offset": offset, "length": length}
             yield (
                 Instance(Name(_METADATA, "MetadataIndex"), index),
@@ -203,9 +206,9 @@ class TorchDistLayout:
             )
 
     def _places(self) -> Iterator[tuple[str, Shape | None, str, int, int]]:
-        for name, held in self._dealt():
+        for name, archives in self._assigned():
             position = 0
-            for stored in held:
+            for stored in archives:
                 yield stored.key, stored.offsets, name, position, stored.size
                 position += stored.size
 
@@ -221,7 +224,7 @@ class _Crc:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Archive:
+class _WriteArchive:
     """A tensor's archive made at once."""
 
     size: int
@@ -239,5 +242,5 @@ class _Archive:
         out[position:] = archive.suffix(crc32(out[start:position]))
 
 
-def _size(shape: Shape) -> Call:
+def _torch_size(shape: Shape) -> Call:
     return Call(_SIZE, (shape,))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoint.directory.auxiliary_files import config_of
+from shared.checkpoint.directory.auxiliary_files import read_config
 
 
 def token_ids(directory: Path) -> dict[str, int]:
@@ -18,13 +18,13 @@ def token_ids(directory: Path) -> dict[str, int]:
     if (path := directory / "vocab.txt").is_file():  # BERT's: a token a line
         ids |= {token: index for index, token in enumerate(path.read_text(encoding="utf-8").split("\n"))}
     if (path := directory / "vocab.json").is_file():
-        ids |= config_of(path)
+        ids |= read_config(path)
     if (path := directory / "tokenizer.json").is_file():
-        ids |= {token["content"]: token["id"] for token in config_of(path).get("added_tokens", ())}
+        ids |= {token["content"]: token["id"] for token in read_config(path).get("added_tokens", ())}
     for index, token in _settings(directory).get("added_tokens_decoder", {}).items():
         ids[token["content"]] = int(index)
     if (path := directory / "added_tokens.json").is_file():
-        ids |= config_of(path)
+        ids |= read_config(path)
     return ids
 
 
@@ -32,10 +32,10 @@ def mask_token(directory: Path) -> str:
     """The token that stands for a blank, as the tokenizer's settings say."""
     token = _settings(directory).get("mask_token")
     if token is None and (path := directory / "special_tokens_map.json").is_file():
-        token = config_of(path).get("mask_token")
+        token = read_config(path).get("mask_token")
     return str(token["content"] if isinstance(token, dict) else token or "[MASK]")
 
 
 def _settings(directory: Path) -> dict[str, Any]:
     path = directory / "tokenizer_config.json"
-    return config_of(path) if path.is_file() else {}
+    return read_config(path) if path.is_file() else {}

@@ -13,7 +13,9 @@ from shared.invocation import invoked
 
 @pytest.fixture(autouse=True)
 def command() -> Iterator[None]:
-    with invoked("convert", "to-hf", {"dtype": "bf16", "workers": 2, "overwrite": False}, neutral=("workers",)):
+    with invoked(
+        "convert", "to-hf", {"dtype": "bf16", "workers": 2, "overwrite": False}, not_fingerprinted=("workers",)
+    ):
         yield
 
 

@@ -35,7 +35,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region  # noqa: E402
 
 from shared.architecture.architecture import Architecture  # noqa: E402
-from shared.checkpoint.directory.auxiliary_files import config_of  # noqa: E402
+from shared.checkpoint.directory.auxiliary_files import read_config  # noqa: E402
 from shared.families import registry  # noqa: E402
 from shared.model import gpt, weights  # noqa: E402
 from shared.model.logits import logits  # noqa: E402
@@ -172,7 +172,7 @@ def main(work: Path) -> None:
         initialize(layout, 0)
         for source in sorted(work.glob("*.megatron")):
             size = source.name.removesuffix(".megatron")
-            architecture = registry.from_config(config_of(source / "hf" / "config.json"))
+            architecture = registry.from_config(read_config(source / "hf" / "config.json"))
             if name not in layouts_of(architecture):
                 continue
             chunks = gpt.build(architecture, layout, dtype=torch.float32, calculate_per_token_loss=True)

@@ -26,7 +26,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  #
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 
-from shared.checkpoint.directory.auxiliary_files import config_of  # noqa: E402
+from shared.checkpoint.directory.auxiliary_files import read_config  # noqa: E402
 from shared.families import registry  # noqa: E402
 from shared.model.logits import logits  # noqa: E402
 
@@ -86,7 +86,7 @@ def main(work: Path) -> None:
         model_parallel_cuda_manual_seed(0)
         for source in sorted(work.glob("*.megatron")):
             name = source.name.removesuffix(".megatron")
-            architecture = registry.from_config(config_of(source / "hf" / "config.json"))
+            architecture = registry.from_config(read_config(source / "hf" / "config.json"))
             model = build(architecture, tensor, pipeline)
             loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(source / "release"))
             model.load_state_dict(loaded["model"], strict=False)

@@ -141,7 +141,7 @@ def test_progress_is_told_in_bytes(
 
 KILLED = """
 import sys, time
-import shared.checkpoint.copy.blocks, shared.checkpoint.copy.engine, shared.checkpoint.copy.journal
+import shared.checkpoint.copy.blocks, shared.checkpoint.copy.worker_pool, shared.checkpoint.copy.journal
 import shared.checkpoint.formats.torch_dist_writer
 import tools.convert.plan_import
 from tools.convert.cli import tool
@@ -149,11 +149,11 @@ shared.checkpoint.copy.blocks.BLOCK = 1000
 shared.checkpoint.copy.journal._EVERY = 3000
 shared.checkpoint.formats.torch_dist_writer._SMALLEST = 40_000
 tools.convert.plan_import.CHUNK_BYTES = 7000
-put = shared.checkpoint.copy.engine._FileWriter._put
+put = shared.checkpoint.copy.worker_pool._FileWriter._put
 def slowly(*arguments):  # or all would be written before the one who watches has looked
     time.sleep(0.001)
     put(*arguments)
-shared.checkpoint.copy.engine._FileWriter._put = slowly
+shared.checkpoint.copy.worker_pool._FileWriter._put = slowly
 print("begun", flush=True)
 tool.run(sys.argv[1:])
 """
@@ -219,7 +219,7 @@ def test_what_a_kill_left_is_not_trusted(make_hf: Make, convert: Any, tmp_path: 
     convert("to-megatron", "--source", source, "--target", tmp_path / "m")
     command = ["to-hf", "--source", tmp_path / "m", "--target", tmp_path / "t"]
     with pytest.MonkeyPatch.context() as patch:  # all is written, and then it is told to stop
-        patch.setattr("tools.convert.to_hf.copy_passengers", interrupted)
+        patch.setattr("tools.convert.to_hf.copy_auxiliary_files", interrupted)
         assert convert(*command).code == 130
     (partial,) = tmp_path.glob("t.partial-*")
     weights = partial / "model.safetensors"

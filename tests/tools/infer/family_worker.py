@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from shared.checkpoint.directory.auxiliary_files import config_of
+from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.errors import UserError
 from shared.families import registry
 from tests.tools.infer import seeing
@@ -30,7 +30,7 @@ def of_transformers(source: Path, ids: torch.Tensor, dtype: torch.dtype) -> dict
     from transformers import AutoModelForCausalLM
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    kind, config = AutoModelForCausalLM, config_of(source / "config.json")
+    kind, config = AutoModelForCausalLM, read_config(source / "config.json")
     if code := config.get("auto_map"):  # by name: vLLM has put configurations of its own into transformers
         kind = get_class_from_dynamic_module(code["AutoModelForCausalLM"], source)
     attention = "sdpa" if config.get("alibi") else "eager"  # transformers' eager Falcon adds ALiBi twice
@@ -58,7 +58,7 @@ def of_vllm(source: Path, arguments: dict[str, Any], ids: list[int], sees: bool)
 
 
 def both(source: Path) -> dict[str, Any]:
-    config = config_of(source / "config.json")
+    config = read_config(source / "config.json")
     try:
         check_supported(source)
     except UserError as error:

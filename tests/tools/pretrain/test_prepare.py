@@ -54,7 +54,7 @@ def _prepare(source: Path, tokenizer: Path, target: Path, **options: Any) -> dic
         **options,
     }
     recorded = {"source": [source], "tokenizer": tokenizer, "target": target, **given}
-    with invoked("pretrain", "prepare", recorded, neutral=("workers",)):
+    with invoked("pretrain", "prepare", recorded, not_fingerprinted=("workers",)):
         prepare.run(source=(source,), tokenizer=tokenizer, target=target, **given)
     return open_checkpoint(target, kinds=("dataset",), flag="--data").facts
 

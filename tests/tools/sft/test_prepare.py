@@ -49,7 +49,7 @@ def _prepare(folder: Path, tokenizer: Path, target: str = "out", **options: Any)
     }
     source = (folder / "talks.jsonl",)
     recorded = {"source": source, "tokenizer": tokenizer, **given}
-    with invoked("sft", "prepare", recorded, neutral=("workers",)):
+    with invoked("sft", "prepare", recorded, not_fingerprinted=("workers",)):
         prepare.run(source=source, tokenizer=tokenizer, target=folder / target, **given)
     return open_checkpoint(folder / target, kinds=("dataset",), flag="--data").facts
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.checkpoint.directory.auxiliary_files import config_of
+from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.console import log
 from shared.errors import UserError
 from shared.families.common.transformers_workarounds import completed
@@ -29,7 +29,7 @@ class TransformersEngine:
     def __init__(self, source: Path, settings: EngineSettings) -> None:
         self._source = source
         self._settings = settings
-        self._given = settings.max_model_len or config_of(source / "config.json").get("max_position_embeddings")
+        self._given = settings.max_model_len or read_config(source / "config.json").get("max_position_embeddings")
         self._lm: HFLM | None = None
 
     @property

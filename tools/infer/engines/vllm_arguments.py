@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from shared.checkpoint.directory.auxiliary_files import config_of
+from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.console import log
 from shared.errors import UserError
 from shared.families import registry
@@ -51,7 +51,7 @@ def engine_arguments(source: Path, settings: EngineSettings) -> dict[str, Any]:
         raise UserError(
             f"--tensor-parallel {tensor_parallel}: this machine has no GPU to share a model among; leave it out"
         )
-    config = config_of(source / "config.json")
+    config = read_config(source / "config.json")
     if config.get("model_type") in _BIDIRECTIONAL_IMAGES:
         log(
             "images are refused: vLLM's CPU attention is causal within an image, the model's is bidirectional; text is unaffected"

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoint.directory.auxiliary_files import config_of
+from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.errors import UserError
 from shared.families import registry
 from tools.infer.environment import on_gpu
@@ -31,7 +31,7 @@ def check_supported(source: Path) -> None:
     """UserError if vLLM lacks the architecture of config.json, or computes it differently."""
     from vllm import ModelRegistry
 
-    config = config_of(source / "config.json")
+    config = read_config(source / "config.json")
     names = config.get("architectures") or []
     supported = ModelRegistry.get_supported_archs()
     known = [name for name in names if name in supported]
@@ -100,7 +100,7 @@ def _check_cpu_kernels(source: str, config: Any) -> None:
             f"--source {source}: vLLM on CPU has no attention for {'MLA latents' if config.use_mla else 'heads'} of {size}, "
             f"only {', '.join(map(str, compiled))}; use a GPU, or `infer evaluate --engine hf`"
         )
-    if "linear_key_head_dim" in config_of(Path(source) / "config.json") and config.dtype != torch.bfloat16:
+    if "linear_key_head_dim" in read_config(Path(source) / "config.json") and config.dtype != torch.bfloat16:
         raise UserError(
             f"--source {source}: vLLM on CPU has gated delta nets in bf16 only; give --precision bf16, or use a GPU"
         )

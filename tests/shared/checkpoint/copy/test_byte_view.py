@@ -40,13 +40,13 @@ def test_rows_that_are_apart(tmp_path: Path) -> None:
 
 def test_rows_of_several_places(tmp_path: Path) -> None:
     view = file_view(tmp_path / "file")
-    parts = (RowRange(view=view, row=6, rows=4, at=0), RowRange(view=view, row=1, rows=2, at=4))
+    parts = (RowRange(view=view, row=6, rows=4, target_row=0), RowRange(view=view, row=1, rows=2, target_row=4))
     check(ConcatenatedView(name="n", rows=6, width=4, parts=parts), np.concatenate([NUMBERS[6:10], NUMBERS[1:3]]))
 
 
 def test_rows_in_turn(tmp_path: Path) -> None:
     view = file_view(tmp_path / "file")
-    parts = tuple(RowRange(view=view, row=4 * part, rows=4, at=part, step=3) for part in range(3))
+    parts = tuple(RowRange(view=view, row=4 * part, rows=4, target_row=part, step=3) for part in range(3))
     woven = NUMBERS.reshape(3, 4, 4).transpose(1, 0, 2).reshape(12, 4)
     check(ConcatenatedView(name="n", rows=12, width=4, parts=parts), woven)
 
@@ -54,8 +54,8 @@ def test_rows_in_turn(tmp_path: Path) -> None:
 def test_columns_in_turn(tmp_path: Path) -> None:
     """Transposed, strip by strip: columns that are apart become rows, and rows columns that are apart."""
     view = file_view(tmp_path / "file")
-    whole = (TransposedRows(view=view, row=0, rows=12, at=0),)
-    halves = tuple(TransposedRows(view=view, row=6 * part, rows=6, at=part, step=2) for part in range(2))
+    whole = (TransposedRows(view=view, row=0, rows=12, column=0),)
+    halves = tuple(TransposedRows(view=view, row=6 * part, rows=6, column=part, step=2) for part in range(2))
     with OpenFiles() as files:
         for limit in (1, 4, 1 << 20):  # strips of one column, two, and all
             taken = [b"".join(bytes(b) for b in stream(transpose(whole, p, 2, 12, 1, limit, 2), files)) for p in (0, 1)]

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from shared.checkpoint.directory.auxiliary_files import (
-    both_spellings,
-    complete_hf,
-    copy_passengers,
-    other_weights,
-    passengers,
+    auxiliary_files,
+    copy_auxiliary_files,
+    finish_hf_directory,
+    for_transformers_4_and_5,
+    unread_weights,
 )
 from shared.errors import UserError
 
@@ -30,9 +30,9 @@ def test_everything_but_weights_travels(tmp_path: Path) -> None:
     kept = ["LICENSE", "config.json", "extra/note.txt", "metrics.jsonl", "tokenizer.model", ".gitattributes"]
     left = ["model.safetensors", "model.safetensors.index.json", "original/a.pth", "weights.json", ".cache/x"]
     folder = make(tmp_path / "a", *kept, *left)
-    assert [path.as_posix() for path in passengers(folder)] == sorted(kept)
-    assert other_weights(folder, {"model.safetensors"}) == ["original/a.pth"]
-    copy_passengers(folder, tmp_path / "b")
+    assert [path.as_posix() for path in auxiliary_files(folder)] == sorted(kept)
+    assert unread_weights(folder, {"model.safetensors"}) == ["original/a.pth"]
+    copy_auxiliary_files(folder, tmp_path / "b")
     assert sorted(
         p.relative_to(tmp_path / "b").as_posix() for p in (tmp_path / "b").rglob("*") if p.is_file()
     ) == sorted(kept)
@@ -43,13 +43,13 @@ def test_of_a_published_directory_what_its_manifest_answers_for(tmp_path: Path) 
     (folder / "manifest.json").write_text(
         json.dumps({"files": {"config.json": {}, "metrics.jsonl": {}, "state/optimizer.json": {}}})
     )
-    assert [path.as_posix() for path in passengers(folder)] == ["config.json"]
+    assert [path.as_posix() for path in auxiliary_files(folder)] == ["config.json"]
 
 
 def test_what_is_there_already_stays(tmp_path: Path) -> None:
     source, target = make(tmp_path / "a", "config.json"), make(tmp_path / "b", "config.json")
     (target / "config.json").write_text("mine")
-    copy_passengers(source, target)
+    copy_auxiliary_files(source, target)
     assert (target / "config.json").read_text() == "mine"
 
 
@@ -74,8 +74,8 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
     ],
 )
 def test_both_spellings(config: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert both_spellings(config) == config | expected
-    assert both_spellings(both_spellings(config)) == both_spellings(config)
+    assert for_transformers_4_and_5(config) == config | expected
+    assert for_transformers_4_and_5(for_transformers_4_and_5(config)) == for_transformers_4_and_5(config)
 
 
 def test_complete_hf(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_complete_hf(tmp_path: Path) -> None:
     target = make(tmp_path / "b", "model.safetensors")
     (target / "config.json").write_text(json.dumps({"rope_parameters": {"rope_theta": 5.0}, "dtype": "float32"}))
     (target / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend", "eos_token": "é"}')
-    complete_hf(target, source)
+    finish_hf_directory(target, source)
     config = json.loads((target / "config.json").read_text())
     assert (config["rope_theta"], config["torch_dtype"]) == (5.0, "float32")
     assert (target / "chat_template.jinja").is_file()
@@ -93,4 +93,4 @@ def test_complete_hf(tmp_path: Path) -> None:
 
 def test_complete_hf_without_any_configuration(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config.json is missing"):
-        complete_hf(make(tmp_path / "b", "model.safetensors"), make(tmp_path / "a", "tokenizer.json"))
+        finish_hf_directory(make(tmp_path / "b", "model.safetensors"), make(tmp_path / "a", "tokenizer.json"))

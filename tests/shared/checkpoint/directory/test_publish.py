@@ -69,7 +69,10 @@ def test_other_work_needs_overwrite(published: Callable[..., Path], source: Path
 
 def test_neutral_options_are_the_same_work(published: Callable[..., Path]) -> None:
     published()
-    with invoked("convert", "to-hf", {"dtype": "bf16", "workers": 9}, neutral=("workers",)), pytest.raises(AlreadyDone):
+    with (
+        invoked("convert", "to-hf", {"dtype": "bf16", "workers": 9}, not_fingerprinted=("workers",)),
+        pytest.raises(AlreadyDone),
+    ):
         published()
 
 

@@ -22,7 +22,7 @@ from shared.invocation import invoked
 with invoked("pretrain", "train", {}):
     run = RunDirectory.open(Path(sys.argv[2]), kind="megatron", inputs={"source": Path(sys.argv[1])})
     print("begun", flush=True)
-    run.add_passengers(Path(sys.argv[1]))
+    run.add_auxiliary_files(Path(sys.argv[1]))
     for iteration in range((run.iteration or 0) + 1, 31):
         (run.begin(iteration) / "0.distcp").write_bytes(b"%04d" % iteration * 50_000)
         run.commit(iteration, facts={}, finished=iteration == 30)
@@ -36,7 +36,7 @@ def _save(run: RunDirectory, iteration: int, *, finished: bool = False, keep: in
 
 def test_iterations_are_published_one_by_one(source: Path, tmp_path: Path) -> None:
     run = RunDirectory.open(tmp_path / "run", kind="megatron", inputs={"source": source})
-    run.add_passengers(source)
+    run.add_auxiliary_files(source)
     with pytest.raises(UserError, match="not saved an iteration yet"):
         open_checkpoint(run.path, kinds=("megatron",), flag="--source")
     for iteration in (10, 20, 30):

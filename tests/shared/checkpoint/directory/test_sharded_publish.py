@@ -12,7 +12,7 @@ import pytest
 
 from shared.checkpoint.copy.operations import FilePlan, WriteBytes, pack_blocks
 from shared.checkpoint.directory.open import open_checkpoint
-from shared.checkpoint.directory.sharded_publish import Shard, deal, published
+from shared.checkpoint.directory.sharded_publish import ShardSpec, assign_files, publish_sharded
 from shared.errors import AlreadyDone, UserError
 from shared.invocation import invoked
 
@@ -41,18 +41,18 @@ def write(tmp_path: Path, source: Path) -> Write:
     ) -> Path:
         target = tmp_path / "target"
         with (
-            invoked("convert", "to-hf", options | {"shard": shard}, neutral=("shard",)),
-            published(
+            invoked("convert", "to-hf", options | {"shard": shard}, not_fingerprinted=("shard",)),
+            publish_sharded(
                 target,
                 kind="hf",
                 inputs={"source": source},
                 overwrite=overwrite,
-                shard=Shard.parse(shard) if shard else None,
+                shard=ShardSpec.parse(shard) if shard else None,
             ) as out,
         ):
             out.write(files(content), workers=2, advance=lambda amount: None)
-            assert out.finishing == (shard is None or shard.startswith("publish"))
-            if out.finishing:
+            assert out.writes_auxiliary_files == (shard is None or shard.startswith("publish"))
+            if out.writes_auxiliary_files:
                 (out.path / "config.json").write_text("{}")
                 out.describe(family="llama")
         return target
@@ -86,10 +86,10 @@ def test_published_from_shards_it_is_the_same_directory(write: Write, tmp_path: 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 7, 11])
 def test_every_file_is_dealt_to_one_shard(count: int) -> None:
-    dealt = [deal(files(), Shard(index=index, count=count)) for index in range(1, count + 1)]
-    assert [file.name for part in dealt for file in part] == list(CONTENT)
+    assigned = [assign_files(files(), ShardSpec(index=index, count=count)) for index in range(1, count + 1)]
+    assert [file.name for part in assigned for file in part] == list(CONTENT)
     if count <= 7:
-        assert all(len(part) in (7 // count, -(-7 // count)) for part in dealt)
+        assert all(len(part) in (7 // count, -(-7 // count)) for part in assigned)
 
 
 def dies(path: Path) -> None:
@@ -229,4 +229,4 @@ def test_a_flipped_byte_in_what_a_shard_wrote_is_found_by_the_reader(write: Writ
 @pytest.mark.parametrize("text", ["0/4", "5/4", "4", "1/0", "a/b", "publish", "-1/4", "1/4/2"])
 def test_nonsense_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="--shard"):
-        Shard.parse(text)
+        ShardSpec.parse(text)

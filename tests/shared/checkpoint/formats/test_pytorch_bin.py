@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from shared.checkpoint.formats.pytorch_bin import read_torch_weights
+from shared.checkpoint.formats.pytorch_bin import read_pytorch_bin
 from shared.errors import UserError
 
 
@@ -22,7 +22,7 @@ def save(path: Path, content: Any, **how: Any) -> Path:
 def data(path: Path) -> dict[str, bytes]:
     """The bytes that the found places hold."""
     content = path.read_bytes()
-    return {t.name: content[t.start : t.start + t.size] for t in read_torch_weights(path).tensors}
+    return {t.name: content[t.start : t.start + t.size] for t in read_pytorch_bin(path).tensors}
 
 
 def raw(tensor: torch.Tensor) -> bytes:
@@ -42,7 +42,7 @@ def raw(tensor: torch.Tensor) -> bytes:
 def test_every_tensor_is_where_torch_put_it(tmp_path: Path, dtype: torch.dtype, name: str) -> None:
     tensors = {f"t{i}": torch.randint(0, 2, (3, 5 + i)).to(dtype) for i in range(4)}
     path = save(tmp_path / "w.bin", tensors)
-    found = read_torch_weights(path).tensors
+    found = read_pytorch_bin(path).tensors
     assert [(t.name, t.dtype, t.shape) for t in found] == [(n, name, tuple(t.shape)) for n, t in tensors.items()]
     assert data(path) == {n: raw(t) for n, t in tensors.items()}
 
@@ -66,7 +66,7 @@ def test_part_of_a_larger_storage(tmp_path: Path) -> None:
 def test_a_transposed_tensor_is_named(tmp_path: Path) -> None:
     path = save(tmp_path / "w.bin", {"fine": torch.zeros(2), "turned": torch.zeros(2, 3).T})
     with pytest.raises(UserError, match="turned is not stored contiguously"):
-        read_torch_weights(path)
+        read_pytorch_bin(path)
 
 
 class Runs:
@@ -80,7 +80,7 @@ class Runs:
 def test_code_is_refused_and_not_run(tmp_path: Path) -> None:
     path = save(tmp_path / "w.bin", {"a": torch.zeros(2), "b": Runs(tmp_path / "proof")})
     with pytest.raises(UserError, match=r"exec, which no checkpoint of weights needs; it was not run"):
-        read_torch_weights(path)
+        read_pytorch_bin(path)
     assert not (tmp_path / "proof").exists()
 
 
@@ -95,20 +95,20 @@ def test_code_is_refused_and_not_run(tmp_path: Path) -> None:
 )
 def test_what_is_no_state_dict_is_named(tmp_path: Path, content: Any, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        read_torch_weights(save(tmp_path / "w.bin", content))
+        read_pytorch_bin(save(tmp_path / "w.bin", content))
 
 
 def test_old_and_damaged_files(tmp_path: Path) -> None:
     old = save(tmp_path / "old.bin", {"a": torch.zeros(2)}, _use_new_zipfile_serialization=False)
     with pytest.raises(UserError, match="older than 1.6"):
-        read_torch_weights(old)
+        read_pytorch_bin(old)
     whole = save(tmp_path / "w.bin", {"a": torch.zeros(4000)}).read_bytes()
     (tmp_path / "cut.bin").write_bytes(whole[:9000])
     with pytest.raises(UserError, match=r"cut.bin is cut short"):
-        read_torch_weights(tmp_path / "cut.bin")
+        read_pytorch_bin(tmp_path / "cut.bin")
     (tmp_path / "empty.bin").write_bytes(b"")
     with pytest.raises(UserError, match=r"empty.bin is cut short"):
-        read_torch_weights(tmp_path / "empty.bin")
+        read_pytorch_bin(tmp_path / "empty.bin")
 
 
 def test_a_storage_shorter_than_its_tensor(tmp_path: Path) -> None:
@@ -118,4 +118,4 @@ def test_a_storage_shorter_than_its_tensor(tmp_path: Path) -> None:
             content = source.read(name)
             target.writestr(name, content[:100] if name.endswith("data/0") else content)
     with pytest.raises(UserError, match="a is cut short"):
-        read_torch_weights(tmp_path / "short.bin")
+        read_pytorch_bin(tmp_path / "short.bin")

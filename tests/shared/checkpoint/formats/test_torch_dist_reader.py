@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.checkpoint.copy.engine import write_files
 from shared.checkpoint.copy.operations import WriteBytes
+from shared.checkpoint.copy.worker_pool import write_files
 from shared.checkpoint.dtypes import FP32
 from shared.checkpoint.formats.torch_dist_reader import TorchDistReader
 from shared.checkpoint.formats.torch_dist_writer import TorchDistLayout
@@ -35,8 +35,8 @@ def write(folder: Path, chunks: list[Chunk], key: str = "w") -> Path:
     layout.declare(key, FP32, WHOLE.shape)
     for offsets, sizes in chunks:
         part = WHOLE[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))]
-        layout.chunk(key, offsets, sizes, partial(list, [WriteBytes(part.tobytes())]))
-    layout.put_objects(["w._extra_state/shard_0_1"], [None])
+        layout.add_chunk(key, offsets, sizes, partial(list, [WriteBytes(part.tobytes())]))
+    layout.add_objects(["w._extra_state/shard_0_1"], [None])
     layout.finish(folder, {"iteration": 3})
     write_files(folder, layout.files(), workers=1)
     return folder
@@ -78,7 +78,7 @@ def test_objects_and_common_values(tmp_path: Path) -> None:
 def test_optimizer_state_is_set_apart(tmp_path: Path) -> None:
     reader = TorchDistReader(write(tmp_path / "d", CHUNKINGS["one"], key="optimizer.state.exp_avg.w"))
     assert reader.tensors == {}
-    assert reader.other == {"optimizer.state.exp_avg.w": "float32"}
+    assert reader.non_weights == {"optimizer.state.exp_avg.w": "float32"}
 
 
 def test_missing_rank(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from shared.checkpoint.copy import blocks
-from shared.checkpoint.copy.engine import write_files
 from shared.checkpoint.copy.operations import WriteBytes
+from shared.checkpoint.copy.worker_pool import write_files
 from shared.checkpoint.dtypes import BF16, FP32
 from shared.checkpoint.files import hash_file
 from shared.checkpoint.formats import torch_dist_writer
@@ -30,9 +30,9 @@ def write(folder: Path, tensor: torch.Tensor, norm: torch.Tensor) -> dict[str, s
     for layer, half in ((0, 0), (0, 3), (1, 0), (1, 3)):
         part = tensor[layer, half : half + 3].contiguous().view(torch.uint8).numpy().tobytes()
         pieces = [WriteBytes(part[start : start + 8]) for start in range(0, len(part), 8)]
-        layout.chunk("w", (layer, half, 0), (1, 3, 4), partial(list, pieces))
-    layout.chunk("n", (0,), (5,), lambda: [WriteBytes(norm.numpy().tobytes())])
-    layout.put_objects(["w._extra_state/shard_0_1"], [None])
+        layout.add_chunk("w", (layer, half, 0), (1, 3, 4), partial(list, pieces))
+    layout.add_chunk("n", (0,), (5,), lambda: [WriteBytes(norm.numpy().tobytes())])
+    layout.add_objects(["w._extra_state/shard_0_1"], [None])
     layout.finish(folder, {"iteration": 0, "content_metadata": {"x": True}})
     return write_files(folder, layout.files(), workers=2)
 
@@ -72,6 +72,6 @@ def test_chunk_of_too_few_bytes_is_a_defect(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(blocks, "BLOCK", block)
     layout = TorchDistLayout()
     layout.declare("n", FP32, (5,))
-    layout.chunk("n", (0,), (5,), lambda: [WriteBytes(bytes(16))])
+    layout.add_chunk("n", (0,), (5,), lambda: [WriteBytes(bytes(16))])
     with pytest.raises(AssertionError, match="bytes"):
         write_files(tmp_path, layout.files(), workers=1)

@@ -12,7 +12,7 @@ from shared.training.plan import Inputs
 
 
 @contextlib.contextmanager
-def passengers(inputs: Inputs) -> Iterator[Path]:
+def run_hf_files(inputs: Inputs) -> Iterator[Path]:
     """A directory that holds config.json, the tokenizer and the rest, for the duration of the block."""
     own, tokenizer = inputs.source.hf_files, inputs.data.hf_files
     if (own / "tokenizer.json").is_file() or not tokenizer.is_dir():

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from shared.checkpoint.copy.blocks import OpenFiles
-from shared.checkpoint.copy.engine import write_files
 from shared.checkpoint.copy.operations import Block, FilePlan, WriteBytes, pack_blocks
+from shared.checkpoint.copy.worker_pool import write_files
 from shared.checkpoint.files import hash_file
 
 CONTENT = {f"f{n}": np.random.default_rng(n).bytes(n * 1000 + 7) for n in range(5)}

@@ -52,10 +52,10 @@ class TeReader:
         self.directory = directory
         self._files = OpenFiles()
         self.tensors: dict[str, TeTensor] = {}
-        self.other: dict[str, str] = {}  # states beside the parameters, with their types
+        self.non_weights: dict[str, str] = {}  # states beside the parameters, with their types
         for name, tensor in stored_weights(directory, flag).tensors().items():
             if name.rpartition(".")[2] == STATE:
-                self.other[name] = tensor.dtype
+                self.non_weights[name] = tensor.dtype
                 continue
             dtype = weight_dtype(tensor.dtype, name, tensor.place)
             self.tensors[name] = TeTensor(key=name, dtype=dtype, shape=tensor.shape, stored=tensor)
