@@ -153,9 +153,7 @@ async def _engine(arguments: dict[str, Any]) -> AsyncIterator[AsyncLLM]:
 
 def _die_with_parent() -> None:
     """Have the kernel kill the engine when the server is gone, even by SIGKILL."""
-    signal.signal(
-        signal.SIGUSR1, signal.SIG_IGN
-    )  # Slurm may signal every process of a job; the server stops the engine
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm may send it to all processes; the server stops the engine
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -26,7 +26,7 @@ TEXT = "The quick brown fox jumps over the lazy dog. def f(x): return x + 1\n"
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """What a command left behind."""
+    """The result of a command."""
 
     code: int
     stdout: str
@@ -80,10 +80,10 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """family -> a directory with a tiny random model of it. The LLaMA has a chat template, the others have none.
+    """family -> a directory with a tiny random model. LLaMA's tokenizer has a chat template, the others' have none.
 
-    head_dim 32 is the smallest that vLLM's CPU attention takes. Weights are drawn wide, so that the likeliest token
-    leads by far and greedy decoding does not turn on rounding.
+    head_dim 32 is the smallest of vLLM's CPU attention. Weights have a large deviation, so that the most likely token
+    leads by far and rounding does not change greedy decoding.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -93,7 +93,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    # ASCII only: every token is whole characters, so that equal texts are equal tokens.
+    # ASCII only: no token is part of a character, so that equal texts are equal tokens.
     alphabet = [c for c in pre_tokenizers.ByteLevel.alphabet() if c.isascii() or c in "\u0120\u010a"]
     bpe.train_from_iterator(
         [TEXT] * 4, trainers.BpeTrainer(vocab_size=140, special_tokens=["<eos>"], initial_alphabet=alphabet)
@@ -133,7 +133,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def greedy() -> Callable[[Path, str | list[dict[str, str]], int], str]:
-    """(directory, prompt, tokens) -> what transformers completes, taking the likeliest token each time, in fp32."""
+    """(directory, prompt, tokens) -> the greedy completion of transformers in fp32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

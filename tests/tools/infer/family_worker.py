@@ -1,8 +1,7 @@
-"""Continue a sequence with vLLM and with transformers: `family_worker.py DIRECTORY`, of fp32, made of DIRECTORY.source.
+"""Greedy continuation and log-probabilities in vLLM and in transformers: `family_worker.py DIRECTORY`, in a fork of the launcher.
 
-vLLM reads the one, transformers the other, which is the model as its family publishes it. Run in a fork of the launcher. Writes
-to DIRECTORY.json what each says: the greedy continuation, and the log-probability of every token given those before it; or why
-`infer` does not run the model.
+vLLM loads DIRECTORY, the export; transformers loads DIRECTORY.source, the model as its family publishes it. Writes
+DIRECTORY.json: both continuations and the log-probability of every given token, or the reason why `infer` refuses the model.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ def of_transformers(source: Path, ids: torch.Tensor, dtype: torch.dtype) -> dict
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     kind, config = AutoModelForCausalLM, read_config(source / "config.json")
-    if code := config.get("auto_map"):  # by name: vLLM has put configurations of its own into transformers
+    if code := config.get("auto_map"):  # by name: vLLM registers configurations of its own in transformers
         kind = get_class_from_dynamic_module(code["AutoModelForCausalLM"], source)
     attention = "sdpa" if config.get("alibi") else "eager"  # transformers' eager Falcon adds ALiBi twice
     model = kind.from_pretrained(source, dtype=dtype, attn_implementation=attention).eval()
     with torch.no_grad():
-        for _ in range(CONTINUED):  # our references have no cache, and caches are not what is looked at
+        for _ in range(CONTINUED):  # without a KV cache, which tests/references do not have
             logits = model(ids).logits.float()
             ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
     known = logits[0, : GIVEN - 1].log_softmax(-1).gather(-1, ids[0, 1:GIVEN, None])
@@ -65,12 +64,12 @@ def both(source: Path) -> dict[str, Any]:
         return {"lacking": str(error).replace(f"--source {source}: ", "")}
     sees = "vision_config" in config
     length = CONTINUED + max(GIVEN, seeing.complete(source) if sees else 0)
-    precision = "bf16" if "linear_key_head_dim" in config else "fp32"  # vLLM's delta nets on the CPU are of bf16 only
+    precision = "bf16" if "linear_key_head_dim" in config else "fp32"  # vLLM's CPU kernels of delta nets are bf16 only
     arguments = engine_arguments(source, EngineSettings(precision=precision, max_model_len=length, batch_size=1))
     arguments |= {"skip_tokenizer_init": not sees, "trust_remote_code": "auto_map" in config}
-    if sees:  # taken here to see that all weights are where they belong
+    if sees:  # `infer` refuses images on CPU; here they check the weights of the vision tower
         arguments["limit_mm_per_prompt"] = {"image": 1}
-    if config["model_type"] == "cohere2":  # of which vLLM has the windows one token wider than configured
+    if config["model_type"] == "cohere2":  # vLLM's windows are one token wider than config.json says
         arguments["hf_overrides"] = {"sliding_window": config["sliding_window"] - 1}
     model_config(arguments)
     words = (len(seeing.TOKENS) if sees else 0, registry.language_config(config)["vocab_size"])

@@ -1,10 +1,9 @@
-"""Runs `infer` commands in forks of one process that has imported vLLM, since that import is most of a command's time.
+"""Runs `infer` commands in forks of one process that has imported vLLM: the import is most of a command's time.
 
-Started by the fixture of the same name. Reads one JSON object a line on stdin and answers on stdout:
+Started by the fixture of the same name. Reads a JSON object a line on stdin and answers on stdout:
     {"run": [argv...], "stdin": PATH, "stdout": PATH, "stderr": PATH} -> {"pid": N}
     {"wait": N}                                                       -> {"code": exit code}
-A command runs in the fork exactly as the console script runs it, in a process of its own. If argv begins with a path of
-a Python file, that is run, not `infer`.
+A command runs in the fork as the console script runs it. If argv begins with a Python file, the fork runs that file.
 """
 
 import json
@@ -56,7 +55,7 @@ def run(request: dict) -> int:
 
 
 def main() -> None:
-    """Answer requests until stdin ends, then end what still runs: a test that failed leaves no server behind."""
+    """Answer requests until stdin ends, then kill the commands that still run, such as the server of a failed test."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     running = set()
     for line in iter(sys.stdin.readline, ""):
@@ -70,7 +69,7 @@ def main() -> None:
         print(json.dumps(answer), flush=True)
     for child in running:
         os.kill(child, signal.SIGKILL)
-    os._exit(0)  # the interpreter would take vLLM apart, half a minute on a busy machine
+    os._exit(0)  # without the teardown of vLLM, which takes half a minute on a busy machine
 
 
 if __name__ == "__main__":

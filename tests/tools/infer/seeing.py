@@ -1,4 +1,4 @@
-"""A processor of tiny models that see images, and what transformers and vLLM answer to one."""
+"""Tiny multimodal models: their image processor, and log-probabilities behind an image in transformers and in vLLM."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 TOKENS = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<boi>": 3, "<eoi>": 4, "<image>": 5, "<unk>": 6}
-TOKENS |= {"\n" * count: 6 + count for count in (1, 2, 3, 4)}  # which vLLM looks for
+TOKENS |= {"\n" * count: 6 + count for count in (1, 2, 3, 4)}  # vLLM looks them up
 _ROLES = {"boi_token_index": "<boi>", "eoi_token_index": "<eoi>", "image_token_index": "<image>"}
 _BEHIND = 12
 _PROMPT = " ".join(["t20 t21 <boi>", *(f"t{30 + 7 * place}" for place in range(_BEHIND))])
 
 
 def complete(source: Path) -> int:
-    """Give the directory a tokenizer and an image processor; tokens that both need come first. Returns how long a prompt is."""
+    """Write a tokenizer, whose first ids are the special tokens, and an image processor. Returns the length of a prompt."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import Gemma3ImageProcessor, Gemma3Processor, PreTrainedTokenizerFast
 
@@ -46,9 +46,9 @@ def _image(source: Path) -> Any:
 
 
 def of_transformers(source: Path, blank: bool = False) -> list[float]:
-    """Log-probabilities of the tokens behind an image; `blank`: as if its pixels were all alike.
+    """Log-probabilities of the tokens behind an image; `blank`: of one whose pixels are all zero.
 
-    As vLLM's attention on the CPU has it, tokens of the image see those before them, not each other.
+    With causal attention within the image, as vLLM has it on CPU.
     """
     from transformers import AutoModelForImageTextToText, Gemma3Processor
 
@@ -63,7 +63,7 @@ def of_transformers(source: Path, blank: bool = False) -> list[float]:
 
 
 def of_vllm(llm: Any, source: Path, sampling: Any) -> list[float]:
-    """The same of vLLM."""
+    """The same in vLLM."""
     prompt = {"prompt": _PROMPT, "multi_modal_data": {"image": _image(source)}}
     (answer,) = llm.generate([prompt], sampling, use_tqdm=False)
     behind = zip(answer.prompt_logprobs[-_BEHIND:], answer.prompt_token_ids[-_BEHIND:], strict=True)

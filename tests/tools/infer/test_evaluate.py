@@ -83,9 +83,11 @@ def bits_per_byte(source: Path, texts: list[str], window: int, change=lambda mod
 def test_bits_per_byte_equals_a_float64_computation_on_both_engines(launcher, models, tasks, tmp_path):
     source = models("llama")
     texts = [json.loads(line)["text"] for line in (tasks / "held_out.jsonl").read_text().splitlines()]
-    # The context is 128; the harness keeps two places free. A text fits one window or is cut in several.
+    # The context is 128, of which the harness keeps two positions free. Long texts are cut into windows.
     wanted = bits_per_byte(source, texts, window=126)
-    assert wanted != pytest.approx(bits_per_byte(source, texts, window=108), rel=1e-3)  # cutting elsewhere shows
+    assert wanted != pytest.approx(
+        bits_per_byte(source, texts, window=108), rel=1e-3
+    )  # other windows give another value
     found = {}
     for engine, flags in {"vllm": ["--tasks", tasks], "hf": ["--tasks", tasks / "held_out.yaml"]}.items():
         target = tmp_path / engine
@@ -101,7 +103,7 @@ def test_bits_per_byte_equals_a_float64_computation_on_both_engines(launcher, mo
     # fp32 log-probabilities carry a relative error of about 1e-6; sums over hundreds of tokens average it.
     assert found["vllm"] == pytest.approx(wanted, rel=2e-5)
     assert found["hf"] == pytest.approx(wanted, rel=2e-5)
-    assert wanted > 1  # a model that has learnt nothing
+    assert wanted > 1  # a random model
 
     results = json.loads((tmp_path / "vllm/results.json").read_text())
     assert results["results"]["length"]["length,none"] == 1.0
@@ -110,8 +112,8 @@ def test_bits_per_byte_equals_a_float64_computation_on_both_engines(launcher, mo
     assert "--overwrite" in again.stderr
 
 
-def test_mpt_has_the_slopes_that_its_configuration_says(launcher, models, tasks, tmp_path):
-    """transformers' class leaves them at another series."""
+def test_mpt_has_the_alibi_slopes_of_its_configuration(launcher, models, tasks, tmp_path):
+    """transformers' class ignores alibi_bias_max."""
     from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
     (source := tmp_path / "model").mkdir()
@@ -134,7 +136,7 @@ def test_mpt_has_the_slopes_that_its_configuration_says(launcher, models, tasks,
     assert found == pytest.approx(wanted, rel=2e-5)
 
 
-def test_a_data_file_that_changed_is_another_evaluation(launcher, models, tasks, tmp_path):
+def test_a_changed_data_file_is_another_evaluation(launcher, models, tasks, tmp_path):
     for file in tasks.iterdir():
         if file.is_file():
             (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -146,7 +148,7 @@ def test_a_data_file_that_changed_is_another_evaluation(launcher, models, tasks,
     assert launcher(*words).code == 2
 
 
-def test_a_chat_template_that_is_not_there_is_said(launcher, models, tasks, tmp_path):
+def test_a_missing_chat_template_is_refused(launcher, models, tasks, tmp_path):
     words = ("evaluate", "--source", models("qwen3"), "--tasks", tasks, "--target", tmp_path / "out")
     done = launcher(*words, "--apply-chat-template")
     assert done.code == 2

@@ -1,4 +1,4 @@
-"""Exports of every family in vLLM: what `convert to-hf` wrote continues greedily as the original does in transformers."""
+"""Exports of every family: greedy tokens and log-probabilities in vLLM against those of the original in transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shared.families import registry
 
 ROOT = Path(__file__).resolve().parents[3]
 CHOSEN = os.environ.get("FAMILIES", "").split()  # as for convert's tests of families; empty: all of them
-# What `to-hf --family` writes of a model, the one way into vLLM for Yi as it was first published.
+# `to-hf --family`: for these families the way into vLLM.
 AS_ANOTHER = (
     *("yi-tiny=llama", "internlm-tiny=llama", "internlm2-tiny=llama", "baichuan-tiny=llama", "baichuan2-tiny=llama"),
     "qwen-tiny=qwen2",
@@ -26,11 +26,11 @@ SIZES = [
     for name in (*registry.sizes(), *AS_ANOTHER)
     if "tiny" in name and (not CHOSEN or registry.sizes()[name.partition("=")[0]].family in CHOSEN)
 ]
-# Of log-probabilities relative to their spread: fp32 sums in another order, as `convert verify` explains.
+# Of log-probabilities, relative to their standard deviation: fp32 sums in another order, as in `convert verify`.
 TOLERANCE = 1e-4
-# What vLLM computes otherwise, and how far that is allowed to show.
+# Families that vLLM computes differently, with the tolerance for it.
 OTHERWISE = {"bloom": (2e-3, "vLLM computes GELU by the error function, where BLOOM has the approximation by tanh")}
-# Where it has only bf16: how far from fp32 its log-probabilities may be, root mean square, beside transformers' own in bf16.
+# bf16 only in vLLM: its RMS difference from fp32 may be this multiple of that of transformers in bf16.
 ROUNDED = 1.5
 REFUSED = {"qwen2-tiny-window": "Sliding window for some but all layers is not supported"}  # in vLLM's words
 
@@ -63,7 +63,7 @@ def test_exports_continue_in_vllm_as_in_transformers(
         assert "refused" not in answer, answer["refused"]
         ours, theirs = answer["vllm"], answer["transformers"]
         spread = statistics.stdev(theirs["log_probabilities"])
-        assert spread > 0.1  # of log-probabilities that a misplaced row would change
+        assert spread > 0.1  # so that a misplaced row changes the log-probabilities
         figures["precision"] = answer["precision"]
         if answer["precision"] == "bf16":
             figures["log_probabilities"] = root_mean_square(differences(ours, theirs)) / spread
@@ -75,7 +75,7 @@ def test_exports_continue_in_vllm_as_in_transformers(
         figures |= {"log_probabilities": max(differences(ours, theirs)) / spread, "tokens": len(ours["tokens"])}
         assert figures["log_probabilities"] < tolerance
         assert ours["tokens"] == theirs["tokens"]
-        if "seen" in theirs:  # of what is behind an image, whose pixels change it
+        if "seen" in theirs:  # log-probabilities behind an image depend on its pixels
             pairs = zip(ours["seen"], theirs["seen"], strict=True)
             figures["seen"] = max(abs(one - two) for one, two in pairs) / spread
             assert figures["seen"] < tolerance
@@ -83,7 +83,7 @@ def test_exports_continue_in_vllm_as_in_transformers(
 
 
 def differences(some: dict[str, Any], other: dict[str, Any]) -> list[float]:
-    """Of the log-probabilities of each given token."""
+    """Absolute differences of the log-probabilities of each given token."""
     pairs = zip(some["log_probabilities"], other["log_probabilities"], strict=True)
     return [abs(one - two) for one, two in pairs]
 

@@ -1,4 +1,4 @@
-"""`infer generate` against transformers, and what it refuses."""
+"""`infer generate` against transformers, on a double, and its refusals."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_greedy_tokens_equal_those_of_transformers(family, launcher, models, gre
     assert [{k: row[k] for k in given} for row, given in zip(answers, rows, strict=True)] == rows
     wanted = [greedy(source, row.get("prompt") or row["messages"], 24) for row in rows]
     assert [row["completion"] for row in answers] == wanted
-    assert len(set(wanted)) == len(wanted)  # no degenerate model, which would agree on anything
+    assert len(set(wanted)) == len(wanted)  # a degenerate model would agree on anything
     for row in answers:
         assert row["completion_tokens"] == 24 if row["finish_reason"] == "length" else row["finish_reason"] == "stop"
 
@@ -72,11 +72,13 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(launcher, models, tmp_p
         assert all(len(row["completions"]) == len(row["completion_tokens"]) == 2 for row in rows)
         return [row["completions"] for row in rows]
 
-    # Temperature 2 draws almost evenly, so that equal texts cannot be chance.
+    # Temperature 2 is almost uniform: equal texts are no chance.
     together, apart, other = sample("a"), sample("b", "--batch-size", 1), sample("c", "--seed", 7)
     assert together == apart
     assert together != other
-    assert len({text for texts in together for text in texts}) == 4  # each sample of each row has a stream of its own
+    assert (
+        len({text for texts in together for text in texts}) == 4
+    )  # each sample of each row has a random stream of its own
 
 
 def test_a_damaged_directory_is_refused(launcher, models, tmp_path):
@@ -113,7 +115,7 @@ def test_a_prompt_that_does_not_fit_is_named(launcher, models, tmp_path):
         ({"architectures": ["InternLM2ForCausalLM"], "bias": True}, "does not compute bias = True of config.json"),
     ],
 )
-def test_what_vllm_lacks_is_named(launcher, models, tmp_path, change, says):
+def test_models_that_vllm_does_not_support_are_refused(launcher, models, tmp_path, change, says):
     source = tmp_path / "model"
     source.mkdir()
     for file in models("llama").iterdir():
@@ -123,7 +125,7 @@ def test_what_vllm_lacks_is_named(launcher, models, tmp_path, change, says):
     refused(launcher, source, tmp_path, says)
 
 
-def test_a_model_that_only_an_older_vllm_has_is_named_whatever_its_tokenizer(launcher, models, tmp_path):
+def test_a_model_of_an_older_vllm_is_refused_with_its_version(launcher, models, tmp_path):
     source = tmp_path / "model"
     source.mkdir()
     (source / "model.safetensors").write_bytes((models("llama") / "model.safetensors").read_bytes())
@@ -141,7 +143,7 @@ def refused(launcher, source, tmp_path, says):
     assert not (tmp_path / "out").exists()
 
 
-def test_delta_nets_are_of_bf16_only_without_a_gpu(launcher, models, tmp_path):
+def test_gated_delta_nets_are_bf16_only_without_a_gpu(launcher, models, tmp_path):
     source = tmp_path / "model"
     source.mkdir()
     for file in models("llama").iterdir():

@@ -49,7 +49,7 @@ def test_a_malformed_line_is_named(tmp_path, line, message):
 
 
 @pytest.mark.parametrize(("text", "message"), [("\n \n", "no prompt"), ("\udcff", "not UTF-8")])
-def test_a_useless_file_is_named(tmp_path, text, message):
+def test_an_empty_or_binary_file_is_refused(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         read_rows(file(tmp_path, text), ())
 
@@ -61,8 +61,8 @@ def test_messages_go_through_the_template_and_raw_text_does_not(models):
     assert tokenizer.decode(encode(tokenizer, "fox", "here")) == "fox"
 
 
-def test_a_tokenizer_of_code_is_not_run_and_the_mend_that_is_named_mends(models, tmp_path, monkeypatch):
-    """As LLaMAs were published that transformers has no class for: tokenizer.model, and code that reads it."""
+def test_remote_code_of_a_tokenizer_is_not_run_and_the_named_fix_works(models, tmp_path, monkeypatch):
+    """As LLaMAs without a class in transformers were published: tokenizer.model, and remote code that reads it."""
     config = {"tokenizer_class": "OurTokenizer", "auto_map": {"AutoTokenizer": ["ours.OurTokenizer", None]}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "config.json").write_bytes((models("llama") / "config.json").read_bytes())
@@ -76,7 +76,7 @@ def test_a_tokenizer_of_code_is_not_run_and_the_mend_that_is_named_mends(models,
     assert encode(load_tokenizer(tmp_path), "lazy fox", "here") == encode(same, "lazy fox", "here")
 
 
-def test_what_cannot_be_encoded_is_said(models):
+def test_what_cannot_be_encoded_is_refused(models):
     with pytest.raises(UserError, match="here: messages need a chat template"):
         encode(load_tokenizer(models("qwen3")), [{"role": "user", "content": "fox"}], "here")
     with pytest.raises(UserError, match="here: the prompt is empty"):

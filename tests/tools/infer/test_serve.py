@@ -1,4 +1,4 @@
-"""`infer serve`: the real console script over loopback, its end, and what it refuses before it loads."""
+"""`infer serve` over loopback: answers, shutdown, and refusals before the model is loaded."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_sigterm_while_it_loads_ends_it_and_leaves_no_engine(launcher, models):
 
 
 def test_the_end_of_a_jobs_time_stops_it_with_the_code_to_start_again(launcher, models):
-    """SIGUSR1, sent to every process as some Slurm clusters do."""
+    """SIGUSR1 to every process, as some Slurm clusters send it."""
     pid, files = launcher.start("serve", "--source", models("llama"), "--port", 0, "--precision", "fp32")
     ready(files.with_suffix(".out"), lambda: not gone(pid))
     for process in (pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())):
@@ -130,7 +130,7 @@ def test_the_end_of_a_jobs_time_stops_it_with_the_code_to_start_again(launcher, 
     assert "the same command serves again" in done.stderr
 
 
-def test_a_port_in_use_is_said_at_once(models, tmp_path):
+def test_a_port_in_use_is_refused_at_once(models, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -147,7 +147,7 @@ def test_a_port_in_use_is_said_at_once(models, tmp_path):
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended, be it not reaped yet."""
+    """Whether a process has ended, reaped or not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -168,14 +168,14 @@ def test_a_server_that_is_killed_takes_its_engine_along(launcher, models):
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid"])
-def test_a_host_that_is_not_ours_is_named(models, host):
+def test_an_unknown_host_is_refused(models, host):
     words = [INFER, "serve", "--source", models("llama"), "--host", host]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert f"--host {host}" in done.stderr
 
 
-def test_a_tokenizer_of_code_is_named_before_the_engine_starts(launcher, models, tmp_path):
+def test_remote_code_of_a_tokenizer_is_refused_before_the_engine_starts(launcher, models, tmp_path):
     for file in models("llama").iterdir():
         if file.name != "tokenizer.json":
             (tmp_path / file.name).write_bytes(file.read_bytes())

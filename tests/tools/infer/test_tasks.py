@@ -1,4 +1,4 @@
-"""How --tasks is resolved: files, directories, names; paths relative to the file that names them."""
+"""How --tasks is resolved: files, directories, names, and paths relative to the task's file."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_paths_are_relative_to_the_task(directory, tmp_path, monkeypatch, data, 
     assert chosen.specs[0]["metric_list"] == [{"metric": "bits_per_byte"}]
 
 
-def test_every_file_that_decides_the_result_is_listed(directory, tmp_path):
+def test_every_file_that_determines_the_result_is_listed(directory, tmp_path):
     chosen = choose([str(task(directory, "data/*.jsonl"))], tmp_path / "cache")
     names = {file.resolve().relative_to(directory.resolve()).as_posix() for file in chosen.files}
     assert names == {"task.yaml", "_base.yaml", "metrics.py", "data/a.jsonl", "data/b.jsonl"}
@@ -76,7 +76,7 @@ def test_a_directory_gives_its_tasks_and_not_their_parts(directory, tmp_path):
     ("data", "message"),
     [("data/none.jsonl", "data/none.jsonl does not exist"), ("[", "task.yaml: ")],
 )
-def test_what_is_missing_or_broken_is_named(directory, tmp_path, data, message):
+def test_a_missing_data_file_and_broken_yaml_are_named(directory, tmp_path, data, message):
     with pytest.raises(UserError, match="--tasks .*task.yaml") as caught:
         choose([str(task(directory, data))], tmp_path / "cache")
     assert message in str(caught.value)
@@ -102,7 +102,7 @@ def test_a_group_file_is_refused(directory, tmp_path):
 
 
 def test_the_nearest_name_is_offered(tmp_path, monkeypatch):
-    # The harness's own index takes twenty seconds to read; a short list of its names does for the message.
+    # The harness's index takes twenty seconds to read; a short one is enough for the message.
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setattr(TaskManager, "task_index", {}, raising=True)

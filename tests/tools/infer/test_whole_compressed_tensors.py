@@ -1,4 +1,4 @@
-"""Integers of four bits in groups, as `convert` reads and makes them, against compressed-tensors, which vLLM depends on."""
+"""int4 groups as `convert` reads and writes them, against the library compressed-tensors, which vLLM loads them with."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def bits(tensor: torch.Tensor) -> np.ndarray:
     return tensor.contiguous().view(torch.int16).numpy().view(np.uint16)
 
 
-def test_numbers_are_what_its_decompression_gives() -> None:
+def test_dequantized_values_equal_those_of_compressed_tensors() -> None:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-8, 8, (ROWS, COLUMNS), generator=generator, dtype=torch.int8)
     exponents = torch.randint(-130, 120, (ROWS, GROUPS), generator=generator)
@@ -43,7 +43,7 @@ def test_numbers_are_what_its_decompression_gives() -> None:
 
 
 @pytest.mark.parametrize("size", [1e-30, 0.02, 3.0, 1e30])
-def test_changed_groups_are_what_its_compression_makes_of_them(size: float) -> None:
+def test_requantized_groups_equal_those_of_compressed_tensors(size: float) -> None:
     generator = torch.Generator().manual_seed(1)
     weight = (torch.randn(ROWS, COLUMNS, generator=generator) * size).bfloat16()
     groups = weight.unflatten(-1, (GROUPS, int4.GROUP))

@@ -1,0 +1,1 @@
+"""Inference engines: vLLM and transformers, behind one interface (`engine.Engine`)."""
