@@ -143,6 +143,11 @@ class Architecture(FlatView):
         return next((k.mixer for k in self.kinds if isinstance(k.mixer, GatedDeltaNet)), None)
 
     @property
+    def mtp_depth(self) -> int:
+        """MTP layers; 0 without MTP."""
+        return self.mtp.depth if self.mtp else 0
+
+    @property
     def mtp_decoder(self) -> Architecture:
         """A model whose only layer is the decoder layer within each MTP layer."""
         assert self.mtp is not None

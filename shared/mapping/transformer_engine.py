@@ -15,11 +15,10 @@ of the model's answer, stay beside the weights under Hugging Face's names. Rows 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
 from shared.mapping.layout import COPY, Constant, PadRows, Shape
 from shared.mapping.rule import PassThroughTensor, Rule, Table
 from shared.mapping.transformer_engine_modules import describe, extra_states, limits, parameters

@@ -59,13 +59,13 @@ def rows_of(ids: torch.Tensor, architecture: Architecture) -> torch.Tensor:
 
 def layouts_of(architecture: Architecture) -> list[str]:
     """Those that a model is run at."""
-    return [name for name, layout in LAYOUTS.items() if layout.expert == 1 or architecture.experts]
+    return [name for name, layout in LAYOUTS.items() if layout.expert == 1 or architecture.moe]
 
 
 def step(chunk: Any, rows: torch.Tensor) -> float:
     """Mean loss of the rows; leaves the gradients of its mean in `main_grad`."""
     rows = rows[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
-    config, depth = chunk.config, chunk.architecture.prediction_layers
+    config, depth = chunk.config, chunk.architecture.mtp_depth
     config.finalize_model_grads_func = finalize_model_grads
     model = DistributedDataParallel(config, DistributedDataParallelConfig(), chunk)
     model.zero_grad_buffer()
@@ -180,7 +180,7 @@ def main(work: Path) -> None:
             save_ranks(chunks[0], layout, work / f"{size}.{name}.ranks")
             ids = torch.load(work / f"{size}.ids.pt")
             result = {"logits": logits(chunks, ids)}
-            if architecture.prediction_layers:
+            if architecture.mtp:
                 result["further"] = further_logits(chunks[0], ids)
             result["loss"] = step(chunks[0], rows_of(ids, architecture))
             gradients = work / f"{size}.{name}.gradients" / "iter_0000001"

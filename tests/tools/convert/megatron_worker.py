@@ -37,17 +37,17 @@ def build(architecture: Any, tensor: int, pipeline: int) -> GPTModel:
     config = TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
-        ffn_hidden_size=architecture.ffn_hidden_size,
-        num_attention_heads=architecture.num_attention_heads,
-        num_query_groups=architecture.num_query_groups,
-        kv_channels=architecture.head_dim,
+        ffn_hidden_size=architecture.mlp.ffn_hidden_size,
+        num_attention_heads=architecture.attention.heads,
+        num_query_groups=architecture.attention.groups,
+        kv_channels=architecture.attention.head_dim,
         normalization="RMSNorm",
-        layernorm_epsilon=architecture.norm_epsilon,
+        layernorm_epsilon=architecture.layers[0].norm.epsilon,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
-        add_qkv_bias=architecture.qkv_bias,
-        qk_layernorm=architecture.qk_norm,
+        add_qkv_bias=architecture.attention.bias,
+        qk_layernorm=architecture.attention.qk_norm is not None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=tensor,
@@ -59,14 +59,14 @@ def build(architecture: Any, tensor: int, pipeline: int) -> GPTModel:
     )
     model = GPTModel(
         config,
-        get_gpt_layer_local_spec(qk_layernorm=architecture.qk_norm, normalization="RMSNorm"),
+        get_gpt_layer_local_spec(qk_layernorm=architecture.attention.qk_norm is not None, normalization="RMSNorm"),
         vocab_size=architecture.padded_vocab_size(tensor),
         max_sequence_length=architecture.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=architecture.tied_embeddings,
+        share_embeddings_and_output_weights=architecture.head.tied,
         position_embedding_type="rope",
-        rotary_base=architecture.rope_theta,
+        rotary_base=architecture.attention.rotary.theta,
     )
     with torch.no_grad():
         for parameter in model.parameters():
