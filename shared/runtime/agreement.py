@@ -1,10 +1,8 @@
-"""What the ranks of a run must agree on: what the first rank did, and when to stop."""
+"""Work of rank 0 whose outcome every rank shares."""
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
-from types import FrameType
 
 import torch
 
@@ -14,7 +12,7 @@ from shared.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, 
 def on_first_rank[T](function: Callable[[], T]) -> T:
     """Call `function` on rank 0 and give its result, which must be picklable, to every rank.
 
-    An exception leaves rank 0 as it is and ends the other ranks quietly, with the exit code it stands for.
+    An exception propagates on rank 0; the other ranks exit silently with its exit code.
     """
     if torch.distributed.get_rank() == 0:
         try:
@@ -37,23 +35,3 @@ def _exit_code(error: BaseException) -> int:
         if isinstance(error, kind):
             return code
     return EXIT_FAILED
-
-
-class StopRequest:
-    """SIGTERM and SIGUSR1 ask for a stop; the loop takes notice between two updates."""
-
-    def __init__(self) -> None:
-        self._asked = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-
-    def agreed(self, device: torch.device) -> bool:
-        """Whether any rank was asked: the same answer on all ranks, so that all of them save."""
-        if torch.distributed.get_world_size() == 1:
-            return self._asked
-        asked = torch.tensor(int(self._asked), device=device)
-        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-        return bool(asked.item())

@@ -27,7 +27,7 @@ from shared.errors import Interrupted, StageError
 from shared.model import gpt, weights
 from shared.model.attention import segment_mask
 from shared.runtime import process_groups as parallel
-from shared.runtime.agreement import StopRequest
+from shared.runtime.stop_request import StopRequest
 from shared.training import state
 from shared.training.config import TrainingConfig
 from shared.training.data import IGNORE, Batch, Dataset

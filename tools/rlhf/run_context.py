@@ -1,17 +1,16 @@
-"""What every training command does around its loop: hold the target, keep resumable state, stop on a signal."""
+"""The run of a training command: its target, published at the end, and the state to resume from."""
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from shared.checkpoint.directory.manifest import Inputs
 from shared.checkpoint.directory.publish import Publication, publish
-from shared.errors import EXIT_DONE, EXIT_USAGE, AlreadyDone, UserError
+from shared.errors import UserError
+from shared.runtime.agreement import on_first_rank
 from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.state import State
 
@@ -26,42 +25,24 @@ class RunContext:
 
 
 @contextmanager
-def open_run(distributed: DistributedContext, target: Path, inputs: Inputs, *, overwrite: bool) -> Iterator[RunContext]:
-    """Hold `target` and its state for this job; publish when the block ends well, then drop the state.
+def open_run(target: Path, inputs: Inputs, *, overwrite: bool) -> Iterator[RunContext]:
+    """Open `target` and its state for this job; publish when the block succeeds, then remove the state.
 
-    Rank 0 decides whether the job may run. When it may not, rank 0 says why and the other ranks leave in silence, with
-    the same exit code.
+    Rank 0 decides whether the job may run. A refusal is its message; the other ranks exit silently with the same code.
     """
-    if distributed.rank != 0:
-        refusal = distributed.broadcast(None)
-        if refusal is not None:
-            raise SystemExit(refusal)
-        yield RunContext(out=None, state=State.open(target, inputs, overwrite=True))
-        return
-    announced = False
-    try:
-        with publish(target, kind="hf", inputs=inputs, overwrite=overwrite) as out:
-            state = State.open(target, inputs, overwrite=overwrite)
-            distributed.broadcast(None)
-            announced = True
-            yield RunContext(out=out, state=state)
-    except (AlreadyDone, UserError) as refused:
-        if not announced:
-            distributed.broadcast(EXIT_DONE if isinstance(refused, AlreadyDone) else EXIT_USAGE)
-        raise
-    state.remove()
+    out: Publication | None = None
+    with ExitStack() as stack:
 
+        def open_target() -> None:
+            nonlocal out
+            out = stack.enter_context(publish(target, kind="hf", inputs=inputs, overwrite=overwrite))
+            State.open(target, inputs, overwrite=overwrite)
 
-class StopRequest:
-    """SIGTERM or SIGUSR1 asks the loop to save its state and leave at the end of the step at hand."""
-
-    def __init__(self) -> None:
-        self.received = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        on_first_rank(open_target)
+        state = State.open(target, inputs, overwrite=True)  # rank 0 has checked it
+        yield RunContext(out=out, state=state)
+    if out is not None:
+        state.remove()
 
 
 def check_batches(*, global_batch_size: int, micro_batch_size: int, distributed: DistributedContext) -> None:

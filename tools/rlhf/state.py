@@ -53,20 +53,19 @@ class State:
         except (FileNotFoundError, ValueError, KeyError):
             return False
 
-    def create(self) -> None:
-        """Make the directory, or clear away what is not to be resumed; once the user's input is known to be right."""
+    def create(self) -> int | None:
+        """Make the directory, or remove what is not to be resumed; call it once the user's input is checked.
+
+        Returns:
+            the step to resume from, None for a new run.
+        """
         if self.path.exists() and not self._is_ours():
             remove_tree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / RUN, (json.dumps({"identity": self._same}) + "\n").encode())
         for leftover in self.path.glob(f"*{_PARTIAL}"):
             remove_tree(leftover)
-
-    @property
-    def step(self) -> int | None:
-        """The newest step saved, None before the first."""
-        steps = [int(path.name.removeprefix("step_")) for path in self.path.glob("step_*") if path.suffix != _PARTIAL]
-        return max(steps, default=None)
+        return max((int(path.name.removeprefix("step_")) for path in self.path.glob("step_*")), default=None)
 
     def of_step(self, step: int) -> Path:
         """Where a step's state lies."""

@@ -26,7 +26,7 @@ def run(options: GRPOOptions) -> None:
     """Train, publish the policy."""
     distributed = prepare()
     _check(options, distributed)
-    with open_run(distributed, options.target, options.inputs, overwrite=options.overwrite) as context:
+    with open_run(options.target, options.inputs, overwrite=options.overwrite) as context:
         source = open_source(options.source)
         prompts = read_prompts(
             options.prompts, source.tokenizer, context=source.context, max_new_tokens=options.max_new_tokens
@@ -108,7 +108,7 @@ def _train(
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    resumed = resume_point(context, distributed)
+    resumed = resume_point(context)
     arguments = GRPOConfig(
         **common_arguments(
             context,

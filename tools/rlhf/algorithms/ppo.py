@@ -20,6 +20,8 @@ from shared.checkpoint.directory.open import open_checkpoint
 from shared.console import log
 from shared.errors import Interrupted, StageError, UserError
 from shared.report.metrics import Metrics, peak_memory
+from shared.runtime.agreement import on_first_rank
+from shared.runtime.stop_request import StopRequest
 from shared.training.schedule import Schedule
 from tools.rlhf.algorithms import losses
 from tools.rlhf.algorithms.experience import Experience, Recipe, collect, policy_log_probs, reply_values
@@ -38,7 +40,7 @@ from tools.rlhf.options import PPOOptions
 from tools.rlhf.report import add_record
 from tools.rlhf.rewards import weighted_sum
 from tools.rlhf.rollout.in_process import sample
-from tools.rlhf.run_context import RunContext, StopRequest, check_batches, open_run
+from tools.rlhf.run_context import RunContext, check_batches, open_run
 
 _KL_HORIZON = 10.0  # iterations; K_beta = 0.1 of arXiv:1909.08593
 
@@ -57,7 +59,7 @@ def run(options: PPOOptions) -> None:
     """Train, save state on the way, publish the policy."""
     distributed = prepare()
     _check(options, distributed)
-    with open_run(distributed, options.target, options.inputs, overwrite=options.overwrite) as context:
+    with open_run(options.target, options.inputs, overwrite=options.overwrite) as context:
         source = open_source(options.source)
         prompts = read_prompts(
             options.prompts, source.tokenizer, context=source.context, max_new_tokens=options.max_new_tokens
@@ -195,7 +197,7 @@ def _train(
             metrics.append(step=step, **row)
         if step % options.log_every == 0 or step == options.steps:
             log(_line(step, options.steps, row, models.reward.names))
-        stopping = distributed.any(stop.received) and step < options.steps
+        stopping = stop.agreed(distributed.device) and step < options.steps
         if stopping or step % options.save_every == 0 or step == options.steps:
             if metrics is not None:
                 metrics.sync()
@@ -374,9 +376,7 @@ def _resume(
     options: PPOOptions, models: Models, context: RunContext, distributed: DistributedContext
 ) -> tuple[int, float]:
     """The first iteration to run and its KL coefficient."""
-    if context.out is not None:
-        context.state.create()
-    step = distributed.broadcast(context.state.step)
+    step = on_first_rank(context.state.create)
     if step is None:
         return 1, options.kl_coefficient
     for name, engine in (("actor", models.actor), ("critic", models.critic)):

@@ -40,7 +40,7 @@ def run(options: RewardOptions) -> None:
         global_batch_size=options.global_batch_size, micro_batch_size=options.micro_batch_size, distributed=distributed
     )
     inputs = {"source": options.source, "data": options.data}
-    with open_run(distributed, options.target, inputs, overwrite=options.overwrite) as context:
+    with open_run(options.target, inputs, overwrite=options.overwrite) as context:
         source = open_source(options.source)
         pairs = _split(options, source)
         model = _model(options, source)
@@ -135,7 +135,7 @@ def _train(
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-    resumed = resume_point(context, distributed)
+    resumed = resume_point(context)
     arguments = RewardConfig(
         **common_arguments(
             context,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,23 +23,12 @@ class DistributedContext:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on some rank: the same answer on all."""
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
-
     def maximum(self, value: float) -> float:
         """The largest value of all ranks."""
         tensor = torch.tensor(value, device=self.device, dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return float(tensor)
-
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's Python object, on every rank."""
-        box = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -18,28 +18,32 @@ from shared.checkpoint.files import remove_tree, sync, sync_tree
 from shared.console import log
 from shared.errors import Interrupted, StageError
 from shared.report.metrics import Metrics, peak_memory
+from shared.runtime.agreement import on_first_rank
+from shared.runtime.stop_request import StopRequest
 from tools.rlhf.engines.deepspeed import Precision
 from tools.rlhf.engines.distributed import DistributedContext
-from tools.rlhf.run_context import RunContext, StopRequest
+from tools.rlhf.run_context import RunContext
 
 _MARKER = "complete"
 _CHECKPOINT = "checkpoint-"
 
 
-def resume_point(context: RunContext, distributed: DistributedContext) -> Path | None:
-    """The newest whole checkpoint of the Trainer; half ones are removed."""
-    folder = context.state.path / "trainer"
-    if distributed.rank == 0:
+def resume_point(context: RunContext) -> Path | None:
+    """The newest complete checkpoint of the Trainer; incomplete ones are removed."""
+
+    def newest() -> Path | None:
         context.state.create()
+        folder = context.state.path / "trainer"
         for path in folder.glob(f"{_CHECKPOINT}*"):
             if not (path / _MARKER).exists():
                 remove_tree(path)
                 log(f"removed {path.name}, whose saving was cut short")
-    distributed.barrier()
-    whole = sorted(folder.glob(f"{_CHECKPOINT}*"), key=_step_of)
-    if whole:
-        log(f"resuming after update {_step_of(whole[-1])}")
-    return whole[-1] if whole else None
+        return max(folder.glob(f"{_CHECKPOINT}*"), key=_step_of, default=None)
+
+    resumed = on_first_rank(newest)
+    if resumed is not None:
+        log(f"resuming after update {_step_of(resumed)}")
+    return resumed
 
 
 def _step_of(path: Path) -> int:
@@ -118,7 +122,7 @@ class Contract(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         between = state.global_step == state.max_steps or state.global_step % self._period
-        if not between and self._distributed.any(self._stop.received):
+        if not between and self._stop.agreed(self._distributed.device):
             self.interrupted_at = state.global_step
             control.should_save = control.should_training_stop = True
         return control
