@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from shared.errors import StageError
+from shared.runtime.parent_death import die_with_parent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -66,15 +67,6 @@ def ordered_map(
 
 
 def _start(parent: int, setup: Callable[..., None], arguments: tuple[object, ...]) -> None:
-    _die_with(parent)
+    die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     setup(*arguments)
-
-
-def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent goes (Linux: PR_SET_PDEATHSIG)."""
-    import ctypes
-
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it went before the line above
-        os.kill(os.getpid(), signal.SIGKILL)

@@ -7,7 +7,7 @@ seconds and hundreds of MB for a process that only waits.
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import os
 import signal
 import socket
@@ -20,13 +20,13 @@ from pathlib import Path
 from types import FrameType
 
 from shared.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, UserError
+from shared.runtime.parent_death import die_with_parent
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 5.0  # for the others, after one worker has failed: they wait for it in vain
 SAVING_SECONDS = 60.0  # for the others, after one worker has saved and stopped as told
 SHOWN_LINES = 60  # of a failed worker's output
-PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
 
 
 def launch(processes: int) -> int | None:
@@ -87,7 +87,8 @@ def _start(processes: int, outputs: Sequence[Path]) -> list[subprocess.Popen[byt
                         stdout=None if rank == 0 else output,
                         stderr=None if rank == 0 else output,
                         start_new_session=True,  # a terminal's Ctrl-C comes once, from us
-                        preexec_fn=_die_with_parent,  # noqa: PLW1509 -- this process has a single thread
+                        # A launcher that is killed must leave no worker behind that goes on writing checkpoints.
+                        preexec_fn=functools.partial(die_with_parent, os.getpid()),  # noqa: PLW1509 -- a single thread
                     )
                 )
     except BaseException:
@@ -100,14 +101,6 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-_libc = ctypes.CDLL(None)
-
-
-def _die_with_parent() -> None:
-    # A launcher that is killed outright must not leave workers behind that go on writing checkpoints.
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class _Forward:

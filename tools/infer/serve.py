@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import ctypes
 import os
 import signal
 import socket
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from shared.cli import log
 from shared.errors import EXIT_DONE, EXIT_INTERRUPTED, Interrupted, StageError, UserError
+from shared.runtime.parent_death import die_with_parent
 from tools.infer.engines.engine import EngineSettings
 from tools.infer.engines.vllm import announce, checked_arguments
 from tools.infer.engines.vllm_support import reason, refusals
@@ -26,8 +26,6 @@ from tools.infer.source import open_source
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
-
-_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def run(source: Path, *, host: str, port: int, served_model_name: str | None, settings: EngineSettings) -> None:
@@ -154,7 +152,7 @@ async def _engine(arguments: dict[str, Any]) -> AsyncIterator[AsyncLLM]:
 def _die_with_parent() -> None:
     """Have the kernel kill the engine when the server is gone, even by SIGKILL."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm may send it to all processes; the server stops the engine
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
 
 
 async def _announce(base: str, name: str) -> None:
