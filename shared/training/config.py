@@ -7,9 +7,9 @@ from typing import Literal
 
 from shared.architecture.architecture import Architecture
 from shared.errors import UserError
+from shared.precision import TrainingPrecision
 from shared.training.schedule import Schedule, ScheduleName
 
-Precision = Literal["bf16", "fp32"]
 Recompute = Literal["none", "selective", "full"]
 MTP_LOSS_SCALING_FACTOR = 0.1  # Megatron-Core's default
 _MICRO_BATCH_TOKENS = 8192  # a forward pass this long keeps a GPU busy and its activations modest
@@ -34,7 +34,7 @@ class TrainingConfig:
     adam_beta1: float
     adam_beta2: float
     seed: int
-    precision: Precision
+    precision: TrainingPrecision
     recompute: Recompute  # activations computed again in the backward pass: attention's, or every layer's
     tensor_parallel: int
     pipeline_parallel: int

@@ -15,10 +15,10 @@ import numpy.typing as npt
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from shared.data.labels import IGNORE
 from shared.errors import UserError
 from shared.training.samplers import Indices, permutation
 
-IGNORE = -100  # a label without loss
 _DOCUMENTS, _SEQUENCES = 1, 2  # independent shuffles of one epoch
 
 

@@ -23,6 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 import shared.runtime.device
 from shared.checkpoint.directory.open import iteration_name
 from shared.console import log
+from shared.data.labels import IGNORE
 from shared.errors import Interrupted, StageError
 from shared.model import gpt, weights
 from shared.model.attention import segment_mask
@@ -30,7 +31,7 @@ from shared.runtime import process_groups as parallel
 from shared.runtime.stop_request import StopRequest
 from shared.training import state
 from shared.training.config import TrainingConfig
-from shared.training.data import IGNORE, Batch, Dataset
+from shared.training.data import Batch, Dataset
 from shared.training.loss import Loss, further_labels, global_loss, token_loss
 from shared.training.optimizer import build_optimizer, set_learning_rate, wrap
 from shared.training.plan import Inputs

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core import parallel_state
 
-from shared.training.data import IGNORE
+from shared.data.labels import IGNORE
 
 Report = dict[str, torch.Tensor]
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from shared.cli import ExistingDir, NonNegative, Positive
+from shared.precision import TrainingPrecision
 
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -77,7 +78,7 @@ class TrainingOptions:
     adam_beta1: Decay = 0.9
     adam_beta2: Decay = 0.95
     seed: NonNegative = 0
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: TrainingPrecision = "bf16"
     recompute: Literal["none", "selective", "full"] = "none"
     tensor_parallel: Positive = 1
     pipeline_parallel: Positive = 1

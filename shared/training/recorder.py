@@ -9,6 +9,7 @@ import torch
 
 from shared.checkpoint.directory.run_directory import RunDirectory
 from shared.console import log, quantity
+from shared.precision import DTYPES
 from shared.report import metrics
 from shared.report import page as report
 from shared.report.metrics import Metrics, flops_per_token, peak_flops, peak_memory
@@ -146,7 +147,7 @@ class Recorder:
         architecture = self._inputs.architecture
         return {
             "family": architecture.family,
-            "dtype": {"bf16": "bfloat16", "fp32": "float32"}[self._config.precision],
+            "dtype": DTYPES[self._config.precision],
             "parameters": architecture.parameter_count(),
             "architecture": architecture.to_dict(),
         }

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from shared.cli import ExistingDir, ExistingFile, NonNegative, Positive, Tool
+from shared.precision import Precision
 
 tool = Tool(
     "convert",
     summary="Convert checkpoints between Hugging Face, Megatron-Core and TransformerEngine, and prove it lossless.",
 )
 
-Dtype = Literal["bf16", "fp16", "fp32"]
 Workers = Annotated[int, Field(ge=1, le=256)]  # each has blocks of its own in memory
 
 
@@ -25,7 +25,7 @@ def init(
     model_config: ExistingFile | None = None,
     tokenizer: ExistingDir | None = None,
     max_position_embeddings: Positive | None = None,
-    dtype: Dtype = "bf16",
+    dtype: Precision = "bf16",
     seed: NonNegative = 0,
     overwrite: bool = False,
 ) -> None:
@@ -113,7 +113,7 @@ def to_te(
 def to_hf(
     source: ExistingDir,
     target: Path,
-    dtype: Dtype | None = None,
+    dtype: Precision | None = None,
     hf_files: ExistingDir | None = None,
     family: str | None = None,
     quantized: bool = False,

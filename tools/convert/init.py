@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -24,10 +24,9 @@ from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.cli import log, progress
 from shared.errors import UserError
 from shared.families import registry
+from shared.precision import Precision
 from tools.convert.conversion_report import peak_memory, plan_line, result_line
 from tools.convert.tokenizer_files import tokenizer_fields
-
-DtypeFlag = Literal["bf16", "fp16", "fp32"]
 
 
 def run(
@@ -36,7 +35,7 @@ def run(
     model_config: Path | None,
     tokenizer: Path | None,
     max_position_embeddings: int | None,
-    dtype: DtypeFlag,
+    dtype: Precision,
     seed: int,
     overwrite: bool,
 ) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from shared.architecture.architecture import Architecture
 from shared.checkpoint.copy.worker_pool import Task
@@ -23,6 +23,7 @@ from shared.cli import log
 from shared.errors import UserError
 from shared.families import registry
 from shared.mapping.transformer_engine import te_form
+from shared.precision import Precision
 from shared.quantized.scheme import quantization_scheme
 from tools.convert.conversion import run_conversion
 from tools.convert.conversion_report import abbreviated
@@ -32,13 +33,11 @@ from tools.convert.megatron_lm_names import HEAD
 from tools.convert.plan_export import ExportPlan, constant_checks, export_files, plan_export
 from tools.convert.planning import MegatronReader, with_stored_mtp
 
-DtypeFlag = Literal["bf16", "fp16", "fp32"]
-
 
 def run(
     source: Path,
     target: Path,
-    dtype: DtypeFlag | None,
+    dtype: Precision | None,
     hf_files: Path | None,
     family: str | None,
     overwrite: bool,
@@ -100,7 +99,7 @@ def run(
         )
 
 
-def _log_export(plan: ExportPlan, reader: MegatronReader, dtype: DtypeFlag | None) -> None:
+def _log_export(plan: ExportPlan, reader: MegatronReader, dtype: Precision | None) -> None:
     """Log everything that is not a plain copy."""
     tensors = plan.layout.tensors()
     if plan.downcast:
@@ -169,7 +168,7 @@ def _name_plain(path: Path) -> None:
 def open_export(
     checkpoint: Checkpoint,
     files: Path,
-    dtype: DtypeFlag | None,
+    dtype: Precision | None,
     family: str | None = None,
     *,
     quantized: bool = False,

@@ -9,7 +9,8 @@ from typing import Annotated
 from pydantic import Field
 
 from shared.cli import ExistingDir, ExistingFile, NonNegative, Positive, Tool
-from tools.infer.engines.engine import EngineName, EngineSettings, Precision, Sampling
+from shared.precision import Precision
+from tools.infer.engines.engine import EngineName, EngineSettings, Sampling
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=2)]  # vLLM's range

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from shared.cli import ExistingDir, ExistingFile, NonNegative, Positive
+from shared.precision import TrainingPrecision
 from tools.rlhf.rewards.spec import RewardSpec, parse
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -45,11 +46,15 @@ class Options:
     learning_rate: Rate = 1e-5
     warmup_steps: NonNegative = 0
     max_gradient_norm: Above = 1.0
-    precision: Literal["bf16", "fp32"] | None = None
+    precision: TrainingPrecision | None = None
     processes: Positive = 1
     seed: NonNegative = 0
     save_every: Positive = 10
     log_every: Positive = 1
+
+    def precision_on(self, device_type: str) -> TrainingPrecision:
+        """The precision on a device of this type: `--precision`, by default bf16 on a GPU and fp32 elsewhere."""
+        return self.precision or ("bf16" if device_type == "cuda" else "fp32")
 
 
 @dataclass(frozen=True, kw_only=True)

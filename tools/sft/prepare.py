@@ -19,6 +19,7 @@ import xxhash
 from shared.checkpoint.directory.open import open_checkpoint
 from shared.checkpoint.directory.publish import publish
 from shared.cli import log, progress
+from shared.data.labels import IGNORE
 from shared.data.sources import Piece, expand, is_rows, pieces, rows
 from shared.data.tokenizer import copy_tokenizer, open_tokenizer, tokenizer_hash
 from shared.data.workers import ordered_map, usable_cores
@@ -28,7 +29,6 @@ from tools.sft.conversations import Conversation, Format, conversation
 from tools.sft.packing import best_fit_decreasing
 from tools.sft.spans import Renderer
 
-NO_LOSS = -100  # the label that torch's cross entropy ignores
 PIECE_BYTES = 4 << 20  # source bytes a worker takes at once
 DEFAULT_SEQUENCE_LENGTH = 2048  # tokens, where no config.json says what the model takes
 LARGEST_DEFAULT = 4096  # tokens: most conversations are shorter, and rows cost memory
@@ -244,7 +244,7 @@ def _write(samples: list[Sample], length: int, padding: int, prefix: Path) -> di
         for name in ("tokens", "labels", "segments")
     )
     tokens[:] = padding
-    labels[:] = NO_LOSS
+    labels[:] = IGNORE
     for row, members in enumerate(packed):
         start = 0
         for number, index in enumerate(members, start=1):
@@ -252,7 +252,7 @@ def _write(samples: list[Sample], length: int, padding: int, prefix: Path) -> di
             end = start + len(sample.ids)
             tokens[row, start:end] = sample.ids
             segments[row, start:end] = number
-            labels[row, start : end - 1] = np.where(sample.assistant[1:], sample.ids[1:], NO_LOSS)
+            labels[row, start : end - 1] = np.where(sample.assistant[1:], sample.ids[1:], IGNORE)
             start = end
     for array in (tokens, labels, segments):
         array.flush()

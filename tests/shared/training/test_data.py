@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from shared.data.indexed import IndexedWriter
+from shared.data.labels import IGNORE
 from shared.errors import UserError
-from shared.training.data import IGNORE, IndexedSequences, PackedSequences
+from shared.training.data import IndexedSequences, PackedSequences
 
 LENGTHS = [5, 1, 17, 30, 2, 9, 64, 3]
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 import shared.runtime.device
+from shared.data.labels import IGNORE
 from shared.model import gpt, weights
 from shared.runtime import process_groups as parallel
-from shared.training.data import IGNORE, Batch
+from shared.training.data import Batch
 from shared.training.loop import forward_backward, keep_further_layers, model_overrides, validate
 from shared.training.loss import Loss, further_labels, token_loss
 from shared.training.optimizer import build_optimizer, set_learning_rate, wrap

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from shared.errors import UserError
+from shared.precision import Precision
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
 EngineName = Literal["vllm", "hf"]
-Precision = Literal["bf16", "fp16", "fp32"]
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # as vLLM and transformers call them
 
 
 @dataclass(frozen=True, kw_only=True)

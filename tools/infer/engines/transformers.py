@@ -12,7 +12,8 @@ from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.console import log
 from shared.errors import UserError
 from shared.families.common.transformers_workarounds import completed
-from tools.infer.engines.engine import DTYPES, Completion, EngineSettings, Request, pieces
+from shared.precision import DTYPES
+from tools.infer.engines.engine import Completion, EngineSettings, Request, pieces
 from tools.infer.environment import on_gpu
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.console import log
 from shared.errors import UserError
 from shared.families import registry
-from tools.infer.engines.engine import DTYPES, EngineSettings
+from shared.precision import DTYPES
+from tools.infer.engines.engine import EngineSettings
 from tools.infer.environment import on_gpu
 
 _CPU_SEQUENCES = 32  # at once; a larger batch only makes each step longer on a handful of cores

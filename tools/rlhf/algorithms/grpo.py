@@ -118,7 +118,7 @@ def _train(
             learning_rate=options.learning_rate,
             warmup_steps=options.warmup_steps,
             max_gradient_norm=options.max_gradient_norm,
-            precision=options.precision,
+            precision=options.precision_on(distributed.device.type),
             seed=options.seed,
             save_every=options.save_every,
         ),

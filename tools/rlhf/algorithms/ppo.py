@@ -19,6 +19,7 @@ from torch import Tensor
 from shared.checkpoint.directory.open import open_checkpoint
 from shared.console import log
 from shared.errors import Interrupted, StageError, UserError
+from shared.precision import DTYPES, TrainingPrecision
 from shared.report.metrics import Metrics, peak_memory
 from shared.runtime.agreement import on_first_rank
 from shared.runtime.stop_request import StopRequest
@@ -28,7 +29,6 @@ from tools.rlhf.algorithms.experience import Experience, Recipe, collect, policy
 from tools.rlhf.data import Prompt, read_prompts
 from tools.rlhf.engines.deepspeed import (
     EngineOptions,
-    Precision,
     frozen_engine,
     full_weights,
     prepare,
@@ -104,9 +104,9 @@ def _check(options: PPOOptions, distributed: DistributedContext) -> None:
         )
 
 
-def _build(options: PPOOptions, source: Source, distributed: DistributedContext) -> tuple[Models, Precision]:
-    precision: Precision = options.precision or ("bf16" if distributed.device.type == "cuda" else "fp32")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+def _build(options: PPOOptions, source: Source, distributed: DistributedContext) -> tuple[Models, TrainingPrecision]:
+    precision = options.precision_on(distributed.device.type)
+    dtype = getattr(torch, DTYPES[precision])
     engine = EngineOptions(
         zero=options.zero,
         precision=precision,
@@ -140,7 +140,7 @@ def _print_plan(
     source: Source,
     prompts: Sequence[Prompt],
     models: Models,
-    precision: Precision,
+    precision: TrainingPrecision,
     distributed: DistributedContext,
 ) -> None:
     replies = options.steps * options.rollout_batch_size

@@ -12,15 +12,14 @@ import logging
 import os
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shared.precision import TrainingPrecision
 from tools.rlhf.engines.distributed import DistributedContext
-
-Precision = Literal["bf16", "fp32"]
 
 
 def prepare() -> DistributedContext:
@@ -67,7 +66,7 @@ class EngineOptions:
 
     zero: int
     """ZeRO stage: what is sharded over the ranks (1 optimizer state, 2 and gradients, 3 and parameters)."""
-    precision: Precision
+    precision: TrainingPrecision
     """Of weights and activations; with bf16 the optimizer keeps float32 masters."""
     micro_batch_size: int
     """Replies a forward pass, on one rank."""

@@ -17,10 +17,10 @@ from transformers import PrinterCallback, TrainerCallback
 from shared.checkpoint.files import remove_tree, sync, sync_tree
 from shared.console import log
 from shared.errors import Interrupted, StageError
+from shared.precision import TrainingPrecision
 from shared.report.metrics import Metrics, peak_memory
 from shared.runtime.agreement import on_first_rank
 from shared.runtime.stop_request import StopRequest
-from tools.rlhf.engines.deepspeed import Precision
 from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.run_context import RunContext
 
@@ -59,12 +59,11 @@ def common_arguments(
     learning_rate: float,
     warmup_steps: int,
     max_gradient_norm: float,
-    precision: Precision | None,
+    precision: TrainingPrecision,
     seed: int,
     save_every: int,
 ) -> dict[str, Any]:
     """Arguments of a Trainer that every command sets alike. Batch sizes are known to divide each other."""
-    chosen = precision or ("bf16" if distributed.device.type == "cuda" else "fp32")
     return {
         "output_dir": str(context.state.path / "trainer"),
         "per_device_train_batch_size": micro_batch_size,
@@ -74,7 +73,7 @@ def common_arguments(
         "adam_beta2": 0.95,
         "weight_decay": 0.0,
         "max_grad_norm": max_gradient_norm,
-        "bf16": chosen == "bf16",
+        "bf16": precision == "bf16",
         "use_cpu": distributed.device.type == "cpu",
         "gradient_checkpointing": False,
         "seed": seed,
