@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from shared.architecture import dictionary
 from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.checkpoint.directory.open import Checkpoint, open_checkpoint
 from shared.checkpoint.dtypes import BY_SAFETENSORS, count_not_finite
@@ -24,6 +25,7 @@ from shared.mapping.account import account_sources, account_targets
 from shared.mapping.layout import Shape
 from shared.mapping.transformer_engine import te_form
 from shared.quantized.scheme import quantization_scheme
+from tools.convert.architecture_summary import architecture_lines
 from tools.convert.hf_files import match_pass_through
 from tools.convert.to_te import layer_lines
 
@@ -171,7 +173,7 @@ def _print(found: dict[str, Any], rows: list[Row]) -> None:
         elif name == "weight_bytes":
             value = quantity(value, "bytes")
         elif name == "architecture":
-            value = ", ".join(f"{field}={setting}" for field, setting in value.items())
+            value = "\n".join(architecture_lines(dictionary.read(value)))
         elif isinstance(value, list | dict):
             value = "\n".join(map(str, value if isinstance(value, list) else value.items())) or "none"
         elif name == "parameters":

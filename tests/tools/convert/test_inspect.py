@@ -20,7 +20,7 @@ def test_hugging_face_directory(make_hf: Make, convert: Any) -> None:
     assert (found["kind"], found["family"], found["tensors"]) == ("hf", "llama", 21)
     assert found["numbers"]["float32"] == 5 * 64
     assert found["parameters"] == sum(found["numbers"].values())
-    assert found["architecture"]["num_query_groups"] == 2
+    assert found["architecture"]["layers"][0]["mixer"]["groups"] == 2
     assert found["made_by"] == "another program (no manifest.json)"
     assert found["tensor_list"]["model.norm.weight"] == {"dtype": "float32", "shape": [64]}
     assert "problem" not in found
@@ -38,7 +38,7 @@ def test_megatron_directory(make_hf: Make, convert: Any, tmp_path: Path) -> None
 def test_table_for_people(make_hf: Make, convert: Any) -> None:
     answer = convert("inspect", make_hf(), "--tensors")
     assert answer.code == 0
-    for words in ("llama", "bfloat16", "num_layers=2", "model.layers.1.mlp.up_proj.weight", "[160, 64]"):
+    for words in ("llama", "bfloat16", "2 layers, hidden_size 64", "model.layers.1.mlp.up_proj.weight", "[160, 64]"):
         assert words in answer.out
 
 

@@ -50,7 +50,11 @@ def test_result_holds_all_that_travels(make_hf: Make, convert: Any, tmp_path: Pa
         "weights.json",
     }
     facts = json.loads((target / "manifest.json").read_text())["facts"]
-    assert (facts["family"], facts["dtype"], facts["architecture"]["head_dim"]) == ("llama", ["bfloat16"], 16)
+    assert (facts["family"], facts["dtype"], facts["architecture"]["layers"][0]["mixer"]["head_dim"]) == (
+        "llama",
+        ["bfloat16"],
+        16,
+    )
 
 
 def test_torch_files_give_the_same_as_safetensors(make_hf: Make, convert: Any, tmp_path: Path) -> None:
