@@ -16,7 +16,7 @@ import torch
 from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.errors import UserError
 from shared.families import registry
-from tests.tools.infer import seeing
+from tests.tools.infer import multimodal
 from tools.infer.engines.engine import EngineSettings
 from tools.infer.engines.vllm import load
 from tools.infer.engines.vllm_arguments import engine_arguments
@@ -42,7 +42,7 @@ def of_transformers(source: Path, ids: torch.Tensor, dtype: torch.dtype) -> dict
     return {"tokens": ids[0, GIVEN:].tolist(), "log_probabilities": known[:, 0].tolist()}
 
 
-def of_vllm(source: Path, arguments: dict[str, Any], ids: list[int], sees: bool) -> dict[str, Any]:
+def of_vllm(source: Path, arguments: dict[str, Any], ids: list[int], has_images: bool) -> dict[str, Any]:
     from vllm import SamplingParams, TokensPrompt
 
     sampling = SamplingParams(
@@ -52,7 +52,7 @@ def of_vllm(source: Path, arguments: dict[str, Any], ids: list[int], sees: bool)
     (answer,) = llm.generate([TokensPrompt(prompt_token_ids=ids)], sampling, use_tqdm=False)
     given = zip(answer.prompt_logprobs[1:], ids[1:], strict=True)
     known = [position[token].logprob for position, token in given]
-    seen = {"seen": seeing.of_vllm(llm, source, sampling)} if sees else {}
+    seen = {"seen": multimodal.of_vllm(llm, source, sampling)} if has_images else {}
     return {"tokens": list(answer.outputs[0].token_ids), "log_probabilities": known, **seen}
 
 
@@ -62,28 +62,28 @@ def both(source: Path) -> dict[str, Any]:
         check_supported(source)
     except UserError as error:
         return {"lacking": str(error).replace(f"--source {source}: ", "")}
-    sees = "vision_config" in config
-    length = CONTINUED + max(GIVEN, seeing.complete(source) if sees else 0)
+    has_images = "vision_config" in config
+    length = CONTINUED + max(GIVEN, multimodal.write_processor(source) if has_images else 0)
     precision = "bf16" if "linear_key_head_dim" in config else "fp32"  # vLLM's CPU kernels of delta nets are bf16 only
     arguments = engine_arguments(source, EngineSettings(precision=precision, max_model_len=length, batch_size=1))
-    arguments |= {"skip_tokenizer_init": not sees, "trust_remote_code": "auto_map" in config}
-    if sees:  # `infer` refuses images on CPU; here they check the weights of the vision tower
+    arguments |= {"skip_tokenizer_init": not has_images, "trust_remote_code": "auto_map" in config}
+    if has_images:  # `infer` refuses images on CPU; here they check the weights of the vision tower
         arguments["limit_mm_per_prompt"] = {"image": 1}
     if config["model_type"] == "cohere2":  # vLLM's windows are one token wider than config.json says
         arguments["hf_overrides"] = {"sliding_window": config["sliding_window"] - 1}
     model_config(arguments)
-    words = (len(seeing.TOKENS) if sees else 0, registry.language_config(config)["vocab_size"])
+    words = (len(multimodal.TOKENS) if has_images else 0, registry.language_config(config)["vocab_size"])
     ids = torch.randint(*words, (1, GIVEN), generator=torch.Generator().manual_seed(1))
     original = source.with_name(f"{source.name}.source")
     theirs = of_transformers(original, ids, torch.float32)
     answer = {"precision": precision, "transformers": theirs}
-    if sees:
-        theirs["seen"] = seeing.of_transformers(source)
-        theirs["unseen"] = seeing.of_transformers(source, blank=True)
+    if has_images:
+        theirs["seen"] = multimodal.of_transformers(source)
+        theirs["unseen"] = multimodal.of_transformers(source, blank=True)
     if precision == "bf16":
         answer["rounded"] = of_transformers(original, ids, torch.bfloat16)
     try:
-        return answer | {"vllm": of_vllm(source, arguments, ids[0].tolist(), sees)}
+        return answer | {"vllm": of_vllm(source, arguments, ids[0].tolist(), has_images)}
     except UserError as error:
         return {"refused": str(error).replace(f"--source {source}: ", "")}
 

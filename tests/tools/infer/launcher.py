@@ -47,7 +47,7 @@ def run(request: dict) -> int:
             tool.run(sys.argv[1:])
     except SystemExit as end:
         code = end.code or 0
-    except BaseException:  # noqa: BLE001 -- whatever it is, it must not reach the loop below
+    except BaseException:  # noqa: BLE001 -- no exception may reach the loop of `main`
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()

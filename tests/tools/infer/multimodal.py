@@ -15,7 +15,7 @@ _BEHIND = 12
 _PROMPT = " ".join(["t20 t21 <boi>", *(f"t{30 + 7 * place}" for place in range(_BEHIND))])
 
 
-def complete(source: Path) -> int:
+def write_processor(source: Path) -> int:
     """Write a tokenizer, whose first ids are the special tokens, and an image processor. Returns the length of a prompt."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import Gemma3ImageProcessor, Gemma3Processor, PreTrainedTokenizerFast
@@ -31,10 +31,10 @@ def complete(source: Path) -> int:
         **{f"{role}_token": f"<{role}>" for role in ("pad", "eos", "bos", "unk")},
         extra_special_tokens={"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<image>"},
     )
-    pixels, seen = config["vision_config"]["image_size"], config["mm_tokens_per_image"]
+    pixels, image_tokens = config["vision_config"]["image_size"], config["mm_tokens_per_image"]
     image = Gemma3ImageProcessor(size={"height": pixels, "width": pixels})
-    Gemma3Processor(image, tokenizer, image_seq_length=seen).save_pretrained(source)
-    return seen + _BEHIND + 8
+    Gemma3Processor(image, tokenizer, image_seq_length=image_tokens).save_pretrained(source)
+    return image_tokens + _BEHIND + 8
 
 
 def _image(source: Path) -> Any:
