@@ -1,63 +1,209 @@
-"""What the folder tree promises: imports point from tools to shared, tests mirror sources, files stay readable."""
+"""What the folder tree promises: imports point down, tests mirror sources, files stay readable, a name stands for one thing.
+
+Imports are read from the sources and followed from module to module. Those under `if TYPE_CHECKING` are left out:
+they do not run.
+"""
 
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(
     path.relative_to(ROOT)
-    for folder in ("shared", "tools", "demo", "tests")
+    for folder in ("shared", "tools", "demo", "containers", "tests")
     for path in (ROOT / folder).rglob("*.py")
     if ".venv" not in path.parts and "build" not in path.parts
 )
 
-
-def imported(path: Path) -> set[str]:
-    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-    return names
-
-
-@pytest.mark.parametrize("path", [p for p in SOURCES if p.parts[0] == "shared"], ids=str)
-def test_shared_imports_no_tool(path: Path) -> None:
-    assert not [name for name in imported(path) if name.split(".")[0] in ("tools", "tests", "demo")]
-
-
-@pytest.mark.parametrize("path", [p for p in SOURCES if p.parts[0] == "tools"], ids=str)
-def test_no_tool_imports_another(path: Path) -> None:
-    own = f"tools.{path.parts[1]}"
-    assert not [n for n in imported(path) if n.startswith("tools") and n != own and not n.startswith(own + ".")]
-
-
-@pytest.mark.parametrize(
-    "path", [p for p in SOURCES if p.parts[:2] in (("shared", "families"), ("shared", "mapping"))], ids=str
+# From the bottom up. A module imports from its own entry (the longest that it begins with) and from rows below it:
+# entries of one row do not know each other.
+LAYERS = (
+    ("shared.errors",),
+    ("shared.console", "shared.invocation"),
+    ("shared.cli | shared.help", "shared.architecture", "shared.kernels"),
+    ("shared.mapping",),
+    ("shared.checkpoint.dtypes | shared.checkpoint.files",),
+    ("shared.checkpoint.formats.safetensors_file",),  # its TensorInfo describes the bytes that are copied
+    ("shared.checkpoint.copy",),
+    ("shared.quantized",),
+    (
+        "shared.checkpoint.directory.manifest | shared.checkpoint.directory.auxiliary_files",
+    ),  # config.json of a directory
+    ("shared.checkpoint.formats",),
+    ("shared.checkpoint.directory",),
+    ("shared.families",),
+    ("shared.data", "shared.report", "shared.runtime"),
+    ("shared.model",),
+    ("shared.training",),
+    ("tools.convert", "tools.pretrain", "tools.sft", "tools.rlhf", "tools.infer"),
 )
-def test_families_and_mapping_know_no_megatron(path: Path) -> None:
-    assert not [n for n in imported(path) if n.split(".")[0] == "megatron" or n.startswith("torch.distributed")]
+
+# No chain of imports leads from the first to the second. A tool's cli answers usage errors at once: what is slow to
+# import is imported inside its functions.
+UNREACHED = {
+    "shared.architecture": ("torch", "megatron", "numpy"),
+    "shared.mapping": ("torch", "megatron"),
+    "shared.checkpoint": ("torch", "megatron"),
+    "shared.quantized": ("torch", "megatron"),
+    "shared.families": ("torch", "megatron"),
+    "shared.kernels": ("megatron",),
+    "tools.convert.cli": ("torch", "megatron", "transformers", "numpy"),
+    "tools.pretrain.cli": ("torch", "megatron", "transformers", "numpy"),
+    "tools.sft.cli": ("torch", "megatron", "transformers", "numpy"),
+    "tools.rlhf.cli": ("torch", "megatron", "transformers", "deepspeed", "trl"),
+    "tools.infer.cli": ("torch", "megatron", "transformers", "vllm"),
+}
+
+_SUBJECT = "one subject: as described in architecture, as named in families, as computed in model"
+# File names that stand in several folders of shared and tools, and why.
+SHARED_NAMES = {
+    "__init__.py": "a package",
+    "cli.py": "the command line of each tool, and what they have in common",
+    "options.py": "the flags of training and of rlhf",
+    "prepare.py": "the command of that name in pretrain and in sft",
+    "train.py": "the command of that name in pretrain and in sft",
+    "tokenizer.py": "tokenizers, and the command that trains one",
+    "attention.py": _SUBJECT,
+    "embedding_and_head.py": _SUBJECT,
+    "gated_delta_net.py": _SUBJECT,
+    "mla.py": _SUBJECT,
+    "moe.py": _SUBJECT,
+    "norm.py": _SUBJECT,
+    "prefix_lm.py": _SUBJECT,
+    "transformer_engine.py": "a checkpoint of TransformerEngine modules: its file, its tensors",
+    "auxiliary_files.py": "files beside the weights: of a checkpoint directory, of a training run",
+    "data.py": "what is trained on: rows of tokens in training, prompts and pairs in rlhf",
+    "state.py": "what a resume needs beside the weights: of training, of rlhf",
+    "engine.py": "what does the work behind an interface: copying bytes, inference",
+    "spec.py": "a specification: of Megatron-Core layers, of rewards",
+}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=str)
-def test_files_stay_readable(path: Path) -> None:
-    lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
-    assert lines <= 500, f"{path} has {lines} lines: split it"
+def module_name(path: Path) -> str:
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in SOURCES if p.name.startswith("test_") and p.parts[1] in ("shared", "tools")], ids=str
-)
-def test_tests_mirror_sources(path: Path) -> None:
-    """tests/shared/x/test_y.py stands for shared/x/y.py, or for a whole folder where several files act together."""
-    folder = Path(*path.parts[1:-1])
-    subject = path.stem.removeprefix("test_")
-    assert (ROOT / folder).is_dir(), f"{path}: no source folder {folder}"
-    known = {p.stem for p in (ROOT / folder).iterdir()} | {p.stem.replace("-", "_") for p in (ROOT / folder).iterdir()}
-    assert subject in known or subject.startswith(("every_", "whole_")), f"{path} stands for no file of {folder}"
+MODULES = {module_name(path): path for path in SOURCES if path.parts[0] in ("shared", "tools")}
+
+
+@cache
+def imports(module: str) -> dict[str, bool]:
+    """What a module imports: a module of this repository by its full name, a library by its first. True: on import of
+    the module itself; False: only inside a function."""
+    found: dict[str, bool] = {}
+
+    def note(name: str, at_once: bool) -> None:
+        own = name
+        while own and own not in MODULES:
+            own = own.rpartition(".")[0]
+        parts = own.split(".")
+        packages = [".".join(parts[:length]) for length in range(1, len(parts))]  # importing a.b.c runs a and a.b first
+        names = [own, *(p for p in packages if p in MODULES)] if own else [name.split(".")[0]]
+        for each in names:
+            found[each] = found.get(each, False) or at_once
+
+    def visit(node: ast.AST, at_once: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+                continue
+            if isinstance(child, ast.Import):
+                for alias in child.names:
+                    note(alias.name, at_once)
+            elif isinstance(child, ast.ImportFrom):
+                for alias in child.names:
+                    note(f"{child.module}.{alias.name}", at_once)
+            visit(child, at_once and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+
+    visit(ast.parse((ROOT / MODULES[module]).read_text(encoding="utf-8")), True)
+    found.pop(module, None)
+    return found
+
+
+def within(module: str, entry: str) -> bool:
+    return any(module == part or module.startswith(f"{part}.") for part in entry.split(" | "))
+
+
+def layer(module: str) -> tuple[int, str] | None:
+    """(row, entry) of the longest entry that the module begins with."""
+    fitting = [
+        (max(len(part) for part in entry.split(" | ") if within(module, part)), row, entry)
+        for row, entries in enumerate(LAYERS)
+        for entry in entries
+        if within(module, entry)
+    ]
+    return max(fitting)[1:] if fitting else None
+
+
+def chains(start: str) -> Iterator[list[str]]:
+    """The shortest chain of imports that run on import of `start`, to every module and library that it reaches."""
+    paths = {start: [start]}
+    queue = [start]
+    for module in queue:
+        for name in (n for n, at_once in imports(module).items() if at_once and n not in paths):
+            paths[name] = [*paths[module], name]
+            yield paths[name]
+            if name in MODULES:
+                queue.append(name)
+
+
+def test_imports_point_down() -> None:
+    """shared imports no tool, no tool another, and no folder of shared one above it: not inside functions either."""
+    modules = {module for module, path in MODULES.items() if path.name != "__init__.py"}
+    offenders = [f"{module} has no row in LAYERS" for module in sorted(modules) if layer(module) is None]
+    for module in sorted(MODULES):
+        row, entry = layer(module) or (-1, "no row in LAYERS")
+        for name in sorted(imports(module)):
+            if name in ("tests", "demo", "containers"):
+                offenders.append(f"{module} imports {name}")
+            target_row, target = (layer(name) if name in modules else None) or (-1, "")
+            if target_row >= row and target not in ("", entry):
+                offenders.append(f"{module} ({entry}) imports {name} ({target}), which is not below it")
+    assert not offenders, "\n".join(offenders)
+
+
+def test_what_no_chain_of_imports_reaches() -> None:
+    offenders = {}  # one chain for each import at the end of chains
+    for subject, libraries in UNREACHED.items():
+        members = [module for module in sorted(MODULES) if within(module, subject)]
+        assert members, f"{subject} of UNREACHED is not there"
+        for module in members:
+            for chain in chains(module):
+                if chain[-1] in libraries:
+                    offenders.setdefault((subject, *chain[-2:]), " -> ".join(chain))
+    assert not offenders, "\n".join(offenders.values())
+
+
+def test_tests_mirror_sources() -> None:
+    """tests/shared/x/test_y.py stands for shared/x/y.py, or for a folder where several files act together."""
+    offenders = []
+    for path in (p for p in SOURCES if p.parts[0] == "tests" and p.name.startswith("test_")):
+        folder = Path(*path.parts[1:-1])
+        if folder.parts[:1] not in (("shared",), ("tools",)):
+            continue
+        subject = path.stem.removeprefix("test_")
+        known = {p.stem.replace("-", "_") for p in (ROOT / folder).glob("*")}
+        if subject not in known and not subject.startswith(("every_", "whole_")):
+            offenders.append(f"{path} stands for no file of {folder}")
+    assert not offenders, "\n".join(offenders)
+
+
+def test_files_stay_readable() -> None:
+    counts = {path: len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    offenders = [f"{path} has {lines} lines: split it" for path, lines in counts.items() if lines >= 500]
+    assert not offenders, "\n".join(offenders)
+
+
+def test_a_file_name_stands_for_one_thing() -> None:
+    places = defaultdict(list)
+    for path in MODULES.values():
+        places[path.name].append(str(path))
+    repeated = {name: found for name, found in places.items() if len(found) > 1}
+    offenders = [f"{name}: {', '.join(found)}" for name, found in repeated.items() if name not in SHARED_NAMES]
+    offenders += [f"{name} of SHARED_NAMES stands in one place" for name in SHARED_NAMES.keys() - repeated.keys()]
+    assert not offenders, "\n".join(offenders)
