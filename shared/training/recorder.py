@@ -10,13 +10,13 @@ import torch
 from shared.checkpoint.directory.run_directory import RunDirectory
 from shared.console import log, quantity
 from shared.precision import DTYPES
-from shared.report import metrics
-from shared.report import page as report
+from shared.report import metrics, page
 from shared.report.metrics import Metrics, flops_per_token, peak_flops, peak_memory
 from shared.runtime.agreement import on_first_rank
 from shared.training.config import TrainingConfig
 from shared.training.loss import Loss
 from shared.training.plan import Inputs
+from shared.training.report import render
 from shared.training.run_hf_files import run_hf_files
 
 
@@ -128,7 +128,8 @@ class Recorder:
         self._saved = step
         if self._metrics is not None:
             self._metrics.sync()
-            report.write(self._directory.path / "report.html", self._metrics.rows, self._facts())
+            path = self._directory.path
+            page.write(path / page.REPORT, render(self._metrics.rows, self._facts(), title=path.name))
 
     def last_saved(self) -> str:
         """Where a run that fails now can be taken up."""

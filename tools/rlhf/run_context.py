@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shared.checkpoint.directory.manifest import Inputs
 from shared.checkpoint.directory.publish import Publication, publish
 from shared.errors import UserError
+from shared.report import page
+from shared.report.metrics import METRICS, read
 from shared.runtime.agreement import on_first_rank
 from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.state import State
@@ -22,6 +25,28 @@ class RunContext:
     out: Publication | None
     """The directory in the making; on rank 0 only."""
     state: State
+
+    def add_report(self, *, title: str, facts: Mapping[str, Any], charts: Mapping[str, Sequence[str]]) -> None:
+        """Put the run's metrics.jsonl and report.html into the directory to publish; rank 0 only.
+
+        Args:
+            title: the report's heading.
+            facts: shown as a list of values.
+            charts: title -> names of the metrics it draws.
+        """
+        assert self.out is not None, "rank 0 has the directory in the making"
+        metrics = self.state.path / METRICS
+        (self.out.path / METRICS).write_bytes(metrics.read_bytes())
+        tiles = {name.replace("_", " "): shown(value) for name, value in facts.items()}
+        page.write(
+            self.out.path / page.REPORT,
+            page.render(title=title, tiles=tiles, figures=page.line_charts(read(metrics), charts)),
+        )
+
+
+def shown(value: Any) -> str:
+    """A fact as the report has it."""
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 @contextmanager

@@ -1,53 +1,30 @@
-"""report.html."""
+"""report.html: one page for every kind of run."""
 
-from html.parser import HTMLParser
+from shared.report.page import line_charts, render, write
 
-from shared.report.page import render, write
-
-FACTS = {"family": "llama", "parameters": 8_200_000, "dtype": "float32"}
-ROWS = [
-    {"step": 0, "validation_loss": 9.0, "bits_per_byte": 3.5},
-    {"step": 1, "loss": 8.5, "learning_rate": 1e-4, "gradient_norm": 2.0, "tokens": 512, "tokens_per_second": 9000.0},
-    {"step": 2, "loss": 7.5, "learning_rate": 2e-4, "gradient_norm": 1.0, "tokens": 1024, "tokens_per_second": 9100.0},
-    {"step": 2, "validation_loss": 7.7, "bits_per_byte": 3.1},
-]
+ROWS = [{"step": 1, "reward": 0.25, "kl": 0.0}, {"step": 2, "reward": 0.5, "kl": 1.5}]
 
 
-class Page(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.tags, self.links, self.text = [], [], []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.links += [value for name, value in attributes if name in ("src", "href")]
-
-    def handle_data(self, data):
-        self.text.append(data)
+def test_a_chart_draws_its_metrics_and_names_their_last_values():
+    reward, both = line_charts(ROWS, {"Reward": ["reward"], "Reward and KL": ["reward", "kl", "absent"]})
+    assert reward.count("<polyline") == 1
+    assert both.count("<polyline") == 2
+    assert "<b>1.5</b>" in both
+    assert line_charts(ROWS, {"Nothing": ["absent"]}) == [""]
 
 
-def page(rows) -> Page:
-    parsed = Page()
-    parsed.feed(render(rows, FACTS, title="a run"))
-    return parsed
+def test_the_page_has_the_tiles_that_have_a_value_and_escapes_text():
+    page = render(title="PPO <run>", tiles={"reward": "0.5", "MFU": ""}, figures=line_charts(ROWS, {"A & B": ["kl"]}))
+    assert "<dt>reward</dt><dd>0.5</dd>" in page
+    assert "MFU" not in page
+    assert "PPO &lt;run&gt;" in page
+    assert "A &amp; B" in page
+    assert "<p>" not in page
+    assert "<p>llama</p>" in render(title="a run", subtitle="llama", tiles={}, figures=[])
 
 
-def test_every_curve_and_the_last_values_are_there_and_nothing_is_fetched():
-    parsed = page(ROWS)
-    text = " ".join(parsed.text)
-    assert parsed.tags.count("svg") == 5  # loss, bits per byte, rate, gradient norm, throughput; no MFU known
-    assert {"script", "link", "img"}.isdisjoint(parsed.tags)
-    assert not parsed.links
-    for shown in ("8.2 M parameters", "7.5", "7.7", "3.1", "9.1 k"):
-        assert shown in text
-
-
-def test_without_rows_there_is_a_page():
-    assert page([]).tags.count("svg") == 0
-
-
-def test_it_replaces_the_file_whole(tmp_path):
-    write(tmp_path / "report.html", ROWS[:2], FACTS)
-    write(tmp_path / "report.html", ROWS, FACTS)
+def test_the_file_is_replaced_whole(tmp_path):
+    write(tmp_path / "report.html", "first")
+    write(tmp_path / "report.html", "second")
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
-    assert "7.7" in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "report.html").read_text() == "second"

@@ -15,7 +15,6 @@ from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.engines.trl import Contract, common_arguments, resume_point, train, unwrapped
 from tools.rlhf.models import Source, load_policy, open_source, save_hf
 from tools.rlhf.options import GRPOOptions
-from tools.rlhf.report import add_record
 from tools.rlhf.rewards import weighted_sum
 from tools.rlhf.rewards.spec import RewardSpec
 from tools.rlhf.rollout.rollout import Reply
@@ -44,7 +43,7 @@ def run(options: GRPOOptions) -> None:
         if context.out is not None:
             facts = save_hf(trained, context.out.path, source) | {"updates": options.steps, "prompts": len(prompts)}
             context.out.describe(**facts)
-            add_record(context, title=f"GRPO run {options.target.name}", facts=facts, charts=_charts(reward))
+            context.add_report(title=f"GRPO run {options.target.name}", facts=facts, charts=_charts(reward))
         distributed.barrier()
 
 

@@ -37,7 +37,6 @@ from tools.rlhf.engines.deepspeed import (
 from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.models import Source, load_critic, load_policy, open_source, save_hf
 from tools.rlhf.options import PPOOptions
-from tools.rlhf.report import add_record
 from tools.rlhf.rewards import weighted_sum
 from tools.rlhf.rollout.in_process import sample
 from tools.rlhf.run_context import RunContext, check_batches, open_run
@@ -72,7 +71,7 @@ def run(options: PPOOptions) -> None:
             facts = save_hf(models.actor.module, context.out.path, source, weights=weights)
             facts |= {"iterations": options.steps, "prompts": len(prompts), "precision": precision}
             context.out.describe(**facts)
-            add_record(context, title=f"PPO run {options.target.name}", facts=facts, charts=_charts(models.reward))
+            context.add_report(title=f"PPO run {options.target.name}", facts=facts, charts=_charts(models.reward))
         distributed.barrier()
 
 

@@ -18,7 +18,6 @@ from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.engines.trl import Contract, common_arguments, resume_point, train, unwrapped
 from tools.rlhf.models import Source, open_source, save_hf
 from tools.rlhf.options import RewardOptions
-from tools.rlhf.report import add_record
 from tools.rlhf.rewards.reward_model import score
 from tools.rlhf.run_context import RunContext, check_batches, open_run
 
@@ -57,7 +56,7 @@ def run(options: RewardOptions) -> None:
                 log(f"accuracy on held-out pairs after training: {after:.3f}")
             facts = save_hf(trained.to("cpu"), context.out.path, source, new_config=True) | result
             context.out.describe(**facts)
-            add_record(context, title=f"Reward model {options.target.name}", facts=facts, charts=_CHARTS)
+            context.add_report(title=f"Reward model {options.target.name}", facts=facts, charts=_CHARTS)
             print(json.dumps(result), flush=True)
         distributed.barrier()
 
