@@ -1,9 +1,8 @@
-"""Strict command lines on top of fire: a typo never starts work.
+"""Strict command lines on top of fire: a mistyped flag never starts work.
 
-fire alone runs a function before it rejects an unknown flag, ignores annotations and takes `--flag=false` for true.
-So a command line passes three gates, all before any heavy import: the words are checked against the command's
-signature here; fire binds them to a function that only records them; pydantic checks each value against its
-annotation. Only then does the command run.
+fire alone runs the function before it rejects an unknown flag, ignores annotations, and reads `--flag=false` as true.
+Here three steps run before any heavy import: the words are checked against the command's signature; fire binds them to
+a function that records them; pydantic validates each value against its annotation. Then the command runs.
 """
 
 from __future__ import annotations
@@ -68,13 +67,13 @@ def _existing(path: Path) -> Path:
 
 def _existing_dir(path: Path) -> Path:
     if not _existing(path).is_dir():
-        raise ValueError(f"{path} is a file, a directory is wanted")
+        raise ValueError(f"{path} is a file, a directory is required")
     return path
 
 
 def _existing_file(path: Path) -> Path:
     if not _existing(path).is_file():
-        raise ValueError(f"{path} is a directory, a file is wanted")
+        raise ValueError(f"{path} is a directory, a file is required")
     return path
 
 
@@ -89,21 +88,21 @@ _TRUE, _FALSE = {"true", "yes", "1"}, {"false", "no", "0"}
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One command of a tool: a typed function whose docstring is its help.
+    """One command of a tool: a typed function; its docstring is the help.
 
-    A parameter annotated with a dataclass stands for the fields of that class, each a flag.
+    Every parameter is a flag. A parameter annotated with a dataclass is one flag per field.
     """
 
     name: str
     function: Callable[..., int | None]
-    positional: tuple[str, ...]  # parameters that may also be given as bare words, in order
+    positional: tuple[str, ...]  # parameters also accepted as bare words, in order
     not_fingerprinted: tuple[str, ...]  # parameters that do not change the result
     parameters: dict[str, inspect.Parameter] = field(repr=False)
     hints: dict[str, Any] = field(repr=False)
-    groups: dict[str, type] = field(repr=False)  # parameters of the function that hold several flags
+    groups: dict[str, type] = field(repr=False)  # parameters annotated with a dataclass
 
     def call(self, arguments: Mapping[str, Any]) -> int | None:
-        """Run the function on one value for each flag."""
+        """Run the function with one value per flag."""
         single, grouped = dict(arguments), {}
         for name, kind in self.groups.items():
             grouped[name] = kind(**{item.name: single.pop(item.name) for item in dataclasses.fields(kind)})
@@ -111,7 +110,7 @@ class Command:
 
 
 def _flags(function: Callable[..., int | None]) -> dict[str, dict[str, Any]]:
-    """What `Command` knows of the flags: `parameters`, `hints` and `groups`."""
+    """`parameters`, `hints` and `groups` of a `Command`."""
     parameters: dict[str, inspect.Parameter] = {}
     hints: dict[str, Any] = {}
     groups: dict[str, type] = {}
@@ -140,7 +139,7 @@ class Tool:
 
     @property
     def version(self) -> str:
-        """The version of the installed distribution, so that it is written down once, in pyproject.toml."""
+        """The version of the installed distribution (pyproject.toml)."""
         return metadata.version(f"baton-{self.name}")
 
     def command(
@@ -151,13 +150,13 @@ class Tool:
         positional: Sequence[str] = (),
         not_fingerprinted: Sequence[str] = (),
     ) -> Any:
-        """Register a function as a command. Used bare or with arguments.
+        """Decorator, with or without arguments: register a function as a command.
 
         Args:
-            function: the command; every parameter is annotated and becomes a flag, or several if it is a dataclass.
-            name: its name on the command line; by default the function's, with hyphens.
-            positional: parameters that may also be given as bare words.
-            neutral: parameters that do not change the result, so that other values of them are the same run.
+            function: the command; every parameter is annotated.
+            name: its name on the command line; default: the function's, with hyphens.
+            positional: parameters also accepted as bare words.
+            not_fingerprinted: parameters that do not change the result: a run with other values is the same run.
         """
 
         def register(function: Callable[..., int | None]) -> Callable[..., int | None]:
@@ -174,7 +173,7 @@ class Tool:
         return register(function) if function is not None else register
 
     def run(self, argv: Sequence[str] | None = None) -> NoReturn:
-        """Parse, check, run; always ends the process with one of the documented exit codes."""
+        """Parse, validate and run. Always ends the process, with a documented exit code."""
         argv = list(sys.argv[1:] if argv is None else argv)
         label = self.name
         try:
@@ -190,12 +189,12 @@ class Tool:
         except UserError as error:
             _complain(label, str(error))
             raise SystemExit(EXIT_USAGE) from None
-        except OSError as error:  # a path that this user may not even look at
+        except OSError as error:  # a path without read permission
             raise SystemExit(_os_error(label, error)) from None
         raise SystemExit(self._execute(label, command, arguments))
 
     def _select(self, argv: list[str]) -> Command | None:
-        """The command named first; None when the tool's own help is asked for."""
+        """The command named by the first word; None for the tool's help."""
         if not argv:
             raise UserError(f"no command given; one of: {', '.join(self.commands)} ({self.name} --help says more)")
         if argv[0] in ("--help", "-h"):
@@ -236,7 +235,7 @@ class Tool:
 
 
 def _answer(text: str) -> NoReturn:
-    """Print what was asked for and end."""
+    """Print to stdout and exit."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -245,26 +244,26 @@ def _answer(text: str) -> NoReturn:
 
 
 def _reader_left() -> None:
-    """The reader of our output went away, e.g. `| head`: let the interpreter's last flush go nowhere."""
+    """The reader of stdout is gone (`| head`): redirect it, or the interpreter's last flush would fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _install_signals() -> None:
-    """SIGTERM and SIGUSR1 end a command with the code that says: run it again; training installs handlers of its own.
+    """SIGTERM and SIGUSR1 exit with EXIT_INTERRUPTED. Training installs its own handlers.
 
-    Without one, PID 1 of a container ignores SIGTERM, and SIGUSR1, Slurm's warning before the time is up, kills.
+    By default PID 1 of a container ignores SIGTERM, and SIGUSR1, Slurm's warning before the time limit, kills.
     """
 
     def leave(signum: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(EXIT_INTERRUPTED)
 
-    with contextlib.suppress(ValueError):  # not the main thread, as when a test calls a tool in process
+    with contextlib.suppress(ValueError):  # not in the main thread: a test that runs the tool in process
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, leave)
 
 
 def _os_error(label: str, error: OSError) -> int:
-    """One line for what the machine refused; a traceback for what we did not foresee."""
+    """Report an OSError: one line if the cause is known, else a traceback. Returns the exit code."""
     place = f"{error.filename}: " if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         _complain(label, f"{place}the disk is full; free some space and run the same command again")
@@ -297,7 +296,7 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 
 
 def _words(command: Command, words: list[str]) -> dict[str, str]:
-    """The command line as {parameter: raw text}; UserError for anything that does not fit the signature."""
+    """The command line as {parameter: raw text}; UserError for words that do not fit the signature."""
     flags = {flag_name(p): p for p in command.parameters} | {"--config": "config"}
     given: dict[str, str] = {}
     bare: list[str] = []
@@ -305,7 +304,7 @@ def _words(command: Command, words: list[str]) -> dict[str, str]:
     for index in rest:
         word = words[index]
         if word == "--":
-            raise UserError("'--' takes nothing away and passes nothing on; remove it and what follows")
+            raise UserError("'--' is not supported; remove it and what follows")
         if not word.startswith("-") or word == "-":
             bare.append(word)
             continue
@@ -343,7 +342,7 @@ def _words(command: Command, words: list[str]) -> dict[str, str]:
 
 
 def _bind(command: Command, given: dict[str, str]) -> dict[str, Any]:
-    """Let fire bind the words to the command's parameters, without running it; then add those of --config."""
+    """Bind the words to parameters with fire, without running the command; add the values of --config."""
     bound: dict[str, str] = {}
 
     @SetParseFn(str)
@@ -366,7 +365,7 @@ def _from_config(command: Command, path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path}: cannot be read as YAML: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"--config {path}: a mapping of flags to values is wanted")
+        raise UserError(f"--config {path}: a mapping of flags to values is required")
     known = list(command.parameters)
     values = {}
     for key, value in content.items():
@@ -378,14 +377,14 @@ def _from_config(command: Command, path: Path) -> dict[str, Any]:
 
 
 def _validate(command: Command, given: dict[str, Any]) -> dict[str, Any]:
-    """Values of the annotated types; UserError names the flag. Paths are checked to exist here, too."""
+    """Convert and validate the values by their annotations; UserError names the flag."""
     missing = [
         flag_name(p)
         for p, spec in command.parameters.items()
         if spec.default is inspect.Parameter.empty and p not in given
     ]
     if missing:
-        raise UserError(f"{', '.join(missing)} must be given (--help says what it means)")
+        raise UserError(f"{', '.join(missing)} must be given (see --help)")
     arguments = {}
     for name, spec in command.parameters.items():
         if name not in given:
@@ -407,12 +406,12 @@ def _validate(command: Command, given: dict[str, Any]) -> dict[str, Any]:
             text = first["msg"].removeprefix("Value error, ")
             raise UserError(f"{flag_name(name)} {given[name]}: {text[0].lower()}{text[1:]}") from None
         if isinstance(arguments[name], float) and not math.isfinite(arguments[name]):
-            raise UserError(f"{flag_name(name)} {given[name]}: a finite number is wanted")
+            raise UserError(f"{flag_name(name)} {given[name]}: a finite number is required")
     return arguments
 
 
 def _members(hint: Any) -> list[Any]:
-    """The alternatives of an annotation without `Annotated` and `None`."""
+    """The alternatives of a union, without `Annotated` and `None`."""
     if typing.get_origin(hint) is Annotated:
         return _members(typing.get_args(hint)[0])
     if typing.get_origin(hint) in (typing.Union, UnionType):
@@ -421,7 +420,7 @@ def _members(hint: Any) -> list[Any]:
 
 
 def _literal(hint: Any, text: str) -> Any:
-    """The member of a `Literal[0, 1]` that the text spells; pydantic compares without converting."""
+    """Convert text to a member of a `Literal[0, 1]`; pydantic compares literals without conversion."""
     spelt = [
         value for member in _members(hint) if typing.get_origin(member) is Literal for value in typing.get_args(member)
     ]
@@ -437,6 +436,6 @@ def _is_sequence(hint: Any) -> bool:
 
 
 def flags_of(command: Command) -> Iterator[str]:
-    """Every flag of a command, as typed on the command line."""
+    """Every flag of a command."""
     yield from (flag_name(parameter) for parameter in command.parameters)
     yield "--config"

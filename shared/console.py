@@ -1,4 +1,4 @@
-"""What a person sees while a stage works: lines on stderr, and a bar where there is a terminal."""
+"""Log lines and progress on stderr: a bar on a terminal, a line every 10 seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-_LINE_EVERY = 10.0  # seconds between progress lines where there is no terminal
+_LINE_EVERY = 10.0  # seconds between progress lines without a terminal
 
 
 def log(message: str) -> None:
-    """Print one line on stderr, from the first worker only."""
+    """Print one line to stderr, on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def progress(total: int, unit: str, description: str) -> Iterator[Callable[[int], None]]:
-    """Show progress towards `total` units ("bytes" are shown with binary prefixes); yields `advance(amount)`."""
+    """Show progress to `total` units ("bytes" with binary prefixes); yields `advance(amount)`."""
     if os.environ.get("RANK", "0") != "0":
         yield lambda amount: None
     elif sys.stderr.isatty():
@@ -59,7 +59,7 @@ def _lines(total: int, unit: str, description: str) -> Callable[[int], None]:
 
 
 def quantity(amount: float, unit: str) -> str:
-    """A count with its unit; bytes with a binary prefix."""
+    """Format a count with its unit; bytes with a binary prefix."""
     if unit != "bytes":
         return f"{amount:,.0f} {unit}"
     for prefix in ("B", "KiB", "MiB", "GiB"):

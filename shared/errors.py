@@ -1,6 +1,6 @@
-"""The four ways a command ends early, and the exit code each one stands for.
+"""Exit codes, and the exceptions that end a command with one of them.
 
-Anything else that escapes a command is a defect of ours: it keeps its traceback and exits 1.
+Any other exception is a defect of Baton: a traceback and exit code 1.
 """
 
 from __future__ import annotations
@@ -8,20 +8,20 @@ from __future__ import annotations
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 75  # sysexits' EX_TEMPFAIL: the same command again goes on from where it was
+EXIT_INTERRUPTED = 75  # sysexits' EX_TEMPFAIL: run the same command again to resume
 
 
 class UserError(ValueError):
-    """What the user got wrong, in one line that names the file or flag and the mend. Nothing was written."""
+    """A mistake in the command or its inputs: one line with the file or flag and the fix. Nothing was written. Exit 2."""
 
 
 class StageError(RuntimeError):
-    """The stage could not finish, in one line. Nothing was published."""
+    """The command failed: one line with the reason. Nothing was published. Exit 1."""
 
 
-class Interrupted(StageError):  # noqa: N818 -- not an error either: the state is saved
-    """The stage was told to stop, saved its state, and resumes when run again."""
+class Interrupted(StageError):  # noqa: N818 -- not an error: the state is saved
+    """The command was told to stop and has saved its state; running it again resumes. Exit 75."""
 
 
 class AlreadyDone(Exception):  # noqa: N818 -- not an error: the work exists
-    """The target already holds the result of the same command on the same inputs."""
+    """The target holds the result of the same run. Exit 0."""

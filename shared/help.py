@@ -1,4 +1,4 @@
-"""Help texts, made from the commands' signatures and docstrings."""
+"""Help texts, from the commands' signatures and docstrings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def flag_name(parameter: str) -> str:
 
 
 def tool_help(tool: Tool) -> str:
-    """What `TOOL --help` prints."""
+    """Text of `TOOL --help`."""
     width = max(map(len, tool.commands))
     rows = [f"  {name:{width}}  {summary(command)}" for name, command in tool.commands.items()]
     head = f"{tool.name} {tool.version}: {tool.summary}\n\nUsage: {tool.name} COMMAND --flag value ...\n\nCommands:"
@@ -31,7 +31,7 @@ def tool_help(tool: Tool) -> str:
 
 
 def command_help(tool: Tool, command: Command) -> str:
-    """What `TOOL COMMAND --help` prints."""
+    """Text of `TOOL COMMAND --help`."""
     prose, arguments = documentation(command)
     usage = [f"Usage: {tool.name} {command.name}"]
     usage += [f"[{name.upper()}]" for name in command.positional]
@@ -64,9 +64,10 @@ def summary(command: Command) -> str:
 
 
 def documentation(command: Command) -> tuple[list[str], dict[str, str]]:
-    """The paragraphs of the function's docstring, and what is said of each parameter as {parameter: text}.
+    """Paragraphs of the function's docstring, and descriptions of its parameters, {parameter: text}.
 
-    The function's own `Args:` win over the `Attributes:` of a dataclass, and a class over what it derives from.
+    Descriptions come from the function's `Args:` first, then from the `Attributes:` of its dataclasses, derived classes
+    before their bases.
     """
     body, _, section = (inspect.getdoc(command.function) or "").partition("\nArgs:\n")
     arguments: dict[str, str] = {}
@@ -78,7 +79,7 @@ def documentation(command: Command) -> tuple[list[str], dict[str, str]]:
 
 
 def _entries(section: str) -> dict[str, str]:
-    """`    name: text, perhaps on several lines` as {name: text}."""
+    """Parse `    name: text`, continued on indented lines, to {name: text}."""
     entries: dict[str, str] = {}
     name = ""
     for line in section.splitlines():

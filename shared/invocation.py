@@ -1,4 +1,4 @@
-"""Which command is running, with which options: what a manifest records and what makes two runs the same run."""
+"""The running command and its options, for manifests and for the run's fingerprint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NEVER_FINGERPRINTED = {"overwrite", "target"}
 
 @dataclass(frozen=True, kw_only=True)
 class Invocation:
-    """A resolved command: every option with its value, defaults included."""
+    """A command with the value of every option, defaults included."""
 
     tool: str
     command: str
@@ -23,7 +23,7 @@ class Invocation:
     not_fingerprinted: tuple[str, ...] = ()
 
     def fingerprinted_options(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The options that decide the result. Inputs count by their content, so their paths are left out."""
+        """The options that decide the result. Inputs enter the fingerprint by content, not by path."""
         ignored = {*_NEVER_FINGERPRINTED, *self.not_fingerprinted, *inputs}
         return {name: value for name, value in self.options.items() if name not in ignored}
 
@@ -40,7 +40,7 @@ def invocation() -> Invocation:
 def invoked(
     tool: str, command: str, options: Mapping[str, Any], *, version: str = "0", not_fingerprinted: Sequence[str] = ()
 ) -> Iterator[Invocation]:
-    """Declare the running command for the duration of the block."""
+    """Context manager: declare the running command."""
     current = Invocation(
         tool=tool,
         command=command,

@@ -1,1 +1,1 @@
-"""The contract between stages: a checkpoint directory, published whole or not at all."""
+"""Checkpoint directories: the contract between tools, the file formats, the copy engine (docs/contract.md)."""

@@ -1,4 +1,4 @@
-"""Element types under their three names, and the conversions between floating-point ones that a checkpoint needs."""
+"""Dtypes of weights under their three names (torch, safetensors, torch storage), and casts between them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:  # most conversions move bytes as they are: numpy is imported 
 
 @dataclass(frozen=True, kw_only=True)
 class Dtype:
-    """An element type of weights."""
+    """A floating-point dtype of weights."""
 
     name: str  # torch's
     safetensors: str
-    storage: str  # torch's storage class
+    storage: str  # torch's legacy storage class
     size: int  # bytes
 
 
 BF16 = Dtype(name="bfloat16", safetensors="BF16", storage="BFloat16Storage", size=2)
 FP16 = Dtype(name="float16", safetensors="F16", storage="HalfStorage", size=2)
 FP32 = Dtype(name="float32", safetensors="F32", storage="FloatStorage", size=4)
-# Only in Megatron form, of numbers that are held less one: there the difference is exact.
+# Only in Megatron checkpoints, for zero-centred gamma: `weight - 1` is exact in float64.
 FP64 = Dtype(name="float64", safetensors="F64", storage="DoubleStorage", size=8)
 
 BY_NAME = {dtype.name: dtype for dtype in (BF16, FP16, FP32, FP64)}
@@ -34,7 +34,7 @@ BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in (BF16, FP16, FP32)}
 BY_STORAGE = {dtype.storage: dtype for dtype in (BF16, FP16, FP32, FP64)}
 BY_FLAG = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
 
-# Bits of every type a safetensors header may name; those above are the ones that weights may have here.
+# Bits of every dtype a safetensors header may name. Weights have one of the dtypes above, or a quantised one.
 SAFETENSORS_BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
@@ -45,14 +45,14 @@ SAFETENSORS_BITS = {
 
 
 def weight_dtype(name: str, tensor: str, place: str) -> Dtype:
-    """The type of a weight by its safetensors name; UserError for one that is not a plain floating-point type."""
+    """The dtype of a weight by its safetensors name; UserError if it is not BF16, F16 or F32."""
     if name not in BY_SAFETENSORS:
-        raise UserError(f"{place}: {tensor} is {name}; weights of BF16, F16 or F32 are wanted (quantised model?)")
+        raise UserError(f"{place}: {tensor} is {name}; BF16, F16 or F32 is required (a quantised model?)")
     return BY_SAFETENSORS[name]
 
 
 def common(dtypes: Iterable[Dtype]) -> Dtype:
-    """The smallest type that holds all of these exactly."""
+    """The smallest dtype that represents all of these exactly."""
     distinct = set(dtypes)
     if FP64 in distinct:
         return FP64
@@ -60,14 +60,14 @@ def common(dtypes: Iterable[Dtype]) -> Dtype:
 
 
 def number(value: Literal[0, 1], dtype: Dtype) -> bytes:
-    """One of a type's numbers."""
+    """The bytes of 0 or 1 in a dtype."""
     if dtype is BF16:
         return struct.pack("<f", value)[2:]
     return struct.pack({FP16: "<e", FP32: "<f", FP64: "<d"}[dtype], value)
 
 
 def to_float32(data: memoryview, dtype: Dtype) -> np.ndarray:
-    """The numbers of a block, flat. Exact, but for float64, which is rounded to nearest."""
+    """Upcast a block to flat float32. Exact; float64 is rounded to nearest."""
     import numpy as np
 
     if dtype is FP64:
@@ -80,29 +80,29 @@ def to_float32(data: memoryview, dtype: Dtype) -> np.ndarray:
 
 
 def from_float32(values: np.ndarray, dtype: Dtype) -> memoryview:
-    """Bytes of flat float32 numbers in another type, rounded to nearest, ties to even, as torch does."""
+    """Downcast flat float32 values: round to nearest, ties to even, as torch does."""
     import numpy as np
 
     if dtype is FP32:
         return memoryview(np.ascontiguousarray(values)).cast("B")
     if dtype is FP16:
-        with np.errstate(over="ignore"):  # beyond half's range is infinity, as in torch
+        with np.errstate(over="ignore"):  # overflow gives infinity, as in torch
             return memoryview(values.astype(np.float16)).cast("B")
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    if (nan := np.isnan(values)).any():  # rounding must not carry a NaN's payload into infinity or the sign
+    if (nan := np.isnan(values)).any():  # rounding up a NaN's payload could carry into the exponent or the sign
         kept = (bits[nan] >> 16).astype(np.uint16)
         rounded[nan] = np.where(kept & 0x7F, kept, kept | 0x40)
     return memoryview(rounded).cast("B")
 
 
 def cast(data: memoryview, source: Dtype, target: Dtype) -> memoryview:
-    """A block of one type in another. Widening is exact, and narrowing what was widened gives back the same bits."""
+    """Cast a block. An upcast is exact; the downcast of an upcast value gives the same bits."""
     return data if source is target else from_float32(to_float32(data, source), target)
 
 
 def add(data: memoryview, number: float, source: Dtype, target: Dtype) -> memoryview:
-    """A block's numbers plus another, in another type: a sum in float64, rounded to float32 on the way to less."""
+    """A block plus a constant, cast: summed in float64; narrower targets are rounded through float32."""
     import numpy as np
 
     wide = source is FP64
@@ -113,9 +113,9 @@ def add(data: memoryview, number: float, source: Dtype, target: Dtype) -> memory
 
 
 def normalize_row(row: memoryview, source: Dtype, target: Dtype) -> memoryview:
-    """A row divided by its length, in another type: a quotient in float64, rounded to float32 on the way to less.
+    """A row divided by its L2 norm, cast: divided in float64, rounded through float32.
 
-    As in torch's `normalize`, a length below 1e-12 counts as that: a row of zeros stays one.
+    The norm is at least 1e-12 as in `torch.nn.functional.normalize`: a zero row stays zero.
     """
     import numpy as np
 
@@ -126,7 +126,7 @@ def normalize_row(row: memoryview, source: Dtype, target: Dtype) -> memoryview:
 
 
 def count_not_finite(data: memoryview, dtype: Dtype) -> tuple[int, int]:
-    """How many NaN and how many infinities a block holds."""
+    """Number of NaN and of infinities in a block."""
     import numpy as np
 
     values = np.frombuffer(data, dtype=f"u{dtype.size}")

@@ -1,4 +1,4 @@
-"""Files that survive a kill: content hashes, fsync, atomic replacement."""
+"""File system helpers: content hashes, fsync, atomic replacement, directory walks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 @contextlib.contextmanager
 def small_stacks() -> Iterator[None]:
-    """Threads that begin in the block have stacks of a megabyte: a limit of a process's memory counts them in full."""
+    """Threads started in the block have stacks of 1 MiB: limits of virtual memory count stacks in full."""
     usual = threading.stack_size(1 << 20)
     try:
         yield
@@ -33,9 +33,9 @@ def small_stacks() -> Iterator[None]:
 
 
 def hash_file(path: Path, advance: Callable[[int], None] = lambda amount: None) -> str:
-    """`xxh3_128:<hex>` of a file's content, read in blocks; calls `advance(bytes)` on the way.
+    """`xxh3_128:<hex>` of a file's content; calls `advance(bytes)` during reading.
 
-    xxHash3 runs at the speed of memory: it finds damage, it is no proof against forgery.
+    xxHash3 is as fast as memory. It detects damage, not forgery.
     """
     digest = xxhash.xxh3_128()
     buffer = memoryview(bytearray(_BLOCK))
@@ -47,31 +47,31 @@ def hash_file(path: Path, advance: Callable[[int], None] = lambda amount: None) 
 
 
 def hash_bytes(content: bytes) -> str:
-    """As `hash_file`, of bytes at hand."""
+    """`hash_file` of bytes in memory."""
     return f"xxh3_128:{xxhash.xxh3_128_hexdigest(content)}"
 
 
 def hash_files(paths: Iterable[Path], advance: Callable[[int], None] = lambda amount: None) -> list[str]:
-    """`hash_file` of each path, several at a time, in order."""
+    """`hash_file` of each path, on several threads, in order."""
     with small_stacks(), ThreadPoolExecutor(_HASH_WORKERS) as pool:
         return list(pool.map(lambda path: hash_file(path, advance), paths))
 
 
 def files_below(root: Path, without: Collection[str] = ()) -> Iterator[Path]:
-    """Every file below a directory, links followed, in a fixed order; folders called as one of `without` left out.
+    """Every file below a directory, sorted, links followed, folders named in `without` skipped.
 
     Raises:
-        UserError: a link that leads nowhere or back, what is no file, a name that is not UTF-8.
+        UserError: a dangling or circular link, a special file (socket, device), a name that is not UTF-8.
     """
     for folder, folders, names in os.walk(root, followlinks=True):
         folders[:] = sorted(name for name in folders if name not in without)
         for path in (Path(folder, name) for name in (*folders, *sorted(names))):
             if path.is_symlink() and not path.exists():
-                raise UserError(f"{path} is a link to nothing; fetch that file again, or remove the link")
+                raise UserError(f"{path} is a dangling link; fetch that file again, or remove the link")
             if path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve()):
-                raise UserError(f"{path} is a link to a folder that it lies in; remove it")
+                raise UserError(f"{path} is a circular link, to a folder above it; remove it")
             if not (path.is_file() or path.is_dir()):
-                raise UserError(f"{path} is neither a file nor a folder; move it away")
+                raise UserError(f"{path} is neither a file nor a directory; move it away")
             if str(path) != os.fsencode(path).decode(errors="replace"):
                 raise UserError(f"{os.fsencode(path)!r} has a name that is not UTF-8; rename it")
         yield from (Path(folder, name) for name in sorted(names))
@@ -86,14 +86,14 @@ def sync_tree(root: Path) -> None:
 
 
 def write_out(descriptor: int, start: int, size: int) -> None:
-    """Let the kernel begin to bring a range of a file to the disk, so that a later fsync finds less to do."""
+    """Start write-back of a file's range, so that a later fsync has less to do."""
     begin = ctypes.CDLL(None, use_errno=True).sync_file_range
     begin.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    begin(descriptor, start, size, _WRITE_OUT)  # what fails here, fsync reports
+    begin(descriptor, start, size, _WRITE_OUT)  # errors are left to fsync
 
 
 def sync(path: Path) -> None:
-    """fsync one file or folder."""
+    """fsync one file or directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -102,7 +102,7 @@ def sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file's content whole: a reader, or a kill, sees the old or the new."""
+    """Replace a file's content atomically: readers see the old or the new content, also after a kill."""
     temporary = path.with_name(f".{path.name}.new")
     try:
         with temporary.open("wb") as file:
@@ -117,7 +117,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Swap two directories in one step; False where the file system cannot."""
+    """Swap two directories atomically (RENAME_EXCHANGE). False if the file system cannot."""
     renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     if renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
         return True
@@ -128,7 +128,7 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory that another process may be removing as well."""
+    """Remove a directory; another process may be removing it too."""
     shutil.rmtree(path, onexc=_unless_gone)
 
 

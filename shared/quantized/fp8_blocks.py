@@ -1,15 +1,16 @@
-"""E4M3 numbers in blocks that share a scale: to bf16 and back.
+"""FP8 block codec: E4M3 codes in blocks with one scale each, to bf16 and back.
 
-A code stands for sign, 4 bits of exponent (bias 7) and 3 of mantissa; 0x7f and 0xff are NaN, and there is no infinity
-(Micikevicius et al., 2022). A weight is its code's number times the block's scale, a product in fp32 rounded once
-to bf16, as DeepSeek's and transformers' own programs do. Scales are fp32, bf16, or E8M0: an exponent alone, of 8 bits
-and bias 127, where 0xff is NaN (OCP Microscaling Formats, 1.0).
+E4M3: sign, 4 exponent bits (bias 7), 3 mantissa bits; 0x7f and 0xff are NaN, no infinity (Micikevicius et al., 2022).
+Scales: fp32, bf16 or E8M0 (8 exponent bits, bias 127, 0xff is NaN; OCP Microscaling Formats 1.0).
 
-Back: a block whose every number is what some code times the block's old scale gives, keeps that scale, and so gets its
-codes. That finds the codes it was made of: two neighbouring numbers of E4M3 are at least 2^-4 of the larger one apart,
-and the rounding to bf16 moves a product by 2^-9 of itself at most. It holds as long as no product leaves bf16's normal
-range (a scale between 2^-117 and 2^119, signs included); a block of zeros may have any scale. Any other block gets a
-new scale, its largest magnitude / 448.
+Dequantise: `bf16(fp32(value(code)) * scale)`, one rounding, as DeepSeek and transformers do.
+
+Requantise: if every value of a block equals `bf16(value(code) * old scale)` for some code, the block keeps its scale and
+those codes: an unchanged block round-trips exactly. Proof: neighbouring E4M3 values differ by at least 2^-4 of the larger,
+rounding to bf16 moves a product by at most 2^-9 of itself. Valid while products stay in bf16's normal range,
+2^-117 <= scale <= 2^119; a block of zeros may have any scale. A changed block gets `scale = amax / 448`.
+
+Shapes: `[rows, columns]` weights, `[ceil(rows / block rows), ceil(columns / block columns)]` scales.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ LARGEST = 448.0
 E8M0 = "F8_E8M0"
 SCALE_TYPES = ("F32", "BF16", E8M0)
 _SMALLEST_NORMAL = 2.0**-6
-_SMALLEST_SCALE = 2.0**-126  # fp32's smallest normal number
+_SMALLEST_SCALE = 2.0**-126  # the smallest normal fp32
 
 
 class NotFiniteError(ValueError):
-    """A changed block holds NaN or infinity."""
+    """A changed block or group contains NaN or infinity."""
 
 
 @cache
 def code_values() -> np.ndarray:
-    """The number of every code, `[256]` float32."""
+    """The value of every code, `[256]` float32."""
     import numpy as np
 
     code = np.arange(256, dtype=np.uint32)
@@ -47,7 +48,7 @@ def code_values() -> np.ndarray:
 
 
 def read_scales(data: memoryview, dtype: str) -> np.ndarray:
-    """Scales of a type, by its safetensors name, as float32: exact."""
+    """Scales of a safetensors dtype as float32. Exact."""
     import numpy as np
 
     if dtype != E8M0:
@@ -57,7 +58,7 @@ def read_scales(data: memoryview, dtype: str) -> np.ndarray:
 
 
 def write_scales(scales: np.ndarray, dtype: str) -> memoryview:
-    """The same backwards; those of E8M0 are powers of two."""
+    """The inverse of `read_scales`; E8M0 scales are powers of two."""
     import numpy as np
 
     if dtype != E8M0:
@@ -68,18 +69,18 @@ def write_scales(scales: np.ndarray, dtype: str) -> memoryview:
 
 
 def product_table(scales: np.ndarray) -> np.ndarray:
-    """What each code gives with each scale: bits of bf16, `[..., 256]` uint16 for scales `[...]` float32."""
+    """`bf16(value(code) * scale)` of all codes as bits: `[..., 256]` uint16 for scales `[...]` float32."""
     import numpy as np
 
     with np.errstate(over="ignore", invalid="ignore"):
         exact = scales[..., None] * code_values()
-        # NaN takes the code's sign: it comes back as the same one of the two
+        # NaN keeps the code's sign, so that 0x7f and 0xff round-trip.
         exact = np.where(np.isnan(code_values()), code_values(), exact)
         return np.frombuffer(from_float32(exact, BF16), dtype=np.uint16).reshape(exact.shape)
 
 
 def encode(values: np.ndarray) -> np.ndarray:
-    """Codes of float32 numbers, rounded to nearest, ties to even; beyond 448 it stays 448, NaN stays NaN."""
+    """Codes of float32 values: round to nearest, ties to even, saturate at 448; NaN stays NaN."""
     import numpy as np
 
     bits = np.ascontiguousarray(values).view(np.uint32)
@@ -88,9 +89,9 @@ def encode(values: np.ndarray) -> np.ndarray:
 
 @cache
 def _codes() -> np.ndarray:
-    """The code of every float32 number by its upper half, of which the last bit tells whether any lower one is set.
+    """Lookup table: upper 16 bits of a float32, the last one a sticky bit of the lower 16, to its code, `[65536]` uint8.
 
-    That bit and those below it are far behind the last that a code has: they only say on which side of a tie it is.
+    A code needs 3 of the 7 mantissa bits; the rest, with the sticky bit, decides the rounding.
     """
     import numpy as np
 
@@ -106,10 +107,15 @@ def _codes() -> np.ndarray:
 
 
 def requantize(values: np.ndarray, scale: np.float32, *, powers_of_two: bool) -> tuple[np.ndarray, np.float32]:
-    """Codes and scale of one block of float32 numbers, whose scale was `scale`.
+    """Codes and scale of one block of float32 values.
+
+    Args:
+        values: `[rows, columns]`.
+        scale: the block's old scale, kept if the block is unchanged.
+        powers_of_two: round a new scale up to a power of two.
 
     Raises:
-        NotFiniteError: it was changed, and holds NaN or infinity.
+        NotFiniteError: the block was changed and contains NaN or infinity.
     """
     import numpy as np
 

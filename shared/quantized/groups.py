@@ -1,4 +1,7 @@
-"""Weights of 32 numbers to a group with a scale of its own: read as numbers, and made codes again."""
+"""Weights quantised in groups of 32 (MXFP4, int4): dequantised on read, requantised on write.
+
+Shapes: a weight is `[rows, groups * 32]`; codes `[rows, groups, 16]` bytes, scales `[rows, groups]`.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ if TYPE_CHECKING:
     import numpy as np
 
 Component = Literal["codes", "scales"]
-_AT_ONCE = 1 << 13  # groups; making codes of them holds several copies
+_AT_ONCE = 1 << 13  # groups per call of a codec, which holds several copies
 
 
 def codec(scheme: Mxfp4 | Int4Groups) -> ModuleType:
-    """`decode` and `requantize` of a form, and how many numbers and bytes are in a group of it."""
+    """The codec of a scheme: `decode`, `requantize`, `GROUP`, `CODES`, `SCALE`."""
     return mxfp4 if isinstance(scheme, Mxfp4) else int4
 
 
@@ -39,7 +42,7 @@ def _scales(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DequantizedGroups:
-    """bf16 numbers, made of codes in groups and their scales when they are read."""
+    """Byte view of the bf16 values, dequantised on read."""
 
     name: str
     rows: int
@@ -49,7 +52,7 @@ class DequantizedGroups:
     scheme: Mxfp4 | Int4Groups
 
     def read(self, files: OpenFiles, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
-        """As `Region.read`; UserError for scales that are no numbers, of which no codes could be made again."""
+        """As `ByteView.read`. UserError if a scale is NaN or infinity: it could not be requantised."""
         import numpy as np
 
         of = codec(self.scheme)
@@ -78,11 +81,11 @@ class DequantizedGroups:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizeGroups:
-    """Rows of a matrix of numbers, as codes in groups or as the scales of those."""
+    """Copy operation: rows of a view requantised, one component (codes or scales) of the result."""
 
     values: ByteView
     dtype: Dtype
-    scales: TensorInfo  # that they had
+    scales: TensorInfo  # the old ones
     scheme: Mxfp4 | Int4Groups
     component: Component
     row: int
@@ -90,7 +93,7 @@ class QuantizeGroups:
 
     @property
     def groups(self) -> int:
-        """In a row."""
+        """Groups per row."""
         return self.scales.row_bytes // codec(self.scheme).SCALE
 
     @property
@@ -118,8 +121,8 @@ class QuantizeGroups:
 
 
 def not_finite(name: str) -> UserError:
-    """Of numbers that are to be codes again."""
+    """The error of a weight with new NaN or infinity."""
     return UserError(
-        f"{name} holds NaN or infinity, which were not there before; train on from a checkpoint without them, or "
-        "convert without --quantized to look at it"
+        f"{name} has new NaN or infinity and cannot be quantised; continue from a checkpoint without them, or "
+        "convert without --quantized"
     )

@@ -1,13 +1,13 @@
-"""Four-bit integers, 32 to a group that shares a scale (compressed-tensors' `pack-quantized`): to bf16 and back.
+"""Int4 group codec: compressed-tensors `pack-quantized`, groups of 32 with one bf16 scale, to bf16 and back.
 
-A code is the number plus 8; a byte holds two, the lower half first, and so a little-endian int32 eight. A scale is a bf16
-number, and a weight the product in fp32, rounded once, as compressed-tensors' own `dequantize` makes it of bf16 tensors.
+Code: integer + 8, in 4 bits; two per byte, low nibble first, which makes eight per little-endian int32.
 
-Back: a group whose every number is what some code times the old scale gives keeps that scale, and so gets its codes:
-numbers of neighbouring codes are at least an eighth of the larger one apart, and the rounding to bf16 moves a product by
-2^-9 of itself at most. Only scales whose products overflow (2^125 and more) make that impossible, and zero, of which all
-codes of a sign give the same. Any other group is quantised as compressed-tensors does with bf16 weights: its scale is the
-largest magnitude / 7.5, and each number's quotient is rounded to bf16 before it is to an integer.
+Dequantise: `bf16(fp32(integer) * scale)`, one rounding, as compressed-tensors' `dequantize` of bf16 tensors.
+
+Requantise: if every value of a group equals `bf16(integer * old scale)` for some integer, the group keeps its scale and
+those codes: an unchanged group round-trips exactly. Proof: neighbouring integers differ by at least 1/8 of the larger,
+rounding to bf16 moves a product by at most 2^-9 of itself. Exceptions: scales from 2^125 (overflow) and 0. A changed group
+is quantised as compressed-tensors does with bf16 weights: `scale = bf16(amax / 7.5)`, `integer = rint(bf16(value / scale))`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from shared.quantized.fp8_blocks import NotFiniteError
 if TYPE_CHECKING:
     import numpy as np
 
-GROUP = 32  # numbers
-CODES = GROUP // 2  # bytes
-SCALE = 2  # bytes
+GROUP = 32  # values per group
+CODES = GROUP // 2  # bytes of codes per group
+SCALE = 2  # bytes per scale
 _LOWEST, _HIGHEST = -8, 7
-_OF_ZEROS = 2.0**-7  # the scale of a group of zeros: bf16's epsilon
+_SCALE_OF_ZEROS = 2.0**-7  # bf16's epsilon
 
 
 def decode(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Bits of bf16, `[groups, 32]` uint16, of codes `[groups, 16]`, bytes, and scales `[groups]`, bits of bf16.
+    """Dequantise: codes `[groups, 16]` uint8, scales `[groups]` bf16 bits -> bf16 bits `[groups, 32]`.
 
     Raises:
         NotFiniteError: a scale is NaN or infinity.
@@ -48,16 +48,16 @@ def decode(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def requantize(values: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales of float32 numbers `[groups, 32]` whose scales were `scales`.
+    """Codes `[groups, 16]` and scales `[groups]` of float32 values `[groups, 32]` with old scales `scales`.
 
     Raises:
-        NotFiniteError: a changed group holds NaN or infinity.
+        NotFiniteError: a changed group contains NaN or infinity.
     """
     import numpy as np
 
     old = _to_float32(scales)[:, None]
     with np.errstate(all="ignore"):
-        # Of a scale of zero the sign is all that is left.
+        # A zero scale: only the sign of a product is left.
         codes = _pack_codes(np.where(old == 0, -np.signbit(values).astype(np.float32), values / old))
     again = _to_float32(decode(codes, scales))
     changed = (again.view(np.uint32) != np.ascontiguousarray(values).view(np.uint32)).any(axis=1)
@@ -68,7 +68,7 @@ def requantize(values: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.n
     if not np.isfinite(largest).all():
         raise NotFiniteError
     made = _to_bf16_bits(largest / np.float32(7.5)).copy()
-    made[made == 0] = _to_bf16_bits(np.array([_OF_ZEROS], dtype=np.float32))[0]
+    made[made == 0] = _to_bf16_bits(np.array([_SCALE_OF_ZEROS], dtype=np.float32))[0]
     new = scales.copy()
     new[changed] = made
     codes[changed] = _pack_codes(_to_float32(_to_bf16_bits(rounded / _to_float32(made)[:, None])))
@@ -88,7 +88,7 @@ def _to_bf16_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _pack_codes(quotients: np.ndarray) -> np.ndarray:
-    """Two codes to a byte, of numbers rounded to nearest, ties to even; NaN becomes anything."""
+    """Round to nearest, ties to even, clamp, and pack two codes per byte. NaN gives an arbitrary code."""
     import numpy as np
 
     with np.errstate(invalid="ignore"):

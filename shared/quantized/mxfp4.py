@@ -1,11 +1,11 @@
-"""MXFP4 numbers: 32 to a group, E2M1 codes of four bits and one power of two; to bf16 and back.
+"""MXFP4 codec: groups of 32 E2M1 codes (4 bits) with one E8M0 scale, to bf16 and back.
 
-A byte holds two codes, the lower half first (OCP Microscaling Formats 1.0; transformers' `convert_moe_packed_tensors`).
-A scale's byte stands for 2^(byte - 127); products are exact in bf16 but where they leave its range.
+Two codes per byte, low nibble first (OCP Microscaling Formats 1.0; transformers' `convert_moe_packed_tensors`). A scale
+byte means 2^(byte - 127). Products are exact in bf16 except on overflow.
 
-Back: a group whose every number is what some code times the old scale gives keeps that scale, and so gets its codes.
-Only scales whose products overflow (bytes of 253 and more) make that impossible. Any other group gets the smallest
-power of two that is at least its largest magnitude / 6, as OpenAI's own program takes.
+Requantise: if every value of a group equals `value(code) * old scale` for some code, the group keeps its scale and those
+codes: an unchanged group round-trips exactly, except for scale bytes from 253 (overflow). A changed group gets the
+smallest power of two >= amax / 6, as OpenAI's converter does.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from shared.quantized.fp8_blocks import NotFiniteError
 if TYPE_CHECKING:
     import numpy as np
 
-GROUP = 32  # numbers
-CODES = GROUP // 2  # bytes
-SCALE = 1  # byte
+GROUP = 32  # values per group
+CODES = GROUP // 2  # bytes of codes per group
+SCALE = 1  # byte per scale
 _BIAS = 127
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @cache
 def product_table() -> np.ndarray:
-    """What each code gives with each scale: bits of bf16, `[256, 16]` uint16."""
+    """`bf16(value(code) * 2^(scale - 127))` as bits: `[256 scales, 16 codes]` uint16."""
     import numpy as np
 
     numbers = np.array([*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES)], dtype=np.float32)
@@ -39,7 +39,7 @@ def product_table() -> np.ndarray:
 
 
 def decode(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Bits of bf16, `[groups, 32]` uint16, of codes `[groups, 16]` and scales `[groups]`, bytes both."""
+    """Dequantise: codes `[groups, 16]` uint8, scales `[groups]` uint8 -> bf16 bits `[groups, 32]`."""
     import numpy as np
 
     table, base = product_table().reshape(-1), scales.astype(np.uint16)[:, None] << 4
@@ -50,10 +50,10 @@ def decode(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def requantize(values: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales of float32 numbers `[groups, 32]` whose scales were `scales`.
+    """Codes `[groups, 16]` and scales `[groups]` of float32 values `[groups, 32]` with old scales `scales`.
 
     Raises:
-        NotFiniteError: a changed group holds NaN or infinity.
+        NotFiniteError: a changed group contains NaN or infinity.
     """
     import numpy as np
 
@@ -74,7 +74,7 @@ def requantize(values: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _encode(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Two codes to a byte, of numbers rounded to nearest, ties to the even code, 6 at most."""
+    """Round to nearest, ties to the even code, saturate at 6, and pack two codes per byte."""
     import numpy as np
 
     with np.errstate(all="ignore"):

@@ -1,4 +1,4 @@
-"""Forms other than plain numbers in which weights are published, as a config.json says it."""
+"""Quantisation schemes of published weights, from `quantization_config` in config.json."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from shared.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Blocks:
-    """E4M3 codes in `<name>`, and in `<name>_scale_inv` a scale for each block of rows and columns (DeepSeek V3).
+    """FP8 in blocks (DeepSeek V3): E4M3 codes `<name>` `[rows, columns]`, one scale per block in `<name>_scale_inv`.
 
-    A number is its code's times the scale; blocks at the lower and right edge may be cut.
+    value = value(code) * scale. Blocks at the lower and right edge may be smaller.
     """
 
     block: tuple[int, int] = (128, 128)  # rows, columns
-    powers_of_two: bool = False  # scales that are made anew are powers of two
+    powers_of_two: bool = False  # new scales are powers of two (`scale_fmt` ue8m0)
 
     title = "FP8 (E4M3 in blocks)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mxfp4:
-    """E2M1 codes in `<name>_blocks`, two to a byte, and in `<name>_scales` a power of two for each 32 (gpt-oss).
+    """MXFP4 (gpt-oss): E2M1 codes `<name>_blocks` `[experts, out, groups, 16]`, scales `<name>_scales` `[experts, out, groups]`.
 
-    They are `[experts, out, in]`, where the same weight of plain numbers is `[experts, in, out]`.
+    The unquantised weight `<name>` is transposed: `[experts, in, out]`.
     """
 
     title = "MXFP4"
@@ -34,8 +34,8 @@ class Mxfp4:
 
 @dataclass(frozen=True, kw_only=True)
 class Int4Groups:
-    """Integers of four bits in `<name>_packed`, eight to an int32, in `<name>_scale` a bf16 scale for each 32 of a row, and
-    in `<name>_shape` the shape (compressed-tensors' `pack-quantized`; Kimi K2 Thinking).
+    """Int4 groups (compressed-tensors `pack-quantized`; Kimi K2 Thinking): `<name>_packed` `[out, in / 8]` int32,
+    `<name>_scale` `[out, in / 32]` bf16, and `<name>_shape`, the weight's shape.
     """
 
     title = "int4 in groups (compressed-tensors)"
@@ -43,9 +43,8 @@ class Int4Groups:
 
 QuantizationScheme = Fp8Blocks | Mxfp4 | Int4Groups
 
-# What changes how a program computes with the weights, or which modules it looks for codes in; the weights' own types
-# tell the latter.
-_FREE = {"modules_to_not_convert", "modules_to_convert", "ignored_layers", "ignore", "targets"}
+# Fields that select modules. Ignored: the stored dtypes say which weights are quantised.
+_IGNORED = {"modules_to_not_convert", "modules_to_convert", "ignored_layers", "ignore", "targets"}
 _FP8: dict[str, tuple[Any, ...]] = {
     "quant_method": ("fp8",),
     "fmt": ("e4m3",),
@@ -66,7 +65,7 @@ _PACK_QUANTIZED: dict[str, tuple[Any, ...]] = {
     "sparsity_config": ({},),
     "transform_config": ({},),
 }
-_GROUP: dict[str, tuple[Any, ...]] = {"format": ("pack-quantized",)}  # what is not quantised besides is null
+_GROUP: dict[str, tuple[Any, ...]] = {"format": ("pack-quantized",)}  # activations are not quantised: null
 _WEIGHTS: dict[str, tuple[Any, ...]] = {
     "num_bits": (4,),
     "type": ("int",),
@@ -75,26 +74,26 @@ _WEIGHTS: dict[str, tuple[Any, ...]] = {
     "group_size": (32,),
     "dynamic": (False,),
 }
-_OF_QUANTISING = {
+_CALIBRATION = {
     "observer",
     "observer_kwargs",
     "version",
     "global_compression_ratio",
-}  # how it was done, not what it is
-_MEND = "fetch the unquantised model, or let the program that quantised it write one"
+}  # fields about how the weights were quantised
+_FIX = "fetch the unquantised model, or save one with the program that quantised it"
 
 
 def quantization_scheme(config: Mapping[str, Any]) -> QuantizationScheme | None:
-    """The form of the weights; None where they are plain numbers.
+    """The quantisation scheme of a config.json; None without `quantization_config`.
 
     Raises:
-        UserError: a form that is not read here, by name.
+        UserError: the scheme, or a field of it, is not supported.
     """
     given = config.get("quantization_config")
     if given is None:
         return None
     if not isinstance(given, Mapping):
-        raise UserError(f"config.json: quantization_config is {given!r}; an object is wanted")
+        raise UserError(f"config.json: quantization_config is {given!r}; a JSON object is required")
     method = given.get("quant_method")
     if method == "mxfp4":
         _check(given, _MXFP4, set())
@@ -105,32 +104,34 @@ def quantization_scheme(config: Mapping[str, Any]) -> QuantizationScheme | None:
     if method != "fp8":
         raise UserError(
             f"config.json: quantization_config.quant_method {method!r} is not supported (supported: fp8 in blocks, mxfp4, "
-            f"compressed-tensors of int4 in groups); {_MEND}"
+            f"compressed-tensors of int4 in groups); {_FIX}"
         )
     _check(given, _FP8, {"weight_block_size"})
     block = given.get("weight_block_size", [128, 128])
     if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
         raise UserError(
-            f"config.json: quantization_config.weight_block_size is {block!r}; rows and columns of a block are wanted "
-            "(a scale for each whole tensor is not supported)"
+            f"config.json: quantization_config.weight_block_size is {block!r}; [rows, columns] is required "
+            "(per-tensor scales are not supported)"
         )
     return Fp8Blocks(block=(block[0], block[1]), powers_of_two=given.get("scale_fmt") == "ue8m0")
 
 
 def _check_pack_quantized(given: Mapping[str, Any]) -> None:
-    """One description for all groups of modules, so that names need not be matched with them: what is packed is of it."""
-    _check(given, _PACK_QUANTIZED, {"config_groups", *_OF_QUANTISING})
+    """Check that all config_groups have the one supported description; module names need not be matched then."""
+    _check(given, _PACK_QUANTIZED, {"config_groups", *_CALIBRATION})
     _require(given, ("format",))
     groups = given.get("config_groups")
     if not isinstance(groups, Mapping) or not groups or not all(isinstance(g, Mapping) for g in groups.values()):
-        raise UserError(f"config.json: quantization_config.config_groups is {groups!r}; groups of modules are wanted")
+        raise UserError(f"config.json: quantization_config.config_groups is {groups!r}; groups of modules are required")
     for name, group in groups.items():
         place = f"config_groups.{name}."
         _check(group, _GROUP, {"weights"}, place)
         weights = group.get("weights")
         if not isinstance(weights, Mapping):
-            raise UserError(f"config.json: quantization_config.{place}weights is {weights!r}; an object is wanted")
-        _check(weights, _WEIGHTS, _OF_QUANTISING, f"{place}weights.")
+            raise UserError(
+                f"config.json: quantization_config.{place}weights is {weights!r}; a JSON object is required"
+            )
+        _check(weights, _WEIGHTS, _CALIBRATION, f"{place}weights.")
         _require(weights, ("num_bits", "group_size"), f"{place}weights.")
 
 
@@ -142,14 +143,14 @@ def _require(given: Mapping[str, Any], names: Iterable[str], place: str = "") ->
 
 def _check(given: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], read: set[str], place: str = "") -> None:
     for name, value in given.items():
-        if name in read or name in _FREE or value is None:
+        if name in read or name in _IGNORED or value is None:
             continue
         if name not in allowed:
             raise UserError(
-                f"config.json: quantization_config.{place}{name} = {value!r} is not known, and may change the weights; {_MEND}"
+                f"config.json: quantization_config.{place}{name} = {value!r} is unknown and may change the weights; {_FIX}"
             )
         if value not in allowed[name]:
             known = ", ".join(map(str, allowed[name]))
             raise UserError(
-                f"config.json: quantization_config.{place}{name} = {value!r} is not supported (supported: {known}); {_MEND}"
+                f"config.json: quantization_config.{place}{name} = {value!r} is not supported (supported: {known}); {_FIX}"
             )

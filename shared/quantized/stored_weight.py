@@ -1,7 +1,6 @@
-"""Weights as plain numbers, whether they are stored so or as codes and scales, and the way back into codes.
+"""Weights as byte views of bf16 values, stored plainly or quantised, and copy operations that quantise them again.
 
-Numbers are made of codes when they are read, a window at a time, so that whoever moves a tensor's rows or columns need
-not know how it is stored.
+Quantised weights are dequantised on read, window by window: copy operations do not know the storage.
 """
 
 from __future__ import annotations
@@ -30,22 +29,22 @@ if TYPE_CHECKING:
 
 _BLOCKS = "_blocks"
 _PACKED = "_packed"
-_IN_WORD = 8  # codes of four bits
+_IN_WORD = 8  # 4-bit codes per int32
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedWeight:
-    """A weight that is stored as codes and scales."""
+    """A weight stored as codes and scales."""
 
     name: str
     codes: TensorInfo
     scales: TensorInfo
     scheme: QuantizationScheme
-    stored_shape: TensorInfo | None = None  # which says the shape of the plain numbers
+    stored_shape: TensorInfo | None = None  # int4: the tensor with the weight's shape
 
     @property
     def shape(self) -> Shape:
-        """Of the plain numbers."""
+        """The dequantised shape."""
         if self.transposed:
             *outer, rows, groups, _ = self.codes.shape
             return (*outer, groups * mxfp4.GROUP, rows)
@@ -55,35 +54,35 @@ class QuantizedWeight:
 
     @property
     def transposed(self) -> bool:
-        """Whether the rows that are packed are columns of the plain numbers."""
+        """Whether the codes' rows are columns of the dequantised weight."""
         return isinstance(self.scheme, Mxfp4)
 
     @property
     def companions(self) -> tuple[TensorInfo, ...]:
-        """Tensors that say what the codes stand for."""
+        """The tensors stored beside the codes."""
         return (self.scales, self.stored_shape) if self.stored_shape else (self.scales,)
 
     @property
     def components(self) -> dict[str, Component]:
-        """Names of the two tensors."""
+        """Tensor names of codes and scales."""
         return {self.codes.name: "codes", self.scales.name: "scales"}
 
     @property
     def operation_bytes(self) -> int:
-        """Bytes that making its codes takes at most: a band of blocks, in fp32, and its codes."""
+        """Peak memory of one `quantize` operation beyond that of a cast: a row of blocks, fp32 and codes."""
         if isinstance(self.scheme, Mxfp4 | Int4Groups):
-            return 0  # as much as any change of type
+            return 0  # no more than a cast
         return min(self.scheme.block[0], self.shape[0]) * self.shape[1] * 5
 
     def at(self, index: Shape) -> QuantizedWeight:
-        """The slice at a place on its first axes."""
+        """The slice `[index]` of the leading dimensions."""
         return replace(self, codes=sliced(self.codes, index), scales=sliced(self.scales, index))
 
     def view(self) -> ByteView:
-        """The numbers in bf16, by the rows that are packed."""
+        """The bf16 values, in the row order of the codes."""
         if isinstance(self.scheme, Mxfp4 | Int4Groups):
             codes = view_of(self.codes)
-            width = codes.width * 2 * BF16.size  # two codes to a byte
+            width = codes.width * 2 * BF16.size  # two codes per byte
             return DequantizedGroups(
                 name=self.name, rows=codes.rows, width=width, codes=self.codes, scales=self.scales, scheme=self.scheme
             )
@@ -99,11 +98,11 @@ class QuantizedWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """A tensor of plain numbers, as a checkpoint has it."""
+    """A weight of a checkpoint, quantised or not."""
 
-    tensor: TensorInfo  # as if they were stored so
+    tensor: TensorInfo  # of the dequantised weight
     quantized: QuantizedWeight | None = None
-    joined: ExtentView | None = None  # where it is in parts in several files
+    joined: ExtentView | None = None  # given: the weight is split over several files
 
     @property
     def name(self) -> str:
@@ -123,7 +122,7 @@ class Weight:
 
     @property
     def stored(self) -> tuple[TensorInfo, ...]:
-        """The tensors that hold it."""
+        """The stored tensors."""
         return (self.quantized.codes, *self.quantized.companions) if self.quantized else (self.tensor,)
 
     @property
@@ -132,23 +131,23 @@ class Weight:
         return frozenset(part.file for part in parts)
 
     def at(self, index: Shape) -> Weight:
-        """The slice at a place on its first axes."""
+        """The slice `[index]` of the leading dimensions."""
         if not index:
             return self
         return replace(self, tensor=sliced(self.tensor, index), quantized=self.quantized and self.quantized.at(index))
 
     @property
     def transposed(self) -> bool:
-        """Whether its matrix is the other way round than its shape."""
+        """Whether `view` is the transpose of `shape`."""
         return self.quantized is not None and self.quantized.transposed
 
     def view(self) -> ByteView:
-        """Its rows."""
+        """The values' byte view."""
         return self.quantized.view() if self.quantized else self.joined or view_of(self.tensor)
 
 
 def sliced(tensor: TensorInfo, index: Shape) -> TensorInfo:
-    """The slice of a tensor at a place on its first axes."""
+    """The slice `tensor[index]` of the leading dimensions."""
     start, size, shape = tensor.start, tensor.size, tensor.shape
     for place in index:
         size //= shape[0]
@@ -157,10 +156,10 @@ def sliced(tensor: TensorInfo, index: Shape) -> TensorInfo:
 
 
 def assemble_weights(scheme: QuantizationScheme | None, tensors: Mapping[str, TensorInfo]) -> dict[str, Weight]:
-    """The weights that tensors of a checkpoint are, in their order; scales are a part of what they scale.
+    """Group a checkpoint's tensors into weights, in the order of the tensors: codes with their scales.
 
     Raises:
-        UserError: codes without the scales they need, or that no configuration speaks of.
+        UserError: codes without scales, or of another scheme than config.json declares.
     """
     found: dict[str, Weight] = {}
     quantized: dict[str, QuantizedWeight] = {}  # by the name of the codes
@@ -187,13 +186,13 @@ def _mxfp4_weight(scheme: Mxfp4, codes: TensorInfo, tensors: Mapping[str, Tensor
     scales = tensors.get(f"{name}_scales")
     if codes.dtype != "U8" or len(codes.shape) != 4 or codes.shape[-1] != mxfp4.CODES:
         raise UserError(
-            f"{codes.place}: {codes.name} is {codes.dtype}{list(codes.shape)}; U8 by groups of 16 is wanted"
+            f"{codes.place}: {codes.name} is {codes.dtype}{list(codes.shape)}; U8[experts, out, groups, 16] is required"
         )
     if scales is None:
         raise UserError(f"{codes.place}: {name}_scales is missing, beside {codes.name}; fetch the model again")
     if (scales.dtype, scales.shape) != ("U8", codes.shape[:-1]):
         raise UserError(
-            f"{scales.place}: {scales.name} is {scales.dtype}{list(scales.shape)}; {codes.name} asks for "
+            f"{scales.place}: {scales.name} is {scales.dtype}{list(scales.shape)}; {codes.name} requires "
             f"U8{list(codes.shape[:-1])}"
         )
     return QuantizedWeight(name=name, codes=codes, scales=scales, scheme=scheme)
@@ -204,8 +203,8 @@ def _int4_weight(scheme: Int4Groups, codes: TensorInfo, tensors: Mapping[str, Te
     scales, stored_shape = tensors.get(f"{name}_scale"), tensors.get(f"{name}_shape")
     if codes.dtype != "I32" or len(codes.shape) != 2 or codes.shape[1] * _IN_WORD % int4.GROUP:
         raise UserError(
-            f"{codes.place}: {codes.name} is {codes.dtype}{list(codes.shape)}; I32 by whole groups of {int4.GROUP} numbers, "
-            f"{_IN_WORD} to each, is wanted"
+            f"{codes.place}: {codes.name} is {codes.dtype}{list(codes.shape)}; I32[out, in / {_IN_WORD}] is required, "
+            f"in a multiple of {int4.GROUP}"
         )
     if scales is None or stored_shape is None:
         missing = f"{name}_shape" if scales else f"{name}_scale"
@@ -213,17 +212,17 @@ def _int4_weight(scheme: Int4Groups, codes: TensorInfo, tensors: Mapping[str, Te
     wanted = (codes.shape[0], codes.shape[1] * _IN_WORD // int4.GROUP)
     if (scales.dtype, scales.shape) != ("BF16", wanted):
         raise UserError(
-            f"{scales.place}: {scales.name} is {scales.dtype}{list(scales.shape)}; {codes.name} asks for BF16{list(wanted)}"
+            f"{scales.place}: {scales.name} is {scales.dtype}{list(scales.shape)}; {codes.name} requires BF16{list(wanted)}"
         )
     if stored_shape.dtype not in ("I32", "I64") or stored_shape.shape != (2,):
         raise UserError(
-            f"{stored_shape.place}: {stored_shape.name} is {stored_shape.dtype}{list(stored_shape.shape)}; I64[2] is wanted"
+            f"{stored_shape.place}: {stored_shape.name} is {stored_shape.dtype}{list(stored_shape.shape)}; I64[2] is required"
         )
     return QuantizedWeight(name=name, codes=codes, scales=scales, scheme=scheme, stored_shape=stored_shape)
 
 
 def check_stored_shapes(weights: Mapping[str, Weight], files: OpenFiles) -> None:
-    """UserError where a tensor that says a weight's shape says another than its codes have."""
+    """UserError if a `<name>_shape` tensor disagrees with the shape of the codes."""
     for weight in weights.values():
         if (quantized := weight.quantized) and (declared := quantized.stored_shape):
             data = files.read(declared.file, declared.start, declared.size)
@@ -244,33 +243,31 @@ def _fp8_weight(
             "to read it; fetch config.json again"
         )
     if len(codes.shape) != 2:
-        raise UserError(
-            f"{codes.place}: {codes.name} is {codes.dtype}{list(codes.shape)}; codes of a matrix are wanted"
-        )
+        raise UserError(f"{codes.place}: {codes.name} is {codes.dtype}{list(codes.shape)}; a matrix is required")
     name = f"{codes.name}_scale_inv"
     scales = tensors.get(name)
     if scales is None:
         raise UserError(f"{codes.place}: {codes.name} is {codes.dtype}, and {name} is missing; fetch the model again")
     if scales.dtype not in fp8.SCALE_TYPES:
         known = " or ".join(fp8.SCALE_TYPES)
-        raise UserError(f"{scales.place}: {name} is {scales.dtype}; scales of {known} are wanted")
+        raise UserError(f"{scales.place}: {name} is {scales.dtype}; {known} is required")
     wanted = tuple(-(-size // block) for size, block in zip(codes.shape, scheme.block, strict=True))
     if scales.shape != wanted:
         raise UserError(
             f"{scales.place}: {name} is {list(scales.shape)}; {codes.name}, {list(codes.shape)} in blocks of "
-            f"{list(scheme.block)}, asks for {list(wanted)}"
+            f"{list(scheme.block)}, requires {list(wanted)}"
         )
     return QuantizedWeight(name=codes.name, codes=codes, scales=scales, scheme=scheme)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Scales:
-    """A matrix of scales."""
+    """Scales of blocks, `[block rows, block columns]`."""
 
     tensor: TensorInfo
 
     def row(self, files: OpenFiles, row: int) -> np.ndarray:
-        """One row as float32; UserError for NaN, of which no codes could be made again."""
+        """One row as float32; UserError for NaN, which could not be requantised."""
         import numpy as np
 
         view = view_of(self.tensor)
@@ -284,7 +281,7 @@ class _Scales:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DequantizedBlocks:
-    """bf16 numbers, made of codes and scales when they are read."""
+    """Byte view of the bf16 values of FP8 blocks, dequantised on read."""
 
     name: str
     rows: int
@@ -294,7 +291,7 @@ class DequantizedBlocks:
     block: tuple[int, int]
 
     def read(self, files: OpenFiles, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
-        """As `Region.read`."""
+        """As `ByteView.read`."""
         import numpy as np
 
         first, columns = left // BF16.size, width // BF16.size
@@ -313,11 +310,11 @@ class DequantizedBlocks:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizeBlocks:
-    """A band of blocks of a matrix of numbers, as codes or as the scales of those."""
+    """Copy operation: one row of blocks requantised, one component (codes or scales) of the result."""
 
     values: ByteView
     dtype: Dtype
-    quantized: QuantizedWeight  # whose scales are read
+    quantized: QuantizedWeight  # the original, whose scales are kept where unchanged
     component: Component
     band: int
 
@@ -365,7 +362,7 @@ class QuantizeBlocks:
 def quantize(
     values: ByteView, dtype: Dtype, quantized: QuantizedWeight, component: Component
 ) -> Iterator[QuantizeBlocks | QuantizeGroups]:
-    """A matrix of numbers of type `held` as one of the two tensors that it is stored as."""
+    """Copy operations that quantise a view of values of type `dtype`, one component of the result."""
     if isinstance(quantized.scheme, Mxfp4 | Int4Groups):
         step = max(blocks.BLOCK // values.width, 1)
         for row in range(0, values.rows, step):

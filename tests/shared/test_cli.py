@@ -185,7 +185,7 @@ def test_false_is_false(run: Run, tmp_path: Path, words: list[str], value: bool)
         (["--steps", "two"], "--steps two: input should be a valid integer"),
         (["--steps", "2.5"], "--steps 2.5"),
         (["--steps", "-1"], "--steps -1: input should be greater than 0"),
-        (["--rate", "inf"], "a finite number is wanted"),
+        (["--rate", "inf"], "a finite number is required"),
         (["--kind", "c"], "--kind c: input should be 'a' or 'b'"),
         (["--level", "2"], "--level 2: input should be 0 or 1"),
         (["--overwrite=maybe"], "neither true nor false"),
@@ -194,7 +194,7 @@ def test_false_is_false(run: Run, tmp_path: Path, words: list[str], value: bool)
         (["--overwrite", "yes"], "unexpected word 'yes'"),
         (["--", "--bogus"], "'--'"),
         (["--table", "/nowhere"], "--table /nowhere: /nowhere does not exist"),
-        (["--table", "/"], "a file is wanted"),
+        (["--table", "/"], "a file is required"),
         (["--config", "/nowhere.yaml"], "cannot be read"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Bytes in, bytes out, a bounded block at a time."""
+"""File input and output in blocks of bounded size."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import xxhash
 
 from shared.errors import UserError
 
-BLOCK = 1 << 20  # bytes: what a core's cache holds is read, hashed and written at a fraction of the cost of more
+BLOCK = 1 << 20  # bytes; fits in a core's cache: larger blocks are read, hashed and written several times slower
 
 
 class OpenFiles:
-    """Files kept open for reading by offset, by any number of threads."""
+    """Cache of open files for positional reads. Thread-safe."""
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
         self._lock = threading.Lock()
 
     def descriptor(self, path: Path) -> int:
-        """An open descriptor of a file."""
+        """The file's descriptor, opened on first use."""
         if path not in self._open:
             with self._lock:
                 if path not in self._open:
@@ -31,22 +31,22 @@ class OpenFiles:
         return self._open[path]
 
     def read_into(self, path: Path, start: int, out: memoryview) -> None:
-        """Fill `out` with the file's bytes from `start` on."""
+        """Fill `out` with the file's bytes from offset `start`."""
         descriptor, done = self.descriptor(path), 0
         while done < len(out):
             count = os.preadv(descriptor, [out[done:]], start + done)
             if count == 0:
-                raise UserError(f"{path} ends at byte {start + done}, though more was written of it; fetch it again")
+                raise UserError(f"{path} is truncated at byte {start + done}; fetch it again")
             done += count
 
     def read(self, path: Path, start: int, size: int) -> bytes:
-        """A small piece of a file."""
+        """`size` bytes from offset `start`."""
         out = bytearray(size)
         self.read_into(path, start, memoryview(out))
         return bytes(out)
 
     def blocks(self, path: Path, start: int, size: int, unit: int) -> Iterator[memoryview]:
-        """A range of a file in blocks of whole units (rows); each block is valid until the next one is asked for."""
+        """A byte range in blocks, multiples of `unit` bytes (a row). A block is valid until the next is requested."""
         step = max(BLOCK // unit, 1) * unit if unit else BLOCK
         buffer = memoryview(bytearray(min(step, size)))
         for position in range(start, start + size, step):
@@ -69,11 +69,11 @@ class OpenFiles:
 
 
 class HashedFile:
-    """A new file whose content hash is known when the last byte is written."""
+    """A new file, hashed while it is written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.position = 0  # bytes written
+        self.position = 0  # bytes written so far
         self._file = path.open("xb", buffering=0)
         self._hash = xxhash.xxh3_128()
 
@@ -85,6 +85,6 @@ class HashedFile:
         self.position += len(data)
 
     def close(self) -> str:
-        """Close the file; `xxh3_128:<hex>` of what is in it."""
+        """Close the file; returns its content hash, `xxh3_128:<hex>`."""
         self._file.close()
         return f"xxh3_128:{self._hash.hexdigest()}"

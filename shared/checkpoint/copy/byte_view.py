@@ -1,6 +1,8 @@
-"""Where the rows of a tensor lie in files: boxes of one file each, read as any window of rows and columns.
+"""Byte views: a tensor as a matrix of bytes `[rows, width]`, read in windows of rows and columns.
 
-Everything is counted in bytes along a row, so that nothing here knows a number's type.
+`rows` counts indices of the first dimension, `width` bytes per row; `left` is a byte offset in a row. Element types are
+unknown here. A view is stored (`ExtentView`), a composition of views (`ConcatenatedView`, `StridedView`), or computed on
+read (shared/quantized).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ByteView(Protocol):
-    """Rows of a tensor that can be read, be they stored or made when they are read."""
+    """A readable matrix of bytes `[rows, width]`."""
 
     @property
     def name(self) -> str: ...
@@ -30,20 +32,20 @@ class ByteView(Protocol):
 
     @property
     def width(self) -> int:
-        """Bytes of a row."""
+        """Bytes per row."""
         ...
 
     def read(self, files: OpenFiles, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
-        """Fill `out`, of `rows * width` bytes, with a window of the matrix."""
+        """Fill `out`, of `rows * width` bytes, with rows `row`.. and bytes `left`.. of each."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Extent:
-    """Rows `row` to `row + rows`, bytes `left` to `left + width` of each, stored without a gap."""
+    """A contiguous block of a file: rows `row` to `row + rows`, bytes `left` to `left + width` of each."""
 
     file: Path
-    start: int  # byte in the file
+    start: int  # byte offset in the file
     row: int
     rows: int
     left: int
@@ -52,15 +54,15 @@ class Extent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtentView:
-    """A matrix of bytes, tiled by boxes."""
+    """A view tiled by extents. A tensor-parallel column split gives extents with `left > 0`."""
 
-    name: str  # of the tensor, for messages
+    name: str  # the tensor's, for messages
     rows: int
     width: int
     extents: tuple[Extent, ...]
 
     def read(self, files: OpenFiles, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
-        """Fill `out`, of `rows * width` bytes, with a window of the matrix."""
+        """Fill `out`, of `rows * width` bytes, with rows `row`.. and bytes `left`.. of each."""
         filled = 0
         for extent in self.extents:
             top, bottom = max(row, extent.row), min(row + rows, extent.row + extent.rows)
@@ -83,12 +85,12 @@ class ExtentView:
                     source, place = source + extent.width, place + width
         if filled != rows * width:
             raise UserError(
-                f"{self.name}: {filled} of {rows * width} bytes of rows {row} to {row + rows} are in its chunks; "
+                f"{self.name}: the chunks hold {filled} of {rows * width} bytes of rows {row} to {row + rows}; "
                 "the checkpoint is damaged, fetch or write it again"
             )
 
     def blocks(self, files: OpenFiles, row: int, rows: int) -> Iterator[memoryview]:
-        """Whole rows in blocks of bounded size; each block is valid until the next one is asked for."""
+        """Whole rows in blocks of bounded size. A block is valid until the next is requested."""
         step = max(blocks.BLOCK // max(self.width, 1), 1)
         buffer = memoryview(bytearray(min(step, rows) * self.width))
         for first in range(row, row + rows, step):
@@ -99,7 +101,7 @@ class ExtentView:
 
 
 def view_of(tensor: TensorInfo) -> ExtentView:
-    """A tensor of one file as a matrix of bytes."""
+    """The view of a tensor stored in one file."""
     rows = tensor.shape[0] if tensor.shape else 1
     extent = Extent(file=tensor.file, start=tensor.start, row=0, rows=rows, left=0, width=tensor.row_bytes)
     return ExtentView(name=tensor.name, rows=rows, width=tensor.row_bytes, extents=(extent,))
@@ -107,7 +109,7 @@ def view_of(tensor: TensorInfo) -> ExtentView:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowRange:
-    """Rows `row` to `row + rows` of a matrix, which are those from `at` on of another, there `step` apart."""
+    """Rows `row` to `row + rows` of a view, placed at rows `target_row`, `target_row + step`, ... of the result."""
 
     view: ByteView
     row: int
@@ -118,7 +120,7 @@ class RowRange:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConcatenatedView:
-    """A matrix put together of rows of others."""
+    """Rows of several views as one: concatenated (`step=1`) or interleaved."""
 
     name: str
     rows: int
@@ -126,9 +128,9 @@ class ConcatenatedView:
     parts: tuple[RowRange, ...]
 
     def read(self, files: OpenFiles, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
-        """As `Region.read`."""
+        """As `ByteView.read`."""
         for part in self.parts:
-            first = max(-(-(row - part.target_row) // part.step), 0)  # of the part's rows, those in the window
+            first = max(-(-(row - part.target_row) // part.step), 0)  # the part's rows inside the window
             count = min(-(-(row + rows - part.target_row) // part.step), part.rows) - first
             top = part.target_row + first * part.step - row
             if count > 0 and part.step == 1:
@@ -142,7 +144,7 @@ class ConcatenatedView:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StridedView:
-    """`rows` rows of a matrix that are `step` apart, from row `first` on."""
+    """Rows `first`, `first + step`, ... of a view: the inverse of interleaving."""
 
     view: ByteView
     first: int
@@ -155,11 +157,11 @@ class StridedView:
 
     @property
     def width(self) -> int:
-        """As `Matrix`."""
+        """As `ByteView.width`."""
         return self.view.width
 
     def read(self, files: OpenFiles, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
-        """As `Region.read`."""
+        """As `ByteView.read`."""
         span = (rows - 1) * self.step + 1
         piece = memoryview(bytearray(span * width))
         self.view.read(files, self.first + row * self.step, span, left, width, piece)
@@ -167,15 +169,15 @@ class StridedView:
 
 
 def _strided_rows(data: memoryview, first: int, step: int, width: int) -> np.ndarray:
-    """Rows of `width` bytes, `step` apart."""
+    """`[rows, width]` bytes, every `step`-th row from `first`."""
     import numpy as np
 
     return np.frombuffer(data, dtype=np.uint8).reshape(-1, width)[first::step]
 
 
 def _scatter(piece: memoryview, out: memoryview, width: int, left: int, run: int) -> None:
-    """Rows of `run` bytes into rows of `width` bytes, from byte `left` on."""
-    import numpy as np  # only for tensors whose columns are cut: other conversions do without
+    """Copy rows of `run` bytes into rows of `width` bytes at offset `left`."""
+    import numpy as np  # imported here: only tensors with split columns need it
 
     window = np.frombuffer(out, dtype=np.uint8).reshape(-1, width)
     window[:, left : left + run] = np.frombuffer(piece, dtype=np.uint8).reshape(-1, run)

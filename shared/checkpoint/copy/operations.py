@@ -1,7 +1,10 @@
-"""What a new file's bytes are made of: moves, each of bounded size, each made on its own and in any order.
+"""Copy operations: the bytes of an output file as a sequence of independent operations of bounded size.
 
-A file is a sequence of moves. `windows` cuts rows of a tensor into moves of at most a block, so that memory does not
-grow with the tensor, and `blocks` packs moves into the blocks that a file is written in.
+`copy_rows` and `transpose` split a tensor into operations of at most a block, so memory does not grow with the tensor.
+`pack_blocks` groups operations into the blocks a file is written in. Operations run in any order, on any thread.
+
+Shapes: a view is `[rows, width]` in bytes; `row`, `rows`, `first`, `count`, `columns` count elements along one axis;
+`step` is the distance of neighbours, in elements of that axis.
 """
 
 from __future__ import annotations
@@ -17,25 +20,25 @@ from shared.checkpoint.copy.byte_view import ByteView
 from shared.checkpoint.dtypes import Dtype, add, cast, normalize_row
 from shared.errors import UserError
 
-STRIP = 8  # blocks that a strip of a transposed tensor may take
-_TILE = 64  # rows that are transposed at once, so that both sides stay in a core's cache
-_CAST_AT_ONCE = 1 << 18  # numbers; a conversion holds several copies of them
+STRIP = 8  # blocks: the largest strip of a transposed tensor
+_TILE = 64  # rows transposed at once, so that source and result stay in a core's cache
+_CAST_AT_ONCE = 1 << 18  # elements; a cast holds several copies of them
 
 
 class CopyOperation(Protocol):
-    """Makes `size` bytes of a file."""
+    """Produces `size` bytes of an output file."""
 
     @property
     def size(self) -> int: ...
 
     def fill(self, files: OpenFiles, out: memoryview) -> None:
-        """Write the bytes into `out`, which is of that size."""
+        """Write the bytes into `out`, `size` bytes long."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class WriteBytes:
-    """Bytes known beforehand."""
+    """Literal bytes."""
 
     data: bytes
 
@@ -49,7 +52,7 @@ class WriteBytes:
 
 @dataclass(frozen=True, slots=True)
 class FillValue:
-    """One number again and again."""
+    """One element repeated `count` times."""
 
     number: bytes
     count: int
@@ -64,7 +67,7 @@ class FillValue:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CopyRows:
-    """Rows and columns of a tensor as they are."""
+    """A window of a view, unchanged: rows `row` to `row + rows`, bytes `left` to `left + width`."""
 
     view: ByteView
     row: int
@@ -82,7 +85,7 @@ class CopyRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransposedRows:
-    """`rows` rows of a tensor that become as many columns, from column `at` on, `step` apart."""
+    """A part of a transpose: rows of a view become result columns `column`, `column + step`, ..."""
 
     view: ByteView
     row: int
@@ -93,13 +96,13 @@ class TransposedRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Transpose:
-    """A strip of tensors transposed: `count` columns of the parts, `step` apart from `first` on, become rows."""
+    """A strip of a transpose: source columns `first`, `first + step`, ... (`count` of them) become rows `[count, columns]`."""
 
     parts: tuple[TransposedRows, ...]
     first: int
     count: int
     columns: int  # of the result
-    item: int  # bytes of a number
+    item: int  # bytes per element
     step: int = 1
 
     @property
@@ -107,7 +110,7 @@ class Transpose:
         return self.count * self.columns * self.item
 
     def fill(self, files: OpenFiles, out: memoryview) -> None:
-        import numpy as np  # the only move, but for a change of type, that needs it
+        import numpy as np  # imported here: conversions that only copy rows start without it
 
         result = np.frombuffer(out, dtype=f"u{self.item}").reshape(self.count, self.columns)
         span = (self.count - 1) * self.step + 1
@@ -124,7 +127,7 @@ class Transpose:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cast:
-    """Another move's numbers in another type."""
+    """Another operation's elements, cast to another dtype."""
 
     operation: CopyOperation
     source: Dtype
@@ -144,36 +147,36 @@ class Cast:
             out[first * self.target.size : stop * self.target.size] = self.convert(numbers)
 
     def values_per_call(self) -> int:
-        """How many numbers `changed` is given."""
+        """Elements per call of `convert`."""
         return _CAST_AT_ONCE
 
     def convert(self, numbers: memoryview) -> memoryview:
-        """What becomes of some of them."""
+        """Convert a run of elements."""
         return cast(numbers, self.source, self.target)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AddConstant(Cast):
-    """Another move's numbers plus one or less one, in another type."""
+    """Another operation's elements plus a constant (-1 to zero-centred gamma, +1 back), cast to another dtype."""
 
     number: float
-    exact_name: str | None = None  # the tensor that must come back bit for bit, to be named where it does not
+    exact_name: str | None = None  # given: the sum must be invertible bit for bit; the name is for the error
 
     def convert(self, numbers: memoryview) -> memoryview:
         summed = add(numbers, self.number, self.source, self.target)
         if self.exact_name and add(summed, -self.number, self.target, self.source) != numbers:
             raise UserError(
-                f"{self.exact_name} has numbers too small to be held as Megatron-Core does, less one, and given back "
-                "bit for bit; set those below 2e-9 to zero"
+                f"{self.exact_name} has values too small for a bit-exact round trip through zero-centred gamma "
+                "(Megatron-Core stores the weight minus one); set values below 2e-9 to zero"
             )
         return summed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NormalizeRows(Cast):
-    """Another move's rows, whole ones, each divided by its length, in another type."""
+    """Another operation's whole rows, each divided by its L2 norm, cast to another dtype."""
 
-    row: int  # numbers of one
+    row: int  # elements per row
 
     def values_per_call(self) -> int:
         return self.row
@@ -183,19 +186,19 @@ class NormalizeRows(Cast):
 
 
 def cast_operation(operation: CopyOperation, source: Dtype, target: Dtype) -> CopyOperation:
-    """The move itself where the types are the same."""
+    """`Cast`, or the operation itself if the dtypes are equal."""
     return operation if source is target else Cast(operation=operation, source=source, target=target)
 
 
 def fill_value(number: bytes, count: int) -> Iterator[CopyOperation]:
-    """One number so many times, in moves of at most a block."""
+    """`count` copies of one element, in operations of at most a block."""
     step = blocks.BLOCK // len(number)
     for start in range(0, count, step):
         yield FillValue(number, min(step, count - start))
 
 
 def copy_rows(view: ByteView, row: int, rows: int, limit: int | None = None) -> Iterator[CopyRows]:
-    """Whole rows in moves of at most `limit` bytes; a longer row is cut, at a multiple of 8 bytes."""
+    """Whole rows in operations of at most `limit` bytes; a longer row is split at multiples of 8 bytes."""
     limit = limit or blocks.BLOCK
     if view.width > limit:
         width = limit // 8 * 8
@@ -218,9 +221,9 @@ def transpose(
     limit: int | None = None,
     step: int = 1,
 ) -> Iterator[Transpose]:
-    """`count` columns of the parts, `step` apart from `first` on, as rows: in strips that read at most 8 `limit` bytes.
+    """Source columns `first`, `first + step`, ... as `count` rows, in strips of at most `STRIP * limit` bytes.
 
-    A strip is read in as many pieces as its parts have rows: the wider it is, the fewer.
+    A strip costs one read per source row: wide strips need fewer reads.
     """
     most = max(STRIP * (limit or blocks.BLOCK) // (columns * item * step), 1)
     for done in range(0, count, most):
@@ -235,7 +238,7 @@ def transpose(
 
 
 def stream(operations: Iterable[CopyOperation], files: OpenFiles) -> Iterator[memoryview]:
-    """The moves' bytes one after the other; each block is valid until the next one is asked for."""
+    """The operations' bytes in order. A block is valid until the next is requested."""
     buffer = memoryview(bytearray())
     for operation in operations:
         if len(buffer) < operation.size:
@@ -247,26 +250,26 @@ def stream(operations: Iterable[CopyOperation], files: OpenFiles) -> Iterator[me
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
-    """What is written to a file at once."""
+    """The unit of writing."""
 
     size: int
-    fill: Callable[[OpenFiles, memoryview], None]  # in any order, several at a time
-    finalize: Callable[[memoryview], None] | None = None  # after it, in the file's order: what depends on bytes before
-    resumable: bool = True  # whether what follows can be written without knowing what came before
+    fill: Callable[[OpenFiles, memoryview], None]  # in any order, concurrently
+    finalize: Callable[[memoryview], None] | None = None  # after `fill`, in file order: may depend on earlier blocks
+    resumable: bool = True  # whether a later run can continue after this block (no running checksum is open)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilePlan:
-    """A file to be."""
+    """An output file: its name, its size, and how to make its blocks."""
 
-    name: str  # relative to the directory it is written to
+    name: str  # relative to the output directory
     size: int  # bytes
-    sources: frozenset[Path]  # the files it is made of
+    sources: frozenset[Path]  # files its operations read
     make_blocks: Callable[[], Iterator[Block]]
 
 
 def pack_blocks(operations: Iterable[CopyOperation], limit: int | None = None) -> Iterator[Block]:
-    """Moves in blocks of about `limit` bytes: neighbours are written at once, a larger move alone."""
+    """Operations grouped into blocks of about `limit` bytes; a larger operation is a block of its own."""
     held: list[CopyOperation] = []
     size = 0
     for operation in operations:

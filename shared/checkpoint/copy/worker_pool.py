@@ -1,7 +1,7 @@
-"""Writes files that are made of moves: several threads, one hash of each file, and a journal to go on from after a kill.
+"""The worker pool: writes files from copy operations on several threads, hashes them, and journals for a resume.
 
-Reading, writing and hashing release the interpreter's lock. Blocks of a file are made in any order, and hashed and
-written in the file's own, so that the bytes and hashes do not depend on the number of threads.
+Reading, writing and hashing release the GIL. The blocks of a file are filled in any order, then hashed and written in
+file order: bytes and hashes do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from shared.checkpoint.copy.journal import Journal
 from shared.checkpoint.copy.operations import Block, FilePlan
 from shared.checkpoint.files import small_stacks, write_out
 
-_WRITE_OUT = 64 << 20  # bytes of a file, after which the kernel is told to bring them to the disk
+_WRITE_OUT = 64 << 20  # bytes; after as many, write-back of the file is started
 Advance = Callable[[int], None]
 Task = Callable[[], None]
 
 
-class _Stopped(Exception):  # noqa: N818 -- another thread failed
+class _Stopped(Exception):  # noqa: N818 -- control flow: another thread failed
     pass
 
 
@@ -39,18 +39,18 @@ def write_files(
     journal: Journal | None = None,
     tasks: Sequence[Task] = (),
 ) -> dict[str, str]:
-    """Write the files; returns the content hash of each by name.
+    """Write the files. Returns the content hash of each by name.
 
     Args:
-        directory: where to; folders that names ask for are there.
-        files: what to write.
+        directory: output directory; the folders in the files' names exist.
+        files: the files to write.
         workers: threads.
-        advance: told of bytes as they are written, or found written by an earlier run.
-        journal: what an earlier run wrote, and where this one notes what it wrote.
-        tasks: further work that is to be done by the time this returns, such as checks of what is read.
+        advance: called with the bytes written, or found written by an earlier run.
+        journal: records written ranges; skips those of an earlier run.
+        tasks: further work to finish before returning, such as checks of the sources.
 
     Raises:
-        Exception: the first one of a move or task, when all threads have ended.
+        Exception: the first error of an operation or a task, after all threads have ended.
     """
     _allow_files(len(files) + len(frozenset().union(*(file.sources for file in files))))
     pool = _WorkerPool(directory, files, advance, journal, tasks)
@@ -59,10 +59,10 @@ def write_files(
         with small_stacks():
             for thread in threads:
                 thread.start()
-            pool.disk.submit(int).result()  # starts its thread
+            pool.disk.submit(int).result()  # starts its thread, with a small stack
         for thread in threads:
             while thread.is_alive():
-                thread.join(0.2)  # a signal is served between two waits
+                thread.join(0.2)  # Python runs signal handlers between two waits
     except BaseException:
         pool.stop()
         raise
@@ -77,7 +77,7 @@ def write_files(
 
 
 class _WorkerPool:
-    """What the threads share."""
+    """State shared by the threads."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class _WorkerPool:
         tasks: Sequence[Task],
     ) -> None:
         self.failure: BaseException | None = None
-        self.disk = ThreadPoolExecutor(1, "disk")  # brings to the disk what is written, while more is
+        self.disk = ThreadPoolExecutor(1, "disk")  # write-back and fsync, concurrent with writing
         self.outputs = [
             _FileWriter(directory / file.name, file, journal, self._raise_if_stopped, self.disk) for file in files
         ]
@@ -101,7 +101,7 @@ class _WorkerPool:
         self._stop = False
 
     def work(self) -> None:
-        """One thread: a file of its own while there is one, then a task, then a hand with files that others write."""
+        """Body of one thread: a pending file first, then a task, then blocks of files that other threads started."""
         buffer = memoryview(bytearray(blocks.BLOCK))
         try:
             while (step := self._next()) is not None:
@@ -140,7 +140,7 @@ class _WorkerPool:
             raise _Stopped
 
     def close(self) -> None:
-        """Raises OSError where the disk did not take what was written."""
+        """Release everything. Raises OSError if write-back or fsync failed."""
         self.disk.shutdown()
         self._files.close()
         for output in self.outputs:
@@ -148,7 +148,7 @@ class _WorkerPool:
 
 
 class _FileWriter:
-    """A file being written."""
+    """One output file being written."""
 
     def __init__(
         self,
@@ -160,9 +160,9 @@ class _FileWriter:
     ) -> None:
         self.file = file
         self.digest = ""
-        self.exhausted = False  # every block has been taken
+        self.exhausted = False  # all blocks taken
         self._path, self._journal, self._check, self._disk = path, journal, check, disk
-        self._sent = 0  # bytes that the kernel was told to bring to the disk
+        self._sent = 0  # bytes whose write-back was started
         self._flushed: Future[None] | None = None
         self._descriptor: int | None = None
         self._hash = xxhash.xxh3_128()
@@ -172,7 +172,7 @@ class _FileWriter:
         self._hashed = self._written = 0  # blocks
 
     def write(self, files: OpenFiles, buffer: memoryview) -> Iterator[int]:
-        """Take blocks until there is none; yields the bytes of each."""
+        """Write blocks until none is left; yields the size of each."""
         while (taken := self._take()) is not None:
             if isinstance(taken, int):
                 yield taken
@@ -211,13 +211,13 @@ class _FileWriter:
             self._finish()
 
     def _write_in_turn(self, number: int, start: int, block: Block, data: memoryview) -> None:
-        """Seal and hash a block after all before it, and write it after all before it, while the next one is hashed.
+        """Finalize and hash a block in file order, then write it in file order while the next one is hashed.
 
-        Two threads that write to one file wait for each other in the kernel, and busily; here they wait in peace, and
-        the file grows at its end only.
+        Threads that write to one file at once spin on its lock in the kernel. Waiting here costs nothing, and the file
+        only grows at its end.
         """
         self._wait(lambda: self._hashed == number)
-        # only the thread whose turn it is comes here
+        # One thread at a time from here.
         if block.finalize is not None:
             block.finalize(data)
         self._hash.update(data)
@@ -235,7 +235,7 @@ class _FileWriter:
     def _wait(self, ready: Callable[[], bool]) -> None:
         with self._turn:
             while not ready():
-                self._check()  # before waiting: who stops says so first, and wakes those that wait after that
+                self._check()  # before waiting: `stop` sets its flag before it wakes the waiting threads
                 self._turn.wait()
 
     def _put(self, data: memoryview, start: int) -> None:
@@ -245,7 +245,7 @@ class _FileWriter:
             data, start = data[count:], start + count
 
     def _note(self, end: int, digest: str) -> None:
-        """Let the journal know how far the file is written, where a run can go on from there, and the disk."""
+        """Record progress in the journal if a later run can resume here; start write-back."""
         assert self._descriptor is not None
         if digest and self._journal is not None:
             self._journal.note(self.file.name, end, digest, last=end == self.file.size)
@@ -266,7 +266,7 @@ class _FileWriter:
             self._turn.notify_all()
 
     def close(self) -> None:
-        """After `disk` has ended; OSError if the disk did not take the file."""
+        """Call after `disk` has shut down. OSError if the file's fsync failed."""
         if self._descriptor is not None:
             os.close(self._descriptor)
         if self._flushed is not None:
@@ -274,7 +274,7 @@ class _FileWriter:
 
 
 def _flush(descriptor: int) -> None:
-    """A whole file's last step: it is on the disk."""
+    """fsync and close a complete file."""
     try:
         os.fsync(descriptor)
     finally:
@@ -282,7 +282,7 @@ def _flush(descriptor: int) -> None:
 
 
 def _allow_files(count: int) -> None:
-    """Let this process have as many files open; large models come in more than the usual limit of 1024."""
+    """Raise the limit of open files; large models exceed the usual 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 64
     if soft != resource.RLIM_INFINITY and soft < wanted:

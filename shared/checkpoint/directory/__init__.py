@@ -1,1 +1,1 @@
-"""The contract: manifest, publishing, opening, target, run directory, sharded publishing, auxiliary files."""
+"""The contract (docs/contract.md): manifest, publishing, opening, target, run directory, sharded publishing, auxiliary files."""

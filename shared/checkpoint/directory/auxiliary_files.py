@@ -1,4 +1,4 @@
-"""The files that travel with a model's weights: configuration, tokenizer, chat template, and whatever else is there."""
+"""Auxiliary files: everything in a model directory but its weights (config.json, tokenizer, chat template, ...)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from shared.checkpoint.files import files_below
 from shared.console import log
 from shared.errors import UserError
 
-# Weights, in this form or another; a directory's own index and layout describe them and do not travel.
+# Weight files of any format, and the indexes that describe them: never auxiliary.
 WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz"),
     *(".onnx_data", ".ot", ".mlmodel", ".nemo"),
 )
 _INDEX_SUFFIXES = (".index.json",)
-_BATON_FILES = {MANIFEST, "weights.json", "asides.safetensors"}  # ours, about this directory
-_RUN_FILES = ("metrics.jsonl", "report.html", "run.json", "state/", "runs/", "tensorboard/")  # of the run that made it
-_DOWNLOAD_FOLDERS = {".git", ".cache"}  # of the programs that fetched it
+_BATON_FILES = {MANIFEST, "weights.json", "asides.safetensors"}  # describe one directory
+_RUN_FILES = ("metrics.jsonl", "report.html", "run.json", "state/", "runs/", "tensorboard/")  # of a training run
+_DOWNLOAD_FOLDERS = {".git", ".cache"}  # of git and huggingface_hub
 
 
 def auxiliary_files(directory: Path) -> Iterator[Path]:
-    """Relative paths of the files that travel, in a fixed order: of a published directory those it answers for."""
+    """Relative paths of the auxiliary files, sorted; of a published directory those its manifest lists."""
     if (directory / MANIFEST).is_file():
         names = [n for n in read_config(directory / MANIFEST)["files"] if not n.startswith(_RUN_FILES)]
     else:
@@ -40,7 +40,7 @@ def auxiliary_files(directory: Path) -> Iterator[Path]:
 
 
 def _is_latest_pointer(path: Path) -> bool:
-    """Whether it is DeepSpeed's, or SwissArmyTransformer's, `latest`: the name of a folder of weights beside it."""
+    """Whether the file is `latest` of DeepSpeed or SwissArmyTransformer: it names a folder of weights."""
     if path.name != "latest":
         return False
     folder = path.read_bytes()[:256].decode(errors="replace").strip()
@@ -52,14 +52,14 @@ def _relative_names(directory: Path) -> list[str]:
 
 
 def unread_weights(directory: Path, used: set[str]) -> list[str]:
-    """Weights in the directory that are not the ones read: another format, or parts of another model."""
+    """Weight files in the directory that were not read: the same weights in another format, or another model's."""
     return sorted(
         name for name in {*_relative_names(directory)} - used - _BATON_FILES if name.endswith(WEIGHT_SUFFIXES)
     )
 
 
 def copy_auxiliary_files(source: Path, target: Path) -> None:
-    """Copy every passenger that is not at the target already; links are followed."""
+    """Copy every auxiliary file that the target does not have; links are followed."""
     for relative in auxiliary_files(source):
         place = target / relative
         if not place.exists():
@@ -68,7 +68,7 @@ def copy_auxiliary_files(source: Path, target: Path) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The content of a config.json; UserError if there is none."""
+    """A config.json as a dict; UserError if the file is missing or no JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -76,19 +76,19 @@ def read_config(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not a configuration: a JSON object is wanted")
+        raise UserError(f"{path} is not a JSON object; fetch it again")
     return content
 
 
 def finish_hf_directory(directory: Path, source_files: Path) -> None:
-    """Make a directory with freshly saved weights one that any program can load.
+    """Complete a directory of saved weights, so that transformers 4 and 5 and vLLM load it.
 
-    Copies what the source has beside its weights and the directory lacks, and writes config.json and
-    tokenizer_config.json so that transformers 4 and 5, and what is built on them, read the same from them.
+    Copies the source's auxiliary files where missing. Writes the fields of transformers 4 and 5 to config.json, and a
+    tokenizer class that both know to tokenizer_config.json.
 
     Args:
-        directory: has the weights, and a config.json if it is not the source's.
-        source_files: where the model's other files are (`Checkpoint.hf_files`).
+        directory: has the weights, and a config.json if it differs from the source's.
+        source_files: the directory of the source's auxiliary files (`Checkpoint.hf_files`).
     """
     copy_auxiliary_files(source_files, directory)
     path = directory / "config.json"
@@ -102,11 +102,11 @@ def finish_hf_directory(directory: Path, source_files: Path) -> None:
         if settings.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, unknown to 4
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"
             tokenizer.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            log(f"{tokenizer.name}: tokenizer_class is PreTrainedTokenizerFast, which transformers 4 and 5 know")
+            log(f"{tokenizer.name}: tokenizer_class set to PreTrainedTokenizerFast for transformers 4 and 5")
 
 
 def for_transformers_4_and_5(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json with transformers 4's fields beside 5's, and 5's beside 4's."""
+    """A config.json with the RoPE and dtype fields of both transformers 4 and 5."""
     result = dict(config)
     new = result.get("rope_parameters")
     if isinstance(new, dict) and "rope_theta" in new:

@@ -1,6 +1,6 @@
-"""`manifest.json`: what a directory is, what it holds, where it came from.
+"""`manifest.json`: kind, files with hashes, and provenance of a published directory.
 
-It is written last, so that its presence is the proof.
+Written last: a directory with a manifest is complete.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from shared.invocation import Invocation
 CONTRACT_VERSION = 1
 MANIFEST = "manifest.json"
 Kind = Literal["hf", "megatron", "te", "tokenizer", "dataset", "result"]
-Inputs = Mapping[str, Path | Sequence[Path]]  # flag -> what it named
+Inputs = Mapping[str, Path | Sequence[Path]]  # flag -> path or paths given to it
 
-_SMALL = 64 << 20  # bytes; foreign files above this count by size and time, not content
+_SMALL = 64 << 20  # bytes; larger foreign files are fingerprinted by size and modification time
 
 
 class FileEntry(BaseModel):
-    """One file of the directory."""
+    """One file of a published directory."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     size: int  # bytes
@@ -37,34 +37,34 @@ class FileEntry(BaseModel):
 
 
 class Parent(BaseModel):
-    """One input of the command that made the directory."""
+    """One input of the command that published the directory."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     flag: str
-    name: str  # the last part of its path
-    fingerprint: str  # of its manifest, or of its content where it has none
+    name: str  # last component of its path
+    fingerprint: str  # `input_fingerprint`
 
 
 class Manifest(BaseModel):
-    """The record of a published directory."""
+    """The content of `manifest.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     contract_version: int = CONTRACT_VERSION
     kind: Kind
-    state: Literal["finished", "running"] = "finished"  # running: a training run that has saved, not ended
-    iteration: int | None = None  # of a training run
+    state: Literal["finished", "running"] = "finished"  # running: a training run that has saved but not ended
+    iteration: int | None = None  # of a training run: the iteration that `files` lists
     tool: str
     version: str
     command: str
-    options: dict[str, Any]  # resolved, defaults included
-    identity: str  # hash over what decides the result: the same identity is the same work
-    revision: str | None  # git revision of the tool's source
-    image: str | None  # container image the tool ran in
+    options: dict[str, Any]  # every option, defaults included
+    identity: str  # `run_fingerprint`
+    revision: str | None  # git revision of the tool
+    image: str | None  # container image
     parents: list[Parent]
     created: str  # ISO 8601, UTC
-    facts: dict[str, Any]  # family, architecture, dtype, tensors, parameters ... what the stage says of its output
-    bytes: int  # of all files
-    files: dict[str, FileEntry]  # relative path -> entry; every file that a reader may trust
+    facts: dict[str, Any]  # what the command says of its output: family, architecture, dtype, tensors, parameters ...
+    bytes: int  # sum over `files`
+    files: dict[str, FileEntry]  # relative path -> size and hash; readers trust no other file
 
     @field_validator("files")
     @classmethod
@@ -80,7 +80,7 @@ class Manifest(BaseModel):
 
 
 def read_manifest(directory: Path, *, flag: str) -> Manifest | None:
-    """The manifest of a directory, or None if it has none; UserError if it cannot be trusted."""
+    """The manifest of a directory, None if it has none. UserError if it is damaged or of another contract version."""
     path = directory / MANIFEST
     try:
         raw = path.read_bytes()
@@ -105,10 +105,10 @@ def read_manifest(directory: Path, *, flag: str) -> Manifest | None:
 
 
 def input_fingerprint(path: Path) -> str:
-    """What an input is: a file's content, a published directory's manifest, a foreign directory's files.
+    """Hash of an input: a file's content, a published directory's manifest, or a foreign directory's file list.
 
-    Large files of a foreign directory count by size and modification time: reading hundreds of gigabytes to learn
-    that nothing is to be done would cost more than being asked for --overwrite after a copy.
+    Files above 64 MiB of a foreign directory enter by size and modification time. The price: a copy of the directory
+    is another input. The gain: an "already done" does not read hundreds of gigabytes.
     """
     if path.is_file():
         return hash_file(path)
@@ -124,7 +124,7 @@ def input_fingerprint(path: Path) -> str:
 
 
 def parents_of(inputs: Inputs) -> list[Parent]:
-    """The inputs as the manifest records them."""
+    """The inputs as a manifest records them."""
     parents = []
     for flag, given in inputs.items():
         for path in [given] if isinstance(given, Path) else given:
@@ -133,7 +133,7 @@ def parents_of(inputs: Inputs) -> list[Parent]:
 
 
 def run_fingerprint(invocation: Invocation, inputs: Inputs, parents: list[Parent]) -> str:
-    """Equal for two commands exactly when they are the same work."""
+    """Hash of everything that decides a command's result: tool, command, options and inputs."""
     what = {
         "tool": invocation.tool,
         "command": invocation.command,
@@ -144,7 +144,7 @@ def run_fingerprint(invocation: Invocation, inputs: Inputs, parents: list[Parent
 
 
 def origin(invocation: Invocation) -> dict[str, Any]:
-    """The fields of a manifest that say which program made the directory, and when."""
+    """The manifest fields of provenance: tool, version, command, options, revision, image, time."""
     return {
         "tool": invocation.tool,
         "version": invocation.version,

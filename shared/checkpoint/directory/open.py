@@ -1,4 +1,4 @@
-"""Open a checkpoint directory, and refuse one that is not whole."""
+"""Open checkpoint directories; incomplete or damaged ones are refused."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ _ANNOUNCE = 4 << 30  # bytes above which verification shows its progress
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A directory that is whole."""
+    """A complete directory."""
 
     path: Path
     kind: Kind
-    manifest: Manifest | None = field(repr=False)  # None: made by somebody else's program
+    manifest: Manifest | None = field(repr=False)  # None: a foreign directory, not published by Baton
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the stage that made it says of it; empty for a foreign directory."""
+        """The manifest's facts; empty for a foreign directory."""
         return self.manifest.facts if self.manifest else {}
 
     @property
     def iteration_path(self) -> Path:
-        """The torch_dist directory of a Megatron checkpoint."""
+        """The torch_dist directory of a Megatron checkpoint: `iter_0000100` or `release`."""
         if self.manifest and self.manifest.iteration is not None:
             return self.path / iteration_name(self.manifest.iteration)
         return self.path / tracked_iteration(self.path)
 
     @property
     def hf_files(self) -> Path:
-        """The directory that holds the tokenizer and, of a model, config.json and what else travels with weights."""
+        """The directory of auxiliary files: config.json, tokenizer ..."""
         return self.path / {"megatron": "hf", "te": "hf", "dataset": "tokenizer"}.get(self.kind, ".")
 
 
 def iteration_name(iteration: int) -> str:
-    """`iter_0000100`, Megatron-LM's name."""
+    """`iter_0000100`, as in Megatron-LM."""
     return f"iter_{iteration:07d}"
 
 
 def tracked_iteration(directory: Path) -> str:
-    """The sub-directory that Megatron's tracker file points at."""
+    """The folder that Megatron's tracker file names."""
     text = (directory / TRACKER).read_text(encoding="utf-8").strip()
     return text if text == "release" else iteration_name(int(text))
 
@@ -68,20 +68,26 @@ def open_checkpoint(
     verify: Literal["content", "small", "sizes"] = "content",
     per_rank: Kind | None = None,
 ) -> Checkpoint:
-    """A directory of one of `kinds`, checked to be whole.
+    """A complete directory of one of `kinds`.
 
-    A Baton directory must agree with its manifest in every file's size and, with `verify="content"`, hash; with
-    "small", in the hashes of all that are no weights, and the others are for `content_checks`. A foreign Hugging Face or
-    Megatron directory must have what its own index names. `ranks`: a directory of this kind may also be one of a file for
-    each rank: Megatron-LM's from before torch_dist, or as hf SwissArmyTransformer's.
+    A published directory is checked against its manifest, a foreign one against its own index.
+
+    Args:
+        path: the directory.
+        kinds: accepted kinds.
+        flag: the flag that named it, for messages.
+        verify: what is compared with the manifest besides sizes: the hash of every file ("content"), of every file but
+            weights, which `content_checks` compares later ("small"), or nothing ("sizes").
+        per_rank: also accept the per-rank format of this kind: legacy Megatron-LM ("megatron"), SwissArmyTransformer
+            ("hf").
 
     Raises:
-        UserError: one line that names the file and the mend.
+        UserError: not of these kinds, incomplete or damaged.
     """
     if not path.is_dir():
         raise UserError(f"{flag} {path} is not a directory")
     if PARTIAL in path.name:
-        raise UserError(f"{flag} {path} was left by a killed run and is not whole; run that stage again")
+        raise UserError(f"{flag} {path} is incomplete, left by a killed run; run that command again")
     manifest = read_manifest(path, flag=flag)
     if manifest is None:
         kind = _foreign_kind(path, flag, per_rank)
@@ -89,7 +95,7 @@ def open_checkpoint(
         kind = manifest.kind
         _verify(path, manifest, flag, verify)
         if manifest.state == "running":
-            log(f"{path} is an unfinished run; reading iteration {manifest.iteration}")
+            log(f"{path} is an unfinished training run; reading iteration {manifest.iteration}")
     if kind not in kinds:
         lacks = " (config.json is missing)" if kind == "tokenizer" else ""
         raise UserError(f"{flag} {path} is a {kind} directory{lacks}; wanted: {' or '.join(kinds)}")
@@ -103,7 +109,7 @@ def _verify(path: Path, manifest: Manifest, flag: str, verify: str) -> None:
             raise UserError(f"{flag} {file} is missing, though {MANIFEST} lists it; publish the directory again")
         if (size := file.stat().st_size) != entry.size:
             raise UserError(f"{flag} {file} has {size} bytes instead of {entry.size}; publish the directory again")
-    if manifest.iteration is None:  # a run directory holds further iterations
+    if manifest.iteration is None:  # a run directory holds older iterations, which no manifest lists
         for file in path.iterdir():
             if file.suffix in WEIGHTS and file.name not in manifest.files:
                 raise UserError(f"{flag} {file} is not in {MANIFEST}: weights of unknown origin; move it away")
@@ -126,9 +132,9 @@ def _check_hash(path: Path, found: str, wanted: str, flag: str) -> None:
 
 
 def content_checks(checkpoint: Checkpoint, sources: Iterable[Path], *, flag: str) -> list[Callable[[], None]]:
-    """For each weights file that is read, a check of its content against the manifest, to be done while it is read.
+    """Checks of the sources' hashes against the manifest, to run while they are read.
 
-    Each raises UserError; whoever reads must not publish before all are done.
+    Each raises UserError on damage. The caller publishes only after all have passed.
     """
     if checkpoint.manifest is None:
         return []
@@ -142,19 +148,19 @@ def content_checks(checkpoint: Checkpoint, sources: Iterable[Path], *, flag: str
 
 def _foreign_kind(path: Path, flag: str, per_rank: Kind | None) -> Kind:
     if (path / RUN).exists():
-        raise UserError(f"{flag} {path} is a run that has not saved an iteration yet; run its stage again")
+        raise UserError(f"{flag} {path} is a training run that has not saved an iteration yet; run its command again")
     if (path / TRACKER).is_file():
         return _check_foreign_megatron(path, flag, per_rank)
     if rank_states(path):
         if per_rank != "hf":
             raise UserError(
-                f"{flag} {path} has a file of SwissArmyTransformer for each rank; `convert to-megatron` reads it"
+                f"{flag} {path} is a SwissArmyTransformer checkpoint, one file per rank; `convert to-megatron` reads it"
             )
         return "hf"
     if (path / "config.json").is_file():
         return _check_foreign_hf(path, flag)
     if (path / LAYERS).is_file():
-        return "te"  # whose weights are checked when they are read
+        return "te"  # its weights are checked on reading
     if (path / "tokenizer.json").is_file():
         return "tokenizer"
     raise UserError(f"{flag} {path} holds no checkpoint: neither {MANIFEST}, config.json nor {TRACKER}")
@@ -168,10 +174,11 @@ def _check_foreign_megatron(path: Path, flag: str, per_rank: Kind | None) -> Kin
     if rank_files(iteration):
         if per_rank != "megatron":
             raise UserError(
-                f"{flag} {iteration} has a file for each rank, from before torch_dist; `convert to-hf --hf-files DIR` reads it"
+                f"{flag} {iteration} is a legacy Megatron-LM checkpoint, one file per rank; "
+                "`convert to-hf --hf-files DIR` reads it"
             )
     elif not (iteration / ".metadata").is_file():
-        raise UserError(f"{flag} {iteration}/.metadata is missing: not a whole torch_dist checkpoint")
+        raise UserError(f"{flag} {iteration}/.metadata is missing: not a complete torch_dist checkpoint")
     return "megatron"
 
 

@@ -1,8 +1,7 @@
-"""Publish a directory whole or not at all.
+"""Publish a directory atomically: write to `TARGET.partial-<id>`, fsync, write `manifest.json` last, rename.
 
-Everything is written to `TARGET.partial-<id>`, made durable, recorded in `manifest.json` and renamed into place. A
-kill at any point leaves the old state or the new, and at most a partial directory that no reader accepts and that the
-next run removes, or goes on with where the work notes what it wrote.
+A kill at any point leaves the old target or the new one, and at most a partial directory. Readers refuse it; the next
+run removes it, or resumes it if it has a journal of the same work.
 """
 
 from __future__ import annotations
@@ -42,18 +41,18 @@ from shared.console import log
 from shared.errors import StageError
 from shared.invocation import invocation
 
-Checks = Callable[[frozenset[Path]], Sequence[Task]]  # of the files that are read
+Checks = Callable[[frozenset[Path]], Sequence[Task]]  # source files -> checks to run while they are read
 
 
 class Publication:
-    """A directory in the making.
+    """An unpublished directory.
 
     Args:
         path: where to write.
-        work: what decides its content.
+        work: key of everything that decides its content.
     """
 
-    writes_auxiliary_files = True  # whether what is not made of moves is to be written here, too
+    writes_auxiliary_files = True  # whether this process writes the files that are not made of copy operations
 
     def __init__(self, path: Path, work: str) -> None:
         self.path = path
@@ -62,15 +61,15 @@ class Publication:
         self._hashes: dict[str, str] = {}
 
     def describe(self, **facts: Any) -> None:
-        """Say something of the output for its manifest: JSON values."""
+        """Add facts to the manifest: JSON values."""
         self.facts.update(facts)
 
     def record_hash(self, name: str, digest: str) -> None:
-        """Hand in the hash of a file, computed while it was written, so that it is not read again."""
+        """Record a hash computed while the file was written; the file is not read again."""
         self._hashes[name] = digest
 
     def own_files(self, files: Sequence[FilePlan]) -> list[FilePlan]:
-        """Those of the directory's files that this process writes."""
+        """The files that this process writes."""
         return list(files)
 
     def write(
@@ -81,13 +80,13 @@ class Publication:
         advance: Advance,
         checks: Checks = lambda sources: (),
     ) -> None:
-        """Write files that are made of moves; what an earlier run of the same work wrote of them is kept.
+        """Write files from copy operations; resumes what an earlier run of the same work wrote.
 
         Args:
-            files: all such files of the directory.
+            files: all files of the directory that are made of copy operations.
             workers: threads.
-            advance: told of bytes.
-            checks: given the files that are read here, what is to be checked meanwhile; an error publishes nothing.
+            advance: called with bytes written.
+            checks: checks of the sources, run while they are read. If one fails, nothing is published.
         """
         own_files = self.own_files(files)
         journal = Journal(self.path, f"{self.work} {plan_key(files)}")
@@ -109,7 +108,7 @@ class Publication:
         return file_entries(self.path, paths, self._hashes)
 
     def finalize(self, kind: Kind, fingerprint: str, parents: list[Parent]) -> None:
-        """Make the directory durable; the manifest last."""
+        """fsync the directory, then write the manifest."""
         (self.path / JOURNAL).unlink(missing_ok=True)
         entries = self.entries()
         manifest = Manifest(
@@ -128,7 +127,7 @@ class Publication:
 
 
 def file_entries(root: Path, paths: list[Path], known: dict[str, str] | None = None) -> dict[str, FileEntry]:
-    """Manifest entries of files below `root`; hashes in `known` (by relative path) are not computed again."""
+    """Manifest entries of files below `root`; `known` are hashes by relative path, not computed again."""
     known = known or {}
     names = [path.relative_to(root).as_posix() for path in paths]
     fresh = [(name, path) for name, path in zip(names, paths, strict=True) if name not in known]
@@ -143,18 +142,18 @@ def file_entries(root: Path, paths: list[Path], known: dict[str, str] | None = N
 def publish(
     target: Path, *, kind: Kind, inputs: Inputs, overwrite: bool = False, resumable: bool = False
 ) -> Iterator[Publication]:
-    """Write a directory inside the block; it appears at `target` when the block ends well.
+    """Context manager of a publication: the target appears when the block ends without an exception.
 
     Args:
-        target: where the directory is to appear.
-        kind: what it is.
-        inputs: flag -> path(s) that the command reads; they decide, with the options, whether the work is done already.
-        overwrite: replace what another Baton command published there.
-        resumable: all that is large is written by `Publication.write`; a run that was killed or told to stop leaves
-            it, and the next run of the same work goes on with it.
+        target: the directory to publish.
+        kind: its kind.
+        inputs: flag -> path(s) that the command reads. With the options they make up the run's fingerprint.
+        overwrite: replace a directory that Baton published or began.
+        resumable: keep the partial directory on a kill or a stop; the next run of the same work resumes it. Requires
+            that `Publication.write` writes all large files.
 
     Raises:
-        AlreadyDone: the same command on the same inputs has published it.
+        AlreadyDone: the same command with the same options and inputs has published it.
         UserError: the target overlaps an input, or holds something else.
     """
     check_overlap(target, inputs)
@@ -187,12 +186,12 @@ def publish(
 
 
 def move_into_place(partial: Path, target: Path) -> None:
-    """Let a whole directory appear at the target."""
+    """Rename a complete directory to the target, in exchange for an old one."""
     occupied = target.is_dir() and any(target.iterdir())
     if not occupied:
         partial.rename(target)  # also over an empty directory
     elif exchange(partial, target):
-        remove_tree(partial)  # the old directory, now under the partial name
+        remove_tree(partial)  # now the old directory
     else:
         replaced = target.with_name(f"{target.name}{REPLACED}{secrets.token_hex(4)}")
         target.rename(replaced)

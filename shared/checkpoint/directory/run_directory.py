@@ -1,4 +1,4 @@
-"""A training run's directory: iterations published one by one, the newest of them the checkpoint."""
+"""Run directories: a training run publishes iterations one by one into one directory; the newest is the checkpoint."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from shared.console import log
 from shared.errors import UserError
 from shared.invocation import invocation
 
-HF_FILES = "hf"  # config.json, tokenizer, ...: what travels with the weights
+HF_FILES = "hf"  # folder of auxiliary files
 
 
 class RunDirectory:
-    """A run directory held by this process (of a distributed run, by rank 0).
+    """A run directory, locked by this process (rank 0 of a distributed run).
 
-    An iteration is written to `iter_N.partial-<id>`, made durable and renamed; then `manifest.json` is replaced, and
-    the tracker that Megatron reads. The manifest covers the newest iteration and the passengers; metrics and reports
-    beside them change while the run goes on and are not covered.
+    An iteration is written to `iter_N.partial-<id>`, fsynced and renamed; then `manifest.json` and Megatron's tracker
+    file are replaced atomically. The manifest lists the newest iteration and the auxiliary files. Metrics and reports
+    change during the run and are not listed.
     """
 
     def __init__(self, path: Path, *, kind: Kind, fingerprint: str, parents: list[Parent], descriptor: int) -> None:
@@ -50,13 +50,11 @@ class RunDirectory:
 
     @classmethod
     def open(cls, target: Path, *, kind: Kind, inputs: Inputs, overwrite: bool = False) -> Self:
-        """Begin a run, or take up the same one where it was.
-
-        The same command on an unfinished run resumes it, with or without `overwrite`.
+        """Begin a run, or resume an unfinished run of the same fingerprint, with or without `overwrite`.
 
         Raises:
             AlreadyDone: the run is finished.
-            UserError: the target overlaps an input, holds something else, or is being written.
+            UserError: the target overlaps an input, holds something else, or is locked by another process.
         """
         check_overlap(target, inputs)
         clear_leftovers(target)
@@ -75,7 +73,7 @@ class RunDirectory:
         return run
 
     def _restore(self) -> None:
-        """Bring the directory to the state its manifest describes."""
+        """Restore the state that the manifest describes: remove partial and newer iterations, rewrite the tracker."""
         if not (self.path / RUN).exists():
             record = {"identity": self._fingerprint, **origin(invocation())}
             write_atomically(self.path / RUN, (json.dumps(record, indent=1) + "\n").encode())
@@ -83,15 +81,15 @@ class RunDirectory:
         self.iteration = self._manifest.iteration if self._manifest else None
         for leftover in sorted(self.path.glob(f"*{PARTIAL}*")):
             remove_tree(leftover)
-            log(f"removed {leftover.name}, left by a run that was killed")
+            log(f"removed {leftover.name}, left by a killed run")
         for folder in self.path.glob("iter_*"):
             if self.iteration is None or int(folder.name.removeprefix("iter_")) > self.iteration:
-                remove_tree(folder)  # renamed, but the kill came before the manifest
+                remove_tree(folder)  # killed between its rename and the manifest
         if self.iteration is not None:
             write_atomically(self.path / TRACKER, str(self.iteration).encode())
 
     def add_auxiliary_files(self, files: Path) -> None:
-        """Copy what travels with the weights to `hf/`, once."""
+        """Copy the auxiliary files to `hf/`, on the first call."""
         target = self.path / HF_FILES
         if target.exists():
             return
@@ -102,14 +100,14 @@ class RunDirectory:
         sync(self.path)
 
     def begin(self, iteration: int) -> Path:
-        """An empty directory for an iteration in the making; every rank writes there."""
+        """A new partial directory for an iteration; every rank writes there."""
         partial = self.path / f"{iteration_name(iteration)}{PARTIAL}{secrets.token_hex(4)}"
         partial.mkdir()
         self._partial = partial
         return partial
 
     def commit(self, iteration: int, *, facts: dict[str, Any], finished: bool = False, keep: int = 2) -> None:
-        """Make the iteration begun last the checkpoint, and remove all but the newest `keep`."""
+        """Publish the iteration begun last, and remove all but the newest `keep` iterations."""
         final = self.path / iteration_name(iteration)
         sync_tree(self._partial)
         if final.exists():
@@ -135,7 +133,7 @@ class RunDirectory:
             remove_tree(folder)
 
     def finish(self) -> None:
-        """Declare the run finished with the iteration it has."""
+        """Mark the run as finished."""
         assert self._manifest is not None, "a run is finished after its last commit"
         self._record(self._manifest.model_copy(update={"state": "finished"}))
 
@@ -145,17 +143,17 @@ class RunDirectory:
         self._manifest, self.iteration = manifest, manifest.iteration
 
     def close(self) -> None:
-        """Let go of the directory."""
+        """Release the lock."""
         os.close(self._descriptor)
 
 
 def _resumable(target: Path, fingerprint: str) -> bool:
-    """Whether the target holds an unfinished run of the same work."""
+    """Whether the target holds an unfinished run of this fingerprint."""
     try:
         record = json.loads((target / RUN).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except ValueError:  # damaged: as good as another run's
+    except ValueError:  # damaged: treated as another run's
         return False
     if record.get("identity") != fingerprint:
         return False

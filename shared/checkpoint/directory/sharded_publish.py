@@ -1,8 +1,8 @@
-"""One directory written by several processes, on machines that share its file system and nothing else.
+"""Sharded publishing (`--shard`): several processes write one directory over a shared file system, no network.
 
-`TARGET.shards-of-4/` has a folder for each shard, `2-of-4`, which appears whole: the files dealt to it and a record of
-their hashes, and of the work they were written for. Publishing needs every record, all of the same work; it moves the
-files together, writes what else there is, and does not read them again.
+`--shard 2/4` writes its share of the files to `TARGET.shards-of-4/2-of-4/`, published atomically with `shard.json`: the
+hashes of the files and the run's fingerprint. `--shard publish/4` requires all four records of one fingerprint, renames
+the files into one directory, writes the auxiliary files and the manifest, and publishes. It reads no weights.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from shared.errors import AlreadyDone, UserError
 from shared.invocation import invocation
 
 _RECORD = "shard.json"
-_WHOLE = "whole"
+_ASSEMBLED = "whole"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSpec:
-    """What `--shard` says: `2/4` writes the second of four parts, `publish/4` publishes them."""
+    """The value of `--shard`: `2/4` writes the second of four shards, `publish/4` publishes them."""
 
-    index: int | None  # from 1; None publishes
+    index: int | None  # from 1; None: publish
     count: int
 
     @staticmethod
     def parse(text: str) -> ShardSpec:
         found = re.fullmatch(r"(\d+|publish)/(\d+)", text)
         if found is None or not int(found[2]):
-            raise UserError(f"--shard {text}: write 1/4 to 4/4 for the parts, then publish/4")
+            raise UserError(f"--shard {text}: give 1/4 to 4/4 for the shards, then publish/4")
         index, count = None if found[1] == "publish" else int(found[1]), int(found[2])
         if index is not None and not 1 <= index <= count:
-            raise UserError(f"--shard {text}: parts are counted from 1/{count} to {count}/{count}")
+            raise UserError(f"--shard {text}: shards are counted from 1/{count} to {count}/{count}")
         return ShardSpec(index=index, count=count)
 
     @property
@@ -55,7 +55,7 @@ class ShardSpec:
 
 
 def assign_files(files: Sequence[FilePlan], shard: ShardSpec) -> list[FilePlan]:
-    """The files of one shard: whole files, neighbours together, about as many bytes as every other."""
+    """The files of one shard: contiguous, balanced by bytes."""
     total = sum(file.size for file in files)
     assigned, position = [], 0
     for file in files:
@@ -70,16 +70,15 @@ def assign_files(files: Sequence[FilePlan], shard: ShardSpec) -> list[FilePlan]:
 def publish_sharded(
     target: Path, *, kind: Kind, inputs: Inputs, overwrite: bool, shard: ShardSpec | None
 ) -> Iterator[Publication]:
-    """As `publish`, by one process, or by several each with a shard.
+    """`publish`, by one process (`shard=None`) or sharded.
 
     Raises:
-        AlreadyDone: the same work is published, or this shard of it is written.
-        UserError: as `publish`; another division into shards has begun; and, when publishing, a shard is missing or
-            was written for other work.
+        AlreadyDone: the same run has published the target, or has written this shard.
+        UserError: as `publish`; shards of another count exist; on `publish/N` a shard is missing or of another run.
     """
     if shard is None:
-        with publish(target, kind=kind, inputs=inputs, overwrite=overwrite, resumable=True) as whole:
-            yield whole
+        with publish(target, kind=kind, inputs=inputs, overwrite=overwrite, resumable=True) as out:
+            yield out
         return
     check_overlap(target, inputs)
     parents = parents_of(inputs)
@@ -98,7 +97,7 @@ def publish_sharded(
 
 @dataclass(frozen=True, kw_only=True)
 class _ShardWork:
-    """What a shard's bytes depend on."""
+    """The run that a shard belongs to."""
 
     fingerprint: str
     options: dict[str, Any]
@@ -116,7 +115,7 @@ class _ShardWork:
         }
 
     def difference(self, record: dict[str, Any]) -> str:
-        """What another shard was written for, if not for this; empty if it was."""
+        """How a shard's run differs from this one, for messages; empty if it does not."""
         ours = self.record(ShardSpec(index=1, count=1), "", {})
         for name in sorted(ours["options"].keys() | record["options"].keys()):
             here, there = ours["options"].get(name), record["options"].get(name)
@@ -136,7 +135,7 @@ def _shown(value: Any) -> str:
 
 
 class _ShardPublication(Publication):
-    """One shard: only files that are made of moves, and of those only its own."""
+    """One shard: its share of the files made of copy operations, and no others."""
 
     writes_auxiliary_files = False
 
@@ -157,47 +156,47 @@ class _ShardPublication(Publication):
 
 @contextlib.contextmanager
 def _write_shard(staging: Path, shard: ShardSpec, work: _ShardWork) -> Iterator[Publication]:
-    done = staging / shard.label
-    record = _read_record(done)
-    if record is not None and not work.difference(record) and _all_there(staging, done, record):
+    complete = staging / shard.label
+    record = _read_record(complete)
+    if record is not None and not work.difference(record) and _all_there(staging, complete, record):
         raise AlreadyDone(
             f"already done: shard {shard.index} of {shard.count}; when all are, --shard publish/{shard.count}"
         )
     staging.mkdir(parents=True, exist_ok=True)
-    attempt, lock_descriptor = None, None
+    partial, lock_descriptor = None, None
     for leftover in sorted(staging.glob(f"{shard.label}{PARTIAL}*")):
         descriptor = lock(leftover)
         if descriptor is None:
             raise UserError(
                 f"--shard {shard.index}/{shard.count}: another process is writing it; wait for it or stop it"
             )
-        if attempt is None and is_attempt_at(leftover, work.fingerprint):
-            attempt, lock_descriptor = leftover, descriptor
+        if partial is None and is_attempt_at(leftover, work.fingerprint):
+            partial, lock_descriptor = leftover, descriptor
         else:
             remove_tree(leftover)
             os.close(descriptor)
-    if attempt is None:
-        attempt = staging / f"{shard.label}{PARTIAL}{secrets.token_hex(4)}"
-        attempt.mkdir()
-        lock_descriptor = lock(attempt)
+    if partial is None:
+        partial = staging / f"{shard.label}{PARTIAL}{secrets.token_hex(4)}"
+        partial.mkdir()
+        lock_descriptor = lock(partial)
     try:
-        out = _ShardPublication(attempt, f"{work.fingerprint} {invocation().version}", shard)
+        out = _ShardPublication(partial, f"{work.fingerprint} {invocation().version}", shard)
         yield out
-        (attempt / JOURNAL).unlink()
-        sync_tree(attempt)
+        (partial / JOURNAL).unlink()
+        sync_tree(partial)
         files = {name: {"size": entry.size, "hash": entry.hash} for name, entry in out.entries().items()}
         content = json.dumps(work.record(shard, out.plan, files), indent=1)  # type: ignore[arg-type]
-        write_atomically(attempt / _RECORD, content.encode())
-        if done.exists():
-            remove_tree(done)
-        attempt.rename(done)
+        write_atomically(partial / _RECORD, content.encode())
+        if complete.exists():
+            remove_tree(complete)
+        partial.rename(complete)
         sync(staging)
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException:
-        remove_tree(attempt)
+        remove_tree(partial)
         with contextlib.suppress(OSError):
-            staging.rmdir()  # nothing of another shard is in it
+            staging.rmdir()  # only if no other shard is there
         raise
     finally:
         if lock_descriptor is not None:
@@ -208,7 +207,7 @@ def _write_shard(staging: Path, shard: ShardSpec, work: _ShardWork) -> Iterator[
 
 
 class _ShardsPublication(Publication):
-    """The whole: nothing is read or written of what the shards have."""
+    """The directory assembled from shards by renames."""
 
     def __init__(
         self, path: Path, work: str, staging: Path, shard: ShardSpec, records: dict[int, dict[str, Any]]
@@ -231,13 +230,13 @@ class _ShardsPublication(Publication):
                 place = _place(self._staging, folder, file.name)
                 if place is None or place.stat().st_size != file.size:
                     raise UserError(
-                        f"shard {index} of {self._shard.count}: {file.name} is missing or cut short; run it again"
+                        f"shard {index} of {self._shard.count}: {file.name} is missing or truncated; run it again"
                     )
                 moves.append((place, self.path / file.name))
                 self.record_hash(file.name, record["files"][file.name]["hash"])
         wanted = {place for _, place in moves}
         for path in [path for path in self.path.rglob("*") if path.is_file() and path not in wanted]:
-            path.unlink()  # of an attempt to publish that was killed
+            path.unlink()  # left by a killed `publish/N`
         for place, final in moves:
             if place != final:
                 final.parent.mkdir(parents=True, exist_ok=True)
@@ -272,12 +271,12 @@ def _publish_shards(
     if lock_descriptor is None:
         raise UserError(f"--shard publish/{count}: another process is publishing {target}; wait for it or stop it")
     try:
-        whole = staging / _WHOLE
-        whole.mkdir(exist_ok=True)
-        out = _ShardsPublication(whole, work.fingerprint, staging, shard, records)
+        assembled = staging / _ASSEMBLED
+        assembled.mkdir(exist_ok=True)
+        out = _ShardsPublication(assembled, work.fingerprint, staging, shard, records)
         yield out
         out.finalize(kind, work.fingerprint, work.parents)
-        move_into_place(whole, target)
+        move_into_place(assembled, target)
         remove_tree(staging)
     finally:
         os.close(lock_descriptor)
@@ -296,8 +295,8 @@ def _all_there(staging: Path, folder: Path, record: dict[str, Any]) -> bool:
 
 
 def _place(staging: Path, folder: Path, name: str) -> Path | None:
-    """Where a file of a shard is: an attempt to publish that was killed may have moved it."""
-    for place in (folder / name, staging / _WHOLE / name):
+    """Path of a shard's file. A killed `publish/N` may have moved it to the assembled directory."""
+    for place in (folder / name, staging / _ASSEMBLED / name):
         if place.is_file():
             return place
     return None

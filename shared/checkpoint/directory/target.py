@@ -1,4 +1,4 @@
-"""Where a stage may write: overlap, leftovers of killed runs, and what --overwrite may replace."""
+"""Checks of --target: overlap with inputs, leftovers of killed runs, and what --overwrite may replace."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from shared.errors import AlreadyDone, UserError
 PARTIAL = ".partial-"
 REPLACED = ".replaced-"
 SHARDS = ".shards-of-"
-RUN = "run.json"  # written when a training run begins
+RUN = "run.json"  # written at the start of a training run
 
 
 def check_overlap(target: Path, inputs: Inputs) -> None:
-    """Refuse a target that is, holds or lies in one of the inputs, or where no directory can be put."""
+    """Refuse a target that is, contains or lies in an input, or that cannot be a directory."""
     if target.is_symlink():
         raise UserError(f"--target {target} is a link; give the directory itself")
     if not (above := next(path for path in target.absolute().parents if path.exists())).is_dir():
         raise UserError(f"--target {target}: {above} is a file; choose another directory")
-    whole = target.resolve()
+    target_path = target.resolve()
     for flag, given in inputs.items():
         for path in [given] if isinstance(given, Path) else given:
             source = path.resolve()
-            if source == whole or source.is_relative_to(whole) or whole.is_relative_to(source):
+            if source == target_path or source.is_relative_to(target_path) or target_path.is_relative_to(source):
                 name = flag.replace("_", "-")
                 raise UserError(f"--target {target} overlaps --{name} {path}; choose another directory")
 
 
 def lock(directory: Path) -> int | None:
-    """Hold a directory for this process: a descriptor, or None if a living process holds it.
+    """Lock a directory (flock). Returns the descriptor, None if a living process holds the lock.
 
-    The kernel drops the lock when its holder dies, however it dies.
+    The kernel releases the lock when its process ends, however it ends.
     """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -48,15 +48,15 @@ def lock(directory: Path) -> int | None:
 
 
 def clear_leftovers(target: Path, resume: str | None = None) -> tuple[Path | None, int | None]:
-    """Remove what killed runs left beside the target; refuse when one of them still lives.
+    """Remove partial directories of killed runs; refuse if one of them is still being written.
 
-    With `keep`, what was left of that work (`manifest.identity`) is locked and returned instead: (directory, lock).
+    Returns (directory, lock) of a resumable one with the fingerprint `resume`; (None, None) if there is none.
     """
     found: tuple[Path | None, int | None] = None, None
     if not target.parent.is_dir():
         return found
     for leftover in sorted(target.parent.glob(f"{_escaped(target.name)}{REPLACED}*")):
-        if not target.exists():  # killed between the two renames of a replacement: the old one is still whole
+        if not target.exists():  # killed between the two renames of a replacement: the old target is complete
             leftover.rename(target)
             log(f"restored {target}: an earlier run was killed while replacing it")
         else:
@@ -74,12 +74,12 @@ def clear_leftovers(target: Path, resume: str | None = None) -> tuple[Path | Non
             continue
         remove_tree(leftover)
         os.close(descriptor)
-        log(f"removed {leftover.name}, left by a run that was killed")
+        log(f"removed {leftover.name}, left by a killed run")
     return found
 
 
 def check_no_shards(target: Path, own: Path | None = None) -> None:
-    """Refuse a target of which other processes are writing shards, but for those in `own`."""
+    """Refuse a target with unpublished shards (`--shard`) other than those in `own`."""
     for leftover in sorted(target.parent.glob(f"{_escaped(target.name)}{SHARDS}*")):
         if leftover != own:
             count = leftover.name.rpartition("-")[2]
@@ -90,10 +90,13 @@ def check_no_shards(target: Path, own: Path | None = None) -> None:
 
 
 def check_target(target: Path, *, fingerprint: str, overwrite: bool) -> Manifest | None:
-    """Decide whether the target may be written, by what stands there.
+    """Decide by its content whether the target may be written.
 
-    Returns the manifest of what is to be replaced. Raises AlreadyDone when the same work is finished there, UserError
-    when something else is.
+    Returns the manifest of the directory to be replaced, None if there is none.
+
+    Raises:
+        AlreadyDone: it holds the finished result of the same run.
+        UserError: it holds something else, or a damaged result.
     """
     if not target.exists():
         return None
@@ -107,7 +110,7 @@ def check_target(target: Path, *, fingerprint: str, overwrite: bool) -> Manifest
     except UserError as error:
         manifest, damaged = None, error
     if manifest is None and not damaged and not (target / RUN).exists():
-        raise UserError(f"--target {target} exists and was not made by this tool; choose another or remove it yourself")
+        raise UserError(f"--target {target} exists and was not made by Baton; choose another or remove it yourself")
     if overwrite:
         return manifest
     if damaged:
@@ -125,7 +128,7 @@ def check_target(target: Path, *, fingerprint: str, overwrite: bool) -> Manifest
         file = target / name
         if not file.is_file() or file.stat().st_size != entry.size:
             raise UserError(
-                f"--target {target} is damaged ({name} is missing or cut short); use --overwrite to make it again"
+                f"--target {target} is damaged ({name} is missing or truncated); use --overwrite to make it again"
             )
     raise AlreadyDone(f"already done: {target} ({MANIFEST} of {manifest.created})")
 

@@ -1,1 +1,1 @@
-"""File formats of checkpoints, read and written without their libraries."""
+"""Checkpoint file formats, read and written without their libraries."""

@@ -1,4 +1,7 @@
-"""Hugging Face directories: weights in safetensors shards, read and written tensor by tensor; torch's own are read."""
+"""Hugging Face directories: safetensors shards, read and written; pytorch_model.bin shards, read.
+
+Shapes are the stored ones, `[out, in]` for linear weights; a row is one index of the first dimension.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +37,14 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TORCH_SINGLE = "pytorch_model.bin"
 TORCH_INDEX = "pytorch_model.bin.index.json"
-LAYOUT = "weights.json"  # beside the Megatron form: the source's shards, so that an export has the same
+LAYOUT = "weights.json"  # in `hf/` of a Megatron directory: the source's shards, for a byte-identical export
 SHARD_BYTES = 5_000_000_000  # transformers' default
 RecordHash = Callable[[str, str], None]  # (relative name, content hash)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One safetensors file to be."""
+    """One safetensors file of a layout."""
 
     file: str
     header: Header
@@ -49,35 +52,35 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightLayout:
-    """How a checkpoint's tensors are dealt over files, down to each header's text."""
+    """Assignment of tensors to safetensors shards, down to the text of each header."""
 
     shards: tuple[Shard, ...]
-    index: str | None  # text of the index file
+    index: str | None  # text of the index file; None for a single file
 
     def tensors(self) -> dict[str, TensorInfo]:
         return {tensor.name: tensor for shard in self.shards for tensor in shard.header.tensors}
 
     def encode(self) -> str:
-        """As `hf/weights.json`."""
+        """The content of `hf/weights.json`."""
         shards = [{"file": shard.file, "header": shard.header.text} for shard in self.shards]
         return json.dumps({"version": 1, "shards": shards, "index": self.index}, indent=1) + "\n"
 
     @staticmethod
     def read(path: Path) -> WeightLayout:
-        """The layout in a `weights.json`; UserError if it is not one."""
+        """The layout of a `hf/weights.json`; UserError if it is damaged."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             shards = tuple(
                 Shard(file=shard["file"], header=parse_header(shard["header"], path)) for shard in content["shards"]
             )
             if outside := [shard.file for shard in shards if Path(shard.file).name != shard.file]:
-                raise ValueError(f"{outside[0]!r} is not a file of one directory")
+                raise ValueError(f"{outside[0]!r} is not a plain file name")
             return WeightLayout(shards=shards, index=content["index"])
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error}); convert the model again") from None
 
     def dequantized(self, scheme: QuantizationScheme | None) -> WeightLayout:
-        """The same shards with plain numbers in place of codes, and without the scales."""
+        """The same shards with dequantised weights in place of codes and scales."""
         weights = assemble_weights(scheme, self.tensors())
         if not any(weight.quantized for weight in weights.values()):
             return self
@@ -92,7 +95,7 @@ class WeightLayout:
         return WeightLayout(shards=tuple(shards), index=_index(shards) if self.index is not None else None)
 
     def with_dtypes(self, dtypes: Mapping[str, str]) -> WeightLayout:
-        """The same shards with other element types; unchanged where the types are."""
+        """The same shards with other dtypes. Without a change the layout is returned as it is, headers included."""
         if all(dtypes.get(name, tensor.dtype) == tensor.dtype for name, tensor in self.tensors().items()):
             return self
         shards = []
@@ -103,7 +106,7 @@ class WeightLayout:
         return WeightLayout(shards=tuple(shards), index=_index(shards) if self.index is not None else None)
 
     def with_tensor(self, name: str, dtype: str, shape: Shape) -> WeightLayout:
-        """The same shards with one tensor more, at the end of the last."""
+        """The same shards with one more tensor, at the end of the last."""
         *shards, last = self.shards
         triples = [(t.name, t.dtype, t.shape) for t in last.header.tensors] + [(name, dtype, shape)]
         header = parse_header(encode_header(triples, last.header.metadata), Path(last.file))
@@ -112,18 +115,19 @@ class WeightLayout:
 
 
 class HfReader:
-    """The tensors of a Hugging Face directory, found by its index and checked against the files' own headers.
+    """Reader of a Hugging Face directory; index and headers are checked against each other.
 
-    `layout` is what an export of them has: the source's own shards, or safetensors shards of the same tensors where the
-    source holds torch's. Raises UserError for a missing or damaged file, a tensor that the index places wrongly, and a
-    tensor or shard that the index does not mention: such a directory has lost something.
+    `layout` is the layout of an export: the source's shards, as safetensors if the source is pytorch_model.bin.
+
+    Raises:
+        UserError: a file is missing or damaged; index and headers disagree; a tensor or shard is not in the index.
     """
 
-    splits_columns = False  # whether parts of a row lie in several places
+    splits_columns = False  # whether rows are split between files (column parallelism)
 
     def __init__(self, path: Path, flag: str = "--source") -> None:
         self.path = path
-        self.auxiliary_directories: tuple[Path, ...] = (path,)  # where the files lie that travel with the weights
+        self.auxiliary_directories: tuple[Path, ...] = (path,)
         self.config = read_config(path / "config.json")
         stored = stored_weights(path, flag)
         self.files = [shard.file for shard in stored.shards]
@@ -132,20 +136,20 @@ class HfReader:
         self._files = OpenFiles()
 
     def rows(self, name: str, first: int = 0, count: int | None = None) -> Iterator[memoryview]:
-        """Bytes of `count` rows from row `first` on, in blocks of whole rows valid until the next is asked for."""
+        """Rows `first` to `first + count` in blocks of whole rows. A block is valid until the next is requested."""
         tensor = self.tensors[name]
         size = tensor.size if count is None else count * tensor.row_bytes
         return self._files.blocks(tensor.file, tensor.start + first * tensor.row_bytes, size, tensor.row_bytes)
 
     @cached_property
     def weights(self) -> dict[str, Weight]:
-        """Raises UserError where they are stored in a form that is not read here."""
+        """Weights by name, dequantised on read. UserError if the quantisation scheme is not supported."""
         weights = assemble_weights(quantization_scheme(self.config), self.tensors)
         check_stored_shapes(weights, self._files)
         return weights
 
     def values(self, name: str) -> Iterator[memoryview]:
-        """Bytes of a weight's plain numbers, in blocks valid until the next is asked for."""
+        """A weight's values, dequantised, in blocks. A block is valid until the next is requested."""
         view = self.weights[name].view()
         return stream(copy_rows(view, 0, view.rows), self._files)
 
@@ -159,7 +163,7 @@ class HfReader:
 
 
 def stored_weights(path: Path, flag: str) -> WeightLayout:
-    """The shards of a directory, as its index and their headers say; UserError where those disagree."""
+    """The shards of a directory from its index and the files' headers; UserError if they disagree."""
     for pattern, single, index, read in (
         ("model*.safetensors", SINGLE, INDEX, read_header),
         ("pytorch_model*.bin", TORCH_SINGLE, TORCH_INDEX, read_pytorch_bin),
@@ -169,7 +173,7 @@ def stored_weights(path: Path, flag: str) -> WeightLayout:
             return _sharded(path, flag, there, index, read)
         if single in there:
             if others := [name for name in there if name != single]:
-                raise UserError(f"{flag} {path} holds {single} and {others[0]} without {index}; keep the right ones")
+                raise UserError(f"{flag} {path} holds {single} and {others[0]} without {index}; remove the wrong one")
             return WeightLayout(shards=(Shard(file=single, header=read(path / single)),), index=None)
         if there:
             raise UserError(f"{flag} {path / index} is missing, though {there[0]} is there; fetch it again")
@@ -177,7 +181,7 @@ def stored_weights(path: Path, flag: str) -> WeightLayout:
 
 
 def _as_safetensors(stored: WeightLayout) -> WeightLayout:
-    """Torch's shards as transformers names and orders them in safetensors."""
+    """The safetensors layout that transformers gives to pytorch_model.bin shards."""
     shards = []
     for shard in stored.shards:
         name = Path(shard.file.removeprefix("pytorch_")).with_suffix(".safetensors").name
@@ -192,12 +196,12 @@ def _sharded(
     weight_map = weight_map_of(path / index, flag)
     files = sorted(set(weight_map.values()))
     if outside := [name for name in files if Path(name).name != name]:
-        raise UserError(f"{flag} {path / index} names {outside[0]!r}, which is not a file of this directory")
+        raise UserError(f"{flag} {path / index} names {outside[0]!r}, which is outside this directory; fetch it again")
     for name in files:
         if not (path / name).is_file():
             raise UserError(f"{flag} {path / name} is missing, though {index} names it; fetch it again")
     if unnamed := [name for name in shards_there if name not in files]:
-        raise UserError(f"{flag} {path / unnamed[0]} is not in {index}: its tensors would be lost; fetch both again")
+        raise UserError(f"{flag} {path / unnamed[0]} is not in {index}; its tensors would be lost; fetch both again")
     shards: list[Shard] = []
     seen: dict[str, str] = {}
     for name in files:
@@ -213,18 +217,22 @@ def _sharded(
             if named is None:
                 raise UserError(f"{flag} {path / name}: {tensor.name} is not in {index}; fetch both again")
             if named != name:
-                raise UserError(f"{flag} {path / index} says {tensor.name} is in {named}; it is in {name}")
+                raise UserError(
+                    f"{flag} {path / index} says that {tensor.name} is in {named}, but it is in {name}; fetch both again"
+                )
     if absent := [tensor for tensor in weight_map if tensor not in seen]:
-        raise UserError(f"{flag} {path / weight_map[absent[0]]}: {absent[0]} is not there, though {index} says so")
+        raise UserError(
+            f"{flag} {path / weight_map[absent[0]]}: {absent[0]} is missing, though {index} names it; fetch both again"
+        )
     return WeightLayout(shards=tuple(shards), index=(path / index).read_text(encoding="utf-8"))
 
 
 def default_layout(
     tensors: Sequence[tuple[str, str, Shape]], shard_bytes: int = SHARD_BYTES, file: str | None = None
 ) -> WeightLayout:
-    """Files for (name, safetensors dtype, shape), cut as transformers does: at most `shard_bytes` in each.
+    """Shards for (name, safetensors dtype, shape), split as in transformers: at most `shard_bytes` each.
 
-    With `file`, all of them in one file of that name.
+    With `file`, one file of that name.
     """
     if file is not None:
         header = parse_header(encode_header(tensors, None), Path(file))
@@ -261,12 +269,12 @@ def weight_files(
     operations: Callable[[TensorInfo], Iterable[CopyOperation]],
     sources: Callable[[TensorInfo], Iterable[Path]],
 ) -> list[FilePlan]:
-    """The shards as files to be.
+    """File plans of a layout's shards.
 
     Args:
-        layout: which tensors go where.
-        moves: make a tensor's bytes, in order.
-        sources: the files a tensor is made of.
+        layout: the shards.
+        operations: a tensor's copy operations, in order.
+        sources: the files they read.
     """
 
     def blocks(shard: Shard) -> Iterator[Block]:
@@ -285,7 +293,7 @@ def weight_files(
 
 
 def write_index(directory: Path, layout: WeightLayout) -> None:
-    """The index of the shards, if there is one."""
+    """Write the index file, if the layout has one."""
     if layout.index is not None:
         (directory / INDEX).write_text(layout.index, encoding="utf-8")
 
@@ -296,10 +304,10 @@ def write_weights(
     """Write every shard, and the index if there is one.
 
     Args:
-        directory: where to.
-        layout: which tensors go where.
+        directory: output directory.
+        layout: the shards.
         blocks: a tensor's bytes, in order.
-        record: told each file's content hash.
+        record: called with each file's name and content hash.
     """
     for shard in layout.shards:
         file = HashedFile(directory / shard.file)

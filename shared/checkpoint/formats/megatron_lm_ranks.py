@@ -1,8 +1,7 @@
-"""Checkpoints of Megatron-LM from before torch_dist: a file of torch.save for each rank, read without running it.
+"""Legacy Megatron-LM checkpoints: one torch.save file per rank, read without unpickling code.
 
-`iter_0001000/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt` holds the rank's state dict (`model`, or `model0`, `model1`... of
-virtual pipeline stages), the arguments of the run, and what training goes on from. Tensors stay in the file until they
-are copied out of it.
+`iter_0001000/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt` holds a rank's state dict (`model`, or `model0`, `model1`, ... per
+virtual pipeline stage), the run's arguments, and optimizer and RNG state. Tensors are located here, and read later.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from shared.checkpoint.formats.pytorch_bin import TorchFile
 from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.errors import UserError
 
-FILES = ("model_optim_rng.pt", "model_rng.pt")  # the second beside an optimizer in a file of its own
+FILES = ("model_optim_rng.pt", "model_rng.pt")  # the second with a distributed optimizer, which has its own file
 _FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
-_WITHOUT_NUMBERS = ("_extra_state", "inv_freq")  # scales of FP8, and constants
+_NOT_WEIGHTS = ("_extra_state", "inv_freq")  # FP8 scales, RoPE constants
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,31 +28,31 @@ class Rank:
     """One rank's file."""
 
     file: Path
-    chunks: tuple[Mapping[str, TensorInfo], ...]  # of each virtual pipeline stage, by name
+    chunks: tuple[Mapping[str, TensorInfo], ...]  # per virtual pipeline stage: name -> tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """All ranks of one iteration."""
+    """All ranks of one iteration, and the parallel sizes."""
 
     tensor: int
     pipeline: int
     expert: int
-    at: Mapping[tuple[int, int, int], Rank]  # tensor-, pipeline- and expert-parallel rank
-    version: float
-    arguments: Mapping[str, Any]  # of the run that wrote it; empty where it left none
+    at: Mapping[tuple[int, int, int], Rank]  # by (tensor, pipeline, expert) parallel rank
+    version: float  # checkpoint_version: decides the order of QKV rows
+    arguments: Mapping[str, Any]  # Megatron-LM's `args`; empty if not stored
 
 
 def rank_files(iteration: Path) -> list[Path]:
-    """The ranks' files of an iteration; none where it is a torch_dist directory."""
+    """The per-rank files of an iteration; none in a torch_dist directory."""
     return sorted(path for name in FILES for path in iteration.glob(f"mp_rank_*/{name}"))
 
 
 def read_ranks(iteration: Path) -> Ranks:
-    """Find every rank's tensors.
+    """Locate every rank's tensors.
 
     Raises:
-        UserError: a rank is missing or of another iteration, or a file is damaged or asks for code.
+        UserError: a rank is missing or of another iteration; a file is damaged, or its pickle names unknown classes.
     """
     read = {}
     with OpenFiles() as files:
@@ -66,9 +65,9 @@ def read_ranks(iteration: Path) -> Ranks:
     shown = "tensor x pipeline x expert parallel " + " x ".join(map(str, sizes))
     for name in names.values():
         if name not in read:
-            raise UserError(f"{iteration / name} is missing: the checkpoint was written at {shown}; fetch it again")
+            raise UserError(f"{iteration / name} is missing: the checkpoint is {shown}; fetch it again")
     if surplus := sorted(read.keys() - set(names.values())):
-        raise UserError(f"{iteration / surplus[0]} is of no rank: the checkpoint was written at {shown}; move it away")
+        raise UserError(f"{iteration / surplus[0]} is of no rank: the checkpoint is {shown}; move it away")
     first, state, _ = read[names[0, 0, 0]]
     for path, other, _ in read.values():
         for field in ("iteration", "checkpoint_version"):
@@ -91,7 +90,7 @@ def _read(path: Path, files: OpenFiles) -> tuple[Mapping[str, Any], tuple[Mappin
     state = file.content
     names = [name for name in state if re.fullmatch(r"model\d*", str(name))] if isinstance(state, Mapping) else []
     if not names:
-        raise UserError(f"{path} has no `model`: it is no checkpoint of Megatron-LM")
+        raise UserError(f"{path} has no `model`: not a Megatron-LM checkpoint")
     chunks = []
     for name in sorted(names, key=lambda name: int(name.removeprefix("model") or 0)):
         chunks.append({key: file.tensor(key, value, files) for key, value in _flat(state[name], "")})
@@ -100,11 +99,11 @@ def _read(path: Path, files: OpenFiles) -> tuple[Mapping[str, Any], tuple[Mappin
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Tensors of nested state dicts by their whole names."""
+    """Flatten nested state dicts to dotted names."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _flat(inner, f"{name}.{key}" if name else str(key))
-    elif value is not None and not name.endswith(_WITHOUT_NUMBERS):
+    elif value is not None and not name.endswith(_NOT_WEIGHTS):
         yield name, value
 
 
@@ -113,7 +112,7 @@ def _arguments(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _sizes(arguments: Mapping[str, Any], folders: list[str]) -> tuple[int, int, int]:
-    """Tensor-, pipeline- and expert-parallel size: what the run was told, or else what the folders' names say."""
+    """Tensor, pipeline and expert parallel sizes, from the run's arguments or else from the folder names."""
     fields = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
     told = [arguments.get(field) for field in fields]
     if told[0] is not None:
@@ -124,6 +123,6 @@ def _sizes(arguments: Mapping[str, Any], folders: list[str]) -> tuple[int, int, 
 
 
 def _folder(place: tuple[int, int, int], sizes: tuple[int, int, int]) -> str:
-    """As Megatron-LM names it: ranks of a size of one are left out, but for the first."""
+    """Megatron-LM's folder name: parallel dimensions of size 1 are left out, except tensor parallelism."""
     name = f"mp_rank_{place[0]:02d}"
     return name + "".join(f"_{rank:03d}" for rank, size in zip(place[1:], sizes[1:], strict=True) if size > 1)

@@ -1,4 +1,4 @@
-"""`pytorch_model.bin`: a state dict that torch.save wrote, found tensor by tensor without running its pickle."""
+"""`pytorch_model.bin`: a state dict written by torch.save, read without torch and without unpickling code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared.checkpoint.formats.safetensors_file import Header, TensorInfo, tenso
 from shared.checkpoint.formats.torch_pickle import StorageType, read_pickle
 from shared.errors import UserError
 
-# torch's storage classes by the names of safetensors' types.
+# torch's storage class -> safetensors dtype.
 _TYPES = {
     "BFloat16Storage": "BF16",
     "HalfStorage": "F16",
@@ -27,15 +27,15 @@ _TYPES = {
     "LongStorage": "I64",
     "BoolStorage": "BOOL",
 }
-# torch.save's magic number in a pickle of its own, before it wrote archives.
+# torch.save before 1.6 wrote plain pickles that begin with this magic number.
 _OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 class TorchFile:
-    """What torch.save wrote: its object, and where the tensors in it lie.
+    """A torch.save file: its object, and the location of its tensors.
 
     Raises:
-        UserError: the file is damaged, older than torch 1.6, or asks for code.
+        UserError: the file is damaged or older than torch 1.6, or its pickle names unknown classes.
     """
 
     def __init__(self, path: Path, *, training: bool = False) -> None:
@@ -46,20 +46,20 @@ class TorchFile:
             with path.open("rb") as file:
                 old = file.read(len(_OLD)) == _OLD
             raise UserError(
-                f"{path} is in the format of torch older than 1.6; open and save it with a newer torch: "
+                f"{path} has the format of torch before 1.6; load and save it with a newer torch: "
                 "torch.save(torch.load(path, map_location='cpu'), path)"
                 if old
-                else f"{path} is cut short, or nothing that torch.save writes; fetch it again"
+                else f"{path} is truncated, or not a torch.save file; fetch it again"
             ) from None
         with archive:
             self._entries = {entry.filename: entry for entry in archive.infolist()}
             pickles = [name for name in self._entries if name.endswith("/data.pkl")]
             if len(pickles) != 1:
-                raise UserError(f"{path} is not what torch.save writes: it has {len(pickles)} data.pkl; fetch it again")
+                raise UserError(f"{path} is not a torch.save file: it has {len(pickles)} data.pkl; fetch it again")
             self._root = pickles[0].removesuffix("data.pkl")
             order = f"{self._root}byteorder"
             if order in self._entries and archive.read(order) != b"little":
-                raise UserError(f"{path}: its numbers are big-endian; save it again on a little-endian machine")
+                raise UserError(f"{path} is big-endian; save it again on a little-endian machine")
             try:
                 pickled = archive.read(pickles[0])
             except (zipfile.BadZipFile, EOFError) as error:
@@ -67,7 +67,7 @@ class TorchFile:
         self.content = read_pickle(pickled, path, training=training)
 
     def tensor(self, name: str, value: Any, files: OpenFiles) -> TensorInfo:
-        """Where a tensor of the object lies; UserError if it is not a plain contiguous one."""
+        """Location of a tensor of the object; UserError if it is no plain contiguous tensor."""
         path = self.path
         try:
             kind, (_, storage, key, _, count), offset, shape, stride = value
@@ -76,7 +76,7 @@ class TorchFile:
         except (TypeError, ValueError, AttributeError, KeyError):
             what = value[1][1] if isinstance(value, tuple) and len(value) > 1 and isinstance(value[1], tuple) else value
             shown = what.name if isinstance(what, StorageType) else type(what).__name__
-            raise UserError(f"{path}: {name} is no plain tensor ({shown}); save the weights alone") from None
+            raise UserError(f"{path}: {name} is not a plain tensor ({shown}); save the weights only") from None
         contiguous = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
         plain = all(s == c or n == 1 for s, c, n in zip(stride, contiguous, shape, strict=True))
         size = tensor_bytes(dtype, shape)
@@ -84,22 +84,22 @@ class TorchFile:
         if kind != "tensor" or entry.compress_type != zipfile.ZIP_STORED or not plain or offset + prod(shape) > count:
             raise UserError(f"{path}: {name} is not stored contiguously; save it again with `.contiguous()`")
         if entry.file_size < start + size:
-            raise UserError(f"{path}: {name} is cut short; fetch the file again")
-        # The local header's name and extra field may be longer than the central directory's.
+            raise UserError(f"{path}: {name} is truncated; fetch the file again")
+        # The lengths of the local header's name and extra field may differ from the central directory's.
         lengths = struct.unpack("<2H", files.read(path, entry.header_offset + 26, 4))
         data = entry.header_offset + 30 + sum(lengths)
         return TensorInfo(name=name, dtype=dtype, shape=shape, file=path, start=data + start, size=size)
 
 
 def read_pytorch_bin(path: Path) -> Header:
-    """Where each tensor of the file lies, in the order of the state dict; the header has no text of its own.
+    """The tensors of a file in the order of its state dict, as a header without text.
 
     Raises:
-        UserError: as `TorchFile`, or the file holds no state dict, or a tensor that is not contiguous.
+        UserError: as `TorchFile`; the file holds no state dict; a tensor is not contiguous.
     """
     file = TorchFile(path)
     if not isinstance(file.content, Mapping):
-        raise UserError(f"{path} holds no state dict, a mapping of names to tensors; save model.state_dict()")
+        raise UserError(f"{path} is not a state dict (names to tensors); save model.state_dict()")
     with OpenFiles() as files:
         found = tuple(file.tensor(str(name), value, files) for name, value in file.content.items())
     return Header(text="", metadata=None, tensors=found)

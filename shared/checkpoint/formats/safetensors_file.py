@@ -1,6 +1,6 @@
-"""One safetensors file: 8 bytes of header length, a JSON header, then the tensors' bytes without a gap.
+"""One safetensors file: 8 bytes of header length, a JSON header, then the tensors' bytes without gaps.
 
-Read and written without the library, so that a header can be reproduced byte for byte and data copied in ranges.
+Read and written without the safetensors library: headers are reproduced byte for byte, data is copied in ranges.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from shared.errors import UserError
 from shared.mapping.layout import Shape
 
 _LENGTH = 8
-_MAX_HEADER = 100_000_000  # bytes; the library's own limit
+_MAX_HEADER = 100_000_000  # bytes; the safetensors library's limit
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """Where a tensor lies."""
+    """Location of a stored tensor."""
 
     name: str
     dtype: str  # safetensors' name
     shape: Shape
     file: Path
-    start: int  # byte in the file
+    start: int  # byte offset in the file
     size: int  # bytes
 
     @property
@@ -37,26 +37,26 @@ class TensorInfo:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one index of the first dimension."""
+        """Bytes of one row, an index of the first dimension."""
         return self.size // self.shape[0] if self.shape and self.shape[0] else self.size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """A file's header and what it says."""
+    """A file's header."""
 
-    text: str  # as it stands in the file, padding included
+    text: str  # verbatim, padding included
     metadata: Mapping[str, str] | None
-    tensors: tuple[TensorInfo, ...]  # in the order of their bytes
+    tensors: tuple[TensorInfo, ...]  # in file order
 
 
 def read_header(path: Path) -> Header:
-    """The header of a file, checked against the file's size; UserError if they disagree."""
+    """The header of a file; UserError if it is damaged or disagrees with the file's size."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH), "little")
         if size < _LENGTH or length > min(size - _LENGTH, _MAX_HEADER):
-            raise UserError(f"{path} is not a safetensors file, or is cut short; fetch it again")
+            raise UserError(f"{path} is not a safetensors file, or is truncated; fetch it again")
         raw = file.read(length)
     try:
         text = raw.decode("utf-8")
@@ -65,14 +65,14 @@ def read_header(path: Path) -> Header:
             raise ValueError("not an object")
         metadata = parsed.pop("__metadata__", None)
     except _Duplicate as error:
-        raise UserError(f"{path}: tensor {error} is there twice; the file is damaged, fetch it again") from None
+        raise UserError(f"{path}: duplicate tensor {error}; the file is damaged, fetch it again") from None
     except (ValueError, RecursionError):
         raise UserError(f"{path}: its header is not JSON; fetch it again") from None
     return Header(text=text, metadata=metadata, tensors=_tensors(path, parsed, _LENGTH + length, size))
 
 
 def encode_header(tensors: Sequence[tuple[str, str, Shape]], metadata: Mapping[str, str] | None) -> str:
-    """A header for (name, dtype, shape) in this order, as the library writes it: padded to a multiple of 8."""
+    """A header for (name, dtype, shape) in this order, padded to a multiple of 8 bytes as the library does."""
     content: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     position = 0
     for name, dtype, shape in tensors:
@@ -84,7 +84,7 @@ def encode_header(tensors: Sequence[tuple[str, str, Shape]], metadata: Mapping[s
 
 
 def parse_header(text: str, path: Path) -> Header:
-    """The same as `read_header`, of a header kept apart from its file."""
+    """`read_header` for a header stored apart from its file."""
     parsed = json.loads(text, object_pairs_hook=_unique)
     metadata = parsed.pop("__metadata__", None)
     start = _LENGTH + len(text.encode())
@@ -93,7 +93,7 @@ def parse_header(text: str, path: Path) -> Header:
 
 
 def weight_map_of(index: Path, flag: str) -> dict[str, str]:
-    """Which file has which tensor, as an index says; UserError where it says something else."""
+    """The `weight_map` of an index, tensor name -> file name; UserError if the index is damaged."""
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -104,7 +104,7 @@ def weight_map_of(index: Path, flag: str) -> dict[str, str]:
 
 
 def header_bytes(text: str) -> bytes:
-    """What a file starts with."""
+    """Length prefix and header."""
     raw = text.encode()
     return len(raw).to_bytes(_LENGTH, "little") + raw
 
@@ -135,7 +135,7 @@ def _tensors(path: Path, parsed: Mapping[str, Any], data: int, size: int) -> tup
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{path}: its header does not describe tensor {name}; fetch it again") from None
         if dtype not in SAFETENSORS_BITS:
-            raise UserError(f"{path}: {name} has the unknown type {dtype}; a newer version of this tool may know it")
+            raise UserError(f"{path}: {name} has the unknown dtype {dtype}; use a newer version of the tool")
         if stop - start != tensor_bytes(dtype, shape):
             raise UserError(f"{path}: {name} is {dtype}{list(shape)} in {stop - start} bytes; fetch the file again")
         found.append(TensorInfo(name=name, dtype=dtype, shape=shape, file=path, start=data + start, size=stop - start))
@@ -143,9 +143,9 @@ def _tensors(path: Path, parsed: Mapping[str, Any], data: int, size: int) -> tup
     position = data
     for tensor in found:
         if tensor.start != position:
-            raise UserError(f"{path}: {tensor.name} does not begin where the tensor before it ends; fetch it again")
+            raise UserError(f"{path}: {tensor.name} does not begin at the end of the tensor before it; fetch it again")
         position += tensor.size
     if position != size:
-        kind = "is cut short" if size < position else "has bytes that belong to no tensor"
+        kind = "is truncated" if size < position else "has bytes of no tensor"
         raise UserError(f"{path} {kind}: {size} bytes instead of {position}; fetch it again")
     return tuple(found)

@@ -1,11 +1,12 @@
-"""Checkpoints of SwissArmyTransformer: a file of torch.save for each model-parallel rank, joined as they are read.
+"""SwissArmyTransformer checkpoints (GLM-130B): one torch.save file per tensor-parallel rank, joined on read.
 
-`latest` names the iteration, and `<iteration>/mp_rank_XX_model_states.pt` holds a rank's state dict under `module`. How
-the ranks' parts of GLM-130B's tensors belong together is what its repository's `convert_tp.py` does:
+`latest` names the iteration; `<iteration>/mp_rank_XX_model_states.pt` holds a rank's state dict under `module`. Join of
+the ranks' parts r0, r1, ... as in `convert_tp.py` of GLM-130B's repository (`;` joins rows):
 
-    query_key_value, word_embeddings    rows of one rank after those of another: a rank's heads are whole
-    dense_h_to_4h                       both halves of each rank: `[x1 of all ranks ; x2 of all ranks]`
-    dense, dense_4h_to_h                columns; their biases, norms and constants are the same on every rank
+    query_key_value, word_embeddings    column-parallel: `[r0 ; r1 ; ...]`
+    dense_h_to_4h                       column-parallel GLU, halves x1 and x2: `[r0.x1 ; r1.x1 ; ... ; r0.x2 ; r1.x2 ; ...]`
+    dense, dense_4h_to_h                row-parallel: columns side by side
+    their biases, norms, constants      replicated: rank 0's
 """
 
 from __future__ import annotations
@@ -27,23 +28,23 @@ from shared.mapping.layout import Shape
 from shared.quantized.stored_weight import Weight
 
 LATEST = "latest"
-SETTINGS = "model_config.json"  # which SwissArmyTransformer writes beside; GLM-130B was published without
+SETTINGS = "model_config.json"  # written by SwissArmyTransformer; GLM-130B was published without it
 _RANK = re.compile(r"mp_rank_(\d{2,})_model_states\.pt")
-_ROWS = ("attention.query_key_value.weight", "attention.query_key_value.bias", "word_embeddings.weight")
-_HALVES = ("mlp.dense_h_to_4h.weight", "mlp.dense_h_to_4h.bias")
-_COLUMNS = ("attention.dense.weight", "mlp.dense_4h_to_h.weight")
+_COLUMN_PARALLEL = ("attention.query_key_value.weight", "attention.query_key_value.bias", "word_embeddings.weight")
+_COLUMN_PARALLEL_GLU = ("mlp.dense_h_to_4h.weight", "mlp.dense_h_to_4h.bias")
+_ROW_PARALLEL = ("attention.dense.weight", "mlp.dense_4h_to_h.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
 class JoinedTensor:
-    """A tensor of the whole model."""
+    """A tensor of the model, joined from its ranks."""
 
-    tensor: TensorInfo  # its file and start are the first rank's part's
+    tensor: TensorInfo  # file and start are rank 0's
     view: ExtentView
 
 
 def rank_states(directory: Path) -> list[Path]:
-    """The ranks' files of the iteration that `latest` names; none where the directory is no such checkpoint."""
+    """The per-rank files of the iteration named in `latest`; none if the directory is no such checkpoint."""
     if not (directory / LATEST).is_file():
         return []
     name = (directory / LATEST).read_text(encoding="utf-8", errors="replace").strip()
@@ -53,10 +54,10 @@ def rank_states(directory: Path) -> list[Path]:
 
 
 def join_ranks(files: Sequence[Path]) -> dict[str, JoinedTensor]:
-    """Where each tensor of the model lies in its ranks' files, in the order of the first.
+    """The joined tensors, in the order of rank 0's file.
 
     Raises:
-        UserError: a rank is missing, differs from the first in what it holds, or a file is damaged or quantised.
+        UserError: a rank is missing, or its tensors differ from rank 0's; a file is damaged or quantised.
     """
     ranks = [_read(path) for path in files]
     numbers = [int(match[1]) for path in files if (match := _RANK.fullmatch(path.name))]
@@ -64,8 +65,8 @@ def join_ranks(files: Sequence[Path]) -> dict[str, JoinedTensor]:
     for number in range(count):
         if number not in numbers:
             raise UserError(
-                f"{files[0].with_name(f'mp_rank_{number:02d}_model_states.pt')} is missing: the model was cut for {count} "
-                "ranks; fetch it again"
+                f"{files[0].with_name(f'mp_rank_{number:02d}_model_states.pt')} is missing: the checkpoint has {count} "
+                "tensor-parallel ranks; fetch it again"
             )
     first = ranks[0]
     for path, rank in zip(files[1:], ranks[1:], strict=True):
@@ -85,7 +86,7 @@ def _read(path: Path) -> dict[str, TensorInfo]:
     file = TorchFile(path, training=True)
     module = file.content.get("module") if isinstance(file.content, Mapping) else None
     if not isinstance(module, Mapping) or not module:
-        raise UserError(f"{path} has no tensors under `module`: it is no checkpoint of SwissArmyTransformer")
+        raise UserError(f"{path} has no tensors under `module`: not a SwissArmyTransformer checkpoint")
     with OpenFiles() as files:
         tensors = {str(name): file.tensor(str(name), value, files) for name, value in module.items()}
     for name, tensor in tensors.items():
@@ -95,8 +96,10 @@ def _read(path: Path) -> dict[str, TensorInfo]:
 
 
 def _count(rank: Mapping[str, TensorInfo]) -> int:
-    """How many ranks there were, by the columns that one holds of a square matrix."""
-    matrices = (t.shape for name, t in rank.items() if name.endswith(_COLUMNS[0]) and len(t.shape) == 2 and t.shape[1])
+    """Tensor-parallel size, from the columns of a square row-parallel matrix."""
+    matrices = (
+        t.shape for name, t in rank.items() if name.endswith(_ROW_PARALLEL[0]) and len(t.shape) == 2 and t.shape[1]
+    )
     shape = next(matrices, None)
     return shape[0] // shape[1] if shape else 1
 
@@ -106,9 +109,9 @@ def _join(parts: Sequence[TensorInfo]) -> JoinedTensor:
     rows, width = first.shape[0] if first.shape else 1, first.row_bytes
     name = first.name
     shape = first.shape
-    if name.endswith((*_ROWS, *_HALVES)):
+    if name.endswith((*_COLUMN_PARALLEL, *_COLUMN_PARALLEL_GLU)):
         shape = (rows * count, *shape[1:])
-    elif name.endswith(_COLUMNS):
+    elif name.endswith(_ROW_PARALLEL):
         shape = (rows, shape[1] * count)
     else:
         parts = parts[:1]
@@ -119,35 +122,35 @@ def _join(parts: Sequence[TensorInfo]) -> JoinedTensor:
 
 
 def _extents(part: TensorInfo, rank: int, count: int, rows: int, width: int) -> Iterator[Extent]:
-    """Where a rank's rows belong in the whole."""
-    if part.name.endswith(_HALVES):
+    """The extents of a rank's part in the joined tensor."""
+    if part.name.endswith(_COLUMN_PARALLEL_GLU):
         half = rows // 2
         for place in range(2):
             start = part.start + place * half * width
             yield Extent(file=part.file, start=start, row=(place * count + rank) * half, rows=half, left=0, width=width)
-    elif part.name.endswith(_COLUMNS):
+    elif part.name.endswith(_ROW_PARALLEL):
         yield Extent(file=part.file, start=part.start, row=0, rows=rows, left=rank * width, width=width)
     else:
         yield Extent(file=part.file, start=part.start, row=rank * rows, rows=rows, left=0, width=width)
 
 
 class SatReader(HfReader):
-    """Such a checkpoint as the Hugging Face directory that it would be if its ranks were joined.
+    """A SwissArmyTransformer checkpoint read like a Hugging Face directory.
 
     Args:
         path: the directory.
         joined: its tensors.
-        config: the config.json it is to have.
-        beside: where else the files lie that travel with the weights.
+        config: its config.json.
+        hf_files: another directory of auxiliary files, or None.
     """
 
     splits_columns = True
 
     def __init__(
-        self, path: Path, joined: Mapping[str, JoinedTensor], config: dict[str, Any], beside: Path | None
+        self, path: Path, joined: Mapping[str, JoinedTensor], config: dict[str, Any], hf_files: Path | None
     ) -> None:
         self.path, self.config = path, config
-        self.auxiliary_directories = (path, beside) if beside else (path,)
+        self.auxiliary_directories = (path, hf_files) if hf_files else (path,)
         self._joined = joined
         self.tensors = {name: tensor.tensor for name, tensor in joined.items()}
         self.layout = default_layout([(t.name, t.dtype, t.shape) for t in self.tensors.values()])
@@ -162,11 +165,11 @@ class SatReader(HfReader):
 
     @cached_property
     def weights(self) -> dict[str, Weight]:
-        """As `HfReader.weights`; quantised ones were refused."""
+        """As `HfReader.weights`; never quantised."""
         return {name: Weight(tensor=held.tensor, joined=held.view) for name, held in self._joined.items()}
 
 
 def head_dims(joined: Mapping[str, JoinedTensor]) -> set[int]:
-    """Sizes of heads that rotation's constants tell, one number for each pair of a head's elements."""
+    """head_dim from the shapes of `inv_freq`, `[head_dim / 2]`."""
     shapes: Iterator[Shape] = (held.tensor.shape for name, held in joined.items() if name.endswith("inv_freq"))
     return {2 * shape[0] for shape in shapes}

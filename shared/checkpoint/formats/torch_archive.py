@@ -1,7 +1,7 @@
-"""What torch.save writes: a stored zip of a pickle and raw storages, here as bytes around a tensor's data.
+"""torch.save archives: the bytes around a tensor's data.
 
-`archive/data.pkl` says how to rebuild the object, `archive/data/0` is the storage, 64-byte aligned in the archive. The
-sizes are known before the data is, the CRC only after, so it follows the data as a zip data descriptor does.
+An uncompressed zip: `archive/data.pkl` rebuilds the object, `archive/data/0` is its storage, 64-byte aligned. A writer
+knows the data's size beforehand and its CRC afterwards: the CRC follows the data, in a zip data descriptor.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ALIGNMENT = 64
 _UTF8, _DESCRIPTOR = 0x0800, 0x0008  # zip flags
 _LOCAL, _CENTRAL, _END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
 _DESCRIPTOR_MARK = b"PK\x07\x08"
-MAX_DATA = (1 << 32) - (1 << 20)  # bytes of one storage; above this a zip needs 64-bit fields
+MAX_DATA = (1 << 32) - (1 << 20)  # bytes of one storage; a larger one needs zip64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class _Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Archive:
-    """An archive being written at the current end of a file: `prefix`, the data, `suffix(crc)`."""
+    """Layout of an archive: `prefix`, the data, `suffix(crc)`."""
 
     prefix: bytes
     data_size: int
@@ -48,11 +48,11 @@ class Archive:
 
     @property
     def size(self) -> int:
-        """Bytes of all of it."""
+        """Bytes of the archive."""
         return len(self.prefix) + self.data_size + len(self.suffix(0))
 
     def suffix(self, crc: int) -> bytes:
-        """What follows the data, given its CRC-32."""
+        """The bytes after the data, given its CRC-32."""
         descriptor = b""
         *known, last = self.entries
         if last.flags & _DESCRIPTOR:
@@ -72,7 +72,7 @@ class Archive:
         return descriptor + central + struct.pack("<4s4H2IH", _END, 0, 0, count, count, len(central), start, 0)
 
 
-@lru_cache(maxsize=1024)  # a model has many tensors of one shape
+@lru_cache(maxsize=1024)  # many tensors of a model share a shape
 def tensor_archive(dtype: Dtype, shape: Shape) -> Archive:
     """The archive of a contiguous tensor."""
     stride = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
@@ -80,12 +80,12 @@ def tensor_archive(dtype: Dtype, shape: Shape) -> Archive:
     hooks = Call(Name("collections", "OrderedDict"), ())
     rebuild = Call(Name("torch._utils", "_rebuild_tensor_v2"), (storage, 0, shape, stride, False, hooks))
     size = prod(shape) * dtype.size
-    assert size < MAX_DATA, "larger tensors are written in several chunks"
+    assert size < MAX_DATA, "larger tensors are split into chunks"
     return _archive(write_pickle(rebuild), size)
 
 
 def object_archive(value: Any) -> bytes:
-    """The archive of plain values."""
+    """The archive of an object without tensors."""
     archive = _archive(write_pickle(value), None)
     return archive.prefix + archive.suffix(0)
 
@@ -107,7 +107,7 @@ def _archive(content: bytes, data_size: int | None) -> Archive:
 
 
 def _local(entry: _Entry, position: int) -> bytes:
-    """A local header, padded by an extra field so that the data after it is aligned."""
+    """A zip local header; an extra field pads it so that the data is aligned."""
     late = entry.flags & _DESCRIPTOR
     size = 0 if late else entry.size
     fixed = 30 + len(entry.name) + 4
@@ -121,15 +121,15 @@ def _local(entry: _Entry, position: int) -> bytes:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A tensor found in an archive."""
+    """Location of a tensor's data in an archive."""
 
     dtype: Dtype
     shape: Shape
-    start: int  # byte in the file
+    start: int  # byte offset in the file
 
 
 class _Slice(io.RawIOBase):
-    """A range of a file as a file, for zipfile."""
+    """A byte range of a file as a file object, for zipfile."""
 
     def __init__(self, files: OpenFiles, path: Path, start: int, size: int) -> None:
         self._files, self._path, self._start, self._size, self._at = files, path, start, size, 0
@@ -156,13 +156,13 @@ class _Slice(io.RawIOBase):
 
 
 def find_tensor(files: OpenFiles, path: Path, start: int, size: int) -> StoredTensor:
-    """Where the data of a tensor's archive lies; UserError if it is not a plain contiguous tensor."""
+    """Locate the tensor of an archive at bytes `start` to `start + size`; UserError if it is no contiguous tensor."""
     try:
         with zipfile.ZipFile(_Slice(files, path, start, size)) as archive:
             root = next(n for n in archive.namelist() if n.endswith("/data.pkl")).removesuffix("data.pkl")
             rebuilt = read_pickle(archive.read(f"{root}data.pkl"), path)
             if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
-                raise UserError(f"{path}: its numbers are big-endian; convert it on the machine that wrote it")
+                raise UserError(f"{path} is big-endian; save it again on a little-endian machine")
             kind, storage, offset, shape, stride = rebuilt
             _, storage_type, key, _, count = storage
             entry = archive.getinfo(f"{root}data/{key}")
@@ -171,7 +171,7 @@ def find_tensor(files: OpenFiles, path: Path, start: int, size: int) -> StoredTe
             raise
         raise UserError(f"{path}: no tensor at byte {start} ({error}); the file is damaged, fetch it again") from None
     if kind != "tensor" or not isinstance(storage_type, StorageType) or storage_type.name not in BY_STORAGE:
-        raise UserError(f"{path}: the tensor at byte {start} is a {storage_type}; BF16, F16 or F32 is wanted")
+        raise UserError(f"{path}: the tensor at byte {start} is a {storage_type}; BF16, F16 or F32 is required")
     dtype = BY_STORAGE[storage_type.name]
     wanted = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
     plain = all(s == w or n == 1 for s, w, n in zip(stride, wanted, shape, strict=True))
@@ -180,7 +180,7 @@ def find_tensor(files: OpenFiles, path: Path, start: int, size: int) -> StoredTe
     name_size, extra_size = struct.unpack("<2H", files.read(path, start + entry.header_offset + 26, 4))
     data = start + entry.header_offset + 30 + name_size + extra_size
     if entry.file_size < (offset + prod(shape)) * dtype.size:
-        raise UserError(f"{path}: the tensor at byte {start} is cut short; fetch the file again")
+        raise UserError(f"{path}: the tensor at byte {start} is truncated; fetch the file again")
     return StoredTensor(dtype=dtype, shape=shape, start=data + offset * dtype.size)
 
 

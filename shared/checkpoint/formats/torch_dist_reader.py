@@ -1,7 +1,7 @@
-"""Reads a torch_dist directory tensor by tensor, however the ranks that wrote it had cut the tensors up.
+"""Reader of torch_dist directories (torch.distributed.checkpoint), for any parallel layout of the writer.
 
-A tensor is a tiling of boxes (chunks). Rows are gathered from the boxes that meet them: in one piece where a box spans
-the row, column run by column run where tensor parallelism cut the columns.
+A tensor `[layers, out, in]` is tiled by chunks with `offsets` and `sizes` along every dimension. A slice `tensor[index]`
+is read as an `ExtentView`: one extent per chunk, with `left > 0` where tensor parallelism split the columns.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from shared.checkpoint.formats.torch_pickle import read_pickle
 from shared.errors import UserError
 from shared.mapping.layout import Shape
 
-Places = dict[tuple[str, Shape | None], Any]  # (key, offsets of a chunk) -> where it lies
+Places = dict[tuple[str, Shape | None], Any]  # (key, chunk offsets) -> storage info
 
-# Entries of a training checkpoint that are no weights of the model.
+# Entries of a training checkpoint other than weights.
 NON_WEIGHT_PREFIXES = ("optimizer", "rng_state", "opt_param_scheduler", "rerun_state_machine", "common_state", "scaler")
 
 
 @dataclass(kw_only=True)
 class Chunk:
-    """A box of a tensor in a file."""
+    """A chunk of a tensor, in one file."""
 
     offsets: Shape
     sizes: Shape
     file: Path
     start: int
     length: int
-    stored: StoredTensor | None = field(default=None, repr=False)  # found on first use
+    stored: StoredTensor | None = field(default=None, repr=False)  # located on first use
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistTensor:
-    """A whole tensor, as the directory's metadata describes it."""
+    """A global tensor, from `.metadata`."""
 
     key: str
     dtype: Dtype
@@ -60,8 +60,9 @@ class DistTensor:
 class TorchDistReader:
     """The tensors of one iteration.
 
-    Raises UserError for metadata that names anything but a checkpoint's classes, for files that are missing or too
-    short, and for chunks that do not tile their tensor.
+    Raises:
+        UserError: `.metadata` is damaged or names unknown classes; a file is missing or truncated; chunks do not tile
+            their tensor.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -70,7 +71,7 @@ class TorchDistReader:
         self._indexed: dict[tuple[str, int], dict[Shape, list[Chunk]]] = {}
         path = directory / ".metadata"
         if not path.is_file():
-            raise UserError(f"{path} is missing: not a whole torch_dist checkpoint")
+            raise UserError(f"{path} is missing: not a complete torch_dist checkpoint")
         metadata = read_pickle(path.read_bytes(), path)
         try:
             states, stored = dict(metadata.state_dict_metadata), dict(metadata.storage_data)
@@ -79,7 +80,7 @@ class TorchDistReader:
             raise UserError(f"{path} is not a torch.distributed.checkpoint metadata file: {error}") from None
         self.objects = {key for key, state in states.items() if not hasattr(state, "size")}
         self.tensors: dict[str, DistTensor] = {}
-        self.non_weights: dict[str, str] = {}  # tensors that are no weights of a model, with their types
+        self.non_weights: dict[str, str] = {}  # tensors other than weights: key -> dtype
         for key, state in states.items():
             if key in self.objects:
                 continue
@@ -87,9 +88,7 @@ class TorchDistReader:
             if key.startswith(NON_WEIGHT_PREFIXES):
                 self.non_weights[key] = dtype
             elif dtype not in BY_NAME:
-                raise UserError(
-                    f"{path}: {key} is {dtype}; weights of bfloat16, float16, float32 or float64 are wanted"
-                )
+                raise UserError(f"{path}: {key} is {dtype}; bfloat16, float16, float32 or float64 is required")
             else:
                 self.tensors[key] = self._tensor(key, state, places)
 
@@ -103,7 +102,7 @@ class TorchDistReader:
             if file.parent != self.directory or not file.is_file():
                 raise UserError(f"{file} is missing, though .metadata names it; fetch the checkpoint again")
             if info.offset + info.length > file.stat().st_size:
-                raise UserError(f"{file} is cut short: {key} ends behind it; fetch the checkpoint again")
+                raise UserError(f"{file} is truncated: {key} ends after it; fetch the checkpoint again")
             chunks.append(
                 Chunk(offsets=chunk.offsets, sizes=chunk.sizes, file=file, start=info.offset, length=info.length)
             )
@@ -111,14 +110,14 @@ class TorchDistReader:
         if covered != prod(shape):
             raise UserError(
                 f"{self.directory}/.metadata: the chunks of {key} hold {covered} of {prod(shape)} numbers; "
-                "not every rank's file is there"
+                "the file of a rank is missing, fetch or write the checkpoint again"
             )
         return DistTensor(key=key, dtype=dtype, shape=shape, chunks=tuple(chunks), place=str(self.directory))
 
     def rows(self, key: str, index: Shape, first: int, count: int) -> Iterator[memoryview]:
-        """Bytes of rows `first` to `first + count` of `tensor[index]`, in blocks of whole rows.
+        """Rows `first` to `first + count` of `tensor[index]` in blocks of whole rows.
 
-        A block is valid until the next one is asked for.
+        A block is valid until the next is requested.
         """
         if len(self.tensors[key].shape) - len(index) > 2:
             for place in range(first, first + count):
@@ -127,13 +126,15 @@ class TorchDistReader:
         yield from self.view(key, index).blocks(self._files, first, count)
 
     def view(self, key: str, index: Shape) -> ExtentView:
-        """Where the rows of `tensor[index]` lie."""
+        """The view of `tensor[index]`."""
         tensor, axis = self.tensors[key], len(index)
         rest, size = tensor.shape[axis + 1 :], tensor.dtype.size
         extents = []
         for chunk in self._chunks_at(tensor, index):
             if chunk.sizes[axis + 2 :] != tensor.shape[axis + 2 :]:
-                raise UserError(f"{tensor.place}: {key} is cut up in a way that is not supported")
+                raise UserError(
+                    f"{tensor.place}: {key} is split along the last dimensions of a slice, which is not supported"
+                )
             inner = prod(rest[1:]) * size  # bytes of one column
             columns, left = (chunk.sizes[axis + 1], chunk.offsets[axis + 1]) if rest else (1, 0)
             row, rows = chunk.offsets[axis], chunk.sizes[axis]
@@ -145,7 +146,7 @@ class TorchDistReader:
 
     @property
     def splits_columns(self) -> bool:
-        """Whether a chunk of any tensor has less than whole rows."""
+        """Whether a chunk of any tensor has less than whole rows (column split of tensor parallelism)."""
         return any(
             chunk.sizes[-1] != tensor.shape[-1]
             for tensor in self.tensors.values()
@@ -154,11 +155,11 @@ class TorchDistReader:
         )
 
     def files_of(self, key: str, index: Shape) -> frozenset[Path]:
-        """The files that hold a part of `tensor[index]`."""
+        """The files with a chunk of `tensor[index]`."""
         return frozenset(chunk.file for chunk in self._chunks_at(self.tensors[key], index))
 
     def _chunks_at(self, tensor: DistTensor, index: Shape) -> list[Chunk]:
-        """The chunks that meet `tensor[index]`, looked up: large models have tens of thousands."""
+        """The chunks of `tensor[index]`, from a lookup table: large models have tens of thousands of chunks."""
         axis = len(index)
         if (tensor.key, axis) not in self._indexed:
             lookup: dict[Shape, list[Chunk]] = {}
@@ -170,7 +171,7 @@ class TorchDistReader:
         return self._indexed[tensor.key, axis].get(index, [])
 
     def _data_start(self, tensor: DistTensor, chunk: Chunk) -> int:
-        """Byte in its file of a chunk's first number."""
+        """Byte offset of a chunk's first element."""
         if chunk.stored is None:
             chunk.stored = self._standard_archive(tensor, chunk)
         if chunk.stored is None:
@@ -184,7 +185,7 @@ class TorchDistReader:
         return chunk.stored.start
 
     def _standard_archive(self, tensor: DistTensor, chunk: Chunk) -> StoredTensor | None:
-        """Where the numbers are if the archive begins as this tool's do; one read then tells, of a model's thousands."""
+        """Location of the data if Baton wrote the archive: one read of the known prefix instead of parsing a zip."""
         if prod(chunk.sizes) * tensor.dtype.size >= MAX_DATA:
             return None
         archive = tensor_archive(tensor.dtype, chunk.sizes)
@@ -195,7 +196,7 @@ class TorchDistReader:
         return StoredTensor(dtype=tensor.dtype, shape=chunk.sizes, start=chunk.start + len(archive.prefix))
 
     def common(self) -> dict[str, Any]:
-        """The plain values that the checkpoint holds beside its tensors, from `common.pt`; empty where it has none."""
+        """The content of `common.pt`; empty if the checkpoint has none."""
         path = self.directory / "common.pt"
         if not path.is_file():
             return {}
@@ -209,7 +210,7 @@ class TorchDistReader:
 
 
 def _slice_number(chunk: Chunk, index: Shape) -> int:
-    """Which of a chunk's slices `index` is."""
+    """Position of slice `index` in its chunk, row-major."""
     inside = 0
     for place, offset, size in zip(index, chunk.offsets, chunk.sizes, strict=False):
         inside = inside * size + place - offset

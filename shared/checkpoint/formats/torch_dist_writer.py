@@ -1,7 +1,7 @@
-"""Lays out a torch_dist directory as Megatron-Core's `dist_checkpointing` has it, without a model or a process group.
+"""Writer of torch_dist directories as Megatron-Core's `dist_checkpointing` reads them, without a model or process group.
 
-Tensors are concatenated torch.save archives in `__0_<n>.distcp`; `.metadata`, which says where each lies, is last. All
-places are known before a byte is written, so that files, and the blocks of one, can be written in any order.
+Every chunk is a torch.save archive; `__0_<n>.distcp` is a concatenation of archives; `.metadata`, written last, has the
+place of each. All places are computed beforehand: files and blocks are written in any order.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from shared.checkpoint.formats.torch_archive import object_archive, tensor_archi
 from shared.checkpoint.formats.torch_pickle import Call, Instance, Name, Pairs, write_pickle_to
 from shared.mapping.layout import Shape
 
-CHUNK_BYTES = 128 << 20  # a reader takes whole chunks, so this bounds what it holds beyond what it wants
-_FILES = 64  # about as many, so that as many processes can write at once,
-_SMALLEST, _LARGEST = 256 << 20, 4 << 30  # but none of fewer or more bytes than these
+CHUNK_BYTES = 128 << 20  # readers load whole chunks: bounds their memory overhead
+_FILES = 64  # target number of files, for as many shards (`--shard`)
+_SMALLEST, _LARGEST = 256 << 20, 4 << 30  # bytes per file
 _METADATA = "torch.distributed.checkpoint.metadata"
 _SIZE = Name("torch", "Size")
 _STRIDED = Call(Name("torch.serialization", "_get_layout"), ("torch.strided",))
 _CONTIGUOUS = Call(Name(_METADATA, "_MEM_FORMAT_ENCODING"), (0,))
-# torch_dist of core 0.16 to 0.19; common.pt is the form that all of them read.
+# Read by Megatron-Core 0.16 to 0.19.
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -48,7 +48,7 @@ class _Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Stored:
-    """One archive: a chunk of a tensor, or an object."""
+    """One archive: a tensor chunk, or an object (`offsets` is None)."""
 
     key: str
     offsets: Shape | None
@@ -59,7 +59,7 @@ class _Stored:
 
 
 class TorchDistLayout:
-    """Which archive goes where in a directory to be."""
+    """Layout of a torch_dist directory: which archive goes where."""
 
     def __init__(self) -> None:
         self._tensors: dict[str, _Tensor] = {}
@@ -67,7 +67,7 @@ class TorchDistLayout:
         self._stored: list[_Stored] = []
 
     def declare(self, key: str, dtype: Dtype, shape: Shape) -> None:
-        """A tensor's type and whole shape, before its chunks."""
+        """Declare a tensor with its global shape; its chunks follow."""
         assert key not in self._tensors, key
         self._tensors[key] = _Tensor(dtype=dtype, shape=shape)
 
@@ -79,14 +79,14 @@ class TorchDistLayout:
         operations: Callable[[], Iterable[CopyOperation]],
         sources: Iterable[Path] = (),
     ) -> None:
-        """One box of a declared tensor.
+        """Add a chunk of a declared tensor.
 
         Args:
-            key: of the tensor.
-            offsets: of the box, along every dimension.
-            sizes: likewise.
-            moves: makes its bytes, row-major.
-            sources: the files that they are read from.
+            key: the tensor's.
+            offsets: of the chunk, along every dimension.
+            sizes: of the chunk, along every dimension.
+            operations: makes the copy operations of its bytes, row-major.
+            sources: the files they read.
         """
         tensor = self._tensors[key]
         tensor.chunks.append((offsets, sizes))
@@ -96,7 +96,7 @@ class TorchDistLayout:
         )
 
     def add_objects(self, keys: Iterable[str], value: Any) -> None:
-        """The same plain value under each of the keys."""
+        """Store the same object, without tensors, under each key."""
         operations = [WriteBytes(object_archive(value))]
         size, sources = operations[0].size, frozenset[Path]()
         for key in keys:
@@ -106,7 +106,7 @@ class TorchDistLayout:
             )
 
     def files(self) -> list[FilePlan]:
-        """The data files; they do not depend on who writes them."""
+        """Plans of the data files."""
         return [
             FilePlan(
                 name=name,
@@ -118,7 +118,7 @@ class TorchDistLayout:
         ]
 
     def finish(self, directory: Path, common: dict[str, Any]) -> None:
-        """Write what makes the directory a checkpoint; `.metadata` last, without which nobody reads it."""
+        """Write `common.pt`, `metadata.json` and, last, `.metadata`, without which no reader accepts the directory."""
         (directory / "common.pt").write_bytes(object_archive(common))
         (directory / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
         with (directory / ".metadata").open("wb") as file:
@@ -138,7 +138,7 @@ class TorchDistLayout:
         yield f"__0_{number}.distcp", archives
 
     def _blocks(self, archives: list[_Stored]) -> Iterator[Block]:
-        """Small archives several at once, large ones in several blocks."""
+        """Small archives share a block, large ones take several."""
         small: list[CopyOperation] = []
         for stored in archives:
             if stored.offsets is None or stored.size <= blocks.BLOCK:
@@ -214,7 +214,7 @@ class TorchDistLayout:
 
 
 class _Crc:
-    """The checksum of one archive's data, block after block."""
+    """Running CRC-32 of one archive's data."""
 
     def __init__(self) -> None:
         self.value = 0
@@ -225,7 +225,7 @@ class _Crc:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _WriteArchive:
-    """A tensor's archive made at once."""
+    """Copy operation of a complete small archive."""
 
     size: int
     dtype: Dtype

@@ -1,7 +1,7 @@
-"""The pickles of torch's checkpoints, written without torch and read without running anything.
+"""Pickles of torch checkpoints: written without torch, read without running code.
 
-A pickle is a program. The reader knows the few classes that torch.distributed.checkpoint and Megatron-Core write, maps
-each to a plain record of ours, and refuses every other name.
+A pickle is a program. The reader allows the classes that torch.distributed.checkpoint and Megatron-Core write, maps each
+to a plain record, and refuses every other name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DCP = "torch.distributed.checkpoint"
 
 
 class Record:
-    """Stands for an object of a class that is known: its state is its attributes, nothing of it runs."""
+    """Stand-in for an object of an allowed class: the state becomes attributes, no code of the class runs."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -46,7 +46,7 @@ def _shape(values: Sequence[int] = ()) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class StorageType:
-    """A storage class of torch, by name."""
+    """A torch storage class, by name."""
 
     name: str
 
@@ -78,8 +78,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("collections", "OrderedDict"): OrderedDict,
 }
-# What a training checkpoint holds beside weights: arguments, generators, optimizer. None of it is looked into but the
-# arguments, and they are plain attributes.
+# Allowed with `training=True`: arguments, RNG and optimizer state. Only the arguments are read.
 _OF_TRAINING = {
     "argparse": {"Namespace"},
     "_codecs": {"encode"},
@@ -95,7 +94,7 @@ _OF_TRAINING = {
     "torch._utils": {"_rebuild_device_tensor_from_numpy"},
     "torch.torch_version": {"TorchVersion"},
 }
-_MAKERS = ("megatron.", "transformer_engine.")  # their enumerations and settings stand in the arguments
+_TRAINING_PACKAGES = ("megatron.", "transformer_engine.")  # enums and configs in the arguments
 _BUILTINS = ("__builtin__", "builtins")
 _DTYPES = {*BY_NAME, "float64", "uint8", "int8", "int16", "int32", "int64", "bool", "float8_e4m3fn", "float8_e5m2"}
 _STORAGES = {
@@ -117,7 +116,7 @@ class _Reader(pickle.Unpickler):
         if module == "torch" and name in _STORAGES:
             return StorageType(name)
         if self._training:
-            if name in _OF_TRAINING.get(module, ()) or module.startswith(_MAKERS):
+            if name in _OF_TRAINING.get(module, ()) or module.startswith(_TRAINING_PACKAGES):
                 return Record
             if module in _BUILTINS and name in ("set", "frozenset"):
                 return frozenset
@@ -125,8 +124,8 @@ class _Reader(pickle.Unpickler):
 
     def _refuse(self, module: str, name: str) -> NoReturn:
         raise UserError(
-            f"{self._place} asks for {module}.{name}, which no checkpoint of weights needs; "
-            "it was not run. Do not load this file with anything else"
+            f"{self._place} names {module}.{name}, which no checkpoint of weights needs; "
+            "it was not run. Do not load this file with another program"
         )
 
     def persistent_load(self, pid: Any) -> Any:
@@ -134,15 +133,15 @@ class _Reader(pickle.Unpickler):
 
 
 def read_pickle(data: bytes, place: Path | str, *, training: bool = False) -> Any:
-    """The content of a checkpoint's pickle, with our records for its objects.
+    """The content of a checkpoint's pickle, objects as `Record`.
 
     Args:
         data: the pickle.
         place: for messages.
-        training: whether it may hold what training leaves beside weights: arguments, generators, optimizer.
+        training: also allow the classes of arguments, RNG and optimizer state.
 
     Raises:
-        UserError: it is damaged, or names a class that is not one of a checkpoint's.
+        UserError: the pickle is damaged, or names a class that is not allowed.
     """
     try:
         return _Reader(data, str(place), training).load()
@@ -154,7 +153,7 @@ def read_pickle(data: bytes, place: Path | str, *, training: bool = False) -> An
 
 @dataclass(frozen=True)
 class Name:
-    """A module-level name: a class, a function or a constant such as torch.bfloat16."""
+    """A module-level name: class, function, or constant (torch.bfloat16)."""
 
     module: str
     name: str
@@ -170,7 +169,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Instance:
-    """An object made without its constructor and given a state."""
+    """An object created by `__new__` with a state."""
 
     type: Name
     state: Any
@@ -178,27 +177,27 @@ class Instance:
 
 @dataclass(frozen=True)
 class Pairs:
-    """A dict whose keys may be objects, and whose items may be made one by one while they are written."""
+    """A dict with unhashable keys allowed, and items generated while they are written."""
 
     items: Iterable[tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
 class Persistent:
-    """torch's reference to a storage of the same archive."""
+    """torch's persistent id of a storage in the same archive."""
 
     id: tuple[Any, ...]
 
 
 def write_pickle(value: Any) -> bytes:
-    """Plain values and the kinds above as a pickle of protocol 2."""
+    """Plain values and the classes above as a pickle, protocol 2."""
     out = io.BytesIO()
     write_pickle_to(out, value)
     return out.getvalue()
 
 
 def write_pickle_to(out: BinaryIO, value: Any) -> None:
-    """The same into a file."""
+    """`write_pickle` into a file."""
     out.write(pickle.PROTO + b"\x02")
     _write(value, out.write, {})
     out.write(pickle.STOP)
@@ -245,11 +244,11 @@ def _write(value: Any, put: Callable[[bytes], Any], memo: dict[Name | str, int])
             _write(value.id, put, memo)
             put(pickle.BINPERSID)
         case _:
-            raise TypeError(f"{type(value).__name__} has no place in a checkpoint's pickle")
+            raise TypeError(f"{type(value).__name__} cannot be pickled here")
 
 
 def _write_shared(value: str | Name, put: Callable[[bytes], Any], memo: dict[Name | str, int]) -> None:
-    """Strings and names are written once and referred to after that: a large model's metadata repeats them."""
+    """Strings and names are memoised: the metadata of a large model repeats them."""
     if value in memo:
         put(pickle.LONG_BINGET + struct.pack("<I", memo[value]))
         return

@@ -1,7 +1,6 @@
-"""Directories of kind te: TransformerEngine's parameters by name in safetensors shards, and `layers.json` beside them.
+"""Reader of directories of kind te: TransformerEngine parameters in safetensors shards, and `layers.json`.
 
-A state that TransformerEngine's modules keep beside their parameters (`_extra_state`) is a tensor of bytes, empty outside
-FP8. Loading with `strict=True` asks for each.
+The modules' `_extra_state` entries are byte tensors, empty without FP8; `load_state_dict(strict=True)` requires each.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from shared.checkpoint.formats.hugging_face import stored_weights
 from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.mapping.layout import Shape
 
-LAYERS = "layers.json"  # how each layer is made (`shared.mapping.transformer_engine_modules`)
+LAYERS = "layers.json"  # constructor arguments of each module (`shared.mapping.transformer_engine_modules`)
 STATE = "_extra_state"
 STATE_TYPE = "U8"  # safetensors' name
 
@@ -44,7 +43,7 @@ class TeTensor:
 
 
 class TeReader:
-    """The parameters of a directory of kind te; UserError for a file that is missing or damaged."""
+    """The parameters of a directory of kind te; UserError if a file is missing or damaged."""
 
     splits_columns = False
 
@@ -52,7 +51,7 @@ class TeReader:
         self.directory = directory
         self._files = OpenFiles()
         self.tensors: dict[str, TeTensor] = {}
-        self.non_weights: dict[str, str] = {}  # states beside the parameters, with their types
+        self.non_weights: dict[str, str] = {}  # `_extra_state` entries: name -> dtype
         for name, tensor in stored_weights(directory, flag).tensors().items():
             if name.rpartition(".")[2] == STATE:
                 self.non_weights[name] = tensor.dtype
@@ -61,14 +60,14 @@ class TeReader:
             self.tensors[name] = TeTensor(key=name, dtype=dtype, shape=tensor.shape, stored=tensor)
 
     def rows(self, key: str, index: Shape, first: int, count: int) -> Iterator[memoryview]:
-        """Bytes of rows `first` to `first + count` of `tensor[index]`, in blocks of whole rows.
+        """Rows `first` to `first + count` of `tensor[index]` in blocks of whole rows.
 
-        A block is valid until the next one is asked for.
+        A block is valid until the next is requested.
         """
         yield from self.view(key, index).blocks(self._files, first, count)
 
     def view(self, key: str, index: Shape) -> ExtentView:
-        """Where the rows of `tensor[index]` lie."""
+        """The view of `tensor[index]`."""
         stored = self.tensors[key].stored
         sizes, shape, place = stored.shape[: len(index)], stored.shape[len(index) :], 0
         for at, size in zip(index, sizes, strict=True):
@@ -77,7 +76,7 @@ class TeReader:
         return view_of(replace(stored, shape=shape, start=stored.start + place * size, size=size))
 
     def files_of(self, key: str, index: Shape) -> frozenset[Path]:
-        """The file that holds a tensor."""
+        """The file of a tensor."""
         return frozenset([self.tensors[key].stored.file])
 
     @property

@@ -25,10 +25,10 @@ def test_links_are_followed_and_folders_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda path: path.symlink_to("nothing"), "odd is a link to nothing"),
-        (lambda path: path.symlink_to("."), "odd is a link to a folder that it lies in"),
-        (lambda path: path.symlink_to(path), "odd is a link to nothing"),
-        (os.mkfifo, "odd is neither a file nor a folder"),
+        (lambda path: path.symlink_to("nothing"), "odd is a dangling link"),
+        (lambda path: path.symlink_to("."), "odd is a circular link"),
+        (lambda path: path.symlink_to(path), "odd is a dangling link"),
+        (os.mkfifo, "odd is neither a file nor a directory"),
         (lambda path: Path(os.fsdecode(os.fsencode(path) + b"\xff")).touch(), "odd.* has a name that is not UTF-8"),
     ],
 )

@@ -185,12 +185,12 @@ def of_all_ranks(source: Path, name: str, made: Callable[[torch.Tensor], torch.T
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "first rank": (
         lambda s: rank(s, 0).unlink(),
-        "mp_rank_00_model_states.pt is missing: the model was cut for 4 ranks",
+        "mp_rank_00_model_states.pt is missing: the checkpoint has 4 tensor-parallel ranks",
     ),
     "middle rank": (lambda s: rank(s, 2).unlink(), "mp_rank_02_model_states.pt is missing"),
     "last rank": (lambda s: rank(s, 3).unlink(), "mp_rank_03_model_states.pt is missing"),
-    "truncated": (cut_short, "mp_rank_02_model_states.pt is cut short"),
-    "old torch": (lambda s: change(rank(s, 1), QKV, lambda t: t, old=True), "is in the format of torch older than 1.6"),
+    "truncated": (cut_short, "mp_rank_02_model_states.pt is truncated"),
+    "old torch": (lambda s: change(rank(s, 1), QKV, lambda t: t, old=True), "has the format of torch before 1.6"),
     "mixed shapes": (
         lambda s: change(rank(s, 1), QKV, lambda t: t[:-1]),
         f"mp_rank_01_model_states.pt: {QKV} is F16[47",
@@ -240,7 +240,7 @@ def test_what_is_not_whole_is_refused_in_one_line(
 def test_who_cannot_read_ranks_says_who_can(model: dict[str, torch.Tensor], convert: Any, tmp_path: Path) -> None:
     answer = convert("inspect", cut(tmp_path / "sat", model, 2))
     assert answer.code == 2
-    assert "a file of SwissArmyTransformer for each rank; `convert to-megatron` reads it" in answer.err
+    assert "is a SwissArmyTransformer checkpoint, one file per rank; `convert to-megatron` reads it" in answer.err
 
 
 def test_a_source_with_a_configuration_takes_no_other(make_hf: Make, convert: Any, tmp_path: Path) -> None:

@@ -306,10 +306,10 @@ def one_layer_less(saved: Path) -> None:
 
 
 BROKEN: dict[Callable[[Path], None], str] = {
-    missing_rank: "mp_rank_01_000 is missing: the checkpoint was written at tensor x pipeline x expert parallel 2 x 2 x 1",
+    missing_rank: "mp_rank_01_000 is missing: the checkpoint is tensor x pipeline x expert parallel 2 x 2 x 1",
     missing_stage: "mp_rank_00_001 is missing",
     other_iteration: "iteration is 8, in",
-    cut_short: "is cut short",
+    cut_short: "is truncated",
     harmful: "it was not run",
     other_heads: "the run had num_attention_heads 8, config.json says 4",
     another_version: "checkpoint_version is 4.0",

@@ -133,8 +133,11 @@ def test_changed_groups_get_new_scales(source: Path, convert: Any, tmp_path: Pat
         (lambda t: t.pop(f"{EXPERT}_scale"), f"{EXPERT}_scale is missing, beside {EXPERT}_packed"),
         (lambda t: t.pop(f"{EXPERT}_shape"), f"{EXPERT}_shape is missing, beside {EXPERT}_packed"),
         (lambda t: t.pop(f"{EXPERT}_packed"), f"{EXPERT} is missing"),
-        (lambda t: t.update({f"{EXPERT}_scale": t[f"{EXPERT}_scale"].float()}), "asks for BF16[64, 1]"),
-        (lambda t: t.update({f"{EXPERT}_packed": t[f"{EXPERT}_packed"][:, :3].clone()}), "I32 by whole groups of 32"),
+        (lambda t: t.update({f"{EXPERT}_scale": t[f"{EXPERT}_scale"].float()}), "requires BF16[64, 1]"),
+        (
+            lambda t: t.update({f"{EXPERT}_packed": t[f"{EXPERT}_packed"][:, :3].clone()}),
+            "I32[out, in / 8] is required, in a multiple of 32",
+        ),
         (lambda t: t[f"{EXPERT}_shape"].fill_(31), f"{EXPERT}_shape says [31, 31], and {EXPERT}_packed holds [64, 32]"),
         (lambda t: t[f"{EXPERT}_scale"].fill_(torch.nan), f"{EXPERT}_scale holds NaN or infinity"),
         (lambda t: t.update({f"{EXPERT}_zero_point": torch.zeros(8, 1)}), f"{EXPERT}_zero_point is unknown"),
@@ -159,7 +162,7 @@ WHERE = "quantization_config.config_groups.group_0."
     [
         (("format",), "int-quantized", "quantization_config.format = 'int-quantized' is not supported"),
         (("format",), None, "quantization_config.format is missing"),
-        (("kv_cache_scheme",), {"num_bits": 8}, "quantization_config.kv_cache_scheme = {'num_bits': 8} is not known"),
+        (("kv_cache_scheme",), {"num_bits": 8}, "quantization_config.kv_cache_scheme = {'num_bits': 8} is unknown"),
         (("sparsity_config",), {"format": "sparse-24-bitmask"}, "quantization_config.sparsity_config = "),
         (("quantization_status",), "frozen", "quantization_config.quantization_status = 'frozen' is not supported"),
         (("config_groups",), {}, "quantization_config.config_groups is {}"),
@@ -175,7 +178,7 @@ WHERE = "quantization_config.config_groups.group_0."
         (
             ("config_groups", "group_0", "weights", "actorder"),
             "group",
-            f"{WHERE}weights.actorder = 'group' is not known",
+            f"{WHERE}weights.actorder = 'group' is unknown and may change the weights",
         ),
     ],
 )

@@ -196,7 +196,7 @@ def test_halves_of_mxfp4_are_asked_for(grouped: tuple[Path, Weights], convert: A
     for change, words in (
         (lambda t: t.pop(f"{name}_scales"), f"{name}_scales is missing, beside {name}_blocks"),
         (lambda t: t.pop(f"{name}_blocks"), f"{name} is missing"),
-        (lambda t: t.update({f"{name}_scales": t[f"{name}_scales"][:1].clone()}), f"{name}_blocks asks for U8"),
+        (lambda t: t.update({f"{name}_scales": t[f"{name}_scales"][:1].clone()}), f"{name}_blocks requires U8"),
     ):
         tensors = dict(whole)
         change(tensors)
@@ -272,7 +272,7 @@ def test_numbers_that_give_the_same_codes_are_found_out(source: Path, convert: A
         (FP8 | {"fmt": "e5m2"}, "fmt = 'e5m2'"),
         (FP8 | {"surprise": 1}, "quantization_config.surprise = 1"),
         (None, "config.json has no quantization_config"),
-        (FP8 | {"weight_block_size": [128, 128]}, "in blocks of [128, 128], asks for"),
+        (FP8 | {"weight_block_size": [128, 128]}, "in blocks of [128, 128], requires"),
     ],
 )
 def test_other_forms_are_refused_by_name(

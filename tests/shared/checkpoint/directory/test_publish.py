@@ -79,7 +79,7 @@ def test_neutral_options_are_the_same_work(published: Callable[..., Path]) -> No
 def test_damaged_result_is_not_called_done(published: Callable[..., Path]) -> None:
     target = published()
     (target / "model.safetensors").write_bytes(b"0" * 4999)
-    with pytest.raises(UserError, match="model.safetensors is missing or cut short"):
+    with pytest.raises(UserError, match="model.safetensors is missing or truncated"):
         published()
 
 
@@ -110,7 +110,7 @@ def test_a_directory_of_somebody_else_is_never_replaced(source: Path, tmp_path: 
     (tmp_path / "home" / "thesis.tex").write_text("years")
     for overwrite in (False, True):
         with (
-            pytest.raises(UserError, match="was not made by this tool"),
+            pytest.raises(UserError, match="was not made by Baton"),
             publish(tmp_path / "home", kind="hf", inputs={"source": source}, overwrite=overwrite),
         ):
             pass

@@ -178,7 +178,7 @@ def test_a_file_of_a_shard_that_is_gone_or_cut_short_is_named(write: Write, tmp_
     name = "sub/f6.safetensors"
     file = tmp_path / "target.shards-of-2" / "2-of-2" / name
     file.write_bytes(file.read_bytes()[:-1])
-    assert f"shard 2 of 2: {name} is missing or cut short" in refused(write, tmp_path, "publish/2")
+    assert f"shard 2 of 2: {name} is missing or truncated" in refused(write, tmp_path, "publish/2")
     write("2/2")  # not taken for done
     assert content_of(write("publish/2")).items() >= CONTENT.items()
 

@@ -97,7 +97,7 @@ def test_missing_shard(sharded: Path) -> None:
 def test_truncated_shard(sharded: Path) -> None:
     file = sharded / "model-00003-of-00003.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"model-00003-of-00003.safetensors is cut short"):
+    with pytest.raises(UserError, match=r"model-00003-of-00003.safetensors is truncated"):
         HfReader(sharded)
 
 
@@ -112,12 +112,12 @@ def change_index(folder: Path, changes: dict[str, str | None]) -> None:
     [
         (
             {"t0": "model-00002-of-00003.safetensors"},
-            "says t0 is in model-00002-of-00003.safetensors; it is in model-00001",
+            "says that t0 is in model-00002-of-00003.safetensors, but it is in model-00001",
         ),
         ({"t0": None}, "t0 is not in model.safetensors.index.json"),
-        ({"t9": "model-00002-of-00003.safetensors"}, "t9 is not there, though"),
+        ({"t9": "model-00002-of-00003.safetensors"}, "t9 is missing, though"),
         ({"t1": None}, "model-00002-of-00003.safetensors is not in model.safetensors.index.json"),
-        ({"t1": "../other.safetensors"}, "not a file of this directory"),
+        ({"t1": "../other.safetensors"}, "is outside this directory"),
     ],
 )
 def test_index_that_is_wrong(sharded: Path, changes: dict[str, str | None], message: str) -> None:
@@ -141,7 +141,7 @@ def test_a_layout_of_files_elsewhere_is_refused(sharded: Path, tmp_path: Path, f
     """It says where an export is written: a stranger's directory must not choose files outside of the target."""
     layout = HfReader(sharded).layout.encode().replace("model-00001-of-00003.safetensors", file)
     (tmp_path / "weights.json").write_text(layout)
-    with pytest.raises(UserError, match="is not a file of one directory"):
+    with pytest.raises(UserError, match="is not a plain file name"):
         WeightLayout.read(tmp_path / "weights.json")
 
 

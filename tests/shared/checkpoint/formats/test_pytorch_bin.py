@@ -87,10 +87,10 @@ def test_code_is_refused_and_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ({"epoch": 3}, "epoch is no plain tensor"),
-        ({"state": {"w": torch.zeros(2)}}, "state is no plain tensor"),
-        ([torch.zeros(2)], "holds no state dict"),
-        ({"c": torch.zeros(2, dtype=torch.complex64)}, "asks for torch.ComplexFloatStorage"),
+        ({"epoch": 3}, "epoch is not a plain tensor"),
+        ({"state": {"w": torch.zeros(2)}}, "state is not a plain tensor"),
+        ([torch.zeros(2)], "is not a state dict"),
+        ({"c": torch.zeros(2, dtype=torch.complex64)}, "names torch.ComplexFloatStorage"),
     ],
 )
 def test_what_is_no_state_dict_is_named(tmp_path: Path, content: Any, says: str) -> None:
@@ -100,14 +100,14 @@ def test_what_is_no_state_dict_is_named(tmp_path: Path, content: Any, says: str)
 
 def test_old_and_damaged_files(tmp_path: Path) -> None:
     old = save(tmp_path / "old.bin", {"a": torch.zeros(2)}, _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match="older than 1.6"):
+    with pytest.raises(UserError, match="torch before 1.6"):
         read_pytorch_bin(old)
     whole = save(tmp_path / "w.bin", {"a": torch.zeros(4000)}).read_bytes()
     (tmp_path / "cut.bin").write_bytes(whole[:9000])
-    with pytest.raises(UserError, match=r"cut.bin is cut short"):
+    with pytest.raises(UserError, match=r"cut.bin is truncated"):
         read_pytorch_bin(tmp_path / "cut.bin")
     (tmp_path / "empty.bin").write_bytes(b"")
-    with pytest.raises(UserError, match=r"empty.bin is cut short"):
+    with pytest.raises(UserError, match=r"empty.bin is truncated"):
         read_pytorch_bin(tmp_path / "empty.bin")
 
 
@@ -117,5 +117,5 @@ def test_a_storage_shorter_than_its_tensor(tmp_path: Path) -> None:
         for name in source.namelist():
             content = source.read(name)
             target.writestr(name, content[:100] if name.endswith("data/0") else content)
-    with pytest.raises(UserError, match="a is cut short"):
+    with pytest.raises(UserError, match="a is truncated"):
         read_pytorch_bin(tmp_path / "short.bin")

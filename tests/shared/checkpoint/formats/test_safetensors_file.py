@@ -52,16 +52,16 @@ def entry(start: int, stop: int, shape: list[int] | None = None) -> dict[str, An
 @pytest.mark.parametrize(
     ("header", "size", "message"),
     [
-        ({"a": entry(0, 8)}, 4, "is cut short"),
-        ({"a": entry(0, 8)}, 12, "bytes that belong to no tensor"),
-        ({"a": entry(0, 8), "b": entry(12, 16)}, 16, "b does not begin where"),
-        ({"a": entry(0, 8), "b": entry(4, 12)}, 12, "b does not begin where"),
+        ({"a": entry(0, 8)}, 4, "is truncated"),
+        ({"a": entry(0, 8)}, 12, "has bytes of no tensor"),
+        ({"a": entry(0, 8), "b": entry(12, 16)}, 16, "b does not begin at"),
+        ({"a": entry(0, 8), "b": entry(4, 12)}, 12, "b does not begin at"),
         ({"a": entry(0, 8, [3])}, 8, r"a is F32\[3\] in 8 bytes"),
-        ({"a": {"dtype": "F31", "shape": [1], "data_offsets": [0, 4]}}, 4, "unknown type F31"),
+        ({"a": {"dtype": "F31", "shape": [1], "data_offsets": [0, 4]}}, 4, "unknown dtype F31"),
         ({"a": {"dtype": "F32"}}, 0, "does not describe tensor a"),
         ("[1]", 0, "not JSON"),
         ('{"a"', 0, "not JSON"),
-        ('{"a": 1, "a": 2}', 0, "tensor a is there twice"),
+        ('{"a": 1, "a": 2}', 0, "duplicate tensor a"),
     ],
 )
 def test_damage(tmp_path: Path, header: Any, size: int, message: str) -> None:
@@ -74,5 +74,5 @@ def test_damage(tmp_path: Path, header: Any, size: int, message: str) -> None:
 @pytest.mark.parametrize("size", [0, 7, 8, 20])
 def test_file_cut_inside_its_header(file: Path, size: int) -> None:
     file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(UserError, match="cut short"):
+    with pytest.raises(UserError, match="truncated"):
         read_header(file)

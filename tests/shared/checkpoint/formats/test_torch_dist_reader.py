@@ -99,7 +99,7 @@ def test_truncated_file(tmp_path: Path) -> None:
     folder = write(tmp_path / "d", CHUNKINGS["one"])
     file = folder / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"__0_0.distcp is cut short"):
+    with pytest.raises(UserError, match=r"__0_0.distcp is truncated"):
         TorchDistReader(folder)
 
 
