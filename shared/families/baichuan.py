@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
-from shared.architecture.version_1 import nested
+from shared.architecture.architecture import Alibi, Architecture, Rotary
 from shared.errors import UserError
-from shared.families.common.decoder import SILU, activation
+from shared.families.common.decoder import Spelling, read_decoder, write_decoder
 from shared.families.common.fields import Fields
-from shared.families.common.tensor_table import Names, decoder_table
-from shared.families.family import Family, tiny
-from shared.mapping.rule import Table
+from shared.families.common.tensor_table import Names
+from shared.families.family import Family
 
 _NAMES = Names(qkv=("self_attn.W_pack",))
 _SECOND_VOCABULARY = 125_696  # of Baichuan 2, as published
 _HIDDEN_SIZES = {4096: True, 5120: False}  # as published: whether such a model has rotary embedding
+
+_SPELLING = Spelling(positions="model_max_length", groups=None, head_dim=None, attention_dropout=None)
 
 
 def read(fields: Fields) -> Architecture:
@@ -29,77 +29,54 @@ def read(fields: Fields) -> Architecture:
     fields.expect("z_loss_weight", 0, 0.0, why="the loss is cross entropy alone; set it to 0")
     fields.expect("rope_theta", 10_000, why="Baichuan's rotary base is 10000, whatever this says")
     fields.ignore("model_max_length", "gradient_checkpointing")
-    hidden, heads, vocabulary = (fields.get(n, int) for n in ("hidden_size", "num_attention_heads", "vocab_size"))
-    fields.expect("num_key_value_heads", heads, why="every head has its own keys and values")
     rotary = fields.has("max_position_embeddings")
+    spelling = replace(_SPELLING, positions="max_position_embeddings") if rotary else _SPELLING
+    hidden = fields.get("hidden_size", int)
     if hidden in _HIDDEN_SIZES and rotary != _HIDDEN_SIZES[hidden]:
         raise UserError(
             f"config.json: {'remove' if rotary else 'give'} max_position_embeddings: that the field is there stands for "
             f"rotary embedding, and Baichuan's models of hidden_size {hidden} have {'ALiBi' if rotary else 'it'}"
         )
-    return nested(
-        family="baichuan",
-        num_layers=fields.get("num_hidden_layers", int),
-        hidden_size=hidden,
-        ffn_hidden_size=fields.get("intermediate_size", int),
-        num_attention_heads=heads,
-        num_query_groups=heads,
-        head_dim=hidden // heads,
-        vocab_size=vocabulary,
-        max_position_embeddings=fields.get("max_position_embeddings" if rotary else "model_max_length", int),
-        norm_epsilon=fields.get("rms_norm_eps", float, 1e-6),
-        activation=activation(fields, "hidden_act", SILU, "silu"),
-        positions="rope" if rotary else "alibi",
-        tied_embeddings=fields.get("tie_word_embeddings", bool, False),
-        normalized_head=fields.has("z_loss_weight") or vocabulary >= _SECOND_VOCABULARY,
-        initializer_range=fields.get("initializer_range", float, 0.02),
+    decoder = read_decoder(fields, spelling, rotary=False)
+    fields.expect("num_key_value_heads", decoder.heads, why="every head has its own keys and values")
+    normalized = fields.has("z_loss_weight") or decoder.vocab_size >= _SECOND_VOCABULARY
+    return decoder.build(
+        "baichuan", attention={"rotary": Rotary()} if rotary else {"alibi": Alibi()}, head={"normalized": normalized}
     )
 
 
 def write(a: Architecture) -> dict[str, Any]:
     return {
-        "num_hidden_layers": a.num_layers,
-        "hidden_size": a.hidden_size,
-        "intermediate_size": a.ffn_hidden_size,
-        "num_attention_heads": a.num_attention_heads,
-        "vocab_size": a.vocab_size,
-        "model_max_length": a.max_position_embeddings,
-        **({"max_position_embeddings": a.max_position_embeddings} if a.positions == "rope" else {}),
-        "rms_norm_eps": a.norm_epsilon,
-        "hidden_act": "silu",
-        "tie_word_embeddings": a.tied_embeddings,
-        "initializer_range": a.initializer_range,
-        **({"z_loss_weight": 0} if a.normalized_head else {}),
+        **write_decoder(a, _SPELLING, rotary=False),
+        **({"max_position_embeddings": a.max_position_embeddings} if a.attention.rotary else {}),
+        **({"z_loss_weight": 0} if a.head.normalized else {}),
     }
 
 
-def table(a: Architecture) -> Table:
-    return decoder_table(a, _NAMES)
-
-
-_BAICHUAN_7B = nested(
-    family="baichuan",
-    num_layers=32,
-    hidden_size=4096,
-    ffn_hidden_size=11_008,
-    num_attention_heads=32,
-    num_query_groups=32,
-    head_dim=128,
-    vocab_size=64_000,
-    max_position_embeddings=4096,
-    norm_epsilon=1e-6,
-    tied_embeddings=False,
-)
-_BAICHUAN_13B = replace(
-    _BAICHUAN_7B,
-    num_layers=40,
-    hidden_size=5120,
-    ffn_hidden_size=13_696,
-    num_attention_heads=40,
-    num_query_groups=40,
-    positions="alibi",
-)
-_SECOND: dict[str, Any] = {"vocab_size": _SECOND_VOCABULARY, "normalized_head": True}
+_BAICHUAN_13B = {
+    "num_hidden_layers": 40,
+    "hidden_size": 5120,
+    "intermediate_size": 13_696,
+    "num_attention_heads": 40,
+    "vocab_size": 64_000,
+    "model_max_length": 4096,
+}
+_BAICHUAN_7B = {
+    **_BAICHUAN_13B,
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 4096,
+}
+_BAICHUAN_TINY = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+}
 
 FAMILY = Family(
     name="baichuan",
@@ -108,18 +85,25 @@ FAMILY = Family(
     other_classes=("BaiChuanForCausalLM",),  # Baichuan-7B
     remote=True,
     read=read,
-    table=table,
+    names=_NAMES,
     write=write,
-    sizes={
-        "baichuan-tiny": tiny(_BAICHUAN_7B, num_query_groups=4),
-        "baichuan2-tiny": tiny(_BAICHUAN_7B, num_query_groups=4, normalized_head=True),
+    size_configs={
+        "baichuan-tiny": _BAICHUAN_TINY,
+        "baichuan2-tiny": {**_BAICHUAN_TINY, "z_loss_weight": 0},
         # heads that are no power of two have two series of ALiBi slopes
-        "baichuan2-tiny-6-heads": tiny(
-            _BAICHUAN_13B, hidden_size=96, num_attention_heads=6, num_query_groups=6, normalized_head=True
-        ),
+        "baichuan2-tiny-6-heads": {
+            **_BAICHUAN_13B,
+            "num_hidden_layers": 2,
+            "hidden_size": 96,
+            "intermediate_size": 160,
+            "num_attention_heads": 6,
+            "vocab_size": 512,
+            "model_max_length": 512,
+            "z_loss_weight": 0,
+        },
         "baichuan-7b": _BAICHUAN_7B,
         "baichuan-13b": _BAICHUAN_13B,
-        "baichuan2-7b": replace(_BAICHUAN_7B, **_SECOND),
-        "baichuan2-13b": replace(_BAICHUAN_13B, **_SECOND),
+        "baichuan2-7b": {**_BAICHUAN_7B, "vocab_size": 125_696},
+        "baichuan2-13b": {**_BAICHUAN_13B, "vocab_size": 125_696},
     },
 )

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
-from shared.architecture.version_1 import nested
+from shared.architecture.architecture import Alibi, Architecture
+from shared.families.common.decoder import Spelling, read_decoder, write_decoder
 from shared.families.common.fields import Fields
-from shared.families.common.tensor_table import Names, decoder_table
-from shared.families.family import Family, tiny
-from shared.mapping.rule import Table
+from shared.families.common.tensor_table import Names
+from shared.families.family import Family
 
 _NAMES = Names(
     prefix="transformer.",
@@ -26,6 +25,18 @@ _NAMES = Names(
     pass_through=(),
 )
 
+_SPELLING = Spelling(
+    layers="n_layer",
+    ffn=None,
+    heads="n_head",
+    groups=None,
+    head_dim=None,
+    positions="seq_length",
+    epsilon="layer_norm_epsilon",
+    activation=None,
+    hidden_dropout="hidden_dropout",
+)
+
 
 def read(fields: Fields) -> Architecture:
     """Number of layers and of heads are spelt in two ways; `seq_length` is what the model was trained at."""
@@ -35,100 +46,46 @@ def read(fields: Fields) -> Architecture:
     fields.ignore("attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "n_inner")
     fields.ignore("skip_bias_add", "skip_bias_add_qkv", "offset_alibi")
 
-    def either(*names: str) -> int:
-        return int(next((fields.get(name, int) for name in names if fields.has(name)), 0) or fields.get(names[0], int))
+    def either(*names: str) -> str:
+        return next((name for name in names if fields.has(name)), names[0])
 
-    hidden, heads = either("hidden_size", "n_embed"), either("n_head", "num_attention_heads")
-    return nested(
-        family="bloom",
-        num_layers=either("n_layer", "num_hidden_layers"),
-        hidden_size=hidden,
-        ffn_hidden_size=4 * hidden,
-        num_attention_heads=heads,
-        num_query_groups=heads,
-        head_dim=hidden // heads,
-        vocab_size=fields.get("vocab_size", int),
-        max_position_embeddings=fields.get("seq_length", int, 2048),
-        norm="layernorm",
-        norm_bias=True,
-        norm_epsilon=fields.get("layer_norm_epsilon", float, 1e-5),
+    spelling = replace(
+        _SPELLING,
+        layers=either("n_layer", "num_hidden_layers"),
+        hidden=either("hidden_size", "n_embed"),
+        heads=either("n_head", "num_attention_heads"),
+    )
+    decoder = read_decoder(
+        fields, spelling, rotary=False, default_positions=2048, default_epsilon=1e-5, tied=True, dropout=0.0
+    )
+    return decoder.build(
+        "bloom",
+        norm={"kind": "layernorm", "bias": True},
         embedding_norm=True,
-        activation="gelu_tanh",
-        mlp_bias=True,
-        positions="alibi",
-        qkv_bias=True,
-        attention_output_bias=True,
-        attention_dropout=fields.get("attention_dropout", float, 0.0),
-        hidden_dropout=fields.get("hidden_dropout", float, 0.0),
-        tied_embeddings=fields.get("tie_word_embeddings", bool, True),
-        initializer_range=fields.get("initializer_range", float, 0.02),
+        mlp={"activation": "gelu_tanh", "bias": True},
+        attention={"alibi": Alibi(), "bias": True, "output_bias": True},
     )
 
 
 def write(a: Architecture) -> dict[str, Any]:
-    return {
-        "n_layer": a.num_layers,
-        "hidden_size": a.hidden_size,
-        "n_head": a.num_attention_heads,
-        "vocab_size": a.vocab_size,
-        "seq_length": a.max_position_embeddings,
-        "layer_norm_epsilon": a.norm_epsilon,
-        "attention_dropout": a.attention_dropout,
-        "hidden_dropout": a.hidden_dropout,
-        "tie_word_embeddings": a.tied_embeddings,
-        "initializer_range": a.initializer_range,
-    }
+    return write_decoder(a, _SPELLING, rotary=False)
 
 
-def table(a: Architecture) -> Table:
-    return decoder_table(a, _NAMES)
-
-
-_BLOOM = nested(
-    family="bloom",
-    num_layers=70,
-    hidden_size=14_336,
-    ffn_hidden_size=57_344,
-    num_attention_heads=112,
-    num_query_groups=112,
-    head_dim=128,
-    vocab_size=250_880,
-    max_position_embeddings=2048,
-    norm="layernorm",
-    norm_bias=True,
-    norm_epsilon=1e-5,
-    embedding_norm=True,
-    activation="gelu_tanh",
-    positions="alibi",
-    qkv_bias=True,
-    attention_output_bias=True,
-    mlp_bias=True,
-    tied_embeddings=True,
-)
-_TINY = tiny(_BLOOM, ffn_hidden_size=256, num_query_groups=4)
+_BLOOM_560M = {"n_layer": 24, "hidden_size": 1024, "n_head": 16, "vocab_size": 250_880}
+_BLOOM_TINY = {**_BLOOM_560M, "n_layer": 2, "hidden_size": 64, "n_head": 4, "vocab_size": 512, "seq_length": 512}
 
 FAMILY = Family(
     name="bloom",
     title="BLOOM, BLOOMZ",
     hf_class="BloomForCausalLM",
     read=read,
-    table=table,
+    names=_NAMES,
     write=write,
-    sizes={
-        "bloom-tiny": _TINY,
+    size_configs={
+        "bloom-tiny": _BLOOM_TINY,
         # heads that are no power of two have two series of ALiBi slopes
-        "bloom-tiny-6-heads": replace(
-            _TINY, hidden_size=96, ffn_hidden_size=384, num_attention_heads=6, num_query_groups=6
-        ),
-        "bloom-560m": replace(
-            _BLOOM,
-            num_layers=24,
-            hidden_size=1024,
-            ffn_hidden_size=4096,
-            num_attention_heads=16,
-            num_query_groups=16,
-            head_dim=64,
-        ),
-        "bloom-176b": _BLOOM,
+        "bloom-tiny-6-heads": {**_BLOOM_TINY, "hidden_size": 96, "n_head": 6},
+        "bloom-560m": _BLOOM_560M,
+        "bloom-176b": {**_BLOOM_560M, "n_layer": 70, "hidden_size": 14_336, "n_head": 112},
     },
 )

@@ -1,15 +1,14 @@
-"""ChatGLM-6B: a prompt that sees itself, two streams of positions, and residuals of normed states (DeepNorm)."""
+"""ChatGLM-6B: prefix LM, 2-D positions, and residuals of normed states (DeepNorm)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from shared.architecture.architecture import Architecture
-from shared.architecture.version_1 import Prefix, nested
+from shared.architecture.architecture import Architecture, PrefixLM, Rotary
+from shared.families.common.decoder import Spelling, read_decoder, write_decoder
 from shared.families.common.fields import Fields
-from shared.families.common.tensor_table import Names, decoder_table
-from shared.families.family import Family, tiny
-from shared.mapping.rule import Table
+from shared.families.common.tensor_table import Names
+from shared.families.family import Family
 
 _NAMES = Names(
     embedding="transformer.word_embeddings",
@@ -25,6 +24,18 @@ _NAMES = Names(
 # sqrt(2 * 28): the published class counts 28 layers there, whatever num_layers says.
 _INPUT_MULTIPLIER = 56**0.5
 
+_SPELLING = Spelling(
+    layers="num_layers",
+    ffn="inner_hidden_size",
+    groups=None,
+    head_dim=None,
+    positions="max_sequence_length",
+    epsilon="layernorm_epsilon",
+    activation=None,
+    initializer_range=None,
+    attention_dropout=None,
+)
+
 
 def read(fields: Fields) -> Architecture:
     """Positions and mask follow from the tokens `bos_token_id`, `gmask_token_id` and `mask_token_id` of each row.
@@ -34,36 +45,20 @@ def read(fields: Fields) -> Architecture:
     """
     fields.expect("quantization_config", why="the weights are quantised; fetch the unquantised model")
     fields.expect("quantization_bit", 0, why="the weights are quantised; fetch the unquantised model")
-    fields.expect("pre_seq_len", why="a prefix of tuned keys and values (P-tuning) is not computed here")
+    fields.expect("pre_seq_len", why="a prefix of tuned keys and values (P-tuning) is not supported")
     fields.expect("position_encoding_2d", True, why="positions are two streams")
     fields.ignore("prefix_projection")
-    hidden, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
-    return nested(
-        family="chatglm",
-        num_layers=fields.get("num_layers", int),
-        hidden_size=hidden,
-        ffn_hidden_size=fields.get("inner_hidden_size", int),
-        num_attention_heads=heads,
-        num_query_groups=heads,
-        head_dim=hidden // heads,
-        vocab_size=fields.get("vocab_size", int),
-        max_position_embeddings=fields.get("max_sequence_length", int),
-        norm="layernorm",
-        norm_bias=True,
-        norm_epsilon=fields.get("layernorm_epsilon", float, 1e-5),
-        residual="normed",
-        input_multiplier=_INPUT_MULTIPLIER,
-        activation="gelu_tanh",
-        mlp_bias=True,
-        position_streams=2,
-        rotary_fp16=True,
-        prefix=Prefix(
+    return read_decoder(fields, _SPELLING, rotary=False, default_epsilon=1e-5, tied=True).build(
+        "chatglm",
+        norm={"kind": "layernorm", "bias": True},
+        residual={"kind": "normed", "input_multiplier": _INPUT_MULTIPLIER},
+        mlp={"activation": "gelu_tanh", "bias": True},
+        attention={"rotary": Rotary(fp16_frequencies=True), "bias": True, "output_bias": True},
+        prefix=PrefixLM(
             start_token=fields.get("bos_token_id", int),
             blank_tokens=(fields.get("gmask_token_id", int), fields.get("mask_token_id", int)),
+            position_streams=2,
         ),
-        qkv_bias=True,
-        attention_output_bias=True,
-        tied_embeddings=fields.get("tie_word_embeddings", bool, True),
     )
 
 
@@ -71,49 +66,25 @@ def write(a: Architecture) -> dict[str, Any]:
     assert a.prefix is not None
     gmask, mask = a.prefix.blank_tokens
     return {
-        "num_layers": a.num_layers,
-        "hidden_size": a.hidden_size,
-        "inner_hidden_size": a.ffn_hidden_size,
-        "num_attention_heads": a.num_attention_heads,
-        "vocab_size": a.vocab_size,
-        "max_sequence_length": a.max_position_embeddings,
-        "layernorm_epsilon": a.norm_epsilon,
+        **write_decoder(a, _SPELLING, rotary=False),
         "position_encoding_2d": True,
         "bos_token_id": a.prefix.start_token,
         "gmask_token_id": gmask,
         "mask_token_id": mask,
-        "tie_word_embeddings": a.tied_embeddings,
     }
 
 
-def table(a: Architecture) -> Table:
-    return decoder_table(a, _NAMES)
-
-
-_CHATGLM_6B = nested(
-    family="chatglm",
-    num_layers=28,
-    hidden_size=4096,
-    ffn_hidden_size=16_384,
-    num_attention_heads=32,
-    num_query_groups=32,
-    head_dim=128,
-    vocab_size=130_528,
-    max_position_embeddings=2048,
-    norm="layernorm",
-    norm_bias=True,
-    norm_epsilon=1e-5,
-    residual="normed",
-    input_multiplier=_INPUT_MULTIPLIER,
-    activation="gelu_tanh",
-    mlp_bias=True,
-    position_streams=2,
-    rotary_fp16=True,
-    prefix=Prefix(start_token=130_004, blank_tokens=(130_001, 130_000)),
-    qkv_bias=True,
-    attention_output_bias=True,
-    tied_embeddings=True,
-)
+_CHATGLM_6B = {
+    "num_layers": 28,
+    "hidden_size": 4096,
+    "inner_hidden_size": 16_384,
+    "num_attention_heads": 32,
+    "vocab_size": 130_528,
+    "max_sequence_length": 2048,
+    "bos_token_id": 130_004,
+    "gmask_token_id": 130_001,
+    "mask_token_id": 130_000,
+}
 
 FAMILY = Family(
     name="chatglm",
@@ -121,12 +92,23 @@ FAMILY = Family(
     hf_class="ChatGLMForConditionalGeneration",
     other_classes=("ChatGLMModel",),
     remote=True,
-    claims=lambda config: "inner_hidden_size" in config,
+    matches=lambda config: "inner_hidden_size" in config,
     read=read,
-    table=table,
+    names=_NAMES,
     write=write,
-    sizes={
-        "chatglm-tiny": tiny(_CHATGLM_6B, num_query_groups=4, prefix=Prefix(start_token=1, blank_tokens=(4, 3))),
+    size_configs={
+        "chatglm-tiny": {
+            **_CHATGLM_6B,
+            "num_layers": 2,
+            "hidden_size": 64,
+            "inner_hidden_size": 160,
+            "num_attention_heads": 4,
+            "vocab_size": 512,
+            "max_sequence_length": 512,
+            "bos_token_id": 1,
+            "gmask_token_id": 4,
+            "mask_token_id": 3,
+        },
         "chatglm-6b": _CHATGLM_6B,
     },
 )

@@ -5,79 +5,70 @@ from __future__ import annotations
 from typing import Any
 
 from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
-from shared.architecture.version_1 import nested
-from shared.families.common.decoder import common_fields, table, written_fields
+from shared.families.common.decoder import Spelling, attention_of, read_decoder, write_decoder
 from shared.families.common.fields import Fields
-from shared.families.family import Family, tiny
+from shared.families.family import TINY, Family
+
+SPELLING = Spelling(epsilon="layer_norm_eps")
 
 
 def read(fields: Fields) -> Architecture:
     fields.ignore("model_max_length")  # the tokenizer's
     bias = fields.get("attention_bias", bool, False)
-    normed = fields.get("use_qk_norm", bool, False)
-    return nested(
-        family="cohere",
-        norm="layernorm",
-        residual="parallel_shared",
-        rotary_interleaved=True,
-        logit_multiplier=fields.get("logit_scale", float, 0.0625),
-        qk_norm=normed,
-        qk_norm_scope="each_head" if normed else "head",
-        qkv_bias=bias,
-        attention_output_bias=bias,
-        **common_fields(fields, default_theta=500_000.0, epsilon="layer_norm_eps", default_epsilon=1e-5, tied=True),
+    decoder = read_decoder(fields, SPELLING, default_theta=500_000.0, interleaved=True, default_epsilon=1e-5, tied=True)
+    return decoder.build(
+        "cohere",
+        norm={"kind": "layernorm"},
+        residual={"kind": "parallel_shared"},
+        attention={
+            "qk_norm": "each_head" if fields.get("use_qk_norm", bool, False) else None,
+            "bias": bias,
+            "output_bias": bias,
+        },
+        head={"multiplier": fields.get("logit_scale", float, 0.0625)},
     )
 
 
 def write(a: Architecture) -> dict[str, Any]:
-    fields = written_fields(a, epsilon="layer_norm_eps")
-    del fields["head_dim"]  # always hidden_size / num_attention_heads
-    return {**fields, "logit_scale": a.logit_multiplier, "attention_bias": a.qkv_bias, "use_qk_norm": a.qk_norm}
+    return {
+        **write_decoder(a, SPELLING, head_dim=False),  # always hidden_size / num_attention_heads
+        "logit_scale": a.head.multiplier,
+        "attention_bias": attention_of(a).bias,
+        "use_qk_norm": attention_of(a).qk_norm is not None,
+    }
 
 
-_COMMAND_R = nested(
-    family="cohere",
-    num_layers=40,
-    hidden_size=8192,
-    ffn_hidden_size=22_528,
-    num_attention_heads=64,
-    num_query_groups=64,
-    head_dim=128,
-    vocab_size=256_000,
-    max_position_embeddings=8192,
-    norm="layernorm",
-    norm_epsilon=1e-5,
-    residual="parallel_shared",
-    rope_theta=8_000_000.0,
-    rotary_interleaved=True,
-    logit_multiplier=0.0625,
-    tied_embeddings=True,
-)
-_COMMAND_R_PLUS = replace(
-    _COMMAND_R,
-    num_layers=64,
-    hidden_size=12_288,
-    ffn_hidden_size=33_792,
-    num_attention_heads=96,
-    num_query_groups=8,
-    rope_theta=75_000_000.0,
-    logit_multiplier=0.8333333333333334,
-    qk_norm=True,
-    qk_norm_scope="each_head",
-)
+_COMMAND_R = {
+    "num_hidden_layers": 40,
+    "hidden_size": 8192,
+    "intermediate_size": 22_528,
+    "num_attention_heads": 64,
+    "vocab_size": 256_000,
+    "max_position_embeddings": 8192,
+    "rope_theta": 8_000_000.0,
+}
+_COHERE_TINY = {**_COMMAND_R, **TINY, "logit_scale": 0.25}
 
 FAMILY = Family(
     name="cohere",
     title="Command-R, Command-R+, Aya",
     hf_class="CohereForCausalLM",
     read=read,
-    table=table,
     write=write,
-    sizes={
-        "cohere-tiny": tiny(_COMMAND_R, logit_multiplier=0.25),
-        "cohere-tiny-qk-norm": tiny(_COMMAND_R_PLUS, logit_multiplier=0.25),
+    size_configs={
+        "cohere-tiny": _COHERE_TINY,
+        "cohere-tiny-qk-norm": {**_COHERE_TINY, "rope_theta": 75_000_000.0, "use_qk_norm": True},
         "command-r": _COMMAND_R,
-        "command-r-plus": _COMMAND_R_PLUS,
+        "command-r-plus": {
+            **_COMMAND_R,
+            "num_hidden_layers": 64,
+            "hidden_size": 12_288,
+            "intermediate_size": 33_792,
+            "num_attention_heads": 96,
+            "num_key_value_heads": 8,
+            "rope_theta": 75_000_000.0,
+            "logit_scale": 0.8333333333333334,
+            "use_qk_norm": True,
+        },
     },
 )

@@ -5,59 +5,43 @@ from __future__ import annotations
 from typing import Any
 
 from shared.architecture.architecture import Architecture
-from shared.architecture.version_1 import nested
-from shared.families.common.decoder import common_fields, written_fields
+from shared.families.common.decoder import attention_of, read_decoder, write_decoder
 from shared.families.common.fields import Fields
-from shared.families.common.tensor_table import Names, decoder_table
-from shared.families.family import Family, tiny
-from shared.mapping.rule import Table
+from shared.families.common.tensor_table import Names
+from shared.families.family import TINY, Family
 
 _NAMES = Names(fc1=("mlp.gate_up_proj",))
 
 
 def read(fields: Fields) -> Architecture:
     """Biases are on q, k and v only."""
-    common = common_fields(fields, default_epsilon=1.5625e-7, rotary_fraction=0.5)
-    return nested(
-        family="glm",
-        rotary_interleaved=True,
-        qkv_bias=fields.get("attention_bias", bool, True),
-        **(common | {"head_dim": fields.get("head_dim", int, 128)}),
+    decoder = read_decoder(
+        fields, default_epsilon=1.5625e-7, rotary_fraction=0.5, interleaved=True, default_head_dim=128
     )
+    return decoder.build("glm", attention={"bias": fields.get("attention_bias", bool, True)})
 
 
 def write(a: Architecture) -> dict[str, Any]:
-    return {**written_fields(a, partial=True), "attention_bias": a.qkv_bias}
+    return {**write_decoder(a, partial=True), "attention_bias": attention_of(a).bias}
 
 
-def table(a: Architecture) -> Table:
-    return decoder_table(a, _NAMES)
-
-
-_GLM_4_9B = nested(
-    family="glm",
-    num_layers=40,
-    hidden_size=4096,
-    ffn_hidden_size=13_696,
-    num_attention_heads=32,
-    num_query_groups=2,
-    head_dim=128,
-    vocab_size=151_552,
-    max_position_embeddings=131_072,
-    norm_epsilon=1.5625e-7,
-    rotary_dim=64,
-    rotary_interleaved=True,
-    qkv_bias=True,
-    tied_embeddings=False,
-)
+_GLM_4_9B = {
+    "num_hidden_layers": 40,
+    "hidden_size": 4096,
+    "intermediate_size": 13_696,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+    "vocab_size": 151_552,
+    "max_position_embeddings": 131_072,
+}
 
 FAMILY = Family(
     name="glm",
     title="GLM-4-9B",
     hf_class="GlmForCausalLM",
-    claims=lambda config: "max_sequence_length" not in config,
+    matches=lambda config: "max_sequence_length" not in config,
     read=read,
-    table=table,
+    names=_NAMES,
     write=write,
-    sizes={"glm-tiny": tiny(_GLM_4_9B, rotary_dim=8), "glm-4-9b": _GLM_4_9B},
+    size_configs={"glm-tiny": {**_GLM_4_9B, **TINY, "head_dim": 16}, "glm-4-9b": _GLM_4_9B},
 )

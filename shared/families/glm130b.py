@@ -1,4 +1,4 @@
-"""GLM-130B: a text with a blank that sees itself, residuals of normed states (DeepNorm), and GeGLU with the gate last.
+"""GLM-130B: prefix LM, residuals of normed states (DeepNorm), and GeGLU with the gate last.
 
 It is published as SwissArmyTransformer's shards only, which `shared.checkpoint.formats.swiss_army_transformer` joins.
 The form read here is that program's: its names of the tensors of one whole model, beside a config.json of the fields that
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from shared.architecture.architecture import Architecture
-from shared.architecture.version_1 import Prefix, nested
+from shared.architecture.architecture import Architecture, PrefixLM, Rotary
+from shared.families.common.decoder import Spelling, read_decoder, write_decoder
 from shared.families.common.fields import Fields
 from shared.families.common.tensor_table import Names, decoder_table
-from shared.families.family import Family, tiny
+from shared.families.family import Family
 from shared.mapping.rule import PassThroughTensor, Table
 
 _NAMES = Names(
@@ -30,6 +30,19 @@ _NAMES = Names(
 )
 _BLANKS = ("mask_token_id", "smask_token_id", "gmask_token_id")  # by precedence; places count on behind the last
 
+_SPELLING = Spelling(
+    layers="num_layers",
+    ffn="inner_hidden_size",
+    groups=None,
+    head_dim=None,
+    positions="max_sequence_length",
+    epsilon="layernorm_epsilon",
+    activation=None,
+    tied=None,
+    initializer_range=None,
+    attention_dropout=None,
+)
+
 
 def read(fields: Fields) -> Architecture:
     """Positions and mask follow from the tokens `sop_token_id`, `mask_token_id`, `smask_token_id`, `gmask_token_id`.
@@ -43,48 +56,24 @@ def read(fields: Fields) -> Architecture:
     fields.expect("tie_word_embeddings", True, why="the output layer is the embedding")
     fields.expect("model_class", "GLM130B", why="a class of SwissArmyTransformer with other arithmetic")
     fields.ignore("tokenizer_type", "model_parallel_size", "parallel_output")  # of how it is run
-    layers, hidden, heads = (fields.get(name, int) for name in ("num_layers", "hidden_size", "num_attention_heads"))
+    decoder = read_decoder(fields, _SPELLING, rotary=False, default_epsilon=1e-5, tied=True)
     blanks = tuple(fields.get(name, int) for name in _BLANKS)
-    return nested(
-        family="glm130b",
-        num_layers=layers,
-        hidden_size=hidden,
-        ffn_hidden_size=fields.get("inner_hidden_size", int),
-        num_attention_heads=heads,
-        num_query_groups=heads,
-        head_dim=hidden // heads,
-        vocab_size=fields.get("vocab_size", int),
-        max_position_embeddings=fields.get("max_sequence_length", int),
-        norm="layernorm",
-        norm_bias=True,
-        norm_epsilon=fields.get("layernorm_epsilon", float, 1e-5),
-        residual="normed",
-        input_multiplier=(2 * layers) ** 0.5,
-        activation="geglu",
-        mlp_bias=True,
-        rotary_fp16=True,
-        prefix=Prefix(
-            start_token=fields.get("sop_token_id", int),
-            blank_tokens=blanks,
-            counted_tokens=blanks[-1:],
-        ),
-        qkv_bias=True,
-        attention_output_bias=True,
-        tied_embeddings=True,
+    start = fields.get("sop_token_id", int)
+    return decoder.build(
+        "glm130b",
+        norm={"kind": "layernorm", "bias": True},
+        residual={"kind": "normed", "input_multiplier": (2 * decoder.num_layers) ** 0.5},
+        mlp={"activation": "geglu", "bias": True},
+        attention={"rotary": Rotary(fp16_frequencies=True), "bias": True, "output_bias": True},
+        prefix=PrefixLM(start_token=start, blank_tokens=blanks, counted_tokens=blanks[-1:]),
     )
 
 
 def write(a: Architecture) -> dict[str, Any]:
     assert a.prefix is not None
     return {
+        **write_decoder(a, _SPELLING, rotary=False),
         "model_class": "GLM130B",
-        "num_layers": a.num_layers,
-        "hidden_size": a.hidden_size,
-        "inner_hidden_size": a.ffn_hidden_size,
-        "num_attention_heads": a.num_attention_heads,
-        "vocab_size": a.vocab_size,
-        "max_sequence_length": a.max_position_embeddings,
-        "layernorm_epsilon": a.norm_epsilon,
         "layernorm_order": "post",
         "position_encoding_2d": False,
         "no_glu": False,
@@ -101,29 +90,18 @@ def table(a: Architecture) -> Table:
     return decoder_table(a, _NAMES, (frequencies,))
 
 
-_GLM_130B = nested(
-    family="glm130b",
-    num_layers=70,
-    hidden_size=12_288,
-    ffn_hidden_size=32_768,
-    num_attention_heads=96,
-    num_query_groups=96,
-    head_dim=128,
-    vocab_size=150_528,
-    max_position_embeddings=2048,
-    norm="layernorm",
-    norm_bias=True,
-    norm_epsilon=1e-5,
-    residual="normed",
-    input_multiplier=140**0.5,
-    activation="geglu",
-    mlp_bias=True,
-    rotary_fp16=True,
-    prefix=Prefix(start_token=150_004, blank_tokens=(150_000, 150_002, 150_001), counted_tokens=(150_001,)),
-    qkv_bias=True,
-    attention_output_bias=True,
-    tied_embeddings=True,
-)
+_GLM_130B = {
+    "num_layers": 70,
+    "hidden_size": 12_288,
+    "inner_hidden_size": 32_768,
+    "num_attention_heads": 96,
+    "vocab_size": 150_528,
+    "max_sequence_length": 2048,
+    "sop_token_id": 150_004,
+    "mask_token_id": 150_000,
+    "smask_token_id": 150_002,
+    "gmask_token_id": 150_001,
+}
 
 FAMILY = Family(
     name="glm130b",
@@ -131,15 +109,22 @@ FAMILY = Family(
     hf_class="GLM130B",
     remote=True,
     read=read,
-    table=table,
+    own_table=table,
     write=write,
-    sizes={
-        "glm-130b-tiny": tiny(
-            _GLM_130B,
-            num_query_groups=4,
-            input_multiplier=2.0,
-            prefix=Prefix(start_token=7, blank_tokens=(3, 5, 4), counted_tokens=(4,)),
-        ),
+    size_configs={
+        "glm-130b-tiny": {
+            **_GLM_130B,
+            "num_layers": 2,
+            "hidden_size": 64,
+            "inner_hidden_size": 160,
+            "num_attention_heads": 4,
+            "vocab_size": 512,
+            "max_sequence_length": 512,
+            "sop_token_id": 7,
+            "mask_token_id": 3,
+            "smask_token_id": 5,
+            "gmask_token_id": 4,
+        },
         "glm-130b": _GLM_130B,
     },
 )

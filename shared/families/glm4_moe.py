@@ -1,122 +1,96 @@
-"""GLM-4.5, 4.5-Air and 4.6: half of each head rotated, DeepSeek V3's experts and layers for further tokens."""
+"""GLM-4.5, 4.5-Air and 4.6: half of each head rotated, DeepSeek V3's MoE and MTP."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
-from shared.architecture.version_1 import Experts, nested
 from shared.errors import UserError
-from shared.families.common.decoder import common_fields, written_fields
+from shared.families.common.decoder import attention_of, read_decoder, write_decoder
 from shared.families.common.fields import Fields
-from shared.families.common.moe import deepseek_experts, written_deepseek_experts
-from shared.families.common.tensor_table import DEEPSEEK, decoder_table
-from shared.families.family import Family, tiny
-from shared.mapping.rule import Table
+from shared.families.common.moe import read_deepseek_moe, write_deepseek_moe
+from shared.families.common.tensor_table import DEEPSEEK_NAMES
+from shared.families.family import TINY, Family
 
 
 def read(fields: Fields) -> Architecture:
-    """Biases are on q, k and v only. transformers 5 writes the number of further layers under another name."""
-    common = common_fields(fields, default_epsilon=1e-5, rotary_fraction=0.5)
-    fields.expect("norm_topk_prob", True, why="sigmoid scores that are not divided by their sum are not computed here")
+    """Biases are on q, k and v only. transformers 5 writes the number of MTP layers under another name."""
+    decoder = read_decoder(fields, default_epsilon=1e-5, rotary_fraction=0.5)
     old, new = fields.optional("num_nextn_predict_layers", int), fields.optional("num_mtp_layers", int)
     if None not in (old, new) and old != new:
         raise UserError(f"config.json: num_nextn_predict_layers {old} contradicts num_mtp_layers {new}")
-    further = new if old is None else old
-    experts = deepseek_experts(fields, common["num_layers"], dense=1, grouped=True, group_score_of=2)
-    return nested(
-        family="glm4_moe",
-        qk_norm=fields.get("use_qk_norm", bool, False),
-        qkv_bias=fields.get("attention_bias", bool, False),
-        experts=replace(experts, score="sigmoid", correction_bias=True),
-        prediction_layers=1 if further is None else further,
-        **common,
+    mtp = new if old is None else old
+    fields.expect("norm_topk_prob", True, why="sigmoid scores that are not normalised are not supported")
+    moe, dense = read_deepseek_moe(fields, decoder, dense=1, grouped=True, score="sigmoid", correction_bias=True)
+    return decoder.build(
+        "glm4_moe",
+        attention={
+            "qk_norm": "head" if fields.get("use_qk_norm", bool, False) else None,
+            "bias": fields.get("attention_bias", bool, False),
+        },
+        moe=moe,
+        dense_layers=dense,
+        mtp=1 if mtp is None else mtp,
     )
 
 
 def write(a: Architecture) -> dict[str, Any]:
     return {
-        **written_fields(a, partial=True),
-        **written_deepseek_experts(a),
-        "attention_bias": a.qkv_bias,
-        "use_qk_norm": a.qk_norm,
+        **write_decoder(a, partial=True),
+        **write_deepseek_moe(a),
+        "attention_bias": attention_of(a).bias,
+        "use_qk_norm": attention_of(a).qk_norm is not None,
         "norm_topk_prob": True,
-        "num_nextn_predict_layers": a.prediction_layers,
+        "num_nextn_predict_layers": a.mtp.depth if a.mtp else 0,
     }
 
 
-def table(a: Architecture) -> Table:
-    return decoder_table(a, DEEPSEEK)
-
-
-_AIR = nested(
-    family="glm4_moe",
-    num_layers=46,
-    hidden_size=4096,
-    ffn_hidden_size=10_944,
-    num_attention_heads=96,
-    num_query_groups=8,
-    head_dim=128,
-    vocab_size=151_552,
-    max_position_embeddings=131_072,
-    norm_epsilon=1e-5,
-    rope_theta=1_000_000.0,
-    rotary_dim=64,
-    qkv_bias=True,
-    experts=Experts(
-        count=128,
-        top_k=8,
-        ffn_hidden_size=1408,
-        score="sigmoid",
-        correction_bias=True,
-        shared_ffn_hidden_size=1408,
-        auxiliary_loss_of="sequence",
-        dense_layers=(0,),
-    ),
-    prediction_layers=1,
-    tied_embeddings=False,
-)
-_TINY_EXPERTS = Experts(
-    count=4,
-    top_k=2,
-    ffn_hidden_size=32,
-    score="sigmoid",
-    scaling=1.5,
-    correction_bias=True,
-    shared_ffn_hidden_size=32,
-    auxiliary_loss_of="sequence",
-    dense_layers=(0,),
-)
-_LARGE = replace(
-    _AIR,
-    num_layers=92,
-    hidden_size=5120,
-    ffn_hidden_size=12_288,
-    qk_norm=True,
-    experts=Experts(
-        count=160,
-        top_k=8,
-        ffn_hidden_size=1536,
-        score="sigmoid",
-        scaling=2.5,
-        correction_bias=True,
-        shared_ffn_hidden_size=1536,
-        auxiliary_loss_of="sequence",
-        dense_layers=(0, 1, 2),
-    ),
-)
+_GLM_4_5_AIR = {
+    "num_hidden_layers": 46,
+    "hidden_size": 4096,
+    "intermediate_size": 10_944,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151_552,
+    "max_position_embeddings": 131_072,
+    "rope_theta": 1_000_000.0,
+    "n_routed_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 1408,
+    "n_shared_experts": 1,
+    "attention_bias": True,
+}
 
 FAMILY = Family(
     name="glm4_moe",
     title="GLM-4.5, 4.5-Air, 4.6",
     hf_class="Glm4MoeForCausalLM",
     read=read,
-    table=table,
+    names=DEEPSEEK_NAMES,
     write=write,
-    sizes={
-        "glm4-moe-tiny": tiny(_LARGE, head_dim=32, rotary_dim=16, experts=_TINY_EXPERTS),
-        "glm-4.5-air": _AIR,
-        "glm-4.5": _LARGE,
+    size_configs={
+        "glm4-moe-tiny": {
+            **_GLM_4_5_AIR,
+            **TINY,
+            "head_dim": 32,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "routed_scaling_factor": 1.5,
+            "use_qk_norm": True,
+        },
+        "glm-4.5-air": _GLM_4_5_AIR,
+        "glm-4.5": {
+            **_GLM_4_5_AIR,
+            "num_hidden_layers": 92,
+            "hidden_size": 5120,
+            "intermediate_size": 12_288,
+            "first_k_dense_replace": 3,
+            "n_routed_experts": 160,
+            "moe_intermediate_size": 1536,
+            "routed_scaling_factor": 2.5,
+            "use_qk_norm": True,
+        },
     },
 )

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
-from shared.architecture.version_1 import nested
+from shared.architecture.architecture import Architecture, LearnedPositions
 from shared.families.common.fields import Fields
-from shared.families.common.gpt_fields import gpt_fields, written_gpt_fields
-from shared.families.common.tensor_table import Names, decoder_table
-from shared.families.family import Family, tiny
-from shared.mapping.rule import Table
+from shared.families.common.gpt_fields import read_gpt, write_gpt
+from shared.families.common.tensor_table import Names
+from shared.families.family import Family
 
 _NAMES = Names(
     embedding="transformer.wte",
@@ -36,62 +33,51 @@ def read(fields: Fields) -> Architecture:
     fields.ignore("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32")
     fields.ignore("inference_runner", "max_batch_size", "max_sequence_length", "pad_key_length")
     fields.ignore("pre_allocate_kv_cache", "validate_runner_input")
-    common = gpt_fields(fields, dropout=0.1, default_activation="gelu_pytorch_tanh", tied=True)
-    groups = 1 if fields.get("multi_query", bool, True) else common["num_attention_heads"]
+    decoder = read_gpt(fields, dropout=0.1, default_activation="gelu_pytorch_tanh", tied=True)
+    groups = 1 if fields.get("multi_query", bool, True) else decoder.heads
     fields.expect("num_key_value_heads", groups, why="multi_query decides it")
-    return nested(
-        family="gpt_bigcode",
-        positions="learned",
-        num_query_groups=groups,
-        qkv_bias=True,
-        attention_output_bias=True,
-        **common,
+    return decoder.build(
+        "gpt_bigcode",
+        embedding={"positions": LearnedPositions()},
+        attention={"groups": groups, "bias": True, "output_bias": True},
     )
 
 
 def write(a: Architecture) -> dict[str, Any]:
-    return {**written_gpt_fields(a), "multi_query": a.num_query_groups == 1}
+    return {**write_gpt(a), "multi_query": a.attention.groups == 1}
 
 
-def table(a: Architecture) -> Table:
-    return decoder_table(a, _NAMES)
-
-
-_STARCODER = nested(
-    family="gpt_bigcode",
-    num_layers=40,
-    hidden_size=6144,
-    ffn_hidden_size=24_576,
-    num_attention_heads=48,
-    num_query_groups=1,
-    head_dim=128,
-    vocab_size=49_152,
-    max_position_embeddings=8192,
-    norm="layernorm",
-    norm_bias=True,
-    norm_epsilon=1e-5,
-    activation="gelu",
-    positions="learned",
-    qkv_bias=True,
-    attention_output_bias=True,
-    mlp_bias=True,
-    attention_dropout=0.1,
-    hidden_dropout=0.1,
-    embedding_dropout=0.1,
-    tied_embeddings=True,
-)
-_TINY = tiny(_STARCODER, num_query_groups=1, attention_dropout=0.0, hidden_dropout=0.0, embedding_dropout=0.0)
+_STARCODER_15B = {
+    "n_layer": 40,
+    "n_embd": 6144,
+    "n_head": 48,
+    "vocab_size": 49_152,
+    "n_positions": 8192,
+    "activation_function": "gelu",
+}
+_GPT_BIGCODE_TINY = {
+    **_STARCODER_15B,
+    "n_layer": 2,
+    "n_embd": 64,
+    "n_inner": 160,
+    "n_head": 4,
+    "vocab_size": 512,
+    "n_positions": 512,
+    "attn_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+}
 
 FAMILY = Family(
     name="gpt_bigcode",
     title="StarCoder, SantaCoder",
     hf_class="GPTBigCodeForCausalLM",
     read=read,
-    table=table,
+    names=_NAMES,
     write=write,
-    sizes={
-        "gpt-bigcode-tiny": _TINY,
-        "gpt-bigcode-tiny-mha": replace(_TINY, num_query_groups=4),
-        "starcoder-15b": _STARCODER,
+    size_configs={
+        "gpt-bigcode-tiny": _GPT_BIGCODE_TINY,
+        "gpt-bigcode-tiny-mha": {**_GPT_BIGCODE_TINY, "multi_query": False},
+        "starcoder-15b": _STARCODER_15B,
     },
 )

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from shared.architecture.architecture import Architecture
-from shared.architecture.version_1 import nested
+from shared.architecture.architecture import Architecture, Rotary
 from shared.families.common.fields import Fields
-from shared.families.common.gpt_fields import gpt_fields, written_gpt_fields
-from shared.families.common.tensor_table import Names, decoder_table
-from shared.families.family import Family, tiny
-from shared.mapping.rule import Table
+from shared.families.common.gpt_fields import read_gpt, write_gpt
+from shared.families.common.tensor_table import Names
+from shared.families.family import Family
 
 _NAMES = Names(
     embedding="transformer.wte",
@@ -27,55 +25,40 @@ _NAMES = Names(
 
 def read(fields: Fields) -> Architecture:
     fields.expect("rotary", True, why="this family has rotary embedding")
-    common = gpt_fields(fields, dropout=0.0, default_activation="gelu_new", tied=False)
+    decoder = read_gpt(fields, dropout=0.0, default_activation="gelu_new", tied=False)
     rotated = fields.get("rotary_dim", int, 64)
-    return nested(
-        family="gptj",
-        residual="parallel_shared",
-        rotary_dim=None if rotated == common["head_dim"] else rotated,
-        rotary_interleaved=True,
-        num_query_groups=common["num_attention_heads"],
-        output_bias=True,
-        **common,
+    return decoder.build(
+        "gptj",
+        residual={"kind": "parallel_shared"},
+        attention={"rotary": Rotary(dim=None if rotated == decoder.head_dim else rotated, interleaved=True)},
+        head={"bias": True},
     )
 
 
 def write(a: Architecture) -> dict[str, Any]:
-    return {**written_gpt_fields(a), "rotary_dim": a.rotated}
+    return {**write_gpt(a), "rotary_dim": a.attention.rotary_dim}
 
 
-def table(a: Architecture) -> Table:
-    return decoder_table(a, _NAMES)
-
-
-_GPT_J_6B = nested(
-    family="gptj",
-    num_layers=28,
-    hidden_size=4096,
-    ffn_hidden_size=16_384,
-    num_attention_heads=16,
-    num_query_groups=16,
-    head_dim=256,
-    vocab_size=50_400,
-    max_position_embeddings=2048,
-    norm="layernorm",
-    norm_bias=True,
-    norm_epsilon=1e-5,
-    residual="parallel_shared",
-    activation="gelu_tanh",
-    rotary_dim=64,
-    rotary_interleaved=True,
-    mlp_bias=True,
-    output_bias=True,
-    tied_embeddings=False,
-)
+_GPT_J_6B = {"n_layer": 28, "n_embd": 4096, "n_head": 16, "vocab_size": 50_400, "n_positions": 2048}
 
 FAMILY = Family(
     name="gptj",
     title="GPT-J",
     hf_class="GPTJForCausalLM",
     read=read,
-    table=table,
+    names=_NAMES,
     write=write,
-    sizes={"gptj-tiny": tiny(_GPT_J_6B, num_query_groups=4, rotary_dim=8), "gpt-j-6b": _GPT_J_6B},
+    size_configs={
+        "gptj-tiny": {
+            **_GPT_J_6B,
+            "n_layer": 2,
+            "n_embd": 64,
+            "n_inner": 160,
+            "n_head": 4,
+            "vocab_size": 512,
+            "n_positions": 512,
+            "rotary_dim": 8,
+        },
+        "gpt-j-6b": _GPT_J_6B,
+    },
 )

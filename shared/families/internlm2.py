@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from shared.architecture.architecture import Architecture, RopeScaling
-from shared.architecture.flat_view import changed as replace
-from shared.architecture.version_1 import nested
-from shared.families.common.decoder import common_fields, written_fields
+from shared.architecture.architecture import Architecture
+from shared.families.common.decoder import attention_of, read_decoder, write_decoder
 from shared.families.common.fields import Fields
-from shared.families.common.tensor_table import Names, decoder_table
-from shared.families.family import Family, tiny
-from shared.mapping.rule import Table
+from shared.families.common.tensor_table import Names
+from shared.families.family import TINY, Family
 
 _NAMES = Names(
     embedding="model.tok_embeddings",
@@ -30,32 +27,27 @@ _NAMES = Names(
 def read(fields: Fields) -> Architecture:
     """`bias` is on the fused projection and on attention's output."""
     bias = fields.get("bias", bool, True)
-    return nested(family="internlm2", qkv_bias=bias, attention_output_bias=bias, **common_fields(fields))
+    return read_decoder(fields).build("internlm2", attention={"bias": bias, "output_bias": bias})
 
 
 def write(a: Architecture) -> dict[str, Any]:
-    return {**written_fields(a), "bias": a.qkv_bias}
+    return {**write_decoder(a), "bias": attention_of(a).bias}
 
 
-def table(a: Architecture) -> Table:
-    return decoder_table(a, _NAMES)
-
-
-_INTERNLM2_7B = nested(
-    family="internlm2",
-    num_layers=32,
-    hidden_size=4096,
-    ffn_hidden_size=14_336,
-    num_attention_heads=32,
-    num_query_groups=8,
-    head_dim=128,
-    vocab_size=92_544,
-    max_position_embeddings=32_768,
-    norm_epsilon=1e-5,
-    rope_theta=1_000_000.0,
-    tied_embeddings=False,
-)
-_DYNAMIC = RopeScaling(kind="dynamic", factor=2.0)
+_INTERNLM2_7B = {
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 92_544,
+    "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1_000_000.0,
+    "bias": False,
+}
+_INTERNLM2_TINY = {**_INTERNLM2_7B, **TINY}
+_INTERNLM2_5_7B = {**_INTERNLM2_7B, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
 
 FAMILY = Family(
     name="internlm2",
@@ -63,27 +55,26 @@ FAMILY = Family(
     hf_class="InternLM2ForCausalLM",
     remote=True,
     read=read,
-    table=table,
+    names=_NAMES,
     write=write,
-    sizes={
-        "internlm2-tiny": tiny(_INTERNLM2_7B),
-        "internlm2-tiny-bias": tiny(_INTERNLM2_7B, qkv_bias=True, attention_output_bias=True),
-        "internlm2-1.8b": replace(
-            _INTERNLM2_7B,
-            num_layers=24,
-            hidden_size=2048,
-            ffn_hidden_size=8192,
-            num_attention_heads=16,
-            rope_scaling=_DYNAMIC,
-        ),
+    size_configs={
+        "internlm2-tiny": _INTERNLM2_TINY,
+        "internlm2-tiny-bias": {**_INTERNLM2_TINY, "bias": True},
+        "internlm2-1.8b": {
+            **_INTERNLM2_5_7B,
+            "num_hidden_layers": 24,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_attention_heads": 16,
+        },
         "internlm2-7b": _INTERNLM2_7B,
-        "internlm2.5-7b": replace(_INTERNLM2_7B, rope_scaling=_DYNAMIC),
-        "internlm2-20b": replace(
-            _INTERNLM2_7B,
-            num_layers=48,
-            hidden_size=6144,
-            ffn_hidden_size=16_384,
-            num_attention_heads=48,
-        ),
+        "internlm2.5-7b": _INTERNLM2_5_7B,
+        "internlm2-20b": {
+            **_INTERNLM2_7B,
+            "num_hidden_layers": 48,
+            "hidden_size": 6144,
+            "intermediate_size": 16_384,
+            "num_attention_heads": 48,
+        },
     },
 )

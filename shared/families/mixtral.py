@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
-from shared.architecture.version_1 import Experts, nested
-from shared.families.common.decoder import common_fields, written_fields
+from shared.architecture.architecture import MLP, Architecture, MoE
+from shared.families.common.decoder import attention_of, moe_of, read_decoder, write_decoder
 from shared.families.common.fields import Fields
-from shared.families.common.tensor_table import Names, decoder_table
-from shared.families.family import Family
-from shared.mapping.rule import Table
+from shared.families.common.tensor_table import Names
+from shared.families.family import TINY, Family
 
 _NAMES = Names(
     router="block_sparse_moe.gate",
@@ -22,70 +19,54 @@ _NAMES = Names(
 
 def read(fields: Fields) -> Architecture:
     """Chosen experts' scores are divided by their sum; `sliding_window` is null in the released models."""
-    fields.expect("router_jitter_noise", 0, 0.0, why="noise in training's routing is not computed; set it to 0.0")
-    common = common_fields(fields, default_theta=1e6, default_epsilon=1e-5)
-    experts = Experts(
-        count=fields.get("num_local_experts", int, 8),
+    fields.expect("router_jitter_noise", 0, 0.0, why="noise in training's routing is not supported; set it to 0.0")
+    decoder = read_decoder(fields, default_theta=1e6, default_epsilon=1e-5)
+    moe = MoE(
+        experts=fields.get("num_local_experts", int, 8),
         top_k=fields.get("num_experts_per_tok", int, 2),
-        ffn_hidden_size=common["ffn_hidden_size"],
+        expert=MLP(**decoder.mlp),
         auxiliary_loss=fields.get("router_aux_loss_coef", float, 0.001),
     )
-    window = fields.optional("sliding_window", int)
-    return nested(family="mixtral", experts=experts, sliding_window=window, **common)
+    return decoder.build("mixtral", moe=moe, attention={"window": fields.optional("sliding_window", int)})
 
 
 def write(a: Architecture) -> dict[str, Any]:
-    assert a.experts is not None
     return {
-        **written_fields(a),
-        "sliding_window": a.sliding_window,
-        "num_local_experts": a.experts.count,
-        "num_experts_per_tok": a.experts.top_k,
-        "router_aux_loss_coef": a.experts.auxiliary_loss,
+        **write_decoder(a),
+        "sliding_window": attention_of(a).window,
+        "num_local_experts": moe_of(a).experts,
+        "num_experts_per_tok": moe_of(a).top_k,
+        "router_aux_loss_coef": moe_of(a).auxiliary_loss,
         "router_jitter_noise": 0.0,
     }
 
 
-def table(a: Architecture) -> Table:
-    return decoder_table(a, _NAMES)
-
-
-_MIXTRAL_8X7B = nested(
-    family="mixtral",
-    num_layers=32,
-    hidden_size=4096,
-    ffn_hidden_size=14_336,
-    num_attention_heads=32,
-    num_query_groups=8,
-    head_dim=128,
-    vocab_size=32_000,
-    max_position_embeddings=32_768,
-    norm_epsilon=1e-5,
-    rope_theta=1_000_000.0,
-    experts=Experts(count=8, top_k=2, ffn_hidden_size=14_336, auxiliary_loss=0.02),
-    tied_embeddings=False,
-)
+_MIXTRAL_8X7B = {
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32_000,
+    "max_position_embeddings": 32_768,
+    "router_aux_loss_coef": 0.02,
+}
 
 FAMILY = Family(
     name="mixtral",
     title="Mixtral",
     hf_class="MixtralForCausalLM",
     read=read,
-    table=table,
+    names=_NAMES,
     write=write,
-    sizes={
-        "mixtral-tiny": replace(
-            _MIXTRAL_8X7B,
-            num_layers=2,
-            hidden_size=64,
-            ffn_hidden_size=96,
-            num_attention_heads=4,
-            num_query_groups=2,
-            head_dim=16,
-            vocab_size=512,
-            max_position_embeddings=512,
-            experts=Experts(count=4, top_k=2, ffn_hidden_size=96),
-        ),
+    size_configs={
+        "mixtral-tiny": {
+            **_MIXTRAL_8X7B,
+            **TINY,
+            "intermediate_size": 96,
+            "num_local_experts": 4,
+            "router_aux_loss_coef": 0.0,
+        },
         "mixtral-8x7b": _MIXTRAL_8X7B,
     },
 )

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
-from shared.architecture.version_1 import nested
+from shared.architecture.architecture import Alibi, Architecture
+from shared.families.common.decoder import Spelling, attention_of, mlp_of, read_decoder, write_decoder
 from shared.families.common.fields import Fields
-from shared.families.common.tensor_table import Names, decoder_table
-from shared.families.family import Family, tiny
-from shared.mapping.rule import Table
+from shared.families.common.tensor_table import Names
+from shared.families.family import Family
 
 _NAMES = Names(
     embedding="transformer.wte",
@@ -27,7 +25,7 @@ _NAMES = Names(
 )
 
 
-def today(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def without_legacy_names(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """StoryWriter's `clip_qkv` is 6, and transformers takes numbers with a point only."""
     attention = config.get("attn_config")
     if not isinstance(attention, Mapping) or type(clip := attention.get("clip_qkv")) is not int:
@@ -35,34 +33,34 @@ def today(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**config, "attn_config": {**attention, "clip_qkv": float(clip)}}
 
 
+_SPELLING = Spelling(
+    layers="n_layers",
+    hidden="d_model",
+    ffn=None,
+    heads="n_heads",
+    groups=None,
+    head_dim=None,
+    positions="max_seq_len",
+    epsilon="layer_norm_epsilon",
+    activation=None,
+    attention_dropout=None,
+)
+
+
 def read(fields: Fields) -> Architecture:
     """Attention's fields are in `attn_config`; `learned_pos_emb` says nothing where there is ALiBi."""
     fields.expect("no_bias", True, why="transformers computes no biases")
-    fields.expect("logit_scale", why="logits are not scaled here")
+    fields.expect("logit_scale", why="transformers scales no logits")
     for name in ("resid_pdrop", "emb_pdrop"):
         fields.expect(name, 0, 0.0, why="train without dropout, or set it to 0.0")
     # Of the program that trained the models.
     fields.ignore("attn_config", "embedding_fraction", "init_config", "init_device", "learned_pos_emb", "norm_type")
     fields.ignore("tokenizer_name", "verbose")
     attention = _attention(Fields(fields.get("attn_config", dict)))
-    hidden, heads = fields.get("d_model", int), fields.get("n_heads", int)
-    return nested(
-        family="mpt",
-        num_layers=fields.get("n_layers", int),
-        hidden_size=hidden,
-        ffn_hidden_size=fields.get("expansion_ratio", int, 4) * hidden,
-        num_attention_heads=heads,
-        num_query_groups=heads,
-        head_dim=hidden // heads,
-        vocab_size=fields.get("vocab_size", int),
-        max_position_embeddings=fields.get("max_seq_len", int),
-        norm="layernorm",
-        norm_epsilon=fields.get("layer_norm_epsilon", float, 1e-5),
-        activation="gelu",
-        positions="alibi",
-        **attention,
-        tied_embeddings=fields.get("tie_word_embeddings", bool, True),
-        initializer_range=fields.get("initializer_range", float, 0.02),
+    decoder = read_decoder(fields, _SPELLING, rotary=False, default_epsilon=1e-5, tied=True)
+    ffn = fields.get("expansion_ratio", int, 4) * decoder.hidden_size
+    return decoder.build(
+        "mpt", norm={"kind": "layernorm"}, mlp={"ffn_hidden_size": ffn, "activation": "gelu"}, attention=attention
     )
 
 
@@ -71,79 +69,60 @@ def _attention(fields: Fields) -> dict[str, Any]:
     fields.expect("attn_pdrop", 0, 0.0, why="train without dropout, or set it to 0.0")
     fields.expect("softmax_scale", why="scores are scaled by 1 / sqrt(head_dim)")
     for name in ("prefix_lm", "qk_ln", "attn_uses_sequence_id"):
-        fields.expect(name, False, why="only plain causal attention is computed here")
-    fields.expect("alibi", True, why="models with learned positions are not computed here")
+        fields.expect(name, False, why="only plain causal attention is supported for this family")
+    fields.expect("alibi", True, why="learned positions are not supported for this family")
     fields.ignore("attn_impl")
     clip = fields.optional("clip_qkv", float)
-    read = {"qkv_clip": clip or None, "alibi_bias_max": fields.get("alibi_bias_max", int, 8)}  # 0 clips nothing
+    read = {"clip": clip or None, "alibi": Alibi(bias_max=fields.get("alibi_bias_max", int, 8))}  # 0 clips nothing
     fields.finish("mpt (attn_config)")
     return read
 
 
 def write(a: Architecture) -> dict[str, Any]:
+    alibi = attention_of(a).alibi
+    assert alibi is not None
     return {
-        "n_layers": a.num_layers,
-        "d_model": a.hidden_size,
-        "expansion_ratio": a.ffn_hidden_size // a.hidden_size,
-        "n_heads": a.num_attention_heads,
-        "vocab_size": a.vocab_size,
-        "max_seq_len": a.max_position_embeddings,
-        "layer_norm_epsilon": a.norm_epsilon,
+        **write_decoder(a, _SPELLING, rotary=False),
+        "expansion_ratio": mlp_of(a).ffn_hidden_size // a.hidden_size,
         "attn_config": {
             "attn_type": "multihead_attention",
             "attn_pdrop": 0,
             "alibi": True,
-            "alibi_bias_max": a.alibi_bias_max,
-            "clip_qkv": a.qkv_clip,
+            "alibi_bias_max": alibi.bias_max,
+            "clip_qkv": attention_of(a).clip,
         },
         "no_bias": True,
-        "tie_word_embeddings": a.tied_embeddings,
-        "initializer_range": a.initializer_range,
     }
 
 
-def table(a: Architecture) -> Table:
-    return decoder_table(a, _NAMES)
-
-
-_MPT_7B = nested(
-    family="mpt",
-    num_layers=32,
-    hidden_size=4096,
-    ffn_hidden_size=16_384,
-    num_attention_heads=32,
-    num_query_groups=32,
-    head_dim=128,
-    vocab_size=50_432,
-    max_position_embeddings=2048,
-    norm="layernorm",
-    norm_epsilon=1e-5,
-    activation="gelu",
-    positions="alibi",
-    tied_embeddings=True,
-)
-_TINY = replace(
-    tiny(_MPT_7B),
-    hidden_size=96,
-    ffn_hidden_size=384,
-    num_attention_heads=6,  # no power of two
-    num_query_groups=6,
-)
+_MPT_7B = {"n_layers": 32, "d_model": 4096, "n_heads": 32, "vocab_size": 50_432, "max_seq_len": 2048, "attn_config": {}}
+_MPT_TINY = {
+    **_MPT_7B,
+    "n_layers": 2,
+    "d_model": 96,
+    "n_heads": 6,  # no power of two
+    "vocab_size": 512,
+    "max_seq_len": 512,
+}
 
 FAMILY = Family(
     name="mpt",
     title="MPT",
     hf_class="MptForCausalLM",
     other_classes=("MPTForCausalLM",),  # as the first models were published
-    today=today,
+    without_legacy_names=without_legacy_names,
     read=read,
-    table=table,
+    names=_NAMES,
     write=write,
-    sizes={
-        "mpt-tiny": _TINY,
+    size_configs={
+        "mpt-tiny": _MPT_TINY,
         # Queries, keys and values of the tests are of size 2.
-        "mpt-tiny-clipped": replace(_TINY, qkv_clip=2.0, alibi_bias_max=16),
+        "mpt-tiny-clipped": {**_MPT_TINY, "attn_config": {"alibi_bias_max": 16, "clip_qkv": 2.0}},
         "mpt-7b": _MPT_7B,
-        "mpt-7b-storywriter": replace(_MPT_7B, max_position_embeddings=65_536, qkv_clip=6.0, alibi_bias_max=16),
+        "mpt-7b-storywriter": {
+            **_MPT_7B,
+            "max_seq_len": 65_536,
+            "attn_config": {"alibi_bias_max": 16, "clip_qkv": 6.0},
+        },
     },
 )

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
-from shared.architecture.version_1 import nested
+from shared.architecture.architecture import Architecture, Rotary
+from shared.families.common.decoder import Spelling, mlp_of, read_decoder, rotary_of, write_decoder
 from shared.families.common.fields import Fields, renamed
-from shared.families.common.tensor_table import Names, decoder_table
-from shared.families.family import Family, tiny
-from shared.mapping.rule import Table
+from shared.families.common.tensor_table import Names
+from shared.families.family import Family
 
 _NAMES = Names(
     embedding="transformer.wte",
@@ -42,12 +41,22 @@ _FIRST = {
 }
 
 
-def today(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def without_legacy_names(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Of Qwen-7B as it came out, whose code had other defaults as well."""
     if "n_embd" not in config:
         return config
     defaults = {"use_dynamic_ntk": False, "use_logn_attn": False, "layer_norm_epsilon": 1e-5}
     return defaults | renamed(config, _FIRST)
+
+
+_SPELLING = Spelling(
+    groups=None,
+    head_dim=None,
+    epsilon="layer_norm_epsilon",
+    activation=None,
+    attention_dropout="attn_dropout_prob",
+    embedding_dropout="emb_dropout_prob",
+)
 
 
 def read(fields: Fields) -> Architecture:
@@ -62,122 +71,90 @@ def read(fields: Fields) -> Architecture:
     fields.expect("pos_emb", "rotary", why="positions are rotary")
     fields.expect("activation", "swiglu", why="the MLP is a SwiGLU")
     fields.expect("apply_residual_connection_post_layernorm", False, why="the residual is the layer's input")
-    vocabulary = fields.get("vocab_size", int)
+    decoder = read_decoder(fields, _SPELLING, rotary=False, default_positions=8192, dropout=0.0)
+    vocabulary, head_dim, positions = decoder.vocab_size, decoder.head_dim, decoder.max_position_embeddings
     fields.expect("padded_vocab_size", vocabulary, why=f"vocab_size says {vocabulary}")
-    hidden, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
-    fields.expect("kv_channels", hidden // heads, why="heads are hidden_size / num_attention_heads wide")
+    fields.expect("kv_channels", head_dim, why="heads are hidden_size / num_attention_heads wide")
     theta, fraction = fields.get("rotary_emb_base", float, 10_000.0), fields.get("rotary_pct", float, 1.0)
     fields.expect("rope_theta", theta, why="the rotary base is rotary_emb_base, which contradicts it")
-    positions = fields.get("max_position_embeddings", int, 8192)
     by_length = [fields.get(name, bool, True) for name in ("use_dynamic_ntk", "use_logn_attn")]
     trained = fields.get("seq_length", int, positions)
     bias = not fields.get("no_bias", bool, True)
-    return nested(
-        family="qwen",
-        num_layers=fields.get("num_hidden_layers", int),
-        hidden_size=hidden,
-        ffn_hidden_size=fields.get("intermediate_size", int) // 2,
-        num_attention_heads=heads,
-        num_query_groups=heads,
-        head_dim=hidden // heads,
-        vocab_size=vocabulary,
-        max_position_embeddings=min(trained, positions) if any(by_length) else positions,
-        norm_epsilon=fields.get("layer_norm_epsilon", float, 1e-6),
-        mlp_bias=bias,
-        rope_theta=theta,
-        rotary_dim=None if fraction == 1.0 else int(hidden // heads * fraction),
-        qkv_bias=True,
-        attention_output_bias=bias,
-        tied_embeddings=fields.get("tie_word_embeddings", bool, False),
-        initializer_range=fields.get("initializer_range", float, 0.02),
-        attention_dropout=fields.get("attn_dropout_prob", float, 0.0),
-        embedding_dropout=fields.get("emb_dropout_prob", float, 0.0),
+    rotary = Rotary(theta=theta, dim=None if fraction == 1.0 else int(head_dim * fraction))
+    return replace(decoder, max_position_embeddings=min(trained, positions) if any(by_length) else positions).build(
+        "qwen",
+        attention={"rotary": rotary, "bias": True, "output_bias": bias},
+        mlp={"ffn_hidden_size": decoder.mlp["ffn_hidden_size"] // 2, "bias": bias},
     )
 
 
 def write(a: Architecture) -> dict[str, Any]:
     return {
-        "num_hidden_layers": a.num_layers,
-        "hidden_size": a.hidden_size,
-        "intermediate_size": 2 * a.ffn_hidden_size,
-        "num_attention_heads": a.num_attention_heads,
-        "kv_channels": a.head_dim,
-        "vocab_size": a.vocab_size,
-        "max_position_embeddings": a.max_position_embeddings,
+        **write_decoder(a, _SPELLING, rotary=False),
+        "intermediate_size": 2 * mlp_of(a).ffn_hidden_size,
+        "kv_channels": a.attention.head_dim,
         "seq_length": a.max_position_embeddings,
-        "layer_norm_epsilon": a.norm_epsilon,
-        "no_bias": not a.mlp_bias,
-        "rotary_emb_base": a.rope_theta,
-        "rotary_pct": a.rotated / a.head_dim,
+        "no_bias": not mlp_of(a).bias,
+        "rotary_emb_base": rotary_of(a).theta,
+        "rotary_pct": a.attention.rotary_dim / a.attention.head_dim,
         "use_dynamic_ntk": True,
         "use_logn_attn": True,
-        "tie_word_embeddings": a.tied_embeddings,
-        "initializer_range": a.initializer_range,
-        "attn_dropout_prob": a.attention_dropout,
-        "emb_dropout_prob": a.embedding_dropout,
     }
 
 
-def table(a: Architecture) -> Table:
-    return decoder_table(a, _NAMES)
-
-
-_QWEN_7B = nested(
-    family="qwen",
-    num_layers=32,
-    hidden_size=4096,
-    ffn_hidden_size=11_008,
-    num_attention_heads=32,
-    num_query_groups=32,
-    head_dim=128,
-    vocab_size=151_936,
-    max_position_embeddings=8192,
-    norm_epsilon=1e-6,
-    qkv_bias=True,
-    tied_embeddings=False,
-)
-_TINY = tiny(_QWEN_7B, num_query_groups=4)
+_QWEN_1_8B = {
+    "num_hidden_layers": 24,
+    "hidden_size": 2048,
+    "intermediate_size": 11_008,
+    "num_attention_heads": 16,
+    "vocab_size": 151_936,
+}
 
 FAMILY = Family(
     name="qwen",
     title="Qwen 1",
     hf_class="QWenLMHeadModel",
     remote=True,
-    today=today,
+    without_legacy_names=without_legacy_names,
     read=read,
-    table=table,
+    names=_NAMES,
     write=write,
-    sizes={
-        "qwen-tiny": _TINY,
-        "qwen-1.8b": replace(
-            _QWEN_7B,
-            num_layers=24,
-            hidden_size=2048,
-            ffn_hidden_size=5504,
-            num_attention_heads=16,
-            num_query_groups=16,
-        ),
-        "qwen-7b": _QWEN_7B,
-        "qwen-14b": replace(
-            _QWEN_7B,
-            num_layers=40,
-            hidden_size=5120,
-            ffn_hidden_size=13_696,
-            num_attention_heads=40,
-            num_query_groups=40,
-            vocab_size=152_064,
-            max_position_embeddings=2048,
-        ),
-        "qwen-72b": replace(
-            _QWEN_7B,
-            num_layers=80,
-            hidden_size=8192,
-            ffn_hidden_size=24_576,
-            num_attention_heads=64,
-            num_query_groups=64,
-            vocab_size=152_064,
-            max_position_embeddings=32_768,
-            rope_theta=1_000_000.0,
-        ),
+    size_configs={
+        "qwen-tiny": {
+            **_QWEN_1_8B,
+            "num_hidden_layers": 2,
+            "hidden_size": 64,
+            "intermediate_size": 320,
+            "num_attention_heads": 4,
+            "vocab_size": 512,
+            "seq_length": 512,
+        },
+        "qwen-1.8b": _QWEN_1_8B,
+        "qwen-7b": {
+            **_QWEN_1_8B,
+            "num_hidden_layers": 32,
+            "hidden_size": 4096,
+            "intermediate_size": 22_016,
+            "num_attention_heads": 32,
+        },
+        "qwen-14b": {
+            **_QWEN_1_8B,
+            "num_hidden_layers": 40,
+            "hidden_size": 5120,
+            "intermediate_size": 27_392,
+            "num_attention_heads": 40,
+            "vocab_size": 152_064,
+            "seq_length": 2048,
+        },
+        "qwen-72b": {
+            **_QWEN_1_8B,
+            "num_hidden_layers": 80,
+            "hidden_size": 8192,
+            "intermediate_size": 49_152,
+            "num_attention_heads": 64,
+            "vocab_size": 152_064,
+            "max_position_embeddings": 32_768,
+            "rotary_emb_base": 1_000_000.0,
+        },
     },
 )

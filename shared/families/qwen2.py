@@ -5,66 +5,66 @@ from __future__ import annotations
 from typing import Any
 
 from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
-from shared.architecture.version_1 import nested
-from shared.families.common.decoder import common_fields, table, written_fields
+from shared.families.common.decoder import read_decoder, write_decoder
 from shared.families.common.fields import Fields
 from shared.families.common.sliding_windows import (
-    chunked_positions,
-    optional_window_fields,
-    written_optional_window_fields,
+    before_dual_chunks,
+    read_optional_windows,
+    windowed,
+    write_optional_windows,
 )
-from shared.families.family import Family, tiny
+from shared.families.family import TINY, Family
 
 
 def read(fields: Fields) -> Architecture:
-    common = chunked_positions(fields, common_fields(fields))
-    windows = optional_window_fields(fields, common["num_layers"], range(fields.get("max_window_layers", int, 28)))
-    return nested(family="qwen2", qkv_bias=True, **common, **windows)
+    decoder = before_dual_chunks(fields, read_decoder(fields))
+    full = range(fields.get("max_window_layers", int, 28))
+    windows = read_optional_windows(fields, decoder.num_layers, full)
+    return decoder.build("qwen2", attention={"bias": True}, vary=windowed(windows))
 
 
 def write(a: Architecture) -> dict[str, Any]:
-    return {**written_fields(a), **written_optional_window_fields(a)}
+    return {**write_decoder(a), **write_optional_windows(a)}
 
 
-_QWEN_2_5_0_5B = nested(
-    family="qwen2",
-    num_layers=24,
-    hidden_size=896,
-    ffn_hidden_size=4864,
-    num_attention_heads=14,
-    num_query_groups=2,
-    head_dim=64,
-    vocab_size=151_936,
-    max_position_embeddings=32_768,
-    norm_epsilon=1e-6,
-    rope_theta=1_000_000.0,
-    qkv_bias=True,
-    tied_embeddings=True,
-)
+_QWEN2_5_0_5B = {
+    "num_hidden_layers": 24,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151_936,
+    "max_position_embeddings": 32_768,
+    "tie_word_embeddings": True,
+    "rope_theta": 1_000_000.0,
+}
+_QWEN2_TINY = {**_QWEN2_5_0_5B, **TINY}
 
 FAMILY = Family(
     name="qwen2",
     title="Qwen 1.5, 2, 2.5, QwQ (dense)",
     hf_class="Qwen2ForCausalLM",
     read=read,
-    table=table,
     write=write,
-    sizes={
-        "qwen2-tiny": tiny(_QWEN_2_5_0_5B),
-        "qwen2-tiny-window": tiny(_QWEN_2_5_0_5B, sliding_window=96, full_attention_layers=(0,)),
-        "qwen2.5-0.5b": _QWEN_2_5_0_5B,
-        "qwen2.5-7b": replace(
-            _QWEN_2_5_0_5B,
-            num_layers=28,
-            hidden_size=3584,
-            ffn_hidden_size=18_944,
-            num_attention_heads=28,
-            num_query_groups=4,
-            head_dim=128,
-            vocab_size=152_064,
-            max_position_embeddings=131_072,
-            tied_embeddings=False,
-        ),
+    size_configs={
+        "qwen2-tiny": _QWEN2_TINY,
+        "qwen2-tiny-window": {
+            **_QWEN2_TINY,
+            "use_sliding_window": True,
+            "sliding_window": 96,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+        "qwen2.5-0.5b": _QWEN2_5_0_5B,
+        "qwen2.5-7b": {
+            **_QWEN2_5_0_5B,
+            "num_hidden_layers": 28,
+            "hidden_size": 3584,
+            "intermediate_size": 18_944,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152_064,
+            "max_position_embeddings": 131_072,
+            "tie_word_embeddings": False,
+        },
     },
 )

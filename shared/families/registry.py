@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
+from shared.architecture.architecture import Architecture, Attention, Layer
 from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.errors import UserError
 from shared.families import (
@@ -25,7 +24,7 @@ from shared.families import (
     gemma,
     gemma2,
     gemma3,
-    gemma3_images,
+    gemma3_multimodal,
     glm,
     glm4,
     glm4_moe,
@@ -58,8 +57,8 @@ from shared.families import (
     starcoder2,
     yi,
 )
-from shared.families.common.fields import Fields
-from shared.families.common.mtp import of_prediction
+from shared.families.common.decoder import with_mixer
+from shared.families.common.mtp import mtp_part
 from shared.families.family import Family
 from shared.mapping.rule import Table
 from shared.quantized.scheme import quantization_scheme
@@ -84,7 +83,7 @@ _MODULES = (
     gemma,
     gemma2,
     gemma3,
-    gemma3_images,
+    gemma3_multimodal,
     phi3,
     glm,
     glm4,
@@ -141,7 +140,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f"{f'; the nearest is {near[0]}' if near else ''} (supported: {', '.join(dict.fromkeys(types))})"
         )
     named = [family for family in FAMILIES.values() if name in family.model_types]
-    found = [family for family in named if family.claims(config)]
+    found = [family for family in named if family.matches(config)]
     if not found:
         raise UserError(
             f"config.json: this model of model_type {name} is none of {', '.join(family.title for family in named)}"
@@ -156,40 +155,32 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
     """The architecture that a config.json describes, in transformers 4's or 5's spelling.
 
     Raises:
-        UserError: a field asks for something that is not computed here, by name.
+        UserError: a field is not supported, by name.
     """
     family = family_of(config)
     quantization_scheme(config)  # says how weights are stored, not what is computed: known, or refused
-    today = family.today(config)
-    given = Fields({name: value for name, value in today.items() if name != "quantization_config"})
-    try:
-        architecture = family.read(given)
-    except UserError:
-        raise
-    except (ValueError, ArithmeticError) as error:  # the architecture's own checks; a divisor that is zero
-        raise UserError(f"config.json: {error}") from None
-    given.finish(family.name)
-    return architecture
+    given = family.without_legacy_names(config)
+    return family.architecture({name: value for name, value in given.items() if name != "quantization_config"})
 
 
-def completed(config: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """A config.json with the fields that its family finds in other files of its folder, where it lacks them."""
-    found = family_of(config).beside(directory)
+def with_auxiliary_fields(config: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """A config.json with the fields that its family finds in auxiliary files of its folder, where it lacks them."""
+    found = family_of(config).auxiliary_fields(directory)
     return {**config, **{name: value for name, value in found.items() if config.get(name) is None}}
 
 
 def from_files(directory: Path, **changes: Any) -> Architecture:
-    """The architecture of the model in a folder: what config.json, with `changes` of it, and the files beside it say.
+    """The architecture of the model in a folder: by config.json, with `changes` of it, and auxiliary files.
 
     Raises:
         UserError: as `from_config`; there is no config.json.
     """
-    return from_config(completed(read_config(directory / "config.json") | changes, directory))
+    return from_config(with_auxiliary_fields(read_config(directory / "config.json") | changes, directory))
 
 
 def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config.json that describes the language model, of families that are not supported too."""
-    known = (f for f in FAMILIES.values() if config.get("model_type") in f.model_types and f.claims(config))
+    known = (f for f in FAMILIES.values() if config.get("model_type") in f.model_types and f.matches(config))
     family = next(known, None)
     return family.language(config) if family else config.get("text_config", config)
 
@@ -210,56 +201,85 @@ def to_config(architecture: Architecture, **further: Any) -> dict[str, Any]:
 def as_family(architecture: Architecture, name: str) -> Architecture:
     """The same model as one of another family, whose configuration and tensor names programs may know better.
 
-    Dynamic rotary scaling is left out, which changes nothing up to `max_position_embeddings`, and so is what is beside
-    the language model. A head that divides its rows by their lengths is one whose rows are so divided, by whoever writes
-    them.
+    Dynamic rotary scaling is left out, which changes nothing up to `max_position_embeddings`, and so is a vision tower. A
+    normalised head becomes a plain one, whose rows the writer of the weights has to normalise.
 
     Raises:
         UserError: the other family cannot say something of this model, by name.
     """
     if name not in FAMILIES:
         raise UserError(f"--family {name} is unknown; known: {', '.join(FAMILIES)}")
-    scaling = architecture.rope_scaling
-    scaling = None if scaling and scaling.kind == "dynamic" else scaling
-    same = replace(architecture, family=name, rope_scaling=scaling, normalized_head=False, vision=None)
-    mend = f"leave --family out, and it is written as {architecture.family}"
-    known = [_structure(size) for size in FAMILIES[name].sizes.values()]
-    different = [field for field, kind in _structure(same).items() if all(other[field] != kind for other in known)]
-    if not different:
+    head = replace(architecture.head, normalized=False)
+    same = replace(architecture, family=name, head=head, vision=None).with_layers(_without_dynamic_scaling)
+    fix = f"leave --family out, and it is written as {architecture.family}"
+    parts, known = _parts(same), [_parts(size) for size in FAMILIES[name].sizes.values()]
+    difference = next(
+        ((part, kind) for part, kind in parts.items() if all(other[part] != kind for other in known)), None
+    )
+    if difference is None:
         try:
             read = from_config(to_config(same))
         except ValueError as error:
-            raise UserError(f"--family {name} cannot be this {architecture.family} model: {error}; {mend}") from None
-        different = [
-            field.name for field in fields(same.flat) if getattr(same, field.name) != getattr(read, field.name)
-        ]
-    if different:
-        what = f"whose {different[0]} is {getattr(same, different[0])!r}"
-        raise UserError(f"--family {name} cannot be this {architecture.family} model, {what}; {mend}")
+            raise UserError(f"--family {name} cannot be this {architecture.family} model: {error}; {fix}") from None
+        difference = first_difference(same, read)
+    if difference:
+        what = f"whose {difference[0]} is {difference[1]!r}"
+        raise UserError(f"--family {name} cannot be this {architecture.family} model, {what}; {fix}")
     return same
 
 
-def _structure(architecture: Architecture) -> dict[str, Any]:
-    """Kinds of parts, by field: what members of a family have in common, and the writer of its configuration expects."""
+def _without_dynamic_scaling(layer: Layer) -> Layer:
+    rotary = getattr(layer.mixer, "rotary", None)
+    if not rotary or not rotary.scaling or rotary.scaling.kind != "dynamic":
+        return layer
+    return with_mixer(layer, rotary=replace(rotary, scaling=None))
 
-    def kind(value: Any) -> Any:
-        if is_dataclass(value):
-            return [field.name for field in fields(value) if getattr(value, field.name) is not None]
-        return value if isinstance(value, str) else None
 
-    named = (field.name for field in fields(architecture.flat) if field.name not in ("family", "rope_scaling"))
-    return {name: kind(getattr(architecture, name)) for name in named}
+def _parts(a: Architecture) -> dict[str, Any]:
+    """Parts of a model that the members of a family have in common, which the writer of its configuration relies on."""
+    mixers = [kind.mixer for kind in a.kinds]
+    attention = [mixer for mixer in mixers if isinstance(mixer, Attention)]
+    layer = a.layers[0]
+    return {
+        "attention": sorted({type(mixer).__name__ for mixer in mixers}),
+        "rotary": any(mixer.rotary for mixer in attention),
+        "alibi": next((mixer.alibi.rounded for mixer in attention if mixer.alibi), None),
+        "qk_norm": next((mixer.qk_norm for mixer in attention), None),
+        "scale of scores": a.attention.scale is not None,
+        "MoE": a.moe is not None,
+        "shared experts": a.moe is not None and a.moe.shared is not None,
+        "activation": a.feed_forward.activation,
+        "norm": (layer.norm.kind, layer.norm.zero_centered_gamma),
+        "norm_placement": layer.norm_placement,
+        "residual": layer.residual.kind,
+        "learned positions": a.embedding.positions is not None,
+        "prefix LM": a.prefix is not None,
+        "vision tower": a.vision is not None,
+    }
+
+
+def first_difference(a: Any, b: Any, path: str = "") -> tuple[str, Any] | None:
+    """Path and value of the first field of `a` that is another in `b`; None where they are equal."""
+    if a == b:
+        return None
+    if is_dataclass(a) and type(a) is type(b):
+        inner = ((field.name, getattr(a, field.name), getattr(b, field.name)) for field in fields(a))
+        return next(found for name, one, other in inner if (found := first_difference(one, other, f"{path}.{name}")))
+    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
+        pairs = enumerate(zip(a, b, strict=True))
+        return next(found for i, (one, other) in pairs if (found := first_difference(one, other, f"{path}[{i}]")))
+    return path.removeprefix("."), a
 
 
 def as_stored(architecture: Architecture, names: Collection[str]) -> Architecture:
-    """The model without layers for tokens further ahead where none of their tensors is among the names, in either form.
+    """The model without MTP layers where none of their tensors is among the names, in either form.
 
     Some files are published without; what has some of them has to have all.
     """
-    further = of_prediction(table_of(architecture)).entries()
+    further = mtp_part(table_of(architecture)).entries()
     if any(entry.key in names or any(source.name in names for source in entry.sources) for entry in further):
         return architecture
-    return replace(architecture, prediction_layers=0)
+    return replace(architecture, mtp=None)
 
 
 def table_of(architecture: Architecture) -> Table:

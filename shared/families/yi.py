@@ -5,43 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
-from shared.architecture.version_1 import nested
-from shared.families.common.decoder import common_fields, written_fields
+from shared.families.common.decoder import read_decoder, write_decoder
 from shared.families.common.fields import Fields
-from shared.families.common.tensor_table import Names, decoder_table
-from shared.families.family import Family, tiny
-from shared.mapping.rule import Table
+from shared.families.common.tensor_table import Names
+from shared.families.family import TINY, Family
 
 
 def read(fields: Fields) -> Architecture:
     """`num_key_value_heads` has a default of its own in the published class, and is always given."""
     fields.get("num_key_value_heads", int)
-    return nested(family="yi", **common_fields(fields, default_theta=5_000_000.0, default_epsilon=1e-5))
+    return read_decoder(fields, default_theta=5_000_000.0, default_epsilon=1e-5).build("yi")
 
 
 def write(a: Architecture) -> dict[str, Any]:
-    return written_fields(a)
+    return write_decoder(a)
 
 
-def table(a: Architecture) -> Table:
-    return decoder_table(a, Names(attention_norm="ln1", mlp_norm="ln2"))
-
-
-_YI_6B = nested(
-    family="yi",
-    num_layers=32,
-    hidden_size=4096,
-    ffn_hidden_size=11_008,
-    num_attention_heads=32,
-    num_query_groups=4,
-    head_dim=128,
-    vocab_size=64_000,
-    max_position_embeddings=4096,
-    norm_epsilon=1e-5,
-    rope_theta=5_000_000.0,
-    tied_embeddings=False,
-)
+_YI_6B = {
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "vocab_size": 64_000,
+    "max_position_embeddings": 4096,
+}
 
 FAMILY = Family(
     name="yi",
@@ -50,18 +38,18 @@ FAMILY = Family(
     remote=True,
     model_types=("Yi",),
     read=read,
-    table=table,
+    names=Names(attention_norm="ln1", mlp_norm="ln2"),
     write=write,
-    sizes={
-        "yi-tiny": tiny(_YI_6B),
+    size_configs={
+        "yi-tiny": {**_YI_6B, **TINY},
         "yi-6b": _YI_6B,
-        "yi-34b": replace(
-            _YI_6B,
-            num_layers=60,
-            hidden_size=7168,
-            ffn_hidden_size=20_480,
-            num_attention_heads=56,
-            num_query_groups=8,
-        ),
+        "yi-34b": {
+            **_YI_6B,
+            "num_hidden_layers": 60,
+            "hidden_size": 7168,
+            "intermediate_size": 20_480,
+            "num_attention_heads": 56,
+            "num_key_value_heads": 8,
+        },
     },
 )

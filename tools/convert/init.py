@@ -52,7 +52,7 @@ def run(
         changes["vocab_size"] = tokens.pop("vocab_size")
     types = {"dtype": kind.name, "torch_dtype": kind.name}
     if model_config is not None:
-        given_config = registry.completed(read_config(model_config), tokenizer or model_config.parent)
+        given_config = registry.with_auxiliary_fields(read_config(model_config), tokenizer or model_config.parent)
         registry.from_config(given_config)
         config = for_transformers_4_and_5(given_config | changes | tokens | types)
     else:

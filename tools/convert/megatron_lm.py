@@ -20,7 +20,7 @@ from shared.checkpoint.dtypes import Dtype, weight_dtype
 from shared.checkpoint.formats.megatron_lm_ranks import Ranks, read_ranks
 from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.errors import UserError
-from shared.families.common.gated_delta_net import DELTA_PARTS
+from shared.families.common.gated_delta_net import IN_PROJ_PARTS
 from shared.mapping.layout import Shape
 from shared.mapping.rule import Entry, Table
 from tools.convert.megatron_lm_names import HEAD, Place, place_of, spelt
@@ -103,7 +103,7 @@ class MegatronLmReader:
         if info.shape[:1] != (sum(sizes),):
             raise UserError(f"{info.place}: {info.name} is {list(info.shape)}, config.json asks for {sum(sizes)} rows")
         start = info.start
-        for part, rows in zip(DELTA_PARTS, sizes, strict=False):
+        for part, rows in zip(IN_PROJ_PARTS, sizes, strict=False):
             piece = replace(info, shape=(rows, *info.shape[1:]), start=start, size=rows * info.row_bytes)
             yield replace(place, key=f"{place.key}.{part}"), piece
             start += piece.size

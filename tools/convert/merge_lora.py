@@ -100,7 +100,7 @@ def _plan(reader: HfReader, changes: Changes, table: Table) -> Merge:
                 layout = layout.with_tensor(tied.name, embedding.dtype, embedding.shape)
     if untied:
         # refuses by name what cannot be untied
-        registry.from_config(registry.completed(untied_config(reader.config), reader.path))
+        registry.from_config(registry.with_auxiliary_fields(untied_config(reader.config), reader.path))
     copies = {tied.name: tied.tied_to for tied in table.tied_tensors if tied.always}
     return Merge(reader=reader, changes=changes, layout=layout, untied=untied, copies=copies)
 

@@ -125,7 +125,7 @@ def _spelt_as(config: Mapping[str, Any], family: str) -> bool:
     wanted = registry.FAMILIES[family]
     named = (config.get("model_type"), config.get("architectures"))
     # As JSON, where 6 is not 6.0.
-    same = json.dumps(wanted.today(config), sort_keys=True) == json.dumps(config, sort_keys=True)
+    same = json.dumps(wanted.without_legacy_names(config), sort_keys=True) == json.dumps(config, sort_keys=True)
     return same and named == (wanted.model_types[0], [wanted.hf_class])
 
 

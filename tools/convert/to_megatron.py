@@ -29,7 +29,7 @@ def run(
     inputs = inputs_of(source, hf_files)
     with publish_sharded(target, kind="megatron", inputs=inputs, overwrite=overwrite, shard=shard) as out:
         checkpoint, reader = open_hf_source(source, hf_files)
-        declared = registry.from_config(registry.completed(reader.config, source))
+        declared = registry.from_config(registry.with_auxiliary_fields(reader.config, source))
         architecture = with_stored_mtp(declared, reader.weights, source)
         plan = plan_import(reader, architecture, registry.table_of(architecture))
         layout = torch_dist_layout(plan, reader)

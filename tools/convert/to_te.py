@@ -31,7 +31,7 @@ def run(
     inputs = inputs_of(source, hf_files)
     with publish_sharded(target, kind="te", inputs=inputs, overwrite=overwrite, shard=shard) as out:
         checkpoint, reader = open_hf_source(source, hf_files)
-        architecture = registry.from_config(registry.completed(reader.config, source))
+        architecture = registry.from_config(registry.with_auxiliary_fields(reader.config, source))
         form = te_form(registry.table_of(architecture), architecture)
         plan = plan_import(reader, architecture, form.table)
         layout, files = te_layout(plan, reader, form.extra_states)

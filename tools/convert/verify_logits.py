@@ -20,7 +20,7 @@ from shared.cli import log
 from shared.console import quantity
 from shared.errors import StageError
 from shared.families import registry
-from shared.families.common.transformers_workarounds import completed
+from shared.families.common.transformers_workarounds import with_workarounds
 from shared.model.prefix_lm import prefix_inputs, with_blank
 from shared.quantized.scheme import quantization_scheme
 from tools.convert.remote import remote_class
@@ -150,7 +150,7 @@ def _transformers(source: Path, ids: torch.Tensor, trust_remote_code: bool) -> t
     else:
         kind, known = _known(config)
         model = kind.from_pretrained(source, config=known, **options, local_files_only=True)
-    return _logits(completed(model), ids)
+    return _logits(with_workarounds(model), ids)
 
 
 def _logits(model: Any, ids: torch.Tensor, **further: torch.Tensor) -> torch.Tensor:
@@ -162,7 +162,7 @@ def _logits(model: Any, ids: torch.Tensor, **further: torch.Tensor) -> torch.Ten
 
 def _placed(architecture: Architecture, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Positions `[batch, 2, sequence]` and mask, 1 where a position is seen, of classes whose tokenizer makes them."""
-    if architecture.prefix is None or not registry.FAMILIES[architecture.family].placed:
+    if architecture.prefix is None or not registry.FAMILIES[architecture.family].explicit_positions:
         return {}
     streams, mask = prefix_inputs(architecture.prefix, ids, None, None)
     return {"position_ids": streams.transpose(0, 1), "attention_mask": mask.long()}
@@ -209,4 +209,6 @@ def _known(config: dict[str, Any]) -> tuple[Any, Any]:
 
     family = registry.family_of(config)
     kind = getattr(transformers, family.hf_class)
-    return kind, kind.config_class.from_dict({**family.today(config), "model_type": kind.config_class.model_type})
+    return kind, kind.config_class.from_dict(
+        {**family.without_legacy_names(config), "model_type": kind.config_class.model_type}
+    )

@@ -14,7 +14,7 @@ from shared.checkpoint.directory.auxiliary_files import finish_hf_directory
 from shared.checkpoint.directory.open import open_checkpoint
 from shared.data.tokenizer import open_tokenizer
 from shared.errors import StageError, UserError
-from shared.families.common.transformers_workarounds import completed
+from shared.families.common.transformers_workarounds import with_workarounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def load_policy(source: Source, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, local_files_only=True)
-    return completed(model).eval()
+    return with_workarounds(model).eval()
 
 
 class Critic(nn.Module):
@@ -98,8 +98,8 @@ def load_critic(path: Path, dtype: torch.dtype, *, vocab_size: int) -> Critic:
         head = getattr(model, "score", None)
         if not isinstance(head, nn.Linear) or head.out_features != 1:
             raise UserError(f"--critic {path}: {type(model).__name__} has no head of one score to start a critic from")
-        return Critic(completed(model).base_model, head).eval()
-    body = completed(AutoModel.from_pretrained(path, dtype=dtype, local_files_only=True))
+        return Critic(with_workarounds(model).base_model, head).eval()
+    body = with_workarounds(AutoModel.from_pretrained(path, dtype=dtype, local_files_only=True))
     width = body.get_input_embeddings().embedding_dim  # as wide as what it gives; OPT 350M's layers are wider
     head = nn.Linear(width, 1, bias=False, dtype=dtype)
     nn.init.zeros_(head.weight)

@@ -1,14 +1,35 @@
-"""Fields of the decoders that are spelt as LLaMA's: `hidden_size`, `num_key_value_heads`, `rope_theta`..."""
+"""A decoder as a config.json describes it: the fields that families have in common, and the Architecture made of them.
+
+`read_decoder` reads the fields under a family's `Spelling`; the family adds the rest with `Decoder.build`. `write_decoder` is the
+way back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from shared.architecture.architecture import Activation, Architecture
+from shared.architecture.architecture import (
+    MLP,
+    MTP,
+    Activation,
+    Architecture,
+    Attention,
+    Embedding,
+    Head,
+    LatentAttention,
+    Layer,
+    MoE,
+    Norm,
+    NormPlacement,
+    PrefixLM,
+    Residual,
+    Rotary,
+)
+from shared.architecture.layer import Mixer
+from shared.errors import UserError
 from shared.families.common.fields import Fields, rope_fields
-from shared.families.common.tensor_table import Names, decoder_table
-from shared.mapping.rule import Table
 
 SILU: Mapping[str, Activation] = {"silu": "swiglu", "swish": "swiglu"}
 GELU: Mapping[str, Activation] = {
@@ -18,72 +39,218 @@ GELU: Mapping[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
+_ACTIVATION_NAMES: Mapping[Activation, str] = {
+    "swiglu": "silu",
+    "quick_geglu": "silu",  # gpt-oss
+    "geglu_tanh": "gelu_pytorch_tanh",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "relu": "relu",
+}
+_NOTHING: Mapping[str, Any] = {}
 
 
-def common_fields(
+@dataclass(frozen=True, kw_only=True)
+class Spelling:
+    """What config.json calls the fields; the defaults are LLaMA's. None: the family has no such field."""
+
+    layers: str = "num_hidden_layers"
+    hidden: str = "hidden_size"
+    ffn: str | None = "intermediate_size"  # None: 4 * hidden, unless the family says otherwise
+    heads: str = "num_attention_heads"
+    groups: str | None = "num_key_value_heads"  # None: as many as heads
+    head_dim: str | None = "head_dim"  # None: hidden / heads
+    vocab: str = "vocab_size"
+    positions: str = "max_position_embeddings"
+    epsilon: str | None = "rms_norm_eps"
+    activation: str | None = "hidden_act"
+    tied: str | None = "tie_word_embeddings"
+    initializer_range: str | None = "initializer_range"
+    attention_dropout: str | None = "attention_dropout"
+    hidden_dropout: str | None = None
+    embedding_dropout: str | None = None
+
+
+LLAMA = Spelling()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """What the common fields say: arguments of the Architecture's values, by value."""
+
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    initializer_range: float
+    attention: dict[str, Any]
+    mlp: dict[str, Any]
+    norm: dict[str, Any]
+    head: dict[str, Any]
+    residual: dict[str, Any] = field(default_factory=dict)
+    embedding: dict[str, Any] = field(default_factory=dict)
+    local_theta: float | None = None  # rotary base of layers with a sliding window, where it is given
+
+    @property
+    def heads(self) -> int:
+        return int(self.attention["heads"])
+
+    @property
+    def head_dim(self) -> int:
+        return int(self.attention["head_dim"])
+
+    @property
+    def rotary(self) -> Rotary:
+        rotary: Rotary = self.attention["rotary"]
+        return rotary
+
+    def expert(self, ffn_hidden_size: int, **further: Any) -> MLP:
+        """An expert, with the MLP's activation."""
+        return MLP(**{**self.mlp, "ffn_hidden_size": ffn_hidden_size, **further})
+
+    def build(
+        self,
+        family: str,
+        *,
+        mixer: Mixer | None = None,
+        attention: Mapping[str, Any] = _NOTHING,
+        mlp: Mapping[str, Any] = _NOTHING,
+        moe: MoE | None = None,
+        dense_layers: Collection[int] = (),
+        norm: Mapping[str, Any] = _NOTHING,
+        norm_placement: NormPlacement = "pre",
+        residual: Mapping[str, Any] = _NOTHING,
+        embedding: Mapping[str, Any] = _NOTHING,
+        embedding_norm: bool = False,
+        head: Mapping[str, Any] = _NOTHING,
+        final_norm: bool = True,
+        vary: Callable[[int, Layer], Layer] | None = None,
+        mtp: int = 0,
+        prefix: PrefixLM | None = None,
+    ) -> Architecture:
+        """The Architecture, with what the family adds to each value.
+
+        Args:
+            family: its name.
+            mixer: in place of Attention.
+            moe: in place of the MLP, but in `dense_layers`.
+            vary: layers that differ: their index from 0 and the layer that all would be, to the layer.
+            mtp: MTP layers, each around the layer that all would be.
+        """
+        norms = Norm(**{**self.norm, **norm})
+        dense = MLP(**{**self.mlp, **mlp})
+        common = Layer(
+            mixer=mixer or Attention(**{**self.attention, **attention}),
+            mlp=moe or dense,
+            norm=norms,
+            norm_placement=norm_placement,
+            residual=Residual(**{**self.residual, **residual}),
+        )
+
+        def layer(index: int) -> Layer:
+            own = replace(common, mlp=dense) if index in dense_layers else common
+            return vary(index, own) if vary else own
+
+        shared: dict[Layer, Layer] = {}
+        layers = tuple(shared.setdefault(own, own) for own in map(layer, range(self.num_layers)))
+        return Architecture(
+            family=family,
+            hidden_size=self.hidden_size,
+            vocab_size=self.vocab_size,
+            max_position_embeddings=self.max_position_embeddings,
+            embedding=Embedding(**{**self.embedding, "norm": norms if embedding_norm else None, **embedding}),
+            layers=layers,
+            head=Head(**{**self.head, "norm": norms if final_norm else None, **head}),
+            mtp=MTP(depth=mtp, layer=common) if mtp else None,
+            prefix=prefix,
+            initializer_range=self.initializer_range,
+            unused_ffn_hidden_size=None if any(own.mlp is dense for own in shared) else dense.ffn_hidden_size,
+        )
+
+
+def read_decoder(
     fields: Fields,
+    spelling: Spelling = LLAMA,
     *,
+    rotary: bool = True,
     default_theta: float = 10_000.0,
-    epsilon: str = "rms_norm_eps",
+    rotary_fraction: float | None = None,
+    interleaved: bool = False,
+    rope_by_kind: bool = False,
+    default_head_dim: int | None = None,
+    ffn_ratio: int | None = None,
+    default_positions: int | None = None,
     default_epsilon: float = 1e-6,
     activations: Mapping[str, Activation] = SILU,
-    activation_field: str = "hidden_act",
     default_activation: str = "silu",
-    rotary_fraction: float | None = None,
-    rope_by_kind: bool = False,
     tied: bool = False,
     initializer_range: float = 0.02,
-    dropout: bool = False,
-) -> dict[str, Any]:
-    """The fields of an Architecture that all of these families spell alike.
+    dropout: float | None = None,
+) -> Decoder:
+    """The common fields. Defaults are those of the transformers classes, of fields that files may leave out.
 
-    Defaults are those of the transformers classes, for fields that their files may leave out; `rotary_fraction` is
-    the default of `partial_rotary_factor` in families that have it, and `rope_by_kind` says that layers with a sliding
-    window have rotary embedding of their own. Attention's dropout is refused unless zero, as in
-    every released model of most families; those that release models with one say `dropout` and read it.
+    Args:
+        fields: of the config.json.
+        spelling: their names.
+        rotary: whether rotary embedding is in the fields `rope_theta`, `rope_scaling`, `rope_parameters`.
+        rotary_fraction: default of `partial_rotary_factor`; None: the family has no such field.
+        interleaved: the rotated pairs are neighbours.
+        rope_by_kind: layers with a sliding window have rotary embedding of their own.
+        ffn_ratio: default of the MLP's size, by the hidden size.
+        dropout: default of every kind of dropout; None: attention's is refused unless zero.
     """
-    if not dropout:
-        fields.expect("attention_dropout", 0, 0.0, why="train without dropout, or set it to 0.0")
-    hidden, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
-    positions = fields.get("max_position_embeddings", int)
-    head_dim = fields.get("head_dim", int, hidden // heads)
-    if rope_by_kind:
-        theta, scaling, window_theta = fields.rope_by_kind(default_theta, positions)
-    else:
-        theta, scaling = fields.rope(default_theta, positions, partial=rotary_fraction is not None)
-        window_theta = None
-    return {
-        "num_layers": fields.get("num_hidden_layers", int),
-        "hidden_size": hidden,
-        "ffn_hidden_size": fields.get("intermediate_size", int),
-        "num_attention_heads": heads,
-        "num_query_groups": fields.get("num_key_value_heads", int, heads),
+    if dropout is None and spelling.attention_dropout:
+        fields.expect(spelling.attention_dropout, 0, 0.0, why="train without dropout, or set it to 0.0")
+    hidden, heads = fields.get(spelling.hidden, int), fields.get(spelling.heads, int)
+    positions = fields.get(spelling.positions, int, default_positions)
+    head_dim = default_head_dim or hidden // heads
+    head_dim = fields.get(spelling.head_dim, int, head_dim) if spelling.head_dim else head_dim
+    attention: dict[str, Any] = {
+        "heads": heads,
+        "groups": fields.get(spelling.groups, int, heads) if spelling.groups else heads,
         "head_dim": head_dim,
-        "vocab_size": fields.get("vocab_size", int),
-        "max_position_embeddings": positions,
-        "norm_epsilon": fields.get(epsilon, float, default_epsilon),
-        "activation": activation(fields, activation_field, activations, default_activation),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "window_rope_theta": window_theta,
-        "rotary_dim": None if rotary_fraction is None else rotary_dim(fields, head_dim, rotary_fraction),
-        "tied_embeddings": fields.get("tie_word_embeddings", bool, tied),
-        "initializer_range": fields.get("initializer_range", float, initializer_range),
     }
+    local_theta = None
+    if rotary:
+        if rope_by_kind:
+            theta, scaling, local_theta = fields.rope_by_kind(default_theta, positions)
+        else:
+            theta, scaling = fields.rope(default_theta, positions, partial=rotary_fraction is not None)
+        dim = None if rotary_fraction is None else rotary_dim(fields, head_dim, rotary_fraction)
+        attention["rotary"] = Rotary(theta=theta, scaling=scaling, dim=dim, interleaved=interleaved)
+
+    def dropped(name: str | None) -> float:
+        return 0.0 if name is None or dropout is None else float(fields.get(name, float, dropout))
+
+    attention["dropout"] = dropped(spelling.attention_dropout)
+    ffn = 4 * hidden
+    if spelling.ffn:
+        ffn = fields.get(spelling.ffn, int, None if ffn_ratio is None else ffn_ratio * hidden)
+    mlp: dict[str, Any] = {"ffn_hidden_size": ffn}
+    if spelling.activation:
+        mlp["activation"] = activation(fields, spelling.activation, activations, default_activation)
+    return Decoder(
+        num_layers=fields.get(spelling.layers, int),
+        hidden_size=hidden,
+        vocab_size=fields.get(spelling.vocab, int),
+        max_position_embeddings=positions,
+        initializer_range=fields.get(spelling.initializer_range, float, initializer_range)
+        if spelling.initializer_range
+        else initializer_range,
+        attention=attention,
+        mlp=mlp,
+        norm={"epsilon": fields.get(spelling.epsilon, float, default_epsilon) if spelling.epsilon else default_epsilon},
+        head={"tied": fields.get(spelling.tied, bool, tied) if spelling.tied else tied},
+        residual={"dropout": dropped(spelling.hidden_dropout)},
+        embedding={"dropout": dropped(spelling.embedding_dropout)},
+        local_theta=local_theta,
+    )
 
 
 def activation(fields: Fields, field: str, known: Mapping[str, Activation], default: str) -> Activation:
-    """The architecture's name of the MLP's function."""
-    fields.expect(field, *known, why=f"computed here: {', '.join(known)}")
+    """The architecture's name of the MLP's activation."""
+    fields.expect(field, *known, why=f"supported: {', '.join(known)}")
     return known[fields.get(field, str, default)]
-
-
-def gelu_name(a: Architecture) -> str:
-    """Hugging Face's name of an MLP's function without a gate; ValueError for one with."""
-    names = {GELU[name]: name for name in ("gelu", "gelu_pytorch_tanh", "relu")}
-    if a.activation not in names:
-        raise ValueError(f"its MLP's function is {a.activation}")
-    return names[a.activation]
 
 
 def rotary_dim(fields: Fields, head_dim: int, default: float, name: str = "partial_rotary_factor") -> int | None:
@@ -92,40 +259,81 @@ def rotary_dim(fields: Fields, head_dim: int, default: float, name: str = "parti
     return None if rotated == head_dim else rotated
 
 
-def full_attention_only(fields: Fields, num_layers: int) -> None:
-    """Qwen's sliding windows: present in the files, off in every released dense model."""
-    fields.expect("use_sliding_window", False, why="sliding-window attention is not computed here")
-    fields.expect("layer_types", ["full_attention"] * num_layers, why="only full attention is computed here")
-    fields.ignore("sliding_window", "max_window_layers")  # without effect while use_sliding_window is false
+def with_mixer(layer: Layer, **changes: Any) -> Layer:
+    """The layer with its mixer changed."""
+    return replace(layer, mixer=replace(layer.mixer, **changes))
 
 
-def written_fields(
-    a: Architecture,
-    *,
-    epsilon: str = "rms_norm_eps",
-    activation_field: str = "hidden_act",
-    activation: str = "silu",
-    partial: bool = False,
+def attention_of(a: Architecture) -> Attention:
+    """Attention of a family without MLA."""
+    assert isinstance(a.attention, Attention)
+    return a.attention
+
+
+def mlp_of(a: Architecture) -> MLP:
+    """The MLP of a family without MoE."""
+    assert a.mlp is not None
+    return a.mlp
+
+
+def moe_of(a: Architecture) -> MoE:
+    """MoE of a family that has it."""
+    assert a.moe is not None
+    return a.moe
+
+
+def rotary_of(a: Architecture) -> Rotary:
+    """Rotary embedding of the layers without a sliding window, or of those with one where all have one."""
+    mixers = [kind.mixer for kind in a.kinds if isinstance(kind.mixer, Attention | LatentAttention)]
+    full = (m.rotary for m in mixers if not isinstance(m, Attention) or m.window is None)
+    return next((rotary for rotary in full if rotary), None) or local_rotary_of(a) or Rotary()
+
+
+def local_rotary_of(a: Architecture) -> Rotary | None:
+    """Rotary embedding of the layers with a sliding window."""
+    mixers = [kind.mixer for kind in a.kinds]
+    return next((m.rotary for m in mixers if isinstance(m, Attention) and m.window is not None and m.rotary), None)
+
+
+def write_decoder(
+    a: Architecture, spelling: Spelling = LLAMA, *, rotary: bool = True, partial: bool = False, head_dim: bool = True
 ) -> dict[str, Any]:
-    """`common_fields` backwards."""
-    return {
-        "num_hidden_layers": a.num_layers,
-        "hidden_size": a.hidden_size,
-        "intermediate_size": a.ffn_hidden_size,
-        "num_attention_heads": a.num_attention_heads,
-        "num_key_value_heads": a.num_query_groups,
-        "head_dim": a.head_dim,
-        "vocab_size": a.vocab_size,
-        "max_position_embeddings": a.max_position_embeddings,
-        activation_field: activation,
-        epsilon: a.norm_epsilon,
-        "tie_word_embeddings": a.tied_embeddings,
-        "attention_dropout": a.attention_dropout,
-        "initializer_range": a.initializer_range,
-        **rope_fields(a.rope_theta, a.rope_scaling, a.rotated / a.head_dim if partial else None),
+    """`read_decoder` backwards.
+
+    Args:
+        a: of the model.
+        spelling: names of the fields.
+        rotary: whether rotary embedding is in `rope_theta` and its like.
+        partial: whether the family has `partial_rotary_factor`.
+        head_dim: whether it is written: some classes take hidden / heads alone.
+    """
+    ffn = a.mlp.ffn_hidden_size if a.mlp else a.unused_ffn_hidden_size
+    given: dict[str | None, Any] = {
+        spelling.layers: a.num_layers,
+        spelling.hidden: a.hidden_size,
+        spelling.ffn: ffn,
+        spelling.heads: a.attention.heads,
+        spelling.groups: a.attention.groups,
+        spelling.head_dim if head_dim else None: a.attention.head_dim,
+        spelling.vocab: a.vocab_size,
+        spelling.positions: a.max_position_embeddings,
+        spelling.activation: _activation_name(a.feed_forward.activation) if spelling.activation else None,
+        spelling.epsilon: a.layers[0].norm.epsilon,
+        spelling.tied: a.head.tied,
+        spelling.attention_dropout: a.attention.dropout,
+        spelling.hidden_dropout: a.layers[0].residual.dropout,
+        spelling.embedding_dropout: a.embedding.dropout,
+        spelling.initializer_range: a.initializer_range,
     }
+    written = {name: value for name, value in given.items() if name is not None}
+    if rotary:
+        of_layers = rotary_of(a)
+        fraction = a.attention.rotary_dim / a.attention.head_dim if partial else None
+        written |= rope_fields(of_layers.theta, of_layers.scaling, fraction)
+    return written
 
 
-def table(a: Architecture) -> Table:
-    """Tensors under LLaMA's names."""
-    return decoder_table(a, Names())
+def _activation_name(activation: Activation) -> str:
+    if activation not in _ACTIVATION_NAMES:
+        raise UserError(f"transformers has no name of the activation {activation}")
+    return _ACTIVATION_NAMES[activation]

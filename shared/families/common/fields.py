@@ -130,7 +130,7 @@ class Fields:
     def rope_by_kind(
         self, default_theta: float, max_position_embeddings: int
     ) -> tuple[float, RopeScaling | None, float | None]:
-        """The same where layers with a sliding window have rotary embedding of their own, and the base of theirs.
+        """The same where layers with a sliding window have rotary embedding of their own, and the base of that.
 
         `rope_parameters` holds those of `full_attention` and `sliding_attention` then; the base is None unless given.
         """
@@ -184,7 +184,7 @@ _LONGROPE = {"short_factor", "long_factor"}
 _PLAIN = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 _LLAMA3 = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 _YARN = {"factor", "original_max_position_embeddings"}
-_YARN_UNREAD = {"finetuned"}  # of the code that came with the first models, which reads it for dynamic scaling only
+_YARN_IGNORED = {"finetuned"}  # of the code that came with the first models, which reads it for dynamic scaling only
 _YARN_OPTIONS = {"beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"}
 
 
@@ -216,7 +216,7 @@ def _scaling(
         raise UserError(f"config.json: {field} of type {kind!r} is not supported; supported: {known}")
     allowed = needed | {"original_max_position_embeddings"}  # written, never read, for default, linear and dynamic
     if kind == "yarn":
-        allowed = allowed | _YARN_OPTIONS | _YARN_UNREAD
+        allowed = allowed | _YARN_OPTIONS | _YARN_IGNORED
     if kind == "longrope":
         allowed = allowed | {"factor", "attention_factor"}
     if missing := needed - {name for name in given if given[name] is not None}:
@@ -296,9 +296,9 @@ def rope_fields(theta: float, scaling: RopeScaling | None, fraction: float | Non
     }
 
 
-def rope_fields_by_kind(theta: float, scaling: RopeScaling | None, window_theta: float | None) -> dict[str, Any]:
+def rope_fields_by_kind(theta: float, scaling: RopeScaling | None, local_theta: float) -> dict[str, Any]:
     """`rope_parameters` where layers with a sliding window have rotary embedding of their own."""
-    windowed = {"rope_theta": theta if window_theta is None else window_theta, "rope_type": "default"}
+    windowed = {"rope_theta": local_theta, "rope_type": "default"}
     full = {"rope_theta": theta, **_written_scaling(scaling)}
     return {"rope_parameters": {"full_attention": full, "sliding_attention": windowed}}
 

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
-from shared.architecture.version_1 import Delta as DeltaNet
+from shared.architecture.architecture import Architecture, GatedDeltaNet
 from shared.families.common.fields import Fields
 from shared.mapping.layout import CONCAT, RowLayout, SplitInterleaved
 from shared.mapping.rule import Rule, Source
 
-DELTA_PARTS = (
-    "query",
-    "key",
-    "value",
-    "z",
-    "beta",
-    "alpha",
-)  # Megatron-Core's names; a checkpoint holds each by itself
+# Megatron-Core's names of the parts of `in_proj`; a checkpoint holds each by itself.
+IN_PROJ_PARTS = ("query", "key", "value", "z", "beta", "alpha")
 
 
-def delta_rules(a: Architecture, delta: DeltaNet, key: str, name: str) -> Iterator[Rule]:
+def gated_delta_net_rules(
+    net: GatedDeltaNet, hidden: int, layers: Sequence[int], key: str, name: str, *, zero_centered_gamma: bool
+) -> Iterator[Rule]:
     """Tensors under `key` of those under `name`, both with `{layer}` in them.
 
     Hugging Face's `in_proj_qkvz` is `[q1 k1 v1 z1 | q2 k2 v2 z2 | ...]` by heads of keys, with the heads of values that
@@ -32,30 +27,28 @@ def delta_rules(a: Architecture, delta: DeltaNet, key: str, name: str) -> Iterat
 
     def rule(megatron: str, source: str, *shape: int, layout: RowLayout = CONCAT, **of_source: Any) -> Rule:
         sources = (Source(name=name + source, shape=shape, **of_source),)
-        return Rule(megatron=f"{key}.{megatron}", axes=("layer",), layers=delta.layers, sources=sources, layout=layout)
+        return Rule(megatron=f"{key}.{megatron}", axes=("layer",), layers=tuple(layers), sources=sources, layout=layout)
 
-    hidden, k, v, heads = a.hidden_size, delta.key_size, delta.value_size, delta.value_heads
+    k, v, heads = net.key_size, net.value_size, net.value_heads
     for source, rows in (("in_proj_qkvz", (k, k, v, v)), ("in_proj_ba", (heads, heads))):
-        parts = DELTA_PARTS[:4] if len(rows) == 4 else DELTA_PARTS[4:]
+        parts = IN_PROJ_PARTS[:4] if len(rows) == 4 else IN_PROJ_PARTS[4:]
         for place, part in enumerate(parts):
-            layout = SplitInterleaved(parts=rows, groups=delta.key_heads, part=place)
+            layout = SplitInterleaved(parts=rows, groups=net.key_heads, part=place)
             yield rule(f"in_proj.weight.{part}", f"{source}.weight", sum(rows), hidden, layout=layout)
-    for place, part in enumerate(DELTA_PARTS[:3]):
+    for place, part in enumerate(IN_PROJ_PARTS[:3]):
         layout = SplitInterleaved(parts=(k, k, v), groups=1, part=place)
-        yield rule(f"conv1d.weight.{part}", "conv1d.weight", 2 * k + v, 1, delta.conv_kernel, layout=layout)
+        yield rule(f"conv1d.weight.{part}", "conv1d.weight", 2 * k + v, 1, net.conv_kernel, layout=layout)
     yield rule("A_log", "A_log", heads, init="log")
     yield rule("dt_bias", "dt_bias", heads, init="one")
     # Hugging Face stores this norm's weight as it is; Megatron-Core has one switch for all norms.
-    yield replace(
-        rule("out_norm.weight", "norm.weight", delta.value_head_dim), zero_centered_gamma=a.norm == "rmsnorm_1p"
-    )
+    norm = rule("out_norm.weight", "norm.weight", net.value_head_dim)
+    yield replace(norm, zero_centered_gamma=zero_centered_gamma)
     yield rule("out_proj.weight", "out_proj.weight", hidden, v)
 
 
-def delta_fields(fields: Fields, layers: tuple[int, ...]) -> DeltaNet:
-    """What a configuration says of them."""
-    return DeltaNet(
-        layers=layers,
+def read_gated_delta_net(fields: Fields) -> GatedDeltaNet:
+    """The fields of gated delta nets."""
+    return GatedDeltaNet(
         key_heads=fields.get("linear_num_key_heads", int, 16),
         value_heads=fields.get("linear_num_value_heads", int, 32),
         key_head_dim=fields.get("linear_key_head_dim", int, 128),
@@ -64,12 +57,14 @@ def delta_fields(fields: Fields, layers: tuple[int, ...]) -> DeltaNet:
     )
 
 
-def written_delta_fields(delta: DeltaNet) -> dict[str, Any]:
-    """The same backwards."""
+def write_gated_delta_net(a: Architecture) -> dict[str, Any]:
+    """`read_gated_delta_net` backwards."""
+    net = a.delta_net
+    assert net is not None
     return {
-        "linear_num_key_heads": delta.key_heads,
-        "linear_num_value_heads": delta.value_heads,
-        "linear_key_head_dim": delta.key_head_dim,
-        "linear_value_head_dim": delta.value_head_dim,
-        "linear_conv_kernel_dim": delta.conv_kernel,
+        "linear_num_key_heads": net.key_heads,
+        "linear_num_value_heads": net.value_heads,
+        "linear_key_head_dim": net.key_head_dim,
+        "linear_value_head_dim": net.value_head_dim,
+        "linear_conv_kernel_dim": net.conv_kernel,
     }

@@ -1,12 +1,12 @@
-"""How many experts, and in which layers, as Qwen's and DeepSeek's configurations say it."""
+"""MoE as Qwen's and DeepSeek's configurations say it: how many experts, and in which layers."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from shared.architecture.architecture import Architecture
-from shared.architecture.version_1 import Experts
+from shared.architecture.architecture import MLP, Architecture, MoE
 from shared.errors import UserError
+from shared.families.common.decoder import Decoder
 from shared.families.common.fields import Fields
 
 
@@ -18,8 +18,8 @@ def expert_count(fields: Fields, default: int) -> int:
     return old or new or default
 
 
-def dense_layers(fields: Fields, num_layers: int) -> tuple[int, ...]:
-    """Layers with an ordinary MLP: those of `mlp_only_layers`, and all but every `decoder_sparse_step`-th."""
+def read_dense_layers(fields: Fields, num_layers: int) -> tuple[int, ...]:
+    """Layers with an MLP: those of `mlp_only_layers`, and all but every `decoder_sparse_step`-th."""
     step = fields.get("decoder_sparse_step", int, 1)
     named = fields.get("mlp_only_layers", list, [])
     if step < 1:
@@ -30,50 +30,86 @@ def dense_layers(fields: Fields, num_layers: int) -> tuple[int, ...]:
     return dense
 
 
-def written_dense_layers(experts: Experts) -> dict[str, Any]:
-    """The same backwards."""
-    return {"decoder_sparse_step": 1, "mlp_only_layers": list(experts.dense_layers)}
-
-
-def deepseek_experts(fields: Fields, num_layers: int, *, dense: int, grouped: bool, group_score_of: int) -> Experts:
-    """DeepSeek's fields; the default number of dense layers is the class's. The scores are the family's to say."""
-    fields.expect("moe_layer_freq", 1, why="layers with experts follow each other in released models")
-    fields.ignore("ep_size")  # how the authors ran it
-    dense = fields.get("first_k_dense_replace", int, dense)
-    if not 0 <= dense < num_layers:
-        raise UserError(f"config.json: first_k_dense_replace is {dense}, which leaves no layer with experts")
-    size = fields.get("moe_intermediate_size", int)
-    groups, top = fields.optional("n_group", int), fields.optional("topk_group", int)
-    return Experts(
-        count=fields.get("n_routed_experts", int),
-        top_k=fields.get("num_experts_per_tok", int),
-        ffn_hidden_size=size,
-        scaling=fields.get("routed_scaling_factor", float, 1.0),
-        groups=groups or 1 if grouped else 1,
-        top_groups=top or 1 if grouped else 1,
-        group_score_of=group_score_of,
-        shared_ffn_hidden_size=fields.get("n_shared_experts", int) * size,
-        auxiliary_loss=fields.get("aux_loss_alpha", float, 0.0),
-        auxiliary_loss_of="sequence" if fields.get("seq_aux", bool, True) else "batch",
-        dense_layers=tuple(range(dense)),
+def read_qwen_moe(
+    fields: Fields,
+    decoder: Decoder,
+    *,
+    experts: int,
+    top_k: int,
+    size: int,
+    normalized: bool,
+    shared: int | None = None,
+) -> MoE:
+    """Qwen's fields; the further arguments are the class's defaults, `shared` of the shared expert where there is one."""
+    if shared is not None:
+        shared = fields.get("shared_expert_intermediate_size", int, shared)
+    return MoE(
+        experts=experts,
+        top_k=fields.get("num_experts_per_tok", int, top_k),
+        expert=decoder.expert(fields.get("moe_intermediate_size", int, size)),
+        shared=None if shared is None else decoder.expert(shared),
+        shared_gate=shared is not None,
+        normalized=fields.get("norm_topk_prob", bool, normalized),
+        auxiliary_loss=fields.get("router_aux_loss_coef", float, 0.001),
     )
 
 
-def written_deepseek_experts(a: Architecture) -> dict[str, Any]:
-    """The same backwards."""
-    experts = a.experts
-    assert experts is not None
-    assert experts.shared_ffn_hidden_size is not None
+def write_qwen_moe(a: Architecture) -> dict[str, Any]:
+    """`read_qwen_moe` backwards, with the dense layers."""
+    assert a.moe is not None
     return {
-        "first_k_dense_replace": len(experts.dense_layers),
+        "num_experts": a.moe.experts,
+        "num_experts_per_tok": a.moe.top_k,
+        "moe_intermediate_size": a.moe.expert.ffn_hidden_size,
+        "norm_topk_prob": a.moe.normalized,
+        **({"shared_expert_intermediate_size": a.moe.shared.ffn_hidden_size} if a.moe.shared else {}),
+        "router_aux_loss_coef": a.moe.auxiliary_loss,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(a.layers_of(MLP)),
+    }
+
+
+def read_deepseek_moe(
+    fields: Fields, decoder: Decoder, *, dense: int, grouped: bool, **of_the_family: Any
+) -> tuple[MoE, range]:
+    """DeepSeek's fields, and the dense layers, whose default number is the class's."""
+    fields.expect("moe_layer_freq", 1, why="layers with experts follow each other in released models")
+    fields.ignore("ep_size")  # how the authors ran it
+    dense = fields.get("first_k_dense_replace", int, dense)
+    if not 0 <= dense < decoder.num_layers:
+        raise UserError(f"config.json: first_k_dense_replace is {dense}, which leaves no layer with experts")
+    size = fields.get("moe_intermediate_size", int)
+    groups, top = fields.optional("n_group", int), fields.optional("topk_group", int)
+    moe = MoE(
+        experts=fields.get("n_routed_experts", int),
+        top_k=fields.get("num_experts_per_tok", int),
+        expert=decoder.expert(size),
+        shared=decoder.expert(fields.get("n_shared_experts", int) * size),
+        scaling=fields.get("routed_scaling_factor", float, 1.0),
+        groups=groups or 1 if grouped else 1,
+        top_groups=top or 1 if grouped else 1,
+        auxiliary_loss=fields.get("aux_loss_alpha", float, 0.0),
+        auxiliary_loss_over="sequence" if fields.get("seq_aux", bool, True) else "batch",
+        **of_the_family,
+    )
+    return moe, range(dense)
+
+
+def write_deepseek_moe(a: Architecture) -> dict[str, Any]:
+    """`read_deepseek_moe` backwards."""
+    moe = a.moe
+    assert moe is not None
+    assert moe.shared is not None
+    return {
+        "first_k_dense_replace": len(a.layers_of(MLP)),
         "moe_layer_freq": 1,
-        "n_routed_experts": experts.count,
-        "num_experts_per_tok": experts.top_k,
-        "moe_intermediate_size": experts.ffn_hidden_size,
-        "n_shared_experts": experts.shared_ffn_hidden_size // experts.ffn_hidden_size,
-        "routed_scaling_factor": experts.scaling,
-        "n_group": experts.groups,
-        "topk_group": experts.top_groups,
-        "aux_loss_alpha": experts.auxiliary_loss,
-        "seq_aux": experts.auxiliary_loss_of == "sequence",
+        "n_routed_experts": moe.experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.expert.ffn_hidden_size,
+        "n_shared_experts": moe.shared.ffn_hidden_size // moe.expert.ffn_hidden_size,
+        "routed_scaling_factor": moe.scaling,
+        "n_group": moe.groups,
+        "topk_group": moe.top_groups,
+        "aux_loss_alpha": moe.auxiliary_loss,
+        "seq_aux": moe.auxiliary_loss_over == "sequence",
     }

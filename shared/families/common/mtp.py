@@ -1,25 +1,24 @@
-"""Layers that predict tokens further ahead (multi-token prediction): DeepSeek V3's, GLM-4.5's, Qwen3-Next's.
+"""MTP (multi-token prediction) layers: DeepSeek V3's, GLM-4.5's, Qwen3-Next's.
 
-Each is `projection [norm(embedding) ; norm(hidden)]`, a whole decoder layer with attention and experts, and a norm in front
-of the model's own head (DeepSeek V3, section 2.2). Both sides have the embedding's half of the projection's columns
-first: Megatron-Core's `MultiTokenPredictionLayer`, and vLLM's `deepseek_mtp`, `glm4_moe_mtp` and `qwen3_next_mtp`.
+Each is `projection [norm(embedding) ; norm(hidden)]`, a decoder layer with attention and experts, and a norm in front of
+the model's own head (DeepSeek V3, section 2.2). Both sides have the embedding's half of the projection's columns first:
+Megatron-Core's `MultiTokenPredictionLayer`, and vLLM's `deepseek_mtp`, `glm4_moe_mtp` and `qwen3_next_mtp`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
 from shared.mapping.rule import Rule, Source, Table, TiedTensor
 
-_KEY = "mtp."  # of their tensors in Megatron form
+_KEY = "mtp."  # prefix of their keys in Megatron form
 _LAYERS = "decoder.layers."
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictionNames:
+class MTPNames:
     """Hugging Face's names; `{layer}` counts on from the model's layers, `{index}` from 0."""
 
     layer: str
@@ -31,13 +30,13 @@ class PredictionNames:
     embedding: str = ""
     head: str = ""
 
-    def at(self, a: Architecture, index: int) -> PredictionNames:
-        """Those of one layer."""
+    def at(self, a: Architecture, index: int) -> MTPNames:
+        """Those of one MTP layer."""
         given = {name: value.format(layer=a.num_layers + index, index=index) for name, value in vars(self).items()}
-        return PredictionNames(**given)
+        return MTPNames(**given)
 
 
-OF_DEEPSEEK = PredictionNames(
+DEEPSEEK_MTP = MTPNames(
     layer="model.layers.{layer}.",
     embedding_norm="model.layers.{layer}.enorm",
     hidden_norm="model.layers.{layer}.hnorm",
@@ -46,7 +45,7 @@ OF_DEEPSEEK = PredictionNames(
     embedding="model.layers.{layer}.embed_tokens",
     head="model.layers.{layer}.shared_head.head",
 )
-OF_QWEN = PredictionNames(
+QWEN3_NEXT_MTP = MTPNames(
     layer="mtp.layers.{index}.",
     embedding_norm="mtp.pre_fc_norm_embedding",
     hidden_norm="mtp.pre_fc_norm_hidden",
@@ -55,8 +54,8 @@ OF_QWEN = PredictionNames(
 )
 
 
-def prediction_rules(a: Architecture, index: int, names: PredictionNames, layer: Iterable[Rule]) -> Iterator[Rule]:
-    """Rules of one layer, counted from 0.
+def mtp_rules(a: Architecture, index: int, names: MTPNames, layer: Iterable[Rule]) -> Iterator[Rule]:
+    """Rules of one MTP layer, counted from 0.
 
     Args:
         a: of the whole model.
@@ -80,13 +79,13 @@ def prediction_rules(a: Architecture, index: int, names: PredictionNames, layer:
     yield Rule(megatron=f"{key}.final_layernorm.weight", sources=(norm,))
 
 
-def mtp_tied_tensors(names: PredictionNames, embedding: str, head: str) -> Iterator[TiedTensor]:
-    """What one layer's files may have of the model's own tensors, whose names are given."""
+def mtp_tied_tensors(names: MTPNames, embedding: str, head: str) -> Iterator[TiedTensor]:
+    """What one MTP layer's files may have of the model's own tensors, whose names are given."""
     for name, of in ((names.embedding, embedding), (names.head, head)):
         if name:
             yield TiedTensor(name=f"{name}.weight", tied_to=f"{of}.weight", always=True)
 
 
-def of_prediction(table: Table) -> Table:
-    """The part of the table that is about such layers."""
+def mtp_part(table: Table) -> Table:
+    """The part of the table that MTP layers have."""
     return replace(table, rules=tuple(rule for rule in table.rules if rule.megatron.startswith(_KEY)), pass_through=())

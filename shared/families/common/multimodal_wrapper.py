@@ -1,18 +1,17 @@
-"""A language model inside a larger model, as those that see images are published.
+"""A multimodal wrapper: a language model with a vision tower beside it, as models that see images are published.
 
-The language model is of a family that is described by itself; what surrounds it is kept beside the weights as it is. A
-whole adds to the family where the configurations are (`text_config`, `vision_config`), what names begin with, and which
-tensors are beside.
+The language model is of a family that is described by itself; vision tower and projector are kept as pass-through tensors.
+A wrapper says where the configurations are (`text_config`, `vision_config`), what names begin with, and which tensors pass
+through.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
 from shared.architecture.vision import Vision
 from shared.errors import UserError
 from shared.families.common.fields import Fields
@@ -22,8 +21,8 @@ from shared.mapping.rule import PassThroughTensor, PrefixVariants, Table
 _TEXT, _VISION, _TIED = "text_config", "vision_config", "tie_word_embeddings"
 PREFIX = "language_model."  # of the language model's own names
 
-# What files call the parts: first as published and as transformers writes them, then as its class names them.
-SPELLINGS: PrefixVariants = {
+# Prefixes of names: as published and as transformers writes them, then as its class names them.
+PREFIX_VARIANTS: PrefixVariants = {
     f"{PREFIX}model.": ("model.language_model.",),
     f"{PREFIX}lm_head.": ("lm_head.",),
     "multi_modal_projector.": ("model.multi_modal_projector.",),
@@ -31,30 +30,30 @@ SPELLINGS: PrefixVariants = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Whole:
-    """What a larger model adds to the family of the language model in it."""
+class MultimodalWrapper:
+    """What a wrapper adds to the family of the language model in it."""
 
     inner: Family
     model_type: str
     defaults: Mapping[str, Any]  # of fields that `text_config` leaves out, as its class has them
     refused: Mapping[str, str]  # fields of `text_config` that must not be set here, and why
-    unread: tuple[str, ...]  # the whole's own fields, which say nothing of the language model
+    ignored: tuple[str, ...]  # the wrapper's own fields, which say nothing of the language model
     fields: Mapping[str, Any]  # of those, what a new configuration says
     read: Callable[[Fields], Vision]  # of `vision_config`
     write: Callable[[Vision], dict[str, Any]]
-    beside: Callable[[Architecture, Vision], Iterable[PassThroughTensor]]
+    pass_through: Callable[[Architecture, Vision], Iterable[PassThroughTensor]]
     prefix_variants: PrefixVariants
 
     def architecture(self, name: str, given: Fields) -> Architecture:
-        """The language model, and the sizes of what is beside it."""
-        given.ignore(*self.unread)
+        """The language model, with the sizes of the vision tower."""
+        given.ignore(*self.ignored)
         text, vision = given.get(_TEXT, dict), given.get(_VISION, dict)
         tied, own = given.optional(_TIED, bool), text.get(_TIED)
         if tied is False and own is True:
             raise UserError(
                 f"config.json: {_TIED} is false, and true in {_TEXT}: programs disagree on which counts; keep the right one"
             )
-        inside = Fields(self.inner.today(self.language({_TEXT: text, _TIED: tied})))
+        inside = Fields(self.inner.without_legacy_names(self.language({_TEXT: text, _TIED: tied})))
         inside.expect("model_type", *self.inner.model_types, why="the language model of this family is another")
         for field, why in self.refused.items():
             inside.expect(field, why=why)
@@ -68,32 +67,36 @@ class Whole:
         return {**self.defaults, **{field: value for field, value in given.items() if value is not None}}
 
     def table(self, a: Architecture) -> Table:
-        """The language model's tensors, and those that are kept."""
+        """The language model's tensors, and those that pass through."""
         assert a.vision is not None
         table = self.inner.table(a).renamed(lambda name: PREFIX + name)
         return replace(
-            table, pass_through=(*table.pass_through, *self.beside(a, a.vision)), prefix_variants=self.prefix_variants
+            table,
+            pass_through=(*table.pass_through, *self.pass_through(a, a.vision)),
+            prefix_variants=self.prefix_variants,
         )
 
     def config(self, a: Architecture) -> dict[str, Any]:
         """A new configuration's own fields."""
         assert a.vision is not None
         text = {"model_type": self.inner.model_types[0], **self.inner.write(a), "pad_token_id": None}
-        return {_TEXT: text, _VISION: self.write(a.vision), **self.fields, _TIED: a.tied_embeddings}
+        return {_TEXT: text, _VISION: self.write(a.vision), **self.fields, _TIED: a.head.tied}
 
 
-def family_of_whole(whole: Whole, *, name: str, title: str, hf_class: str, sizes: Mapping[str, Architecture]) -> Family:
-    """The family of the larger model."""
+def wrapper_family(
+    wrapper: MultimodalWrapper, *, name: str, title: str, hf_class: str, size_configs: Mapping[str, Mapping[str, Any]]
+) -> Family:
+    """The family of the wrapper."""
     return Family(
         name=name,
-        model_types=(whole.model_type,),
+        model_types=(wrapper.model_type,),
         title=title,
         hf_class=hf_class,
-        language=whole.language,
-        read=lambda fields: whole.architecture(name, fields),
-        table=whole.table,
-        write=whole.config,
-        sizes={size: replace(a, family=name) for size, a in sizes.items()},
+        language=wrapper.language,
+        read=lambda fields: wrapper.architecture(name, fields),
+        own_table=wrapper.table,
+        write=wrapper.config,
+        size_configs=size_configs,
     )
 
 

@@ -1,4 +1,4 @@
-"""The vision tower of SigLIP, beside a language model: which tensors it has, from its configuration."""
+"""SigLIP's vision tower: its fields and its tensors."""
 
 from __future__ import annotations
 

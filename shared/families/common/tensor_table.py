@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
-from shared.architecture.version_1 import Experts
-from shared.families.common.gated_delta_net import delta_rules
-from shared.families.common.mla import latent_norms, latent_projections
-from shared.families.common.mtp import OF_DEEPSEEK, PredictionNames, mtp_tied_tensors, prediction_rules
+from shared.architecture.architecture import MLP, Architecture, Attention, GatedDeltaNet, LatentAttention, MoE, Norm
+from shared.errors import UserError
+from shared.families.common.gated_delta_net import gated_delta_net_rules
+from shared.families.common.mla import mla_norms, mla_projections
+from shared.families.common.mtp import DEEPSEEK_MTP, MTPNames, mtp_rules, mtp_tied_tensors
 from shared.mapping.layout import (
     CONCAT,
     COPY,
@@ -41,7 +40,7 @@ class Names:
     embedding_projection: str = ""
     output_projection: str = ""
     positions: str = ""
-    filling_positions: str = ""  # of places in what fills a blank
+    block_positions: str = ""  # second of 2-D positions: within what fills a blank
     layer: str = "model.layers.{layer}."
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
@@ -52,15 +51,15 @@ class Names:
     fused: Literal["blocks", "groups"] = "blocks"
     q_norm: str = "self_attn.q_norm"
     k_norm: str = "self_attn.k_norm"
-    delta: str = "linear_attn."
+    gated_delta_net: str = "linear_attn."
     proj: str = "self_attn.o_proj"
     fc1: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     gate_last: bool = False  # one fused projection is [up ; gate], not [gate ; up]
     fc2: str = "mlp.down_proj"
     router: str = "mlp.gate"
     correction_bias: str = "mlp.gate.e_score_correction_bias"  # the tensor itself
-    # Whether one tensor holds all experts', each as `[in, out]`, columns of gate and up in turn, as gpt-oss's.
-    experts_together: bool = False
+    # One tensor holds all experts', each `[in, out]`, its columns gate and up in turn (gpt-oss).
+    stacked_experts: bool = False
     sinks: str = "self_attn.sinks"  # the tensor itself
     expert_fc1: tuple[str, ...] = ("mlp.experts.{expert}.gate_proj", "mlp.experts.{expert}.up_proj")
     expert_fc2: str = "mlp.experts.{expert}.down_proj"
@@ -69,35 +68,32 @@ class Names:
     shared_gate: str = "mlp.shared_expert_gate"
     final_norm: str = "model.norm"
     head: str = "lm_head"
-    prediction: PredictionNames | None = None  # of layers for tokens further ahead
-    inputs_first: bool = False  # weights of linear layers are `[in, out]`, as GPT-2's
+    mtp: MTPNames | None = None
+    transposed: bool = False  # weights of linear layers are `[in, out]` (GPT-2)
     # Constants that files of old transformers versions hold; every implementation recomputes them.
     pass_through: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
 
 
-DEEPSEEK = Names(
+DEEPSEEK_NAMES = Names(
     shared_fc1=("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
     shared_fc2="mlp.shared_experts.down_proj",
-    prediction=OF_DEEPSEEK,
+    mtp=DEEPSEEK_MTP,
 )
 
 
 def decoder_table(a: Architecture, names: Names, further_pass_through: Iterable[PassThroughTensor] = ()) -> Table:
     """Tensors of the decoder, as the architecture has them."""
-    rules = list(_rules(a, names))
-    tied_tensors = (
-        [TiedTensor(name=f"{names.head}.weight", tied_to=f"{names.embedding}.weight")] if a.tied_embeddings else []
-    )
-    if names.prediction:
-        head = names.embedding if a.tied_embeddings else names.head
-        for index in range(a.prediction_layers):
-            own = names.prediction.at(a, index)
-            layer = _rules(a.prediction_layer, replace(names, layer=own.layer))
-            rules += prediction_rules(a, index, own, layer)
-            tied_tensors += mtp_tied_tensors(own, names.embedding, head)
+    rules = list(_Decoder(a, names).rules())
+    tied = [TiedTensor(name=f"{names.head}.weight", tied_to=f"{names.embedding}.weight")] if a.head.tied else []
+    if names.mtp and a.mtp:
+        head = names.embedding if a.head.tied else names.head
+        for index in range(a.mtp.depth):
+            own = names.mtp.at(a, index)
+            rules += mtp_rules(a, index, own, _Decoder(a.mtp_decoder, replace(names, layer=own.layer)).rules())
+            tied += mtp_tied_tensors(own, names.embedding, head)
     return Table(
         rules=tuple(rules),
-        tied_tensors=tuple(tied_tensors),
+        tied_tensors=tuple(tied),
         pass_through=(
             *(PassThroughTensor(name=names.layer + name) for name in names.pass_through),
             *further_pass_through,
@@ -105,182 +101,252 @@ def decoder_table(a: Architecture, names: Names, further_pass_through: Iterable[
         prefix_variants={names.prefix: ("",)} if names.prefix else {},
         sizes={
             "layer": a.num_layers,
-            "expert": a.experts.count if a.experts else 0,
-            "query_head": a.num_attention_heads,
-            "key_head": a.num_query_groups,
+            "expert": a.moe.experts if a.moe else 0,
+            "query_head": a.attention.heads,
+            "key_head": a.attention.groups,
         },
     )
 
 
-def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
-    hidden, ffn, q, kv = a.hidden_size, a.ffn_hidden_size, a.q_size, a.kv_size
-    vocabulary, table = PadRows(rows=a.padded_vocab_size()), a.table_size
-    layers = "decoder.layers" if a.homogeneous else "decoder.layers.{layer}"
-    attention, mlp = f"{layers}.self_attention", f"{layers}.mlp"
-    attending = a.attention_layers if a.delta else None
+Layers = tuple[int, ...] | None  # indices from 0; None: all
 
-    def whole(
-        key: str, name: str, *rows: int, columns: int = 0, kind: str = "weight", layout: RowLayout = CONCAT
-    ) -> Rule:
-        shape = (*rows, columns) if columns else rows
+
+class _Decoder:
+    """Rules of a decoder's tensors, in Megatron-Core's order."""
+
+    def __init__(self, a: Architecture, names: Names) -> None:
+        self.a, self.names, self.hidden = a, names, a.hidden_size
+        self.layers = "decoder.layers" if a.homogeneous else "decoder.layers.{layer}"
+        self.attention, self.mlp = f"{self.layers}.self_attention", f"{self.layers}.mlp"
+
+    def rules(self) -> Iterator[Rule]:
+        yield from self.embedding_rules()
+        yield from self.mixer_rules()
+        yield from self.mlp_rules()
+        yield from self.head_rules()
+
+    def named(self, key: str, *names: str) -> None:
+        """UserError where the family has no name of a tensor that the architecture has."""
+        if not names or not all(names):
+            raise UserError(f"{key}: family {self.a.family} has no tensor names for it")
+
+    def tensor(self, key: str, name: str, *shape: int, kind: str = "weight", layout: RowLayout = CONCAT) -> Rule:
+        """A tensor outside of the layers."""
+        self.named(key, name)
         return Rule(megatron=key, sources=(Source(name=f"{name}.{kind}", shape=shape),), layout=layout)
 
-    def layer(
+    def in_layers(self, key: str, *shape: int, name: str, layers: Layers, fp32: bool = False) -> Rule:
+        """A tensor of each layer, under its full name within the layer."""
+        source = Source(name=self.names.layer + name, shape=shape, fp32=fp32)
+        return Rule(megatron=key, axes=("layer",), layers=layers, sources=(source,))
+
+    def linear(
+        self,
         key: str,
         parts: tuple[str, ...],
         rows: tuple[int, ...],
         columns: int,
-        bias: bool,
+        bias: bool = False,
+        *,
         layout: RowLayout = CONCAT,
         axes: tuple[Axis, ...] = ("layer",),
-        of: tuple[int, ...] | None = None,
+        layers: Layers = None,
     ) -> Iterator[Rule]:
         """A linear layer: rows of each part, columns, whether it has a bias, and which layers have it."""
-        fused = (sum(rows),) if len(parts) == 1 else rows
+        stored = (sum(rows),) if len(parts) == 1 else rows
+        self.named(key, *parts if len(parts) == len(stored) else ())
         for kind in ("weight", "bias") if bias else ("weight",):
-            shapes = [(part, columns) if kind == "weight" else (part,) for part in fused]
-            across = kind == "weight" and names.inputs_first
-            sources = [
-                Source(name=f"{names.layer}{name}.{kind}", shape=shape[::-1] if across else shape)
+            shapes = [(part, columns) if kind == "weight" else (part,) for part in stored]
+            transposed = kind == "weight" and self.names.transposed
+            sources = tuple(
+                Source(name=f"{self.names.layer}{name}.{kind}", shape=shape[::-1] if transposed else shape)
                 for name, shape in zip(parts, shapes, strict=True)
-            ]
-            rows_of = Transposed(layout=layout) if across else layout
-            yield Rule(megatron=f"{key}.{kind}", axes=axes, layers=of, sources=tuple(sources), layout=rows_of)
+            )
+            of_rows = Transposed(layout=layout) if transposed else layout
+            yield Rule(megatron=f"{key}.{kind}", axes=axes, layers=layers, sources=sources, layout=of_rows)
 
-    def fixed(kind: str, size: int) -> Constant:
-        """What a norm has that has no weights: Megatron-Core's have them in any case."""
-        return Constant(shape=(size,), value=1 if kind == "weight" else 0)
+    def norm(
+        self, key: str, name: str, size: int = 0, *, norm: Norm | None = None, layers: Layers = None
+    ) -> Iterator[Rule]:
+        """A norm of each layer. One without tensors has constants: Megatron-Core's norms have weights in any case."""
+        norm, size = norm or self.a.layers[0].norm, size or self.hidden
+        for kind in ("weight", "bias") if norm.bias else ("weight",):
+            if norm.affine:
+                self.named(key, name)
+                source = Source(name=f"{self.names.layer}{name}.{kind}", shape=(size,))
+                yield Rule(megatron=f"{key}{kind}", axes=("layer",), layers=layers, sources=(source,), layout=COPY)
+            else:
+                yield Rule(
+                    megatron=f"{key}{kind}", axes=("layer",), layers=layers, sources=(), layout=_fixed(kind, size)
+                )
 
-    def norm(key: str, name: str, size: int = hidden, of: tuple[int, ...] | None = None) -> Iterator[Rule]:
-        for kind in ("weight", "bias") if a.norm_bias else ("weight",):
-            rule = Rule(megatron=f"{key}{kind}", axes=("layer",), layers=of, sources=(), layout=fixed(kind, size))
-            source = Source(name=f"{names.layer}{name}.{kind}", shape=(size,))
-            yield replace(rule, sources=(source,), layout=COPY) if a.norm_affine else rule
+    def outer_norm(self, key: str, name: str, norm: Norm) -> Iterator[Rule]:
+        """A norm outside of the layers."""
+        for kind in ("weight", "bias") if norm.bias else ("weight",):
+            rule = self.tensor(f"{key}.{kind}", name, self.hidden, kind=kind)
+            yield rule if norm.affine else replace(rule, sources=(), layout=_fixed(kind, self.hidden))
 
-    def whole_norm(key: str, name: str) -> Iterator[Rule]:
-        for kind in ("weight", "bias") if a.norm_bias else ("weight",):
-            rule = whole(f"{key}.{kind}", name, hidden, kind=kind)
-            yield rule if a.norm_affine else replace(rule, sources=(), layout=fixed(kind, hidden))
+    def embedding_rules(self) -> Iterator[Rule]:
+        a, names, embedding = self.a, self.names, self.a.embedding
+        vocabulary = PadRows(rows=a.padded_vocab_size())
+        key = "embedding.word_embeddings"
+        yield self.tensor(f"{key}.weight", names.embedding, a.vocab_size, a.table_size, layout=vocabulary)
+        if size := embedding.factorised_size:
+            yield self.tensor("embedding.projection.weight", names.embedding_projection, self.hidden, size)
+            yield self.tensor("output_projection.weight", names.output_projection, size, self.hidden)
+        if embedding.norm:
+            yield from self.outer_norm(f"{key}_layernorm", names.embedding_norm, embedding.norm)
+        if embedding.positions:
+            two = a.prefix is not None and a.prefix.position_streams > 1
+            tables = {"": names.positions} | ({"filling.": names.block_positions} if two else {})
+            for part, name in tables.items():
+                key = f"embedding.position_embeddings.{part}weight"
+                yield self.tensor(key, name, a.position_rows, self.hidden)
 
-    def head_norm(key: str, name: str, axis: Axis, heads: int) -> Iterator[Rule]:
-        """The norm of queries or of keys, whose weights are one for all heads, or `[heads, head_dim]` for each head."""
-        if a.qk_norm_scope != "each_head":
-            size = a.head_dim if a.qk_norm_scope == "head" else heads * a.head_dim
-            yield from norm(f"{attention}.{key}.", name, size, of=attending)
+    def mixer_rules(self) -> Iterator[Rule]:
+        a, names, key, common = self.a, self.names, self.attention, self.a.layers[0]
+        mixer, net, of_net = a.attention, a.delta_net, a.layers_of(GatedDeltaNet)
+        layers = tuple(index for index in range(a.num_layers) if index not in of_net) if net else None
+        if common.pre_norms:
+            apart = f"{self.layers}.input_layernorm." if a.mla else f"{key}.linear_qkv.layer_norm_"
+            yield from self.norm(apart, names.attention_norm, layers=layers)
+        if isinstance(mixer, LatentAttention):
+            for part, name, size in mla_norms(mixer):
+                yield from self.norm(f"{key}.{part}", name, size, layers=layers)
+            for part, name, (rows, columns) in mla_projections(self.hidden, mixer):
+                yield from self.linear(f"{key}.{part}", (name,), (rows,), columns, layers=layers)
+        else:
+            yield from self.qkv_rules(mixer, layers)
+        bias = isinstance(mixer, Attention) and mixer.output_bias
+        output = (f"{key}.linear_proj", (names.proj,), (self.hidden,), mixer.output_size, bias)
+        yield from self.linear(*output, layers=layers)
+        if isinstance(mixer, Attention) and mixer.sinks:
+            offset = f"{key}.core_attention.softmax_offset"
+            yield self.in_layers(offset, mixer.heads, name=names.sinks, layers=layers)
+        if net:
+            yield from self.norm(f"{key}.in_proj.layer_norm_", names.attention_norm, layers=of_net)
+            inner, zero_centered = names.layer + names.gated_delta_net, common.norm.zero_centered_gamma
+            yield from gated_delta_net_rules(net, self.hidden, of_net, key, inner, zero_centered_gamma=zero_centered)
+        if common.norm_placement != "pre":
+            yield from self.norm(f"{self.layers}.post_self_attn_layernorm.", names.post_attention_norm)
+
+    def qkv_rules(self, mixer: Attention, layers: Layers) -> Iterator[Rule]:
+        names, key, q, kv = self.names, self.attention, mixer.q_size, mixer.kv_size
+        layout: RowLayout = Interleave(groups=mixer.groups)  # [q1..qn k1 v1 | q.. k2 v2 | ...]
+        if mixer.gate:
+            layout = InterleaveGatedQKV(groups=mixer.groups, head_dim=mixer.head_dim)
+        elif len(names.qkv) == 1:
+            blocks = InterleaveFused(parts=(q, kv, kv), groups=mixer.groups)
+            layout = CONCAT if names.fused == "groups" else blocks
+        rows = (q * (1 + mixer.gate), kv, kv)
+        yield from self.linear(
+            f"{key}.linear_qkv", names.qkv, rows, self.hidden, mixer.bias, layout=layout, layers=layers
+        )
+        if mixer.qk_norm:
+            yield from self.qk_norm(f"{key}.q_layernorm.", names.q_norm, "query_head", mixer.heads, mixer, layers)
+            yield from self.qk_norm(f"{key}.k_layernorm.", names.k_norm, "key_head", mixer.groups, mixer, layers)
+
+    def qk_norm(self, key: str, name: str, axis: Axis, heads: int, mixer: Attention, layers: Layers) -> Iterator[Rule]:
+        """The norm of queries or of keys: one weight for all heads, of the projection, or `[heads, head_dim]`."""
+        if mixer.qk_norm != "each_head":
+            size = mixer.head_dim if mixer.qk_norm == "head" else heads * mixer.head_dim
+            yield from self.norm(key, name, size, layers=layers)
             return
         apart = f"{{{axis}}}" in name  # a tensor for every head, or one for all of them
-        source = Source(name=f"{names.layer}{name}.weight", shape=(a.head_dim,) if apart else (heads, a.head_dim))
-        axes: tuple[Axis, ...] = ("layer", axis) if apart else ("layer",)
-        yield Rule(megatron=f"{attention}.{key}.weight", axes=axes, layers=attending, sources=(source,))
+        shape = (mixer.head_dim,) if apart else (heads, mixer.head_dim)
+        rule = self.in_layers(f"{key}weight", *shape, name=f"{name}.weight", layers=layers)
+        yield replace(rule, axes=("layer", axis)) if apart else rule
 
-    def attention_rules() -> Iterator[Rule]:
-        groups: RowLayout = Interleave(groups=a.num_query_groups)  # [q1..qn k1 v1 | q.. k2 v2 | ...]
-        queries = 2 * q if a.attention_gate else q
-        if a.attention_gate:
-            groups = InterleaveGatedQKV(groups=a.num_query_groups, head_dim=a.head_dim)
-        elif len(names.qkv) == 1:
-            groups = (
-                CONCAT if names.fused == "groups" else InterleaveFused(parts=(q, kv, kv), groups=a.num_query_groups)
-            )
-        rows = (queries, kv, kv)
-        yield from layer(f"{attention}.linear_qkv", names.qkv, rows, hidden, a.qkv_bias, groups, of=attending)
-        if a.qk_norm:
-            yield from head_norm("q_layernorm", names.q_norm, "query_head", a.num_attention_heads)
-            yield from head_norm("k_layernorm", names.k_norm, "key_head", a.num_query_groups)
+    def mlp_rules(self) -> Iterator[Rule]:
+        a, names, common = self.a, self.names, self.a.layers[0]
+        own_norm = common.pre_norms and common.residual.kind != "parallel_shared"
+        sparse = a.layers_of(MoE)
+        if mlp := a.mlp:
+            dense = a.layers_of(MLP) if sparse else None
+            if own_norm:
+                yield from self.norm(f"{self.mlp}.linear_fc1.layer_norm_", names.mlp_norm, layers=dense)
+            swapped: RowLayout = SwapHalves() if names.gate_last else CONCAT
+            yield from self.gated_mlp(self.mlp, mlp, names.fc1, names.fc2, dense, layout=swapped)
+        if moe := a.moe:
+            if own_norm:
+                yield from self.norm(f"{self.layers}.pre_mlp_layernorm.", names.mlp_norm, layers=sparse)
+            yield from self.moe_rules(moe, sparse)
+        if common.norm_placement != "pre":
+            yield from self.norm(f"{self.layers}.post_mlp_layernorm.", names.post_mlp_norm)
 
-    yield whole("embedding.word_embeddings.weight", names.embedding, a.vocab_size, columns=table, layout=vocabulary)
-    if a.embedding_size is not None:
-        yield whole("embedding.projection.weight", names.embedding_projection, hidden, columns=table)
-        yield whole("output_projection.weight", names.output_projection, table, columns=hidden)
-    if a.embedding_norm:
-        yield from whole_norm("embedding.word_embeddings_layernorm", names.embedding_norm)
-    if a.positions == "learned":
-        tables = {"": names.positions} | ({"filling.": names.filling_positions} if a.position_streams > 1 else {})
-        for part, name in tables.items():
-            key = f"embedding.position_embeddings.{part}weight"
-            yield whole(key, name, a.learned_positions, columns=hidden)
+    def gated_mlp(
+        self,
+        key: str,
+        mlp: MLP,
+        fc1: tuple[str, ...],
+        fc2: str,
+        layers: Layers,
+        *,
+        layout: RowLayout = CONCAT,
+        axes: tuple[Axis, ...] = ("layer",),
+    ) -> Iterator[Rule]:
+        """fc1, `[gate ; up]` or up alone, and fc2."""
+        size = mlp.ffn_hidden_size
+        rows = (size, size) if mlp.gated else (size,)
+        yield from self.linear(
+            f"{key}.linear_fc1", fc1, rows, self.hidden, mlp.bias, layout=layout, axes=axes, layers=layers
+        )
+        yield from self.linear(f"{key}.linear_fc2", (fc2,), (self.hidden,), size, mlp.bias, axes=axes, layers=layers)
 
-    if a.norms_in_front:
-        of_attention = f"{layers}.input_layernorm." if a.latent else f"{attention}.linear_qkv.layer_norm_"
-        yield from norm(of_attention, names.attention_norm, of=attending)
-    if latent := a.latent:
-        for key, name, size in latent_norms(latent):
-            yield from norm(f"{attention}.{key}", name, size)
-        for key, name, shape in latent_projections(a, latent):
-            yield from layer(f"{attention}.{key}", (name,), shape[:1], shape[1], bias=False)
-    else:
-        yield from attention_rules()
-    output = (f"{attention}.linear_proj", (names.proj,), (hidden,), a.attended_size, a.attention_output_bias)
-    yield from layer(*output, of=attending)
-    if a.attention_sinks:
-        source = Source(name=names.layer + names.sinks, shape=(a.num_attention_heads,))
-        key = f"{attention}.core_attention.softmax_offset"
-        yield Rule(megatron=key, axes=("layer",), layers=attending, sources=(source,))
-    if delta := a.delta:
-        yield from norm(f"{attention}.in_proj.layer_norm_", names.attention_norm, of=delta.layers)
-        yield from delta_rules(a, delta, attention, names.layer + names.delta)
-    if a.norm_placement != "pre":
-        yield from norm(f"{layers}.post_self_attn_layernorm.", names.post_attention_norm)
-
-    own_norm = a.norms_in_front and a.residual != "parallel_shared"
-    sparse = a.moe_layers
-    dense = tuple(index for index in range(a.num_layers) if index not in sparse) if sparse else None
-    if dense != ():
-        if own_norm:
-            yield from norm(f"{mlp}.linear_fc1.layer_norm_", names.mlp_norm, of=dense)
-        rows = (ffn, ffn) if a.gated else (ffn,)
-        gated: RowLayout = SwapHalves() if names.gate_last else CONCAT
-        yield from layer(f"{mlp}.linear_fc1", names.fc1, rows, hidden, a.mlp_bias, gated, of=dense)
-        yield from layer(f"{mlp}.linear_fc2", (names.fc2,), (hidden,), ffn, a.mlp_bias, of=dense)
-    if experts := a.experts:
-        if own_norm:
-            yield from norm(f"{layers}.pre_mlp_layernorm.", names.mlp_norm, of=sparse)
-        for rule in layer(f"{mlp}.router", (names.router,), (experts.count,), hidden, experts.bias, of=sparse):
+    def moe_rules(self, moe: MoE, layers: tuple[int, ...]) -> Iterator[Rule]:
+        names, key = self.names, self.mlp
+        router = self.linear(
+            f"{key}.router", (names.router,), (moe.experts,), self.hidden, moe.router_bias, layers=layers
+        )
+        for rule in router:
             yield replace(rule, sources=tuple(replace(source, init="normal") for source in rule.sources))
-        if experts.correction_bias:
-            source = Source(name=names.layer + names.correction_bias, shape=(experts.count,), fp32=True)
-            yield Rule(megatron=f"{mlp}.router.expert_bias", axes=("layer",), layers=sparse, sources=(source,))
-        size, each = experts.ffn_hidden_size, f"{mlp}.experts.experts"
-        both: tuple[Axis, ...] = ("layer", "expert")
-        if names.experts_together:
-            yield from together_rules(names, each, experts, hidden, sparse)
+        if moe.correction_bias:
+            bias = f"{key}.router.expert_bias"
+            yield self.in_layers(bias, moe.experts, name=names.correction_bias, layers=layers, fp32=True)
+        experts = f"{key}.experts.experts"
+        if names.stacked_experts:
+            yield from self.stacked_experts(experts, moe.expert, layers)
         else:
-            yield from layer(f"{each}.linear_fc1", names.expert_fc1, (size, size), hidden, False, axes=both, of=sparse)
-            yield from layer(f"{each}.linear_fc2", (names.expert_fc2,), (hidden,), size, False, axes=both, of=sparse)
-        if together := experts.shared_ffn_hidden_size:
-            shared = f"{mlp}.shared_experts"
-            yield from layer(f"{shared}.linear_fc1", names.shared_fc1, (together, together), hidden, False, of=sparse)
-            yield from layer(f"{shared}.linear_fc2", (names.shared_fc2,), (hidden,), together, False, of=sparse)
-        if experts.shared_gate:
-            source = Source(name=f"{names.layer}{names.shared_gate}.weight", shape=(1, hidden))
-            yield Rule(megatron=f"{mlp}.shared_experts.gate_weight", axes=("layer",), layers=sparse, sources=(source,))
-    if a.norm_placement != "pre":
-        yield from norm(f"{layers}.post_mlp_layernorm.", names.post_mlp_norm)
+            axes: tuple[Axis, ...] = ("layer", "expert")
+            yield from self.gated_mlp(experts, moe.expert, names.expert_fc1, names.expert_fc2, layers, axes=axes)
+        if moe.shared:
+            yield from self.gated_mlp(f"{key}.shared_experts", moe.shared, names.shared_fc1, names.shared_fc2, layers)
+        if moe.shared_gate:
+            gate = f"{key}.shared_experts.gate_weight"
+            yield self.in_layers(gate, 1, self.hidden, name=f"{names.shared_gate}.weight", layers=layers)
 
-    if a.final_norm:
-        yield from whole_norm("decoder.final_layernorm", names.final_norm)
-    if not a.tied_embeddings:
-        yield whole("output_layer.weight", names.head, a.vocab_size, columns=table, layout=vocabulary)
-    if a.output_bias:
-        yield whole("output_layer.bias", names.head, a.vocab_size, kind="bias", layout=vocabulary)
+    def stacked_experts(self, key: str, expert: MLP, layers: tuple[int, ...]) -> Iterator[Rule]:
+        """Experts of one tensor; a bias is named after its weight, whose name has no ending."""
+        names, size, hidden = self.names, expert.ffn_hidden_size, self.hidden
+        self.named(key, *names.expert_fc1 if expert.gated and len(names.expert_fc1) == 1 else ())
+        in_turn: RowLayout = Deinterleave(parts=2)
+        for fc, name, rows, columns, layout in (
+            ("linear_fc1", names.expert_fc1[0], 2 * size, hidden, in_turn),
+            ("linear_fc2", names.expert_fc2, hidden, size, CONCAT),
+        ):
+            sources = {"weight": Source(name=names.layer + name, shape=(columns, rows), stacked_axes=("expert",))}
+            if expert.bias:
+                sources["bias"] = Source(name=f"{names.layer}{name}_bias", shape=(rows,), stacked_axes=("expert",))
+            for kind, source in sources.items():
+                yield Rule(
+                    megatron=f"{key}.{fc}.{kind}",
+                    axes=("layer", "expert"),
+                    layers=layers,
+                    sources=(source,),
+                    layout=Transposed(layout=layout) if kind == "weight" else layout,
+                )
+
+    def head_rules(self) -> Iterator[Rule]:
+        a, names, head = self.a, self.names, self.a.head
+        vocabulary = PadRows(rows=a.padded_vocab_size())
+        if head.norm:
+            yield from self.outer_norm("decoder.final_layernorm", names.final_norm, head.norm)
+        if not head.tied:
+            yield self.tensor("output_layer.weight", names.head, a.vocab_size, a.table_size, layout=vocabulary)
+        if head.bias:
+            yield self.tensor("output_layer.bias", names.head, a.vocab_size, kind="bias", layout=vocabulary)
 
 
-def together_rules(names: Names, each: str, experts: Experts, hidden: int, layers: tuple[int, ...]) -> Iterator[Rule]:
-    """Experts of one tensor; a bias is named after its weight, whose name has no ending."""
-    size, (fc1,) = experts.ffn_hidden_size, names.expert_fc1
-    turns: RowLayout = Deinterleave(parts=2)
-    for key, name, rows, columns, layout in (
-        ("linear_fc1", fc1, 2 * size, hidden, turns),
-        ("linear_fc2", names.expert_fc2, hidden, size, CONCAT),
-    ):
-        sources = {"weight": Source(name=names.layer + name, shape=(columns, rows), stacked_axes=("expert",))}
-        if experts.bias:
-            sources["bias"] = Source(name=f"{names.layer}{name}_bias", shape=(rows,), stacked_axes=("expert",))
-        for kind, source in sources.items():
-            yield Rule(
-                megatron=f"{each}.{key}.{kind}",
-                axes=("layer", "expert"),
-                layers=layers,
-                sources=(source,),
-                layout=Transposed(layout=layout) if kind == "weight" else layout,
-            )
+def _fixed(kind: str, size: int) -> Constant:
+    """A tensor of a norm without tensors: weight 1, bias 0."""
+    return Constant(shape=(size,), value=1 if kind == "weight" else 0)

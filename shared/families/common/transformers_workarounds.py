@@ -1,4 +1,4 @@
-"""What transformers' classes leave unread of a configuration that they load."""
+"""Workarounds of transformers: what its classes do not compute of a configuration that they load."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 
-def completed(model: Any) -> Any:
+def with_workarounds(model: Any) -> Any:
     """The model of transformers, computing what its configuration says: MPT's `alibi_bias_max`, which its class leaves at 8.
 
     Args:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from shared.architecture.architecture import Attention
 from shared.errors import UserError
 from shared.families import registry
 
@@ -27,12 +28,15 @@ def test_what_each_is_read_as(size: str, positions: str, normalized: bool) -> No
     given = config(size)
     given.pop("z_loss_weight", None)  # Baichuan2-13B was published without it; its vocabulary tells
     read = registry.from_config(given)
-    assert (read.positions, read.normalized_head) == (positions, normalized)
+    attention = read.attention
+    assert isinstance(attention, Attention)
+    assert (attention.rotary is not None, attention.alibi is not None) == (positions == "rope", positions == "alibi")
+    assert read.head.normalized == normalized
 
 
 def test_a_vocabulary_that_was_changed_leaves_the_head_as_it_was() -> None:
-    assert registry.from_config(config("baichuan2-7b", vocab_size=100_000)).normalized_head
-    assert not registry.from_config(config("baichuan-7b", vocab_size=64_064)).normalized_head
+    assert registry.from_config(config("baichuan2-7b", vocab_size=100_000)).head.normalized
+    assert not registry.from_config(config("baichuan-7b", vocab_size=64_064)).head.normalized
 
 
 def test_positions_that_contradict_the_size_are_refused() -> None:

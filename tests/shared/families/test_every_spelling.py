@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shared.architecture.flat_view import changed as replace
 from shared.errors import UserError
 from shared.families import registry
 
@@ -144,8 +144,8 @@ def test_stablelm_epoch() -> None:
     }
     first |= {"norm_eps": config["layer_norm_eps"], "rope_pct": config["partial_rotary_factor"], "num_heads": 32}
     assert registry.from_config(first) == registry.from_config(config)
-    assert registry.from_config(first | {"norm_eps": 0.5}).norm_epsilon == 0.5
-    assert registry.from_config(first | {"rope_pct": 0.5}).rotated == 32
+    assert registry.from_config(first | {"norm_eps": 0.5}).layers[0].norm.epsilon == 0.5
+    assert registry.from_config(first | {"rope_pct": 0.5}).attention.rotary_dim == 32
 
 
 def test_longrope_by_its_first_name() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from shared.architecture.architecture import RopeScaling
+from shared.architecture.architecture import RopeScaling, Rotary
 from shared.errors import UserError
 from shared.families import registry
 
@@ -22,7 +22,7 @@ from shared.families import registry
 )
 def test_rotary(rotary: dict[str, Any] | None, theta: float, scaling: RopeScaling | None) -> None:
     read = registry.from_config(registry.to_config(registry.sizes()["internlm-7b"]) | {"rotary": rotary})
-    assert (read.rope_theta, read.rope_scaling) == (theta, scaling)
+    assert read.attention.rotary == Rotary(theta=theta, scaling=scaling)
 
 
 @pytest.mark.parametrize(

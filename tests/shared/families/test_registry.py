@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
 from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.errors import UserError
 from shared.families import registry
+from shared.families.common.decoder import attention_of, rotary_of
+from shared.families.common.sliding_windows import windows_of
 from shared.mapping.account import account_sources
 from shared.quantized.scheme import quantization_scheme
 from shared.quantized.stored_weight import assemble_weights
@@ -47,7 +48,7 @@ def transformers_tensors(config: dict[str, Any]) -> dict[str, Tensor]:
             model = code["LanguageModel"](code["Config"](**config))
         else:
             kind = transformers.CONFIG_MAPPING[family.model_types[0]]  # which may be published under another
-            theirs = kind.from_dict({**family.today(config), "model_type": kind.model_type})
+            theirs = kind.from_dict({**family.without_legacy_names(config), "model_type": kind.model_type})
             model = transformers.AutoModelForCausalLM.from_config(theirs)
     weights = revert_weight_conversion(model, model.state_dict())  # under the names that files have
     tied = ("lm_head.weight", "language_model.lm_head.weight") if model.config.tie_word_embeddings else ()
@@ -63,13 +64,13 @@ for entry in PUBLISHED.values():
     with tempfile.TemporaryDirectory() as folder:
         for name, content in entry.pop("files", {}).items():
             Path(folder, name).write_text(json.dumps(content))
-        entry["config"] = registry.completed(entry["config"], Path(folder))
+        entry["config"] = registry.with_auxiliary_fields(entry["config"], Path(folder))
 
 
 def in_form(name: str) -> Architecture:
     """The model without what changes no tensor, so that twins are built once."""
     a = registry.from_config(PUBLISHED[name]["config"])
-    return replace(a, experts=replace(a.experts, auxiliary_loss=0.0)) if a.experts else a
+    return a.with_values(moe={"auxiliary_loss": 0.0})
 
 
 DISTINCT = list({in_form(name): name for name in PUBLISHED}.values())
@@ -87,7 +88,7 @@ def test_every_tensor_of_a_published_model_is_accounted_for(name: str, proof: An
     with proof("tensors", family=registry.family_of(config).name, model=name) as figures:
         architecture = registry.from_config(config)
         found = transformers_tensors(config)
-        without = registry.as_stored(architecture, found)  # transformers ignores layers for tokens further ahead
+        without = registry.as_stored(architecture, found)  # transformers ignores MTP layers
         account = account_sources(registry.table_of(without), found, name)
         beside = set(account.pass_through)  # of what sees images
         assert {source.name for entry in account.entries for source in entry.sources} == found.keys() - beside
@@ -99,17 +100,17 @@ def test_every_tensor_of_a_published_model_is_accounted_for(name: str, proof: An
         if further := further_tensors(architecture, found):
             account_sources(registry.table_of(architecture), found | further, name)
             own = {n: t for n, t in further.items() if "embed_tokens" not in n and "shared_head.head" not in n}
-            assert sum(math.prod(tensor.shape) for tensor in own.values()) == architecture.prediction_count()
+            assert sum(math.prod(tensor.shape) for tensor in own.values()) == architecture.mtp_parameter_count()
 
 
 def further_tensors(a: Architecture, found: dict[str, Any]) -> dict[str, Any]:
-    """Those of layers for tokens further ahead, as the makers' READMEs and vLLM's loaders have them.
+    """Those of MTP layers, as the makers' READMEs and vLLM's loaders have them.
 
     Each is a layer like the model's last one, a projection of two vectors, and norms.
     """
-    if not a.prediction_layers:
+    if not a.mtp:
         return {}
-    assert a.prediction_layers == 1
+    assert a.mtp.depth == 1
     hidden = a.hidden_size
     last, layer = f"model.layers.{a.num_layers - 1}.", f"model.layers.{a.num_layers}."
     own = {"enorm": (hidden,), "hnorm": (hidden,), "eh_proj": (hidden, 2 * hidden), "shared_head.norm": (hidden,)}
@@ -154,16 +155,17 @@ def test_facts_of_published_models() -> None:
     assert published("Qwen3-8B") == registry.sizes()["qwen3-8b"]
     assert published("Qwen2.5-0.5B") == registry.sizes()["qwen2.5-0.5b"]
     old = published("LLaMA-7B")
-    assert (old.num_query_groups, old.head_dim, old.rope_theta) == (32, 128, 10_000.0)
-    assert published("CodeLlama-34B").rope_theta == 1_000_000.0
-    assert published("Mistral-7B-v0.1").sliding_window == 4096
-    assert published("Mistral-7B-Instruct-v0.3").sliding_window is None
+    assert (old.attention.groups, old.attention.head_dim, rotary_of(old).theta) == (32, 128, 10_000.0)
+    assert rotary_of(published("CodeLlama-34B")).theta == 1_000_000.0
+    assert set(windows_of(published("Mistral-7B-v0.1"))) == {4096}
+    assert set(windows_of(published("Mistral-7B-Instruct-v0.3"))) == {None}
     capped = published("gemma-2-27b")
-    assert (capped.attention_softcap, capped.logit_softcap) == (50.0, 30.0)
-    assert capped.attention_scale == pytest.approx(1 / 12)
-    assert (capped.window(0), capped.window(1)) == (4096, None)
-    assert published("SmolLM3-3B").layers_without_rope == tuple(range(3, 36, 4))
-    assert (published("GLM-4-9B-0414").rotated, published("stablelm-2-1_6b").rotated) == (64, 16)
+    assert (attention_of(capped).softcap, capped.head.softcap) == (50.0, 30.0)
+    assert capped.attention.scale == pytest.approx(1 / 12)
+    assert windows_of(capped)[:2] == (4096, None)
+    smol = published("SmolLM3-3B")
+    assert [i for i, layer in enumerate(smol.layers) if not layer.mixer.rotary] == list(range(3, 36, 4))
+    assert [published(name).attention.rotary_dim for name in ("GLM-4-9B-0414", "stablelm-2-1_6b")] == [64, 16]
 
 
 @pytest.mark.parametrize("size", registry.sizes())
@@ -215,19 +217,20 @@ def test_what_cannot_be_represented_is_refused_by_name(changes: dict[str, Any], 
 def test_windows_of_qwen_are_where_transformers_has_them(size: str, changes: dict[str, Any]) -> None:
     from transformers import CONFIG_MAPPING
 
-    config = registry.to_config(replace(registry.sizes()[size], num_layers=4)) | {"use_sliding_window": True, **changes}
+    config = registry.to_config(registry.sizes()[size].with_values(num_layers=4))
+    config |= {"use_sliding_window": True, **changes}
     if not config["use_sliding_window"]:
         config |= {"sliding_window": 32}
     theirs = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
     kinds = [theirs.sliding_window if kind == "sliding_attention" else None for kind in theirs.layer_types]
     architecture = registry.from_config(config)
-    assert [architecture.window(layer) for layer in range(4)] == kinds
+    assert list(windows_of(architecture)) == kinds
 
 
 def test_windows_of_all_layers_of_qwen3_moe() -> None:
     config = registry.to_config(registry.sizes()["qwen3-moe-tiny"]) | {"use_sliding_window": True, "sliding_window": 32}
     architecture = registry.from_config(config)
-    assert [architecture.window(layer) for layer in range(2)] == [32, 32]
+    assert windows_of(architecture) == (32, 32)
     assert registry.from_config(registry.to_config(architecture)) == architecture
     with pytest.raises(UserError, match="all layers of this family"):
         registry.from_config(config | {"layer_types": ["full_attention", "sliding_attention"]})
@@ -276,7 +279,7 @@ def test_further_fields_that_are_not_computed_or_contradict(size: str, changes: 
         ({"audio_config": {"layers": 2}}, "audio_config = {'layers': 2} is not a field of family gemma3_images"),
     ],
 )
-def test_what_is_not_this_whole_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+def test_what_is_not_this_wrapper_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
     config = registry.to_config(registry.sizes()["gemma3-images-tiny"])
     changed = {
         name: config[name] | value if name in config and isinstance(value, dict) else value
@@ -287,13 +290,13 @@ def test_what_is_not_this_whole_is_refused_by_name(changes: dict[str, Any], mess
 
 
 def test_embeddings_are_tied_where_either_configuration_says_so() -> None:
-    """transformers goes by the whole's field, vLLM by the language model's; the class ties where neither has one."""
+    """transformers goes by the wrapper's field, vLLM by the language model's; the class ties where neither has one."""
     config = dict(registry.to_config(registry.sizes()["gemma3-images-tiny"]))
     text = {name: value for name, value in config["text_config"].items() if name != "tie_word_embeddings"}
-    for whole, own, tied in ((None, None, True), (False, None, False), (True, None, True), (True, False, False)):
+    for outer, own, tied in ((None, None, True), (False, None, False), (True, None, True), (True, False, False)):
         inside = text if own is None else text | {"tie_word_embeddings": own}
-        read = registry.from_config(config | {"tie_word_embeddings": whole, "text_config": inside})
-        assert read.tied_embeddings == tied
+        read = registry.from_config(config | {"tie_word_embeddings": outer, "text_config": inside})
+        assert read.head.tied == tied
 
 
 ODD = (0, -1, 3, "x", [], {}, None, True, math.inf, math.nan, [1], ["a", 5], {"a": 1}, 2.5)

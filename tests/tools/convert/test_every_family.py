@@ -21,7 +21,7 @@ from shared.architecture.architecture import Architecture
 from shared.architecture.flat_view import changed as replace
 from shared.checkpoint.formats.hugging_face import HfReader
 from shared.families import registry
-from shared.families.common.transformers_workarounds import completed
+from shared.families.common.transformers_workarounds import with_workarounds
 from shared.model.prefix_lm import with_blank
 from tests.references.prediction import Predicting
 
@@ -86,7 +86,7 @@ def reference(source: Path, ids: torch.Tensor, worker: Any, architecture: Archit
     model = AutoModelForCausalLM.from_pretrained(
         source, dtype=torch.float32, attn_implementation=attention_of(architecture), trust_remote_code=remote
     ).eval()
-    completed(model)
+    with_workarounds(model)
     with torch.no_grad():
         everything = {"attention_mask": torch.ones_like(ids), "eos_token_id": -1, "pad_token_id": 0}
         if not remote:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.console import log
 from shared.errors import UserError
-from shared.families.common.transformers_workarounds import completed
+from shared.families.common.transformers_workarounds import with_workarounds
 from shared.precision import DTYPES
 from tools.infer.engines.engine import Completion, EngineSettings, Request, pieces
 from tools.infer.environment import on_gpu
@@ -64,7 +64,7 @@ class TransformersEngine:
                 )
             except (ValueError, OSError) as error:
                 raise UserError(f"--source {self._source}: {str(error).strip().splitlines()[0]}") from None
-            completed(self._lm.model)
+            with_workarounds(self._lm.model)
         return self._lm
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from shared.console import log
 from shared.errors import UserError
-from shared.families.common.transformers_workarounds import completed
+from shared.families.common.transformers_workarounds import with_workarounds
 from tools.rlhf.data import Pair, read_preferences
 from tools.rlhf.engines.deepspeed import prepare
 from tools.rlhf.engines.distributed import DistributedContext
@@ -92,7 +92,7 @@ def _model(options: RewardOptions, source: Source) -> Any:
         source.path, num_labels=1, dtype=torch.float32, local_files_only=True
     )
     model.config.pad_token_id = source.pad_id
-    return completed(model).eval()
+    return with_workarounds(model).eval()
 
 
 def _print_plan(options: RewardOptions, source: Source, pairs: Preferences, distributed: DistributedContext) -> None:

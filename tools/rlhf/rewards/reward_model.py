@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import StageError, UserError
-from shared.families.common.transformers_workarounds import completed
+from shared.families.common.transformers_workarounds import with_workarounds
 from tools.rlhf.data import Prompt
 from tools.rlhf.rollout.rollout import Reply
 
@@ -25,7 +25,7 @@ def load_reward_model(path: Path, dtype: torch.dtype) -> Any:
         raise UserError(f"--reward model:{path} is no reward model ({', '.join(names)}); make one with `rlhf reward`")
     if config.pad_token_id is None:
         raise UserError(f"--reward model:{path}: config.json has no pad_token_id, so the last token cannot be found")
-    return completed(
+    return with_workarounds(
         AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, local_files_only=True)
     ).eval()
 

@@ -1,4 +1,4 @@
-"""Gemma 3 as its larger sizes are published: the text model inside one that sees images, with SigLIP's vision tower."""
+"""Gemma 3, multimodal: the text model in a wrapper with SigLIP's vision tower, as its larger sizes are published."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
 from shared.architecture.vision import Vision
 from shared.families import gemma3
 from shared.families.common import siglip
-from shared.families.common.multimodal_wrapper import SPELLINGS, Whole, family_of_whole
+from shared.families.common.multimodal_wrapper import PREFIX_VARIANTS, MultimodalWrapper, wrapper_family
 from shared.mapping.rule import PassThroughTensor
 
 _TOWER = "vision_tower.vision_model."
 
 
-def _beside(a: Architecture, vision: Vision) -> Iterator[PassThroughTensor]:
+def _pass_through(a: Architecture, vision: Vision) -> Iterator[PassThroughTensor]:
     """The tower, and what projects its vectors: `[vision, text]`, after a norm."""
     projector = "multi_modal_projector.mm_"
     shapes = {
@@ -28,7 +27,7 @@ def _beside(a: Architecture, vision: Vision) -> Iterator[PassThroughTensor]:
 
 
 _TOKENS = {"boi_token_index": 255_999, "eoi_token_index": 256_000, "image_token_index": 262_144}
-_WHOLE = Whole(
+_WRAPPER = MultimodalWrapper(
     inner=gemma3.FAMILY,
     model_type="gemma3",
     # Gemma3TextConfig's: the published 4B leaves most of them out.
@@ -44,45 +43,51 @@ _WHOLE = Whole(
         "max_position_embeddings": 131_072,
     },
     refused={"final_logit_softcapping": "transformers does not cap the logits of this class, other programs do"},
-    unread=(*_TOKENS, "mm_tokens_per_image", "initializer_range"),
+    ignored=(*_TOKENS, "mm_tokens_per_image", "initializer_range"),
     fields={**_TOKENS, "mm_tokens_per_image": 256},
     read=siglip.read,
     write=siglip.write,
-    beside=_beside,
+    pass_through=_pass_through,
     # transformers 5 has no `vision_model` in the tower's names.
     prefix_variants={
-        **SPELLINGS,
+        **PREFIX_VARIANTS,
         _TOWER: ("vision_tower.", "model.vision_tower.vision_model.", "model.vision_tower."),
     },
 )
-_SO400M = Vision(
-    num_layers=27,
-    hidden_size=1152,
-    ffn_hidden_size=4304,
-    num_attention_heads=16,
-    image_size=896,
-    patch_size=14,
-    num_channels=3,
-)
+_SO400M = {
+    "num_hidden_layers": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_attention_heads": 16,
+    "image_size": 896,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
 
 
-def _seeing(text: str, vision: Vision = _SO400M) -> Architecture:
-    return replace(gemma3.FAMILY.sizes[text], vision=vision)
+def _size(text: str) -> dict[str, Any]:
+    return {"text_config": gemma3.FAMILY.size_configs[text], "vision_config": _SO400M}
 
 
-_TINY: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 2}
-
-FAMILY = family_of_whole(
-    _WHOLE,
+FAMILY = wrapper_family(
+    _WRAPPER,
     name="gemma3_images",
     title="Gemma 3 with images (4B, 12B, 27B; MedGemma 4B)",
     hf_class="Gemma3ForConditionalGeneration",
-    sizes={
-        "gemma3-images-tiny": replace(
-            _seeing("gemma3-tiny", replace(_SO400M, **_TINY, image_size=224)), logit_softcap=None
-        ),
-        "gemma-3-4b": _seeing("gemma-3-4b-text"),
-        "gemma-3-12b": _seeing("gemma-3-12b-text"),
-        "gemma-3-27b": _seeing("gemma-3-27b-text"),
+    size_configs={
+        "gemma3-images-tiny": {
+            "text_config": {**gemma3.FAMILY.size_configs["gemma3-tiny"], "final_logit_softcapping": None},
+            "vision_config": {
+                **_SO400M,
+                "num_hidden_layers": 2,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_attention_heads": 2,
+                "image_size": 224,
+            },
+        },
+        "gemma-3-4b": _size("gemma-3-4b-text"),
+        "gemma-3-12b": _size("gemma-3-12b-text"),
+        "gemma-3-27b": _size("gemma-3-27b-text"),
     },
 )
