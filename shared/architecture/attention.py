@@ -29,10 +29,6 @@ class Alibi:
     bias_max: int = 8  # the last head's slope is 2^-bias_max, for a power-of-two number of heads
     rounded: bool = False  # slope * position in bf16, times the softmax scale (Falcon RW)
 
-    def __post_init__(self) -> None:
-        if self.rounded and self.bias_max != 8:
-            raise ValueError(f"ALiBi rounded to bf16 has bias_max 8, not {self.bias_max}")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
@@ -60,8 +56,10 @@ class Attention:
     def __post_init__(self) -> None:
         if self.heads % self.groups:
             raise ValueError(f"{self.heads} attention heads are not a multiple of {self.groups} key/value heads")
-        if self.rotary and self.alibi:
-            raise ValueError("rotary embedding and ALiBi exclude each other")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"a sliding window of {self.window} tokens is impossible")
+        if self.softcap is not None and self.softcap <= 0.0:
+            raise ValueError(f"a soft cap of {self.softcap} is impossible")
         if self.rotary:
             if self.head_dim % 2:
                 raise ValueError(f"rotary embedding needs an even head_dim, not {self.head_dim}")

@@ -30,6 +30,7 @@ from shared.model.moe import moe_config
 from shared.model.prefix_lm import prefix_inputs
 from shared.model.rope import PrefixRotaryAngles, RotaryAngles
 from shared.model.spec import block_spec, model_rotary, mtp_spec
+from shared.model.support import check_supported
 from shared.runtime.device import prepare
 from shared.runtime.process_groups import ParallelLayout
 
@@ -241,8 +242,9 @@ def build(
 
     `initialize(layout, seed)` comes first. The weights are NaN until `shared.model.weights.load` fills them, so
     that a forgotten one cannot pass for a trained one; `perform_initialization=True` among the overrides draws
-    them at random instead. Raises `UserError` when the layout does not fit.
+    them at random instead. Raises `UserError` when the architecture is not supported or the layout does not fit.
     """
+    check_supported(architecture)
     layout.check(architecture, torch.distributed.get_world_size())
     config = transformer_config(architecture, layout, dtype, recompute=recompute, **overrides)
     stages: list[int | None] = list(range(layout.virtual_pipeline)) if layout.virtual_pipeline > 1 else [None]

@@ -13,6 +13,7 @@ from shared.checkpoint.directory.target import check_target
 from shared.console import log
 from shared.errors import UserError
 from shared.invocation import invocation
+from shared.model.support import check_supported
 from shared.runtime.launch import launch
 from shared.runtime.quiet import hush
 from shared.training.config import (
@@ -92,6 +93,7 @@ def run(
         datasets: opens the training and the validation split; called in the workers.
         bytes_per_token: UTF-8 bytes per token of the validation split, where the data says so.
     """
+    check_supported(inputs.architecture)
     config.check_architecture(inputs.architecture)
     if options.mtp_loss_scaling_factor is not None and not inputs.architecture.prediction_layers:
         raise UserError(

@@ -23,6 +23,7 @@ from shared.cli import invocation, log, progress
 from shared.errors import StageError, UserError
 from shared.families import registry
 from shared.mapping.transformer_engine import te_form
+from shared.model.support import check_supported
 from shared.quantized.scheme import quantization_scheme
 from tools.convert.hf_source import open_hf_source
 from tools.convert.plan_export import ExportPlan, changed_constant, exported_rows, rows_to_quantize
@@ -81,6 +82,8 @@ def run(
     if not findings.differences:  # of different shapes there is nothing to compare further
         quantized = any(weight.quantized for weight in reader.weights.values())
         held, plan = open_export(made, made.hf_files, None, quantized=quantized)
+        if logits:
+            check_supported(plan.architecture, fix="give --no-logits to compare the tensors alone")
         _compare_layout(reader, plan, made.hf_files / LAYOUT, findings)
         with progress(reader.bytes, "bytes", "comparing") as advance:
             for name in reader.tensors.keys() & plan.layout.tensors().keys():

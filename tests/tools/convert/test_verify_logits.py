@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from shared.architecture.architecture import Alibi
 from shared.families import llama, registry
 from shared.mapping.layout import CONCAT
 from shared.mapping.rule import Rule, Table
@@ -82,6 +83,22 @@ def test_mistaken_table_is_caught(
     answer = convert(*words)
     assert answer.code == 1
     assert "logits differ by" in answer.err
+
+
+def test_a_model_whose_logits_are_not_supported_is_verified_without(
+    make_hf: Make, convert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = llama.FAMILY.read
+    with_alibi = replace(llama.FAMILY, read=lambda fields: read(fields).with_values(attention={"alibi": Alibi()}))
+    monkeypatch.setitem(registry.FAMILIES, "llama", with_alibi)
+    source, target = make_hf(), tmp_path / "megatron"
+    assert convert("to-megatron", "--source", source, "--target", target).code == 0
+    words = ("verify", "--source", source, "--target", target, "--positions", "256")
+    answer = convert(*words)
+    assert answer.code == 2
+    assert "ALiBi with rotary embedding: supported in conversion, not in training and logits" in answer.err
+    assert "give --no-logits" in answer.err
+    assert convert(*words, "--no-logits").code == 0
 
 
 def test_fewer_positions_than_show_a_wrong_rotation_are_refused(make_hf: Make, convert: Any, tmp_path: Path) -> None:

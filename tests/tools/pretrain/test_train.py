@@ -15,7 +15,7 @@ import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from shared.architecture.architecture import Architecture
+from shared.architecture.architecture import Alibi, Architecture
 from shared.checkpoint.directory.publish import publish
 from shared.cli import invoked
 from shared.data.indexed import IndexedWriter
@@ -350,6 +350,16 @@ def test_the_export_has_the_validation_loss_in_transformers(whole, data, tmp_pat
 def test_what_does_not_fit_is_refused_with_nothing_written(source, data, tmp_path, capsys, options, flag):
     assert run(source, data, tmp_path / "run", **options) == 2
     assert flag in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_not_supported_is_refused_with_nothing_written(source, data, tmp_path, capsys, monkeypatch):
+    family = registry.FAMILIES["llama"]
+    with_alibi = {"attention": {"alibi": Alibi()}}
+    reads_it = replace(family, read=lambda fields: family.read(fields).with_values(**with_alibi))
+    monkeypatch.setitem(registry.FAMILIES, "llama", reads_it)
+    assert run(source, data, tmp_path / "run") == 2
+    assert "llama: ALiBi with rotary embedding: supported in conversion, not in training" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
