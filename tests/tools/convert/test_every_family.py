@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import pytest
 import torch
 
 from shared.architecture.architecture import Architecture
-from shared.architecture.flat_view import changed as replace
 from shared.checkpoint.formats.hugging_face import HfReader
 from shared.families import registry
 from shared.families.common.transformers_workarounds import with_workarounds
@@ -95,7 +95,7 @@ def reference(source: Path, ids: torch.Tensor, worker: Any, architecture: Archit
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
         logits = model(ids).logits
     rows = worker.rows_of(ids, architecture)
-    if architecture.prediction_layers:
+    if architecture.mtp:
         return {"ids": ids, "logits": logits} | reference_further(source, ids, rows, worker)
     scores = model(rows[:, :-1]).logits
     loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), rows[:, 1:].flatten())
@@ -183,7 +183,7 @@ def test_two_processes_run_and_train_as_transformers_does(
             assert difference < TOLERANCE
             # Each next token given the same tokens before it: the continuations are equal, by induction.
             assert torch.equal(made["logits"][:, POSITIONS - 1 : -1].argmax(-1), theirs["ids"][:, POSITIONS:])
-        if architecture.prediction_layers:
+        if architecture.mtp:
             with subtests.test("logits of tokens further ahead", **at):
                 assert made["further"].shape == (1, POSITIONS + CONTINUED, 509)
                 off = (made["further"][:, :-1] - theirs["further"]).abs().max() / theirs["further"].std()
@@ -200,22 +200,22 @@ def test_two_processes_run_and_train_as_transformers_does(
             target = tmp_path / f"{size}.{layout}.of-ranks"
             words = ("--source", folder / f"{size}.{layout}.ranks", "--hf-files", folder / f"{size}.hf")
             answer = convert("to-hf", *words, "--target", target)
-            if architecture.qk_norm and architecture.qk_norm_scope == "each_head":  # no module of Megatron-Core's
+            if getattr(architecture.attention, "qk_norm", None) == "each_head":  # no module of Megatron-Core's
                 assert answer.code == 2
                 assert "Megatron-LM has no norms of each head" in answer.err
                 continue
-            if architecture.prediction_layers and layout == "ep2":  # the worker leaves such layers in these files only
+            if architecture.mtp and layout == "ep2":  # the worker leaves such layers in these files only
                 assert answer.code == 2
                 assert "layers for tokens further ahead (mtp) are not read; save as torch_dist" in answer.err
                 continue
             assert answer.code == 0, answer.err
             before, after = HfReader(folder / f"{size}.hf"), HfReader(target)
-            without = replace(architecture, prediction_layers=0)
-            entries = registry.table_of(without if architecture.prediction_layers else architecture).entries()
+            without = replace(architecture, mtp=None)
+            entries = registry.table_of(without if architecture.mtp else architecture).entries()
             kept = {source.name for entry in entries for source in entry.sources}
             kept |= registry.table_of(architecture).required_pass_through().keys()
             assert after.tensors.keys() == kept
-            assert architecture.prediction_layers or kept == before.tensors.keys()
+            assert architecture.mtp or kept == before.tensors.keys()
             for name in after.tensors:
                 assert b"".join(map(bytes, before.rows(name))) == b"".join(map(bytes, after.rows(name))), name
 

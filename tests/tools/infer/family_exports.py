@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from shared.architecture.architecture import MLP, Architecture, Attention, Layer, MoE, Rotary
-from shared.architecture.flat_view import changed as replace
 from shared.families import registry
 from tools.convert.cli import tool
 
