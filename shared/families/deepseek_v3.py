@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from shared.architecture.architecture import Architecture
-from shared.families.common.decoder import read_decoder, write_decoder
+from shared.families.common.decoder import moe_of, read_decoder, write_decoder
 from shared.families.common.fields import Fields
 from shared.families.common.mla import read_mla, write_mla
 from shared.families.common.moe import read_deepseek_moe, write_deepseek_moe
@@ -18,8 +18,15 @@ def read(fields: Fields) -> Architecture:
     decoder = read_decoder(fields)
     fields.expect("scoring_func", "sigmoid", why="supported: sigmoid")
     fields.expect("topk_method", "noaux_tc", why="supported: noaux_tc")
-    fields.expect("norm_topk_prob", True, why="sigmoid scores that are not normalised are not supported")
-    moe, dense = read_deepseek_moe(fields, decoder, dense=3, grouped=True, score="sigmoid", correction_bias=True)
+    moe, dense = read_deepseek_moe(
+        fields,
+        decoder,
+        dense=3,
+        grouped=True,
+        score="sigmoid",
+        normalized=fields.get("norm_topk_prob", bool, True),
+        correction_bias=True,
+    )
     mla = read_mla(fields, decoder.heads, decoder.rotary)
     mtp = fields.get("num_nextn_predict_layers", int, 0)
     return decoder.build("deepseek_v3", mixer=mla, moe=moe, dense_layers=dense, mtp=mtp)
@@ -33,7 +40,7 @@ def write(a: Architecture) -> dict[str, Any]:
         "rope_interleave": True,
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
-        "norm_topk_prob": True,
+        "norm_topk_prob": moe_of(a).normalized,
         "num_nextn_predict_layers": a.mtp.depth if a.mtp else 0,
     }
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from shared.architecture.architecture import Architecture
 from shared.errors import UserError
-from shared.families.common.decoder import attention_of, read_decoder, write_decoder
+from shared.families.common.decoder import attention_of, moe_of, read_decoder, write_decoder
 from shared.families.common.fields import Fields
 from shared.families.common.moe import read_deepseek_moe, write_deepseek_moe
 from shared.families.common.tensor_table import DEEPSEEK_NAMES
@@ -20,8 +20,15 @@ def read(fields: Fields) -> Architecture:
     if None not in (old, new) and old != new:
         raise UserError(f"config.json: num_nextn_predict_layers {old} contradicts num_mtp_layers {new}")
     mtp = new if old is None else old
-    fields.expect("norm_topk_prob", True, why="sigmoid scores that are not normalised are not supported")
-    moe, dense = read_deepseek_moe(fields, decoder, dense=1, grouped=True, score="sigmoid", correction_bias=True)
+    moe, dense = read_deepseek_moe(
+        fields,
+        decoder,
+        dense=1,
+        grouped=True,
+        score="sigmoid",
+        normalized=fields.get("norm_topk_prob", bool, True),
+        correction_bias=True,
+    )
     return decoder.build(
         "glm4_moe",
         attention={
@@ -40,7 +47,7 @@ def write(a: Architecture) -> dict[str, Any]:
         **write_deepseek_moe(a),
         "attention_bias": attention_of(a).bias,
         "use_qk_norm": attention_of(a).qk_norm is not None,
-        "norm_topk_prob": True,
+        "norm_topk_prob": moe_of(a).normalized,
         "num_nextn_predict_layers": a.mtp.depth if a.mtp else 0,
     }
 

@@ -19,6 +19,7 @@ from shared.families import registry
 from shared.families.common.decoder import attention_of, rotary_of
 from shared.families.common.sliding_windows import windows_of
 from shared.mapping.account import account_sources
+from shared.model.support import check_supported
 from shared.quantized.scheme import quantization_scheme
 from shared.quantized.stored_weight import assemble_weights
 
@@ -225,6 +226,18 @@ def test_windows_of_qwen_are_where_transformers_has_them(size: str, changes: dic
     kinds = [theirs.sliding_window if kind == "sliding_attention" else None for kind in theirs.layer_types]
     architecture = registry.from_config(config)
     assert list(windows_of(architecture)) == kinds
+
+
+@pytest.mark.parametrize("size", ["deepseek-v3-tiny", "glm4-moe-tiny"])
+def test_scores_that_are_not_normalised_are_described_and_not_trained(size: str) -> None:
+    """The same tensors: such a model is converted both ways, and refused where it would be computed."""
+    usual = registry.sizes()[size]
+    architecture = registry.from_config(registry.to_config(usual) | {"norm_topk_prob": False})
+    assert architecture == usual.with_values(moe={"normalized": False})
+    assert registry.from_config(registry.to_config(architecture)) == architecture
+    assert registry.table_of(architecture) == registry.table_of(usual)
+    with pytest.raises(UserError, match="sigmoid scores that are not normalised"):
+        check_supported(architecture)
 
 
 def test_windows_of_all_layers_of_qwen3_moe() -> None:
