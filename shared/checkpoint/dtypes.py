@@ -59,7 +59,7 @@ def common(dtypes: Iterable[Dtype]) -> Dtype:
     return distinct.pop() if len(distinct) == 1 else FP32
 
 
-def number(value: Literal[0, 1], dtype: Dtype) -> bytes:
+def scalar_bytes(value: Literal[0, 1], dtype: Dtype) -> bytes:
     """The bytes of 0 or 1 in a dtype."""
     if dtype is BF16:
         return struct.pack("<f", value)[2:]
@@ -91,8 +91,8 @@ def from_float32(values: np.ndarray, dtype: Dtype) -> memoryview:
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     if (nan := np.isnan(values)).any():  # rounding up a NaN's payload could carry into the exponent or the sign
-        kept = (bits[nan] >> 16).astype(np.uint16)
-        rounded[nan] = np.where(kept & 0x7F, kept, kept | 0x40)
+        payload = (bits[nan] >> 16).astype(np.uint16)
+        rounded[nan] = np.where(payload & 0x7F, payload, payload | 0x40)
     return memoryview(rounded).cast("B")
 
 
@@ -101,14 +101,14 @@ def cast(data: memoryview, source: Dtype, target: Dtype) -> memoryview:
     return data if source is target else from_float32(to_float32(data, source), target)
 
 
-def add(data: memoryview, number: float, source: Dtype, target: Dtype) -> memoryview:
+def add(data: memoryview, constant: float, source: Dtype, target: Dtype) -> memoryview:
     """A block plus a constant, cast: summed in float64; narrower targets are rounded through float32."""
     import numpy as np
 
     wide = source is FP64
     values = np.frombuffer(data, dtype=np.float64) if wide else to_float32(data, source).astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
-        summed = values + number
+        summed = values + constant
         return memoryview(summed).cast("B") if target is FP64 else from_float32(summed.astype(np.float32), target)
 
 

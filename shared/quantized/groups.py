@@ -25,7 +25,7 @@ Component = Literal["codes", "scales"]
 _AT_ONCE = 1 << 13  # groups per call of a codec, which holds several copies
 
 
-def codec(scheme: Mxfp4 | Int4Groups) -> ModuleType:
+def codec_of(scheme: Mxfp4 | Int4Groups) -> ModuleType:
     """The codec of a scheme: `decode`, `requantize`, `GROUP`, `CODES`, `SCALE`."""
     return mxfp4 if isinstance(scheme, Mxfp4) else int4
 
@@ -55,28 +55,30 @@ class DequantizedGroups:
         """As `ByteView.read`. UserError if a scale is NaN or infinity: it could not be requantised."""
         import numpy as np
 
-        of = codec(self.scheme)
-        whole = of.GROUP * BF16.size
-        first, last = left // whole, -(-(left + width) // whole)
+        codec = codec_of(self.scheme)
+        group_bytes = codec.GROUP * BF16.size
+        first, last = left // group_bytes, -(-(left + width) // group_bytes)
         groups = last - first
-        codes = np.empty((rows * groups, of.CODES), dtype=np.uint8)
-        at, wide = first * of.CODES, groups * of.CODES
+        codes = np.empty((rows * groups, codec.CODES), dtype=np.uint8)
+        at, wide = first * codec.CODES, groups * codec.CODES
         view_of(self.codes).read(files, row, rows, at, wide, memoryview(codes).cast("B"))
-        scales = _scales(files, self.scales, of.SCALE, row, rows, first, groups)
-        cut = (first * whole, groups * whole) != (left, width)
-        made = np.empty((len(codes), of.GROUP), dtype=np.uint16) if cut else np.frombuffer(out, dtype=np.uint16)
-        made = made.reshape(-1, of.GROUP)
+        scales = _scales(files, self.scales, codec.SCALE, row, rows, first, groups)
+        unaligned = (first * group_bytes, groups * group_bytes) != (left, width)
+        decoded = (
+            np.empty((len(codes), codec.GROUP), dtype=np.uint16) if unaligned else np.frombuffer(out, dtype=np.uint16)
+        )
+        decoded = decoded.reshape(-1, codec.GROUP)
         for start in range(0, len(codes), _AT_ONCE):
             part = slice(start, start + _AT_ONCE)
             try:
-                made[part] = of.decode(codes[part], scales[part])
+                decoded[part] = codec.decode(codes[part], scales[part])
             except NotFiniteError:
                 place = f"{self.scales.place}: {self.scales.name}"
                 raise UserError(f"{place} holds NaN or infinity; fetch the model again") from None
-        if cut:
-            begin = (left - first * whole) // BF16.size
+        if unaligned:
+            begin = (left - first * group_bytes) // BF16.size
             values = np.frombuffer(out, dtype=np.uint16).reshape(rows, -1)
-            values[:] = made.reshape(rows, -1)[:, begin : begin + values.shape[1]]
+            values[:] = decoded.reshape(rows, -1)[:, begin : begin + values.shape[1]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,27 +96,27 @@ class QuantizeGroups:
     @property
     def groups(self) -> int:
         """Groups per row."""
-        return self.scales.row_bytes // codec(self.scheme).SCALE
+        return self.scales.row_bytes // codec_of(self.scheme).SCALE
 
     @property
     def size(self) -> int:
-        of = codec(self.scheme)
-        return self.rows * self.groups * int(of.CODES if self.component == "codes" else of.SCALE)
+        codec = codec_of(self.scheme)
+        return self.rows * self.groups * int(codec.CODES if self.component == "codes" else codec.SCALE)
 
     def fill(self, files: OpenFiles, out: memoryview) -> None:
         import numpy as np
 
-        of = codec(self.scheme)
+        codec = codec_of(self.scheme)
         data = memoryview(bytearray(self.rows * self.values.width))
         self.values.read(files, self.row, self.rows, 0, self.values.width, data)
-        old = _scales(files, self.scales, of.SCALE, self.row, self.rows, 0, self.groups)
+        old = _scales(files, self.scales, codec.SCALE, self.row, self.rows, 0, self.groups)
         result = np.frombuffer(out, dtype=np.uint8 if self.component == "codes" else old.dtype).reshape(len(old), -1)
-        step = of.GROUP * self.dtype.size
+        step = codec.GROUP * self.dtype.size
         for start in range(0, len(old), _AT_ONCE):
             stop = min(start + _AT_ONCE, len(old))
-            values = to_float32(data[start * step : stop * step], self.dtype).reshape(-1, of.GROUP)
+            values = to_float32(data[start * step : stop * step], self.dtype).reshape(-1, codec.GROUP)
             try:
-                codes, scales = of.requantize(values, old[start:stop])
+                codes, scales = codec.requantize(values, old[start:stop])
             except NotFiniteError:
                 raise not_finite(self.values.name) from None
             result[start:stop] = codes if self.component == "codes" else scales[:, None]

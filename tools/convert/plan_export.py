@@ -27,7 +27,7 @@ from shared.checkpoint.copy.operations import (
     transpose,
 )
 from shared.checkpoint.copy.worker_pool import Task
-from shared.checkpoint.dtypes import BF16, FP32, FP64, Dtype, common, number, weight_dtype
+from shared.checkpoint.dtypes import BF16, FP32, FP64, Dtype, common, scalar_bytes, weight_dtype
 from shared.checkpoint.formats.hugging_face import WeightLayout, default_layout, weight_files
 from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.checkpoint.formats.torch_dist_reader import NON_WEIGHT_PREFIXES
@@ -246,7 +246,7 @@ def _slice_operations(origin: Origin, reader: MegatronReader, wanted: Dtype, *, 
             if unit:
                 yield NormalizeRows(operation=operation, row=view.width // held.size, source=held, target=wanted)
             elif zero_centered_gamma:
-                yield AddConstant(operation=operation, number=1.0, source=held, target=wanted)
+                yield AddConstant(operation=operation, constant=1.0, source=held, target=wanted)
             else:
                 yield cast_operation(operation, held, wanted)
 
@@ -303,7 +303,7 @@ def _check_constant(reader: MegatronReader, entry: Entry) -> None:
 def changed_constant(reader: MegatronReader, entry: Entry) -> str | None:
     """`KEY is not zero` (or one) where a constant's numbers are others; None where they are right."""
     ones = entry.segments[0].source == ONES
-    wanted = number(1 if ones else 0, reader.tensors[entry.key].dtype)
+    wanted = scalar_bytes(1 if ones else 0, reader.tensors[entry.key].dtype)
     for block in reader.rows(entry.key, entry.index, 0, entry.shape[0]):
         if block != wanted * (len(block) // len(wanted)):
             return f"{entry.key} is not {'one' if ones else 'zero'}"

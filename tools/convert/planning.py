@@ -18,7 +18,7 @@ from shared.checkpoint.copy.operations import (
     fill_value,
     transpose,
 )
-from shared.checkpoint.dtypes import Dtype, number, weight_dtype
+from shared.checkpoint.dtypes import Dtype, scalar_bytes, weight_dtype
 from shared.checkpoint.formats.hugging_face import HfReader
 from shared.checkpoint.formats.torch_dist_reader import TorchDistReader
 from shared.checkpoint.formats.transformer_engine_reader import TeReader
@@ -43,7 +43,7 @@ def entry_operations(entry: Entry, dtype: Dtype, reader: HfReader, first: int, c
     """Copy operations that make rows `first` to `first + count` of an entry from its Hugging Face sources."""
     for segment in segments_of_target(entry.segments, first, count):
         if segment.source in (PADDING, ONES):
-            filler = number(1 if segment.source == ONES else 0, dtype)
+            filler = scalar_bytes(1 if segment.source == ONES else 0, dtype)
             yield from fill_value(filler, segment.rows * prod(entry.shape[1:]))
             continue
         source = entry.sources[segment.source]
@@ -63,7 +63,7 @@ def entry_operations(entry: Entry, dtype: Dtype, reader: HfReader, first: int, c
         if entry.zero_centered_gamma:
             place = f"{tensor.place}: {tensor.name}"
             for operation in operations:
-                yield AddConstant(operation=operation, number=-1.0, source=stored, target=dtype, exact_name=place)
+                yield AddConstant(operation=operation, constant=-1.0, source=stored, target=dtype, exact_name=place)
         else:
             yield from (cast_operation(operation, stored, dtype) for operation in operations)
 

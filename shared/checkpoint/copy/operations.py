@@ -54,15 +54,15 @@ class WriteBytes:
 class FillValue:
     """One element repeated `count` times."""
 
-    number: bytes
+    element: bytes
     count: int
 
     @property
     def size(self) -> int:
-        return self.count * len(self.number)
+        return self.count * len(self.element)
 
     def fill(self, files: OpenFiles, out: memoryview) -> None:
-        out[:] = self.number * self.count
+        out[:] = self.element * self.count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,25 +102,25 @@ class Transpose:
     first: int
     count: int
     columns: int  # of the result
-    item: int  # bytes per element
+    item_bytes: int  # bytes per element
     step: int = 1
 
     @property
     def size(self) -> int:
-        return self.count * self.columns * self.item
+        return self.count * self.columns * self.item_bytes
 
     def fill(self, files: OpenFiles, out: memoryview) -> None:
         import numpy as np  # imported here: conversions that only copy rows start without it
 
-        result = np.frombuffer(out, dtype=f"u{self.item}").reshape(self.count, self.columns)
+        result = np.frombuffer(out, dtype=f"u{self.item_bytes}").reshape(self.count, self.columns)
         span = (self.count - 1) * self.step + 1
-        left, width = self.first * self.item, span * self.item
+        left, width = self.first * self.item_bytes, span * self.item_bytes
         for part in self.parts:
             strip = np.empty(part.rows * width, dtype=np.uint8)
             part.view.read(files, part.row, part.rows, left, width, memoryview(strip))
-            numbers = strip.view(f"u{self.item}").reshape(part.rows, span)[:, :: self.step]
+            values = strip.view(f"u{self.item_bytes}").reshape(part.rows, span)[:, :: self.step]
             for row in range(0, part.rows, _TILE):
-                tile = numbers[row : row + _TILE]
+                tile = values[row : row + _TILE]
                 column = part.column + row * part.step
                 result[:, column : column + len(tile) * part.step : part.step] = tile.T
 
@@ -138,33 +138,33 @@ class Cast:
         return self.operation.size // self.source.size * self.target.size
 
     def fill(self, files: OpenFiles, out: memoryview) -> None:
-        held = memoryview(bytearray(self.operation.size))
-        self.operation.fill(files, held)
+        data = memoryview(bytearray(self.operation.size))
+        self.operation.fill(files, data)
         count = self.values_per_call()
-        for first in range(0, len(held) // self.source.size, count):
+        for first in range(0, len(data) // self.source.size, count):
             stop = first + count
-            numbers = held[first * self.source.size : stop * self.source.size]
-            out[first * self.target.size : stop * self.target.size] = self.convert(numbers)
+            values = data[first * self.source.size : stop * self.source.size]
+            out[first * self.target.size : stop * self.target.size] = self.convert(values)
 
     def values_per_call(self) -> int:
         """Elements per call of `convert`."""
         return _CAST_AT_ONCE
 
-    def convert(self, numbers: memoryview) -> memoryview:
+    def convert(self, values: memoryview) -> memoryview:
         """Convert a run of elements."""
-        return cast(numbers, self.source, self.target)
+        return cast(values, self.source, self.target)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AddConstant(Cast):
     """Another operation's elements plus a constant (-1 to zero-centred gamma, +1 back), cast to another dtype."""
 
-    number: float
+    constant: float
     exact_name: str | None = None  # given: the sum must be invertible bit for bit; the name is for the error
 
-    def convert(self, numbers: memoryview) -> memoryview:
-        summed = add(numbers, self.number, self.source, self.target)
-        if self.exact_name and add(summed, -self.number, self.target, self.source) != numbers:
+    def convert(self, values: memoryview) -> memoryview:
+        summed = add(values, self.constant, self.source, self.target)
+        if self.exact_name and add(summed, -self.constant, self.target, self.source) != values:
             raise UserError(
                 f"{self.exact_name} has values too small for a bit-exact round trip through zero-centred gamma "
                 "(Megatron-Core stores the weight minus one); set values below 2e-9 to zero"
@@ -181,8 +181,8 @@ class NormalizeRows(Cast):
     def values_per_call(self) -> int:
         return self.row
 
-    def convert(self, numbers: memoryview) -> memoryview:
-        return normalize_row(numbers, self.source, self.target)
+    def convert(self, values: memoryview) -> memoryview:
+        return normalize_row(values, self.source, self.target)
 
 
 def cast_operation(operation: CopyOperation, source: Dtype, target: Dtype) -> CopyOperation:
@@ -190,11 +190,11 @@ def cast_operation(operation: CopyOperation, source: Dtype, target: Dtype) -> Co
     return operation if source is target else Cast(operation=operation, source=source, target=target)
 
 
-def fill_value(number: bytes, count: int) -> Iterator[CopyOperation]:
+def fill_value(element: bytes, count: int) -> Iterator[CopyOperation]:
     """`count` copies of one element, in operations of at most a block."""
-    step = blocks.BLOCK // len(number)
+    step = blocks.BLOCK // len(element)
     for start in range(0, count, step):
-        yield FillValue(number, min(step, count - start))
+        yield FillValue(element, min(step, count - start))
 
 
 def copy_rows(view: ByteView, row: int, rows: int, limit: int | None = None) -> Iterator[CopyRows]:
@@ -217,7 +217,7 @@ def transpose(
     first: int,
     count: int,
     columns: int,
-    item: int,
+    item_bytes: int,
     limit: int | None = None,
     step: int = 1,
 ) -> Iterator[Transpose]:
@@ -225,14 +225,14 @@ def transpose(
 
     A strip costs one read per source row: wide strips need fewer reads.
     """
-    most = max(STRIP * (limit or blocks.BLOCK) // (columns * item * step), 1)
+    most = max(STRIP * (limit or blocks.BLOCK) // (columns * item_bytes * step), 1)
     for done in range(0, count, most):
         yield Transpose(
             parts=parts,
             first=first + done * step,
             count=min(most, count - done),
             columns=columns,
-            item=item,
+            item_bytes=item_bytes,
             step=step,
         )
 
@@ -270,16 +270,16 @@ class FilePlan:
 
 def pack_blocks(operations: Iterable[CopyOperation], limit: int | None = None) -> Iterator[Block]:
     """Operations grouped into blocks of about `limit` bytes; a larger operation is a block of its own."""
-    held: list[CopyOperation] = []
+    group: list[CopyOperation] = []
     size = 0
     for operation in operations:
-        if held and size + operation.size > (limit or blocks.BLOCK):
-            yield _block(held, size)
-            held, size = [], 0
-        held.append(operation)
+        if group and size + operation.size > (limit or blocks.BLOCK):
+            yield _block(group, size)
+            group, size = [], 0
+        group.append(operation)
         size += operation.size
-    if held:
-        yield _block(held, size)
+    if group:
+        yield _block(group, size)
 
 
 def _block(operations: list[CopyOperation], size: int) -> Block:

@@ -161,14 +161,14 @@ class _FileWriter:
         self.file = file
         self.digest = ""
         self.exhausted = False  # all blocks taken
-        self._path, self._journal, self._check, self._disk = path, journal, check, disk
+        self._path, self._journal, self._raise_if_stopped, self._disk = path, journal, check, disk
         self._sent = 0  # bytes whose write-back was started
         self._flushed: Future[None] | None = None
         self._descriptor: int | None = None
         self._hash = xxhash.xxh3_128()
         self._take_lock = threading.Lock()
         self._turn = threading.Condition()
-        self._numbered: Iterator[tuple[int, int, Block]] | None = None
+        self._blocks: Iterator[tuple[int, int, Block]] | None = None
         self._hashed = self._written = 0  # blocks
 
     def write(self, files: OpenFiles, buffer: memoryview) -> Iterator[int]:
@@ -187,19 +187,19 @@ class _FileWriter:
 
     def _take(self) -> tuple[int, int, Block] | int | None:
         with self._take_lock:
-            if self._numbered is None:
+            if self._blocks is None:
                 self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
                 resumed_bytes = (
                     self._journal.resume(self.file.name, self._descriptor, self._hash) if self._journal else 0
                 )
-                self._numbered = self._number(resumed_bytes)
+                self._blocks = self._number_blocks(resumed_bytes)
                 if resumed_bytes:
                     return resumed_bytes
-            taken = next(self._numbered, None)
+            taken = next(self._blocks, None)
             self.exhausted = taken is None
             return taken
 
-    def _number(self, resumed_bytes: int) -> Iterator[tuple[int, int, Block]]:
+    def _number_blocks(self, resumed_bytes: int) -> Iterator[tuple[int, int, Block]]:
         start = number = 0
         for block in self.file.make_blocks():
             if start >= resumed_bytes:
@@ -227,7 +227,7 @@ class _FileWriter:
             self._turn.notify_all()
         self._wait(lambda: self._written == number)
         self._put(data, start)
-        self._note(start + block.size, digest)
+        self._record_progress(start + block.size, digest)
         with self._turn:
             self._written += 1
             self._turn.notify_all()
@@ -235,7 +235,7 @@ class _FileWriter:
     def _wait(self, ready: Callable[[], bool]) -> None:
         with self._turn:
             while not ready():
-                self._check()  # before waiting: `stop` sets its flag before it wakes the waiting threads
+                self._raise_if_stopped()  # before waiting: `stop` sets its flag before it wakes the waiting threads
                 self._turn.wait()
 
     def _put(self, data: memoryview, start: int) -> None:
@@ -244,7 +244,7 @@ class _FileWriter:
             count = os.pwrite(self._descriptor, data, start)
             data, start = data[count:], start + count
 
-    def _note(self, end: int, digest: str) -> None:
+    def _record_progress(self, end: int, digest: str) -> None:
         """Record progress in the journal if a later run can resume here; start write-back."""
         assert self._descriptor is not None
         if digest and self._journal is not None:
@@ -284,7 +284,7 @@ def _flush(descriptor: int) -> None:
 def _allow_files(count: int) -> None:
     """Raise the limit of open files; large models exceed the usual 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 64
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        ceiling = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    needed = count + 64
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        ceiling = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (ceiling, hard))

@@ -90,8 +90,8 @@ class Publication:
         """
         own_files = self.own_files(files)
         journal = Journal(self.path, f"{self.work} {plan_key(files)}")
-        if kept := journal.summary():
-            log(kept)
+        if line := journal.summary():
+            log(line)
         try:
             for folder in {(self.path / file.name).parent for file in own_files}:
                 folder.mkdir(parents=True, exist_ok=True)

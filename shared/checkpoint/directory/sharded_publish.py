@@ -221,7 +221,7 @@ class _ShardsPublication(Publication):
     def write(
         self, files: Sequence[FilePlan], *, workers: int, advance: Advance, checks: Checks = lambda sources: ()
     ) -> None:
-        moves: list[tuple[Path, Path]] = []
+        renames: list[tuple[Path, Path]] = []
         for index, record in self._records.items():
             if record["plan"] != plan_key(files):
                 raise UserError(f"shard {index} of {self._shard.count} was written for other files; run it again")
@@ -232,12 +232,12 @@ class _ShardsPublication(Publication):
                     raise UserError(
                         f"shard {index} of {self._shard.count}: {file.name} is missing or truncated; run it again"
                     )
-                moves.append((place, self.path / file.name))
+                renames.append((place, self.path / file.name))
                 self.record_hash(file.name, record["files"][file.name]["hash"])
-        wanted = {place for _, place in moves}
-        for path in [path for path in self.path.rglob("*") if path.is_file() and path not in wanted]:
+        shard_files = {place for _, place in renames}
+        for path in [path for path in self.path.rglob("*") if path.is_file() and path not in shard_files]:
             path.unlink()  # left by a killed `publish/N`
-        for place, final in moves:
+        for place, final in renames:
             if place != final:
                 final.parent.mkdir(parents=True, exist_ok=True)
                 place.rename(final)

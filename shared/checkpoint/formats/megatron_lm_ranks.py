@@ -66,8 +66,8 @@ def read_ranks(iteration: Path) -> Ranks:
     for name in names.values():
         if name not in read:
             raise UserError(f"{iteration / name} is missing: the checkpoint is {shown}; fetch it again")
-    if surplus := sorted(read.keys() - set(names.values())):
-        raise UserError(f"{iteration / surplus[0]} is of no rank: the checkpoint is {shown}; move it away")
+    if unexpected := sorted(read.keys() - set(names.values())):
+        raise UserError(f"{iteration / unexpected[0]} is of no rank: the checkpoint is {shown}; move it away")
     first, state, _ = read[names[0, 0, 0]]
     for path, other, _ in read.values():
         for field in ("iteration", "checkpoint_version"):
@@ -94,8 +94,8 @@ def _read(path: Path, files: OpenFiles) -> tuple[Mapping[str, Any], tuple[Mappin
     chunks = []
     for name in sorted(names, key=lambda name: int(name.removeprefix("model") or 0)):
         chunks.append({key: file.tensor(key, value, files) for key, value in _flat(state[name], "")})
-    kept = {field: state[field] for field in ("args", "iteration", "checkpoint_version") if field in state}
-    return kept, tuple(chunks)
+    metadata = {field: state[field] for field in ("args", "iteration", "checkpoint_version") if field in state}
+    return metadata, tuple(chunks)
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -114,9 +114,9 @@ def _arguments(state: Mapping[str, Any]) -> Mapping[str, Any]:
 def _sizes(arguments: Mapping[str, Any], folders: list[str]) -> tuple[int, int, int]:
     """Tensor, pipeline and expert parallel sizes, from the run's arguments or else from the folder names."""
     fields = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
-    told = [arguments.get(field) for field in fields]
-    if told[0] is not None:
-        return told[0], told[1] or 1, told[2] or 1
+    sizes = [arguments.get(field) for field in fields]
+    if sizes[0] is not None:
+        return sizes[0], sizes[1] or 1, sizes[2] or 1
     found = [match for name in folders if (match := _FOLDER.fullmatch(name))]
     counts = [max((int(match[place] or 0) for match in found), default=0) + 1 for place in (1, 2, 3)]
     return counts[0], counts[1], counts[2]

@@ -70,9 +70,9 @@ def join_ranks(files: Sequence[Path]) -> dict[str, JoinedTensor]:
             )
     first = ranks[0]
     for path, rank in zip(files[1:], ranks[1:], strict=True):
-        if odd := sorted(first.keys() ^ rank.keys()):
-            where, other = (path, files[0]) if odd[0] in rank else (files[0], path)
-            raise UserError(f"{where} holds {odd[0]} and {other.name} does not; fetch both again")
+        if differing := sorted(first.keys() ^ rank.keys()):
+            where, other = (path, files[0]) if differing[0] in rank else (files[0], path)
+            raise UserError(f"{where} holds {differing[0]} and {other.name} does not; fetch both again")
         for name, tensor in rank.items():
             if (tensor.dtype, tensor.shape) != (first[name].dtype, first[name].shape):
                 raise UserError(
@@ -166,10 +166,10 @@ class SatReader(HfReader):
     @cached_property
     def weights(self) -> dict[str, Weight]:
         """As `HfReader.weights`; never quantised."""
-        return {name: Weight(tensor=held.tensor, joined=held.view) for name, held in self._joined.items()}
+        return {name: Weight(tensor=tensor.tensor, joined=tensor.view) for name, tensor in self._joined.items()}
 
 
 def head_dims(joined: Mapping[str, JoinedTensor]) -> set[int]:
     """head_dim from the shapes of `inv_freq`, `[head_dim / 2]`."""
-    shapes: Iterator[Shape] = (held.tensor.shape for name, held in joined.items() if name.endswith("inv_freq"))
+    shapes: Iterator[Shape] = (tensor.tensor.shape for name, tensor in joined.items() if name.endswith("inv_freq"))
     return {2 * shape[0] for shape in shapes}

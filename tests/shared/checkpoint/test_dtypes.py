@@ -1,4 +1,4 @@
-"""Conversions of element types against torch's, bit for bit."""
+"""Casts between dtypes against torch, bit for bit."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def as_torch(data: memoryview, dtype: Dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("target", [BF16, FP16], ids=lambda d: d.name)
-def test_narrowing_is_torch_s(target: Dtype) -> None:
+def test_downcast_is_torch_s(target: Dtype) -> None:
     data = float32_patterns()
     ours, theirs = as_torch(cast(data, FP32, target), target), as_torch(data, FP32).to(TORCH[target])
     assert torch.equal(ours.isnan(), theirs.isnan())
@@ -60,7 +60,7 @@ def test_narrowing_is_torch_s(target: Dtype) -> None:
 
 
 @pytest.mark.parametrize("source", [BF16, FP16], ids=lambda d: d.name)
-def test_widening_is_torch_s_and_undone_exactly(source: Dtype) -> None:
+def test_upcast_is_torch_s_and_undone_exactly(source: Dtype) -> None:
     data = all_16_bit_patterns()
     wide = cast(data, source, FP32)
     theirs = as_torch(data, source).to(torch.float32)

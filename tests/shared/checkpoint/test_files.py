@@ -1,4 +1,4 @@
-"""What lies below a directory, and what cannot be read there."""
+"""Walks of a directory, and entries that are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""E4M3 numbers against torch's own type, and the way back for every code."""
+"""E4M3 against torch.float8_e4m3fn, and the exact round trip of every code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def decoded(codes: np.ndarray, scale: np.float32) -> np.ndarray:
     return to_float32(memoryview(fp8.product_table(scale)), BF16)[codes]
 
 
-def test_numbers_are_torchs() -> None:
+def test_code_values_are_torchs() -> None:
     theirs = CODES.view(torch.float8_e4m3fn).float().numpy()
     finite = [code for code in range(256) if code not in NAN]
     assert np.array_equal(fp8.code_values().view(np.uint32)[finite], theirs.view(np.uint32)[finite])
@@ -71,7 +71,7 @@ def test_zeros_keep_any_scale() -> None:
         assert kept == scale
 
 
-def test_where_it_cannot_hold() -> None:
+def test_limits_of_the_round_trip() -> None:
     """Products that bf16 has no normal number for are equal for several codes: values come back, codes may not."""
     codes = np.arange(1, 16, dtype=np.uint8)[None]
     for scale in (np.float32(2.0**-130), np.float32(1e-45)):
@@ -102,7 +102,7 @@ def test_powers_of_two_stay_what_they_are() -> None:
     assert fp8.requantize(values, np.float32(1), powers_of_two=True)[1] == np.float32(1 / 64)
 
 
-def test_scales_of_an_exponent_alone_are_torchs() -> None:
+def test_e8m0_scales_are_torchs() -> None:
     exact = CODES.view(torch.float8_e8m0fnu).double().numpy()
     found = fp8.read_scales(memoryview(CODES.numpy()), fp8.E8M0)
     assert found.dtype == np.float32
@@ -113,7 +113,7 @@ def test_scales_of_an_exponent_alone_are_torchs() -> None:
     assert found[0] == 2.0**-127  # which fp32 has as a subnormal number
 
 
-def test_numbers_with_such_scales_are_exact() -> None:
+def test_values_with_e8m0_scales_are_exact() -> None:
     """In float64, for every code and every scale whose products bf16 has normal numbers for."""
     exponents = np.arange(10, 246, dtype=np.uint8)
     some = fp8.read_scales(memoryview(exponents), fp8.E8M0)

@@ -1,4 +1,4 @@
-"""Integers of four bits against torch's arithmetic in bf16, and the way back for every code and scale.
+"""Int4 groups against torch's bf16 arithmetic, and the exact round trip of every code and scale.
 
 `tests/tools/infer/test_whole_compressed_tensors.py` has compressed-tensors' own program for a reference.
 """

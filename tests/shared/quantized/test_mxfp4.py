@@ -1,4 +1,4 @@
-"""MXFP4 numbers against transformers' own program, and the way back for every code."""
+"""MXFP4 against transformers, and the exact round trip of every code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights stored as codes and scales, read as numbers in windows of any kind, against transformers."""
+"""Quantised weights, dequantised in any window, against transformers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_numbers_are_those_of_transformers(tmp_path: Path, rows: int, columns: i
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(256, 384), (576, 200), (130, 128)])
-def test_both_halves_come_back(tmp_path: Path, rows: int, columns: int) -> None:
+def test_both_components_round_trip(tmp_path: Path, rows: int, columns: int) -> None:
     codes, scales, quantized = stored(tmp_path, rows, columns)
 
     def bytes_of(operations: Callable[[], object]) -> bytes:

@@ -238,7 +238,7 @@ def test_what_a_kill_left_is_not_trusted(make_hf: Make, convert: Any, tmp_path: 
         convert("to-megatron", "--source", make_hf("llama-gqa", seed=1), "--target", tmp_path / "m")
     answer = convert(*command)
     assert answer.code == 0, answer.err
-    assert ("is damaged; it is written again" in answer.err) == (change in ("damage", "cut"))
+    assert ("by an earlier run is damaged; writing it again" in answer.err) == (change in ("damage", "cut"))
     assert ("left by a killed run" in answer.err) == (change in ("options", "source"))
     assert {n: c for n, c in files(tmp_path / "t").items() if n != "config.json"} == {
         n: c for n, c in files(source).items() if n != "config.json"

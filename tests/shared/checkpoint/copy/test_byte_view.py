@@ -1,4 +1,4 @@
-"""Matrices that are put together of others, and taken apart: every window of them."""
+"""Concatenated and strided views: every window of rows and columns, against numpy."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ def check(view: ByteView, whole: np.ndarray) -> None:
                     assert np.array_equal(found, whole[row : row + rows, left : left + width])
 
 
-def test_rows_that_are_apart(tmp_path: Path) -> None:
+def test_strided_rows(tmp_path: Path) -> None:
     view = file_view(tmp_path / "file")
     for first, step in ((0, 2), (1, 2), (2, 3)):
         whole = NUMBERS[first::step]
         check(StridedView(view=view, first=first, rows=len(whole), step=step), whole)
 
 
-def test_rows_of_several_places(tmp_path: Path) -> None:
+def test_concatenated_rows(tmp_path: Path) -> None:
     view = file_view(tmp_path / "file")
     parts = (RowRange(view=view, row=6, rows=4, target_row=0), RowRange(view=view, row=1, rows=2, target_row=4))
     check(ConcatenatedView(name="n", rows=6, width=4, parts=parts), np.concatenate([NUMBERS[6:10], NUMBERS[1:3]]))
 
 
-def test_rows_in_turn(tmp_path: Path) -> None:
+def test_interleaved_rows(tmp_path: Path) -> None:
     view = file_view(tmp_path / "file")
     parts = tuple(RowRange(view=view, row=4 * part, rows=4, target_row=part, step=3) for part in range(3))
     woven = NUMBERS.reshape(3, 4, 4).transpose(1, 0, 2).reshape(12, 4)
     check(ConcatenatedView(name="n", rows=12, width=4, parts=parts), woven)
 
 
-def test_columns_in_turn(tmp_path: Path) -> None:
-    """Transposed, strip by strip: columns that are apart become rows, and rows columns that are apart."""
+def test_transpose_with_strides(tmp_path: Path) -> None:
+    """Transposed in strips: strided source columns become rows, source rows become strided columns."""
     view = file_view(tmp_path / "file")
     whole = (TransposedRows(view=view, row=0, rows=12, column=0),)
     halves = tuple(TransposedRows(view=view, row=6 * part, rows=6, column=part, step=2) for part in range(2))

@@ -1,4 +1,4 @@
-"""Any number of threads writes the same bytes and tells the same hashes."""
+"""Bytes and hashes do not depend on the number of threads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_bytes_and_hashes(tmp_path: Path, workers: int) -> None:
     assert sum(told) == sum(map(len, CONTENT.values()))
 
 
-def test_blocks_of_one_file_are_made_at_the_same_time_and_sealed_in_order(tmp_path: Path) -> None:
+def test_blocks_of_one_file_are_filled_concurrently_and_finalized_in_order(tmp_path: Path) -> None:
     together, seen, order = threading.Barrier(3, timeout=10), [], itertools.count()
 
     def blocks() -> Iterator[Block]:

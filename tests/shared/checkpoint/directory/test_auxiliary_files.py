@@ -1,4 +1,4 @@
-"""What travels with the weights, and a directory that any program loads."""
+"""Auxiliary files, and directories completed for transformers 4 and 5."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make(folder: Path, *names: str) -> Path:
     return folder
 
 
-def test_everything_but_weights_travels(tmp_path: Path) -> None:
+def test_everything_but_weights_is_auxiliary(tmp_path: Path) -> None:
     kept = ["LICENSE", "config.json", "extra/note.txt", "metrics.jsonl", "tokenizer.model", ".gitattributes"]
     left = ["model.safetensors", "model.safetensors.index.json", "original/a.pth", "weights.json", ".cache/x"]
     folder = make(tmp_path / "a", *kept, *left)
@@ -38,7 +38,7 @@ def test_everything_but_weights_travels(tmp_path: Path) -> None:
     ) == sorted(kept)
 
 
-def test_of_a_published_directory_what_its_manifest_answers_for(tmp_path: Path) -> None:
+def test_of_a_published_directory_what_its_manifest_lists(tmp_path: Path) -> None:
     folder = make(tmp_path / "a", "config.json", "metrics.jsonl", "state/optimizer.json", "stray.txt")
     (folder / "manifest.json").write_text(
         json.dumps({"files": {"config.json": {}, "metrics.jsonl": {}, "state/optimizer.json": {}}})
@@ -73,12 +73,12 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
         ({"vocab_size": 3}, {}),
     ],
 )
-def test_both_spellings(config: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_fields_of_transformers_4_and_5(config: dict[str, Any], expected: dict[str, Any]) -> None:
     assert for_transformers_4_and_5(config) == config | expected
     assert for_transformers_4_and_5(for_transformers_4_and_5(config)) == for_transformers_4_and_5(config)
 
 
-def test_complete_hf(tmp_path: Path) -> None:
+def test_finish_hf_directory(tmp_path: Path) -> None:
     source = make(tmp_path / "a", "config.json", "chat_template.jinja", "model.safetensors", "tokenizer.json")
     target = make(tmp_path / "b", "model.safetensors")
     (target / "config.json").write_text(json.dumps({"rope_parameters": {"rope_theta": 5.0}, "dtype": "float32"}))
@@ -91,6 +91,6 @@ def test_complete_hf(tmp_path: Path) -> None:
     assert settings == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "é"}
 
 
-def test_complete_hf_without_any_configuration(tmp_path: Path) -> None:
+def test_finish_hf_directory_without_any_configuration(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config.json is missing"):
         finish_hf_directory(make(tmp_path / "b", "model.safetensors"), make(tmp_path / "a", "tokenizer.json"))

@@ -44,7 +44,7 @@ def test_published_directory_has_what_was_written_and_says_where_it_came_from(pu
     assert sorted(path.name for path in target.parent.iterdir()) == ["published", "source"]
 
 
-def test_same_work_again_is_already_done(published: Callable[..., Path]) -> None:
+def test_the_same_run_again_is_already_done(published: Callable[..., Path]) -> None:
     target = published()
     before = (target / "manifest.json").read_bytes()
     with pytest.raises(AlreadyDone, match="already done"):
@@ -53,7 +53,7 @@ def test_same_work_again_is_already_done(published: Callable[..., Path]) -> None
 
 
 @pytest.mark.parametrize("change", ["option", "input"])
-def test_other_work_needs_overwrite(published: Callable[..., Path], source: Path, change: str) -> None:
+def test_another_run_needs_overwrite(published: Callable[..., Path], source: Path, change: str) -> None:
     target = published()
     if change == "input":
         (source / "config.json").write_text('{"model_type": "qwen2"}')
@@ -67,7 +67,7 @@ def test_other_work_needs_overwrite(published: Callable[..., Path], source: Path
     assert sorted(path.name for path in target.parent.iterdir()) == ["published", "source"]
 
 
-def test_neutral_options_are_the_same_work(published: Callable[..., Path]) -> None:
+def test_options_outside_the_fingerprint_are_the_same_run(published: Callable[..., Path]) -> None:
     published()
     with (
         invoked("convert", "to-hf", {"dtype": "bf16", "workers": 9}, not_fingerprinted=("workers",)),
@@ -192,8 +192,8 @@ def test_two_publishers_of_one_target_exclude_each_other(source: Path, tmp_path:
     assert (target / "a").read_text() == "a"
 
 
-def test_a_kill_between_the_renames_of_a_replacement_is_mended(published: Callable[..., Path]) -> None:
-    """On file systems without RENAME_EXCHANGE the old directory stands aside for a moment."""
+def test_a_kill_between_the_renames_of_a_replacement_is_repaired(published: Callable[..., Path]) -> None:
+    """On file systems without RENAME_EXCHANGE the old directory is renamed for a moment."""
     target = published()
     target.rename(target.with_name("published.replaced-0123"))
     with pytest.raises(AlreadyDone):

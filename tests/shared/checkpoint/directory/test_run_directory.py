@@ -79,7 +79,7 @@ def test_an_unfinished_run_is_resumed_also_with_overwrite_and_kept_from_others(s
     resumed.close()
 
 
-def test_what_a_kill_leaves_is_put_right(source: Path, tmp_path: Path) -> None:
+def test_leftovers_of_a_kill_are_repaired(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "run"
     run = RunDirectory.open(target, kind="megatron", inputs={"source": source})
     _save(run, 10)
@@ -93,7 +93,7 @@ def test_what_a_kill_leaves_is_put_right(source: Path, tmp_path: Path) -> None:
     resumed.close()
 
 
-def test_sigkill_at_random_points_always_leaves_a_whole_checkpoint(source: Path, tmp_path: Path) -> None:
+def test_sigkill_at_random_points_always_leaves_a_complete_checkpoint(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "run"
     seed = random.SystemRandom().randrange(1 << 30)
     print("seed", seed)

@@ -1,4 +1,4 @@
-"""Several processes write parts of one directory; one publishes it, or says which part is not as it should be."""
+"""Sharded publishing: several processes write one directory, one publishes it, or names the shard at fault."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def files(content: dict[str, bytes] | None = None) -> list[FilePlan]:
 
 @pytest.fixture
 def write(tmp_path: Path, source: Path) -> Write:
-    """`write("2/4")`: a shard, `publish/4` or, with None, the whole in one process."""
+    """`write("2/4")`: a shard, `publish/4` or, with None, all in one process."""
 
     def run(
         shard: str | None, *, content: dict[str, bytes] | None = None, overwrite: bool = False, **options: str
@@ -85,7 +85,7 @@ def test_published_from_shards_it_is_the_same_directory(write: Write, tmp_path: 
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 7, 11])
-def test_every_file_is_dealt_to_one_shard(count: int) -> None:
+def test_every_file_is_assigned_to_one_shard(count: int) -> None:
     assigned = [assign_files(files(), ShardSpec(index=index, count=count)) for index in range(1, count + 1)]
     assert [file.name for part in assigned for file in part] == list(CONTENT)
     if count <= 7:
@@ -93,7 +93,7 @@ def test_every_file_is_dealt_to_one_shard(count: int) -> None:
 
 
 def dies(path: Path) -> None:
-    """Stands for a kill: what was told to stop is left as it is, too."""
+    """Stands for a kill; a stop leaves the same."""
     raise KeyboardInterrupt
 
 
@@ -172,7 +172,7 @@ def test_a_shard_of_another_version_is_named(write: Write, tmp_path: Path) -> No
     assert "was written by version 0.0.1" in refused(write, tmp_path, "publish/1")
 
 
-def test_a_file_of_a_shard_that_is_gone_or_cut_short_is_named(write: Write, tmp_path: Path) -> None:
+def test_a_file_of_a_shard_that_is_missing_or_truncated_is_named(write: Write, tmp_path: Path) -> None:
     for index in (1, 2):
         write(f"{index}/2")
     name = "sub/f6.safetensors"

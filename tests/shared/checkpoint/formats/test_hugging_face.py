@@ -57,7 +57,7 @@ def test_written_back_from_its_layout_it_is_the_same_bytes(sharded: Path, tmp_pa
     assert set(hashes) == {p.name for p in sharded.glob("*.safetensors")}
 
 
-def test_hash_told_is_the_file_s(sharded: Path, tmp_path: Path) -> None:
+def test_recorded_hash_is_the_file_s(sharded: Path, tmp_path: Path) -> None:
     from shared.checkpoint.files import hash_file
 
     reader = HfReader(sharded)

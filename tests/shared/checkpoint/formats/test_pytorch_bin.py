@@ -1,4 +1,4 @@
-"""torch.save's files against torch: every tensor found at its bytes, nothing of the pickle run."""
+"""torch.save files against torch: every tensor is located, no code of the pickle runs."""
 
 from __future__ import annotations
 

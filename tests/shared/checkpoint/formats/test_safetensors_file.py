@@ -1,4 +1,4 @@
-"""Headers as the safetensors library writes and reads them, and every way in which a file is not whole."""
+"""Headers as the safetensors library writes and reads them, and damaged files."""
 
 from __future__ import annotations
 

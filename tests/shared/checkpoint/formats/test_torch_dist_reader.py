@@ -1,4 +1,4 @@
-"""Rows gathered from any chunking, and directories that are not whole."""
+"""Rows of tensors in any chunking, and incomplete directories."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Chunk = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def chunks_at(*cuts: list[int]) -> list[Chunk]:
-    """Every box of a grid cut at these edges."""
+    """Every chunk of a grid with these edges."""
     ranges = [list(pairwise(edges)) for edges in cuts]
     return [
         (tuple(start for start, _ in chunk), tuple(stop - start for start, stop in chunk)) for chunk in product(*ranges)
@@ -64,7 +64,7 @@ def test_every_window_of_rows(tmp_path: Path, chunking: str) -> None:
             assert found == WHOLE[layer, first : first + count].tobytes()
 
 
-def test_whole_tensor_along_its_first_axis(tmp_path: Path) -> None:
+def test_complete_tensor_along_its_first_axis(tmp_path: Path) -> None:
     reader = TorchDistReader(write(tmp_path / "d", CHUNKINGS["layers"]))
     assert b"".join(map(bytes, reader.rows("w", (), 0, 2))) == WHOLE.tobytes()
 

@@ -1,4 +1,4 @@
-"""torch's own reader loads what is written here."""
+"""Written directories, loaded by torch.distributed.checkpoint."""
 
 from __future__ import annotations
 
