@@ -67,12 +67,13 @@ class Curve:
 
     title: str
     columns: tuple[str, ...]
-    relative: float = 1e-3  # tolerance on another kind of CPU: see `TOLERANCE`
-    absolute: float = 1e-5
+    # On another kind of CPU, which adds up in another order. Without vector units (ATEN_CPU_CAPABILITY=default and the like
+    # for MKL and oneDNN) the largest differences were 7e-6 of the value in float32 and 4e-4 in bfloat16, and 2e-7 where the
+    # value is zero but for rounding. Ten times that; a routed expert or a sampled token that changes is far beyond.
+    relative: float = 1e-4
+    absolute: float = 2e-6
 
 
-TOLERANCE = """Another kind of CPU adds up in another order: about 1e-6 of a float32 sum, 1e-3 of a bfloat16 one. Adam divides
-a gradient by its own size, so that the smallest gradients carry that difference into the weights at full rate."""
 _PRETRAINED = ("loss", "gradient_norm", "validation_loss")
 CURVES_KEPT = {
     "dense": Curve(title="pretraining, dense (Llama), float32", columns=_PRETRAINED),
@@ -88,7 +89,7 @@ CURVES_KEPT = {
     "sft": Curve(
         title="supervised fine-tuning, packed conversations (Llama), bfloat16",
         columns=("loss", "gradient_norm", "targets"),
-        relative=2e-2,
+        relative=5e-3,
     ),
     "reward": Curve(
         title="reward model, pairs (Llama), float32", columns=("loss", "grad_norm", "mean_reward", "margin", "accuracy")
