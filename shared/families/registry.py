@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from shared.architecture.architecture import Architecture, Attention, Layer
+from shared.architecture.architecture import Architecture, Attention, LatentAttention, Layer
 from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.errors import UserError
 from shared.families import (
@@ -229,7 +229,7 @@ def as_family(architecture: Architecture, name: str) -> Architecture:
 
 
 def _without_dynamic_scaling(layer: Layer) -> Layer:
-    rotary = getattr(layer.mixer, "rotary", None)
+    rotary = layer.mixer.rotary if isinstance(layer.mixer, Attention | LatentAttention) else None
     if not rotary or not rotary.scaling or rotary.scaling.kind != "dynamic":
         return layer
     return with_mixer(layer, rotary=replace(rotary, scaling=None))
