@@ -1,4 +1,4 @@
-"""The product of queries, keys and values, by torch's scaled_dot_product_attention."""
+"""Self attention: Megatron-Core's module with our rotary embedding, and the attention product of `shared.kernels.attention`."""
 
 from __future__ import annotations
 
@@ -15,25 +15,10 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-from torch.nn.functional import scaled_dot_product_attention
 
 from shared.architecture.architecture import Attention, LatentAttention
-from shared.kernels.attention import alibi
+from shared.kernels.attention import alibi, masks, sdpa, written_out
 from shared.model.rope import RotaryAngles
-
-
-def segment_mask(segments: torch.Tensor) -> torch.Tensor:
-    """Which positions of packed rows see which: causal, and never across segments.
-
-    Args:
-        segments: `[batch, sequence]` integers; positions of a row with the same number belong together. Padding
-            is a segment like any other (number 0), so that every position sees at least itself.
-
-    Returns:
-        `[batch, 1, sequence, sequence]` bool, True where the query (third axis) may attend to the key (fourth).
-    """
-    same = segments[:, None, :, None] == segments[:, None, None, :]
-    return same.tril_()
 
 
 class ClippedLinear(ColumnParallelLinear):
@@ -100,9 +85,8 @@ class Rotary2DSelfAttention(SelfAttention):
 class CoreAttention(torch.nn.Module):
     """Causal attention with grouped queries, as a `core_attention` of Megatron-Core's self attention.
 
-    `attention_mask` is either None (causal) or a mask by `segment_mask` or `prefix_inputs`. It holds True where attention
-    is allowed, as torch has it; Megatron-Core's own module reads masks the other way round. Window, ALiBi, soft
-    cap, sinks and scale are those of `attention`.
+    Megatron-Core's `attention_mask` argument carries `segments`, in a form of `shared.kernels.attention.masks`, or None
+    for causal attention. Window, ALiBi, soft cap, sinks and scale are those of `attention`.
     """
 
     def __init__(
@@ -163,7 +147,7 @@ class CoreAttention(torch.nn.Module):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        segments: torch.Tensor | None,
         /,
         *,
         attn_mask_type: AttnMaskType | None = None,
@@ -176,71 +160,56 @@ class CoreAttention(torch.nn.Module):
         if self.training and self.dropout > 0.0:
             # Each tensor-parallel process holds other heads and must drop other weights.
             with get_cuda_rng_tracker().fork():
-                return self._attend(query, key, value, attention_mask, self.dropout)
-        return self._attend(query, key, value, attention_mask, 0.0)
+                return self._attend(query, key, value, segments, self.dropout)
+        return self._attend(query, key, value, segments, 0.0)
 
     def _attend(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        mask: torch.Tensor | None,
+        segments: torch.Tensor | None,
         dropout: float,
     ) -> torch.Tensor:
-        sequence, batch = query.shape[:2]
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if self.window is not None and self.window < sequence:
-            mask = _window_mask(sequence, self.window, query.device) & (True if mask is None else mask)
-        if self.slopes is not None:
-            mask = self._alibi_bias(sequence, query, mask)
+        q_BHSD, k_BGSD, v_BGSV = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        mask = self._mask(query, segments)
         if self.softcap is None and self.softmax_offset is None:
-            context = scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=mask is None,
-                dropout_p=dropout,
+            attended_BHSV = sdpa.attend(q_BHSD, k_BGSD, v_BGSV, mask, scale=self.softmax_scale, dropout=dropout)
+        else:
+            attended_BHSV = written_out.attend(
+                q_BHSD,
+                k_BGSD,
+                v_BGSV,
+                mask,
                 scale=self.softmax_scale,
-                enable_gqa=query.shape[2] != key.shape[2],
+                softcap=self.softcap,
+                sinks_H=self.softmax_offset,
+                dropout=dropout,
             )
-        else:
-            context = self._written_out(q, k, v, mask, dropout)
-        return context.permute(2, 0, 1, 3).reshape(sequence, batch, -1)
+        return attended_BHSV.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
 
-    def _alibi_bias(self, sequence: int, query: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        assert self.slopes is not None
-        allowed = _window_mask(sequence, sequence, query.device) if mask is None else mask
-        if self.alibi_scale is None:
-            bias = alibi.bias(self.slopes.to(query.device), sequence)
-        else:
-            positions = allowed[:, 0].sum(-1) - 1  # of packed rows: counted from the start of each segment
-            bias = alibi.rounded_bias(self.slopes.to(query.device), positions) * self.alibi_scale
-        return bias.masked_fill(~allowed, -torch.inf).to(query.dtype)
+    def _mask(self, query: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor | None:
+        """None: causal; a dense mask; or with ALiBi the bias of the scores."""
+        length = query.shape[0]
+        window = self.window if self.window is not None and self.window < length else None
+        mask = None
+        if segments is not None:
+            mask = masks.shared_dense(segments, window)
+        elif window is not None:
+            mask = masks.window(length, window, query.device)
+        return mask if self.slopes is None else self._alibi_bias(query, segments, mask)
 
-    def _written_out(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout: float
+    def _alibi_bias(
+        self, query: torch.Tensor, segments: torch.Tensor | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Attention over `[batch, heads, sequence, head_dim]` with what torch's has no argument for.
-
-        Scores `cap * tanh(score / cap)` (Gemma 2); a score more, of which no value comes (gpt-oss).
-        """
-        repeats = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        scale = q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
-        scores = q @ k.transpose(-1, -2) * scale
-        if self.softcap is not None:
-            scores = torch.tanh(scores / self.softcap) * self.softcap
-        allowed = _window_mask(q.shape[2], q.shape[2], q.device) if mask is None else mask
-        scores = scores.masked_fill(~allowed, -torch.inf)
-        if self.softmax_offset is not None:
-            sinks = self.softmax_offset.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-            scores = torch.cat([scores, sinks], dim=-1)
-        weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[2]]
-        return torch.nn.functional.dropout(weights, dropout) @ v
-
-
-def _window_mask(length: int, window: int, device: torch.device) -> torch.Tensor:
-    """Causal, the last `window` positions only, `[1, 1, length, length]` bool."""
-    allowed = torch.ones(length, length, dtype=torch.bool, device=device).tril_()
-    return allowed.triu_(1 - window)[None, None]
+        assert self.slopes is not None
+        length, slopes = query.shape[0], self.slopes.to(query.device)
+        allowed = masks.causal(length, query.device) if mask is None else mask
+        if self.alibi_scale is None:
+            bias = alibi.bias(slopes, length)
+        else:
+            positions = torch.arange(length, device=query.device)[None]
+            if segments is not None:  # counted from the start of each segment
+                positions = masks.segment_positions(segments)
+            bias = alibi.rounded_bias(slopes, positions) * self.alibi_scale
+        return bias.masked_fill(~allowed, -torch.inf).to(query.dtype)

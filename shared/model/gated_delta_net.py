@@ -1,7 +1,7 @@
 """Gated delta nets: Megatron-Core's module, whose arithmetic needs Triton kernels, computed in plain torch.
 
 Weights have Megatron-Core's shapes and names, and go into checkpoints by its own code. Unlike its kernels this one
-knows packed rows by their mask.
+knows packed rows by their segments.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.nn import functional
 from shared.architecture import attention as values
 from shared.architecture.architecture import Architecture
 from shared.architecture.norm import Norm
+from shared.kernels.attention.masks import segment_positions
 from shared.kernels.gated_delta_rule import gated_delta_rule
 from shared.model.norm import norm_of
 
@@ -99,15 +100,15 @@ class TorchGatedDeltaNet(GatedDeltaNet):
     ) -> tuple[torch.Tensor, None]:
         """`[sequence, batch, hidden]` to the same shape; `others` are for attention and inference.
 
-        The mask is None, or one by `segment_mask`: the state starts anew with each segment.
+        `attention_mask`: segments `[batch, sequence]`, or None; the state starts anew with each segment.
         """
         projected, _ = self.in_proj(hidden_states)
         # None of what follows looks across rows of the batch: [batch, sequence, ..] from here on.
         mixed, gate, beta, alpha = projected.transpose(0, 1).split(self.feat_dim_split, dim=-1)
         offsets, segments = None, None
         if attention_mask is not None:
-            offsets = attention_mask[:, 0].sum(-1) - 1  # tokens since the segment's first
-            segments = (offsets == 0).cumsum(1)
+            offsets = segment_positions(attention_mask)
+            segments = (offsets == 0).cumsum(1)  # numbers that never fall
         mixed = functional.silu(causal_convolution(mixed, self.conv1d.weight[:, 0], offsets))
         query, key, value = mixed.split([self.qk_dim_local_tp, self.qk_dim_local_tp, self.v_dim_local_tp], dim=-1)
         query, key = (x.unflatten(-1, (-1, self.key_head_dim)) for x in (query, key))

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch.nn import functional
 
 from shared.architecture.architecture import Activation, Architecture, Attention, LatentAttention
+from shared.kernels.attention.masks import segment_positions
 from shared.model.cross_entropy import vocab_parallel_cross_entropy
 from shared.model.embedding_and_head import (
     adapt_embedding,
@@ -69,7 +70,8 @@ class LanguageModel(GPTModel):
     """Megatron-Core's GPT with the rotary frequencies of its architecture and a loss blind to vocabulary padding.
 
     Called as `model(input_ids, position_ids, attention_mask, labels=labels)`, with ids and labels
-    `[batch, sequence]` and a mask by `segment_mask` or None for plain causal attention, the last pipeline stage
+    `[batch, sequence]` and segments `[batch, sequence]` in the place of a mask, or None for rows of one segment (see
+    `shared.kernels.attention.masks`), the last pipeline stage
     returns the loss of every label, `[batch, sequence]` fp32 in nats (0 where a label is negative), and without
     labels this process's logits `[batch, sequence, padded_vocab / tensor_parallel]`. Other stages return their
     hidden states. Labels `[1 + mtp.depth, batch, sequence]` ask for the losses of the next tokens and of each MTP layer;
@@ -127,7 +129,7 @@ class LanguageModel(GPTModel):
             position_ids = streams[: self.architecture.prefix.position_streams]
         elif positions := self.architecture.embedding.positions:
             if attention_mask is not None:  # packed rows: positions count from the start of each segment
-                position_ids = attention_mask[:, 0].sum(-1) - 1
+                position_ids = segment_positions(attention_mask)
             position_ids = position_ids + positions.offset
         return super().forward(input_ids, position_ids, attention_mask, **others)
 

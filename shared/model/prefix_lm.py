@@ -1,4 +1,4 @@
-"""Texts with a blank and what fills it (GLM): positions and masks, which follow from the tokens."""
+"""Prefix LM with a blank (GLM): positions and segments, which follow from the tokens."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import torch
 
 from shared.architecture.architecture import Architecture, PrefixLM
 from shared.errors import UserError
+from shared.kernels.attention.masks import positions_and_starts, prefix_segments
 
 
 def prefix_inputs(
-    prefix: PrefixLM, ids: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor | None
+    prefix: PrefixLM, ids: torch.Tensor, segments: torch.Tensor | None, labels: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions and mask of rows; of every segment by itself where rows are packed.
+    """Positions and segments of rows; of every segment by itself where rows are packed.
 
     Args:
         prefix: which tokens mean what.
         ids: `[batch, sequence]`.
-        mask: by `segment_mask`, or None for rows of one segment.
+        segments: `[batch, sequence]`, or None for rows of one segment.
         labels: `[batch, sequence]`, or None.
 
     Returns:
-        Places in the text and in what fills the blank, `[2, batch, sequence]`, and which position sees which,
-        `[batch, 1, sequence, sequence]` bool.
+        First and second positions, `[2, batch, sequence]`, and segments with the ends of their prefixes,
+        `[batch, 2, sequence]` (`shared.kernels.attention.masks.prefix_segments`).
 
     Raises:
         UserError: a segment has no blank or no start, as the published code refuses it; one without any label of
@@ -29,7 +30,7 @@ def prefix_inputs(
     """
     batch, length = ids.shape
     place = torch.arange(length, device=ids.device).expand(batch, length)
-    first = torch.zeros_like(place) if mask is None else place - (mask[:, 0].sum(-1) - 1)
+    first = torch.zeros_like(place) if segments is None else positions_and_starts(segments)[1]
 
     def where(token: int) -> torch.Tensor:
         """Of every position, the first place of the token in its segment; `length` where there is none."""
@@ -53,9 +54,7 @@ def prefix_inputs(
         )
     text = torch.where((place < start) | counts_on, place, blank) - first
     filling = (place - start + 1).clamp(min=0)
-    same = first[:, :, None] == first[:, None, :]
-    sees = (place[:, :, None] >= place[:, None, :]) | (place[:, None, :] < start[:, :, None])
-    return torch.stack((text, filling)), (same & sees)[:, None]
+    return torch.stack((text, filling)), prefix_segments(first, start)
 
 
 def with_blank(ids: torch.Tensor, architecture: Architecture) -> torch.Tensor:

@@ -26,7 +26,6 @@ from shared.console import log
 from shared.data.labels import IGNORE
 from shared.errors import Interrupted, StageError
 from shared.model import gpt, weights
-from shared.model.attention import segment_mask
 from shared.runtime import process_groups as parallel
 from shared.runtime.stop_request import StopRequest
 from shared.training import state
@@ -227,7 +226,7 @@ def forward_step(
     output = model(
         input_ids=batch.tokens,
         position_ids=positions,
-        attention_mask=segment_mask(batch.segments) if batch.segments is not None else None,
+        attention_mask=batch.segments,
         labels=labels,
     )
     return output, partial(token_loss, labels=labels, further_scale=further_scale)

@@ -21,6 +21,7 @@ from shared.console import quantity
 from shared.errors import StageError
 from shared.families import registry
 from shared.families.common.transformers_workarounds import with_workarounds
+from shared.kernels.attention import masks
 from shared.model.prefix_lm import prefix_inputs, with_blank
 from shared.quantized.scheme import quantization_scheme
 from tools.convert.remote import remote_class
@@ -164,8 +165,8 @@ def _placed(architecture: Architecture, ids: torch.Tensor) -> dict[str, torch.Te
     """Positions `[batch, 2, sequence]` and mask, 1 where a position is seen, of classes whose tokenizer makes them."""
     if architecture.prefix is None or not registry.FAMILIES[architecture.family].explicit_positions:
         return {}
-    streams, mask = prefix_inputs(architecture.prefix, ids, None, None)
-    return {"position_ids": streams.transpose(0, 1), "attention_mask": mask.long()}
+    streams, segments = prefix_inputs(architecture.prefix, ids, None, None)
+    return {"position_ids": streams.transpose(0, 1), "attention_mask": masks.dense(segments).long()}
 
 
 @contextlib.contextmanager

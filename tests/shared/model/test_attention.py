@@ -2,20 +2,7 @@ import pytest
 import torch
 
 from shared.architecture.architecture import Alibi
-from shared.model.attention import segment_mask
-
-
-def test_mask_is_causal_and_stays_within_segments():
-    mask = segment_mask(torch.tensor([[1, 1, 2, 0], [3, 3, 3, 3]]))
-    assert mask.shape == (2, 1, 4, 4)
-    assert mask.dtype == torch.bool
-    assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
-    assert torch.equal(mask[1, 0], torch.ones(4, 4).tril().bool())
-
-
-def test_every_position_sees_itself():
-    mask = segment_mask(torch.randint(0, 3, (4, 33)))
-    assert mask.diagonal(dim1=-2, dim2=-1).all()
+from shared.kernels.attention import masks
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])
@@ -25,9 +12,9 @@ def test_product_is_the_textbooks(groups, masked, model_of, worker):
     query = torch.randn(17, 2, 8, 16)
     key, value = torch.randn(17, 2, groups, 16), torch.randn(17, 2, groups, 16)
     segments = torch.tensor([[1] * 9 + [2] * 8, [1] * 3 + [2] * 10 + [0] * 4])
-    allowed = segment_mask(segments) if masked else torch.ones(17, 17).tril().bool()
+    allowed = masks.dense(segments) if masked else masks.causal(17, torch.device("cpu"))
 
-    found = attention(query, key, value, allowed if masked else None)
+    found = attention(query, key, value, segments if masked else None)
 
     repeated_key, repeated_value = (x.repeat_interleave(8 // groups, dim=2) for x in (key, value))
     scores = torch.einsum("qbhd,kbhd->bhqk", query, repeated_key) / 16**0.5
@@ -51,6 +38,22 @@ def test_rounded_bias_counts_from_the_start_of_each_text(model_of, worker):
     ids, positions = torch.randint(64, (1, 700)), torch.arange(700)[None]
     segments = torch.arange(700)[None] // 350
     with torch.no_grad():
-        packed = model(ids, positions, segment_mask(segments))
+        packed = model(ids, positions, segments)
         alone = model(ids[:, 350:], positions[:, :350], None)
     torch.testing.assert_close(packed[:, 350:], alone, atol=1e-5, rtol=0)  # fp32, numbers of size 1
+
+
+def test_layers_share_one_mask_of_a_micro_batch(model_of, worker, monkeypatch):
+    """A dense mask is made once for all layers that have the same window, and not kept longer than the segments."""
+    made = []
+    dense = masks.dense
+    monkeypatch.setattr(masks, "dense", lambda segments: made.append(tuple(segments.shape)) or dense(segments))
+    model = model_of(worker.architecture())
+    ids, segments = torch.randint(64, (2, 16)), torch.tensor([[1] * 9 + [2] * 7, [1] * 16])
+    before = len(masks._dense)
+    with torch.no_grad():
+        model(ids, torch.arange(16)[None], segments)
+    assert made == [(2, 16)]
+    assert len(masks._dense) == before + 1
+    del segments
+    assert len(masks._dense) == before

@@ -17,7 +17,6 @@ from megatron.core.ssm.gated_delta_net import GatedDeltaNet, common  # noqa: E40
 
 from shared.families import registry  # noqa: E402
 from shared.kernels.gated_delta_rule import unit  # noqa: E402
-from shared.model.attention import segment_mask  # noqa: E402
 
 
 @pytest.fixture
@@ -70,7 +69,7 @@ def test_segments_of_a_row_are_computed_as_rows_of_their_own(ours):
     lengths = [1, 2, 3, 70, 64, 10]
     hidden = torch.randn(sum(lengths), 1, 64)
     segments = torch.repeat_interleave(torch.tensor([3, 1, 5, 2, 4, 0]), torch.tensor(lengths))[None]
-    packed, _ = ours(hidden, segment_mask(segments))
+    packed, _ = ours(hidden, segments)
     alone = torch.cat([ours(part)[0] for part in hidden.split(lengths)])
     assert_same(packed, alone)
     assert (packed - ours(hidden)[0]).abs().max() > 0.1 * packed.std()

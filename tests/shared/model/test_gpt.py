@@ -217,14 +217,12 @@ def other_family(name, worker):
 
 @pytest.mark.parametrize("name", OTHER_FAMILIES)
 def test_packed_rows_equal_their_sequences_apart(name, model_of, worker):
-    from shared.model.attention import segment_mask
-
     model = model_of(other_family(name, worker))
     first, second = torch.randint(0, VOCAB, (1, 9)), torch.randint(0, VOCAB, (1, 5))
     row = torch.cat([first, second, torch.zeros(1, 2, dtype=torch.long)], dim=1)
     segments = torch.tensor([[1] * 9 + [2] * 5 + [0] * 2])
     positions = torch.arange(16)[None]
-    packed = model(row, positions, segment_mask(segments))
+    packed = model(row, positions, segments)
     # Relative positions may start anywhere, learned ones start anew with each segment; fp32, logits of size 1.
     torch.testing.assert_close(packed[:, :9], model(first, positions[:, :9], None), atol=1e-5, rtol=0)
     torch.testing.assert_close(packed[:, 9:14], model(second, positions[:, :5], None), atol=1e-5, rtol=0)

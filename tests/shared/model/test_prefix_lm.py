@@ -5,7 +5,7 @@ import torch
 
 from shared.architecture.architecture import LearnedPositions, PrefixLM
 from shared.errors import UserError
-from shared.model.attention import segment_mask
+from shared.kernels.attention import masks
 from shared.model.prefix_lm import prefix_inputs, with_blank
 from shared.model.rope import PrefixRotaryAngles
 from shared.runtime.device import prepare
@@ -25,8 +25,8 @@ def published(row, blank):
 
 @pytest.mark.parametrize(("row", "blank"), [(ROW, 3), ([5, MASK, 6, MASK, START, 7], 1), ([START, GMASK, 5], 1)])
 def test_positions_and_mask_are_the_published_ones(row, blank):
-    streams, mask = prefix_inputs(PREFIX, torch.tensor([row]), None, None)
-    found = (*streams[:, 0].tolist(), mask[0, 0].int().tolist())
+    streams, seen = prefix_inputs(PREFIX, torch.tensor([row]), None, None)
+    found = (*streams[:, 0].tolist(), masks.dense(seen)[0, 0].int().tolist())
     assert found == published(row, blank)
 
 
@@ -39,8 +39,8 @@ def test_places_count_on_behind_some_blanks():
 @pytest.mark.parametrize(("row", "blank"), [([5, MASK, 6, GMASK, START, 7, MASK], 1), ([GMASK, 5, MASK, START], 0)])
 def test_the_earliest_blank_is_the_published_one(row, blank):
     """As the GLM of 2021's tokenizer has it: the first place of any kind, in the text in front of the start."""
-    streams, mask = prefix_inputs(replace(PREFIX, earliest=True), torch.tensor([row]), None, None)
-    found = (*streams[:, 0].tolist(), mask[0, 0].int().tolist())
+    streams, seen = prefix_inputs(replace(PREFIX, earliest=True), torch.tensor([row]), None, None)
+    found = (*streams[:, 0].tolist(), masks.dense(seen)[0, 0].int().tolist())
     assert found == published(row, blank)
 
 
@@ -56,7 +56,8 @@ def test_packed_segments_are_rows_of_their_own():
     ids = torch.tensor([ROW + other + [0, 0]])
     segments = torch.tensor([[1] * len(ROW) + [2] * len(other) + [0, 0]])
     labels = torch.where(segments == 0, -100, ids)
-    streams, mask = prefix_inputs(PREFIX, ids, segment_mask(segments), labels)
+    streams, seen = prefix_inputs(PREFIX, ids, segments, labels)
+    mask = masks.dense(seen)
     for row, blank, start in ((ROW, 3, 0), (other, 0, len(ROW))):
         here = slice(start, start + len(row))
         found = (*streams[:, 0, here].tolist(), mask[0, 0, here, here].int().tolist())
@@ -99,7 +100,7 @@ def test_both_positions_have_a_table(model_of, worker):
     model.decoder.register_forward_pre_hook(lambda module, inputs, given: seen.append(given), with_kwargs=True)
     other = [GMASK, START, 9]
     ids, segments = torch.tensor([ROW + other]), torch.tensor([[1] * len(ROW) + [2] * len(other)])
-    model(ids, None, segment_mask(segments))
+    model(ids, None, segments)
     rows = zip(published(ROW, 3)[:2], published(other, 0)[:2], strict=True)
     text, filling = (torch.tensor(one + two) for one, two in rows)
     parts = model.embedding

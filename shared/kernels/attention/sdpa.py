@@ -1,0 +1,38 @@
+"""Attention by torch's scaled_dot_product_attention.
+
+Shapes: B batch, H query heads, G key/value heads, S sequence, D head_dim, V value head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def attend(
+    q_BHSD: torch.Tensor,
+    k_BGSD: torch.Tensor,
+    v_BGSV: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    scale: float | None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """`softmax(scale q k^T + mask) v`, `[B, H, S, V]`.
+
+    Args:
+        q_BHSD, k_BGSD, v_BGSV: G divides H; G consecutive runs of query heads share a key/value head.
+        mask: bool, True where a key is attended to, or a bias of the scores; `[1 or B, 1 or H, S, S]`. None: causal.
+        scale: None: `1 / sqrt(D)`.
+        dropout: probability with which a weight of a value is dropped.
+    """
+    return scaled_dot_product_attention(
+        q_BHSD,
+        k_BGSD,
+        v_BGSV,
+        attn_mask=mask,
+        is_causal=mask is None,
+        dropout_p=dropout,
+        scale=scale,
+        enable_gqa=q_BHSD.shape[1] != k_BGSD.shape[1],
+    )
