@@ -34,13 +34,13 @@ class Pair:
     rejected: tuple[int, ...]
 
 
-def read_prompts(path: Path, tokenizer: Any, *, context: int, max_new_tokens: int) -> list[Prompt]:
+def read_prompts(path: Path, tokenizer: Any, *, context_length: int, max_new_tokens: int) -> list[Prompt]:
     """Every prompt of a file of `{"prompt": text or messages}` or `{"messages": [...]}` rows.
 
     Args:
         path: the JSON-lines file.
         tokenizer: a fast tokenizer of transformers.
-        context: the model's context length in tokens.
+        context_length: of the model, in tokens.
         max_new_tokens: room that a prompt must leave for its reply.
 
     Raises:
@@ -61,10 +61,10 @@ def read_prompts(path: Path, tokenizer: Any, *, context: int, max_new_tokens: in
         ids = _encode(tokenizer, text, templated=not isinstance(row.value[key], str))
         if not ids:
             raise row.error(f"{key!r} is empty")
-        if len(ids) + max_new_tokens > context:
+        if len(ids) + max_new_tokens > context_length:
             raise row.error(
                 f"the prompt has {len(ids)} tokens and --max-new-tokens {max_new_tokens} more do not fit the "
-                f"model's context of {context}; shorten it or lower --max-new-tokens"
+                f"model's context of {context_length}; shorten it or lower --max-new-tokens"
             )
         prompts.append(Prompt(text=text, ids=ids, raw=row.value[key], columns=columns))
     if not prompts:

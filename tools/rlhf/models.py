@@ -32,8 +32,8 @@ class Source:
     """Of the weights on disk, and of those that will be published."""
 
     @property
-    def context(self) -> int:
-        """Context length in tokens."""
+    def context_length(self) -> int:
+        """In tokens."""
         return self.config.max_position_embeddings
 
 

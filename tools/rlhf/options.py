@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from shared.cli import ExistingDir, ExistingFile, NonNegative, Positive
+from shared.errors import UserError
 from shared.precision import TrainingPrecision
 from tools.rlhf.rewards.spec import RewardSpec, parse
 
@@ -55,6 +56,14 @@ class Options:
     def precision_on(self, device_type: str) -> TrainingPrecision:
         """The precision on a device of this type: `--precision`, by default bf16 on a GPU and fp32 elsewhere."""
         return self.precision or ("bf16" if device_type == "cuda" else "fp32")
+
+    def check(self, world_size: int) -> None:
+        """UserError for numbers that do not divide each other; an update is a whole number of micro-batches a process."""
+        if self.global_batch_size % (self.micro_batch_size * world_size):
+            raise UserError(
+                f"--global-batch-size {self.global_batch_size} is not a multiple of --micro-batch-size "
+                f"{self.micro_batch_size} times {world_size} process(es)"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +168,15 @@ class PPOOptions(PolicyOptions):
     missing_eos_penalty: Rate = 0.0
     zero: Annotated[int, Field(ge=0, le=3)] = 0
 
+    def check(self, world_size: int) -> None:
+        """Also: a roll-out is a whole number of updates."""
+        super().check(world_size)
+        if self.rollout_batch_size % self.global_batch_size:
+            raise UserError(
+                f"--rollout-batch-size {self.rollout_batch_size} is not a multiple of --global-batch-size "
+                f"{self.global_batch_size}"
+            )
+
     @property
     def inputs(self) -> dict[str, Path | list[Path]]:
         """What the command reads."""
@@ -187,3 +205,16 @@ class GRPOOptions(PolicyOptions):
     global_batch_size: Positive = 64
     epochs: Positive = 1
     kl_coefficient: Rate = 0.0
+
+    def check(self, world_size: int) -> None:
+        """Also: an update has whole groups of replies, a save comes between two roll-outs."""
+        super().check(world_size)
+        if self.global_batch_size % self.generations:
+            raise UserError(
+                f"--global-batch-size {self.global_batch_size} is not a multiple of --generations {self.generations}"
+            )
+        if self.save_every % self.epochs:
+            raise UserError(
+                f"--save-every {self.save_every} is not a multiple of --epochs {self.epochs}: replies serve that many "
+                "updates and are not saved"
+            )

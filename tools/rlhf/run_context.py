@@ -10,11 +10,9 @@ from typing import Any
 
 from shared.checkpoint.directory.manifest import Inputs
 from shared.checkpoint.directory.publish import Publication, publish
-from shared.errors import UserError
 from shared.report import page
 from shared.report.metrics import METRICS, read
 from shared.runtime.agreement import on_first_rank
-from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.state import State
 
 
@@ -68,12 +66,3 @@ def open_run(target: Path, inputs: Inputs, *, overwrite: bool) -> Iterator[RunCo
         yield RunContext(out=out, state=state)
     if out is not None:
         state.remove()
-
-
-def check_batches(*, global_batch_size: int, micro_batch_size: int, distributed: DistributedContext) -> None:
-    """UserError unless an update is a whole number of forward passes of every process."""
-    if global_batch_size % (micro_batch_size * distributed.world_size):
-        raise UserError(
-            f"--global-batch-size {global_batch_size} is not a multiple of --micro-batch-size {micro_batch_size} times "
-            f"{distributed.world_size} process(es)"
-        )

@@ -26,7 +26,7 @@ def file(tmp_path):
 
 
 def prompts(path, tokenizer):
-    return read_prompts(path, tokenizer, context=96, max_new_tokens=16)
+    return read_prompts(path, tokenizer, context_length=96, max_new_tokens=16)
 
 
 def test_prompts_as_text_and_as_messages(file, tokenizer):

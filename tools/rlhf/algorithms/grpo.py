@@ -10,7 +10,7 @@ import torch
 from shared.console import log
 from shared.errors import UserError
 from tools.rlhf.data import Prompt, read_prompts
-from tools.rlhf.engines.deepspeed import prepare
+from tools.rlhf.engines.deepspeed import initialize_distributed
 from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.engines.trl import Contract, common_arguments, resume_point, train, unwrapped
 from tools.rlhf.models import Source, load_policy, open_source, save_hf
@@ -18,17 +18,20 @@ from tools.rlhf.options import GRPOOptions
 from tools.rlhf.rewards import weighted_sum
 from tools.rlhf.rewards.spec import RewardSpec
 from tools.rlhf.rollout.rollout import Reply
-from tools.rlhf.run_context import RunContext, check_batches, open_run
+from tools.rlhf.run_context import RunContext, open_run
 
 
 def run(options: GRPOOptions) -> None:
     """Train, publish the policy."""
-    distributed = prepare()
-    _check(options, distributed)
+    distributed = initialize_distributed()
+    options.check(distributed.world_size)
     with open_run(options.target, options.inputs, overwrite=options.overwrite) as context:
         source = open_source(options.source)
         prompts = read_prompts(
-            options.prompts, source.tokenizer, context=source.context, max_new_tokens=options.max_new_tokens
+            options.prompts,
+            source.tokenizer,
+            context_length=source.context_length,
+            max_new_tokens=options.max_new_tokens,
         )
         _check_uniform(prompts, options)
         reward = weighted_sum.load(
@@ -59,22 +62,6 @@ def _charts(reward: weighted_sum.Reward) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _check(options: GRPOOptions, distributed: DistributedContext) -> None:
-    """UserError for numbers that do not divide each other."""
-    check_batches(
-        global_batch_size=options.global_batch_size, micro_batch_size=options.micro_batch_size, distributed=distributed
-    )
-    if options.global_batch_size % options.generations:
-        raise UserError(
-            f"--global-batch-size {options.global_batch_size} is not a multiple of --generations {options.generations}"
-        )
-    if options.save_every % options.epochs:
-        raise UserError(
-            f"--save-every {options.save_every} is not a multiple of --epochs {options.epochs}: replies live for that "
-            "many updates and are not saved"
-        )
-
-
 def _check_uniform(prompts: Sequence[Prompt], options: GRPOOptions) -> None:
     if len({isinstance(prompt.raw, str) for prompt in prompts}) > 1:
         raise UserError(
@@ -86,7 +73,7 @@ def _print_plan(
     options: GRPOOptions, source: Source, prompts: Sequence[Prompt], distributed: DistributedContext
 ) -> None:
     groups = options.global_batch_size // options.generations
-    log(f"policy    {source.path}, context {source.context}")
+    log(f"policy    {source.path}, context {source.context_length}")
     log(f"reward    {' + '.join(f'{spec.weight:g} * {spec.name}' for spec in options.rewards)}")
     log(f"prompts   {len(prompts)} used, none dropped")
     log(

@@ -13,13 +13,13 @@ from shared.console import log
 from shared.errors import UserError
 from shared.families.common.transformers_workarounds import with_workarounds
 from tools.rlhf.data import Pair, read_preferences
-from tools.rlhf.engines.deepspeed import prepare
+from tools.rlhf.engines.deepspeed import initialize_distributed
 from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.engines.trl import Contract, common_arguments, resume_point, train, unwrapped
 from tools.rlhf.models import Source, open_source, save_hf
 from tools.rlhf.options import RewardOptions
 from tools.rlhf.rewards.reward_model import score
-from tools.rlhf.run_context import RunContext, check_batches, open_run
+from tools.rlhf.run_context import RunContext, open_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +34,8 @@ class Preferences:
 
 def run(options: RewardOptions) -> None:
     """Train, compare accuracy on held-out pairs before and after, publish."""
-    distributed = prepare()
-    check_batches(
-        global_batch_size=options.global_batch_size, micro_batch_size=options.micro_batch_size, distributed=distributed
-    )
+    distributed = initialize_distributed()
+    options.check(distributed.world_size)
     inputs = {"source": options.source, "data": options.data}
     with open_run(options.target, inputs, overwrite=options.overwrite) as context:
         source = open_source(options.source)
@@ -66,9 +64,9 @@ _CHARTS = {"Loss": ("loss",), "Accuracy on training pairs": ("accuracy",), "Marg
 
 def _split(options: RewardOptions, source: Source) -> Preferences:
     """Hold out pairs by a shuffle of the seed; UserError when too few remain."""
-    length = options.sequence_length or source.context
-    if length > source.context:
-        raise UserError(f"--sequence-length {length} is above the model's context of {source.context}")
+    length = options.sequence_length or source.context_length
+    if length > source.context_length:
+        raise UserError(f"--sequence-length {length} is above the model's context of {source.context_length}")
     pairs, dropped = read_preferences(options.data, source.tokenizer, max_length=length)
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(options.seed)).tolist()
     held_out = math.ceil(options.validation_fraction * len(pairs))
@@ -98,7 +96,7 @@ def _model(options: RewardOptions, source: Source) -> Any:
 def _print_plan(options: RewardOptions, source: Source, pairs: Preferences, distributed: DistributedContext) -> None:
     longest = max(max(len(pair.chosen), len(pair.rejected)) for pair in pairs.train)
     updates = math.ceil(options.epochs * len(pairs.train) / options.global_batch_size)
-    log(f"model     {source.path}, context {source.context}")
+    log(f"model     {source.path}, context {source.context_length}")
     log(
         f"pairs     {len(pairs.train)} to train on, {len(pairs.validation)} held out, {pairs.dropped} dropped as too long; "
         f"the longest sequence has {longest} tokens"

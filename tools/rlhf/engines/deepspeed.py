@@ -1,9 +1,8 @@
-"""DeepSpeed and the process group, on GPUs and on machines without one.
+"""DeepSpeed: the process group, trained models, frozen models; on GPUs and on CPUs.
 
-Why this file exists: DeepSpeed's CPU accelerator compiles C++ ops at first use, for minutes and with a compiler that an
-image need not have. None of them is needed: `torch_adam` takes torch's own AdamW (fused on CUDA), and with the
-shared-memory communication op taken out of the compatible ops before the process group is made, collectives run on gloo.
-Both are settings that DeepSpeed reads, not changes to it.
+DeepSpeed's CPU accelerator compiles C++ ops at first use, for minutes and with a compiler that an image need not have.
+None of them is needed: `torch_adam` is torch's own AdamW (fused on CUDA), and without the shared-memory communication op
+among the compatible ops collectives run on gloo. Both are settings that DeepSpeed reads, not changes to it.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import logging
 import os
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +22,13 @@ from shared.precision import TrainingPrecision
 from tools.rlhf.engines.distributed import DistributedContext
 
 
-def prepare() -> DistributedContext:
-    """Join the process group (torchrun's environment, or a group of one) and make DeepSpeed ready."""
+def initialize_distributed() -> DistributedContext:
+    """Initialise DeepSpeed and the process group: that of torchrun's environment, or a group of one."""
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
-    quieten()
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it
+    silence_libraries()
     import deepspeed
     import deepspeed.ops
 
@@ -48,8 +48,8 @@ def prepare() -> DistributedContext:
     return DistributedContext(device=device, rank=dist.get_rank(), world_size=dist.get_world_size())
 
 
-def quieten() -> None:
-    """Keep the libraries' progress bars and deprecation notes of calls that are not ours out of the log."""
+def silence_libraries() -> None:
+    """Keep progress bars, and deprecation warnings of calls that are not ours, out of the log."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a path that is not there must not become a download
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for module in (r"torch\.distributed", r"transformers\."):
@@ -76,22 +76,75 @@ class EngineOptions:
     """Gradients are scaled down to this global norm."""
 
 
-def train_engine(model: nn.Module, options: EngineOptions, *, learning_rate: float) -> Any:
-    """A DeepSpeed engine with AdamW (betas 0.9 and 0.95, no weight decay) on this rank's device."""
-    adam = {
-        "lr": learning_rate,
-        "betas": (0.9, 0.95),
-        "eps": 1e-8,
-        "weight_decay": 0.0,
-        "torch_adam": True,
-        "fused": torch.cuda.is_available(),
-    }
-    config = _config(options, options.zero) | {"optimizer": {"type": "AdamW", "params": adam}}
-    return _initialize(model, config)
+class DeepSpeedEngine:
+    """The `Engine` on DeepSpeed: AdamW (betas 0.9 and 0.95, no weight decay), ZeRO 0 to 3."""
+
+    def __init__(self, model: nn.Module, options: EngineOptions, distributed: DistributedContext) -> None:
+        adam = {
+            "lr": 0.0,  # set before every update
+            "betas": (0.9, 0.95),
+            "eps": 1e-8,
+            "weight_decay": 0.0,
+            "torch_adam": True,
+            "fused": torch.cuda.is_available(),
+        }
+        config = _config(options, options.zero) | {"optimizer": {"type": "AdamW", "params": adam}}
+        self._engine = _initialize(model, config)
+        self._rank = distributed.rank
+        self._scale = options.accumulation * distributed.world_size
+
+    @property
+    def module(self) -> Any:
+        """The transformers model or critic."""
+        return self._engine.module
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self._engine(**inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Engine`. DeepSpeed averages over micro-batches and ranks; the scale makes it a sum."""
+        self._engine.backward(loss * self._scale)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # counts the micro-batch, updates nothing
+
+    def step(self) -> None:
+        """See `Engine`."""
+        self._engine.step()
+
+    def gradient_norm(self) -> float | None:
+        """See `Engine`. DeepSpeed does not know it for float32 at ZeRO stage 0."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def set_learning_rate(self, rate: float) -> None:
+        """See `Engine`."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """See `Engine`. Under ZeRO-3 one parameter at a time is gathered: no device ever has the full model."""
+        import deepspeed
+
+        module = self._engine.module
+        weights: dict[str, Tensor] = {}
+        persistent = set(module.state_dict(keep_vars=True)) if self._rank == 0 else set()
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+                if name in persistent:
+                    weights[name] = tensor.detach().to("cpu", copy=True)
+        return weights
+
+    def save(self, directory: Path) -> None:
+        """See `Engine`."""
+        self._engine.save_checkpoint(str(directory.parent), tag=directory.name, save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        """See `Engine`."""
+        self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
 
 
-def frozen_engine(model: nn.Module, options: EngineOptions) -> Any:
-    """An engine without an optimizer; its parameters are sharded when the trained models' are (stage 3)."""
+def frozen_model(model: nn.Module, options: EngineOptions) -> Any:
+    """A model without an optimizer, to call; its parameters are sharded when the trained models' are (ZeRO-3)."""
     model.requires_grad_(False)
     return _initialize(model, _config(options, 3 if options.zero == 3 else 0))
 
@@ -114,19 +167,3 @@ def _initialize(model: nn.Module, config: dict[str, Any]) -> Any:
     # Evaluation mode for good: dropout would make the trainer's log-probabilities differ from the roll-out's.
     engine.eval()
     return engine
-
-
-def full_weights(engine: Any, distributed: DistributedContext) -> dict[str, Tensor]:
-    """The model's parameters and buffers by name, whole, on the CPU of rank 0; an empty dict on the others.
-
-    Under ZeRO-3 one parameter at a time is gathered, so no rank ever holds the whole model on its device.
-    """
-    import deepspeed
-
-    weights: dict[str, Tensor] = {}
-    persistent = set(engine.module.state_dict(keep_vars=True)) if distributed.rank == 0 else set()
-    for name, tensor in [*engine.module.named_parameters(), *engine.module.named_buffers()]:
-        with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
-            if name in persistent:
-                weights[name] = tensor.detach().to("cpu", copy=True)
-    return weights

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tools.rlhf.data import Prompt
-from tools.rlhf.rollout.rollout import Reply, Rollout
+from tools.rlhf.rollout.rollout import Reply, Rollout, Sequences
 
 
 class _SampledLogProbs:
@@ -35,67 +36,68 @@ class _SampledLogProbs:
             self.columns.append(self._previous.gather(1, input_ids[:, -1:]))
 
 
-@torch.no_grad()
-def sample(
-    model: Any,
-    prompts: Sequence[Prompt],
-    tokenizer: Any,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    eos_ids: Sequence[int],
-    pad_id: int,
-    in_step: bool,
-) -> Rollout:
-    """One reply to each prompt, from softmax(logits / temperature) whole: no top-k or top-p, which PPO's ratio ignores.
+@dataclass(frozen=True, kw_only=True)
+class InProcessSampler:
+    """The `Sampler` that runs `generate` on the policy in training."""
 
-    Args:
-        model: a transformers causal language model.
-        prompts: B prompts.
-        tokenizer: decodes the replies.
-        max_new_tokens: T at most.
-        temperature: of sampling.
-        eos_ids: tokens that end a reply.
-        pad_id: fills the columns a row does not use; may be one of `eos_ids`.
-        in_step: every rank takes the same number of steps, as sharded parameters need.
-    """
-    from transformers import GenerationConfig, LogitsProcessorList
+    model: Any
+    """A transformers causal language model."""
+    tokenizer: Any
+    """Decodes the replies."""
+    max_new_tokens: int
+    """T at most."""
+    temperature: float
+    """Of sampling."""
+    eos_ids: Sequence[int]
+    """Tokens that end a reply."""
+    pad_id: int
+    """Fills the columns that a row does not use; may be one of `eos_ids`."""
+    synced: bool
+    """Whether every rank takes the same number of steps, as sharded parameters need (ZeRO-3)."""
 
-    device = next(model.parameters()).device
-    width = max(len(prompt.ids) for prompt in prompts)
-    ids = torch.tensor([[*[pad_id] * (width - len(p.ids)), *p.ids] for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=device)
-    settings = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(eos_ids),
-        pad_token_id=pad_id,
-        use_cache=True,
-    )
-    record = _SampledLogProbs(temperature)
-    ids = model.generate(
-        ids,
-        attention_mask=mask,
-        generation_config=settings,
-        logits_processor=LogitsProcessorList([record]),
-        synced_gpus=in_step,
-    )
-    record.note(ids)
-    reply_ids = ids[:, width:]
-    ends = torch.isin(reply_ids, torch.tensor(eos_ids, device=device))
-    reply_mask = (ends.cumsum(-1) - ends.long()) == 0  # 1 through the first end
-    log_probs = torch.cat(record.columns, dim=1)[:, : reply_ids.shape[1]]
-    return Rollout(
-        prompts=tuple(prompts),
-        replies=_replies(reply_ids, reply_mask, ends, tokenizer),
-        ids=ids,
-        attention_mask=torch.cat([mask, reply_mask.long()], dim=1),
-        reply_mask=reply_mask.float(),
-        sampler_log_probs=torch.where(reply_mask, log_probs, 0.0),
-    )
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[Prompt], *, seed: int) -> Rollout:
+        """See `Sampler`. Reseeds torch's generators."""
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        torch.manual_seed(seed)
+        device, pad = next(self.model.parameters()).device, self.pad_id
+        width = max(len(prompt.ids) for prompt in prompts)
+        ids = torch.tensor([[*[pad] * (width - len(p.ids)), *p.ids] for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=device)
+        settings = GenerationConfig(
+            do_sample=True,
+            temperature=self.temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=list(self.eos_ids),
+            pad_token_id=pad,
+            use_cache=True,
+        )
+        record = _SampledLogProbs(self.temperature)
+        ids = self.model.generate(
+            ids,
+            attention_mask=mask,
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([record]),
+            synced_gpus=self.synced,
+        )
+        record.note(ids)
+        reply_ids = ids[:, width:]
+        ends = torch.isin(reply_ids, torch.tensor(self.eos_ids, device=device))
+        reply_mask = (ends.cumsum(-1) - ends.long()) == 0  # 1 through the first end
+        log_probs = torch.cat(record.columns, dim=1)[:, : reply_ids.shape[1]]
+        return Rollout(
+            prompts=tuple(prompts),
+            replies=_replies(reply_ids, reply_mask, ends, self.tokenizer),
+            sequences=Sequences(
+                ids=ids,
+                attention_mask=torch.cat([mask, reply_mask.long()], dim=1),
+                reply_mask=reply_mask.float(),
+            ),
+            sampler_log_probs=torch.where(reply_mask, log_probs, 0.0),
+        )
 
 
 def _replies(ids: Tensor, mask: Tensor, ends: Tensor, tokenizer: Any) -> tuple[Reply, ...]:
