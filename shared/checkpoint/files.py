@@ -116,6 +116,15 @@ def write_atomically(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
+def commit_directory(partial: Path, final: Path) -> None:
+    """Make a directory durable and give it its final name beside it, replacing what has that name."""
+    sync_tree(partial)
+    if final.exists():
+        remove_tree(final)
+    partial.rename(final)
+    sync(final.parent)
+
+
 def exchange(first: Path, second: Path) -> bool:
     """Swap two directories atomically (RENAME_EXCHANGE). False if the file system cannot."""
     renameat2 = ctypes.CDLL(None, use_errno=True).renameat2

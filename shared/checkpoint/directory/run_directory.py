@@ -22,8 +22,16 @@ from shared.checkpoint.directory.manifest import (
 )
 from shared.checkpoint.directory.open import TRACKER, iteration_name
 from shared.checkpoint.directory.publish import file_entries
-from shared.checkpoint.directory.target import PARTIAL, RUN, check_overlap, check_target, clear_leftovers, lock
-from shared.checkpoint.files import files_below, remove_tree, sync, sync_tree, write_atomically
+from shared.checkpoint.directory.target import (
+    PARTIAL,
+    RUN,
+    check_overlap,
+    check_target,
+    clear_leftovers,
+    lock,
+    recorded_fingerprint,
+)
+from shared.checkpoint.files import commit_directory, files_below, remove_tree, write_atomically
 from shared.console import log
 from shared.errors import UserError
 from shared.invocation import invocation
@@ -95,9 +103,7 @@ class RunDirectory:
             return
         partial = self.path / f"{HF_FILES}{PARTIAL}{secrets.token_hex(4)}"
         shutil.copytree(files, partial)
-        sync_tree(partial)
-        partial.rename(target)
-        sync(self.path)
+        commit_directory(partial, target)
 
     def begin(self, iteration: int) -> Path:
         """A new partial directory for an iteration; every rank writes there."""
@@ -109,11 +115,7 @@ class RunDirectory:
     def commit(self, iteration: int, *, facts: dict[str, Any], finished: bool = False, keep: int = 2) -> None:
         """Publish the iteration begun last, and remove all but the newest `keep` iterations."""
         final = self.path / iteration_name(iteration)
-        sync_tree(self._partial)
-        if final.exists():
-            remove_tree(final)
-        self._partial.rename(final)
-        sync(self.path)
+        commit_directory(self._partial, final)
         covered = [*files_below(final), *files_below(self.path / HF_FILES)]
         entries = file_entries(self.path, covered)
         self._record(
@@ -149,13 +151,7 @@ class RunDirectory:
 
 def _resumable(target: Path, fingerprint: str) -> bool:
     """Whether the target holds an unfinished run of this fingerprint."""
-    try:
-        record = json.loads((target / RUN).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except ValueError:  # damaged: treated as another run's
-        return False
-    if record.get("identity") != fingerprint:
+    if recorded_fingerprint(target) != fingerprint:
         return False
     manifest = read_manifest(target, flag="--target")
     return manifest is None or manifest.state == "running"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def lock(directory: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def recorded_fingerprint(directory: Path) -> str | None:
+    """The fingerprint in a training run's run.json; None if that is missing or damaged."""
+    try:
+        return json.loads((directory / RUN).read_text(encoding="utf-8"))["identity"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None
 
 
 def clear_leftovers(target: Path, resume: str | None = None) -> tuple[Path | None, int | None]:

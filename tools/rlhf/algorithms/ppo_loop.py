@@ -190,7 +190,7 @@ class PPO:
         step = on_first_rank(self.state.create)
         if step is None:
             return 1, self.options.kl_coefficient
-        place = self.state.of_step(step)
+        place = self.state.step_path(step)
         self.actor.load(place / "actor")
         self.critic.load(place / "critic")
         log(f"resuming after iteration {step}")

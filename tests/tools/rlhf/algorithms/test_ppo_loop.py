@@ -130,7 +130,7 @@ def build(world):
             reward=Reward([(options.rewards[0], red)]),
             sampler=record,
             publisher=record,
-            state=State(state, same="this run"),
+            state=State(state, fingerprint="this run"),
             distributed=distributed,
         )
         return ppo, record
