@@ -16,7 +16,7 @@ def reward(options: RewardOptions) -> int | None:
 
     Reads a Hugging Face causal language model and JSON lines of {"prompt", "chosen", "rejected"}; publishes a Hugging
     Face directory of a sequence-classification model with one label, and prints its accuracy on held-out pairs before
-    and after training. Killed or stopped, the same command goes on from TARGET.state.
+    and after training. Killed or stopped, the same command resumes from TARGET.state.
     """
     from shared.runtime.launch import launch
 
@@ -33,7 +33,7 @@ def ppo(options: PPOOptions) -> int | None:
     """Train a policy on rewards by PPO, on DeepSpeed engines.
 
     Reads a Hugging Face causal language model and JSON lines of {"prompt"} or {"messages"}; publishes a Hugging Face
-    directory of the trained policy. Killed or stopped, the same command goes on from TARGET.state.
+    directory of the trained policy. Killed or stopped, the same command resumes from TARGET.state.
     """
     from shared.runtime.launch import launch
 
@@ -47,9 +47,9 @@ def ppo(options: PPOOptions) -> int | None:
 
 @tool.command(not_fingerprinted=_NOT_FINGERPRINTED)
 def grpo(options: GRPOOptions) -> int | None:
-    """Train a policy on rewards by GRPO, with TRL's GRPOTrainer: no critic, replies to one prompt are compared.
+    """Train a policy on rewards by GRPO, with TRL's GRPOTrainer: no critic, advantages are relative to a prompt's replies.
 
-    Reads and publishes what `rlhf ppo` does. Killed or stopped, the same command goes on from TARGET.state.
+    Inputs and output are those of `rlhf ppo`. Killed or stopped, the same command resumes from TARGET.state.
     """
     from shared.runtime.launch import launch
 

@@ -1,4 +1,4 @@
-"""Prompts and preference pairs: JSON lines in, token ids out. Every row is used or counted, and errors name the line."""
+"""Prompts and preference pairs: JSON lines in, token ids out. Dropped rows are counted, errors name the line."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class Prompt:
     """One line of `--prompts`."""
 
     text: str
-    """As the model reads it: for messages, after the chat template with its generation prompt."""
+    """The model's input; for messages, the chat template's output with the generation prompt."""
     ids: tuple[int, ...]
     raw: str | list[dict[str, Any]] = ""
-    """As the file has it: a text, or messages."""
+    """The file's value: a text, or messages."""
     columns: dict[str, Any] = field(default_factory=dict)
-    """The row's other columns, handed to reward functions."""
+    """The row's other columns, arguments of reward functions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """One preference: whole token sequences, prompt and reply through its end-of-sequence token."""
+    """A preference: two token sequences of prompt, reply and end-of-sequence token."""
 
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
@@ -41,7 +41,7 @@ def read_prompts(path: Path, tokenizer: Any, *, context_length: int, max_new_tok
         path: the JSON-lines file.
         tokenizer: a fast tokenizer of transformers.
         context_length: of the model, in tokens.
-        max_new_tokens: room that a prompt must leave for its reply.
+        max_new_tokens: tokens of the context reserved for the reply.
 
     Raises:
         UserError: names the file and line.
@@ -55,7 +55,7 @@ def read_prompts(path: Path, tokenizer: Any, *, context_length: int, max_new_tok
         for name in _RESERVED:
             if name in columns:
                 raise row.error(
-                    f"a column may not be called {name!r}: reward functions get that name from us; rename it"
+                    f"a column may not be called {name!r}: it is an argument of every reward function; rename it"
                 )
         text = _prompt_text(row, key, tokenizer)
         ids = _encode(tokenizer, text, templated=not isinstance(row.value[key], str))
@@ -76,13 +76,13 @@ def read_prompts(path: Path, tokenizer: Any, *, context_length: int, max_new_tok
 def read_preferences(path: Path, tokenizer: Any, *, max_length: int) -> tuple[list[Pair], int]:
     """The pairs of a file of `{"prompt", "chosen", "rejected"}` rows, and how many were dropped as too long.
 
-    `prompt` is a text or messages, `chosen` and `rejected` a text or one assistant message. A sequence is the tokens of
-    the prompt, those of the reply, and the end-of-sequence token: just what a roll-out hands to a reward model.
+    `prompt` is a text or messages, `chosen` and `rejected` a text or one assistant message. A sequence is
+    [prompt, reply, end-of-sequence token], the same as in a roll-out.
 
     Args:
         path: the JSON-lines file.
         tokenizer: a fast tokenizer of transformers.
-        max_length: the most tokens a sequence may have; a pair with a longer one is dropped.
+        max_length: maximum length of a sequence in tokens; a pair with a longer one is dropped.
 
     Raises:
         UserError: names the file and line.
@@ -125,7 +125,7 @@ def _prompt_text(row: Row, key: str, tokenizer: Any) -> str:
         raise row.error(f"{key!r} ends with an assistant message; the reply comes next, so end with the user's")
     try:
         return tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program: it raises what it likes
+    except Exception as error:  # a template is a program: it may raise anything
         raise row.error(f"the chat template refuses {key!r}: {error}") from error
 
 
@@ -149,5 +149,5 @@ def _is_messages(value: Any) -> bool:
 
 
 def _encode(tokenizer: Any, text: str, *, templated: bool) -> tuple[int, ...]:
-    """Ids of a text. A chat template writes its own beginning, and a reply is no beginning: neither gets a BOS."""
+    """Token ids. No BOS after a chat template, which writes its own, and none before a reply."""
     return tuple(tokenizer(text, add_special_tokens=not templated)["input_ids"])

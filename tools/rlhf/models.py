@@ -1,4 +1,4 @@
-"""Models in and out: a policy and its tokenizer from a directory, the critic, and the directory published at the end."""
+"""Models from and to Hugging Face directories: policy and tokenizer, critic, the published directory."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from shared.families.common.transformers_workarounds import with_workarounds
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What `--source` holds besides its weights."""
+    """A policy's directory, without its weights."""
 
     path: Path
     config: Any
-    """transformers' configuration."""
+    """Of transformers."""
     tokenizer: Any
     eos_ids: tuple[int, ...]
-    """Every token that ends a reply: the tokenizer's and those of generation_config.json."""
+    """End-of-sequence tokens: of the tokenizer and of generation_config.json."""
     pad_id: int
     dtype: torch.dtype
-    """Of the weights on disk, and of those that will be published."""
+    """Of the weights, here and in the published directory."""
 
     @property
     def context_length(self) -> int:
@@ -38,7 +38,7 @@ class Source:
 
 
 def open_source(path: Path, *, flag: str = "--source") -> Source:
-    """A Hugging Face directory of a causal language model, checked to be whole."""
+    """Open a Hugging Face directory of a causal language model and check that it is complete."""
     from transformers import AutoConfig
 
     open_checkpoint(path, kinds=("hf",), flag=flag)
@@ -68,7 +68,7 @@ def load_policy(source: Source, dtype: torch.dtype) -> Any:
 
 
 class Critic(nn.Module):
-    """A language model's body with a linear head that gives every position a value."""
+    """A language model's body with a linear value head."""
 
     def __init__(self, body: Any, head: nn.Linear) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Critic(nn.Module):
         self.head = head
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        """Values [B, S] of token ids, mask and positions [B, S]."""
+        """Values [B, S] of token ids, attention mask and position ids, [B, S] each."""
         hidden = self.body(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state
@@ -84,7 +84,7 @@ class Critic(nn.Module):
 
 
 def load_critic(path: Path, dtype: torch.dtype, *, vocab_size: int) -> Critic:
-    """A critic from a reward model (with its head: the InstructGPT recipe) or a language model (head at zero)."""
+    """A critic from a reward model (body and head, as InstructGPT) or from a language model (body, zero head)."""
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
     config = AutoConfig.from_pretrained(path, local_files_only=True)
@@ -97,10 +97,10 @@ def load_critic(path: Path, dtype: torch.dtype, *, vocab_size: int) -> Critic:
         model = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, local_files_only=True)
         head = getattr(model, "score", None)
         if not isinstance(head, nn.Linear) or head.out_features != 1:
-            raise UserError(f"--critic {path}: {type(model).__name__} has no head of one score to start a critic from")
+            raise UserError(f"--critic {path}: {type(model).__name__} has no one-label head to start a critic from")
         return Critic(with_workarounds(model).base_model, head).eval()
     body = with_workarounds(AutoModel.from_pretrained(path, dtype=dtype, local_files_only=True))
-    width = body.get_input_embeddings().embedding_dim  # as wide as what it gives; OPT 350M's layers are wider
+    width = body.get_input_embeddings().embedding_dim  # of the outputs: OPT 350M's layers are wider
     head = nn.Linear(width, 1, bias=False, dtype=dtype)
     nn.init.zeros_(head.weight)
     return Critic(body, head).eval()
@@ -114,14 +114,14 @@ def parameter_count(model: nn.Module) -> int:
 def save_hf(
     model: Any, directory: Path, source: Source, *, weights: dict[str, Tensor] | None = None, new_config: bool = False
 ) -> dict[str, Any]:
-    """Write a Hugging Face directory and complete it with the source's other files.
+    """Write a Hugging Face directory with the source's auxiliary files.
 
     Args:
         model: a transformers model; its weights are written unless `weights` is given.
-        directory: where to.
-        source: the directory it was trained from.
-        weights: whole tensors by name, for a sharded model.
-        new_config: write the model's config.json; by default the source's travels on, to the letter.
+        directory: to write.
+        source: the directory that training started from.
+        weights: unsharded tensors by name; by default the model's state dict.
+        new_config: write the model's config.json; by default the source's is copied unchanged.
 
     Returns:
         facts for the manifest.
@@ -133,7 +133,7 @@ def save_hf(
             raise StageError(f"{name} is not finite after training; nothing is published. Lower --learning-rate")
     model.config.dtype = source.dtype
     model.save_pretrained(directory, state_dict=weights)
-    # The sampling settings of training are not the checkpoint's: its own file is copied instead.
+    # The source's generation_config.json is copied instead of training's sampling settings.
     (directory / "generation_config.json").unlink(missing_ok=True)
     if not new_config:
         (directory / "config.json").unlink()
@@ -148,5 +148,5 @@ def save_hf(
 
 
 def parameter_count_of(weights: dict[str, Tensor]) -> int:
-    """Parameters in a state dict, tensors of the same storage once."""
+    """Parameters in a state dict; tied tensors count once."""
     return sum({t.data_ptr(): t.numel() for t in weights.values()}.values())

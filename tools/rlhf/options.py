@@ -21,20 +21,20 @@ Above = Annotated[float, Field(gt=0)]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What every command can be told.
+    """Options of every command.
 
     Attributes:
-        source: the Hugging Face directory of the model to start from.
+        source: the Hugging Face directory of the initial model.
         target: the directory to publish.
-        overwrite: replace what is published at the target.
-        global_batch_size: sequences an update, over all processes.
-        micro_batch_size: sequences a forward pass of one process.
+        overwrite: replace the target and its unfinished state.
+        global_batch_size: sequences per update, over all processes.
+        micro_batch_size: sequences per forward pass of a process.
         learning_rate: of AdamW, constant after the warm-up.
-        warmup_steps: steps over which the rate rises from 0.
-        max_gradient_norm: gradients are scaled down to this norm.
-        precision: of the arithmetic; by default bf16 on a GPU and fp32 elsewhere. Weights train in fp32.
-        processes: worker processes on this machine, one a GPU where there are GPUs.
-        seed: of everything random.
+        warmup_steps: steps of linear warm-up from 0.
+        max_gradient_norm: gradients are clipped to this norm.
+        precision: of the arithmetic; by default bf16 on a GPU and fp32 elsewhere. Weights are fp32.
+        processes: worker processes on this machine; one per GPU where there are GPUs.
+        seed: of every random choice.
         save_every: steps between two saves of the state.
         log_every: steps between two log lines; metrics.jsonl has every step.
     """
@@ -58,7 +58,7 @@ class Options:
         return self.precision or ("bf16" if device_type == "cuda" else "fp32")
 
     def check(self, world_size: int) -> None:
-        """UserError for numbers that do not divide each other; an update is a whole number of micro-batches a process."""
+        """UserError unless an update is a multiple of micro_batch_size * world_size."""
         if self.global_batch_size % (self.micro_batch_size * world_size):
             raise UserError(
                 f"--global-batch-size {self.global_batch_size} is not a multiple of --micro-batch-size "
@@ -72,14 +72,14 @@ class RewardOptions(Options):
 
     Attributes:
         data: preference pairs, one JSON object a line; a prompt may be a text or a list of messages.
-        validation_fraction: share of the pairs held out of training.
+        validation_fraction: fraction of the pairs held out of training.
         epochs: passes over the training pairs.
-        global_batch_size: pairs an update, over all processes.
-        micro_batch_size: pairs a forward pass of one process.
-        sequence_length: tokens a prompt with its reply may have, longer pairs are dropped and counted; by default the
-            model's context.
-        learning_rate: of AdamW, falling linearly to 0 after the warm-up.
-        seed: of the held-out choice, the head's first weights and the order of pairs.
+        global_batch_size: pairs per update, over all processes.
+        micro_batch_size: pairs per forward pass of a process.
+        sequence_length: maximum tokens of prompt and reply; longer pairs are dropped and counted. By default the
+            model's context length.
+        learning_rate: of AdamW, linear decay to 0 after the warm-up.
+        seed: of the held-out pairs, the head's initialisation and the order of pairs.
     """
 
     data: ExistingFile
@@ -92,19 +92,19 @@ class RewardOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyOptions(Options):
-    """What `rlhf ppo` and `rlhf grpo` share: a policy that replies to prompts and is rewarded.
+    """Options of `rlhf ppo` and `rlhf grpo`.
 
     Attributes:
-        source: the Hugging Face directory of the policy to start from.
-        prompts: one JSON object a line; other columns are handed to reward functions.
-        reward: model:DIR (of `rlhf reward`) or py:FILE:FUNCTION, weighted and added up as in 0.5*model:DIR,py:FILE:f.
-        steps: steps of the run.
-        max_new_tokens: tokens a reply may have.
-        temperature: of sampling, and of the distribution that is trained.
-        clip_range: how far the policy's probability ratio counts from 1.
-        global_batch_size: replies an update, over all processes.
-        micro_batch_size: replies a forward pass of one process.
-        seed: of sampling and of every order.
+        source: the Hugging Face directory of the initial policy.
+        prompts: one JSON object a line, with prompt or messages; other columns are arguments of reward functions.
+        reward: model:DIR (of `rlhf reward`) or py:FILE:FUNCTION; a weighted sum as in 0.5*model:DIR,py:FILE:f.
+        steps: updates of the run.
+        max_new_tokens: maximum tokens of a reply.
+        temperature: of sampling, and of the trained distribution.
+        clip_range: epsilon; the probability ratio is clipped to [1 - epsilon, 1 + epsilon].
+        global_batch_size: replies per update, over all processes.
+        micro_batch_size: replies per forward pass of a process.
+        seed: of sampling and shuffling.
     """
 
     prompts: ExistingFile
@@ -115,17 +115,17 @@ class PolicyOptions(Options):
     clip_range: Above = 0.2
 
     def __post_init__(self) -> None:
-        """A mistake in `reward` is answered before anything is started."""
+        """Check `reward` before anything is started."""
         parse(self.reward)
 
     @cached_property
     def rewards(self) -> tuple[RewardSpec, ...]:
-        """The components of `reward`."""
+        """The components of `--reward`."""
         return parse(self.reward)
 
     @property
     def inputs(self) -> dict[str, Path | list[Path]]:
-        """What the command reads; rewards not under their flag's name, since weights and functions are options."""
+        """Files and directories that the command reads. `reward` itself is an option: it has weights and function names."""
         return {"source": self.source, "prompts": self.prompts, "reward_source": [spec.path for spec in self.rewards]}
 
 
@@ -134,23 +134,23 @@ class PPOOptions(PolicyOptions):
     """`rlhf ppo`.
 
     Attributes:
-        source: the Hugging Face directory of the policy to start from; frozen, it is also the reference of the KL penalty.
-        critic: where the critic starts; by default the first reward model, else the policy.
+        source: the Hugging Face directory of the initial policy; also the frozen reference of the KL penalty.
+        critic: the directory of the initial critic; by default the first reward model, else the policy.
         steps: iterations of roll-out and update.
-        rollout_batch_size: replies an iteration, over all processes.
+        rollout_batch_size: replies per iteration, over all processes.
         epochs: passes over the replies of an iteration.
         learning_rate: of the policy's AdamW, constant after the warm-up.
-        critic_learning_rate: of the critic's; by default the policy's.
-        warmup_steps: iterations over which both rates rise from 0.
-        kl_coefficient: weight of the KL penalty on every token; the first one if --kl-target is given.
+        critic_learning_rate: of the critic's AdamW; by default the policy's.
+        warmup_steps: iterations of linear warm-up of both rates from 0.
+        kl_coefficient: weight of the KL penalty per token; the initial one with --kl-target.
         kl_estimator: k1 is log(policy / reference); k3 has the same mean, less variance and is never negative.
-        kl_target: nats of KL a reply that the coefficient is adapted to; by default the coefficient stays.
-        value_clip_range: how far a new value counts from the old one.
+        kl_target: KL per reply in nats, to which the coefficient adapts; by default the coefficient is constant.
+        value_clip_range: a value is clipped to this distance from the old value.
         discount: gamma of the returns.
         gae_lambda: lambda of generalized advantage estimation.
         whiten_advantages: scale advantages to mean 0 and variance 1 over the iteration's tokens.
-        missing_eos_penalty: taken from the reward of a reply that does not end within --max-new-tokens.
-        zero: ZeRO stage: 1 shards the optimizer's state over processes, 2 gradients too, 3 parameters too.
+        missing_eos_penalty: subtracted from the reward of a reply without an EOS within --max-new-tokens.
+        zero: ZeRO stage; 1 shards optimizer state over processes, 2 also gradients, 3 also parameters.
         precision: of weights and activations; by default bf16 on a GPU and fp32 elsewhere.
     """
 
@@ -169,7 +169,7 @@ class PPOOptions(PolicyOptions):
     zero: Annotated[int, Field(ge=0, le=3)] = 0
 
     def check(self, world_size: int) -> None:
-        """Also: a roll-out is a whole number of updates."""
+        """As in `Options`; also, a roll-out is a multiple of an update."""
         super().check(world_size)
         if self.rollout_batch_size % self.global_batch_size:
             raise UserError(
@@ -179,12 +179,12 @@ class PPOOptions(PolicyOptions):
 
     @property
     def inputs(self) -> dict[str, Path | list[Path]]:
-        """What the command reads."""
+        """Files and directories that the command reads."""
         return super().inputs | ({"critic": self.critic} if self.critic else {})
 
     @property
     def critic_path(self) -> Path:
-        """Where the critic starts: --critic, else the first reward model, else the policy."""
+        """The initial critic: --critic, else the first reward model, else the policy."""
         models = [spec.path for spec in self.rewards if spec.function is None]
         return self.critic or (models[0] if models else self.source)
 
@@ -195,10 +195,10 @@ class GRPOOptions(PolicyOptions):
 
     Attributes:
         steps: updates.
-        generations: replies to one prompt, which are compared with each other.
-        global_batch_size: replies an update, over all processes: a multiple of --generations.
+        generations: replies per prompt; advantages are relative to their mean.
+        global_batch_size: replies per update, over all processes; a multiple of --generations.
         epochs: updates on the same replies.
-        kl_coefficient: weight of the KL divergence from the source in the loss; 0 needs no reference model.
+        kl_coefficient: weight of the KL divergence from the source in the loss; with 0 no reference model is loaded.
     """
 
     generations: Annotated[int, Field(ge=2)] = 8
@@ -207,7 +207,7 @@ class GRPOOptions(PolicyOptions):
     kl_coefficient: Rate = 0.0
 
     def check(self, world_size: int) -> None:
-        """Also: an update has whole groups of replies, a save comes between two roll-outs."""
+        """As in `Options`; also, an update is a multiple of a group of replies, and state is saved between two roll-outs."""
         super().check(world_size)
         if self.global_batch_size % self.generations:
             raise UserError(
@@ -215,6 +215,6 @@ class GRPOOptions(PolicyOptions):
             )
         if self.save_every % self.epochs:
             raise UserError(
-                f"--save-every {self.save_every} is not a multiple of --epochs {self.epochs}: replies serve that many "
-                "updates and are not saved"
+                f"--save-every {self.save_every} is not a multiple of --epochs {self.epochs}: replies are used in that "
+                "many updates and are not part of the state"
             )

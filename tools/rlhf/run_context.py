@@ -49,9 +49,9 @@ def shown(value: Any) -> str:
 
 @contextmanager
 def open_run(target: Path, inputs: Inputs, *, overwrite: bool) -> Iterator[RunContext]:
-    """Open `target` and its state for this job; publish when the block succeeds, then remove the state.
+    """Open `target` and its state; publish when the block succeeds, then remove the state.
 
-    Rank 0 decides whether the job may run. A refusal is its message; the other ranks exit silently with the same code.
+    Rank 0 checks and refuses; the other ranks then exit silently with its exit code.
     """
     out: Publication | None = None
     with ExitStack() as stack:

@@ -1,4 +1,8 @@
-"""`rlhf grpo`: group relative policy optimisation (arXiv:2402.03300) by TRL's GRPOTrainer."""
+"""`rlhf grpo`: group relative policy optimisation by TRL's GRPOTrainer.
+
+Advantages are GRPO's (arXiv:2402.03300). The loss is TRL's default, `dapo` (arXiv:2503.14476): a mean over the tokens of
+all replies.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from shared.errors import UserError
 from tools.rlhf.data import Prompt, read_prompts
 from tools.rlhf.engines.deepspeed import initialize_distributed
 from tools.rlhf.engines.distributed import DistributedContext
-from tools.rlhf.engines.trl import Contract, common_arguments, resume_point, train, unwrapped
+from tools.rlhf.engines.trl import StageCallback, common_arguments, resume_point, train, unwrapped_model
 from tools.rlhf.models import Source, load_policy, open_source, save_hf
 from tools.rlhf.options import GRPOOptions
 from tools.rlhf.rewards import weighted_sum
@@ -22,7 +26,7 @@ from tools.rlhf.run_context import RunContext, open_run
 
 
 def run(options: GRPOOptions) -> None:
-    """Train, publish the policy."""
+    """Train and publish a policy."""
     distributed = initialize_distributed()
     options.check(distributed.world_size)
     with open_run(options.target, options.inputs, overwrite=options.overwrite) as context:
@@ -64,9 +68,7 @@ def _charts(reward: weighted_sum.Reward) -> dict[str, tuple[str, ...]]:
 
 def _check_uniform(prompts: Sequence[Prompt], options: GRPOOptions) -> None:
     if len({isinstance(prompt.raw, str) for prompt in prompts}) > 1:
-        raise UserError(
-            f"--prompts {options.prompts} mixes texts and messages, which TRL does not take; use one of them"
-        )
+        raise UserError(f"--prompts {options.prompts} has texts and messages; TRL takes one kind: use one of them")
 
 
 def _print_plan(
@@ -96,18 +98,7 @@ def _train(
 
     resumed = resume_point(context)
     arguments = GRPOConfig(
-        **common_arguments(
-            context,
-            distributed,
-            micro_batch_size=options.micro_batch_size,
-            global_batch_size=options.global_batch_size,
-            learning_rate=options.learning_rate,
-            warmup_steps=options.warmup_steps,
-            max_gradient_norm=options.max_gradient_norm,
-            precision=options.precision_on(distributed.device.type),
-            seed=options.seed,
-            save_every=options.save_every,
-        ),
+        **common_arguments(context, options, distributed),
         lr_scheduler_type="constant_with_warmup",
         max_steps=options.steps,
         num_generations=options.generations,
@@ -125,7 +116,7 @@ def _train(
         train_dataset=Dataset.from_list([{"prompt": p.raw, "row": row} for row, p in enumerate(prompts)]),
         processing_class=source.tokenizer,
     )
-    contract = Contract(
+    callback = StageCallback(
         context,
         distributed,
         resumed=resumed,
@@ -133,12 +124,12 @@ def _train(
         line=_line,
         period=options.epochs,
     )
-    train(trainer, contract, resumed)
-    return unwrapped(trainer)
+    train(trainer, callback, resumed)
+    return unwrapped_model(trainer)
 
 
 def _line(row: Mapping[str, float]) -> str:
-    if "reward" not in row:  # a further update on the same replies
+    if "reward" not in row:  # a second update on the same replies
         return f"loss {row['loss']:.4f}, entropy {row['entropy']:.3f}"
     return (
         f"reward {row['reward']:.4f}, spread {row['reward_std']:.4f}, entropy {row['entropy']:.3f}, "
@@ -147,7 +138,7 @@ def _line(row: Mapping[str, float]) -> str:
 
 
 def _reward_function(spec: RewardSpec, scorer: weighted_sum.Scorer, prompts: Sequence[Prompt], source: Source) -> Any:
-    """One of our rewards in the form TRL calls: it sees the sampled ids, so nothing is tokenised a second time."""
+    """A scorer with TRL's signature. It reads the sampled ids: replies are not tokenised again."""
 
     def function(*, row: list[int], completion_ids: list[list[int]], **unused: Any) -> list[float]:
         texts = source.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)

@@ -1,8 +1,8 @@
-"""The PPO algorithm as pure functions of tensors: no model, no process group, no I/O.
+"""PPO's formulas as pure functions of tensors: no model, no process group, no I/O.
 
-Shapes: B replies, T response positions (the longest reply of the batch). `mask` [B, T] is 1 on the tokens a reply really
-has (through its EOS) and 0 after. Position t is the decision that emitted token t: its log-probability, its value
-(the critic's estimate before the token) and its advantage share the index.
+Shapes: B replies, T reply positions (of the longest reply). `mask` [B, T] is 1 on a reply's tokens through its EOS and 0
+after. Index t is the action that emitted token t: its log-probability, its value (the critic's estimate before the token)
+and its advantage.
 
 Papers: PPO arXiv:1707.06347, GAE arXiv:1506.02438, the per-token KL penalty of InstructGPT arXiv:2203.02155, the adaptive
 coefficient of arXiv:1909.08593; k1 and k3 are John Schulman's estimators of KL(policy || reference).
@@ -46,7 +46,7 @@ def whiten(values: Tensor, mask: Tensor, reduce: Reduce = one_process) -> Tensor
 def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probabilities [B, T] of tokens [B, T] under softmax(logits / temperature), logits [B, T, vocabulary].
 
-    `temperature` is that of sampling, so that the trained distribution is the sampled one. Reduced in float32 or better.
+    `temperature` is that of sampling: the trained distribution is the sampled one. Computed in float32 or float64.
     """
     logits = _scaled(logits, temperature)
     return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
@@ -86,7 +86,7 @@ def generalized_advantages(
     """Generalized advantage estimation and the value targets.
 
     delta_t = r_t + discount * V_{t+1} - V_t;  A_t = delta_t + discount * gae_lambda * A_{t+1};  R_t = A_t + V_t.
-    The value and the advantage after a reply's last token are 0: the episode ends there, cut or not.
+    V and A after a reply's last token are 0: the episode ends there, also without an EOS.
 
     Args:
         rewards: [B, T].
@@ -120,8 +120,8 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """The clipped surrogate of PPO, summed over the masked tokens and divided by `tokens`.
 
-    `tokens` is the number of masked tokens of the whole mini-batch (all micro-batches, all ranks), so the sum over
-    micro-batches and ranks is the mini-batch's token mean however it was cut.
+    `tokens` counts the masked tokens of the mini-batch (all micro-batches, all ranks). The sum over micro-batches and
+    ranks is then the mini-batch's mean per token, whatever the micro-batch size.
 
     Returns:
         the loss (scalar) and the number of tokens whose ratio was clipped (scalar, no gradient).
@@ -136,7 +136,7 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float, tokens: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """Half the clipped squared error of the critic; summed, divided and returned as `policy_loss` does."""
+    """The critic's clipped squared error, halved; reduction and return values as in `policy_loss`."""
     clipped_values = old_values + (values - old_values).clamp(-clip_range, clip_range)
     unclipped, clipped = (values - returns) ** 2, (clipped_values - returns) ** 2
     loss = 0.5 * (torch.maximum(unclipped, clipped) * mask).sum() / tokens
@@ -144,7 +144,7 @@ def value_loss(
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, reduce: Reduce = one_process) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over masked tokens: 1 is a perfect critic, 0 a constant, a scalar."""
+    """1 - Var(returns - values) / Var(returns) over masked tokens: 1 for a perfect critic, 0 for a constant one; a scalar."""
     return 1 - masked_variance(returns - values, mask, reduce) / masked_variance(returns, mask, reduce).clamp(min=1e-12)
 
 
@@ -152,10 +152,10 @@ def adapt_kl_coefficient(coefficient: float, kl: float, target: float, horizon: 
     """The proportional controller of arXiv:1909.08593 section 2.2.
 
     Args:
-        coefficient: the present coefficient.
-        kl: observed KL per reply in nats.
-        target: wanted KL per reply in nats.
-        horizon: replies per e-fold of a 100% error; this call stands for one batch, so pass horizon in batches.
+        coefficient: of this iteration.
+        kl: observed, nats a reply.
+        target: nats a reply.
+        horizon: iterations in which an error of 100% changes the coefficient by a factor of e.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coefficient * (1 + error / horizon)

@@ -15,7 +15,7 @@ from shared.families.common.transformers_workarounds import with_workarounds
 from tools.rlhf.data import Pair, read_preferences
 from tools.rlhf.engines.deepspeed import initialize_distributed
 from tools.rlhf.engines.distributed import DistributedContext
-from tools.rlhf.engines.trl import Contract, common_arguments, resume_point, train, unwrapped
+from tools.rlhf.engines.trl import StageCallback, common_arguments, resume_point, train, unwrapped_model
 from tools.rlhf.models import Source, open_source, save_hf
 from tools.rlhf.options import RewardOptions
 from tools.rlhf.rewards.reward_model import score
@@ -24,7 +24,7 @@ from tools.rlhf.run_context import RunContext, open_run
 
 @dataclass(frozen=True, kw_only=True)
 class Preferences:
-    """The pairs of `--data`, every row accounted for."""
+    """The pairs of `--data`; their numbers add up to its rows."""
 
     train: list[Pair]
     validation: list[Pair]
@@ -33,7 +33,7 @@ class Preferences:
 
 
 def run(options: RewardOptions) -> None:
-    """Train, compare accuracy on held-out pairs before and after, publish."""
+    """Train and publish a reward model, with its accuracy on held-out pairs before and after."""
     distributed = initialize_distributed()
     options.check(distributed.world_size)
     inputs = {"source": options.source, "data": options.data}
@@ -63,7 +63,7 @@ _CHARTS = {"Loss": ("loss",), "Accuracy on training pairs": ("accuracy",), "Marg
 
 
 def _split(options: RewardOptions, source: Source) -> Preferences:
-    """Hold out pairs by a shuffle of the seed; UserError when too few remain."""
+    """Shuffle by the seed and hold out the first pairs. UserError if too few remain."""
     length = options.sequence_length or source.context_length
     if length > source.context_length:
         raise UserError(f"--sequence-length {length} is above the model's context of {source.context_length}")
@@ -82,7 +82,7 @@ def _split(options: RewardOptions, source: Source) -> Preferences:
 
 
 def _model(options: RewardOptions, source: Source) -> Any:
-    """The source's body with a new head of one score."""
+    """The source's body with a new one-label head."""
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(options.seed)
@@ -111,7 +111,7 @@ def accuracy(model: Any, pairs: list[Pair], batch_size: int, distributed: Distri
         return None
     model.to(distributed.device)
     right = 0
-    # By length, so that a batch holds little padding.
+    # Sorted by length: batches with little padding.
     ordered = sorted(pairs, key=lambda pair: len(pair.chosen) + len(pair.rejected))
     for start in range(0, len(ordered), batch_size):
         batch = ordered[start : start + batch_size]
@@ -134,32 +134,21 @@ def _train(
 
     resumed = resume_point(context)
     arguments = RewardConfig(
-        **common_arguments(
-            context,
-            distributed,
-            micro_batch_size=options.micro_batch_size,
-            global_batch_size=options.global_batch_size,
-            learning_rate=options.learning_rate,
-            warmup_steps=options.warmup_steps,
-            max_gradient_norm=options.max_gradient_norm,
-            precision=options.precision_on(distributed.device.type),
-            seed=options.seed,
-            save_every=options.save_every,
-        ),
+        **common_arguments(context, options, distributed),
         num_train_epochs=options.epochs,
-        max_length=None,  # ours dropped and counted what is too long
+        max_length=None,  # longer pairs are dropped already
         eval_strategy="no",
     )
     rows = [{"chosen_ids": list(pair.chosen), "rejected_ids": list(pair.rejected)} for pair in pairs.train]
     trainer = RewardTrainer(
         model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=source.tokenizer
     )
-    contract = Contract(
+    callback = StageCallback(
         context,
         distributed,
         resumed=resumed,
         log_every=options.log_every,
         line=lambda row: f"loss {row['loss']:.4f}, accuracy {row['accuracy']:.3f}, margin {row['margin']:.3f}",
     )
-    train(trainer, contract, resumed)
-    return unwrapped(trainer).eval()
+    train(trainer, callback, resumed)
+    return unwrapped_model(trainer).eval()

@@ -65,15 +65,15 @@ class EngineOptions:
     """How an engine trains."""
 
     zero: int
-    """ZeRO stage: what is sharded over the ranks (1 optimizer state, 2 and gradients, 3 and parameters)."""
+    """ZeRO stage; sharded over the ranks are: 1 optimizer state, 2 also gradients, 3 also parameters."""
     precision: TrainingPrecision
-    """Of weights and activations; with bf16 the optimizer keeps float32 masters."""
+    """Of weights and activations; with bf16 the optimizer has float32 main weights."""
     micro_batch_size: int
-    """Replies a forward pass, on one rank."""
+    """Replies per forward pass of a rank."""
     accumulation: int
-    """Micro-batches an update."""
+    """Micro-batches per update, on one rank."""
     max_gradient_norm: float
-    """Gradients are scaled down to this global norm."""
+    """Gradients are clipped to this global norm."""
 
 
 class DeepSpeedEngine:
@@ -164,6 +164,6 @@ def _initialize(model: nn.Module, config: dict[str, Any]) -> Any:
     import deepspeed
 
     engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
-    # Evaluation mode for good: dropout would make the trainer's log-probabilities differ from the roll-out's.
+    # Always evaluation mode: with dropout the trainer's log-probabilities would differ from the sampler's.
     engine.eval()
     return engine

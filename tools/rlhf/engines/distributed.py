@@ -1,4 +1,4 @@
-"""A process of a distributed job, and what its ranks compute together."""
+"""The ranks of a job and their reductions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedContext:
-    """This process's place in the job."""
+    """This process's device and rank."""
 
     device: torch.device
     rank: int

@@ -1,7 +1,7 @@
-"""What `reward` and `grpo` share: transformers' Trainer held to the contract of a stage.
+"""TRL's trainers as engines of `reward` and `grpo`: arguments, metrics, complete checkpoints, stop requests.
 
-The Trainer keeps its checkpoints in TARGET.state/trainer. It writes them in place, so one cut short by a kill looks like
-a whole one: a marker, written after everything of the checkpoint is on the disk, tells them apart.
+The Trainer keeps its checkpoints in TARGET.state/trainer and writes them in place. A marker, written once all files of a
+checkpoint are on disk, distinguishes a complete checkpoint from one that a kill interrupted.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from transformers import PrinterCallback, TrainerCallback
 from shared.checkpoint.files import remove_tree, sync, sync_tree
 from shared.console import log
 from shared.errors import Interrupted, StageError
-from shared.precision import TrainingPrecision
 from shared.report.metrics import Metrics, peak_memory
 from shared.runtime.agreement import on_first_rank
 from shared.runtime.stop_request import StopRequest
 from tools.rlhf.engines.distributed import DistributedContext
+from tools.rlhf.options import Options
 from tools.rlhf.run_context import RunContext
 
 _MARKER = "complete"
@@ -33,11 +33,11 @@ def resume_point(context: RunContext) -> Path | None:
 
     def newest() -> Path | None:
         context.state.create()
-        folder = context.state.path / "trainer"
+        folder = _checkpoints(context)
         for path in folder.glob(f"{_CHECKPOINT}*"):
             if not (path / _MARKER).exists():
                 remove_tree(path)
-                log(f"removed {path.name}, whose saving was cut short")
+                log(f"removed {path.name}: incomplete, the run was killed while saving it")
         return max(folder.glob(f"{_CHECKPOINT}*"), key=_step_of, default=None)
 
     resumed = on_first_rank(newest)
@@ -50,38 +50,27 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix(_CHECKPOINT))
 
 
-def common_arguments(
-    context: RunContext,
-    distributed: DistributedContext,
-    *,
-    micro_batch_size: int,
-    global_batch_size: int,
-    learning_rate: float,
-    warmup_steps: int,
-    max_gradient_norm: float,
-    precision: TrainingPrecision,
-    seed: int,
-    save_every: int,
-) -> dict[str, Any]:
-    """Arguments of a Trainer that every command sets alike. Batch sizes are known to divide each other."""
+def common_arguments(context: RunContext, options: Options, distributed: DistributedContext) -> dict[str, Any]:
+    """Arguments of a Trainer that every command sets alike."""
+    micro_batches = options.global_batch_size // (options.micro_batch_size * distributed.world_size)
     return {
-        "output_dir": str(context.state.path / "trainer"),
-        "per_device_train_batch_size": micro_batch_size,
-        "gradient_accumulation_steps": global_batch_size // (micro_batch_size * distributed.world_size),
-        "learning_rate": learning_rate,
-        "warmup_steps": warmup_steps,
+        "output_dir": str(_checkpoints(context)),
+        "per_device_train_batch_size": options.micro_batch_size,
+        "gradient_accumulation_steps": micro_batches,
+        "learning_rate": options.learning_rate,
+        "warmup_steps": options.warmup_steps,
         "adam_beta2": 0.95,
         "weight_decay": 0.0,
-        "max_grad_norm": max_gradient_norm,
-        "bf16": precision == "bf16",
+        "max_grad_norm": options.max_gradient_norm,
+        "bf16": options.precision_on(distributed.device.type) == "bf16",
         "use_cpu": distributed.device.type == "cpu",
         "gradient_checkpointing": False,
-        "seed": seed,
+        "seed": options.seed,
         "save_strategy": "steps",
-        "save_steps": save_every,
+        "save_steps": options.save_every,
         "save_total_limit": 1,
         "logging_steps": 1,
-        "logging_nan_inf_filter": False,  # it would hide what must stop the run
+        "logging_nan_inf_filter": False,  # a loss that is not finite must stop the run
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": distributed.device.type == "cuda",
@@ -90,8 +79,12 @@ def common_arguments(
     }
 
 
-class Contract(TrainerCallback):
-    """Metrics, log lines, whole checkpoints, stopping on a signal and on a loss that is not finite."""
+def _checkpoints(context: RunContext) -> Path:
+    return context.state.path / "trainer"
+
+
+class StageCallback(TrainerCallback):
+    """Metrics, log lines, complete checkpoints; stops on a signal and on a loss that is not finite."""
 
     def __init__(
         self,
@@ -106,11 +99,11 @@ class Contract(TrainerCallback):
         """
         Args:
             context: the run.
-            distributed: this process's place.
-            resumed: the checkpoint that training goes on from.
+            distributed: the ranks.
+            resumed: the checkpoint to resume from.
             log_every: updates between two log lines.
-            line: a log line's text from an update's metrics.
-            period: updates between two points at which a checkpoint holds everything that a resumed run needs.
+            line: the log line of an update's metrics.
+            period: updates between two points at which a checkpoint is enough to resume from.
         """
         self.interrupted_at: int | None = None
         self._period = period
@@ -127,9 +120,9 @@ class Contract(TrainerCallback):
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if "loss" not in logs:  # the summary at the end
+        if "loss" not in logs:  # the summary after training
             return
-        # TRL counts num_tokens from the last start on, not over the run.
+        # TRL counts num_tokens since the process started, not over the run.
         row = {name: float(value) for name, value in logs.items() if name not in ("total_flos", "step", "num_tokens")}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(row.get(name, 0.0)):
@@ -151,23 +144,23 @@ class Contract(TrainerCallback):
             sync(place)
 
     def finish(self, max_steps: int) -> None:
-        """Call after training: closes the metrics; raises Interrupted if a signal ended it early."""
+        """Close the metrics after training. Raises Interrupted if a signal ended it early."""
         if self._metrics is not None:
             self._metrics.close()
         if self.interrupted_at is not None:
             raise Interrupted(
-                f"stopped by a signal after update {self.interrupted_at} of {max_steps}; run the same command to go on"
+                f"stopped by a signal after update {self.interrupted_at} of {max_steps}; run the same command to resume"
             )
 
 
-def train(trainer: Any, contract: Contract, resumed: Path | None) -> None:
-    """Run the Trainer to its end, from a checkpoint if there is one; raises Interrupted if a signal stopped it."""
-    trainer.remove_callback(PrinterCallback)  # a line per update on stdout, which is for results
-    trainer.add_callback(contract)
+def train(trainer: Any, callback: StageCallback, resumed: Path | None) -> None:
+    """Run the Trainer to its end, from a checkpoint if there is one. Raises Interrupted if a signal stopped it."""
+    trainer.remove_callback(PrinterCallback)  # it prints every update on stdout, which is for results
+    trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-    contract.finish(trainer.state.max_steps)
+    callback.finish(trainer.state.max_steps)
 
 
-def unwrapped(trainer: Any) -> torch.nn.Module:
-    """The trained model without the wrappers of distributed training, on the CPU."""
+def unwrapped_model(trainer: Any) -> torch.nn.Module:
+    """The trained model without DDP's and accelerate's wrappers, on the CPU."""
     return trainer.accelerator.unwrap_model(trainer.model).to("cpu")

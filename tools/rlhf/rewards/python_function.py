@@ -1,4 +1,4 @@
-"""Rewards by a function of a Python file."""
+"""Rewards of a function in a Python file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tools.rlhf.rollout.rollout import Reply
 
 
 class FunctionReward:
-    """`def f(prompts: list[str], completions: list[str], **columns) -> list[float]` of a Python file."""
+    """The `Scorer` of `def f(prompts: list[str], completions: list[str], **columns) -> list[float]`."""
 
     def __init__(self, path: Path, function: str) -> None:
         self._where = f"--reward py:{path}:{function}"

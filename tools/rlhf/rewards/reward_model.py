@@ -1,4 +1,4 @@
-"""Rewards by a reward model: a sequence-classification model with one label, its score read at the last token."""
+"""Rewards of a reward model: a sequence-classification model with one label, read at the last token."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def load_reward_model(path: Path, dtype: torch.dtype) -> Any:
     if not any(name.endswith("ForSequenceClassification") for name in names) or config.num_labels != 1:
         raise UserError(f"--reward model:{path} is no reward model ({', '.join(names)}); make one with `rlhf reward`")
     if config.pad_token_id is None:
-        raise UserError(f"--reward model:{path}: config.json has no pad_token_id, so the last token cannot be found")
+        raise UserError(f"--reward model:{path}: config.json has no pad_token_id to find the last token by; add it")
     return with_workarounds(
         AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, local_files_only=True)
     ).eval()
 
 
 class ModelReward:
-    """A reward model's score of prompt and reply, read at the last token."""
+    """The `Scorer` of a reward model, on prompt and reply."""
 
     def __init__(self, path: Path, model: Any, tokenizer: Any | None, *, device: torch.device, batch_size: int) -> None:
-        """`tokenizer` is None when the policy's ids are the model's own; else texts are tokenized with it."""
+        """`tokenizer` re-tokenises the text; None if policy and reward model have the same vocabulary."""
         self._path, self._model, self._tokenizer = path, model, tokenizer
         self._device, self._batch_size = device, batch_size
         config = getattr(model, "module", model).config
@@ -45,11 +45,11 @@ class ModelReward:
         longest = max(map(len, sequences))
         if longest > self._context:
             raise StageError(
-                f"--reward model:{self._path} reads at most {self._context} tokens and a prompt with its reply has "
-                f"{longest}; lower --max-new-tokens or train a reward model of a longer context"
+                f"--reward model:{self._path} has a context of {self._context} tokens and a prompt with its reply has "
+                f"{longest}; lower --max-new-tokens or train a reward model with a longer context"
             )
         scores = torch.zeros(len(sequences))
-        by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # a batch then holds little padding
+        by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # little padding
         for start in range(0, len(sequences), self._batch_size):
             batch = by_length[start : start + self._batch_size]
             scores[batch] = score(self._model, [sequences[i] for i in batch], self._pad, self._device)

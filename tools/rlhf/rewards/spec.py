@@ -1,4 +1,4 @@
-"""The text of `--reward`: which rewards, with which weights. Standard library only, so that a typo answers at once."""
+"""The text of `--reward`: components and their weights. Standard library only: a mistake is reported before slow imports."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class RewardSpec:
 
     @property
     def name(self) -> str:
-        """What logs and metrics call it."""
+        """In logs and metrics."""
         return self.function or self.path.resolve().name
 
 
 def parse(text: str) -> tuple[RewardSpec, ...]:
-    """The components of `text`, separated by commas; two of one name get a number.
+    """The components of `text`, separated by commas.
 
     Raises:
-        UserError: a component of another form, a weight that is no finite number, a path that does not exist.
+        UserError: a malformed component, a weight that is not finite, a path that does not exist, two equal names.
     """
     parts = [_component(part.strip()) for part in text.split(",") if part.strip()]
     if not parts:

@@ -18,13 +18,13 @@ from tools.rlhf.rollout.rollout import Reply
 
 
 class Scorer(Protocol):
-    """Gives every reply a score."""
+    """A component of the reward: one finite number a reply."""
 
     def __call__(self, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> list[float]: ...
 
 
 class Reward:
-    """The weighted sum of its components."""
+    """The weighted sum of the components of `--reward`."""
 
     def __init__(self, components: Sequence[tuple[RewardSpec, Scorer]]) -> None:
         self.components = tuple(components)
@@ -35,7 +35,7 @@ class Reward:
         return tuple(spec.name for spec, _ in self.components)
 
     def __call__(self, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sums [replies] and each component's unweighted scores [replies], float32 on the CPU."""
+        """The weighted sums [B], and each component's unweighted scores [B] by name; float32, CPU."""
         scores = {spec.name: torch.tensor(scorer(prompts, replies)) for spec, scorer in self.components}
         total = torch.stack([spec.weight * scores[spec.name] for spec, _ in self.components]).sum(0)
         return total, scores
@@ -53,12 +53,12 @@ def load(
     """The rewards of `--reward`.
 
     Args:
-        specs: what `spec.parse` read.
-        tokenizer: the policy's, whose ids a reward model of the same vocabulary reads as they are.
-        device: where reward models run.
+        specs: of `spec.parse`.
+        tokenizer: the policy's; a reward model of the same vocabulary reads the policy's token ids.
+        device: of reward models.
         dtype: of reward models' weights.
         batch_size: replies a forward pass.
-        wrap: puts a reward model into an engine.
+        wrap: prepares a reward model for distributed evaluation.
     """
     components: list[tuple[RewardSpec, Scorer]] = []
     for spec in specs:

@@ -14,10 +14,10 @@ from tools.rlhf.rollout.rollout import Reply, Rollout, Sequences
 
 
 class _SampledLogProbs:
-    """A logits processor that changes nothing and notes the log-probability of each token sampled.
+    """A logits processor that records the log-probability of every sampled token and changes nothing.
 
-    It is called before a token is sampled, so the token it can look up is the one of the step before; `generate` would
-    otherwise keep logits of every step, [T, B, vocabulary].
+    It is called before a token is sampled and looks up the previous one. The alternative, `output_logits` of `generate`,
+    keeps [T, B, vocabulary].
     """
 
     def __init__(self, temperature: float) -> None:
@@ -31,7 +31,7 @@ class _SampledLogProbs:
         return scores
 
     def note(self, input_ids: Tensor) -> None:
-        """Look up the last token; called once more when generation ends."""
+        """Look up the last token; call it once more after generation."""
         if self._previous is not None:
             self.columns.append(self._previous.gather(1, input_ids[:, -1:]))
 

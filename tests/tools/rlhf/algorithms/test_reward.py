@@ -48,14 +48,14 @@ def test_a_stopped_run_goes_on_to_the_same_end(world, rlhf, reward_model, metric
 
     target = world.root / "stopped"
     flags = {"source": world.policy, "data": world.pairs, "target": target, "epochs": 2, "learning_rate": 1e-3}
-    whole = trl.Contract.on_step_end
+    whole = trl.StageCallback.on_step_end
 
     def signalled(self, args, state, control, **kwargs):
         if state.global_step == 5:
             os.kill(os.getpid(), signal.SIGUSR1)
         return whole(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(trl.Contract, "on_step_end", signalled)
+    monkeypatch.setattr(trl.StageCallback, "on_step_end", signalled)
     assert rlhf("reward", **flags) == 75
     assert not target.exists()
     monkeypatch.undo()
