@@ -1,4 +1,4 @@
-"""A tiny policy that writes colour words, rewards it can learn, and runs shared by the tests."""
+"""A tiny policy of colour words, learnable rewards, and runs shared by the tests."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def broken(prompts, completions, **columns):
 
 
 class World:
-    """The tiny world's files."""
+    """Files of the tests: policy, prompts, preference pairs, reward functions."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -89,7 +89,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(100):  # taught to write colours, all alike, and to end after twelve
+    for _ in range(100):  # uniform over colours, EOS after twelve
         texts = ["colors:" + "".join(f" {chance.choice(COLOURS)}" for _ in range(12)) for _ in range(32)]
         ids = [tokenizer(text)["input_ids"] + [1] for text in texts]
         longest = max(map(len, ids))
@@ -139,7 +139,7 @@ def process() -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(command: str, **flags: Any) -> subprocess.CompletedProcess[str]:
         words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
         job = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-        # Libraries loaded here note their place in a job in the environment; the new process is no part of it.
+        # Libraries set the variables of a job in the environment; the new process is not part of it.
         environment = {name: value for name, value in os.environ.items() if name not in job}
         script = Path(sys.executable).with_name("rlhf")
         return subprocess.run([script, command, *words], capture_output=True, text=True, check=False, env=environment)
@@ -149,7 +149,7 @@ def process() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def metrics() -> Callable[[Path], list[dict[str, float]]]:
-    """The rows of a run's metrics.jsonl, without what the clock and the memory decide."""
+    """The rows of a run's metrics.jsonl, without times and memory."""
 
     def rows(target: Path) -> list[dict[str, float]]:
         lines = (target / "metrics.jsonl").read_text().splitlines()
@@ -168,8 +168,8 @@ def reward_model(world: World, rlhf: Callable[..., int]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole_keys() -> Callable[..., Any]:
-    """Load a directory with an Auto class; the keys must be exactly the model's."""
+def load_exactly() -> Callable[..., Any]:
+    """Load a directory with an Auto class; its keys must be the model's."""
 
     def load(kind: Any, directory: Path) -> Any:
         model, info = kind.from_pretrained(directory, output_loading_info=True, local_files_only=True)

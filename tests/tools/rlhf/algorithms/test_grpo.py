@@ -1,4 +1,4 @@
-"""`rlhf grpo`: a learnable reward rises, a control stays flat, what is published samples so, a stopped run goes on."""
+"""`rlhf grpo`: a learnable reward rises, a control stays flat, the published policy samples it, a stopped run resumes."""
 
 import os
 import signal
@@ -30,10 +30,10 @@ def means(rows):
     return sum(values[:2]) / 2, sum(values[-3:]) / 3
 
 
-def test_a_learnable_reward_rises_and_the_directory_samples_it(world, trained, metrics, sampled_red, whole_keys):
+def test_a_learnable_reward_rises_and_the_directory_samples_it(world, trained, metrics, sampled_red, load_exactly):
     first, last = means(metrics(trained))
     assert last > 3 * first
-    whole_keys(AutoModelForCausalLM, trained)
+    load_exactly(AutoModelForCausalLM, trained)
     after = sampled_red(trained)
     assert after > 3 * sampled_red(world.policy)
     assert after == pytest.approx(last, abs=0.2)  # 48 replies to prompts of which an update sees four
@@ -48,7 +48,7 @@ def test_at_learning_rate_zero_nothing_moves(world, rlhf, metrics, sampled_red):
     assert sampled_red(target) == sampled_red(world.policy)
 
 
-def test_a_stopped_run_goes_on_to_the_same_end(world, rlhf, trained, metrics):
+def test_a_stopped_run_resumes_to_the_same_result(world, rlhf, trained, metrics):
     target = flags(world, "grpo-stopped")
     world.order.write_text(str(int(signal.SIGTERM)))
     assert rlhf("grpo", **target) == 75

@@ -1,4 +1,4 @@
-"""PPO's formulae against float64 loops written from the papers, token by token."""
+"""PPO's formulas against float64 loops over tokens, written from the papers."""
 
 import math
 
@@ -97,7 +97,7 @@ def test_value_loss_is_the_larger_of_plain_and_clipped(batch):
 
 
 @pytest.mark.parametrize("loss", [losses.policy_loss, losses.value_loss])
-def test_a_mini_batch_may_be_cut_anywhere(batch, loss):
+def test_micro_batch_losses_add_up_to_the_mini_batchs(batch, loss):
     """The parts' losses add up to the whole's, so neither micro-batching nor the number of ranks changes the gradient."""
     first, second, third, mask = batch["log_probs"], batch["old_log_probs"], batch["advantages"], batch["mask"]
     tokens = mask.sum()
@@ -169,7 +169,7 @@ def test_explained_variance(batch):
     assert losses.explained_variance(returns, returns, mask).item() == pytest.approx(1.0, abs=TOLERANCE)
 
 
-def test_what_is_outside_the_mask_has_no_influence(batch):
+def test_values_outside_the_mask_have_no_influence(batch):
     mask = batch["mask"]
     spoilt = {name: torch.where(mask.bool(), t, 7.0) for name, t in batch.items()}
 

@@ -1,4 +1,4 @@
-"""`rlhf ppo`: a learnable reward rises, a control stays flat, what is published samples so, a killed run goes on exactly."""
+"""`rlhf ppo`: a learnable reward rises, a control stays flat, the published policy samples it, a killed run resumes exactly."""
 
 import json
 import signal
@@ -42,15 +42,15 @@ def test_a_learnable_reward_rises(trained, metrics):
     assert {"entropy", "clip_fraction", "value_loss", "explained_variance", "reply_tokens"} <= set(rows[0])
 
 
-def test_sampling_from_the_directory_shows_the_reward(world, trained, metrics, sampled_red, whole_keys):
-    whole_keys(AutoModelForCausalLM, trained)
+def test_sampling_from_the_directory_shows_the_reward(world, trained, metrics, sampled_red, load_exactly):
+    load_exactly(AutoModelForCausalLM, trained)
     before, after = sampled_red(world.policy), sampled_red(trained)
     _, last = means(metrics(trained))
     assert after > 3 * before
     assert after == pytest.approx(last, abs=0.15)  # 48 replies have a standard error of about 0.04
 
 
-def test_everything_but_the_weights_travels_on(world, trained):
+def test_auxiliary_files_are_the_sources(world, trained):
     for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja"):
         assert (trained / name).read_bytes() == (world.policy / name).read_bytes()
     source, target = (json.loads((place / "config.json").read_text()) for place in (world.policy, trained))
@@ -68,7 +68,7 @@ def test_at_learning_rate_zero_nothing_moves(world, rlhf, metrics, sampled_red):
     assert sampled_red(target) == sampled_red(world.policy)
 
 
-def test_a_killed_and_a_stopped_run_go_on_to_the_same_end(world, rlhf, process, trained, metrics):
+def test_a_killed_and_a_stopped_run_resume_to_the_same_result(world, rlhf, process, trained, metrics):
     """SIGKILL in iteration 3 of one process, SIGUSR1 in iteration 3 after that, then to the end: the same digits."""
     target = flags(world, "killed")
     world.order.write_text(str(int(signal.SIGKILL)))

@@ -1,4 +1,4 @@
-"""`rlhf reward`: accuracy rises, the directory loads, rows are accounted for, a stopped run goes on to the same end."""
+"""`rlhf reward`: accuracy rises, the directory loads, dropped pairs are counted, a stopped run resumes to the same result."""
 
 import json
 
@@ -15,8 +15,8 @@ def test_accuracy_rises_on_separable_pairs(reward_model):
     assert (facts["pairs"], facts["held_out"], facts["dropped"]) == (216, 24, 0)
 
 
-def test_the_directory_loads_whole_and_scores_the_reward(world, reward_model, whole_keys):
-    model = whole_keys(AutoModelForSequenceClassification, reward_model)
+def test_the_directory_loads_exactly_and_scores_the_reward(world, reward_model, load_exactly):
+    model = load_exactly(AutoModelForSequenceClassification, reward_model)
     tokenizer = AutoTokenizer.from_pretrained(reward_model)
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(world.policy).get_vocab()
     texts = ["colors: red red red blue red<eos>", "colors: blue pink pink blue green<eos>"]
@@ -39,8 +39,8 @@ def test_long_pairs_are_dropped_and_counted(world, rlhf, tmp_path, capsys):
     assert result == {"accuracy_before": None, "accuracy_after": None, "pairs": 240, "held_out": 0, "dropped": 1}
 
 
-def test_a_stopped_run_goes_on_to_the_same_end(world, rlhf, reward_model, metrics, monkeypatch):
-    """Stopped by a signal in the middle, run again: every later update equals the undisturbed run's."""
+def test_a_stopped_run_resumes_to_the_same_result(world, rlhf, reward_model, metrics, monkeypatch):
+    """Stopped by a signal, run again: every later update equals the uninterrupted run's."""
     import os
     import signal
 
@@ -60,7 +60,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(world, rlhf, reward_model, metric
     assert not target.exists()
     monkeypatch.undo()
     half = target.with_name("stopped.state") / "trainer" / "checkpoint-9"
-    half.mkdir()  # what a kill in the middle of saving leaves: no marker, not to be trusted
+    half.mkdir()  # of a kill while saving: no marker
     assert rlhf("reward", **flags) == 0
     assert metrics(target) == metrics(reward_model)
     assert (target / "model.safetensors").read_bytes() == (reward_model / "model.safetensors").read_bytes()

@@ -63,7 +63,7 @@ def test_replies_end_with_the_first_eos(source):
         assert not scores[len(reply.ids) :].any()
 
 
-def test_rows_lose_only_padding(source):
+def test_rows_drop_padding_columns_only(source):
     rollout = roll_out(source, load_policy(source, torch.float32))
     part = rollout.sequences.rows(torch.tensor([0]))  # the shortest prompt: columns of padding go
     reply = rollout.replies[0]
