@@ -15,6 +15,8 @@ from shared.checkpoint.directory.open import open_checkpoint
 from shared.data.tokenizer import open_tokenizer
 from shared.errors import StageError, UserError
 from shared.families.common.transformers_workarounds import with_workarounds
+from tools.rlhf.data import Prompt, read_prompts
+from tools.rlhf.options import PolicyOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,18 @@ def open_source(path: Path, *, flag: str = "--source") -> Source:
     return Source(
         path=path, config=config, tokenizer=tokenizer, eos_ids=tuple(sorted(eos_ids)), pad_id=pad_id, dtype=dtype
     )
+
+
+def open_policy(options: PolicyOptions) -> tuple[Source, list[Prompt]]:
+    """The initial policy's directory and the prompts, both checked."""
+    source = open_source(options.source)
+    prompts = read_prompts(
+        options.prompts,
+        source.tokenizer,
+        context_length=source.context_length,
+        max_new_tokens=options.max_new_tokens,
+    )
+    return source, prompts
 
 
 def load_policy(source: Source, dtype: torch.dtype) -> Any:

@@ -13,11 +13,11 @@ import torch
 
 from shared.console import log
 from shared.errors import UserError
-from tools.rlhf.data import Prompt, read_prompts
+from tools.rlhf.data import Prompt
 from tools.rlhf.engines.deepspeed import initialize_distributed
 from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.engines.trl import StageCallback, common_arguments, resume_point, train, unwrapped_model
-from tools.rlhf.models import Source, load_policy, open_source, save_hf
+from tools.rlhf.models import Source, load_policy, open_policy, save_hf
 from tools.rlhf.options import GRPOOptions
 from tools.rlhf.rewards import weighted_sum
 from tools.rlhf.rewards.spec import RewardSpec
@@ -30,13 +30,7 @@ def run(options: GRPOOptions) -> None:
     distributed = initialize_distributed()
     options.check(distributed.world_size)
     with open_run(options.target, options.inputs, overwrite=options.overwrite) as context:
-        source = open_source(options.source)
-        prompts = read_prompts(
-            options.prompts,
-            source.tokenizer,
-            context_length=source.context_length,
-            max_new_tokens=options.max_new_tokens,
-        )
+        source, prompts = open_policy(options)
         _check_uniform(prompts, options)
         reward = weighted_sum.load(
             options.rewards,

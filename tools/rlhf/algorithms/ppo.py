@@ -10,10 +10,10 @@ from shared.checkpoint.directory.open import open_checkpoint
 from shared.console import log
 from shared.precision import DTYPES
 from tools.rlhf.algorithms.ppo_loop import PPO
-from tools.rlhf.data import Prompt, read_prompts
+from tools.rlhf.data import Prompt
 from tools.rlhf.engines.deepspeed import DeepSpeedEngine, EngineOptions, frozen_model, initialize_distributed
 from tools.rlhf.engines.distributed import DistributedContext
-from tools.rlhf.models import Source, load_critic, load_policy, open_source, save_hf
+from tools.rlhf.models import Source, load_critic, load_policy, open_policy, save_hf
 from tools.rlhf.options import PPOOptions
 from tools.rlhf.rewards import weighted_sum
 from tools.rlhf.rollout.in_process import InProcessSampler
@@ -27,13 +27,7 @@ def run(options: PPOOptions) -> None:
     distributed = initialize_distributed()
     options.check(distributed.world_size)
     with open_run(options.target, options.inputs, overwrite=options.overwrite) as context:
-        source = open_source(options.source)
-        prompts = read_prompts(
-            options.prompts,
-            source.tokenizer,
-            context_length=source.context_length,
-            max_new_tokens=options.max_new_tokens,
-        )
+        source, prompts = open_policy(options)
         ppo = _build(options, source, prompts, context.state, distributed)
         _print_plan(ppo, source)
         ppo.train()
