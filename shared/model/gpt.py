@@ -32,8 +32,8 @@ from shared.model.prefix_lm import prefix_inputs
 from shared.model.rope import PrefixRotaryAngles, RotaryAngles
 from shared.model.spec import block_spec, model_rotary, mtp_spec
 from shared.model.support import check_supported
+from shared.parallel import ParallelConfig
 from shared.runtime.device import prepare
-from shared.runtime.process_groups import ParallelLayout
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -161,7 +161,7 @@ class LanguageModel(GPTModel):
 
 def transformer_config(
     architecture: Architecture,
-    layout: ParallelLayout,
+    layout: ParallelConfig,
     dtype: torch.dtype,
     *,
     recompute: Recompute = "none",
@@ -207,6 +207,7 @@ def transformer_config(
         "virtual_pipeline_model_parallel_size": layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         "context_parallel_size": layout.context,
         "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.etp,
         "sequence_parallel": layout.sequence_parallel,
         # Batched sends and receives of an interleaved schedule over two stages go between the same two processes
         # both ways, where nothing tells them apart: forward and backward tensors would be exchanged silently.
@@ -234,7 +235,7 @@ def transformer_config(
 
 def build(
     architecture: Architecture,
-    layout: ParallelLayout,
+    layout: ParallelConfig,
     *,
     dtype: torch.dtype,
     recompute: Recompute = "none",
@@ -247,7 +248,7 @@ def build(
     them at random instead. Raises `UserError` when the architecture is not supported or the layout does not fit.
     """
     check_supported(architecture)
-    layout.check(architecture, torch.distributed.get_world_size())
+    layout.check_model(architecture)
     config = transformer_config(architecture, layout, dtype, recompute=recompute, **overrides)
     stages: list[int | None] = list(range(layout.virtual_pipeline)) if layout.virtual_pipeline > 1 else [None]
     chunks = [LanguageModel(architecture, config, stage).to(prepare()) for stage in stages]

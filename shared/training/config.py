@@ -7,6 +7,7 @@ from typing import Literal
 
 from shared.architecture.architecture import Architecture
 from shared.errors import UserError
+from shared.parallel import ParallelConfig
 from shared.precision import TrainingPrecision
 from shared.training.schedule import Schedule, ScheduleName
 
@@ -17,7 +18,7 @@ _MICRO_BATCH_TOKENS = 8192  # a forward pass this long keeps a GPU busy and its 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """A training run. Sizes are counts; `processes` is the number of ranks."""
+    """A training run. Sizes are counts."""
 
     steps: int  # updates
     sequence_length: int  # tokens
@@ -36,11 +37,7 @@ class TrainingConfig:
     seed: int
     precision: TrainingPrecision
     recompute: Recompute  # activations computed again in the backward pass: attention's, or every layer's
-    tensor_parallel: int
-    pipeline_parallel: int
-    virtual_pipeline: int  # model chunks per pipeline stage
-    sequence_parallel: bool
-    processes: int
+    parallel: ParallelConfig
     save_every: int  # updates
     keep: int  # iterations left in the run directory
     log_every: int  # updates between printed lines; every update is recorded
@@ -48,17 +45,9 @@ class TrainingConfig:
     validation_sequences: int  # at most, the same ones each time
 
     @property
-    def model_parallel(self) -> int:
-        return self.tensor_parallel * self.pipeline_parallel
-
-    @property
-    def data_parallel(self) -> int:
-        return self.processes // self.model_parallel
-
-    @property
     def micro_batches(self) -> int:
         """Micro batches per update and data-parallel rank."""
-        return self.global_batch_size // (self.micro_batch_size * self.data_parallel)
+        return self.global_batch_size // (self.micro_batch_size * self.parallel.data)
 
     @property
     def tokens_per_step(self) -> int:
@@ -76,32 +65,11 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Check every rule that needs no model. UserError names the flag that mends it."""
-        if self.processes % self.model_parallel:
-            raise UserError(
-                f"--processes {self.processes} is not a multiple of --tensor-parallel {self.tensor_parallel} x "
-                f"--pipeline-parallel {self.pipeline_parallel}; give --processes {self.model_parallel}"
-            )
-        share = self.micro_batch_size * self.data_parallel
-        if self.global_batch_size % share:
-            raise UserError(
-                f"--global-batch-size {self.global_batch_size} is not a multiple of --micro-batch-size "
-                f"{self.micro_batch_size} x {self.data_parallel} data-parallel ranks; "
-                f"give --global-batch-size {-(-self.global_batch_size // share) * share}"
-            )
-        if self.virtual_pipeline > 1 and self.pipeline_parallel == 1:
-            raise UserError("--virtual-pipeline needs --pipeline-parallel 2 or more")
-        if self.virtual_pipeline > 1 and self.micro_batches % self.pipeline_parallel:
-            raise UserError(
-                f"--virtual-pipeline needs a number of micro batches per update ({self.micro_batches}) that is a "
-                f"multiple of --pipeline-parallel {self.pipeline_parallel}; change --global-batch-size"
-            )
-        if self.sequence_parallel and self.tensor_parallel == 1:
-            raise UserError("--sequence-parallel needs --tensor-parallel 2 or more")
-        if self.sequence_parallel and self.sequence_length % self.tensor_parallel:
-            raise UserError(
-                f"--sequence-parallel cuts the sequence over --tensor-parallel {self.tensor_parallel} ranks; "
-                f"--sequence-length {self.sequence_length} is not a multiple of it"
-            )
+        self.parallel.check_batch(
+            sequence_length=self.sequence_length,
+            micro_batch_size=self.micro_batch_size,
+            global_batch_size=self.global_batch_size,
+        )
         if self.min_learning_rate > self.learning_rate:
             raise UserError(
                 f"--min-learning-rate {self.min_learning_rate} is above --learning-rate {self.learning_rate}"
@@ -115,27 +83,9 @@ class TrainingConfig:
                 + (f" before the last --decay-steps {tail}" if tail else "")
             )
 
-    def check_architecture(self, architecture: Architecture) -> None:
+    def check_model(self, architecture: Architecture) -> None:
         """Check the rules between the run and the model it trains."""
-        for name, size in (
-            ("attention heads", architecture.num_attention_heads),
-            ("ffn_hidden_size", architecture.ffn_hidden_size),
-        ):
-            if size % self.tensor_parallel:
-                raise UserError(f"--tensor-parallel {self.tensor_parallel} does not divide the model's {size} {name}")
-        groups = architecture.num_query_groups
-        if groups % self.tensor_parallel and self.tensor_parallel % groups:
-            raise UserError(
-                f"--tensor-parallel {self.tensor_parallel} neither divides nor is a multiple of the model's {groups} "
-                "key/value heads"
-            )
-        chunks = self.pipeline_parallel * self.virtual_pipeline
-        if architecture.num_layers % chunks:
-            raise UserError(
-                f"--pipeline-parallel {self.pipeline_parallel}"
-                + (f" x --virtual-pipeline {self.virtual_pipeline}" if self.virtual_pipeline > 1 else "")
-                + f" does not divide the model's {architecture.num_layers} layers"
-            )
+        self.parallel.check_model(architecture)
         if self.sequence_length > architecture.max_position_embeddings:
             raise UserError(
                 f"sequences of {self.sequence_length} tokens are longer than the model's max_position_embeddings "

@@ -26,7 +26,7 @@ from shared.console import log
 from shared.data.labels import IGNORE
 from shared.errors import Interrupted, StageError
 from shared.model import gpt, weights
-from shared.runtime import process_groups as parallel
+from shared.runtime import process_groups
 from shared.runtime.stop_request import StopRequest
 from shared.training import state
 from shared.training.config import TrainingConfig
@@ -61,18 +61,14 @@ def train(run: Run) -> None:
     config, architecture = run.config, run.inputs.architecture
     device = shared.runtime.device.prepare()
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    layout = parallel.ParallelLayout(
-        tensor=config.tensor_parallel,
-        pipeline=config.pipeline_parallel,
-        virtual_pipeline=config.virtual_pipeline,
-        sequence_parallel=config.sequence_parallel,
-    )
-    parallel.initialize(layout, config.seed)
+    process_groups.initialize(config.parallel, config.seed)
     stop = StopRequest()
     directory = take_up(run.target, run.inputs, overwrite=run.overwrite)
     training, validation = run.datasets()
 
-    chunks = gpt.build(architecture, layout, dtype=dtype, recompute=config.recompute, **model_overrides(config))
+    chunks = gpt.build(
+        architecture, config.parallel, dtype=dtype, recompute=config.recompute, **model_overrides(config)
+    )
     resumed = None if directory.resumed is None else directory.path / iteration_name(directory.resumed)
     weights.load(chunks, resumed or run.inputs.source.iteration_path)
     if not config.mtp_loss_scaling_factor:
@@ -113,12 +109,12 @@ def train(run: Run) -> None:
             state.save(directory.begin(step), model, optimizer, step=step)
             directory.commit(step, facts=recorder.facts(step), finished=finished, keep=config.keep)
         if stopping and not finished:
-            parallel.leave()
+            process_groups.leave()
             raise Interrupted(
                 f"stopped by a signal after update {step}, which is saved; the same command goes on from it"
             )
     directory.close()
-    parallel.leave()
+    process_groups.leave()
 
 
 def keep_further_layers(chunks: list[gpt.LanguageModel]) -> None:
@@ -133,8 +129,8 @@ def model_overrides(config: TrainingConfig) -> dict[str, Any]:
         "calculate_per_token_loss": True,  # losses are sums over tokens: see loss.py
         # In the interleaved schedule a stage sends activations and gradients at the same time. With two stages both
         # go to the same rank, and in one batch of sends they would be mistaken for each other.
-        "overlap_p2p_comm": config.virtual_pipeline > 1,
-        "batch_p2p_comm": config.virtual_pipeline == 1,
+        "overlap_p2p_comm": config.parallel.virtual_pipeline > 1,
+        "batch_p2p_comm": config.parallel.virtual_pipeline == 1,
     }
 
 
@@ -172,7 +168,7 @@ def validate(
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     wanted = min(len(data), config.validation_sequences)
     number = -(-wanted // (config.micro_batch_size * ranks))
-    number = -(-number // config.pipeline_parallel) * config.pipeline_parallel  # the interleaved schedule's rule
+    number = -(-number // config.parallel.pipeline) * config.parallel.pipeline  # the interleaved schedule's rule
 
     def micro_batches() -> Iterator[Batch]:
         for index in range(number):

@@ -103,19 +103,19 @@ def memory_estimate(config: TrainingConfig, architecture: Architecture) -> int:
     kept; with recomputation the 2 s b h of every layer's input and one layer in full.
     """
     width = _BYTES[config.precision]
-    weights = (architecture.parameter_count() + architecture.prediction_count()) / config.model_parallel
+    weights = (architecture.parameter_count() + architecture.prediction_count()) / config.parallel.model_parallel
     main = 4 if config.precision == "bf16" else 0  # fp32 weights are their own main copy
-    states = weights * (width + 4 + (8 + main) / config.data_parallel)
+    states = weights * (width + 4 + (8 + main) / config.parallel.data)
     tokens = config.micro_batch_size * config.sequence_length
-    layers = architecture.num_layers / config.pipeline_parallel
-    in_flight = config.pipeline_parallel if config.pipeline_parallel > 1 else 1  # micro batches of the first stage
-    layer = 34 * tokens * architecture.hidden_size * width / 2 / config.tensor_parallel
+    layers = architecture.num_layers / config.parallel.pipeline
+    in_flight = config.parallel.pipeline  # micro batches of the first stage
+    layer = 34 * tokens * architecture.hidden_size * width / 2 / config.parallel.tensor
     kept = (
         2 * tokens * architecture.hidden_size * width / 2 * layers + layer
         if config.recompute == "full"
         else layer * layers
     )
-    logits = 3 * 4 * tokens * architecture.padded_vocab_size(config.tensor_parallel) / config.tensor_parallel
+    logits = 3 * 4 * tokens * architecture.padded_vocab_size(config.parallel.tensor) / config.parallel.tensor
     return int(states + kept * in_flight + logits)
 
 
@@ -123,23 +123,14 @@ def announce(config: TrainingConfig, inputs: Inputs, *, sequences: int) -> None:
     """Print the plan. `sequences` are those of one epoch."""
     architecture = inputs.architecture
     parameters = architecture.parameter_count() + architecture.prediction_count()
-    layout = " x ".join(
-        f"{name} {size}"
-        for name, size in (
-            ("tensor", config.tensor_parallel),
-            ("pipeline", config.pipeline_parallel),
-            ("virtual", config.virtual_pipeline),
-            ("data", config.data_parallel),
-        )
-        if size > 1
-    )
+    layout, processes = str(config.parallel), config.parallel.processes
     epochs = config.steps * config.global_batch_size / sequences
     width = _BYTES[config.precision]
     log(
         f"model       {architecture.family}, {parameters / 1e6:,.1f} M parameters, {architecture.num_layers} layers of "
         f"{architecture.hidden_size}, vocabulary {architecture.vocab_size}, {config.precision}"
     )
-    log(f"layout      {config.processes} process{'es' * (config.processes > 1)}{': ' + layout if layout else ''}")
+    log(f"layout      {processes} process{'es' * (processes > 1)}{': ' + layout if layout else ''}")
     log(
         f"update      {config.global_batch_size} sequences of {config.sequence_length} = {config.tokens_per_step:,} "
         f"tokens, in {config.micro_batches} micro batch{'es' * (config.micro_batches > 1)} of {config.micro_batch_size} per rank"

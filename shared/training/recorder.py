@@ -96,7 +96,7 @@ class Recorder:
             "memory_bytes": peak_memory(),
         }
         if self._peak is not None:
-            row["mfu"] = round(speed * self._flops / (self._peak * config.processes), 4)
+            row["mfu"] = round(speed * self._flops / (self._peak * config.parallel.processes), 4)
         self._metrics.append(**row)
         if step % config.log_every == 0 or step == config.steps:
             recent = [row["seconds"] for row in self._metrics.rows[-50:] if "seconds" in row]

@@ -14,6 +14,7 @@ from shared.console import log
 from shared.errors import UserError
 from shared.invocation import invocation
 from shared.model.support import check_supported
+from shared.parallel import ParallelConfig
 from shared.runtime.launch import launch
 from shared.runtime.quiet import hush
 from shared.training.config import (
@@ -32,9 +33,7 @@ if TYPE_CHECKING:
 
 def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> TrainingConfig:
     """Every choice made; UserError names the flag that mends what does not fit together."""
-    model_parallel = options.tensor_parallel * options.pipeline_parallel
-    processes = options.processes or default_processes(model_parallel)
-    data_parallel = max(processes // model_parallel, 1)
+    parallel = parallel_config(options)
     decay = default_decay_steps(steps) if options.decay_steps is None else options.decay_steps
     if options.decay_steps is not None and options.schedule != "wsd":
         raise UserError(f"--decay-steps belongs to --schedule wsd, not {options.schedule}")
@@ -42,7 +41,7 @@ def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> Train
         steps=steps,
         sequence_length=sequence_length,
         micro_batch_size=options.micro_batch_size
-        or default_micro_batch_size(options.global_batch_size, data_parallel, sequence_length),
+        or default_micro_batch_size(options.global_batch_size, parallel.data, sequence_length),
         global_batch_size=options.global_batch_size,
         learning_rate=options.learning_rate,
         min_learning_rate=options.learning_rate / 10
@@ -61,16 +60,23 @@ def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> Train
         seed=options.seed,
         precision=options.precision,
         recompute=options.recompute,
-        tensor_parallel=options.tensor_parallel,
-        pipeline_parallel=options.pipeline_parallel,
-        virtual_pipeline=options.virtual_pipeline,
-        sequence_parallel=options.sequence_parallel,
-        processes=processes,
+        parallel=parallel,
         save_every=options.save_every,
         keep=options.keep,
         log_every=options.log_every,
         validate_every=max(steps // 10, 1) if options.validate_every is None else options.validate_every,
         validation_sequences=options.validation_sequences,
+    )
+
+
+def parallel_config(options: TrainingOptions) -> ParallelConfig:
+    """The layout that the options ask for."""
+    return ParallelConfig(
+        processes=options.processes or default_processes(options.tensor_parallel * options.pipeline_parallel),
+        tensor=options.tensor_parallel,
+        pipeline=options.pipeline_parallel,
+        virtual_pipeline=options.virtual_pipeline,
+        sequence_parallel=options.sequence_parallel,
     )
 
 
@@ -94,14 +100,14 @@ def run(
         bytes_per_token: UTF-8 bytes per token of the validation split, where the data says so.
     """
     check_supported(inputs.architecture)
-    config.check_architecture(inputs.architecture)
+    config.check_model(inputs.architecture)
     if options.mtp_loss_scaling_factor is not None and not inputs.architecture.prediction_layers:
         raise UserError(
             "--mtp-loss-scaling-factor belongs to models with layers for tokens further ahead (multi-token prediction), "
             f"and the model of --source {options.source} has none; leave it out"
         )
     _leave_if_done(options)
-    code = launch(config.processes)
+    code = launch(config.parallel.processes)
     if code is not None:
         return code
     announce(config, inputs, sequences=sequences)

@@ -103,9 +103,10 @@ def _quiet() -> Iterator[None]:
 def _megatron(architecture: Architecture, iteration: Path, ids: torch.Tensor) -> torch.Tensor:
     shared.runtime.device.prepare()  # before anything of Megatron-Core is imported
     from shared.model import gpt, logits, weights
-    from shared.runtime.process_groups import ParallelLayout, initialize
+    from shared.parallel import ParallelConfig
+    from shared.runtime.process_groups import initialize
 
-    layout = ParallelLayout()
+    layout = ParallelConfig()
     initialize(layout, seed=0)
     try:
         chunks = gpt.build(architecture, layout, dtype=torch.float32)

@@ -10,7 +10,8 @@ import torch
 from shared.families import registry
 from shared.mapping.extra_states import extra_states
 from shared.model import gpt, weights
-from shared.runtime.process_groups import ParallelLayout, initialize
+from shared.parallel import ParallelConfig
+from shared.runtime.process_groups import initialize
 
 
 @pytest.mark.parametrize(
@@ -29,8 +30,8 @@ def test_every_object_that_a_model_asks_for_is_named(size: str) -> None:
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     architecture = replace(registry.sizes()[size], vocab_size=128)
-    initialize(ParallelLayout(), seed=0)
-    chunks = gpt.build(architecture, ParallelLayout(), dtype=torch.float32)
+    initialize(ParallelConfig(), seed=0)
+    chunks = gpt.build(architecture, ParallelConfig(), dtype=torch.float32)
     state = weights.sharded_state_dict(chunks)["model"]
     asked = {entry.unique_key for entry in state.values() if isinstance(entry, ShardedObject)}
     names = list(extra_states(architecture))

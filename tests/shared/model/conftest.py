@@ -16,9 +16,10 @@ warnings.filterwarnings("ignore", message=".*Apex.*")
 from shared.architecture.architecture import Architecture  # noqa: E402
 from shared.model import weights  # noqa: E402
 from shared.model.gpt import build  # noqa: E402
-from shared.runtime.process_groups import ParallelLayout, initialize  # noqa: E402
+from shared.parallel import ParallelConfig  # noqa: E402
+from shared.runtime.process_groups import initialize  # noqa: E402
 
-ONE = ParallelLayout()
+ONE = ParallelConfig()
 
 
 @pytest.fixture(scope="session")

@@ -162,12 +162,15 @@ def main(directory):
     from shared.model import weights
     from shared.model.gpt import build
     from shared.model.logits import logits
-    from shared.runtime.process_groups import ParallelLayout, initialize
+    from shared.parallel import ParallelConfig
+    from shared.runtime.process_groups import initialize
 
     results = {}
     ids = make_ids()[:3, :SEQUENCE]
     for name, fields in LAYOUTS.items():
-        losses, chunks = train(architecture(), ParallelLayout(**fields), directory / "weights", torch.float32)
+        losses, chunks = train(
+            architecture(), ParallelConfig(processes=2, **fields), directory / "weights", torch.float32
+        )
         results[name] = losses
         if name == "tp2":
             trained = logits(chunks, ids)
@@ -176,17 +179,21 @@ def main(directory):
             torch.distributed.barrier()
             save(chunks, directory / "trained")
     results["bf16"], _ = train(
-        architecture(), ParallelLayout(tensor=2, sequence_parallel=True), directory / "weights", torch.bfloat16, "full"
+        architecture(),
+        ParallelConfig(processes=2, tensor=2, sequence_parallel=True),
+        directory / "weights",
+        torch.bfloat16,
+        "full",
     )
 
-    layout = ParallelLayout(pipeline=2)
+    layout = ParallelConfig(processes=2, pipeline=2)
     initialize(layout, 1)
     chunks = build(architecture(), layout, dtype=torch.float32)
     weights.load(chunks, directory / "trained")
     results["tp2 loaded at pp2"] = (logits(chunks, ids) - trained).abs().max().item()
 
     # One key/value head over two processes: Megatron-Core cuts inside the head.
-    for name, layout in {"one": ParallelLayout(), "cut": ParallelLayout(tensor=2)}.items():
+    for name, layout in {"one": ParallelConfig(processes=2), "cut": ParallelConfig(processes=2, tensor=2)}.items():
         initialize(layout, 1)
         chunks = build(architecture(attention={"groups": 1}), layout, dtype=torch.float32)
         weights.load(chunks, directory / "one_group")

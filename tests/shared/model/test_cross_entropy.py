@@ -2,14 +2,15 @@ import pytest
 import torch
 
 from shared.model.cross_entropy import vocab_parallel_cross_entropy
-from shared.runtime.process_groups import ParallelLayout, initialize
+from shared.parallel import ParallelConfig
+from shared.runtime.process_groups import initialize
 
 VOCAB, PADDED = 37, 48
 
 
 @pytest.fixture(scope="module")
 def group():
-    initialize(ParallelLayout(), 1)
+    initialize(ParallelConfig(), 1)
     return torch.distributed.group.WORLD
 
 

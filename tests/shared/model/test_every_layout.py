@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from shared.runtime.process_groups import ParallelLayout
+from shared.parallel import ParallelConfig
 
 
 @pytest.fixture(scope="module")
 def alone(worker, saved):
-    return worker.train(worker.architecture(), ParallelLayout(), saved / "weights", torch.float32)[0]
+    return worker.train(worker.architecture(), ParallelConfig(), saved / "weights", torch.float32)[0]
 
 
 @pytest.mark.parametrize("layout", ["dp2", "tp2", "tp2sp", "pp2", "pp2vp2"])

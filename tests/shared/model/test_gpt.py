@@ -31,7 +31,7 @@ from shared.architecture.architecture import (
 )
 from shared.model.gpt import build
 from shared.model.logits import logits
-from shared.runtime.process_groups import ParallelLayout
+from shared.parallel import ParallelConfig
 
 VOCAB, POSITIONS = 300, 320
 
@@ -245,7 +245,7 @@ def test_recomputation_gives_the_same_gradients(name, recompute, model_of, worke
 
 def test_weights_that_were_never_loaded_cannot_pass_for_trained(worker, model_of):
     model_of(worker.architecture())  # makes the process groups
-    (model,) = build(worker.architecture(), ParallelLayout(), dtype=torch.float32)
+    (model,) = build(worker.architecture(), ParallelConfig(), dtype=torch.float32)
     ids = torch.randint(0, VOCAB, (1, 8))
     assert torch.isnan(model(ids, torch.arange(8)[None], None, labels=ids)).all()
 

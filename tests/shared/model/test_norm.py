@@ -31,10 +31,10 @@ def test_gradients_are_right(model_of, worker):
 def test_weights_are_marked_for_sequence_parallel_sums(worker):
     from shared.model.gpt import transformer_config
     from shared.model.norm import RMSNorm
-    from shared.runtime.process_groups import ParallelLayout
+    from shared.parallel import ParallelConfig
 
     for sequence_parallel in (False, True):
-        layout = ParallelLayout(tensor=2, sequence_parallel=sequence_parallel)
+        layout = ParallelConfig(processes=2, tensor=2, sequence_parallel=sequence_parallel)
         config = transformer_config(worker.architecture(), layout, torch.float32)
         norm = RMSNorm(config=config, hidden_size=64, eps=1e-5)
         assert norm.weight.sequence_parallel is sequence_parallel

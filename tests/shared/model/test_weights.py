@@ -7,9 +7,10 @@ from shared.errors import UserError
 from shared.model import weights
 from shared.model.gpt import build
 from shared.model.logits import logits
-from shared.runtime.process_groups import ParallelLayout, initialize
+from shared.parallel import ParallelConfig
+from shared.runtime.process_groups import initialize
 
-ONE = ParallelLayout()
+ONE = ParallelConfig()
 
 
 def blank(architecture, dtype=torch.float32):

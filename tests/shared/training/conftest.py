@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 from shared.architecture.architecture import Architecture
 from shared.architecture.version_1 import nested
+from shared.parallel import ParallelConfig
 from shared.runtime.quiet import hush
 from shared.training.config import TrainingConfig
 
@@ -35,11 +36,7 @@ def tiny_config(**changes) -> TrainingConfig:
         seed=1,
         precision="fp32",
         recompute="none",
-        tensor_parallel=1,
-        pipeline_parallel=1,
-        virtual_pipeline=1,
-        sequence_parallel=False,
-        processes=1,
+        parallel=ParallelConfig(),
         save_every=10,
         keep=2,
         log_every=1,
@@ -110,12 +107,12 @@ def random_weights(directory: Path, architecture: Architecture) -> Path:
     from megatron.core import dist_checkpointing
 
     from shared.model import gpt, weights
-    from shared.runtime import process_groups as parallel
+    from shared.runtime import process_groups
     from shared.training.state import write_from_threads
 
     directory.mkdir()
-    parallel.initialize(parallel.ParallelLayout(), 5)
-    chunks = gpt.build(architecture, parallel.ParallelLayout(), dtype=_float32(), perform_initialization=True)
+    process_groups.initialize(ParallelConfig(), 5)
+    chunks = gpt.build(architecture, ParallelConfig(), dtype=_float32(), perform_initialization=True)
     write_from_threads()
     dist_checkpointing.save(weights.sharded_state_dict(chunks)["model"], str(directory))
     return directory

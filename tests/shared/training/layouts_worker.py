@@ -14,10 +14,10 @@ from shared.runtime.quiet import hush
 _ALONE = ("tensor", "pipeline")  # what they ask of layers for tokens further ahead, the others do, too
 LAYOUTS = {
     "data": {},
-    "tensor": {"tensor_parallel": 2},
-    "tensor_and_sequence": {"tensor_parallel": 2, "sequence_parallel": True},
-    "pipeline": {"pipeline_parallel": 2},
-    "virtual_pipeline": {"pipeline_parallel": 2, "virtual_pipeline": 2},
+    "tensor": {"tensor": 2},
+    "tensor_and_sequence": {"tensor": 2, "sequence_parallel": True},
+    "pipeline": {"pipeline": 2},
+    "virtual_pipeline": {"pipeline": 2, "virtual_pipeline": 2},
 }
 
 
@@ -33,20 +33,14 @@ class Session:
         import torch
 
         from shared.model import gpt, weights
-        from shared.runtime import process_groups as parallel
+        from shared.runtime import process_groups
         from shared.training import state
         from shared.training.loop import model_overrides
         from shared.training.optimizer import build_optimizer, wrap
 
-        layout = parallel.ParallelLayout(
-            tensor=config.tensor_parallel,
-            pipeline=config.pipeline_parallel,
-            virtual_pipeline=config.virtual_pipeline,
-            sequence_parallel=config.sequence_parallel,
-        )
         self.config = config
-        self.device = parallel.initialize(layout, 1)
-        chunks = gpt.build(architecture, layout, dtype=torch.float32, **model_overrides(config))
+        self.device = process_groups.initialize(config.parallel, 1)
+        chunks = gpt.build(architecture, config.parallel, dtype=torch.float32, **model_overrides(config))
         weights.load(chunks, directory)
         self.model = wrap(chunks)
         self.optimizer = build_optimizer(config, self.model)
@@ -121,13 +115,15 @@ def main() -> None:
 def run(directory: Path) -> dict:
     """One model's results, by layout."""
     from shared.architecture import dictionary
+    from shared.parallel import ParallelConfig
     from shared.training.config import TrainingConfig
 
     given = json.loads((directory / "run.json").read_text())
     architecture = dictionary.read(given["architecture"])
     results = {}
     for name in layouts_of(directory.name):
-        config = TrainingConfig(**{**given["config"], **LAYOUTS[name], "processes": 2})
+        parallel = ParallelConfig(processes=2, **LAYOUTS[name])
+        config = TrainingConfig(**{**given["config"], "parallel": parallel})
         session = Session(config, architecture, directory / "one")
         found = {"validation": session.validate(), "taken_up": session.train(3, 5)}
         session.save(directory / name, step=5)

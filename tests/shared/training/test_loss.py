@@ -7,7 +7,8 @@ import torch
 import shared.runtime.device
 from shared.data.labels import IGNORE
 from shared.model import gpt, weights
-from shared.runtime import process_groups as parallel
+from shared.parallel import ParallelConfig
+from shared.runtime import process_groups
 from shared.training.data import Batch
 from shared.training.loop import forward_backward, keep_further_layers, model_overrides, validate
 from shared.training.loss import Loss, further_labels, token_loss
@@ -96,8 +97,8 @@ def updates(
         **changes,
     )
     device = shared.runtime.device.prepare()
-    layout = parallel.ParallelLayout()
-    parallel.initialize(layout, 1)
+    layout = ParallelConfig()
+    process_groups.initialize(layout, 1)
     chunks = gpt.build(architecture, layout, dtype=torch.float32, **model_overrides(config))
     weights.load(chunks, start)
     if not config.mtp_loss_scaling_factor:
@@ -190,8 +191,8 @@ def test_without_their_loss_layers_for_tokens_further_ahead_stay(trained_ahead, 
     first = trained_ahead(rows, 4, mtp_loss_scaling_factor=0.0)
     assert first[:2] == (None, [None] * 3)
     second = trained_ahead(rows, 4)
-    parallel.initialize(parallel.ParallelLayout(), 1)
-    chunks = gpt.build(ahead_run[1], parallel.ParallelLayout(), dtype=torch.float32)
+    process_groups.initialize(ParallelConfig(), 1)
+    chunks = gpt.build(ahead_run[1], ParallelConfig(), dtype=torch.float32)
     weights.load(chunks, start_ahead)
     for name, weight in chunks[0].named_parameters():
         kept, trained = (made[2].get_parameter(name) for made in (first, second))

@@ -7,7 +7,8 @@ import torch
 
 import shared.runtime.device
 from shared.model import gpt, weights
-from shared.runtime import process_groups as parallel
+from shared.parallel import ParallelConfig
+from shared.runtime import process_groups
 from shared.training import state
 from shared.training.data import Batch
 from shared.training.loop import forward_backward, model_overrides
@@ -34,8 +35,8 @@ def made(make_config, make_architecture, start):
 
     def make(directory=None, precision="fp32", **changes):
         config = make_config(sequence_length=24, precision=precision, **changes)
-        layout = parallel.ParallelLayout()
-        parallel.initialize(layout, 1)
+        layout = ParallelConfig()
+        process_groups.initialize(layout, 1)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         chunks = gpt.build(make_architecture(), layout, dtype=dtype, **model_overrides(config))
         weights.load(chunks, directory or start)

@@ -40,13 +40,14 @@ from shared.families import registry  # noqa: E402
 from shared.model import gpt, weights  # noqa: E402
 from shared.model.logits import logits  # noqa: E402
 from shared.model.prefix_lm import with_blank  # noqa: E402
-from shared.runtime.process_groups import ParallelLayout, initialize  # noqa: E402
+from shared.parallel import ParallelConfig  # noqa: E402
+from shared.runtime.process_groups import initialize  # noqa: E402
 from shared.training.loss import further_labels, token_loss  # noqa: E402
 
 LAYOUTS = {
-    "tp2": ParallelLayout(tensor=2, sequence_parallel=True),
-    "pp2": ParallelLayout(pipeline=2),
-    "ep2": ParallelLayout(expert=2),  # of models that have experts
+    "tp2": ParallelConfig(processes=2, tensor=2, sequence_parallel=True),
+    "pp2": ParallelConfig(processes=2, pipeline=2),
+    "ep2": ParallelConfig(processes=2, expert=2),  # of models that have experts
 }
 SCALE = 0.3  # of the loss of tokens further ahead
 ROWS, LENGTH = 2, 128  # of the training step; its labels are the next tokens
@@ -127,7 +128,7 @@ def further_logits(chunk: Any, ids: torch.Tensor) -> torch.Tensor:
     return logits[..., : chunk.architecture.vocab_size]
 
 
-def save_ranks(chunk: Any, layout: ParallelLayout, folder: Path) -> None:
+def save_ranks(chunk: Any, layout: ParallelConfig, folder: Path) -> None:
     """A checkpoint as Megatron-LM saved it before torch_dist: every rank its own state dict, and what it goes on from."""
     a, coordinates = chunk.architecture, [f"{parallel_state.get_tensor_model_parallel_rank():02d}"]
     if layout.pipeline > 1:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from shared.architecture.architecture import Architecture
 from shared.families import registry
-from shared.runtime.process_groups import ParallelLayout, initialize
+from shared.parallel import ParallelConfig
+from shared.runtime.process_groups import initialize
 
 NORMS = ("self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_")
 
@@ -31,8 +32,8 @@ def test_they_are_one_and_zero_and_nothing_trains_them(source: Path, convert: An
 
     target = tmp_path / "megatron"
     assert convert("to-megatron", "--source", source, "--target", target).code == 0
-    initialize(ParallelLayout(), seed=0)
-    (chunk,) = gpt.build(registry.sizes()["galactica-tiny"], ParallelLayout(), dtype=torch.bfloat16)
+    initialize(ParallelConfig(), seed=0)
+    (chunk,) = gpt.build(registry.sizes()["galactica-tiny"], ParallelConfig(), dtype=torch.bfloat16)
     for buffer in chunk.buffers():
         buffer.fill_(7.0)
     weights.load([chunk], target / "release")

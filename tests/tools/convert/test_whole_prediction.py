@@ -59,10 +59,11 @@ def ahead(target: Path, a: Architecture) -> torch.Tensor:
     """Logits of the tokens after the next, `[1, POSITIONS - 1, vocabulary]`, from a Megatron directory."""
     shared.runtime.device.prepare()
     from shared.model import gpt, weights
-    from shared.runtime.process_groups import ParallelLayout, initialize
+    from shared.parallel import ParallelConfig
+    from shared.runtime.process_groups import initialize
 
-    initialize(ParallelLayout(), seed=0)
-    chunks = gpt.build(a, ParallelLayout(), dtype=torch.float32)
+    initialize(ParallelConfig(), seed=0)
+    chunks = gpt.build(a, ParallelConfig(), dtype=torch.float32)
     weights.load(chunks, target / "release")
     return run(chunks[0].eval(), torch.stack([IDS, IDS]), 1, a)
 
@@ -226,9 +227,10 @@ def plain(a: Architecture) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
     from megatron.core.transformer import TransformerConfig
 
-    from shared.runtime.process_groups import ParallelLayout, initialize
+    from shared.parallel import ParallelConfig
+    from shared.runtime.process_groups import initialize
 
-    initialize(ParallelLayout(), seed=0)
+    initialize(ParallelConfig(), seed=0)
     attention, moe = a.attention, a.moe
     assert moe is not None
     assert moe.shared is not None

@@ -65,13 +65,14 @@ def random_model(directory: Path, model: Architecture) -> Path:
     from megatron.core import dist_checkpointing
 
     from shared.model import gpt, weights
-    from shared.runtime import process_groups as parallel
+    from shared.parallel import ParallelConfig
+    from shared.runtime import process_groups
     from shared.training.state import write_from_threads
 
     (directory / "release").mkdir(parents=True)
     (directory / "hf").mkdir()
-    parallel.initialize(parallel.ParallelLayout(), 5)
-    chunks = gpt.build(model, parallel.ParallelLayout(), dtype=torch.float32, perform_initialization=True)
+    process_groups.initialize(ParallelConfig(), 5)
+    chunks = gpt.build(model, ParallelConfig(), dtype=torch.float32, perform_initialization=True)
     write_from_threads()
     dist_checkpointing.save(weights.sharded_state_dict(chunks)["model"], str(directory / "release"))
     (directory / "hf" / "config.json").write_text(json.dumps(registry.to_config(model)))

@@ -48,14 +48,15 @@ def source(tmp_path_factory) -> Path:
     from megatron.core import dist_checkpointing
 
     from shared.model import gpt, weights
-    from shared.runtime import process_groups as parallel
+    from shared.parallel import ParallelConfig
+    from shared.runtime import process_groups
     from shared.training.state import write_from_threads
 
     directory = tmp_path_factory.mktemp("source") / "model"
     (directory / "release").mkdir(parents=True)
     (directory / "hf").mkdir()
-    parallel.initialize(parallel.ParallelLayout(), 5)
-    chunks = gpt.build(MODEL, parallel.ParallelLayout(), dtype=torch.float32, perform_initialization=True)
+    process_groups.initialize(ParallelConfig(), 5)
+    chunks = gpt.build(MODEL, ParallelConfig(), dtype=torch.float32, perform_initialization=True)
     write_from_threads()
     dist_checkpointing.save(weights.sharded_state_dict(chunks)["model"], str(directory / "release"))
     (directory / "hf" / "config.json").write_text(json.dumps(registry.to_config(MODEL)))
@@ -173,10 +174,11 @@ def test_padding_is_invisible(whole, source, tmp_path):
 def test_the_first_loss_is_the_mean_over_each_conversation_alone(whole, source, data):
     """No packing and no mask on the other side: every validation conversation goes through the model by itself."""
     from shared.model import gpt, logits, weights
-    from shared.runtime import process_groups as parallel
+    from shared.parallel import ParallelConfig
+    from shared.runtime import process_groups
 
-    layout = parallel.ParallelLayout()
-    parallel.initialize(layout, 1)
+    layout = ParallelConfig()
+    process_groups.initialize(layout, 1)
     chunks = gpt.build(MODEL, layout, dtype=torch.float32)
     weights.load(chunks, source / "release")
     tokens, labels, segments = (

@@ -1,0 +1,270 @@
+"""How a run is spread over processes, and every rule that says which layouts a model can have. Without torch.
+
+TP tensor, PP pipeline, VPP virtual pipeline, SP sequence, CP context, EP expert, ETP expert tensor, DP data parallelism.
+A layout is checked in three steps, each as soon as what it needs is known: by itself when a `ParallelConfig` is made,
+`check_model` against the model, `check_batch` against the sizes of an update.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from shared.architecture.architecture import MLP, Architecture, Attention, GatedDeltaNet, LatentAttention, Layer, MoE
+from shared.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Numbers of processes. UserError where they contradict each other."""
+
+    processes: int = 1
+    """Ranks of the world."""
+    tensor: int = 1
+    """Ranks that share every layer's matrices (TP)."""
+    pipeline: int = 1
+    """Ranks that hold consecutive groups of layers (PP)."""
+    virtual_pipeline: int = 1
+    """Groups of layers, model chunks, of each pipeline rank (VPP); above 1 the schedule is interleaved."""
+    sequence_parallel: bool = False
+    """Norms and residuals are cut along the sequence over the TP ranks (SP)."""
+    context: int = 1
+    """Ranks that share a sequence (CP)."""
+    expert: int = 1
+    """Ranks that share the experts of a layer (EP)."""
+    expert_tensor: int | None = None
+    """Ranks that share the matrices of an expert (ETP); None: as many as `tensor`."""
+
+    def __post_init__(self) -> None:
+        for flag, size in (
+            ("--processes", self.processes),
+            ("--tensor-parallel", self.tensor),
+            ("--pipeline-parallel", self.pipeline),
+            ("--virtual-pipeline", self.virtual_pipeline),
+            ("--context-parallel", self.context),
+            ("--expert-parallel", self.expert),
+            ("--expert-tensor-parallel", self.etp),
+        ):
+            if size < 1:
+                raise UserError(f"{flag} must be at least 1, not {size}")
+        if self.context != 1:
+            raise UserError(f"context parallelism over {self.context} ranks is not supported; use --tensor-parallel")
+        if self.sequence_parallel and self.tensor == 1:
+            raise UserError("--sequence-parallel needs --tensor-parallel 2 or more")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise UserError(
+                f"--virtual-pipeline {self.virtual_pipeline} needs --pipeline-parallel 2 or more, or give --virtual-pipeline 1"
+            )
+        needed = math.lcm(self.model_parallel, self.etp * self.expert * self.pipeline)
+        if self.processes % needed:
+            experts = f" and of {self._expert_flags()}" if needed != self.model_parallel else ""
+            raise UserError(
+                f"--processes {self.processes} is not a multiple of --tensor-parallel {self.tensor} x "
+                f"--pipeline-parallel {self.pipeline}{experts}; give --processes {max(self.processes // needed, 1) * needed}"
+            )
+
+    @property
+    def etp(self) -> int:
+        """Ranks that share the matrices of an expert."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
+
+    @property
+    def model_parallel(self) -> int:
+        """Ranks that hold one replica of the model."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def data(self) -> int:
+        """Replicas of the model (DP), each with other samples."""
+        return self.processes // self.model_parallel
+
+    def check_model(self, architecture: Architecture) -> None:
+        """UserError, with a flag and a value that fit, where the model cannot be cut like this."""
+        broken = next(self._broken(architecture), None)
+        if broken:
+            raise UserError(f"{broken.complaint}; give {self._fitting(broken.field, architecture)}")
+
+    def check_batch(self, *, sequence_length: int, micro_batch_size: int, global_batch_size: int) -> None:
+        """UserError, with a value that fits, where an update of these sizes cannot be cut like this.
+
+        Args:
+            sequence_length: tokens.
+            micro_batch_size: sequences of a forward pass of one data-parallel rank.
+            global_batch_size: sequences of an update.
+        """
+        if self.sequence_parallel and sequence_length % self.tensor:
+            raise UserError(
+                f"--sequence-parallel needs sequences of a multiple of --tensor-parallel {self.tensor} tokens, not "
+                f"{sequence_length}; give --sequence-length {-(-sequence_length // self.tensor) * self.tensor}"
+            )
+        share = micro_batch_size * self.data
+        if global_batch_size % share:
+            raise UserError(
+                f"--global-batch-size {global_batch_size} is not a multiple of --micro-batch-size "
+                f"{micro_batch_size} x {self.data} data-parallel ranks; "
+                f"give --global-batch-size {-(-global_batch_size // share) * share}"
+            )
+        micro_batches = global_batch_size // share
+        if self.virtual_pipeline > 1 and micro_batches % self.pipeline:
+            wanted = -(-micro_batches // self.pipeline) * self.pipeline
+            raise UserError(
+                f"--virtual-pipeline needs a number of micro batches per update ({micro_batches}) that is a multiple of "
+                f"--pipeline-parallel {self.pipeline}; give --global-batch-size {wanted * share}"
+            )
+
+    def __str__(self) -> str:
+        sizes = {
+            "tensor": self.tensor,
+            "pipeline": self.pipeline,
+            "virtual": self.virtual_pipeline,
+            "context": self.context,
+            "expert": self.expert,
+            "data": self.data,
+        }
+        return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+
+    def _expert_flags(self) -> str:
+        return (
+            f"--expert-tensor-parallel {self.etp} x --expert-parallel {self.expert} x "
+            f"--pipeline-parallel {self.pipeline}"
+        )
+
+    def _broken(self, architecture: Architecture) -> Iterator[Broken]:
+        for rule in MODEL_RULES:
+            yield from rule(self, architecture)
+
+    def _fitting(self, field: str, architecture: Architecture) -> str:
+        """The flag of `field` with the largest value, at most what it is, of which no rule complains."""
+        if field == "sequence_parallel":
+            return "--sequence-parallel"
+        world = self.model_parallel * self.etp * self.expert
+        size = getattr(self, field)
+        while size > 1:
+            sizes: dict[str, Any] = {field: size, "processes": size * world}  # room for any size of one kind
+            other = replace(self, **sizes)
+            if all(broken.field != field for broken in other._broken(architecture)):
+                break
+            size -= 1
+        wanted = f"{_FLAGS[field]} {size}"
+        if size == 1 and field == "tensor" and self.sequence_parallel:
+            wanted += " without --sequence-parallel"
+        if size == 1 and field == "pipeline" and self.virtual_pipeline > 1:
+            wanted += " and --virtual-pipeline 1"
+        return wanted
+
+
+_FLAGS = {
+    "tensor": "--tensor-parallel",
+    "pipeline": "--pipeline-parallel",
+    "virtual_pipeline": "--virtual-pipeline",
+    "expert": "--expert-parallel",
+    "expert_tensor": "--expert-tensor-parallel",
+}
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A rule that a layout breaks."""
+
+    field: str
+    """Of `ParallelConfig`: what to change."""
+    complaint: str
+
+
+type Rule = Callable[[ParallelConfig, Architecture], Iterator[Broken]]
+
+
+def _attention(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Broken]:
+    """Query heads are shared out whole. With fewer key/value heads than ranks Megatron-Core gathers cut heads."""
+    for attention in _mixers(architecture, Attention):
+        yield from _divides(parallel, "attention heads", attention.heads)
+        groups = attention.groups
+        if groups % parallel.tensor and parallel.tensor % groups:
+            yield Broken(
+                "tensor",
+                f"--tensor-parallel {parallel.tensor} neither divides nor is a multiple of the model's {groups} "
+                "key/value heads",
+            )
+
+
+def _mla(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Broken]:
+    """Heads are shared out whole, down-projections by columns; gradients of their norms are summed under SP only."""
+    for mla in _mixers(architecture, LatentAttention):
+        yield from _divides(parallel, "attention heads", mla.heads)
+        yield from _divides(parallel, "rows of MLA's q_a_proj", mla.q_lora_rank or 0)
+        yield from _divides(parallel, "rows of MLA's kv_a_proj", mla.kv_lora_rank + mla.qk_rope_head_dim)
+        yield from _needs_sequence_parallel(parallel, "MLA")
+
+
+def _delta_net(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Broken]:
+    """Key heads are shared out whole, value heads with them; the gradient of their norm is summed under SP only."""
+    for net in _mixers(architecture, GatedDeltaNet):
+        yield from _divides(parallel, "key heads of gated delta nets", net.key_heads)
+        yield from _needs_sequence_parallel(parallel, "gated delta nets")
+
+
+def _mlp(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Broken]:
+    for layer in _kinds(architecture):
+        if isinstance(layer.mlp, MLP):
+            yield from _divides(parallel, "rows of an MLP's up_proj", layer.mlp.ffn_hidden_size)
+
+
+def _moe(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Broken]:
+    """Experts are shared out whole over EP, their matrices are cut over ETP and those of shared experts over TP."""
+    layers = [layer.mlp for layer in _kinds(architecture) if isinstance(layer.mlp, MoE)]
+    if not layers and parallel.expert > 1:
+        yield Broken("expert", f"--expert-parallel {parallel.expert} is for MoE, and the model has no experts")
+    for moe in layers:
+        if moe.experts % parallel.expert:
+            yield Broken(
+                "expert", f"--expert-parallel {parallel.expert} does not divide the model's {moe.experts} experts"
+            )
+        rows = moe.expert.ffn_hidden_size
+        if rows % parallel.etp:
+            field = "tensor" if parallel.expert_tensor is None else "expert_tensor"
+            yield Broken(
+                field, f"{_FLAGS[field]} {parallel.etp} does not divide the {rows} rows of an expert's up_proj"
+            )
+        if moe.shared:
+            yield from _divides(parallel, "rows of the shared experts' up_proj", moe.shared.ffn_hidden_size)
+        yield from _needs_sequence_parallel(parallel, "MoE")
+
+
+def _pipeline(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Broken]:
+    """Stages hold as many layers each, and so do their chunks."""
+    layers, chunks = architecture.num_layers, parallel.pipeline * parallel.virtual_pipeline
+    if layers % parallel.pipeline:
+        yield Broken("pipeline", f"--pipeline-parallel {parallel.pipeline} does not divide the model's {layers} layers")
+    elif layers % chunks:
+        yield Broken(
+            "virtual_pipeline",
+            f"--pipeline-parallel {parallel.pipeline} x --virtual-pipeline {parallel.virtual_pipeline} does not divide "
+            f"the model's {layers} layers",
+        )
+
+
+MODEL_RULES: tuple[Rule, ...] = (_attention, _mla, _delta_net, _mlp, _moe, _pipeline)
+
+
+def _kinds(architecture: Architecture) -> Iterator[Layer]:
+    yield from architecture.kinds
+    if architecture.mtp:
+        yield architecture.mtp.layer
+
+
+def _mixers[T](architecture: Architecture, kind: type[T]) -> Iterator[T]:
+    yield from (layer.mixer for layer in _kinds(architecture) if isinstance(layer.mixer, kind))
+
+
+def _divides(parallel: ParallelConfig, what: str, size: int) -> Iterator[Broken]:
+    if size % parallel.tensor:
+        yield Broken("tensor", f"--tensor-parallel {parallel.tensor} does not divide the model's {size} {what}")
+
+
+def _needs_sequence_parallel(parallel: ParallelConfig, what: str) -> Iterator[Broken]:
+    if parallel.tensor > 1 and not parallel.sequence_parallel:
+        yield Broken(
+            "sequence_parallel", f"{what} with --tensor-parallel {parallel.tensor} works with sequence parallelism only"
+        )
