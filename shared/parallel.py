@@ -202,7 +202,7 @@ def _delta_net(parallel: ParallelConfig, architecture: Architecture) -> Iterator
     """Key heads are shared out whole, value heads with them; the gradient of their norm is summed under SP only."""
     for net in _mixers(architecture, GatedDeltaNet):
         yield from _divides(parallel, "key heads of gated delta nets", net.key_heads)
-        yield from _needs_sequence_parallel(parallel, "gated delta nets")
+        yield from _needs_sequence_parallel(parallel, "a gated delta net")
 
 
 def _mlp(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Broken]:
@@ -265,6 +265,4 @@ def _divides(parallel: ParallelConfig, what: str, size: int) -> Iterator[Broken]
 
 def _needs_sequence_parallel(parallel: ParallelConfig, what: str) -> Iterator[Broken]:
     if parallel.tensor > 1 and not parallel.sequence_parallel:
-        yield Broken(
-            "sequence_parallel", f"{what} with --tensor-parallel {parallel.tensor} works with sequence parallelism only"
-        )
+        yield Broken("sequence_parallel", f"{what} with --tensor-parallel {parallel.tensor} needs sequence parallelism")

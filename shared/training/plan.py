@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shared.architecture.architecture import Architecture
-from shared.checkpoint.directory.open import Checkpoint, open_checkpoint
+from shared.checkpoint.directory.open import Checkpoint, open_checkpoint, verify_content
 from shared.checkpoint.formats.torch_dist_reader import TorchDistReader
 from shared.console import log, quantity
 from shared.errors import UserError
@@ -29,10 +29,9 @@ class Inputs:
 
     @classmethod
     def open(cls, source: Path, data: Path, *, data_format: Literal["indexed", "packed"]) -> Inputs:
-        """Open both and check that they fit each other. Contents are verified once per run, by the first worker."""
-        verify: Literal["content", "sizes"] = "content" if _verifies() else "sizes"
-        model = open_checkpoint(source, kinds=("megatron",), flag="--source", verify=verify)
-        dataset = open_checkpoint(data, kinds=("dataset",), flag="--data", verify=verify)
+        """Open both and check that they fit each other; their contents are for `verify`, which takes longer."""
+        model = open_checkpoint(source, kinds=("megatron",), flag="--source", verify="sizes")
+        dataset = open_checkpoint(data, kinds=("dataset",), flag="--data", verify="sizes")
         if dataset.facts.get("format") != data_format:
             tool = {"indexed": "pretrain", "packed": "sft"}[data_format]
             raise UserError(
@@ -52,14 +51,15 @@ class Inputs:
             )
         return cls(source=model, data=dataset, architecture=architecture)
 
+    def verify(self) -> None:
+        """Compare every file with its hash, on rank 0. UserError names one that differs."""
+        if os.environ.get("RANK", "0") == "0":
+            verify_content(self.source, flag="--source")
+            verify_content(self.data, flag="--data")
+
     def split(self, name: str) -> dict[str, Any] | None:
         """Facts of a split of the dataset; None if it has no such split."""
         return self.data.facts["splits"].get(name)
-
-
-def _verifies() -> bool:
-    """Whether this process is the one that reads every byte of the inputs: not a launcher's child of another rank."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _differ(one: Path, other: Path) -> bool:

@@ -107,6 +107,7 @@ def run(
             f"and the model of --source {options.source} has none; leave it out"
         )
     _leave_if_done(options)
+    inputs.verify()
     code = launch(config.parallel.processes)
     if code is not None:
         return code

@@ -22,7 +22,7 @@ LAYOUTS = [
     ParallelConfig(processes=8, tensor=4, sequence_parallel=True, expert=8, expert_tensor=1),
     ParallelConfig(processes=8, tensor=2, sequence_parallel=True, pipeline=2, virtual_pipeline=2, expert=2),
 ]
-COMPLAINT = r"--[a-z-]+ \d+( x --[a-z-]+ \d+)? |(MoE|MLA|gated delta nets) with --tensor-parallel \d+ "
+COMPLAINT = r"--[a-z-]+ \d+( x --[a-z-]+ \d+)? |(MoE|MLA|a gated delta net) with --tensor-parallel \d+ "
 FIELDS = {
     "--tensor-parallel": "tensor",
     "--pipeline-parallel": "pipeline",

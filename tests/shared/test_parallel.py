@@ -73,7 +73,7 @@ SEQUENCE = {"sequence_parallel": True}
         ("qwen3-moe-tiny", layout(2), "MoE with --tensor-parallel 2 .*; give --sequence-parallel$"),
         ("qwen3-moe-tiny", layout(expert=3), "--expert-parallel 3 does not divide the model's 8 experts; give .* 2$"),
         ("deepseek-v2-tiny", layout(2), "MLA with --tensor-parallel 2 .*; give --sequence-parallel$"),
-        ("qwen3-next-tiny", layout(2), "gated delta nets with --tensor-parallel 2 .*; give --sequence-parallel$"),
+        ("qwen3-next-tiny", layout(2), "a gated delta net with --tensor-parallel 2 .*; give --sequence-parallel$"),
         (
             "qwen3-next-tiny",
             layout(4, **SEQUENCE),

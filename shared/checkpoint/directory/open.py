@@ -113,9 +113,18 @@ def _verify(path: Path, manifest: Manifest, flag: str, verify: str) -> None:
         for file in path.iterdir():
             if file.suffix in WEIGHTS and file.name not in manifest.files:
                 raise UserError(f"{flag} {file} is not in {MANIFEST}: weights of unknown origin; move it away")
-    if verify == "sizes":
-        return
-    names = [name for name in manifest.files if verify == "content" or not name.endswith(WEIGHTS)]
+    if verify != "sizes":
+        names = [name for name in manifest.files if verify == "content" or not name.endswith(WEIGHTS)]
+        _verify_content(path, manifest, names, flag)
+
+
+def verify_content(checkpoint: Checkpoint, *, flag: str) -> None:
+    """Compare every file of a checkpoint, opened with "sizes", with its hash; UserError names one that differs."""
+    if checkpoint.manifest:
+        _verify_content(checkpoint.path, checkpoint.manifest, list(checkpoint.manifest.files), flag)
+
+
+def _verify_content(path: Path, manifest: Manifest, names: Sequence[str], flag: str) -> None:
     paths = [path / name for name in names]
     if manifest.bytes > _ANNOUNCE:
         with progress(manifest.bytes, "bytes", f"verifying {path.name}") as advance:

@@ -15,13 +15,16 @@ ROOT = Path(__file__).parents[3]
 HEADER = """
 import os, signal, sys, time
 from pathlib import Path
-from shared.runtime.launch import launch
-code = launch(int(sys.argv[1]))
+from shared.runtime import launch
+launch.GRACE_SECONDS = float(os.environ.get("GRACE_SECONDS", launch.GRACE_SECONDS))
+code = launch.launch(int(sys.argv[1]))
 if code is not None:
     sys.exit(code)
 rank = int(os.environ.get("RANK", "0"))
 here = Path(__file__).parent
 """
+# For workers that wait in vain for one that has failed.
+SHORT = {"GRACE_SECONDS": "0.2"}
 
 
 @pytest.fixture
@@ -112,7 +115,7 @@ def test_no_processes_is_a_mistake():
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_failing_worker_ends_the_job_with_its_error(rank, start):
     code, _, errors, seconds = finish(
-        start(f"if rank == {rank}:\n    raise ValueError('out of cheese')\ntime.sleep(300)")
+        start(f"if rank == {rank}:\n    raise ValueError('out of cheese')\ntime.sleep(300)", **SHORT)
     )
     assert code == 1
     assert "ValueError: out of cheese" in errors
@@ -127,7 +130,9 @@ def test_a_users_mistake_keeps_its_code_and_is_told_once(start):
 
 
 def test_a_killed_worker_is_named(start):
-    code, _, errors, seconds = finish(start("if rank == 1:\n    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(300)"))
+    code, _, errors, seconds = finish(
+        start("if rank == 1:\n    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(300)", **SHORT)
+    )
     assert code == 1
     assert "worker 1 was killed by SIGKILL" in errors
     assert seconds < 20
