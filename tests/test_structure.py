@@ -26,7 +26,7 @@ LAYERS = (
     ("shared.errors",),
     ("shared.console", "shared.invocation", "shared.precision"),
     ("shared.cli | shared.help", "shared.architecture", "shared.kernels"),
-    ("shared.mapping",),
+    ("shared.mapping", "shared.parallel"),
     ("shared.checkpoint.dtypes | shared.checkpoint.files",),
     ("shared.checkpoint.formats.safetensors_file",),  # its TensorInfo describes the bytes that are copied
     ("shared.checkpoint.copy",),
@@ -49,6 +49,7 @@ LAYERS = (
 UNREACHED = {
     "shared.architecture": ("torch", "megatron", "numpy"),
     "shared.mapping": ("torch", "megatron"),
+    "shared.parallel": ("torch", "megatron", "numpy"),
     "shared.checkpoint": ("torch", "megatron"),
     "shared.quantized": ("torch", "megatron"),
     "shared.families": ("torch", "megatron"),
