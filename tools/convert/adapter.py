@@ -1,4 +1,4 @@
-"""Matches a PEFT adapter's tensors with the tensors of a base: each is used, none is missing, each fits."""
+"""Matches the tensors of a PEFT adapter with those of its base: none unused, missing or misshapen."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from shared.errors import UserError
 from shared.mapping.layout import CONCAT, COPY, Shape
 from shared.mapping.rule import Entry, PrefixVariants, Source, Table, name_variants
 from tools.convert.adapter_config import AdapterConfig
+from tools.convert.conversion_report import abbreviated
 from tools.convert.lora import Delta
 
 _PREFIX = "base_model.model."
@@ -24,18 +25,18 @@ _EXPERTS = re.compile(r"(?:.*\.)?(\d+)\.(?:[^.\d]+\.)*experts((?:\.base_layer)*)
 
 @dataclass(frozen=True, kw_only=True)
 class Changes:
-    """What an adapter does to its base, by names of the base's tensors."""
+    """Changes of an adapter, by tensor of the base."""
 
     deltas: Mapping[str, Delta]
-    whole: Mapping[str, TensorInfo]  # tensors that take the place of the base's
+    replaced: Mapping[str, TensorInfo]  # by the adapter's own: modules_to_save, biases
 
     @property
     def names(self) -> set[str]:
-        return {*self.deltas, *self.whole}
+        return {*self.deltas, *self.replaced}
 
 
 def read_adapter(directory: Path) -> Header:
-    """Where the adapter's tensors lie."""
+    """The header of the adapter's weights."""
     for name, read in (("adapter_model.safetensors", read_header), ("adapter_model.bin", read_pytorch_bin)):
         if (directory / name).is_file():
             return read(directory / name)
@@ -43,16 +44,16 @@ def read_adapter(directory: Path) -> Header:
 
 
 def match(config: AdapterConfig, stored: Header, table: Table, prefix_variants: PrefixVariants) -> Changes:
-    """Which tensors of the base change.
+    """The tensors of the base that change.
 
     Args:
-        config: the adapter's.
+        config: of the adapter.
         stored: its tensors.
-        table: the base's, under the names of its files.
-        prefix_variants: what those names may begin with, and what the model's class has in its place.
+        table: of the base, under the names of its files.
+        prefix_variants: prefixes of those names, and of the model class's.
 
     Raises:
-        UserError: naming a tensor that is left over, missing or does not fit.
+        UserError: naming a tensor that is unknown, missing or misshapen.
     """
     return _Match(config, table, prefix_variants).changes(stored.tensors)
 
@@ -76,41 +77,41 @@ class _Match:
 
     def changes(self, tensors: Iterable[TensorInfo]) -> Changes:
         parts: dict[str, dict[str, TensorInfo]] = {}
-        whole: dict[str, TensorInfo] = {}
+        replaced: dict[str, TensorInfo] = {}
         for tensor in tensors:
             if not tensor.name.startswith(_PREFIX):
-                raise UserError(f"{tensor.place}: {tensor.name} is no name that PEFT gives ({_PREFIX}...)")
+                raise UserError(f"{tensor.place}: {tensor.name} is no tensor name of PEFT ({_PREFIX}...)")
             name = tensor.name.removeprefix(_PREFIX)
             if found := _PART.fullmatch(name):
                 parts.setdefault(found["module"], {})[found["part"]] = tensor
             else:
-                whole[self._whole(name, tensor)] = tensor
+                replaced[self._replacement(name, tensor)] = tensor
         deltas: dict[str, Delta] = {}
         for module, own in parts.items():
             deltas |= self._experts(module, own) if _EXPERTS.fullmatch(module) else self._module(module, own)
-        self._check_complete(deltas, whole)
-        return Changes(deltas=deltas, whole=whole)
+        self._check_complete(deltas, replaced)
+        return Changes(deltas=deltas, replaced=replaced)
 
     def _resolve(self, name: str) -> str | None:
-        """A tensor's name in the base's files."""
+        """The name in the base's files; None if the base lacks it."""
         return next((found for found in name_variants(name, self.prefix_variants) if found in self.places), None)
 
     def _shape(self, name: str) -> Shape:
         entry, place = self.places[name]
         return entry.sources[place].shape
 
-    def _whole(self, name: str, tensor: TensorInfo) -> str:
+    def _replacement(self, name: str, tensor: TensorInfo) -> str:
         plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         found = self._resolve(plain)
         if found is None:
-            raise UserError(f"{tensor.place}: {tensor.name} is for {plain}, which the base does not have")
+            raise UserError(f"{tensor.place}: {tensor.name} is for {plain}, which the base lacks")
         if tensor.shape != self._shape(found):
-            mend = "merge into the base that it was trained on"
+            fix = "merge into the base that it was trained on"
             if self.places[found][0].padded:
-                mend = "its vocabulary was resized: resize the base's embeddings alike, save it, and merge into that"
+                fix = "the vocabulary was resized: resize the base's embeddings too, save the base, and merge into that"
             raise UserError(
                 f"{tensor.place}: {tensor.name} is {list(tensor.shape)}, {found} of the base is "
-                f"{list(self._shape(found))}; {mend}"
+                f"{list(self._shape(found))}; {fix}"
             )
         return found
 
@@ -120,48 +121,46 @@ class _Match:
         place = next(iter(own.values())).place
         for name in names:
             if name not in own:
-                raise UserError(
-                    f"{place}: {module}.{name} is missing; the adapter is not whole, save or fetch it again"
-                )
+                raise UserError(f"{place}: {module}.{name} is missing; save or fetch the adapter again")
         if ("lora_magnitude_vector" in own) != self.config.dora:
             raise UserError(
-                f"{place}: use_dora is {self.config.dora}, and {module} has "
+                f"{place}: use_dora is {self.config.dora}, but {module} has "
                 f"{'a' if 'lora_magnitude_vector' in own else 'no'} lora_magnitude_vector; save or fetch the adapter again"
             )
         return own[names[0]], own[names[1]]
 
     def _module(self, module: str, own: Mapping[str, TensorInfo]) -> dict[str, Delta]:
-        """An adapter of a linear layer or an embedding."""
+        """The adapter of a linear layer or an embedding."""
         embedded = any(name.startswith("lora_embedding") for name in own)
         a, b = self._pair(module, own, ("lora_embedding_A", "lora_embedding_B") if embedded else ("lora_A", "lora_B"))
         name = self._resolve(f"{module}.weight")
         if name is None or len(self._shape(name)) != 2:
-            raise UserError(f"{a.place}: {a.name} is for {module}.weight, which is no matrix of the base")
+            raise UserError(f"{a.place}: {a.name} is for {module}.weight, no matrix of the base")
         if embedded != (name in self.embeddings):
             raise UserError(
-                f"{a.place}: {a.name} does not fit {name}: one is of an embedding, the other of a linear layer"
+                f"{a.place}: {a.name} does not fit {name}: an embedding on one side, a linear layer on the other"
             )
-        across = embedded or self.places[name][0].transposed
-        rows, columns = self._shape(name)[::-1] if across else self._shape(name)
+        transposed = embedded or self.places[name][0].transposed
+        rows, columns = self._shape(name)[::-1] if transposed else self._shape(name)
         magnitude = own.get("lora_magnitude_vector")
         rank = self.config.rank(module)
         wanted = [(a, (rank, columns)), (b, (rows, rank))] + ([(magnitude, (rows,))] if magnitude else [])
         self._check_shapes(name, wanted)
-        rounded = embedded or self.config.parameter(f"{module}.weight")
+        downcast_first = embedded or self.config.parameter(f"{module}.weight")
         return {
             name: Delta(
                 a=a,
                 b=b,
                 rank=rank,
                 scale=self.config.scale(module),
-                across=across,
-                rounded=rounded and magnitude is None,
+                transposed=transposed,
+                downcast_first=downcast_first and magnitude is None,
                 magnitude=magnitude,
             )
         }
 
     def _experts(self, module: str, own: Mapping[str, TensorInfo]) -> dict[str, Delta]:
-        """An adapter of all experts of a layer: of gate and up together, or of down; shapes tell which."""
+        """The adapter of a layer's experts: of gate_up_proj or of down_proj, as its shapes tell."""
         a, b = self._pair(module, own, ("lora_A", "lora_B"))
         found = _EXPERTS.fullmatch(module)
         assert found is not None
@@ -176,8 +175,8 @@ class _Match:
                 continue
             return self._each_expert(entries, a, b, rank, self.config.scale(f"{module}.{parameter}"))
         raise UserError(
-            f"{a.place}: {a.name} is {list(a.shape)} and its B {list(b.shape)}, which fits no experts that "
-            f"target_parameters of {self.config.path.name} names"
+            f"{a.place}: {a.name} is {list(a.shape)} and its B {list(b.shape)}: they fit no experts in target_parameters "
+            f"of {self.config.path.name}"
         )
 
     def _of_experts(self, layer: int, part: str) -> Iterator[Entry]:
@@ -199,8 +198,8 @@ class _Match:
                     b=b,
                     rank=rank,
                     scale=scale,
-                    across=False,
-                    rounded=True,
+                    transposed=False,
+                    downcast_first=True,
                     expert=number,
                     experts=len(listed),
                     first_output=first,
@@ -212,19 +211,19 @@ class _Match:
         for tensor, shape in wanted:
             if tensor.shape != shape:
                 raise UserError(
-                    f"{tensor.place}: {tensor.name} is {list(tensor.shape)}; {name} of the base, and the rank that "
-                    f"{self.config.path.name} gives, ask for {list(shape)}"
+                    f"{tensor.place}: {tensor.name} is {list(tensor.shape)}; {name} of the base and the rank in "
+                    f"{self.config.path.name} ask for {list(shape)}"
                 )
 
-    def _check_complete(self, deltas: Mapping[str, Delta], whole: Mapping[str, TensorInfo]) -> None:
-        """Whatever the configuration names has its tensors: an adapter that lost some is not merged in part."""
+    def _check_complete(self, deltas: Mapping[str, Delta], replaced: Mapping[str, TensorInfo]) -> None:
+        """UserError if the configuration targets a module without adapter tensors: no adapter is merged in part."""
         missing = []
         for name in self.places:
             module = name.removesuffix(".weight")
-            aimed = any(map(self.config.targets, name_variants(module, self.prefix_variants)))
-            if name.endswith(".weight") and aimed and len(self._shape(name)) == 2 and name not in deltas:
+            targeted = any(map(self.config.targets, name_variants(module, self.prefix_variants)))
+            if name.endswith(".weight") and targeted and len(self._shape(name)) == 2 and name not in deltas:
                 missing.append(name)
-        # transformers 5 holds experts together, as parameters that target_modules does not reach
+        # transformers 5 holds experts as stacked parameters, out of reach of target_modules
         experts = {
             source.name for entry, _ in self.places.values() if ".experts." in entry.key for source in entry.sources
         }
@@ -232,13 +231,12 @@ class _Match:
             missing = [name for name in missing if name not in experts]
         for name in self.places:
             changed = self.config.bias == "all" or name.removesuffix("bias") + "weight" in deltas
-            if name.endswith(".bias") and self.config.bias != "none" and changed and name not in whole:
+            if name.endswith(".bias") and self.config.bias != "none" and changed and name not in replaced:
                 missing.append(name)
         for module in self.config.modules_to_save:
-            if not any(re.match(rf"(^|.*\.){re.escape(module)}\.", name) for name in whole):
+            if not any(re.match(rf"(^|.*\.){re.escape(module)}\.", name) for name in replaced):
                 missing.append(module)
         if missing:
             raise UserError(
-                f"{self.config.path} asks for an adapter of {missing[0]}, which its weights do not have"
-                f"{f' (and {len(missing) - 1} more)' if len(missing) > 1 else ''}; save or fetch the adapter again"
+                f"{self.config.path} targets {abbreviated(missing)}, without tensors in the adapter; save or fetch it again"
             )

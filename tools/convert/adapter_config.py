@@ -1,4 +1,4 @@
-"""`adapter_config.json` of PEFT: which modules of the base an adapter changes, and how much."""
+"""`adapter_config.json` of PEFT: targeted modules, ranks and scales."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _READ = {
     *("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters", "use_dora"),
     *("init_lora_weights", "base_model_name_or_path", "bias"),
 }
-# How training began, ran or was distributed. fan_in_fan_out: PEFT goes by the module's class, and so do the weights.
+# Of training and its set-up. fan_in_fan_out: PEFT follows the module's class, and so do the weights.
 _WITHOUT_EFFECT = {
     *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "fan_in_fan_out"),
     *("megatron_core", "eva_config", "qalora_group_size", "runtime_config"),
 }
-# Why a field that is set cannot be merged; of other fields it is not known what they do.
+# Reasons against fields that change the result; unknown fields have none.
 _WHY = {
-    "alora_invocation_tokens": "it applies from certain tokens on, which weights alone cannot do",
-    "arrow_config": "it is chosen token by token, which weights alone cannot do",
-    "trainable_token_indices": "rows of the embedding are trained apart; merge it with peft",
-    "layer_replication": "the layers are not the base's; merge it with peft",
-    "lora_bias": "B has a bias; merge it with peft",
-    "ensure_weight_tying": "the adapter is shared by tied layers; merge it with peft",
+    "alora_invocation_tokens": "it applies from an invocation token on, and merged weights apply everywhere",
+    "arrow_config": "it routes tokens between adapters, and merged weights cannot",
+    "trainable_token_indices": "trained rows of the embedding are not merged here; merge it with peft",
+    "layer_replication": "it repeats layers of the base; merge it with peft",
+    "lora_bias": "a bias of B is not merged here; merge it with peft",
+    "ensure_weight_tying": "adapters shared by tied layers are not merged here; merge it with peft",
 }
-# Initial weights that leave the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ) take something off it first.
+# Initialisations that leave the base unchanged. The others (PiSSA, OLoRA, CorDA, LoftQ) change its weights.
 _PLAIN_INITS = (True, False, "true", "gaussian", "eva", "orthogonal")
 
 
@@ -41,7 +41,7 @@ def _regex(text: str) -> str:
     try:
         re.compile(text)
     except re.error as error:
-        raise ValueError(f"no regular expression: {error}") from None
+        raise ValueError(f"invalid regular expression: {error}") from None
     return text
 
 
@@ -50,7 +50,7 @@ _Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Fields(BaseModel):
-    """Types of the fields that are read, and what PEFT takes where they are absent."""
+    """Types of the fields and PEFT's defaults."""
 
     model_config = ConfigDict(strict=True)
     r: PositiveInt = 8
@@ -68,7 +68,7 @@ class _Fields(BaseModel):
 
 
 class AdapterConfig:
-    """What the fields say; UserError names one that would change the result and is not merged here."""
+    """The fields of adapter_config.json; UserError for one that changes the result and is not supported."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / CONFIG
@@ -77,18 +77,18 @@ class AdapterConfig:
             raise UserError(f"{self.path}: peft_type is {fields.get('peft_type')!r}; only LORA adapters are merged")
         for name in sorted(fields.keys() - _READ - _WITHOUT_EFFECT):
             if fields[name]:
-                why = _WHY.get(name, "what it does to the weights is not known here; merge it with peft")
+                why = _WHY.get(name, "not supported; merge it with peft")
                 raise UserError(f"{self.path}: {name} is {fields[name]!r}: {why}")
         first = fields.get("init_lora_weights", True)
         if (first.lower() if isinstance(first, str) else first) not in _PLAIN_INITS:
             raise UserError(
-                f"{self.path}: init_lora_weights is {first!r}: such an adapter belongs to a base that was changed when "
-                "training began; save it again with peft's path_initial_model_for_weight_conversion"
+                f"{self.path}: init_lora_weights is {first!r}, which changed the base's weights; save the adapter again with "
+                "peft's path_initial_model_for_weight_conversion"
             )
         self.base = fields.get("base_model_name_or_path")
         self.bias = fields.get("bias", "none")
         if self.bias not in ("none", "all", "lora_only"):
-            raise UserError(f"{self.path}: bias is {self.bias!r}; PEFT knows none, all and lora_only")
+            raise UserError(f"{self.path}: bias is {self.bias!r}; none, all or lora_only is wanted")
         try:
             known = _Fields.model_validate(fields)
         except ValidationError as error:
@@ -108,16 +108,16 @@ class AdapterConfig:
         self._root = bool(known.use_rslora)
 
     def rank(self, module: str) -> int:
-        """Of a module's matrices."""
+        """Rank of a module's A and B."""
         return _matching(self._ranks, module, self._rank)
 
     def scale(self, module: str) -> float:
-        """What `B @ A` is multiplied with: alpha / r, of rank-stabilised adapters alpha / sqrt(r)."""
+        """Scale of `B @ A`: alpha / r, rank-stabilised (rslora) alpha / sqrt(r)."""
         rank = self.rank(module)
         return _matching(self._alphas, module, self._alpha) / (math.sqrt(rank) if self._root else rank)
 
     def targets(self, module: str) -> bool:
-        """Whether PEFT gives this module of the base an adapter (`check_target_module_exists`)."""
+        """Whether PEFT adapts this module of the base (`check_target_module_exists`)."""
         if _named(self._excluded, module):
             return False
         if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save):
@@ -131,7 +131,7 @@ class AdapterConfig:
         return found is not None and int(found[1]) in self._layers
 
     def parameter(self, name: str) -> bool:
-        """Whether the adapter is of a parameter rather than of a module (`target_parameters`)."""
+        """Whether the adapter is of a parameter, not of a module (`target_parameters`)."""
         return _named(self.target_parameters, name)
 
 
@@ -140,7 +140,7 @@ def _matching[Number: (int, float)](patterns: Mapping[str, Number], module: str,
 
 
 def _named(names: str | Iterable[str], module: str) -> bool:
-    """A regular expression of the whole name, or names, each of them whole or its end."""
+    """Whether a regular expression matches the whole name, or a listed name is the name or its ending."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)

@@ -12,10 +12,10 @@ from shared.precision import Precision
 
 tool = Tool(
     "convert",
-    summary="Convert checkpoints between Hugging Face, Megatron-Core and TransformerEngine, and prove it lossless.",
+    summary="Convert checkpoints between Hugging Face, Megatron-Core and TransformerEngine, bit for bit.",
 )
 
-Workers = Annotated[int, Field(ge=1, le=256)]  # each has blocks of its own in memory
+Workers = Annotated[int, Field(ge=1, le=256)]  # threads; each holds its own blocks
 
 
 @tool.command
@@ -29,20 +29,20 @@ def init(
     seed: NonNegative = 0,
     overwrite: bool = False,
 ) -> None:
-    """Make a Hugging Face checkpoint with random weights, to pretrain from.
+    """Initialise a Hugging Face checkpoint with random weights.
 
-    Weights are drawn as transformers draws them: normal with the family's standard deviation, norms one, biases zero.
-    `convert families` lists the named sizes.
+    Initialisation is transformers': normal with the family's initializer_range, norms 1, biases 0. `convert families`
+    lists the named sizes.
 
     Args:
         target: the directory to publish.
-        size: a named size, such as llama-20m or qwen3-8b.
-        model_config: a config.json to follow instead of a named size.
-        tokenizer: a directory with tokenizer.json; copied, and the vocabulary and special tokens taken from it.
-        max_position_embeddings: longest sequence the model is for, in tokens; the size's own by default.
-        dtype: type of the weights.
-        seed: of the random numbers.
-        overwrite: replace what another run published at the target.
+        size: a named size: llama-20m, qwen3-8b, ...
+        model_config: a config.json, instead of a named size.
+        tokenizer: a directory with tokenizer.json; copied, and vocabulary size and special tokens taken from it.
+        max_position_embeddings: context length in tokens; the size's by default.
+        dtype: dtype of the weights.
+        seed: seed of the initialisation.
+        overwrite: replace the target of an earlier run.
     """
     from tools.convert.init import run
 
@@ -58,20 +58,20 @@ def to_megatron(
     workers: Workers | None = None,
     shard: str | None = None,
 ) -> None:
-    """Convert a Hugging Face directory into a Megatron directory.
+    """Convert a Hugging Face directory to Megatron-Core.
 
-    The result is a torch_dist checkpoint that Megatron-Core loads at any tensor- and pipeline-parallel size, with the
-    configuration, the tokenizer and every other file of the source in hf/. No model is built; memory stays at tens of
-    megabytes. A tensor that is missing, unknown or misshapen stops it.
+    The result is a torch_dist checkpoint for any TP, PP and EP size; hf/ holds config.json, the tokenizer and the
+    source's other files. No model is built; memory stays at tens of megabytes. A missing, unknown or misshapen tensor is
+    an error.
 
     Args:
-        source: a Hugging Face directory, or GLM-130B's of a file for each rank, written by SwissArmyTransformer.
+        source: a Hugging Face directory, or GLM-130B's SwissArmyTransformer checkpoint (a file per rank).
         target: the directory to publish.
-        hf_files: a directory with config.json and tokenizer, for a source that lacks them: SwissArmyTransformer's ranks.
-        overwrite: replace what another run published at the target.
-        workers: threads that read and write; by default one for each processor, at most 8. The result is the same.
-        shard: write one part of several, 1/4 to 4/4, in as many processes on machines that share the target's file
-            system; when all are done, publish/4 makes the directory of them. The result is the same.
+        hf_files: a directory with config.json and tokenizer, for a SwissArmyTransformer source.
+        overwrite: replace the target of an earlier run.
+        workers: threads; by default one per processor, at most 8. The result does not depend on it.
+        shard: one of several processes on a shared file system: 1/4 to 4/4 each write their share of the files, publish/4
+            joins them. The result does not depend on it.
     """
     from shared.checkpoint.directory.sharded_publish import ShardSpec
     from tools.convert.to_megatron import run
@@ -88,20 +88,20 @@ def to_te(
     workers: Workers | None = None,
     shard: str | None = None,
 ) -> None:
-    """Convert a Hugging Face directory into a directory of TransformerEngine's parameters.
+    """Convert a Hugging Face directory to the parameters of TransformerEngine's modules.
 
-    The result is safetensors files with the names that transformer_engine's modules give their parameters, and
-    layers.json with the arguments that each layer is made with. A layer that TransformerLayer cannot compute is a set
-    of smaller modules, and layers.json says why.
+    The result is safetensors files under transformer_engine's parameter names, and layers.json with the constructor
+    arguments of each layer. A layer that TransformerLayer does not support is split into smaller modules; layers.json
+    gives the reason.
 
     Args:
-        source: a Hugging Face directory, or GLM-130B's of a file for each rank, written by SwissArmyTransformer.
+        source: a Hugging Face directory, or GLM-130B's SwissArmyTransformer checkpoint (a file per rank).
         target: the directory to publish.
-        hf_files: a directory with config.json and tokenizer, for a source that lacks them: SwissArmyTransformer's ranks.
-        overwrite: replace what another run published at the target.
-        workers: threads that read and write; by default one for each processor, at most 8. The result is the same.
-        shard: write one part of several, 1/4 to 4/4, in as many processes on machines that share the target's file
-            system; when all are done, publish/4 makes the directory of them. The result is the same.
+        hf_files: a directory with config.json and tokenizer, for a SwissArmyTransformer source.
+        overwrite: replace the target of an earlier run.
+        workers: threads; by default one per processor, at most 8. The result does not depend on it.
+        shard: one of several processes on a shared file system: 1/4 to 4/4 each write their share of the files, publish/4
+            joins them. The result does not depend on it.
     """
     from shared.checkpoint.directory.sharded_publish import ShardSpec
     from tools.convert.to_te import run
@@ -121,27 +121,27 @@ def to_hf(
     workers: Workers | None = None,
     shard: str | None = None,
 ) -> None:
-    """Convert a Megatron or TransformerEngine directory, converted or trained, into a Hugging Face directory.
+    """Convert a Megatron or TransformerEngine directory, converted or trained, to Hugging Face.
 
-    Shards and types are those of the Hugging Face directory it once came from: unchanged weights come back byte for
-    byte. A run that is still training may be read; its latest saved iteration is taken. Weights that were quantised
-    there are written as bfloat16, unless --quantized asks for their old form.
+    Shards and dtypes are the original checkpoint's: unchanged weights come back byte for byte. Of a run in progress, the
+    latest saved iteration is converted. Quantised weights are written as bfloat16, with --quantized in their original
+    scheme.
 
     Args:
         source: a directory of kind megatron or te.
         target: the directory to publish.
-        dtype: type of every weight; by default each tensor's type in the original checkpoint.
-        hf_files: a directory with config.json and tokenizer, for a directory that has no hf/.
-        family: write the configuration and the tensor names of another family that computes the same, for programs
-            that lack the model's own: llama for Baichuan-7B, Baichuan2-7B (the rows of its head divided by their lengths),
-            InternLM, InternLM2 and Yi, qwen2 for Qwen 1. What the other family cannot say is refused by name. The model's
-            own: its configuration as it is spelt today.
-        quantized: write the weights that the original checkpoint stored quantised so again: unchanged ones as they
-            were, byte for byte, changed ones with new scales.
-        overwrite: replace what another run published at the target.
-        workers: threads that read and write; by default one for each processor, at most 8. The result is the same.
-        shard: write one part of several, 1/4 to 4/4, in as many processes on machines that share the target's file
-            system; when all are done, publish/4 makes the directory of them. The result is the same.
+        dtype: dtype of every weight; by default each tensor's dtype in the original checkpoint.
+        hf_files: a directory with config.json and tokenizer, for a source without hf/.
+        family: write config.json and tensor names of an equivalent family, for programs without the model's own: llama
+            for Baichuan-7B, Baichuan2-7B (head rows divided by their L2 norms), InternLM, InternLM2 and Yi; qwen2 for
+            Qwen 1. A feature that the other family lacks is an error. With the model's own family: config.json in
+            today's transformers names.
+        quantized: quantise the weights that the original checkpoint stored quantised: unchanged blocks byte for byte,
+            changed blocks with new scales.
+        overwrite: replace the target of an earlier run.
+        workers: threads; by default one per processor, at most 8. The result does not depend on it.
+        shard: one of several processes on a shared file system: 1/4 to 4/4 each write their share of the files, publish/4
+            joins them. The result does not depend on it.
     """
     from shared.checkpoint.directory.sharded_publish import ShardSpec
     from tools.convert.to_hf import run
@@ -158,18 +158,17 @@ def merge_lora(
     overwrite: bool = False,
     workers: Workers | None = None,
 ) -> None:
-    """Merge a LoRA adapter of PEFT into the Hugging Face directory that it was trained on.
+    """Merge a PEFT LoRA adapter into its base model, a Hugging Face directory.
 
-    The result is a Hugging Face directory like the source, with the matrices that the adapter changes changed, and
-    every other byte as it was. No model is built; memory stays at tens of megabytes. A tensor of the adapter that is
-    missing, unknown or misshapen, and a setting of it that is not merged here, stop it.
+    Tensors without an adapter stay byte for byte. No model is built; memory stays at tens of megabytes. A missing, unknown
+    or misshapen adapter tensor and an unsupported setting are errors.
 
     Args:
-        source: the base: a Hugging Face directory.
+        source: the base model: a Hugging Face directory.
         adapter: a directory with adapter_config.json and adapter_model.safetensors (or .bin).
         target: the directory to publish.
-        overwrite: replace what another run published at the target.
-        workers: threads that read and write; by default one for each processor, at most 8. The result is the same.
+        overwrite: replace the target of an earlier run.
+        workers: threads; by default one per processor, at most 8. The result does not depend on it.
     """
     from tools.convert.merge_lora import run
 
@@ -178,15 +177,15 @@ def merge_lora(
 
 @tool.command(positional=("source",))
 def inspect(source: ExistingDir, tensors: bool = False, scan: bool = False, json: bool = False) -> None:
-    """Say what a checkpoint directory is: kind, family, architecture, tensors, types, origin.
+    """Print a checkpoint's kind, family, architecture, tensors, dtypes and origin.
 
-    Only headers are read, unless --scan is given.
+    Only headers are read, except with --scan.
 
     Args:
         source: a directory of kind hf, megatron or te.
-        tensors: list every tensor with its type and shape.
-        scan: read every weight and report NaN and infinity; exits 1 if there is any.
-        json: print JSON instead of a table.
+        tensors: list every tensor with dtype and shape.
+        scan: read every weight and report NaN and infinity; exit 1 if there are any.
+        json: print JSON.
     """
     from tools.convert.inspect import run
 
@@ -204,23 +203,22 @@ def verify(
     trust_remote_code: bool = False,
     hf_files: ExistingDir | None = None,
 ) -> None:
-    """Prove that a Megatron or TransformerEngine directory is a Hugging Face directory: bits, files and logits.
+    """Compare a Megatron or TransformerEngine directory with its Hugging Face source: bits, files and logits.
 
-    Every tensor is brought back and compared bit for bit, every field of config.json and every other file too; then
-    the Megatron-Core model's logits are compared with those of transformers on the same random tokens, in fp32 (not
-    for TransformerEngine's form, whose modules need GPUs).
-    Exits 1 if anything differs. The certificate says what was compared.
+    Every tensor is converted back and compared bit for bit, and so are config.json and the auxiliary files. Then logits
+    of the Megatron-Core model are compared with transformers' in fp32 on random tokens (not for TransformerEngine, whose
+    modules need a GPU). Exit 1 on any difference. The result is a JSON certificate.
 
     Args:
         source: the Hugging Face directory.
-        target: the directory of kind megatron or te made of it.
-        certificate: where to write the result; by default beside the target, as TARGET.certificate.json.
-        logits: compare logits, which builds the model, rather than bits and files only.
-        positions: length of the random sequence, in tokens; the model's longest if that is less.
-        seed: of the random tokens.
-        trust_remote_code: compute the source's logits by the modelling code that lies in the directory, which is run
-            then; needed where transformers does not have the model's class.
-        hf_files: what to-megatron was given as --hf-files.
+        target: the directory of kind megatron or te converted from it.
+        certificate: file of the result; by default TARGET.certificate.json beside the target.
+        logits: compare logits too, which builds both models.
+        positions: length of the random sequence in tokens, at most the model's context length.
+        seed: seed of the random tokens.
+        trust_remote_code: run the modelling code in the source directory for its logits; needed for a model class that
+            transformers lacks.
+        hf_files: --hf-files of to-megatron, if it had one.
     """
     from tools.convert.verify import run
 
@@ -229,14 +227,13 @@ def verify(
 
 @tool.command
 def families(markdown: bool = False, json: bool = False) -> None:
-    """List the supported model families, the sizes that `convert init` knows by name, and what tests proved of them.
+    """List the supported model families, the named sizes of `convert init`, and the recorded test results.
 
-    The proofs are those that were recorded last, with their date, revision and versions; a family that has changed
-    since then is said to have, whatever was proven of it before.
+    Results carry date, revision and library versions. A family changed since then is marked as changed.
 
     Args:
         markdown: print Markdown.
-        json: print JSON, with the proofs of every size.
+        json: print JSON, with the results of every size.
     """
     from tools.convert.families import run
 

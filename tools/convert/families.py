@@ -1,4 +1,4 @@
-"""`convert families`: the supported model families, the named sizes of each, and what tests proved of them."""
+"""`convert families`: the supported model families, their named sizes, and recorded test results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tools.convert import proofs
 from tools.convert.proofs import Outcome, Record
 
 _WIDE = 150  # columns that the table needs
-# Heading, and the proofs whose worst outcome over a family's tested sizes stands beneath it.
+# Heading -> proofs; a cell is their worst outcome over the family's tested sizes.
 _COLUMNS = {
     "round trip": ("round trip",),
     "TE": ("te round trip",),
@@ -32,13 +32,12 @@ _COLUMNS = {
 }
 _INDENTED: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": "    ", "break_on_hyphens": False}
 _MEANING = (
-    "round trip, TE: Hugging Face to Megatron-Core's form, or TransformerEngine's, and back. Logits, in one process, at "
-    "TP=2, PP=2 and EP=2, and gradients of a step of training: the largest difference from transformers, or from the "
-    "published arithmetic where transformers lacks the family, relative to the logits' standard deviation and to the "
-    "largest gradient. mistakes: tables and readings wrong in one place, of which verify found so many. published: models' "
-    "configurations whose every tensor is accounted for. vLLM: so many greedy tokens of the export, each transformers', on "
-    "the CPU; where vLLM has only bf16 there, the root mean square of differences of log-probabilities from fp32, relative "
-    "to their standard deviation. Everything is of tiny sizes, and computed in fp32 otherwise."
+    "Tiny sizes, fp32 unless noted. round trip, TE: Hugging Face to Megatron-Core or TransformerEngine and back, bit for bit. "
+    "logits, TP=2, PP=2, EP=2: largest difference from transformers / standard deviation of the logits (from the published "
+    "arithmetic where transformers lacks the family). training: largest difference of a step's gradients / largest gradient. "
+    "mistakes: deliberate mistakes in the family found by verify. vLLM: greedy tokens of the export equal to transformers', "
+    "on CPU; where vLLM has only bf16 there, RMS difference of log-probabilities from fp32 / their standard deviation. "
+    "published: published configurations with every tensor accounted for."
 )
 
 
@@ -81,7 +80,7 @@ def _list(record: Record, width: int) -> Iterator[str]:
 
 
 def _markdown(record: Record) -> Iterator[str]:
-    yield "# Model families, and what is proven of each"
+    yield "# Model families and test results"
     yield ""
     yield "Printed by `convert families --markdown`; recorded by `make proofs`."
     yield ""
@@ -116,7 +115,7 @@ def _data(record: Record) -> dict[str, Any]:
 
 
 def _cells(family: Family, record: Record) -> dict[str, str]:
-    """What stands under each heading."""
+    """Cells by heading."""
     if why := proofs.state(family, record):
         return dict.fromkeys((*_COLUMNS, "published"), why)
     cells = {heading: _cell(heading, _outcomes(family, names, record)) for heading, names in _COLUMNS.items()}
@@ -135,7 +134,7 @@ def _cell(heading: str, found: list[Outcome]) -> str:
     """The worst of several outcomes."""
     results = [outcome["result"] for outcome in found]
     if not found:
-        return "-"  # experts in parallel, where there are none
+        return "-"  # EP of a dense model
     if "failed" in results:
         return "FAILED"
     if "not run" in results:
@@ -161,7 +160,7 @@ def _round(differences: Iterable[float]) -> str:
 
 
 def _notes(record: Record) -> Iterator[str]:
-    """Why something is not proven, or not as usual."""
+    """Reasons of outcomes that need one."""
     for family in registry.FAMILIES.values():
         if proofs.state(family, record):
             continue
@@ -173,7 +172,7 @@ def _notes(record: Record) -> Iterator[str]:
 
 
 def _runs(record: Record) -> Iterator[str]:
-    """When, of what and with which versions the families were run."""
+    """Date, revision, families and library versions of each run."""
     for name, run in record["runs"].items():
         families = [family for family, entry in record["families"].items() if entry["run"] == name]
         who = "all families" if len(families) == len(registry.FAMILIES) else ", ".join(families)
@@ -187,9 +186,9 @@ def _runs(record: Record) -> Iterator[str]:
 
 
 def _later(record: Record) -> Iterator[str]:
-    """That what was run is not quite what is here."""
+    """A note if shared code changed after a run."""
     if any(run["code"] != proofs.code() for run in record["runs"].values()):
-        yield "Code that families share has changed since; `make proofs` runs them again."
+        yield "Shared code has changed since; `make proofs` records anew."
 
 
 def _sizes(family: Family) -> list[str]:

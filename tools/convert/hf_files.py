@@ -45,8 +45,8 @@ def match_pass_through(table: Table, files: Path) -> tuple[Table, dict[str, Tens
     kept = table.required_pass_through()
     if missing := sorted(kept.keys() - tensors.keys()):
         raise UserError(
-            f"{files / PASS_THROUGH_FILE}: {abbreviated(missing)} missing, which the model has beside its language model; "
-            "restore hf/, or give --hf-files the model's own directory, weights included"
+            f"{files / PASS_THROUGH_FILE}: {abbreviated(missing)} missing, of the multimodal wrapper; restore hf/, or give "
+            "--hf-files the model's Hugging Face directory with its weights"
         )
     for name, shape in kept.items():
         if tensors[name].shape != shape:
@@ -61,8 +61,8 @@ def _of_model(table: Table, files: Path) -> dict[str, TensorInfo]:
         return HfReader(files, flag="--hf-files").tensors
     except UserError as error:
         raise UserError(
-            f"{files} lacks {abbreviated(sorted(table.required_pass_through()))}, which the model has beside its language "
-            f"model; give --hf-files the model's own directory, weights included ({error})"
+            f"{files} lacks {abbreviated(sorted(table.required_pass_through()))} of the multimodal wrapper; give --hf-files "
+            f"the model's Hugging Face directory with its weights ({error})"
         ) from None
 
 

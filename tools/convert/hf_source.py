@@ -1,4 +1,4 @@
-"""What a conversion reads: a Hugging Face directory, or one of SwissArmyTransformer's ranks as if it were joined."""
+"""Opens the source of a conversion: a Hugging Face directory, or SwissArmyTransformer rank files read as one."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from shared.families import registry
 from tools.convert.hf_files import PASS_THROUGH_FILE
 
 _CONFIG = "config.json"
-_FAMILY = "glm130b"  # the one whose tensors' cut is known
+_FAMILY = "glm130b"  # whose sharding is known
 
 
 def open_hf_source(
     source: Path, hf_files: Path | None, verify: Literal["content", "small"] = "small"
 ) -> tuple[Checkpoint, HfReader]:
-    """The checkpoint at --source, and its tensors.
+    """The checkpoint at --source and the reader of its tensors.
 
     Raises:
-        UserError: it is not whole, or what it does not say itself is not in --hf-files either.
+        UserError: it is incomplete, or its configuration is neither in it nor in --hf-files.
     """
     checkpoint = open_checkpoint(source, kinds=("hf",), flag="--source", verify=verify, per_rank="hf")
     ranks = rank_states(source) if checkpoint.manifest is None else []
     if hf_files and (source / _CONFIG).is_file():
-        raise UserError(f"--hf-files: {source / _CONFIG} is there already; leave the flag out, or move the file away")
+        raise UserError(f"--hf-files: the source has a {source / _CONFIG}; leave the flag out, or move that file away")
     if checkpoint.manifest is None:
         _check_names([source, *filter(None, [hf_files])])
     if not ranks:
@@ -48,25 +48,25 @@ def open_hf_source(
 
 
 def _check_names(directories: list[Path]) -> None:
-    """Refuse files that would be taken for what `hf/` has of this tool, and not come back."""
+    """UserError for files named as ours in `hf/`: to-hf would not write them back."""
     for path in (directory / name for directory in directories for name in (LAYOUT, PASS_THROUGH_FILE)):
         if path.exists():
-            raise UserError(f"{path} has the name of a file that this tool writes beside weights; rename or remove it")
+            raise UserError(f"{path}: the name is reserved for a file that to-megatron writes; rename or remove it")
 
 
 def inputs_of(source: Path, hf_files: Path | None) -> dict[str, Path]:
-    """The directories by the flags that name them."""
+    """Input directories by flag."""
     return {"source": source} | ({"hf_files": hf_files} if hf_files else {})
 
 
 def _config(source: Path, hf_files: Path | None, joined: Mapping[str, JoinedTensor]) -> dict[str, Any]:
-    """The configuration: the one that is given, or that of the published model which the shapes are of."""
+    """config.json of the source or of --hf-files, else of the published model with these shapes."""
     given = next((d / _CONFIG for d in (source, hf_files) if d and (d / _CONFIG).is_file()), None)
     config = read_config(given) if given else _published(source, _facts(joined))
     place = given or source
     if registry.family_of(config).name != _FAMILY:
         raise UserError(
-            f"{place}: model_type is {config['model_type']}; of SwissArmyTransformer's ranks only {_FAMILY} is read"
+            f"{place}: model_type is {config['model_type']}; SwissArmyTransformer rank files are read for {_FAMILY} only"
         )
     architecture = registry.from_config(config)
     if (source / SETTINGS).is_file():
@@ -74,20 +74,20 @@ def _config(source: Path, hf_files: Path | None, joined: Mapping[str, JoinedTens
         for name, value in told.items():
             if name in config and config[name] != value:
                 raise UserError(
-                    f"{source / SETTINGS} has {name} {value!r}, {place} {config[name]!r}; give --hf-files DIR with the "
+                    f"{source / SETTINGS}: {name} is {value!r}, in {place} {config[name]!r}; give --hf-files DIR with the "
                     "config.json of this model"
                 )
-        registry.from_config(told | config)  # which refuses what this family cannot say
+        registry.from_config(told | config)  # UserError for a field that the family does not support
     if other := head_dims(joined) - {architecture.attention.head_dim}:
         raise UserError(
-            f"{place}: num_attention_heads is {architecture.attention.heads}, the inv_freq in the ranks' files asks "
-            f"for {architecture.hidden_size // other.pop()}; give --hf-files DIR with the config.json of this model"
+            f"{place}: num_attention_heads is {architecture.attention.heads}, inv_freq in the rank files "
+            f"implies {architecture.hidden_size // other.pop()}; give --hf-files DIR with the config.json of this model"
         )
     return config
 
 
 def _facts(joined: Mapping[str, JoinedTensor]) -> dict[str, int]:
-    """What the shapes say, under config.json's names."""
+    """Fields of config.json that follow from the shapes."""
     shapes = {name: held.tensor.shape for name, held in joined.items()}
     layers = {int(found[1]) for name in shapes if (found := re.match(r"transformer\.layers\.(\d+)\.", name))}
     vocab, hidden = (*shapes.get("transformer.word_embeddings.weight", ()), 0, 0)[:2]
@@ -105,11 +105,11 @@ def _published(source: Path, facts: Mapping[str, int]) -> dict[str, Any]:
         config = registry.to_config(size)
         if facts.items() <= config.items():
             log(
-                f"the shapes are those of {name}; heads, length and tokens, which {source} does not tell, are its own too"
+                f"config.json: of {name}, which has the shapes of {source}; its heads, context length and tokens are assumed"
             )
             return config
     shown = ", ".join(f"{name} {value}" for name, value in facts.items())
     raise UserError(
-        f"{source} is of no published model ({shown}), and does not tell its heads, length and tokens; give --hf-files DIR "
-        "with a config.json"
+        f"{source}: no published model has its shapes ({shown}), and heads, context length and tokens are not in it; "
+        "give --hf-files DIR with a config.json"
     )

@@ -1,4 +1,4 @@
-"""`convert init`: a Hugging Face checkpoint with random weights, to pretrain from."""
+"""`convert init`: a Hugging Face checkpoint with random weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(
     seed: int,
     overwrite: bool,
 ) -> None:
-    """Draw the weights; publishes `target` of kind hf."""
+    """Initialise; publishes `target` of kind hf."""
     if (size is None) == (model_config is None):
         raise UserError("give either --size NAME or --model-config FILE")
     given = {"model_config": model_config, "tokenizer": tokenizer}
@@ -62,8 +62,8 @@ def run(
     table = registry.table_of(architecture)
     if kept := table.required_pass_through():
         raise UserError(
-            f"weights are drawn of language models alone, and {architecture.family} has {len(kept)} tensors beside its own "
-            f"({min(kept)}); take a --size or the config.json of its language model"
+            f"init writes language models only, {architecture.family} has {len(kept)} tensors of a multimodal wrapper "
+            f"({min(kept)}, ...); give a --size or the config.json of its language model"
         )
     entries = table.entries()
     sources = list({source.name: source for entry in entries for source in entry.sources}.values())
@@ -75,9 +75,9 @@ def run(
     with publish(target, kind="hf", inputs=inputs, overwrite=overwrite) as out:
         log(plan_line("init", architecture, len(layout.shards), total, 1, peak_memory(1, transposes=False, casts=True)))
         started = time.monotonic()
-        with progress(total, "bytes", "drawing weights") as advance:
-            draw = _drawer(architecture, kinds, seed)
-            write_weights(out.path, layout, lambda tensor: counted(draw(tensor), advance), out.record_hash)
+        with progress(total, "bytes", "initialising weights") as advance:
+            values = _initializer(architecture, kinds, seed)
+            write_weights(out.path, layout, lambda tensor: counted(values(tensor), advance), out.record_hash)
         _write_files(out.path, config, tokenizer)
         out.describe(
             family=architecture.family,
@@ -99,36 +99,36 @@ def _named(size: str) -> Architecture:
     return sizes[size]
 
 
-def _drawer(
+def _initializer(
     architecture: Architecture, dtypes: Mapping[str, Dtype], seed: int
 ) -> Callable[[TensorInfo], Iterator[memoryview]]:
-    """As transformers draws them: norms are one, biases zero, most of the rest normal with the family's deviation.
+    """transformers' initialisation: norms 1, biases 0, the rest mostly normal(0, initializer_range).
 
-    Each tensor has a generator of its own, seeded by its name, so that its numbers do not depend on the others.
+    Every tensor has its own generator, seeded by its name: its values do not depend on other tensors.
     """
 
     entries = list(registry.table_of(architecture).entries())
     of = {source.name: entry for entry in entries for source in entry.sources}
-    drawn = {source.name: source.init for entry in entries for source in entry.sources}
+    init = {source.name: source.init for entry in entries for source in entry.sources}
     norms = {name for name, entry in of.items() if "norm" in entry.key and entry.key.endswith("weight")}
 
-    def draw(tensor: TensorInfo) -> Iterator[memoryview]:
+    def values_of(tensor: TensorInfo) -> Iterator[memoryview]:
         name, dtype = tensor.name, dtypes[tensor.name]
         rest = tensor.size // dtype.size
         key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "little")))
         while rest:
             count = min(rest, BLOCK // 4)
-            if drawn[name] == "one":
+            if init[name] == "one":
                 values = np.ones(count, dtype=np.float32)
-            elif drawn[name] == "log":
+            elif init[name] == "log":
                 values = np.log(generator.uniform(0.01, 16.0, count)).astype(np.float32)
-            elif name in norms:  # Gemma stores its weights less one
+            elif name in norms:  # zero-centred gamma (Gemma): the tensor holds weight - 1
                 stored_zero_centered = (
                     architecture.layers[0].norm.zero_centered_gamma and not of[name].zero_centered_gamma
                 )
                 values = np.full(count, 0.0 if stored_zero_centered else 1.0, dtype=np.float32)
-            elif name.endswith("bias") and drawn[name] == "usual":
+            elif name.endswith("bias") and init[name] == "usual":
                 values = np.zeros(count, dtype=np.float32)
             else:
                 values = generator.standard_normal(count, dtype=np.float32)
@@ -136,11 +136,11 @@ def _drawer(
             yield from_float32(values, dtype)
             rest -= count
 
-    return draw
+    return values_of
 
 
 def counted(blocks: Iterator[memoryview], advance: Advance) -> Iterator[memoryview]:
-    """The same blocks; `advance` is told the bytes of each."""
+    """The blocks, with their bytes reported to `advance`."""
     for block in blocks:
         yield block
         advance(len(block))

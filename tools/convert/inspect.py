@@ -1,4 +1,4 @@
-"""`convert inspect`: what a checkpoint directory is, read from its headers."""
+"""`convert inspect`: description of a checkpoint directory, from its headers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Reader = HfReader | TorchDistReader | TeReader
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One tensor."""
+    """A tensor."""
 
     name: str
     dtype: str  # torch's name
@@ -42,7 +42,7 @@ class Row:
 
 
 def run(source: Path, tensors: bool, scan: bool, as_json: bool) -> None:
-    """Print what the directory is; with `scan`, read every weight and raise StageError if one is not finite."""
+    """Print the description; with `scan`, read every weight and raise StageError if one is not finite."""
     checkpoint = open_checkpoint(source, kinds=("hf", "megatron", "te"), flag="--source", verify="sizes")
     reader = _reader(checkpoint)
     rows = _rows(reader)
@@ -102,7 +102,7 @@ def _describe(checkpoint: Checkpoint, reader: Reader, rows: list[Row]) -> dict[s
 
 
 def _family(checkpoint: Checkpoint, reader: Reader) -> dict[str, Any]:
-    """Family and architecture, and whether every tensor is accounted for; what is wrong is said, not raised."""
+    """Family, architecture, and whether every tensor is accounted for; an error becomes the `problem`."""
     path = checkpoint.hf_files / "config.json"
     if not path.is_file():
         return {"family": None, "problem": f"{path} is missing"}
@@ -114,7 +114,7 @@ def _family(checkpoint: Checkpoint, reader: Reader) -> dict[str, Any]:
             if isinstance(reader, HfReader):
                 result["quantized_weights"] = sum(weight.quantized is not None for weight in reader.weights.values())
         architecture = registry.from_files(path.parent)
-        if not isinstance(reader, TeReader):  # whose tables keep layers for tokens further ahead beside the weights
+        if not isinstance(reader, TeReader):  # MTP layers are pass-through tensors there
             architecture = registry.as_stored(
                 architecture, reader.weights if isinstance(reader, HfReader) else reader.tensors
             )
@@ -135,7 +135,7 @@ def _family(checkpoint: Checkpoint, reader: Reader) -> dict[str, Any]:
 
 
 def _scan(reader: Reader) -> dict[str, str]:
-    """Tensors with NaN or infinity in them."""
+    """Tensors with NaN or infinity."""
     found: dict[str, list[int]] = {}
     if isinstance(reader, HfReader):
         size = sum(weight.tensor.size for weight in reader.weights.values())
@@ -148,7 +148,7 @@ def _scan(reader: Reader) -> dict[str, str]:
     with progress(size, "bytes", "scanning") as advance:
         for name, dtype, blocks in weights:
             if dtype is None:
-                log(f"{name} is not scanned: not a floating-point type of weights")
+                log(f"{name}: not scanned, its dtype is no floating point")
                 continue
             for block in blocks:
                 nan, infinite = count_not_finite(block, dtype)

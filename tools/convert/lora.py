@@ -1,4 +1,4 @@
-"""What an adapter adds to a matrix, computed strip by strip in float32, in the order and with the roundings of PEFT."""
+"""`W + scale * B @ A` strip by strip in fp32, in the order and with the roundings of PEFT."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-class _Held(threading.local):
-    """The factor that a thread used last: the next strip is nearly always of the same matrix."""
+class _Cached(threading.local):
+    """The factor that a thread used last: the next strip mostly is of the same matrix."""
 
     key: object = None
     values: np.ndarray
 
 
-_held = _Held()
+_cached = _Cached()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Matrix:
-    """What is added to."""
+    """The weight W."""
 
     view: ExtentView
-    held: Dtype
-    dtype: Dtype  # what it is rounded to, before anything is added and after
+    stored: Dtype
+    dtype: Dtype  # of the result, and of W before the addition
 
     @property
     def columns(self) -> int:
-        return self.view.width // self.held.size
+        return self.view.width // self.stored.size
 
     def rows(self, files: OpenFiles, first: int, count: int) -> np.ndarray:
-        """`[count, columns]` in float32, to be written to."""
+        """Rows as writable fp32 `[count, columns]`."""
         data = memoryview(bytearray(count * self.view.width))
         self.view.read(files, first, count, 0, self.view.width, data)
-        return to_float32(cast(data, self.held, self.dtype), self.dtype).reshape(count, self.columns)
+        return to_float32(cast(data, self.stored, self.dtype), self.dtype).reshape(count, self.columns)
 
     def strips(self) -> Iterator[tuple[int, int]]:
-        """First row and number of rows of what is computed at once: a block of float32."""
+        """Strips of a block of fp32: first row, number of rows."""
         step = max(blocks.BLOCK // (4 * self.columns), 1)
         for first in range(0, self.view.rows, step):
             yield first, min(step, self.view.rows - first)
@@ -57,49 +57,49 @@ class Matrix:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Delta:
-    """`scale * B @ A`, of `A [rank, in]` and `B [out, rank]`, as rows of the matrix that it is added to.
+    """`scale * B @ A`, of `A [rank, in]` and `B [out, rank]`, as rows of W.
 
-    Of experts, which PEFT adapts together, `A` is `[experts * rank, in]` and `B` is `[out, rank * experts]`: an expert's
-    rows of `A` are neighbours, its columns of `B` are `experts` apart.
+    Experts are adapted together: `A [experts * rank, in]`, `B [out, rank * experts]`. An expert's rows of A are contiguous,
+    its columns of B are `experts` apart.
     """
 
     a: TensorInfo
     b: TensorInfo
     rank: int
     scale: float
-    across: bool  # the matrix is `[in, out]`: Conv1D, or an embedding, `[tokens, hidden]`
-    rounded: bool = False  # to the matrix's type before it is added, not only after
-    magnitude: TensorInfo | None = None  # DoRA: the norm of each output's weights
+    transposed: bool  # W is `[in, out]` (Conv1D) or an embedding `[tokens, hidden]`
+    downcast_first: bool = False  # scale * B @ A is rounded to the dtype of W before the addition
+    magnitude: TensorInfo | None = None  # DoRA: a norm per output
     expert: int = 0
     experts: int = 1
-    first_output: int = 0  # row of `B` that the matrix begins at: it may be one of two held together
+    first_output: int = 0  # row of B where W begins: gate and up may share B
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _factors: list[np.ndarray] = field(default_factory=list, repr=False)
 
     @property
     def bytes_held(self) -> int:
-        """Of memory, beside a strip: the factor that every strip needs, and what it is made of."""
-        return 3 * 4 * prod((self.b if self.across else self.a).shape) // self.experts
+        """Bytes of the factor that every strip needs, and of its parts."""
+        return 3 * 4 * prod((self.b if self.transposed else self.a).shape) // self.experts
 
     def rows(self, files: OpenFiles, first: int, count: int, columns: int) -> np.ndarray:
-        """`[count, columns]` of what is added, from row `first` of the matrix on."""
+        """`scale * B @ A` `[count, columns]` for rows of W from `first` on."""
         import numpy as np
 
-        if self.across:
+        if self.transposed:
             left = self._a(files, first, count).T
-            right = self._once(files, (self, "b"), 0, columns).T
+            right = self._factor(files, (self, "b"), 0, columns).T
         else:
             left = self._b(files, first, count)
-            right = self._once(files, (self, "a"), 0, columns)
+            right = self._factor(files, (self, "a"), 0, columns)
         result = left @ right
         result *= np.float32(self.scale)
         return result
 
-    def _once(self, files: OpenFiles, key: tuple[Delta, str], first: int, count: int) -> np.ndarray:
-        if _held.key != key:
-            _held.values = self._b(files, first, count) if self.across else self._a(files, first, count)
-            _held.key = key
-        return _held.values
+    def _factor(self, files: OpenFiles, key: tuple[Delta, str], first: int, count: int) -> np.ndarray:
+        if _cached.key != key:
+            _cached.values = self._b(files, first, count) if self.transposed else self._a(files, first, count)
+            _cached.key = key
+        return _cached.values
 
     def _a(self, files: OpenFiles, first: int, count: int) -> np.ndarray:
         """Columns of the expert's `A`: `[rank, count]`."""
@@ -111,13 +111,13 @@ class Delta:
         return rows[:, self.expert :: self.experts]
 
     def magnitudes(self, files: OpenFiles) -> np.ndarray:
-        """DoRA's vector, one number for each output."""
+        """DoRA's magnitude vector `[outputs]`."""
         assert self.magnitude is not None
         count = self.magnitude.shape[0]
         return _window(self.magnitude, files, 0, count, 0, 1).reshape(count)
 
     def column_factors(self, files: OpenFiles, base: Matrix) -> np.ndarray:
-        """DoRA's factor of each column of a matrix `[in, out]`: its norm needs all rows, which are read once for that."""
+        """DoRA's factor per column of W `[in, out]`: the norms take one pass over all rows."""
         import numpy as np
 
         with self._lock:
@@ -132,7 +132,7 @@ class Delta:
 
 
 def _window(tensor: TensorInfo, files: OpenFiles, row: int, rows: int, left: int, columns: int) -> np.ndarray:
-    """Rows and columns of one of the adapter's tensors in float32."""
+    """Rows and columns of an adapter tensor in fp32."""
     dtype = weight_dtype(tensor.dtype, tensor.name, tensor.place)
     data = memoryview(bytearray(rows * columns * dtype.size))
     view_of(tensor).read(files, row, rows, left * dtype.size, columns * dtype.size, data)
@@ -141,7 +141,7 @@ def _window(tensor: TensorInfo, files: OpenFiles, row: int, rows: int, left: int
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Merged:
-    """Rows of a matrix with what the adapter adds."""
+    """Rows of `W + scale * B @ A`."""
 
     base: Matrix
     delta: Delta
@@ -158,11 +158,11 @@ class Merged:
         delta, base, dtype = self.delta, self.base, self.base.dtype
         values = base.rows(files, self.first, self.count)
         added = delta.rows(files, self.first, self.count, base.columns)
-        if delta.rounded:
+        if delta.downcast_first:
             added = to_float32(from_float32(added.reshape(-1), dtype), dtype).reshape(added.shape)
         values += added
         if delta.magnitude is not None:
-            if delta.across:
+            if delta.transposed:
                 values *= delta.column_factors(files, base)
             else:
                 norms = np.sqrt(np.einsum("ij,ij->i", values, values, dtype=np.float64)).astype(np.float32)
@@ -171,12 +171,12 @@ class Merged:
         out[:] = from_float32(values.reshape(-1), dtype)
         if any(count_not_finite(out, dtype)):
             raise UserError(
-                f"{delta.b.place}: {base.view.name} is not finite after merging, in {dtype.name}; the adapter is "
-                "broken, or the base's type is too narrow for it"
+                f"{delta.b.place}: {base.view.name} is not finite in {dtype.name} after merging: the adapter is "
+                "broken, or the base's dtype too narrow"
             )
 
 
 def merged(base: Matrix, delta: Delta) -> Iterator[CopyOperation]:
-    """A whole matrix with what the adapter adds."""
+    """Copy operations of `W + scale * B @ A`."""
     for first, count in base.strips():
         yield Merged(base=base, delta=delta, first=first, count=count)

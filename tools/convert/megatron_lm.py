@@ -1,6 +1,6 @@
-"""A checkpoint of Megatron-LM's ranks as the tensors that torch_dist holds: shards put together, layers stacked.
+"""Megatron-LM's per-rank checkpoints read as torch_dist: TP shards joined, layers stacked.
 
-Nothing is copied for that: a tensor is a tiling of boxes in the ranks' files, as a torch_dist tensor is one of chunks.
+No bytes are copied for it: a tensor is a tiling of extents in the rank files, as a torch_dist tensor is one of chunks.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from shared.errors import UserError
 from shared.families.common.gated_delta_net import IN_PROJ_PARTS
 from shared.mapping.layout import Shape
 from shared.mapping.rule import Entry, Table
-from tools.convert.megatron_lm_names import HEAD, Place, place_of, spelt
+from tools.convert.megatron_lm_names import HEAD, Place, place_of, torch_dist_key
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldTensor:
-    """A whole tensor."""
+class StackedTensor:
+    """A tensor over all layers and ranks."""
 
     dtype: Dtype
     shape: Shape
@@ -38,12 +38,12 @@ class HeldTensor:
 
 
 class MegatronLmReader:
-    """The tensors of one iteration under torch_dist's keys.
+    """Tensors of one iteration under torch_dist's keys.
 
-    Raises UserError where the ranks do not make up the model that the architecture describes.
+    UserError if the rank files are not those of the architecture.
     """
 
-    splits_columns = True  # where there is tensor parallelism, which there nearly always is
+    splits_columns = True  # at TP > 1, which is the usual case
 
     def __init__(self, directory: Path, architecture: Architecture, table: Table) -> None:
         self.directory = directory
@@ -53,14 +53,14 @@ class MegatronLmReader:
         _check_arguments(self._ranks, architecture, directory)
         self._entries = {(entry.key, entry.index): entry for entry in table.entries()}
         self._known = {key for key, _ in self._entries}
-        self._parts: dict[tuple[str, Shape], list[TensorInfo]] = {}  # of each tensor-parallel rank
+        self._parts: dict[tuple[str, Shape], list[TensorInfo]] = {}  # by key and index: a tensor per TP rank
         self._tied_copy: list[TensorInfo] = []
-        self.tensors: dict[str, HeldTensor] = {}
+        self.tensors: dict[str, StackedTensor] = {}
         self._sort()
         self._account()
 
     def _sort(self) -> None:
-        """Find each slice's parts."""
+        """Collect the TP shards of each slice."""
         ranks = self._ranks
         parts: dict[Place, dict[int, TensorInfo]] = defaultdict(dict)
         for tensor in range(ranks.tensor):
@@ -72,13 +72,13 @@ class MegatronLmReader:
             if place.key == HEAD and self._architecture.head.tied:
                 self._tied_copy = listed
                 continue
-            key, index = spelt(place, self._known)
+            key, index = torch_dist_key(place, self._known)
             if len({(info.dtype, info.shape) for info in listed}) > 1 or len(listed) != ranks.tensor:
-                raise UserError(f"{listed[0].place}: {listed[0].name} differs from other ranks' in type or shape")
+                raise UserError(f"{listed[0].place}: {listed[0].name} differs between ranks in dtype or shape")
             self._parts[key, index] = listed
 
     def _of_ranks(self, tensor: int, expert: int) -> Iterator[tuple[Place, TensorInfo]]:
-        """A tensor- and expert-parallel rank's tensors over all pipeline stages, numbered as in the whole model."""
+        """Tensors of a TP and EP rank over all pipeline stages, layers and experts numbered globally."""
         stages = [self._ranks.at[tensor, stage, expert].chunks for stage in range(self._ranks.pipeline)]
         before, experts = 0, self._architecture.moe.experts // self._ranks.expert if self._architecture.moe else 0
         for virtual in range(max(map(len, stages))):
@@ -89,11 +89,11 @@ class MegatronLmReader:
                     if place.layer is not None:
                         layers = max(layers, place.layer + 1)
                     for part, piece in self._pieces(place, info):
-                        yield part.moved(before, expert * experts), piece
+                        yield part.shifted(before, expert * experts), piece
                 before += layers
 
     def _pieces(self, place: Place, info: TensorInfo) -> Iterator[tuple[Place, TensorInfo]]:
-        """Parts that torch_dist holds by themselves: of a gated delta net's projection and convolution."""
+        """The tensor, or the parts of a gated delta net's projection and convolution, separate tensors in torch_dist."""
         delta = self._architecture.delta_net
         if delta is None or not place.key.endswith((".in_proj.weight", ".conv1d.weight")):
             yield place, info
@@ -109,25 +109,25 @@ class MegatronLmReader:
             start += piece.size
 
     def _account(self) -> None:
-        """Give each tensor the shape that its slices make up."""
-        slices: dict[str, list[tuple[Shape, Shape, str]]] = defaultdict(list)  # key -> (index, shape, type) of each
+        """Stack the slices of each tensor."""
+        slices: dict[str, list[tuple[Shape, Shape, str]]] = defaultdict(list)  # key -> (index, shape, dtype)
         for (key, index), parts in self._parts.items():
             slices[key].append((index, self._shape(key, index), parts[0].dtype))
         for key, found in slices.items():
             first = self._parts[key, found[0][0]][0]
             dtype = weight_dtype(first.dtype, first.name, first.place)
-            if key not in self._known:  # whoever accounts for the tensors says so
-                self.tensors[key] = HeldTensor(dtype=dtype, shape=first.shape, place=str(self.directory))
+            if key not in self._known:  # reported by account_targets
+                self.tensors[key] = StackedTensor(dtype=dtype, shape=first.shape, place=str(self.directory))
                 continue
             shapes, types = {shape for _, shape, _ in found}, {dtype for *_, dtype in found}
             if len(shapes) > 1 or len(types) > 1:
-                raise UserError(f"{first.place}: {key} is not of one type and shape in all layers")
+                raise UserError(f"{first.place}: {key} differs between layers in dtype or shape")
             stack = tuple(max(places) + 1 for places in zip(*(index for index, *_ in found), strict=True))
             if prod(stack) != len(found):
                 raise UserError(
                     f"{self.directory}: {key} is in {len(found)} of {prod(stack)} layers; fetch the ranks again"
                 )
-            self.tensors[key] = HeldTensor(dtype=dtype, shape=(*stack, *shapes.pop()), place=str(self.directory))
+            self.tensors[key] = StackedTensor(dtype=dtype, shape=(*stack, *shapes.pop()), place=str(self.directory))
 
     def _shape(self, key: str, index: Shape) -> Shape:
         parts = self._parts[key, index]
@@ -146,7 +146,7 @@ class MegatronLmReader:
         )
 
     def view(self, key: str, index: Shape) -> ExtentView:
-        """Where the rows of `tensor[index]` lie."""
+        """The byte view of `tensor[index]`."""
         parts, entry = self._parts[key, index], self._entries[key, index]
         shape, own = self._shape(key, index), parts[0].shape
         width = prod(shape[1:]) * self.tensors[key].dtype.size
@@ -154,21 +154,21 @@ class MegatronLmReader:
         return ExtentView(name=key, rows=shape[0], width=width, extents=extents)
 
     def _extents(self, key: str, entry: Entry, parts: list[TensorInfo], shape: Shape, own: Shape) -> Iterator[Extent]:
-        if own == shape:  # every rank has all of it
+        if own == shape:  # replicated
             parts = parts[:1]
-        columns_cut = own[:1] == shape[:1]
+        row_parallel = own[:1] == shape[:1]  # sharded along the input: columns
         for rank, part in enumerate(parts):
             place = part.start
-            for row, rows in self._runs(key, rank, own[0], len(parts) if not columns_cut else 1):
-                left = rank * part.row_bytes if columns_cut else 0
+            for row, rows in self._runs(key, rank, own[0], 1 if row_parallel else len(parts)):
+                left = rank * part.row_bytes if row_parallel else 0
                 yield Extent(file=part.file, start=place, row=row, rows=rows, left=left, width=part.row_bytes)
                 place += rows * part.row_bytes
 
     def _runs(self, key: str, rank: int, rows: int, ranks: int) -> Iterator[tuple[int, int]]:
-        """Where each run of a rank's rows, in their order, belongs: its first row in the whole, and how many they are."""
+        """Runs of a rank's rows in order: first row in the joined tensor, number of rows."""
         first = rank * rows if ranks > 1 else 0
         if self._architecture.feed_forward.gated and ".linear_fc1." in key and ".layer_norm_" not in key:
-            half = rows // 2  # each rank has rows of gate and of up
+            half = rows // 2  # a rank: [gate ; up]
             yield rank * half if ranks > 1 else 0, half
             yield half * ranks + (rank * half if ranks > 1 else 0), half
         elif ".linear_qkv." in key and ".layer_norm_" not in key and self._ranks.version < 2:
@@ -187,15 +187,15 @@ class MegatronLmReader:
             yield first, rows
 
     def files_of(self, key: str, index: Shape) -> frozenset[Path]:
-        """The files that hold a part of `tensor[index]`."""
+        """Files with shards of `tensor[index]`."""
         return frozenset(part.file for part in self._parts[key, index])
 
     def rows(self, key: str, index: Shape, first: int, count: int) -> Iterator[memoryview]:
-        """Bytes of rows of `tensor[index]`, in blocks of whole rows valid until the next is asked for."""
+        """Bytes of rows of `tensor[index]`, in blocks of whole rows; a block is valid until the next is requested."""
         yield from self.view(key, index).blocks(self._files, first, count)
 
     def checks(self) -> list[Task]:
-        """Reads of the head that the last pipeline stage holds though it is the embedding; UserError where it differs."""
+        """Comparisons of the tied head on the last pipeline stage with the embedding; UserError if they differ."""
         pairs = zip(self._tied_copy, self._parts.get((_EMBEDDING, ()), ()), strict=False)
         return [partial(_check_copy, copy, embedding) for copy, embedding in pairs]
 
@@ -206,35 +206,34 @@ def _check_copy(copy: TensorInfo, embedding: TensorInfo) -> None:
         same = copy.shape == embedding.shape and all(a == b for a, b in zip(ours, theirs, strict=True))
     if not same:
         raise UserError(
-            f"{copy.place}: {copy.name} differs from {embedding.name}, though config.json ties them (tie_word_embeddings) "
-            "and one would be lost; set it to false in the directory of --hf-files"
+            f"{copy.place}: {copy.name} differs from {embedding.name}, but config.json ties them; set tie_word_embeddings "
+            "to false in the directory of --hf-files"
         )
 
 
 def _check_arguments(ranks: Ranks, a: Architecture, directory: Path) -> None:
-    """What shapes do not tell, the run's arguments do: heads above all."""
-    told = ranks.arguments
+    """UserError where the run's arguments contradict config.json: heads, for one, do not follow from shapes."""
+    arguments = ranks.arguments
     attention = a.attention
     if isinstance(attention, Attention) and attention.qk_norm == "each_head":
         raise UserError(
-            f"{directory}: Megatron-LM has no norms of each head, so these files of ranks are not its own, and how they "
-            "are cut is not known; save as torch_dist"
+            f"{directory}: QK norms with a weight per head are not Megatron-LM's, and their sharding in rank files is unknown; "
+            "save as torch_dist"
         )
     names = (name for rank in ranks.at.values() for chunk in rank.chunks for name in chunk)
     if any(name.startswith("mtp.") for name in names):
-        raise UserError(
-            f"{directory}: files of ranks with layers for tokens further ahead (mtp) are not read; save as torch_dist"
-        )
+        raise UserError(f"{directory}: MTP layers in rank files are not supported; save as torch_dist")
     if ranks.version not in (0, 1, 2, 3):
-        raise UserError(f"{directory}: checkpoint_version is {ranks.version}; rows of versions 0, 1, 2 and 3 are known")
+        raise UserError(f"{directory}: checkpoint_version is {ranks.version}; versions 0 to 3 are supported")
     if ranks.version < 2 and attention.groups != attention.heads:
-        raise UserError(f"{directory}: checkpoint_version {ranks.version} is from before groups of queries")
-    if (told.get("expert_tensor_parallel_size") or ranks.tensor) != ranks.tensor:
+        raise UserError(f"{directory}: checkpoint_version {ranks.version} has no grouped-query attention")
+    if (arguments.get("expert_tensor_parallel_size") or ranks.tensor) != ranks.tensor:
         raise UserError(
-            f"{directory}: experts at another tensor-parallel size than the rest are not read; save as torch_dist"
+            f"{directory}: expert_tensor_parallel_size other than tensor_model_parallel_size is not supported in rank "
+            "files; save as torch_dist"
         )
-    grouped = told.get("group_query_attention", "num_query_groups" in told)
-    rotary = told.get("position_embedding_type") == "rope"
+    grouped = arguments.get("group_query_attention", "num_query_groups" in arguments)
+    rotary = arguments.get("position_embedding_type") == "rope"
     wanted: Mapping[str, object] = {
         "num_layers": a.num_layers,
         "hidden_size": a.hidden_size,
@@ -248,7 +247,7 @@ def _check_arguments(ranks: Ranks, a: Architecture, directory: Path) -> None:
         "untie_embeddings_and_output_weights": not a.head.tied,
     }
     for name, value in wanted.items():
-        if told.get(name) is not None and told[name] != value:
+        if arguments.get(name) is not None and arguments[name] != value:
             raise UserError(
-                f"{directory}: the run had {name} {told[name]}, config.json says {value}; give --hf-files of this model"
+                f"{directory}: {name} of the run is {arguments[name]}, config.json says {value}; give --hf-files of this model"
             )

@@ -1,4 +1,4 @@
-"""Names of tensors in Megatron-LM's ranks, of any age, and the keys that torch_dist has for them."""
+"""Tensor names in Megatron-LM's rank files of all versions, and their torch_dist keys."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _OLD_PARTS = (
     (r"^mlp\.dense_h_to_4h\.", "mlp.linear_fc1."),
     (r"^mlp\.dense_4h_to_h\.", "mlp.linear_fc2."),
 )
-# What Megatron-Core's own modules are named, where TransformerEngine's hold a norm as part of the layer behind it.
+# Norms of the local spec -> of the TransformerEngine spec, fused into the next linear layer.
 _NORMS = (
     ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
     ("input_layernorm.", "self_attention.in_proj.layer_norm_"),
@@ -43,20 +43,20 @@ _NORMS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Which tensor of the model: a key without numbers, and the numbers."""
+    """A tensor of the model: key without indices, layer and expert."""
 
     key: str
     layer: int | None = None
     expert: int | None = None
 
-    def moved(self, layers: int, experts: int) -> Place:
-        """The same, counted from the first of the whole model."""
+    def shifted(self, layers: int, experts: int) -> Place:
+        """With global indices: those of the rank plus the layers and experts before it."""
         layer = None if self.layer is None else self.layer + layers
         return replace(self, layer=layer, expert=None if self.expert is None else self.expert + experts)
 
 
 def place_of(name: str) -> Place:
-    """Where a rank's tensor belongs, by its name there; layers and experts are counted as the rank counts them."""
+    """The tensor of a name in a rank file, with the rank's own layer and expert indices."""
     while name.startswith("module."):
         name = name.removeprefix("module.")
     old = next((pair for pair in _OLD_ROOTS if name.startswith(pair[0])), None)
@@ -76,16 +76,16 @@ def place_of(name: str) -> Place:
     return Place(key=f"decoder.layers.{part}", layer=layer)
 
 
-def spelt(place: Place, known: Collection[str]) -> tuple[str, Shape]:
-    """torch_dist's key and the place in the stack, as the table of a model has them; unknown keys stay as they are."""
+def torch_dist_key(place: Place, known: Collection[str]) -> tuple[str, Shape]:
+    """torch_dist key and index on the stacked axes, as in the model's table; unknown keys are unchanged."""
     numbers = tuple(number for number in (place.layer, place.expert) if number is not None)
     if place.layer is None:
         return place.key, ()
     part = place.key.removeprefix("decoder.layers.")
-    for spelling in (part, *(new + part.removeprefix(old) for old, new in _NORMS if part.startswith(old))):
+    for name in (part, *(new + part.removeprefix(old) for old, new in _NORMS if part.startswith(old))):
         for key, index in (
-            (f"decoder.layers.{spelling}", numbers),
-            (f"decoder.layers.{place.layer}.{spelling}", numbers[1:]),
+            (f"decoder.layers.{name}", numbers),
+            (f"decoder.layers.{place.layer}.{name}", numbers[1:]),
         ):
             if key in known:
                 return key, index

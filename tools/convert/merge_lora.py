@@ -1,4 +1,4 @@
-"""`convert merge-lora`: a LoRA adapter of PEFT merged into the Hugging Face directory that it was trained on."""
+"""`convert merge-lora`: a PEFT LoRA adapter merged into its base, a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from tools.convert.lora import Matrix, merged
 from tools.convert.plan_import import plan_import, tied_checks
 from tools.convert.tokenizer_files import FILES, check_same_vocabulary
 
-_MATRIX_THREADS = "OPENBLAS_NUM_THREADS"  # one each: the copying threads are many enough
+_MATRIX_THREADS = "OPENBLAS_NUM_THREADS"  # one per copying thread
 
 
 def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int | None) -> None:
     """Merge; publishes `target` of kind hf."""
-    os.environ.setdefault(_MATRIX_THREADS, "1")  # read when numpy is imported, which is later
+    os.environ.setdefault(_MATRIX_THREADS, "1")  # before numpy is imported
     inputs = {"source": source, "adapter": adapter}
     with publish(target, kind="hf", inputs=inputs, overwrite=overwrite, resumable=True) as out:
         checkpoint = open_checkpoint(source, kinds=("hf",), flag="--source", verify="small")
         reader, config = HfReader(source), AdapterConfig(adapter)
         if quantization_scheme(reader.config):
             raise UserError(
-                f"--source {source} is quantised; make plain numbers of it first, with `convert to-megatron` and `to-hf`"
+                f"--source {source} is quantised; dequantise it first with `convert to-megatron` and `to-hf`"
             )
         architecture = registry.as_stored(registry.from_files(source), reader.weights)
         table = registry.table_of(architecture)
@@ -52,7 +52,7 @@ def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int
         prefix_variants, table = table.prefix_variants, table.with_prefixes_of(reader.tensors)
         changes = match(config, read_adapter(adapter), table, prefix_variants)
         merge = _plan(reader, changes, table)
-        _say(config, changes, merge)
+        _log_merge(config, changes, merge)
         check_same_vocabulary(adapter, source, plan.architecture.vocab_size)
 
         def checks(sources: frozenset[Path]) -> list[Task]:
@@ -72,7 +72,7 @@ def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int
         )
         write_index(out.path, merge.layout)
         if own := [name for name in FILES if (adapter / name).is_file()]:
-            log(f"the adapter's own: {', '.join(own)}")
+            log(f"from the adapter: {', '.join(own)}")
             for name in own:
                 shutil.copyfile(adapter / name, out.path / name)
         copy_auxiliary_files(source, out.path)
@@ -99,26 +99,21 @@ def _plan(reader: HfReader, changes: Changes, table: Table) -> Merge:
                 embedding = reader.tensors[tied.tied_to]
                 layout = layout.with_tensor(tied.name, embedding.dtype, embedding.shape)
     if untied:
-        # refuses by name what cannot be untied
+        # UserError if the family cannot be untied
         registry.from_config(registry.with_auxiliary_fields(untied_config(reader.config), reader.path))
     copies = {tied.name: tied.tied_to for tied in table.tied_tensors if tied.always}
     return Merge(reader=reader, changes=changes, layout=layout, untied=untied, copies=copies)
 
 
-def _say(config: AdapterConfig, changes: Changes, merge: Merge) -> None:
-    log(
-        f"the adapter was trained on {config.base or 'a base that it does not name'}; it changes {len(changes.names)} tensors"
-    )
+def _log_merge(config: AdapterConfig, changes: Changes, merge: Merge) -> None:
+    log(f"adapter of {config.base or 'an unnamed base'}; changes {len(changes.names)} tensors")
     if merge.untied:
         head, embedding = merge.untied
-        log(
-            f"{head} and {embedding} were one tensor and are two now, as they were while the adapter was trained; "
-            "config.json: tie_word_embeddings is false"
-        )
-    for name, tensor in changes.whole.items():
+        log(f"{head} and {embedding}: untied, as in the adapter's training; config.json: tie_word_embeddings is false")
+    for name, tensor in changes.replaced.items():
         wanted = merge.layout.tensors()[name].dtype
         if tensor.dtype != wanted:
-            log(f"{name}: the adapter's {tensor.dtype} becomes the base's {wanted}")
+            log(f"{name}: cast from the adapter's {tensor.dtype} to the base's {wanted}")
 
 
 def _untie(path: Path) -> None:
@@ -128,37 +123,37 @@ def _untie(path: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
-    """What the merged directory's tensors are made of."""
+    """Sources of the merged directory's tensors."""
 
     reader: HfReader
     changes: Changes
     layout: WeightLayout
-    untied: tuple[str, str] | None  # the head that becomes a tensor of its own, and the embedding that it was
-    copies: Mapping[str, str]  # names of copies, and of what; they stay copies
+    untied: tuple[str, str] | None  # head and embedding, now separate tensors
+    copies: Mapping[str, str]  # tied tensors that the family always stores: name -> original
 
     def operations(self, tensor: TensorInfo) -> Iterator[CopyOperation]:
-        """Make one tensor."""
+        """Copy operations of a tensor."""
         name = self.copies.get(tensor.name, tensor.name)
         base = self._base(name)
         if name not in self.changes.names:
             view = view_of(base)
             yield from copy_rows(view, 0, view.rows)
             return
-        whole = self.changes.whole.get(name, base)
-        held, dtype = (weight_dtype(t.dtype, t.name, t.place) for t in (whole, base))
+        replacement = self.changes.replaced.get(name, base)
+        held, dtype = (weight_dtype(t.dtype, t.name, t.place) for t in (replacement, base))
         if delta := self.changes.deltas.get(name):
-            yield from merged(Matrix(view=view_of(whole), held=held, dtype=dtype), delta)
+            yield from merged(Matrix(view=view_of(replacement), stored=held, dtype=dtype), delta)
         else:
             limit = BLOCK * held.size // max(held.size, dtype.size)
-            for operation in copy_rows(view_of(whole), 0, whole.shape[0], limit):
+            for operation in copy_rows(view_of(replacement), 0, replacement.shape[0], limit):
                 yield cast_operation(operation, held, dtype)
 
     def sources(self, tensor: TensorInfo) -> Iterator[Path]:
-        """The files that a tensor is made of."""
+        """Files that a tensor is read from."""
         name = self.copies.get(tensor.name, tensor.name)
         yield self._base(name).file
-        if whole := self.changes.whole.get(name):
-            yield whole.file
+        if replacement := self.changes.replaced.get(name):
+            yield replacement.file
         if delta := self.changes.deltas.get(name):
             yield delta.a.file
 

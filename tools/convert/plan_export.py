@@ -168,11 +168,9 @@ def _origins(entries: Iterable[Entry]) -> dict[str, Origin]:
 def _check_layout(names: Mapping[str, TensorInfo], shapes: Mapping[str, Shape], kept: Collection[str]) -> None:
     """UserError where the shards of hf/weights.json are not those of the model."""
     if absent := sorted(shapes.keys() - names.keys()):
-        raise UserError(
-            f"hf/weights.json has no place for {absent[0]}, which hf/config.json asks for; restore the file"
-        )
+        raise UserError(f"hf/weights.json lacks {absent[0]}, which hf/config.json asks for; restore the file")
     if unknown := sorted(names.keys() - shapes.keys() - set(kept)):
-        raise UserError(f"hf/weights.json asks for {unknown[0]}, which is in no file; restore hf/ from the source")
+        raise UserError(f"hf/weights.json lists {unknown[0]}, which no file holds; restore hf/ from the source")
     for name, shape in shapes.items():
         if names[name].shape != shape:
             raise UserError(
@@ -185,7 +183,9 @@ def _with_scales(weight: QuantizedWeight, pass_through: Mapping[str, TensorInfo]
     for tensor in weight.companions:
         kept = pass_through.get(tensor.name)
         if kept is None or (kept.dtype, kept.shape) != (tensor.dtype, tensor.shape):
-            raise UserError(f"{tensor.name} is not beside the weights as hf/weights.json has it; restore hf/")
+            raise UserError(
+                f"hf/asides.safetensors: {tensor.name} is missing, or differs from hf/weights.json; restore hf/"
+            )
     return replace(weight, scales=pass_through[weight.scales.name])
 
 
@@ -271,7 +271,7 @@ def _rows_to_quantize(plan: ExportPlan, reader: MegatronReader, name: str) -> It
             rows = shape[1] if entry.transposed else shape[0]
             parts += _concatenated(entry, segments_of_source(entry.segments, place), view, rows).parts
         if len(held) > 1:
-            raise UserError(f"{reader.directory}: parts of {name} are of different types; leave out --quantized")
+            raise UserError(f"{reader.directory}: slices of {name} have different dtypes; leave out --quantized")
         yield index, ConcatenatedView(name=name, rows=rows, width=view.width, parts=tuple(parts)), held.pop()
 
 
@@ -297,7 +297,9 @@ def constant_checks(plan: ExportPlan, reader: MegatronReader) -> list[Task]:
 def _check_constant(reader: MegatronReader, entry: Entry) -> None:
     if what := changed_constant(reader, entry):
         place = reader.tensors[entry.key].place
-        raise UserError(f"{place}: {what}, and this model has none: it would be lost; train with it frozen")
+        raise UserError(
+            f"{place}: {what}, but the model has no such parameter: its values would be lost; freeze it in training"
+        )
 
 
 def changed_constant(reader: MegatronReader, entry: Entry) -> str | None:

@@ -92,15 +92,13 @@ def log_import(plan: ImportPlan, reader: HfReader) -> None:
     """Log everything that is not a plain copy."""
     if plan.upcast:
         names = ", ".join(plan.upcast)
-        log(f"{names}: parts of different types are held in float32, and written back as they were")
+        log(f"{names}: slices of different dtypes, upcast to float32; to-hf writes the original dtypes")
     if pass_through := plan.account.pass_through:
-        log(f"{abbreviated(pass_through)}: kept beside the weights as they are; training does not change them")
+        log(f"{abbreviated(pass_through)}: pass-through tensors, kept in hf/ and not trained")
     if quantized := [weight.quantized for weight in reader.weights.values() if weight.quantized]:
-        log(
-            f"{len(quantized)} weights in {quantized[0].scheme.title} are written as bfloat16; their scales are kept in hf/"
-        )
+        log(f"{len(quantized)} weights dequantised from {quantized[0].scheme.title} to bfloat16; scales kept in hf/")
     if others := unread_weights(reader.path, set(reader.files)):
-        log(f"not carried over, being other forms of the weights: {', '.join(others)}")
+        log(f"not copied, weights in other formats: {', '.join(others)}")
 
 
 def import_checks(checkpoint: Checkpoint, plan: ImportPlan, reader: HfReader, shard: ShardSpec | None) -> Checks:
@@ -133,12 +131,10 @@ def _check_tied(reader: HfReader, tied: TiedTensor) -> None:
     name, of = tied.name, tied.tied_to
     same = reader.weights[name].dtype == reader.weights[of].dtype
     if not same or any(a != b for a, b in zip(reader.values(name), reader.values(of), strict=True)):
-        ties, fix = "config.json ties them (tie_word_embeddings)", "set tie_word_embeddings to false, or remove it"
+        reason, fix = "config.json ties them", f"set tie_word_embeddings to false, or remove {name}"
         if tied.always:
-            ties, fix = "it stands for a copy", "remove it"
-        raise UserError(
-            f"{reader.weights[name].place}: {name} differs from {of}, though {ties} and one would be lost; {fix}"
-        )
+            reason, fix = "the family ties them", f"remove {name}"
+        raise UserError(f"{reader.weights[name].place}: {name} differs from {of}, but {reason}; {fix}")
 
 
 def torch_dist_layout(plan: ImportPlan, reader: HfReader) -> TorchDistLayout:

@@ -1,10 +1,10 @@
-"""What the tests proved of each family when they were last recorded: proofs.json, which `make proofs` writes.
+"""Test results of each family in proofs.json, written by `make proofs`.
 
     runs: NAME -> date, revision, code, versions of each tool's environment
     families: NAME -> run, description, sizes: SIZE -> PROOF -> outcome, published: MODEL -> outcome
 
-An outcome is a result (proven, failed, or lacking where the thing does not exist), its reason, and figures. What was
-recorded holds for the description that was tested: a family that says otherwise now is not proven.
+An outcome is a result (proven, failed, or lacking where the feature does not exist), its reason, and figures. It holds
+for the description that was tested: a family with another description is not proven.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from shared.families.family import Family
 
 RECORD = Path(__file__).with_name("proofs.json")
 _SHARED = Path(registry.__file__).parents[1]
-_DECIDING = ("architecture", "families", "kernels", "mapping", "model", "quantized")  # what a proof depends on
+_DECIDING = ("architecture", "families", "kernels", "mapping", "model", "quantized")  # folders that a proof depends on
 
 Record = dict[str, Any]
 Outcome = dict[str, Any]
 
 
 def load(path: Path = RECORD) -> Record:
-    """The record; an empty one where none is."""
+    """The record; empty if there is none."""
     if not path.exists():
         return {"runs": {}, "families": {}}
     record: Record = json.loads(path.read_text(encoding="utf-8"))
@@ -35,16 +35,16 @@ def load(path: Path = RECORD) -> Record:
 
 
 def description(family: Family) -> str:
-    """Hash of all that a family says: of each size the configuration, what is read from it, and the tensors' table."""
-    said = []
+    """Hash over the sizes of a family: config.json, architecture and tensor table."""
+    described = []
     for name, size in family.sizes.items():
         config = registry.to_config(size)
-        said.append([name, config, registry.from_config(config).to_dict(), repr(registry.table_of(size))])
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+        described.append([name, config, registry.from_config(config).to_dict(), repr(registry.table_of(size))])
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def code() -> str:
-    """Hash of the files that say how a family is read, laid out and computed."""
+    """Hash of the code that reads, maps and computes a family."""
     digest = hashlib.sha256()
     for path in sorted(file for folder in _DECIDING for file in (_SHARED / folder).rglob("*.py")):
         digest.update(path.read_bytes())
@@ -52,12 +52,12 @@ def code() -> str:
 
 
 def tested_sizes(family: Family) -> dict[str, Architecture]:
-    """Those that the tests run."""
+    """Sizes that the tests run."""
     return {name: size for name, size in family.sizes.items() if "tiny" in name}
 
 
 def proofs_of(architecture: Architecture) -> list[str]:
-    """Every proof of a size, in the order of the tables."""
+    """Proofs of a size, in the tables' order."""
     layouts = ["tp2", "pp2"] + ["ep2"] * bool(architecture.moe)
     logits = [f"logits {layout}" for layout in layouts]
     training = [f"training {layout}" for layout in layouts]
@@ -65,7 +65,7 @@ def proofs_of(architecture: Architecture) -> list[str]:
 
 
 def state(family: Family, record: Record) -> str:
-    """Whether what is recorded is of this description: "", or why not."""
+    """ "" if the record is of this description, else the reason."""
     entry = record["families"].get(family.name)
     if entry is None:
         return "not run"
@@ -73,19 +73,19 @@ def state(family: Family, record: Record) -> str:
 
 
 def outcome(family: Family, size: str, proof: str, record: Record) -> Outcome:
-    """What was recorded of one proof, or that nothing was."""
+    """The recorded outcome of a proof, or `not run`."""
     found: Outcome | None = record["families"].get(family.name, {}).get("sizes", {}).get(size, {}).get(proof)
     return found or {"result": "not run"}
 
 
 def published(family: Family, record: Record) -> dict[str, Outcome]:
-    """Models whose published configuration's tensors were accounted for."""
+    """Outcomes of published configurations, by model."""
     found: dict[str, Outcome] = record["families"].get(family.name, {}).get("published", {})
     return found
 
 
 def shortcomings(record: Record) -> list[str]:
-    """Whatever is not proven, a line each."""
+    """A line per proof that failed or was not run."""
     found = []
     for family in registry.FAMILIES.values():
         if why := state(family, record):

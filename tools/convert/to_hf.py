@@ -1,4 +1,4 @@
-"""`convert to-hf`: a directory of Megatron's or TransformerEngine's form, back into a Hugging Face one."""
+"""`convert to-hf`: a Megatron or TransformerEngine directory to a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def run(
 ) -> None:
     """Convert; publishes `target` of kind hf."""
     if quantized and dtype:
-        raise UserError("--quantized and --dtype contradict each other: the source's form says its types")
+        raise UserError("--quantized and --dtype exclude each other: the quantisation scheme fixes the dtypes")
     if quantized and family:
-        raise UserError("--quantized and --family contradict each other: the source's form is of its own names")
+        raise UserError("--quantized and --family exclude each other: the quantisation is of the original tensor names")
     inputs = {"source": source} | ({"hf_files": hf_files} if hf_files else {})
     with publish_sharded(target, kind="hf", inputs=inputs, overwrite=overwrite, shard=shard) as out:
         checkpoint = open_checkpoint(
@@ -85,9 +85,9 @@ def run(
             _write_config(out.path / "config.json", plan.architecture, own)
         copy_auxiliary_files(files, out.path)
         if not quantized:
-            _name_plain(out.path / "config.json")
+            _remove_quantization(out.path / "config.json")
         if dtype:
-            _name_dtype(out.path / "config.json", BY_FLAG[dtype].name)
+            _set_dtype(out.path / "config.json", BY_FLAG[dtype].name)
         tensors = plan.layout.tensors()
         out.describe(
             family=plan.architecture.family,
@@ -107,61 +107,59 @@ def _log_export(plan: ExportPlan, reader: MegatronReader, dtype: Precision | Non
             {reader.tensors[entry.key].dtype.name for name in plan.downcast for entry, _ in plan.origin[name]}
         )
         written = sorted({tensors[name].dtype for name in plan.downcast})
-        why = "--dtype" if dtype else "the source's type"
-        log(f"{len(plan.downcast)} tensors held in {', '.join(held)} are rounded to {', '.join(written)}, {why}")
+        reason = "--dtype" if dtype else "the original dtypes"
+        log(f"{len(plan.downcast)} tensors downcast from {', '.join(held)} to {', '.join(written)} ({reason})")
     if plan.pass_through:
         types = sorted({weight.dtype for weight in plan.pass_through.values()})
         log(
-            f"{abbreviated(list(plan.pass_through))}: as the original checkpoint had them, whatever was trained since"
-            f"{f'; they stay {", ".join(types)}, --dtype is that of the rest' if dtype else ''}"
+            f"{abbreviated(list(plan.pass_through))}: pass-through tensors, as in the original checkpoint"
+            f"{f'; they stay {", ".join(types)}, --dtype is of the others' if dtype else ''}"
         )
 
 
-_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")  # of any family's configuration
+_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")  # fields of every family's config.json
 
 
 def _spelt_as(config: Mapping[str, Any], family: str) -> bool:
-    """Whether a configuration is the family's, as it is spelt today."""
+    """Whether a configuration is the family's, in today's transformers names."""
     wanted = registry.FAMILIES[family]
     named = (config.get("model_type"), config.get("architectures"))
-    # As JSON, where 6 is not 6.0.
+    # compared as JSON: 6 is not 6.0
     same = json.dumps(wanted.without_legacy_names(config), sort_keys=True) == json.dumps(config, sort_keys=True)
     return same and named == (wanted.model_types[0], [wanted.hf_class])
 
 
 def _write_config(path: Path, architecture: Architecture, source: Mapping[str, Any]) -> None:
-    """The configuration as another family's, with what it says beside the architecture."""
+    """Write config.json in another family's fields, with token ids and dtype of the source."""
     kept = {name: source[name] for name in _KEPT if name in source}
     config = registry.to_config(architecture, **kept)
     log(
-        f"config.json: as {config['model_type']} ({config['architectures'][0]}), for sequences of up to "
-        f"{architecture.max_position_embeddings} tokens"
+        f"config.json: written as {config['model_type']} ({config['architectures'][0]}), context length "
+        f"{architecture.max_position_embeddings}"
     )
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _name_dtype(path: Path, name: str) -> None:
-    """Let config.json say the type that the weights were asked to have; loaders believe it."""
+def _set_dtype(path: Path, name: str) -> None:
+    """Set the dtype of config.json to that of the weights; loaders follow it."""
     config = read_config(path)
 
-    def saying(part: Mapping[str, Any]) -> dict[str, Any]:
+    def with_dtype(part: Mapping[str, Any]) -> dict[str, Any]:
         return {**part, **{field: name for field in ("dtype", "torch_dtype") if field in part}}
 
-    changed = saying(config)
+    changed = with_dtype(config)
     if "text_config" in config:
-        changed["text_config"] = saying(config["text_config"])
+        changed["text_config"] = with_dtype(config["text_config"])
     if changed != config:
         log(f"config.json: dtype is {name}")
         path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _name_plain(path: Path) -> None:
-    """Let config.json not say that the weights are quantised, where they were."""
+def _remove_quantization(path: Path) -> None:
+    """Remove quantization_config: the weights are dequantised."""
     config = read_config(path)
     if config.pop("quantization_config", None) is not None:
-        log(
-            "config.json: without quantization_config, the weights are plain numbers (--quantized writes the source's form)"
-        )
+        log("config.json: quantization_config removed, the weights are dequantised (--quantized quantises them again)")
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -173,48 +171,42 @@ def open_export(
     *,
     quantized: bool = False,
 ) -> tuple[MegatronReader, ExportPlan]:
-    """A checkpoint and what becomes of its tensors.
+    """The reader of a checkpoint and the plan of its export.
 
     Args:
         checkpoint: of kind megatron or te.
-        files: where config.json and, if the checkpoint was converted from a Hugging Face one, its shards' layout are.
-        dtype: the type to write; None for the source's.
-        family: whose tensors are written; None for the model's own.
-        quantized: whether weights that the source stored quantised are to be stored so again.
+        files: folder of config.json, and of weights.json where the checkpoint was converted from Hugging Face.
+        dtype: dtype of the weights; None for the original ones.
+        family: family of config.json and tensor names; None for the model's own.
+        quantized: quantise the weights that the original checkpoint stored quantised.
     """
     if not (files / "config.json").is_file():
-        raise UserError(
-            f"{files / 'config.json'} is missing; give --hf-files DIR, where config.json and the tokenizer are"
-        )
+        raise UserError(f"{files / 'config.json'} is missing; give --hf-files DIR with config.json and tokenizer")
     config = read_config(files / "config.json")
     architecture, scheme = registry.from_files(files), quantization_scheme(config)
     if quantized and scheme is None:
-        raise UserError(
-            f"--quantized: {files / 'config.json'} has no quantization_config, which says how; leave it out"
-        )
+        raise UserError(f"--quantized: {files / 'config.json'} has no quantization_config; leave the flag out")
     if quantized and not (files / LAYOUT).is_file():
-        raise UserError(f"--quantized: {files / LAYOUT} is missing, which says which weights are; leave it out")
+        raise UserError(f"--quantized: {files / LAYOUT}, the list of quantised weights, is missing; leave the flag out")
     layout = WeightLayout.read(files / LAYOUT) if (files / LAYOUT).is_file() else None
     pass_through = pass_through_tensors(files)
     own, wanted = architecture, BY_FLAG[dtype] if dtype else None
-    alone = bool(family and family != architecture.family)
-    if family and alone:
+    renamed = bool(family and family != architecture.family)
+    if family and renamed:
         if pass_through and architecture.mtp:
             raise UserError(
-                f"--family {family} has no place for layers behind the last, which {files / PASS_THROUGH_FILE} holds"
+                f"--family {family} has no MTP layers, {files / PASS_THROUGH_FILE} holds some; leave it out"
             )
         architecture = registry.as_family(architecture, family)
-        wanted = wanted or _type_of(layout)
+        wanted = wanted or _single_dtype(layout)
         if pass_through:
-            log(
-                f"{len(pass_through)} pass-through tensors left out, {family} has no place for them: {min(pass_through)}.."
-            )
-        layout, pass_through, scheme = None, {}, None  # the names are others
+            log(f"{len(pass_through)} pass-through tensors left out, {family} has none: {min(pass_through)}, ...")
+        layout, pass_through, scheme = None, {}, None  # the names differ
     reader: MegatronReader
     if checkpoint.kind == "te":
         table, reader = te_form(registry.table_of(architecture), architecture).table, TeReader(checkpoint.path)
     elif rank_files(checkpoint.iteration_path):
-        architecture = replace(architecture, mtp=None)  # which such files are refused for
+        architecture = replace(architecture, mtp=None)  # MTP layers in rank files are refused
         table = registry.table_of(architecture)
         reader = MegatronLmReader(checkpoint.iteration_path, architecture, table)
     else:
@@ -222,20 +214,20 @@ def open_export(
         stored = registry.as_stored if pass_through else partial(with_stored_mtp, where=checkpoint.path)
         architecture = stored(architecture, reader.tensors)
         table = registry.table_of(architecture)
-    if not alone:
+    if not renamed:
         table, pass_through = match_pass_through(table, files)
     plan = plan_export(reader, architecture, table, layout, pass_through, wanted, scheme=scheme, quantized=quantized)
     if own.head.normalized and not architecture.head.normalized:
         (head,) = (name for name, ((entry, _), *_) in plan.origin.items() if entry.key == HEAD)
         log(
-            f"{head}: each row is divided by its length, as {own.family}'s own code does and {family}'s does not, and rounded to "
-            f"{plan.layout.tensors()[head].dtype}; the way back gives these rows, not those that were trained"
+            f"{head}: rows divided by their L2 norms (the normalised head of {own.family}, which {family} lacks) and rounded "
+            f"to {plan.layout.tensors()[head].dtype}; to-megatron of the result gives the divided rows"
         )
         plan = replace(plan, unit_rows=frozenset([head]))
     return reader, plan
 
 
-def _type_of(layout: WeightLayout | None) -> Dtype | None:
-    """The type of all weights of the source; None where there are several."""
+def _single_dtype(layout: WeightLayout | None) -> Dtype | None:
+    """The dtype of all weights of the source; None if there are several."""
     found = {tensor.dtype for tensor in layout.tensors().values()} if layout else set()
     return next((dtype for dtype in BY_FLAG.values() if found == {dtype.safetensors}), None)

@@ -63,5 +63,5 @@ def layer_lines(layers: list[dict[str, Any]]) -> list[str]:
     lines = [f"{whole} of {len(layers)} layers are TransformerLayer"]
     for because in dict.fromkeys(tuple(layer["because"]) for layer in layers if "class" not in layer):
         count = sum(tuple(layer.get("because", ())) == because for layer in layers)
-        lines.append(f"{count} are smaller modules, for your own forward to join: {'; '.join(because)}")
+        lines.append(f"{count} are split into smaller modules, joined by your own forward: {'; '.join(because)}")
     return lines

@@ -1,4 +1,4 @@
-"""What a model's configuration takes from a tokenizer's files, read without the tokenizer library."""
+"""Vocabulary and special tokens of a tokenizer's files, without the tokenizer library."""
 
 from __future__ import annotations
 
@@ -16,37 +16,39 @@ _VOCABULARIES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.js
 
 
 def check_same_vocabulary(adapter: Path, base: Path, rows: int) -> None:
-    """Whether a model of `base` with the tokenizer of `adapter` has a vector for each token, the one it was trained with.
+    """Check the adapter's tokenizer against the base's.
 
     Raises:
-        UserError: a token has another id than in the base, or an id that the embedding has no row for.
+        UserError: a token has another id than in the base, or an id beyond the `rows` of the embedding.
     """
     ours, theirs = adapter / "tokenizer.json", base / "tokenizer.json"
-    mend = f"remove the tokenizer from {adapter} to keep the base's, or merge into the base that it was trained with"
+    fix = f"remove the tokenizer from {adapter} to keep the base's, or merge into the base that it was trained with"
     if not ours.is_file() or not theirs.is_file():
         for name in ("tokenizer.json", *_VOCABULARIES):
             if (adapter / name).is_file() and (
                 not (base / name).is_file() or (adapter / name).read_bytes() != (base / name).read_bytes()
             ):
-                raise UserError(f"{adapter / name} is not the base's, and they cannot be compared; {mend}")
+                raise UserError(
+                    f"{adapter / name} differs from the base's, with no tokenizer.json to compare ids; {fix}"
+                )
         return
     here, there = _vocabulary(_object(ours), ours), _vocabulary(_object(theirs), theirs)
     if beyond := sorted((token for token, place in here.items() if place >= rows), key=here.__getitem__):
         raise UserError(
-            f"{ours} has {len(beyond)} tokens that the base's {rows} embeddings have no row for ({beyond[0]!r}); resize "
-            f"the base's embeddings, save it and merge into that, or remove the tokenizer from {adapter}"
+            f"{ours}: {len(beyond)} tokens beyond the base's {rows} embeddings ({beyond[0]!r}); resize them in the base, save it "
+            f"and merge into that, or remove the tokenizer from {adapter}"
         )
     if other := [token for token, place in there.items() if here.get(token) != place]:
         raise UserError(
-            f"{ours}: token {other[0]!r} is {here.get(other[0], 'missing')}, in the base {there[other[0]]}; {mend}"
+            f"{ours}: token {other[0]!r} is {here.get(other[0], 'missing')}, in the base {there[other[0]]}; {fix}"
         )
 
 
 def tokenizer_fields(directory: Path) -> dict[str, Any]:
-    """`vocab_size` and the ids of the special tokens that the tokenizer has.
+    """`vocab_size` and the ids of special tokens.
 
     Raises:
-        UserError: the directory has no tokenizer.json, or names a special token that is not in it.
+        UserError: tokenizer.json is missing, or a special token is not in it.
     """
     path = directory / "tokenizer.json"
     if not path.is_file():

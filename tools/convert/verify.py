@@ -1,4 +1,4 @@
-"""`convert verify`: proof that a directory of another form is the Hugging Face directory, in bits and in logits."""
+"""`convert verify`: a Megatron or TransformerEngine directory against its Hugging Face source, in bits and in logits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tools.convert.planning import MegatronReader
 from tools.convert.remote import remote_class
 from tools.convert.to_hf import open_export
 
-MAX_DIFFERENCES = 20  # named in the certificate
+MAX_DIFFERENCES = 20  # logged
 LOGITS_NEED = {"torch": "torch", "transformers": "transformers", "megatron.core": "megatron-core"}
 
 
@@ -41,7 +41,7 @@ class Findings:
 
     tensors: int = 0
     bytes: int = 0
-    not_finite: dict[str, str] = field(default_factory=dict)  # tensor -> what it holds
+    not_finite: dict[str, str] = field(default_factory=dict)  # tensor -> counts of NaN and infinity
     config_fields: int = 0
     files: int = 0
     logits: dict[str, Any] | None = None
@@ -60,7 +60,7 @@ def run(
 ) -> None:
     """Compare, write the certificate, and raise StageError if anything differs."""
     if logits and (target / LAYERS).is_file():
-        log("logits are not compared: TransformerEngine's modules need its GPUs; bits, configuration and files are")
+        log("logits: not compared, TransformerEngine's modules need a GPU; bits, config.json and files are compared")
         logits = False
     if logits:
         _require_models()
@@ -69,7 +69,7 @@ def run(
     for name, directory in (("--source", source), ("--target", target)):
         if certificate.resolve().is_relative_to(directory.resolve()):
             raise UserError(
-                f"--certificate {certificate} lies in {name} {directory}, which is published; put it beside it"
+                f"--certificate {certificate} is inside {name} {directory}, a published directory; choose a path outside"
             )
     if certificate.is_dir():
         raise UserError(f"--certificate {certificate} is a directory; name a file")
@@ -79,7 +79,7 @@ def run(
         _require_class(reader.config, source, trust_remote_code)
     findings = Findings()
     _compare_config(reader.config, read_config(made.hf_files / "config.json"), findings)
-    if not findings.differences:  # of different shapes there is nothing to compare further
+    if not findings.differences:  # else the shapes may differ
         quantized = any(weight.quantized for weight in reader.weights.values())
         held, plan = open_export(made, made.hf_files, None, quantized=quantized)
         if logits:
@@ -118,32 +118,32 @@ def run(
     for difference in findings.differences[:MAX_DIFFERENCES]:
         log(f"different: {difference}")
     if findings.not_finite:
-        log(f"not finite, alike on both sides: {', '.join(findings.not_finite)}")
+        log(f"not finite on both sides: {', '.join(findings.not_finite)}")
     if findings.differences:
         raise StageError(
-            f"{target} is not {source}: {findings.differences[0]} ({len(findings.differences)} in all; {certificate})"
+            f"{target} differs from {source}: {findings.differences[0]} ({len(findings.differences)} in all; {certificate})"
         )
     print(_summary(findings, certificate))
 
 
 def _require_models() -> None:
-    """UserError where convert is installed without what builds the two models."""
+    """UserError if the libraries of the two models are not installed."""
     absent = [name for module, name in LOGITS_NEED.items() if not _importable(module)]
     if absent:
         raise UserError(
-            f"comparing logits needs {', '.join(absent)}, which this installation of convert lacks: give --no-logits, or "
-            "use one with the extra `logits` (pip install 'baton-convert[logits]', image convert:logits)"
+            f"logits need {', '.join(absent)}, not installed here: give --no-logits, or install the extra `logits` "
+            "(pip install 'baton-convert[logits]', image convert:logits)"
         )
 
 
 def _require_class(config: dict[str, Any], source: Path, trust_remote_code: bool) -> None:
-    """UserError where nothing computes the source's logits, or only code that nobody has said to run."""
+    """UserError if only modelling code of the directory computes the logits, without --trust-remote-code, or nothing does."""
     family = registry.family_of(config)
     if (trust_remote_code or family.remote) and quantization_scheme(config):
-        raise UserError("logits of quantised models are computed by transformers' classes only: give --no-logits")
+        raise UserError("logits of quantised models need a class of transformers: give --no-logits")
     if trust_remote_code:
         if not remote_class(config):
-            raise UserError(f"--trust-remote-code: {source / 'config.json'} names no modelling code (auto_map)")
+            raise UserError(f"--trust-remote-code: {source / 'config.json'} has no auto_map, so no modelling code")
     elif family.remote:
         raise UserError(
             f"transformers has no {family.hf_class} to compare logits with: give --no-logits, or --trust-remote-code to run "
@@ -183,7 +183,7 @@ def _compare_config(source: dict[str, Any], kept: dict[str, Any], findings: Find
 
 
 def _compare_layout(reader: HfReader, plan: ExportPlan, path: Path, findings: Findings) -> None:
-    """The shards: which tensors, of which types, in which files and order."""
+    """Compare the shards: tensors, dtypes, files and order."""
     wanted, found = reader.tensors, plan.layout.tensors()
     for name in sorted(wanted.keys() - found.keys()):
         findings.differences.append(f"{name} is lost")
@@ -192,12 +192,12 @@ def _compare_layout(reader: HfReader, plan: ExportPlan, path: Path, findings: Fi
     if findings.differences:
         return
     if not path.is_file():
-        log(f"{path} is missing: tensors are compared, the shards they are in cannot be")
+        log(f"{path} is missing: tensors are compared, shards are not")
         return
     if [(shard.file, shard.header.text) for shard in reader.layout.shards] != [
         (shard.file, shard.header.text) for shard in plan.layout.shards
     ] or reader.layout.index != plan.layout.index:
-        findings.differences.append(f"{path}: the shards are not the source's")
+        findings.differences.append(f"{path}: the shards differ from the source's")
 
 
 def _compare_tensor(name: str, reader: HfReader, held: MegatronReader, plan: ExportPlan, findings: Findings) -> None:
@@ -224,7 +224,7 @@ def _compare_tensor(name: str, reader: HfReader, held: MegatronReader, plan: Exp
 
 
 def _compare_numbers(reader: HfReader, held: MegatronReader, plan: ExportPlan, findings: Findings) -> None:
-    """Of weights that are stored quantised: what their codes stand for is what is held, to the bit."""
+    """Compare dequantised weights of the source with the held values, bit for bit."""
     for name in (name for name, weight in reader.weights.items() if weight.quantized and name in plan.origin):
         dtype, nan, infinite, same = (
             weight_dtype(reader.weights[name].dtype, name, reader.weights[name].place),
@@ -236,35 +236,35 @@ def _compare_numbers(reader: HfReader, held: MegatronReader, plan: ExportPlan, f
             counts = count_not_finite(ours, dtype)
             nan, infinite, same = nan + counts[0], infinite + counts[1], same and ours == theirs
         if not same:
-            findings.differences.append(f"{name}: its numbers are not those that its codes stand for")
+            findings.differences.append(f"{name}: the dequantised values differ")
         if nan or infinite:
             findings.not_finite[name] = f"{nan} NaN, {infinite} infinite"
 
 
 def _aligned(left: Iterator[memoryview], right: Iterator[memoryview]) -> Iterator[tuple[memoryview, memoryview]]:
-    """Two streams of the same bytes in pieces of equal size."""
+    """Two byte streams in pieces of equal size."""
     a = b = memoryview(b"")
     while True:
         a = a if len(a) else next(left, memoryview(b""))
         b = b if len(b) else next(right, memoryview(b""))
         size = min(len(a), len(b))
         if size == 0:
-            assert len(a) == len(b) == 0, "both streams have the tensor's size"
+            assert len(a) == len(b) == 0, "streams of different sizes"
             return
         yield a[:size], b[:size]
         a, b = a[size:], b[size:]
 
 
 def _check_added(held: MegatronReader, plan: ExportPlan, findings: Findings) -> None:
-    """What a conversion wrote: rows beyond the vocabulary, and biases and norms that the model does not have."""
+    """Check what to-megatron adds: vocabulary padding, and constants in place of absent biases and norms."""
     for entry in plan.constants:
         if what := changed_constant(held, entry):
-            findings.differences.append(f"{what}, though the model has none")
+            findings.differences.append(f"{what}, but the model has no such parameter")
     for entry in {entry.key: entry for parts in plan.origin.values() for entry, _ in parts if entry.padded}.values():
         kept = entry.sources[0].shape[0]
         rows = held.tensors[entry.key].shape[0] - kept
         if rows and any(any(block) for block in held.rows(entry.key, entry.index, kept, rows)):
-            findings.differences.append(f"{entry.key}: rows beyond the vocabulary are not zero")
+            findings.differences.append(f"{entry.key}: vocabulary padding is not zero")
 
 
 def _check_layers(path: Path, plan: ExportPlan, findings: Findings) -> None:
@@ -291,7 +291,7 @@ def _compare_files(reader: HfReader, kept: Path, findings: Findings) -> None:
     }
     theirs = set(auxiliary_files(kept))
     if not (reader.path / "config.json").is_file():
-        theirs.discard(Path("config.json"))  # made of what the source says; its fields were compared
+        theirs.discard(Path("config.json"))  # derived from the source; its fields were compared
         ours.pop(Path("config.json"), None)
     for relative in sorted(ours.keys() | theirs):
         findings.files += 1

@@ -1,4 +1,4 @@
-"""Logits of the Megatron-Core model against transformers', of the same weights on the same tokens."""
+"""Logits of the Megatron-Core model against transformers', same weights and tokens, in fp32."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from shared.model.prefix_lm import prefix_inputs, with_blank
 from shared.quantized.scheme import quantization_scheme
 from tools.convert.remote import remote_class
 
-# Both sides compute in fp32 from the same bits and differ in the order of sums only. Each of a layer's dozen roundings
-# is 2^-24 relative to the activation, they add up like a random walk over the layers and the sums' lengths, and the
-# norms keep them relative: a few times 1e-6 of the logits' spread in practice. A misplaced row or a wrong frequency
-# shows at 1e-2 and above, so 1e-4 of the spread is wide enough for hundreds of layers and far from any defect.
+# Both sides compute in fp32 from the same bits and differ only in the order of sums. A layer's dozen roundings are 2^-24
+# relative to the activation and add up like a random walk; norms keep them relative: a few 1e-6 of the logits' standard
+# deviation in practice. A misplaced row or a wrong frequency shows at 1e-2 and above. 1e-4 leaves room for hundreds of
+# layers and is far from any defect.
 RELATIVE_TOLERANCE = 1e-4
 
 
@@ -44,12 +44,12 @@ def compare_logits(
     """Build both models in fp32 one after the other and compare every logit of one random sequence.
 
     Returns:
-        What the certificate says: positions, the largest difference, the tolerance and its reason, whether it holds.
+        Fields of the certificate: positions, largest difference, tolerance and its reason, passed.
     """
     positions = min(positions, architecture.max_position_embeddings)
     log(
-        f"logits: two models in fp32, one after the other, {positions} positions; "
-        f"about {quantity(architecture.parameter_count() * 4 * 1.2, 'bytes')} of memory beside the libraries"
+        f"logits: both models in fp32, one after the other, {positions} positions; "
+        f"about {quantity(architecture.parameter_count() * 4 * 1.2, 'bytes')} of memory plus the libraries"
     )
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(architecture.vocab_size, (1, positions), generator=generator)
@@ -90,7 +90,7 @@ def _alibi(architecture: Architecture) -> Alibi | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the libraries' notes on what is deprecated and which other libraries are absent; errors are raised."""
+    """Silence the libraries' deprecation and optional-dependency warnings; errors are raised."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -123,12 +123,12 @@ def _tear_down() -> None:
 
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
-    gc.collect()  # modules refer to each other in circles; the second model needs the room
+    gc.collect()  # modules are reference cycles; frees memory for the second model
 
 
 def attention_of(architecture: Architecture) -> str:
-    """transformers' implementation of attention to compare with: the plainest that is right."""
-    # Its plainest of Falcon RW adds ALiBi twice: with the mask, which holds it for the other one, and by itself.
+    """transformers' attention implementation to compare with: eager where that is right."""
+    # eager attention of Falcon RW adds ALiBi twice: by itself, and with the mask made for sdpa
     alibi = _alibi(architecture)
     return "sdpa" if alibi and alibi.rounded else "eager"
 
@@ -142,28 +142,28 @@ def _transformers(source: Path, ids: torch.Tensor, trust_remote_code: bool) -> t
     config, architecture = read_config(source / "config.json"), registry.from_files(source)
     options = {"dtype": torch.float32, "attn_implementation": attention_of(architecture)}
     if quantization_scheme(config):
-        model = _plain(source, **options)
+        model = _dequantized_model(source, **options)
     elif trust_remote_code and (name := remote_class(config)):
-        with _code_of(source):
+        with _modelling_code(source):
             model = getattr(transformers, name).from_pretrained(
                 source, **options, local_files_only=True, trust_remote_code=True
             )
-            return _logits(model, ids, **_placed(architecture, ids))
+            return _logits(model, ids, **_prefix_inputs(architecture, ids))
     else:
-        kind, known = _known(config)
+        kind, known = _class_and_config(config)
         model = kind.from_pretrained(source, config=known, **options, local_files_only=True)
     return _logits(with_workarounds(model), ids)
 
 
-def _logits(model: Any, ids: torch.Tensor, **further: torch.Tensor) -> torch.Tensor:
+def _logits(model: Any, ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
     model.eval().to(shared.runtime.device.prepare())
-    inputs = {name: tensor.to(model.device) for name, tensor in further.items()}
-    result: torch.Tensor = model(ids.to(model.device), **inputs).logits.float().cpu()
+    placed = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    result: torch.Tensor = model(ids.to(model.device), **placed).logits.float().cpu()
     return result
 
 
-def _placed(architecture: Architecture, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Positions `[batch, 2, sequence]` and mask, 1 where a position is seen, of classes whose tokenizer makes them."""
+def _prefix_inputs(architecture: Architecture, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """position_ids `[batch, 2, sequence]` and attention_mask (1: attended), for classes whose tokenizer makes them."""
     if architecture.prefix is None or not registry.FAMILIES[architecture.family].explicit_positions:
         return {}
     streams, segments = prefix_inputs(architecture.prefix, ids, None, None)
@@ -171,13 +171,13 @@ def _placed(architecture: Architecture, ids: torch.Tensor) -> dict[str, torch.Te
 
 
 @contextlib.contextmanager
-def _code_of(source: Path) -> Iterator[None]:
-    """StageError where a directory's own code fails: most was written for a transformers of its time."""
+def _modelling_code(source: Path) -> Iterator[None]:
+    """StageError if modelling code fails: most of it was written for an older transformers."""
     import transformers
 
     try:
         yield
-    except Exception as error:  # somebody's code raises what it likes
+    except Exception as error:  # foreign code, any exception
         said = (str(error).splitlines() or [""])[0]
         raise StageError(
             f"the modelling code in {source} failed with transformers {transformers.__version__}: "
@@ -185,13 +185,15 @@ def _code_of(source: Path) -> Iterator[None]:
         ) from error
 
 
-def _plain(source: Path, **options: Any) -> Any:
-    """A quantised model of plain numbers, for those are compared, not the arithmetic of a format.
+def _dequantized_model(source: Path, **options: Any) -> Any:
+    """The model with dequantised weights: values are compared, not a kernel's arithmetic.
 
-    transformers would make fp32 numbers of the codes, which no program computes with that reads them as bf16.
+    Weights are dequantised to bf16 first, as everywhere here; transformers would dequantise to fp32.
     """
     reader = HfReader(source)
-    kind, known = _known({name: value for name, value in reader.config.items() if name != "quantization_config"})
+    kind, known = _class_and_config(
+        {name: value for name, value in reader.config.items() if name != "quantization_config"}
+    )
     types = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
     state: dict[str, torch.Tensor] = {}
     for name, weight in reader.weights.items():
@@ -205,8 +207,8 @@ def _plain(source: Path, **options: Any) -> Any:
     return kind.from_pretrained(None, config=known, state_dict=state, **options)
 
 
-def _known(config: dict[str, Any]) -> tuple[Any, Any]:
-    """transformers' class and configuration, which some publish in a spelling that it does not know."""
+def _class_and_config(config: dict[str, Any]) -> tuple[Any, Any]:
+    """transformers' class and configuration; legacy field names of config.json are translated."""
     import transformers
 
     family = registry.family_of(config)

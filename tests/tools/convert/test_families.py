@@ -99,7 +99,7 @@ def test_why_something_is_not_proven_is_printed(record: Record, convert: Any) ->
     record["runs"]["now"]["code"] = "other"
     answer = convert("families")
     assert "mpt-tiny, vllm, lacking: was supported until v1" in answer.out
-    assert "Code that families share has changed since" in answer.out
+    assert "Shared code has changed since" in answer.out
 
 
 def test_json_has_the_proofs_of_every_size(record: Record, convert: Any) -> None:

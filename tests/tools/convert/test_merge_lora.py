@@ -150,7 +150,7 @@ def test_the_weights_are_those_that_peft_merges(made: Path, convert: Any, tmp_pa
     adapter, out = made / "of" / case / "adapter", tmp_path / "out"
     answer = convert("merge-lora", "--source", made / base, "--adapter", adapter, "--target", out)
     assert answer.code == 0, answer.err
-    assert f"trained on {made / base}; it changes {changed} tensors" in answer.err
+    assert f"adapter of {made / base}; changes {changed} tensors" in answer.err
     ours, theirs, before = (weights(path) for path in (out, made / "of" / case / "merged", made / base))
     assert ours.keys() == before.keys()
     prefix_variants = registry.table_of(BASES[base][0]).prefix_variants
@@ -184,7 +184,7 @@ def test_tied_embeddings_part_where_only_one_of_them_changes(
     out, of = tmp_path / "out", made / "of" / case
     answer = convert("merge-lora", "--source", made / "llama-tied", "--adapter", of / "adapter", "--target", out)
     assert answer.code == 0, answer.err
-    assert "lm_head.weight and model.embed_tokens.weight were one tensor and are two now" in answer.err
+    assert "lm_head.weight and model.embed_tokens.weight: untied" in answer.err
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     with torch.no_grad():
@@ -295,7 +295,7 @@ REFUSED = {
         ["q_proj", "v_proj"],
         "layers.0.self_attn.v_proj.weight, which its weights do not have (and 1 more)",
     ),
-    "modules_to_save": (["lm_head"], "asks for an adapter of lm_head"),
+    "modules_to_save": (["lm_head"], "targets lm_head, without tensors in the adapter"),
     "bias": ("both", "bias is 'both'"),
     "lora_alpha": (None, "lora_alpha is None: Input should be a valid number"),
     "rank_pattern": ({"q_proj": 0}, "rank_pattern is {'q_proj': 0}: Input should be greater than 0"),
@@ -322,13 +322,13 @@ def test_a_setting_that_is_not_merged_is_refused_by_name(
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("layers.1.self_attn.q_proj.lora_B", "layers.1.self_attn.q_proj.lora_C", "which the base does not have"),
-        ("layers.1.self_attn.q_proj", "layers.9.self_attn.q_proj", "is no matrix of the base"),
-        ("base_model.model.model.layers.1", "base_model.other.model.layers.1", "is no name that PEFT gives"),
+        ("layers.1.self_attn.q_proj.lora_B", "layers.1.self_attn.q_proj.lora_C", "which the base lacks"),
+        ("layers.1.self_attn.q_proj", "layers.9.self_attn.q_proj", "no matrix of the base"),
+        ("base_model.model.model.layers.1", "base_model.other.model.layers.1", "is no tensor name of PEFT"),
         (
             "layers.1.self_attn.q_proj.lora_B",
             "layers.0.self_attn.k_proj.lora_B",
-            "is missing; the adapter is not whole",
+            "lora_A is missing; save or fetch the adapter again",
         ),
     ],
 )
@@ -350,7 +350,7 @@ def test_numbers_that_are_not_finite_are_refused(base: Path, adapter: Path, conv
     path.write_bytes(path.read_bytes()[:-4] + np.float32("nan").tobytes())
     answer = convert("merge-lora", "--source", base, "--adapter", adapter, "--target", tmp_path / "out")
     assert answer.code == 2
-    assert "model.layers.1.self_attn.q_proj.weight is not finite after merging" in answer.err
+    assert "model.layers.1.self_attn.q_proj.weight is not finite in bfloat16 after merging" in answer.err
     assert not (tmp_path / "out").exists()
 
 
@@ -373,7 +373,7 @@ def test_the_adapter_s_tokenizer_and_template_are_published(
     (adapter / "chat_template.jinja").write_text("{{ other }}")
     answer = convert("merge-lora", "--source", base, "--adapter", adapter, "--target", tmp_path / "out")
     assert answer.code == 0, answer.err
-    assert "the adapter's own: tokenizer.json, chat_template.jinja" in answer.err
+    assert "from the adapter: tokenizer.json, chat_template.jinja" in answer.err
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (adapter / name).read_bytes()
 
@@ -381,7 +381,7 @@ def test_the_adapter_s_tokenizer_and_template_are_published(
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("tokenizer.json", vocabulary(a=0, b=259), "1 tokens that the base's 259 embeddings have no row for ('b')"),
+        ("tokenizer.json", vocabulary(a=0, b=259), "1 tokens beyond the base's 259 embeddings ('b')"),
         ("tokenizer.json", vocabulary(a=1), "token 'a' is 1, in the base 0"),
         ("tokenizer.json", vocabulary(b=3), "token 'a' is missing, in the base 0"),
     ],

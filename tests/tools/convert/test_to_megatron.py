@@ -137,7 +137,7 @@ def test_what_is_not_finite_comes_back_and_is_reported(
         answer = convert("inspect", directory, "--scan")
         assert (answer.code, "1 NaN, 2 infinite" in answer.err) == (1, True)
     assert (
-        f"not finite, alike on both sides: {name}"
+        f"not finite on both sides: {name}"
         in convert("verify", "--source", source, "--target", target, "--no-logits").err
     )
     assert convert("to-hf", "--source", target, "--target", back).code == 0
@@ -264,7 +264,7 @@ def test_weights_in_another_form_are_named(make_hf: Make, convert: Any, tmp_path
     (source / "original" / "consolidated.00.pth").write_bytes(b"x")
     answer = convert("to-megatron", "--source", source, "--target", tmp_path / "m")
     assert answer.code == 0
-    assert "not carried over" in answer.err
+    assert "not copied, weights in other formats: " in answer.err
     assert "original/consolidated.00.pth" in answer.err
 
 
@@ -274,7 +274,9 @@ def test_a_file_that_would_be_taken_for_this_tools_is_refused(
 ) -> None:
     source = make_hf()
     (source / name).write_text("mine")
-    assert f"{name} has the name of a file that this tool writes" in refused(convert, source, tmp_path / "m")
+    assert f"{name}: the name is reserved for a file that to-megatron writes" in refused(
+        convert, source, tmp_path / "m"
+    )
 
 
 def test_links_of_a_download_cache_are_followed(make_hf: Make, convert: Any, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_every_family_comes_back_byte_for_byte(
         assert convert("to-te", "--source", source, "--target", target).code == 0
         answer = convert("verify", "--source", source, "--target", target)
         assert answer.code == 0, answer.err
-        assert "logits are not compared" in answer.err
+        assert "logits: not compared" in answer.err
         found = json.loads(convert("inspect", target, "--json").out)
         assert found["kind"] == "te"
         assert "problem" not in found

@@ -135,7 +135,7 @@ def test_modelling_code_runs_only_where_the_user_says_so(
     convert("to-megatron", "--source", plain, "--target", plain_target)
     answer = convert("verify", "--source", plain, "--target", plain_target, "--trust-remote-code")
     assert answer.code == 2
-    assert "names no modelling code (auto_map)" in answer.err
+    assert "has no auto_map, so no modelling code" in answer.err
 
 
 def test_classes_whose_tokenizer_places_tokens_are_handed_the_places(

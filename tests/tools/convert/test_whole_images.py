@@ -79,10 +79,7 @@ def test_every_spelling_comes_back_as_it_was(source: Path, convert: Any, tmp_pat
         target, back = tmp_path / form, tmp_path / f"{form}.back"
         answer = convert(f"to-{form}", "--source", source, "--target", target)
         assert answer.code == 0, answer.err
-        assert (
-            "mm_input_projection_weight and 38 more: kept beside the weights as they are; training does not"
-            in answer.err
-        )
+        assert "mm_input_projection_weight and 38 more: pass-through tensors, kept in hf/ and not trained" in answer.err
         answer = convert("verify", "--source", source, "--target", target)
         assert answer.code == 0, answer.err  # with logits, of Megatron's form: transformers reads every spelling
         assert convert("to-hf", "--source", target, "--target", back).code == 0
@@ -145,7 +142,7 @@ def test_nothing_is_exported_without_it(source: Path, megatron: Path, convert: A
         save_file({name: tensor for name, tensor in kept.items() if name != _LAST}, pass_through)
     if lost == "shape":
         save_file(kept | {_LAST: torch.ones(31)}, pass_through)
-    message = f"{_LAST} is [31], config.json asks for [32]" if lost == "shape" else "which the model has beside its"
+    message = f"{_LAST} is [31], config.json asks for [32]" if lost == "shape" else "of the multimodal wrapper"
     for layout in (True, False):
         if not layout:
             (megatron / "hf" / "weights.json").unlink()
@@ -171,13 +168,13 @@ def test_weights_of_another_program_are_joined_with_the_rest_of_the_model(
     (source / "model.safetensors").unlink()
     answer = convert("to-hf", *words, "--target", tmp_path / "without")
     assert answer.code == 2
-    assert "give --hf-files the model's own directory, weights included" in answer.err
+    assert "give --hf-files the model's Hugging Face directory with its weights" in answer.err
 
 
 def test_another_type_is_that_of_the_language_model(source: Path, megatron: Path, convert: Any, tmp_path: Path) -> None:
     answer = convert("to-hf", "--source", megatron, "--target", tmp_path / "back", "--dtype", "fp32")
     assert answer.code == 0
-    assert "whatever was trained since; they stay BF16, --dtype is that of the rest" in answer.err
+    assert "as in the original checkpoint; they stay BF16, --dtype is of the others" in answer.err
     before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "back"))
     for name, tensor in after.items():
         assert tensor.dtype == (torch.float32 if name.startswith("language_model.") else torch.bfloat16), name
@@ -190,7 +187,7 @@ def test_the_language_model_alone(source: Path, megatron: Path, convert: Any, tm
 
     answer = convert("to-hf", "--source", megatron, "--target", tmp_path / "alone", "--family", "gemma3")
     assert answer.code == 0, answer.err
-    assert "39 pass-through tensors left out, gemma3 has no place for them" in answer.err
+    assert "39 pass-through tensors left out, gemma3 has none" in answer.err
     ids = torch.randint(512, (1, 64), generator=torch.Generator().manual_seed(0))
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
     with torch.no_grad():
@@ -202,5 +199,5 @@ def test_the_language_model_alone(source: Path, megatron: Path, convert: Any, tm
 def test_weights_of_what_sees_are_not_drawn(convert: Any, tmp_path: Path) -> None:
     answer = convert("init", "--target", tmp_path / "new", "--size", "gemma3-images-tiny")
     assert answer.code == 2
-    assert "weights are drawn of language models alone, and gemma3_images has 39 tensors beside its own" in answer.err
+    assert "init writes language models only, gemma3_images has 39 tensors of a multimodal wrapper" in answer.err
     assert not (tmp_path / "new").exists()
