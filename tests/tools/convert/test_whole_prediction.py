@@ -21,7 +21,7 @@ from shared.families import registry
 from shared.mapping.rule import Rule
 from tests.references.prediction import Predicting
 from tests.tools.convert.conftest import SIZES
-from tests.tools.convert.test_every_mistake import mistaken, mistakes_of_tables
+from tests.tools.convert.mistakes import Mistake, table_mistakes
 from tools.convert.verify_logits import RELATIVE_TOLERANCE
 
 POSITIONS = 288
@@ -94,11 +94,12 @@ def test_logits_and_mistakes_that_they_find(
     converted(convert, source, tmp_path / "megatron")
     assert (ahead(tmp_path / "megatron", predicting) - theirs).abs().max() < tolerance
 
-    family = registry.FAMILIES[predicting.family]
     for index, (name, wrong) in enumerate(mistakes(predicting)):
         target = tmp_path / f"megatron{index}"
         with monkeypatch.context() as patch:
-            patch.setitem(registry.FAMILIES, family.name, mistaken(family, predicting, wrong))
+            patch.setitem(
+                registry.FAMILIES, predicting.family, Mistake(name=name, held_by="mtp", rule=wrong).family(predicting)
+            )
             converted(convert, source, target)
             back = tmp_path / f"back{index}"
             converted(convert, target, back, command="to-hf")
@@ -130,7 +131,7 @@ def mistakes(a: Architecture) -> Iterator[tuple[str, Callable[[Rule], Rule]]]:
         return rule
 
     yield "norms of embedding and hidden state", exchanged
-    of_model = dict(mistakes_of_tables(a))
+    of_model = dict(table_mistakes(a))
     for name in ("gate and up of experts", "query of another head" if a.mla else "key and value"):
         wrong = of_model[name]
         yield name, lambda rule, wrong=wrong: wrong(rule) if rule.megatron.startswith("mtp.") else rule
