@@ -14,7 +14,6 @@ from typing import Any
 from shared.architecture import dictionary
 from shared.architecture.attention import Alibi, Attention, GatedDeltaNet, LatentAttention, Rotary
 from shared.architecture.embedding_and_head import Embedding, Head, LearnedPositions
-from shared.architecture.flat_view import FlatView
 from shared.architecture.layer import Layer, NormPlacement, Residual, ResidualKind
 from shared.architecture.mlp import MLP, Activation, MoE
 from shared.architecture.norm import Norm
@@ -62,7 +61,7 @@ class MTP:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture(FlatView):
+class Architecture:
     """A decoder-only transformer. Sizes are counts of elements; every projection is `[out, in]`."""
 
     family: str

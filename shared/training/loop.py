@@ -214,7 +214,7 @@ def forward_step(
     With a scale there are such losses for each layer for tokens further ahead, too.
     """
     batch = next(batches)
-    depth, labels = model.module.architecture.prediction_layers, batch.labels
+    depth, labels = model.module.architecture.mtp_depth, batch.labels
     if depth and further_scale:
         labels = further_labels(labels, batch.segments, depth)
     rows, length = batch.tokens.shape

@@ -77,7 +77,7 @@ def _architecture(model: Checkpoint) -> Architecture:
             "make it with `convert to-megatron`"
         )
     architecture = registry.from_files(model.hf_files)
-    if not architecture.prediction_layers:
+    if not architecture.mtp_depth:
         return architecture
     return registry.as_stored(architecture, TorchDistReader(model.iteration_path).tensors)
 
@@ -103,7 +103,7 @@ def memory_estimate(config: TrainingConfig, architecture: Architecture) -> int:
     kept; with recomputation the 2 s b h of every layer's input and one layer in full.
     """
     width = _BYTES[config.precision]
-    weights = (architecture.parameter_count() + architecture.prediction_count()) / config.parallel.model_parallel
+    weights = (architecture.parameter_count() + architecture.mtp_parameter_count()) / config.parallel.model_parallel
     main = 4 if config.precision == "bf16" else 0  # fp32 weights are their own main copy
     states = weights * (width + 4 + (8 + main) / config.parallel.data)
     tokens = config.micro_batch_size * config.sequence_length
@@ -122,7 +122,7 @@ def memory_estimate(config: TrainingConfig, architecture: Architecture) -> int:
 def announce(config: TrainingConfig, inputs: Inputs, *, sequences: int) -> None:
     """Print the plan. `sequences` are those of one epoch."""
     architecture = inputs.architecture
-    parameters = architecture.parameter_count() + architecture.prediction_count()
+    parameters = architecture.parameter_count() + architecture.mtp_parameter_count()
     layout, processes = str(config.parallel), config.parallel.processes
     epochs = config.steps * config.global_batch_size / sequences
     width = _BYTES[config.precision]
@@ -139,11 +139,11 @@ def announce(config: TrainingConfig, inputs: Inputs, *, sequences: int) -> None:
         f"run         {config.steps:,} updates = {config.steps * config.tokens_per_step:,} tokens = {epochs:.2f} epochs; "
         f"{_rates(config)}"
     )
-    if count := architecture.prediction_layers:
+    if count := architecture.mtp_depth:
         factor = config.mtp_loss_scaling_factor
         how = f"trained, their loss times {factor:g}" if factor else "kept as they are (--mtp-loss-scaling-factor 0)"
         log(f"ahead       {count} layer{'s' * (count > 1)} for tokens further ahead: {how}")
-    elif registry.from_files(inputs.source.hf_files).prediction_layers:
+    elif registry.from_files(inputs.source.hf_files).mtp:
         log(
             "ahead       nothing: the source has no weights of the layers for tokens further ahead that config.json says"
         )

@@ -101,7 +101,7 @@ def run(
     """
     check_supported(inputs.architecture)
     config.check_model(inputs.architecture)
-    if options.mtp_loss_scaling_factor is not None and not inputs.architecture.prediction_layers:
+    if options.mtp_loss_scaling_factor is not None and not inputs.architecture.mtp:
         raise UserError(
             "--mtp-loss-scaling-factor belongs to models with layers for tokens further ahead (multi-token prediction), "
             f"and the model of --source {options.source} has none; leave it out"

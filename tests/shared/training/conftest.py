@@ -2,14 +2,15 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from shared.architecture.architecture import Architecture
-from shared.architecture.version_1 import nested
+from shared.architecture.architecture import MTP, Architecture
+from shared.families import registry
 from shared.parallel import ParallelConfig
 from shared.runtime.quiet import hush
 from shared.training.config import TrainingConfig
@@ -46,22 +47,21 @@ def tiny_config(**changes) -> TrainingConfig:
     return TrainingConfig(**{**fields, **changes})
 
 
-def tiny_architecture(**changes) -> Architecture:
-    fields = dict(
-        family="llama",
-        num_layers=4,
-        hidden_size=64,
-        ffn_hidden_size=96,
-        num_attention_heads=4,
-        num_query_groups=2,
-        head_dim=16,
-        vocab_size=300,
-        max_position_embeddings=128,
-        norm_epsilon=1e-5,
-        rope_theta=1e4,
-        tied_embeddings=True,
-    )
-    return nested(**{**fields, **changes})
+TINY = registry.from_config(
+    {
+        "model_type": "llama",
+        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 300,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    }
+)
+AHEAD = replace(TINY.with_values(head={"tied": False}), mtp=MTP(depth=2, layer=TINY.layers[0]))
 
 
 @pytest.fixture
@@ -71,36 +71,33 @@ def make_config() -> Callable[..., TrainingConfig]:
 
 
 @pytest.fixture
-def make_architecture() -> Callable[..., Architecture]:
-    """A function from changed fields to a tiny model's architecture."""
-    return tiny_architecture
+def architecture() -> Architecture:
+    """A tiny model's."""
+    return TINY
 
 
 @pytest.fixture(scope="session")
 def tiny_run() -> tuple[TrainingConfig, Architecture]:
     """A run of the tiny model, for tests that share its results."""
-    return tiny_config(sequence_length=24, micro_batch_size=1), tiny_architecture()
+    return tiny_config(sequence_length=24, micro_batch_size=1), TINY
 
 
 @pytest.fixture(scope="session")
 def ahead_run() -> tuple[TrainingConfig, Architecture]:
     """The same of one that predicts two tokens further ahead."""
-    return tiny_config(sequence_length=24, micro_batch_size=1), tiny_architecture(**AHEAD)
+    return tiny_config(sequence_length=24, micro_batch_size=1), AHEAD
 
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory) -> Path:
     """A torch_dist directory with random weights of the tiny model."""
-    return random_weights(tmp_path_factory.mktemp("start") / "release", tiny_architecture())
+    return random_weights(tmp_path_factory.mktemp("start") / "release", TINY)
 
 
 @pytest.fixture(scope="session")
 def start_ahead(tmp_path_factory) -> Path:
     """The same of one that predicts two tokens further ahead."""
-    return random_weights(tmp_path_factory.mktemp("ahead") / "release", tiny_architecture(**AHEAD))
-
-
-AHEAD = {"prediction_layers": 2, "tied_embeddings": False}
+    return random_weights(tmp_path_factory.mktemp("ahead") / "release", AHEAD)
 
 
 def random_weights(directory: Path, architecture: Architecture) -> Path:

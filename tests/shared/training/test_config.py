@@ -27,11 +27,11 @@ def test_what_does_not_fit_names_the_flag(make_config, changes, flag):
         make_config(**changes)
 
 
-def test_what_does_not_fit_the_model_names_the_flag(make_config, make_architecture):
+def test_what_does_not_fit_the_model_names_the_flag(make_config, architecture):
     with pytest.raises(UserError, match="--sequence-length 128"):
-        make_config(sequence_length=129).check_model(make_architecture())
+        make_config(sequence_length=129).check_model(architecture)
     with pytest.raises(UserError, match="--tensor-parallel 4"):
-        make_config(parallel=ParallelConfig(processes=8, tensor=8)).check_model(make_architecture())
+        make_config(parallel=ParallelConfig(processes=8, tensor=8)).check_model(architecture)
 
 
 def test_default_micro_batch_divides_the_share_and_stays_small():

@@ -30,7 +30,7 @@ class Words:
 
 
 @pytest.fixture
-def made(make_config, make_architecture, start):
+def made(make_config, architecture, start):
     """A function to a fresh model and optimizer, from `start` or a saved directory, and a function that trains them."""
 
     def make(directory=None, precision="fp32", **changes):
@@ -38,7 +38,7 @@ def made(make_config, make_architecture, start):
         layout = ParallelConfig()
         process_groups.initialize(layout, 1)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        chunks = gpt.build(make_architecture(), layout, dtype=dtype, **model_overrides(config))
+        chunks = gpt.build(architecture, layout, dtype=dtype, **model_overrides(config))
         weights.load(chunks, directory or start)
         model = wrap(chunks)
         optimizer = build_optimizer(config, model)
