@@ -25,8 +25,6 @@ STILL = {
     ("tools/convert/cli.py", "tools/convert/cli.py"),
     ("tools/convert/to_megatron.py", "tools/convert/to_te.py"),
     ("tools/pretrain/cli.py", "tools/sft/cli.py"),
-    ("tools/rlhf/algorithms/grpo.py", "tools/rlhf/algorithms/ppo.py"),
-    ("tools/rlhf/algorithms/grpo.py", "tools/rlhf/algorithms/reward.py"),
 }
 
 

@@ -79,6 +79,7 @@ SHARED_NAMES = {
     "prefix_lm.py": _SUBJECT,
     "data.py": "what is trained on: rows of tokens in training, prompts and pairs in rlhf",
     "state.py": "what a resume needs beside the weights: of training, of rlhf",
+    "engine.py": "the seam of engines: that train in rlhf, that generate in infer",
     "spec.py": "a specification: of Megatron-Core layers, of rewards",
 }
 
