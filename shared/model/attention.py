@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_e
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,18 +22,22 @@ from shared.kernels.attention import alibi, masks, sdpa, written_out
 from shared.model.rope import RotaryAngles
 
 
-class ClippedLinear(ColumnParallelLinear):
-    """Megatron-Core's projection, of which no number leaves it larger than `limit` (MPT's `clip_qkv`)."""
+def clipped(linear: Callable[..., Any], limit: float) -> Callable[..., Any]:
+    """`linear` with its output clamped to `[-limit, limit]` (MPT's `clip_qkv`); clamped numbers have no gradient."""
 
-    def __init__(self, *args: Any, limit: float, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.limit = limit
+    def clamp(
+        module: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, torch.Tensor | None]
+    ) -> tuple[torch.Tensor, None]:
+        projected, bias = output
+        assert bias is None  # it would be added behind the clamp
+        return projected.clamp(-limit, limit), None
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As Megatron-Core's; numbers that are cut off have no gradient."""
-        projected, bias = super().forward(*args, **kwargs)
-        assert bias is None  # which would be added behind the limit
-        return projected.clamp(-self.limit, self.limit), None
+    def build(*args: Any, **kwargs: Any) -> Any:
+        built = linear(*args, **kwargs)
+        built.register_forward_hook(clamp)
+        return built
+
+    return build
 
 
 class RotarySelfAttention(SelfAttention):

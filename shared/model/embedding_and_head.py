@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from shared.architecture.architecture import Architecture, Head
-from shared.model.norm import norm_of
+from shared.model.backend import Backend
 
 
 class LearnedPositions2D(torch.nn.Embedding):
@@ -31,7 +30,7 @@ class LearnedPositions2D(torch.nn.Embedding):
         return result
 
 
-def adapt_embedding(embedding: LanguageModelEmbedding, architecture: Architecture) -> None:
+def adapt_embedding(embedding: LanguageModelEmbedding, architecture: Architecture, backend: Backend) -> None:
     """The architecture's positions, and its norm, multiplier and dropout of embedded tokens."""
     value = architecture.embedding
     embedding.embedding_dropout.p = value.dropout
@@ -45,7 +44,7 @@ def adapt_embedding(embedding: LanguageModelEmbedding, architecture: Architectur
         embedding.position_embeddings.to(embedding.config.params_dtype)
     if value.norm:
         config = embedding.config
-        embedding.word_embeddings_layernorm = norm_of(value.norm, checkpointed=False)(
+        embedding.word_embeddings_layernorm = backend.norm(value.norm, checkpointed=False)(
             config=config, hidden_size=config.hidden_size
         )
         embedding.word_embeddings.register_forward_hook(
@@ -77,10 +76,10 @@ class Projection(torch.nn.Module):
         return torch.nn.functional.linear(x, self.weight)
 
 
-def factorise_embedding(embedding: LanguageModelEmbedding, columns: int) -> None:
+def factorise_embedding(embedding: LanguageModelEmbedding, columns: int, backend: Backend) -> None:
     """A table of `columns` columns, and a projection to the hidden size."""
     config, scattered = embedding.config, embedding.reduce_scatter_embeddings
-    embedding.word_embeddings = VocabParallelEmbedding(
+    embedding.word_embeddings = backend.embedding()(
         num_embeddings=embedding.vocab_size,
         embedding_dim=columns,
         init_method=config.embedding_init_method,
@@ -101,9 +100,9 @@ def factorise_output(model: GPTModel) -> None:
     model.output_layer.register_forward_pre_hook(lambda module, inputs: (model.output_projection(inputs[0]),))
 
 
-def output_layer(model: GPTModel, architecture: Architecture) -> ColumnParallelLinear:
+def output_layer(model: GPTModel, architecture: Architecture, backend: Backend) -> Any:
     """An output layer as Megatron-Core's GPT has it, of the architecture's columns and with its bias of the logits."""
-    layer = ColumnParallelLinear(
+    layer = backend.output_layer()(
         architecture.table_size,
         model.vocab_size,
         config=model.config,
@@ -119,7 +118,7 @@ def output_layer(model: GPTModel, architecture: Architecture) -> ColumnParallelL
     return layer
 
 
-def adapt_output(layer: ColumnParallelLinear, head: Head) -> None:
+def adapt_output(layer: torch.nn.Module, head: Head) -> None:
     """NormHead, and multiplier and soft cap of the logits."""
     if head.normalized:
 

@@ -12,7 +12,6 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -23,7 +22,7 @@ from shared.architecture.architecture import Architecture
 from shared.architecture.norm import Norm
 from shared.kernels.attention.masks import segment_positions
 from shared.kernels.gated_delta_rule import gated_delta_rule
-from shared.model.norm import norm_of
+from shared.model.backend import Backend
 
 # Checkpoints carry TransformerEngine's names, where a norm in front of a projection is a part of it.
 DELTA_NET_CHECKPOINT_KEYS = {"input_layernorm.": "self_attention.in_proj.layer_norm_"}
@@ -139,15 +138,15 @@ def causal_convolution(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Ten
     return mixed
 
 
-def delta_net_spec(net: values.GatedDeltaNet, norm: Norm) -> ModuleSpec:
-    """A gated delta net in the place of attention in a layer's spec."""
+def delta_net_spec(net: values.GatedDeltaNet, norm: Norm, backend: Backend, layer: int) -> ModuleSpec:
+    """A gated delta net in the place of attention in a layer's spec; `layer` as `Backend` counts them."""
     return ModuleSpec(
         module=TorchGatedDeltaNet,
         params={"net": net},
         submodules=GatedDeltaNetSubmodules(
-            in_proj=ColumnParallelLinear,
-            out_norm=norm_of(norm, checkpointed=True),
-            out_proj=RowParallelLinear,
+            in_proj=backend.column_parallel_linear(layer),
+            out_norm=backend.norm(norm, checkpointed=True),
+            out_proj=backend.row_parallel_linear(layer),
         ),
     )
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from shared.architecture.architecture import Activation, Architecture, Attention, LatentAttention
 from shared.kernels.attention.masks import segment_positions
+from shared.model.backend import LOCAL, Backend
 from shared.model.cross_entropy import vocab_parallel_cross_entropy
 from shared.model.embedding_and_head import (
     adapt_embedding,
@@ -78,18 +79,26 @@ class LanguageModel(GPTModel):
     MTP layers are not run otherwise. A prefix LM reads positions and mask from the ids, on every stage.
     """
 
-    def __init__(self, architecture: Architecture, config: TransformerConfig, vp_stage: int | None) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: TransformerConfig,
+        vp_stage: int | None,
+        backend: Backend = LOCAL,
+    ) -> None:
         num_layers = get_num_layers_to_build(config, vp_stage)
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(architecture, get_transformer_layer_offset(config, vp_stage), num_layers),
+            transformer_layer_spec=block_spec(
+                architecture, backend, get_transformer_layer_offset(config, vp_stage), num_layers
+            ),
             vocab_size=architecture.padded_vocab_size(config.tensor_model_parallel_size),
             max_sequence_length=architecture.position_rows,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             share_embeddings_and_output_weights=architecture.head.tied,
             position_embedding_type=_position_embedding_type(architecture),
-            mtp_block_spec=mtp_spec(architecture),
+            mtp_block_spec=mtp_spec(architecture, backend),
             vp_stage=vp_stage,
         )
         self.architecture = architecture
@@ -104,11 +113,11 @@ class LanguageModel(GPTModel):
         factorised_size = architecture.embedding.factorised_size
         if self.pre_process or self.mtp_process:
             if factorised_size is not None:
-                factorise_embedding(self.embedding, factorised_size)
-            adapt_embedding(self.embedding, architecture)
+                factorise_embedding(self.embedding, factorised_size, backend)
+            adapt_embedding(self.embedding, architecture, backend)
         if self.post_process:
             if architecture.head.bias or factorised_size is not None:
-                self.output_layer = output_layer(self, architecture)
+                self.output_layer = output_layer(self, architecture, backend)
             if factorised_size is not None:
                 factorise_output(self)
             adapt_output(self.output_layer, architecture.head)
@@ -239,9 +248,10 @@ def build(
     *,
     dtype: torch.dtype,
     recompute: Recompute = "none",
+    backend: Backend = LOCAL,
     **overrides: Any,
 ) -> list[LanguageModel]:
-    """This process's chunks of the model, one for every virtual pipeline stage, on its device.
+    """This process's chunks of the model, one for every virtual pipeline stage, on its device, built of `backend`.
 
     `initialize(layout, seed)` comes first. The weights are NaN until `shared.model.weights.load` fills them, so
     that a forgotten one cannot pass for a trained one; `perform_initialization=True` among the overrides draws
@@ -251,7 +261,7 @@ def build(
     layout.check_model(architecture)
     config = transformer_config(architecture, layout, dtype, recompute=recompute, **overrides)
     stages: list[int | None] = list(range(layout.virtual_pipeline)) if layout.virtual_pipeline > 1 else [None]
-    chunks = [LanguageModel(architecture, config, stage).to(prepare()) for stage in stages]
+    chunks = [LanguageModel(architecture, config, stage, backend).to(prepare()) for stage in stages]
     if not config.perform_initialization:
         with torch.no_grad():
             for chunk in chunks:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
@@ -17,8 +16,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from shared.architecture.architecture import LatentAttention
 from shared.architecture.norm import Norm
-from shared.model.attention import CoreAttention
-from shared.model.norm import norm_of
+from shared.model.backend import Backend, LocalBackend
 from shared.model.rope import RotaryAngles, amplitude
 
 # Checkpoints carry TransformerEngine's names, where a norm in front of a projection is a part of it.
@@ -43,10 +41,42 @@ class LatentSelfAttention(MLASelfAttention):
     """
 
     def __init__(
-        self, config: Any, *args: Any, mla: LatentAttention, max_position_embeddings: int, **kwargs: Any
+        self,
+        config: Any,
+        submodules: MLASelfAttentionSubmodules,
+        *args: Any,
+        mla: LatentAttention,
+        max_position_embeddings: int,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(config, *args, **kwargs)
+        # Megatron-Core knows the classes of the down-projections by name: its own are built, a backend's take their place.
+        own = LocalBackend().column_parallel_linear(0)
+        down_projections = {"linear_q_down_proj": own, "linear_kv_down_proj": own}
+        super().__init__(config, replace(submodules, **down_projections), *args, **kwargs)
+        if mla.q_lora_rank is not None and submodules.linear_q_down_proj is not own:
+            self.linear_q_down_proj = self._down_projection(
+                submodules.linear_q_down_proj, mla.q_lora_rank, "q_down_proj"
+            )
+        if submodules.linear_kv_down_proj is not own:
+            size = mla.kv_lora_rank + mla.qk_rope_head_dim
+            self.linear_kv_down_proj = self._down_projection(submodules.linear_kv_down_proj, size, "kv_down_proj")
         self.rotary_pos_emb = _AnglesAndAmplitude(mla.rotary, mla.qk_rope_head_dim, max_position_embeddings)
+
+    def _down_projection(self, linear: Any, size: int, name: str) -> torch.nn.Module:
+        built: torch.nn.Module = linear(
+            self.config.hidden_size,
+            size,
+            config=self.config,
+            init_method=self.config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name=name,
+            skip_weight_param_allocation=False,
+            tp_group=self.pg_collection.tp,
+        )
+        return built
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
         """The spec as it is: Megatron-Core would put a norm in front of queries that are projected directly."""
@@ -74,9 +104,12 @@ class LatentSelfAttention(MLASelfAttention):
 _RESOLVED = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
 
 
-def mla_spec(mla: LatentAttention, norm: Norm, max_position_embeddings: int) -> ModuleSpec:
-    """Attention of a layer's spec."""
-    low_rank_norm = norm_of(replace(norm, epsilon=mla.norm_epsilon), checkpointed=False)
+def mla_spec(
+    mla: LatentAttention, norm: Norm, max_position_embeddings: int, backend: Backend, layer: int
+) -> ModuleSpec:
+    """Attention of a layer's spec; `layer` as `Backend` counts them."""
+    low_rank_norm = backend.norm(replace(norm, epsilon=mla.norm_epsilon), checkpointed=False)
+    column = backend.column_parallel_linear(layer)
     return ModuleSpec(
         module=LatentSelfAttention,
         params={
@@ -85,13 +118,13 @@ def mla_spec(mla: LatentAttention, norm: Norm, max_position_embeddings: int) -> 
             "max_position_embeddings": max_position_embeddings,
         },
         submodules=MLASelfAttentionSubmodules(
-            linear_q_proj=ColumnParallelLinear,
-            linear_q_down_proj=ColumnParallelLinear,
-            linear_q_up_proj=ColumnParallelLinear,
-            linear_kv_down_proj=ColumnParallelLinear,
-            linear_kv_up_proj=ColumnParallelLinear,
-            core_attention=ModuleSpec(module=CoreAttention, params={"attention": mla}),
-            linear_proj=RowParallelLinear,
+            linear_q_proj=column,
+            linear_q_down_proj=column,
+            linear_q_up_proj=column,
+            linear_kv_down_proj=column,
+            linear_kv_up_proj=column,
+            core_attention=ModuleSpec(module=backend.core_attention(), params={"attention": mla}),
+            linear_proj=backend.row_parallel_linear(layer),
             q_layernorm=low_rank_norm,
             kv_layernorm=low_rank_norm,
         ),

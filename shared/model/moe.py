@@ -7,47 +7,64 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core import parallel_state
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from shared.architecture.architecture import Architecture, MoE
+from shared.model.backend import Backend
 
 
-def moe_spec(moe: MoE) -> Callable[..., Any]:
-    """Builder of a layer's MoE."""
-    linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    each = MLPSubmodules(linear_fc1=with_bias(ColumnParallelLinear), linear_fc2=with_bias(ShareOfBias))
+def moe_spec(moe: MoE, backend: Backend, layer: int) -> Callable[..., Any]:
+    """Builder of a layer's MoE; `layer` as `Backend` counts them."""
+    column = backend.column_parallel_linear(layer, expert=True)
+    row = backend.row_parallel_linear(layer, expert=True)
+    of_experts = MLPSubmodules(linear_fc1=column, linear_fc2=row)
+    if moe.expert.bias:
+        of_experts = MLPSubmodules(linear_fc1=_with_bias(column), linear_fc2=_with_share_of_bias(row))
     return partial(
         MoELayer,
         submodules=MoESubmodules(
-            experts=partial(SequentialMLP, submodules=each if moe.expert.bias else linear),
-            shared_experts=partial(SharedExpertMLP, submodules=linear),
+            experts=backend.grouped_mlp_modules(of_experts),
+            shared_experts=partial(
+                SharedExpertMLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=backend.column_parallel_linear(layer),
+                    linear_fc2=backend.row_parallel_linear(layer),
+                ),
+            ),
             router=_router(moe),
         ),
     )
 
 
-def with_bias(linear: Callable[..., Any]) -> Callable[..., Any]:
+def _with_bias(linear: Callable[..., Any]) -> Callable[..., Any]:
     """`linear` with a bias, whatever Megatron-Core's switch for all layers says."""
     return lambda *args, **kwargs: linear(*args, **{**kwargs, "bias": True})
 
 
-class ShareOfBias(RowParallelLinear):
-    """An expert's second layer that gives out this tensor-parallel process's share of its bias.
+def _with_share_of_bias(linear: Callable[..., Any]) -> Callable[..., Any]:
+    """An expert's fc2 that returns this tensor-parallel rank's share of its bias.
 
-    Megatron-Core adds an expert's bias before it sums what the processes that share the expert answer, and so
-    refuses biases where there are several. It adds in place, which autograd forbids on what a reduction gave out.
+    Megatron-Core adds an expert's bias before it sums the outputs of the ranks that share the expert, and so refuses
+    biases where there are several. It adds in place, which autograd forbids on the output of a reduction.
     """
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """As Megatron-Core's."""
-        output, bias = super().forward(*args, **kwargs)
-        return output.clone(), bias / self.tp_group.size()
+    def share(
+        module: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        summed, bias = output
+        return summed.clone(), bias / parallel_state.get_expert_tensor_parallel_world_size()
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        built = linear(*args, **{**kwargs, "bias": True})
+        built.register_forward_hook(share)
+        return built
+
+    return build
 
 
 class BiasedRouter(TopKRouter):

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import mlp as megatron_mlp
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -32,11 +31,11 @@ from shared.architecture.architecture import (
     Norm,
     Rotary,
 )
-from shared.model.attention import ClippedLinear, CoreAttention, Rotary2DSelfAttention, RotarySelfAttention
+from shared.model.attention import Rotary2DSelfAttention, RotarySelfAttention, clipped
+from shared.model.backend import Backend
 from shared.model.gated_delta_net import DELTA_NET_CHECKPOINT_KEYS, delta_net_spec
 from shared.model.mla import MLA_CHECKPOINT_KEYS, mla_spec
 from shared.model.moe import moe_spec
-from shared.model.norm import norm_of, qk_norms
 from shared.model.rope import RotaryAngles, amplitude
 from shared.model.transformer_layer import GeneralTransformerLayer, needs_general_layer
 
@@ -52,76 +51,86 @@ def model_rotary(architecture: Architecture) -> Rotary | None:
     return next((m.rotary for m in mixers if isinstance(m, Attention | LatentAttention) and m.rotary), None)
 
 
-def block_spec(architecture: Architecture, first_layer: int, num_layers: int) -> TransformerBlockSubmodules:
+def block_spec(
+    architecture: Architecture, backend: Backend, first_layer: int, num_layers: int
+) -> TransformerBlockSubmodules:
     """Layers from `first_layer` on and the final norm."""
-    spec = _Spec(architecture)
-    layers = architecture.layers[first_layer : first_layer + num_layers]
+    spec = _Spec(architecture, backend)
     norm = architecture.head.norm
     return TransformerBlockSubmodules(
-        layer_specs=[spec.layer(layer) for layer in layers],
-        layer_norm=norm_of(norm, checkpointed=True) if norm else None,
+        layer_specs=[
+            spec.layer(architecture.layers[index], index) for index in range(first_layer, first_layer + num_layers)
+        ],
+        layer_norm=backend.norm(norm, checkpointed=True) if norm else None,
     )
 
 
-def mtp_spec(architecture: Architecture) -> MultiTokenPredictionBlockSubmodules | None:
+def mtp_spec(architecture: Architecture, backend: Backend) -> MultiTokenPredictionBlockSubmodules | None:
     """MTP layers; None without any."""
     mtp = architecture.mtp
     if mtp is None:
         return None
-    spec = _Spec(architecture)
-    norm = norm_of(mtp.layer.norm, checkpointed=True)
-    layer = ModuleSpec(
-        module=MultiTokenPredictionLayer,
-        submodules=MultiTokenPredictionLayerSubmodules(
-            enorm=norm,
-            hnorm=norm,
-            layer_norm=norm,
-            eh_proj=ColumnParallelLinear,
-            mtp_model_layer=spec.layer(mtp.layer),
-        ),
-    )
-    return MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * mtp.depth)
+    spec = _Spec(architecture, backend)
+    norm = backend.norm(mtp.layer.norm, checkpointed=True)
+    layers = [
+        ModuleSpec(
+            module=MultiTokenPredictionLayer,
+            submodules=MultiTokenPredictionLayerSubmodules(
+                enorm=norm,
+                hnorm=norm,
+                layer_norm=norm,
+                eh_proj=backend.column_parallel_linear(index),
+                mtp_model_layer=spec.layer(mtp.layer, index),
+            ),
+        )
+        for index in range(architecture.num_layers, architecture.num_layers + mtp.depth)
+    ]
+    return MultiTokenPredictionBlockSubmodules(layer_specs=layers)
 
 
 class _Spec:
     """Specs of one model's layers. Layers of one rotary embedding share its angles, which are computed once."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, backend: Backend) -> None:
+        self.backend = backend
         self.max_position_embeddings = architecture.max_position_embeddings
         self.rotary = model_rotary(architecture)
         self.position_streams = architecture.prefix.position_streams if architecture.prefix else 1
         self.angles: dict[Rotary, RotaryAngles] = {}
 
-    def layer(self, layer: Layer) -> ModuleSpec:
-        norm = norm_of(layer.norm, checkpointed=False) if layer.pre_norms else IdentityOp
+    def layer(self, layer: Layer, index: int) -> ModuleSpec:
+        """`index`: of the layer, as `Backend` counts them."""
+        plain_norm = self.backend.norm(layer.norm, checkpointed=False)
+        norm = plain_norm if layer.pre_norms else IdentityOp
+        post_norm = None if layer.norm_placement == "pre" else plain_norm
         general = needs_general_layer(layer)
-        attention, keys = self._mixer(layer)
+        attention, keys = self._mixer(layer, index)
         dense = isinstance(layer.mlp, MLP)
         return ModuleSpec(
             module=GeneralTransformerLayer if general else TransformerLayer,
-            params={"layer": layer} if general else {},
+            params={"layer": layer, "post_norm": post_norm} if general else {},
             submodules=TransformerLayerSubmodules(
                 input_layernorm=norm,
                 self_attention=attention,
                 self_attn_bda=get_bias_dropout_add,
                 pre_mlp_layernorm=IdentityOp if layer.residual.kind == "parallel_shared" else norm,
-                mlp=_mlp(layer.mlp),
+                mlp=self._mlp(layer.mlp, index),
                 mlp_bda=get_bias_dropout_add,
                 sharded_state_dict_keys_map={**keys, **(_DENSE_KEYS if dense else {})},
             ),
         )
 
-    def _mixer(self, layer: Layer) -> tuple[ModuleSpec, dict[str, str]]:
+    def _mixer(self, layer: Layer, index: int) -> tuple[ModuleSpec, dict[str, str]]:
         """The mixer's spec, and how a checkpoint renames the norms that are part of its linear layers."""
         mixer = layer.mixer
         if isinstance(mixer, GatedDeltaNet):
-            return delta_net_spec(mixer, layer.norm), DELTA_NET_CHECKPOINT_KEYS
+            return delta_net_spec(mixer, layer.norm, self.backend, index), DELTA_NET_CHECKPOINT_KEYS
         if isinstance(mixer, LatentAttention):
-            return mla_spec(mixer, layer.norm, self.max_position_embeddings), MLA_CHECKPOINT_KEYS
-        return self._attention(mixer, layer.norm), _ATTENTION_KEYS
+            return mla_spec(mixer, layer.norm, self.max_position_embeddings, self.backend, index), MLA_CHECKPOINT_KEYS
+        return self._attention(mixer, layer.norm, index), _ATTENTION_KEYS
 
-    def _attention(self, attention: Attention, norm: Norm) -> ModuleSpec:
-        q_norm, k_norm = qk_norms(attention, norm)
+    def _attention(self, attention: Attention, norm: Norm, index: int) -> ModuleSpec:
+        q_norm, k_norm = self.backend.qk_norms(attention, norm)
         module: type = SelfAttention
         params: dict[str, Any] = {}
         if attention.rotary and self.position_streams > 1:
@@ -129,18 +138,29 @@ class _Spec:
         elif attention.rotary != self.rotary or amplitude(attention.rotary) != 1.0:
             module = RotarySelfAttention
             params = {"amplitude": amplitude(attention.rotary), "angles": self._own_angles(attention)}
-        projection = ColumnParallelLinear if attention.clip is None else partial(ClippedLinear, limit=attention.clip)
+        projection: Callable[..., Any] = self.backend.column_parallel_linear(index)
+        if attention.clip is not None:
+            projection = clipped(projection, attention.clip)
         return ModuleSpec(
             module=module,
             params={"attn_mask_type": AttnMaskType.causal, **params},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=_linear(projection, bias=attention.bias),
-                core_attention=partial(CoreAttention, attention=attention),
-                linear_proj=_linear(RowParallelLinear, bias=attention.output_bias),
+                core_attention=partial(self.backend.core_attention(), attention=attention),
+                linear_proj=_linear(self.backend.row_parallel_linear(index), bias=attention.output_bias),
                 q_layernorm=q_norm,
                 k_layernorm=k_norm,
             ),
         )
+
+    def _mlp(self, mlp: MLP | MoE, index: int) -> Callable[..., Any]:
+        if isinstance(mlp, MoE):
+            return moe_spec(mlp, self.backend, index)
+        linears = megatron_mlp.MLPSubmodules(
+            linear_fc1=_linear(self.backend.column_parallel_linear(index), bias=mlp.bias),
+            linear_fc2=_linear(self.backend.row_parallel_linear(index), bias=mlp.bias),
+        )
+        return partial(megatron_mlp.MLP.as_mlp_submodule, submodules=linears)
 
     def _own_angles(self, attention: Attention) -> RotaryAngles | None:
         """None: the model's, or a layer without rotary embedding."""
@@ -150,16 +170,6 @@ class _Spec:
         if rotary not in self.angles:
             self.angles[rotary] = RotaryAngles(rotary, attention.rotary_dim, self.max_position_embeddings)
         return self.angles[rotary]
-
-
-def _mlp(mlp: MLP | MoE) -> Callable[..., Any]:
-    if isinstance(mlp, MoE):
-        return moe_spec(mlp)
-    linears = megatron_mlp.MLPSubmodules(
-        linear_fc1=_linear(ColumnParallelLinear, bias=mlp.bias),
-        linear_fc2=_linear(RowParallelLinear, bias=mlp.bias),
-    )
-    return partial(megatron_mlp.MLP.as_mlp_submodule, submodules=linears)
 
 
 def _linear(linear: Callable[..., Any], *, bias: bool) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from shared.architecture.architecture import Layer
-from shared.model.norm import norm_of
+from shared.model.norm import NormBuilder
 
 
 def needs_general_layer(layer: Layer) -> bool:
@@ -35,6 +35,7 @@ class GeneralTransformerLayer(TransformerLayer):
         submodules: TransformerLayerSubmodules,
         *args: Any,
         layer: Layer,
+        post_norm: NormBuilder | None,
         **kwargs: Any,
     ) -> None:
         super().__init__(config, submodules, *args, **kwargs)
@@ -43,10 +44,9 @@ class GeneralTransformerLayer(TransformerLayer):
         self.multiplier, self.input_multiplier = layer.residual.multiplier, layer.residual.input_multiplier
         self.post_self_attn_layernorm: torch.nn.Module = torch.nn.Identity()
         self.post_mlp_layernorm: torch.nn.Module = torch.nn.Identity()
-        if layer.norm_placement != "pre":
-            norm = norm_of(layer.norm, checkpointed=False)
+        if post_norm is not None:
             sizes = {"config": config, "hidden_size": config.hidden_size}
-            self.post_self_attn_layernorm, self.post_mlp_layernorm = norm(**sizes), norm(**sizes)
+            self.post_self_attn_layernorm, self.post_mlp_layernorm = post_norm(**sizes), post_norm(**sizes)
 
     def forward(
         self,
