@@ -148,7 +148,7 @@ def save_ranks(chunk: Any, layout: ParallelConfig, folder: Path) -> None:
         "expert_model_parallel_size": layout.expert,
         "num_layers": a.num_layers,
         "hidden_size": a.hidden_size,
-        "num_attention_heads": a.num_attention_heads,
+        "num_attention_heads": a.attention.heads,
         "params_dtype": torch.float32,
         "model_type": ModelType.encoder_or_decoder,
     }

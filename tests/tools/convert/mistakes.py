@@ -41,7 +41,7 @@ class Mistake:
         right = registry.FAMILIES[a.family]
         table = right.table(a)
         wrong = replace(table, rules=tuple(map(self.rule, table.rules)))
-        return replace(right, table=lambda _: wrong, read=lambda config: self.reading(right.read(config)))
+        return replace(right, own_table=lambda _: wrong, read=lambda config: self.reading(right.read(config)))
 
 
 def mistakes_of(a: Architecture) -> list[Mistake]:

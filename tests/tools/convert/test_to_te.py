@@ -130,7 +130,7 @@ def test_the_layers_compute_what_transformers_does(
     for index, (name, change) in enumerate(mistakes(a)):
         table = family.table(a)
         wrong = replace(table, rules=tuple(change(rule) for rule in table.rules))
-        monkeypatch.setitem(registry.FAMILIES, a.family, replace(family, table=lambda _, wrong=wrong: wrong))
+        monkeypatch.setitem(registry.FAMILIES, a.family, replace(family, own_table=lambda _, wrong=wrong: wrong))
         assert convert("to-te", "--source", source, "--target", tmp_path / f"te{index}").code == 0
         with subtests.test(name):
             assert differs(MODEL.Model(tmp_path / f"te{index}", ENGINE.TransformerLayer)(some_ids()), expected)

@@ -23,7 +23,7 @@ def mistaken(change: Callable[[Rule], Rule]) -> Any:
         right = llama.FAMILY.table(architecture)
         return replace(right, rules=tuple(change(rule) for rule in right.rules))
 
-    return replace(llama.FAMILY, table=table)
+    return replace(llama.FAMILY, own_table=table)
 
 
 def gate_after_up(rule: Rule) -> Rule:
