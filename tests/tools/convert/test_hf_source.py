@@ -84,7 +84,7 @@ def test_ranks_are_the_joined_model(
     for directory, target in ((joined, "wanted"), (source, "made")):
         answer = convert(command, "--source", directory, "--target", tmp_path / target)
         assert answer.code == 0, answer.err
-    assert "the shapes are those of glm-130b-tiny" in answer.err
+    assert "config.json: of glm-130b-tiny, which has the shapes of" in answer.err
     wanted, made = weights(tmp_path / "wanted"), weights(tmp_path / "made")
     assert wanted.keys() == made.keys()
     assert len([name for name, content in wanted.items() if len(content) > 1000]) > 1
@@ -142,7 +142,7 @@ def test_a_model_of_no_published_shape_needs_its_configuration(
     words = ("to-megatron", "--source", source, "--target", tmp_path / "megatron")
     answer = convert(*words)
     assert (answer.code, answer.err.count("\n")) == (2, 1), answer.err
-    assert "is of no published model (num_layers 3, " in answer.err
+    assert "no published model has its shapes (num_layers 3, " in answer.err
     assert "--hf-files DIR" in answer.err
     (files / "model.safetensors").rename(tmp_path / "model.safetensors")
     answer = convert(*words, "--hf-files", files)

@@ -311,7 +311,7 @@ BROKEN: dict[Callable[[Path], None], str] = {
     other_iteration: "iteration is 8, in",
     cut_short: "is truncated",
     harmful: "it was not run",
-    other_heads: "the run had num_attention_heads 8, config.json says 4",
+    other_heads: "num_attention_heads of the run is 8, config.json says 4",
     another_version: "checkpoint_version is 4.0",
     no_model: "has no `model`",
     surplus_tensor: "linear_qkv.bias is unknown to this family and would be lost",

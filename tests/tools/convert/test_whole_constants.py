@@ -75,8 +75,8 @@ def test_trained_ones_are_refused(source: Path, convert: Any, tmp_path: Path) ->
     (target / "manifest.json").unlink()  # as another program's
     answer = convert("to-hf", "--source", target, "--target", tmp_path / "back")
     assert answer.code == 2
-    assert "layer_norm_weight is not one, and this model has none" in answer.err
+    assert "layer_norm_weight is not one, but the model has no such parameter: its values would be lost" in answer.err
     assert not (tmp_path / "back").exists()
     answer = convert("verify", "--source", source, "--target", target)
     assert answer.code == 1
-    assert "layer_norm_weight is not one, though the model has none" in answer.err
+    assert "layer_norm_weight is not one, but the model has no such parameter" in answer.err
