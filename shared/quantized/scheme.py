@@ -93,7 +93,7 @@ def quantization_scheme(config: Mapping[str, Any]) -> QuantizationScheme | None:
     if given is None:
         return None
     if not isinstance(given, Mapping):
-        raise UserError(f"config.json: quantization_config is {given!r}; a JSON object is required")
+        raise UserError(f"config.json: quantization_config is {given!r}, not a JSON object; fetch config.json again")
     method = given.get("quant_method")
     if method == "mxfp4":
         _check(given, _MXFP4, set())
@@ -122,14 +122,16 @@ def _check_pack_quantized(given: Mapping[str, Any]) -> None:
     _require(given, ("format",))
     groups = given.get("config_groups")
     if not isinstance(groups, Mapping) or not groups or not all(isinstance(g, Mapping) for g in groups.values()):
-        raise UserError(f"config.json: quantization_config.config_groups is {groups!r}; groups of modules are required")
+        raise UserError(
+            f"config.json: quantization_config.config_groups is {groups!r}, not groups of modules; fetch config.json again"
+        )
     for name, group in groups.items():
         place = f"config_groups.{name}."
         _check(group, _GROUP, {"weights"}, place)
         weights = group.get("weights")
         if not isinstance(weights, Mapping):
             raise UserError(
-                f"config.json: quantization_config.{place}weights is {weights!r}; a JSON object is required"
+                f"config.json: quantization_config.{place}weights is {weights!r}, not a JSON object; fetch config.json again"
             )
         _check(weights, _WEIGHTS, _CALIBRATION, f"{place}weights.")
         _require(weights, ("num_bits", "group_size"), f"{place}weights.")

@@ -95,7 +95,7 @@ def test_windows_of_any_kind_are_parts_of_the_whole(source: Path) -> None:
     rows, columns = whole.shape
     for row, count, first, width in ((0, rows, 0, columns), (3, 5, 1, columns - 1), (2, 1, 7, 9), (0, rows, 31, 1)):
         out = bytearray(count * width * 2)
-        weight.matrix().read(reader._files, row, count, 2 * first, 2 * width, memoryview(out))
+        weight.view().read(reader._files, row, count, 2 * first, 2 * width, memoryview(out))
         found = torch.frombuffer(out, dtype=torch.int16).view(count, width)
         assert torch.equal(found, whole.view(torch.int16)[row : row + count, first : first + width])
 
@@ -195,5 +195,5 @@ def test_other_forms_are_refused_by_name(
     (source / "config.json").write_text(json.dumps(config))
     answer = convert("to-megatron", "--source", source, "--target", tmp_path / "megatron")
     assert (answer.code, words in answer.err) == (2, True), answer.err
-    assert "fetch " in answer.err or "wanted" in answer.err
+    assert "fetch " in answer.err
     assert not (tmp_path / "megatron").exists()
