@@ -48,6 +48,7 @@ _ACTIVATION_NAMES: Mapping[Activation, str] = {
     "relu": "relu",
 }
 _NOTHING: Mapping[str, Any] = {}
+MOST_LAYERS = 100_000  # each is listed; more than that is a typing error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,8 +230,11 @@ def read_decoder(
     mlp: dict[str, Any] = {"ffn_hidden_size": ffn}
     if spelling.activation:
         mlp["activation"] = activation(fields, spelling.activation, activations, default_activation)
+    layers = fields.get(spelling.layers, int)
+    if layers > MOST_LAYERS:
+        raise UserError(f"config.json: {spelling.layers} is {layers}; at most {MOST_LAYERS} layers are supported")
     return Decoder(
-        num_layers=fields.get(spelling.layers, int),
+        num_layers=layers,
         hidden_size=hidden,
         vocab_size=fields.get(spelling.vocab, int),
         max_position_embeddings=positions,
