@@ -23,18 +23,18 @@ def test_the_document_is_what_the_command_prints(convert: Any) -> None:
 
 def test_whatever_a_family_says_is_in_its_description() -> None:
     family = registry.FAMILIES["gemma"]
-    sizes = dict(family.sizes)
-    tiny = sizes["gemma-tiny"]
+    configs = dict(family.size_configs)
+    tiny = configs["gemma-tiny"]
     changed = [
-        replace(family, sizes=sizes | {"another": tiny}),
-        replace(family, sizes=sizes | {"gemma-tiny": tiny.with_values(rotary={"theta": 1e6})}),
+        replace(family, size_configs=configs | {"another": tiny}),
+        replace(family, size_configs=configs | {"gemma-tiny": {**tiny, "rope_theta": 1e6}}),
     ]
     found = {proofs.description(given) for given in (family, *changed)}
     assert len(found) == 3
     assert proofs.description(family) in found
 
 
-@pytest.mark.parametrize("part", ["table", "read", "write"])
+@pytest.mark.parametrize("part", ["own_table", "read", "write"])
 def test_a_change_in_the_table_or_the_configuration_is_one_of_the_description(
     part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -46,7 +46,7 @@ def test_a_change_in_the_table_or_the_configuration_is_one_of_the_description(
         return replace(known, rules=known.rules[::-1])
 
     other = {
-        "table": table,
+        "own_table": table,
         "read": lambda fields: family.read(fields).with_values(norm={"epsilon": 0.5}),
         "write": lambda a: family.write(a) | {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": None},
     }
