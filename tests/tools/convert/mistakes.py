@@ -36,9 +36,8 @@ class Mistake:
     def kind(self) -> tuple[str, str]:
         return self.name, self.held_by
 
-    def family(self, a: Architecture) -> Family:
-        """The architecture's family with the mistake."""
-        right = registry.FAMILIES[a.family]
+    def family(self, right: Family, a: Architecture) -> Family:
+        """The architecture's family with this mistake and no other."""
         table = right.table(a)
         wrong = replace(table, rules=tuple(map(self.rule, table.rules)))
         return replace(right, own_table=lambda _: wrong, read=lambda config: self.reading(right.read(config)))

@@ -82,8 +82,9 @@ def test_a_mistake_is_found(
     source = write_architecture(tmp_path / "hf", architecture)
     with proof("mistakes", size=size) as figures:
         figures |= {"caught": 0, "of": len(mistakes)}
+        family = registry.FAMILIES[architecture.family]
         for index, mistake in enumerate(mistakes):
-            monkeypatch.setitem(registry.FAMILIES, architecture.family, mistake.family(architecture))
+            monkeypatch.setitem(registry.FAMILIES, architecture.family, mistake.family(family, architecture))
             target = tmp_path / f"megatron{index}"
             assert convert("to-megatron", "--source", source, "--target", target).code == 0
             with subtests.test(mistake.name):
