@@ -67,9 +67,10 @@ class Model(nn.Module):
     def forward(self, ids):
         """`[batch, positions]` to logits `[batch, positions, vocabulary]`."""
         a, ends, state = self.description["architecture"], self.description["ends"], self.state
-        x = functional.embedding(ids.T, state["embedding.weight"]) * a["embedding_multiplier"]
+        embedding, head = a["embedding"], a["head"]
+        x = functional.embedding(ids.T, state["embedding.weight"]) * embedding["multiplier"]
         if "position_embedding" in ends:
-            table = state["position_embedding.weight"][a["learned_position_offset"] :]
+            table = state["position_embedding.weight"][embedding["positions"]["offset"] :]
             x = x + table[: len(x), None]
         if "embedding_norm" in ends:
             x = norm(ends["embedding_norm"], under(state, "embedding_norm"), x)
@@ -79,9 +80,9 @@ class Model(nn.Module):
                 call["rotary_pos_emb"] = angles(call["rotary_pos_emb"], len(x)).to(x.device)
             x = layer(x, **call)
         x = norm(ends["final_norm"], under(state, "final_norm"), x)
-        head = ends["output_layer"].get("tied_to", "output_layer.weight")
-        weight = functional.normalize(state[head]) if a["normalized_head"] else state[head]
-        logits = functional.linear(x, weight, state.get("output_layer.bias")) * a["logit_multiplier"]
-        if cap := a["logit_softcap"]:
+        weight = state[ends["output_layer"].get("tied_to", "output_layer.weight")]
+        weight = functional.normalize(weight) if head["normalized"] else weight
+        logits = functional.linear(x, weight, state.get("output_layer.bias")) * head["multiplier"]
+        if cap := head["softcap"]:
             logits = cap * torch.tanh(logits / cap)
         return logits.transpose(0, 1)

@@ -1,6 +1,6 @@
 """Attention written out, with what torch's scaled_dot_product_attention has no argument for: soft cap and sinks.
 
-Shapes: B batch, H query heads, G key/value heads, S sequence, D head_dim, V value head_dim.
+Shapes: as in `sdpa`.
 """
 
 from __future__ import annotations
@@ -16,20 +16,18 @@ def attend(
     v_BGSV: torch.Tensor,
     mask: torch.Tensor | None,
     *,
-    scale: float | None,
     softcap: float | None = None,
     sinks_H: torch.Tensor | None = None,
+    scale: float | None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """`softmax([cap tanh(scale q k^T / cap) | sink])[..., :S] v`, `[B, H, S, V]`.
 
     Args:
-        q_BHSD, k_BGSD, v_BGSV: G divides H; G consecutive runs of query heads share a key/value head.
+        q_BHSD, k_BGSD, v_BGSV, scale, dropout: as of `sdpa.attend`.
         mask: bool, True where a key is attended to, `[1 or B, 1, S, S]`. None: causal.
-        scale: None: `1 / sqrt(D)`.
         softcap: `cap` (Gemma 2); None: scores are not capped.
         sinks_H: one more score a head, without a value (gpt-oss).
-        dropout: probability with which a weight of a value is dropped.
     """
     repeats = q_BHSD.shape[1] // k_BGSD.shape[1]
     k, v = k_BGSD.repeat_interleave(repeats, dim=1), v_BGSV.repeat_interleave(repeats, dim=1)

@@ -39,8 +39,8 @@ def test_weights_are_distributed_as_transformers_draws_them(convert: Any, tmp_pa
             assert (found == 0).all(), name
             assert name.endswith((".bias", "_proj_bias")) or reader.tensors[name].dtype == "F32", name
         elif name in norms:
-            stored_zero_centered = architecture.norm == "rmsnorm_1p" and not norms[name].zero_centered_gamma
-            assert (found == (0 if stored_zero_centered else 1)).all(), name
+            zero_centered = architecture.layers[0].norm.zero_centered_gamma and not norms[name].zero_centered_gamma
+            assert (found == (0 if zero_centered else 1)).all(), name
         else:
             few = found.size**-0.5  # how far off the deviation of so few numbers is
             assert found.std() == pytest.approx(architecture.initializer_range, rel=max(0.1, 3 * few)), name

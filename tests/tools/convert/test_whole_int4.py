@@ -65,7 +65,7 @@ def test_there_and_back(source: Path, convert: Any, tmp_path: Path) -> None:
     plain = as_int4(source)
     target, back, again, te = (tmp_path / name for name in ("megatron", "plain", "int4", "te"))
     said = done(convert("to-megatron", "--source", source, "--target", target))
-    assert f"{len(plain)} weights in int4 in groups (compressed-tensors) are written as bfloat16" in said
+    assert f"{len(plain)} weights dequantised from int4 in groups (compressed-tensors) to bfloat16" in said
     done(convert("verify", "--source", source, "--target", target))
     done(convert("to-hf", "--source", target, "--target", back))
     found, stored = load_file(back / "model.safetensors"), load_file(source / "model.safetensors")
