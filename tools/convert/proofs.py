@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tokenize
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +46,23 @@ def description(family: Family) -> str:
 
 
 def code() -> str:
-    """Hash of the code that reads, maps and computes a family."""
+    """Hash of the code that reads, maps and computes a family, without comments and docstrings."""
     digest = hashlib.sha256()
     for path in sorted(file for folder in _DECIDING for file in (_SHARED / folder).rglob("*.py")):
-        digest.update(path.read_bytes())
+        with path.open("rb") as file:
+            digest.update("\0".join(_tokens(file.readline)).encode())
     return digest.hexdigest()[:16]
+
+
+def _tokens(readline: Callable[[], bytes]) -> Iterator[str]:
+    """Tokens of a module but comments, docstrings and layout within a statement."""
+    ignored = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING)
+    found = [token for token in tokenize.tokenize(readline) if token.type not in ignored]
+    begins = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    for index, token in enumerate(found):
+        first = not index or found[index - 1].type in begins
+        if not (first and token.type == tokenize.STRING and found[index + 1].type == tokenize.NEWLINE):
+            yield {tokenize.INDENT: "indent", tokenize.DEDENT: "dedent"}.get(token.type, token.string)
 
 
 def tested_sizes(family: Family) -> dict[str, Architecture]:

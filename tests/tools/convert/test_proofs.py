@@ -58,8 +58,12 @@ def test_a_change_in_the_table_or_the_configuration_is_one_of_the_description(
 def test_the_files_that_are_shared_are_in_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("families", "mapping", "model"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "a.py").write_text("1")
+        (tmp_path / name / "a.py").write_text('"""Before."""\n\na = f(1)\n')
     monkeypatch.setattr(proofs, "_SHARED", tmp_path)
     before = proofs.code()
-    (tmp_path / "model" / "a.py").write_text("2")
-    assert proofs.code() != before
+    module = tmp_path / "model" / "a.py"
+    module.write_text('"""After."""\na = f(\n    1\n)  # one\n')
+    assert proofs.code() == before
+    for other in ("a = f(2)\n", 'b = """Before."""\na = f(1)\n', "if a:\n    a = f(1)\n"):
+        module.write_text(other)
+        assert proofs.code() != before
