@@ -87,7 +87,7 @@ class _Match:
             else:
                 replaced[self._replacement(name, tensor)] = tensor
         deltas: dict[str, Delta] = {}
-        for module, own in parts.items():
+        for module, own in sorted(parts.items()):
             deltas |= self._experts(module, own) if _EXPERTS.fullmatch(module) else self._module(module, own)
         self._check_complete(deltas, replaced)
         return Changes(deltas=deltas, replaced=replaced)

@@ -82,7 +82,7 @@ def test_configuration_file(convert: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert convert("init", "--target", tmp_path / "m", "--model-config", tmp_path / "config.json").code == 0
     written = json.loads((tmp_path / "m" / "config.json").read_text())
-    assert written["rope_parameters"]["rope_theta"] == written["rope_theta"] == architecture.rope_theta
+    assert written["rope_parameters"]["rope_theta"] == written["rope_theta"] == architecture.attention.rotary.theta
     assert registry.from_config(written) == architecture
 
 

@@ -153,7 +153,7 @@ def test_a_family_that_transformers_lacks_as_one_that_it_has(
     """From either form the logits are the same, or what the other family lacks is named and nothing written."""
     architecture = registry.sizes()[size]
     source, megatron, te, target, of_te = (tmp_path / name for name in ("hf", "megatron", "te", "other", "other-of-te"))
-    dtype = "fp32" if architecture.normalized_head else "bf16"  # rows that are divided are rounded, too
+    dtype = "fp32" if architecture.head.normalized else "bf16"  # rows that are divided are rounded, too
     write_architecture(source, architecture, dtype=dtype)
     families = able(architecture)
     for command, form, made in (("to-megatron", megatron, target), ("to-te", te, of_te)):
@@ -169,7 +169,7 @@ def test_a_family_that_transformers_lacks_as_one_that_it_has(
         assert not made.exists()
     if not families:
         return
-    if architecture.normalized_head:
+    if architecture.head.normalized:
         assert "lm_head.weight: rows divided by their L2 norms" in answer.err
         trained, written = (load_file(path / "model.safetensors")["lm_head.weight"] for path in (source, target))
         assert torch.equal(written, torch.nn.functional.normalize(trained.double()).float())

@@ -97,9 +97,9 @@ def test_logits_and_mistakes_that_they_find(
     for index, (name, wrong) in enumerate(mistakes(predicting)):
         target = tmp_path / f"megatron{index}"
         with monkeypatch.context() as patch:
-            patch.setitem(
-                registry.FAMILIES, predicting.family, Mistake(name=name, held_by="mtp", rule=wrong).family(predicting)
-            )
+            mistake = Mistake(name=name, held_by="mtp", rule=wrong)
+            family = mistake.family(registry.FAMILIES[predicting.family], predicting)
+            patch.setitem(registry.FAMILIES, predicting.family, family)
             converted(convert, source, target)
             back = tmp_path / f"back{index}"
             converted(convert, target, back, command="to-hf")
