@@ -13,16 +13,17 @@ from shared.errors import UserError
 from shared.parallel import ParallelConfig
 from shared.runtime.device import backend, prepare
 
+_layout: ParallelConfig | None = None  # of Megatron-Core's groups, where there are any
+
 
 def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
     """Process groups and random generators for `parallel`; returns this process's device.
 
     Joins the world that `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` describe, or makes a world of one
-    when `RANK` is absent. Called again it replaces the model-parallel groups. Raises `UserError` when the world has
+    when `RANK` is absent. Called again for another layout it replaces the groups. Raises `UserError` when the world has
     another number of processes.
     """
     device = prepare()
-    _forget_groups()
     if not torch.distributed.is_initialized():
         if "RANK" in os.environ:
             torch.distributed.init_process_group(backend())
@@ -32,14 +33,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
     started = torch.distributed.get_world_size()
     if started != parallel.processes:
         raise UserError(f"--processes {parallel.processes}, but this job has {started}; give --processes {started}")
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        context_parallel_size=parallel.context,
-        expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=parallel.etp,
-    )
+    _make_groups(parallel)
     # Pipeline stages draw different numbers, data-parallel replicas the same: Megatron-LM's rule.
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(stage_seed)
@@ -49,13 +43,26 @@ def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
     return device
 
 
-def _forget_groups() -> None:
-    """Take down what an earlier call made; a world of several processes stays, since all of them would have to meet."""
-    if not parallel_state.model_parallel_is_initialized():
-        return
-    parallel_state.destroy_model_parallel()
-    if torch.distributed.get_world_size() == 1:  # gloo's threads poll: those of dozens of old groups fill a core
-        torch.distributed.destroy_process_group()
+def _make_groups(parallel: ParallelConfig) -> None:
+    """Megatron-Core's groups; those of an equal layout stay.
+
+    gloo has a thread for each group, and it polls. Groups end with their last reference, and Megatron-Core's optimizer
+    is never freed: its views of fp32 parameters hold the gradient hooks that refer to it.
+    """
+    global _layout
+    if parallel_state.model_parallel_is_initialized():
+        if parallel == _layout:
+            return
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.etp,
+    )
+    _layout = parallel
 
 
 def leave() -> None:
