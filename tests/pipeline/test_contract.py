@@ -109,17 +109,35 @@ def test_a_full_disk_is_one_line_and_nothing_is_left(
 READERS = [
     ("convert", "to-hf", "mg", ()),
     ("convert", "to-megatron", "hf", ()),
-    ("pretrain", "train", "mg", ("--data", "{data}")),
-    ("sft", "train", "mg", ("--data", "{data}")),
+    ("pretrain", "train", "mg", ("--data", "{data}/pretrain", "--sequence-length", "64")),
+    ("sft", "train", "mg", ("--data", "{data}/sft")),
     ("rlhf", "reward", "hf", ("--data", "{rows}")),
     ("rlhf", "ppo", "hf", ("--prompts", "{rows}", "--reward", "py:{function}:f")),
     ("infer", "generate", "hf", ("--prompts", "{rows}")),
 ]
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, baton: Baton) -> Path:
+    """Prepared data of each training tool: `pretrain/`, `sft/`."""
+    place = tmp_path_factory.mktemp("data")
+    (place / "text.jsonl").write_text(
+        json.dumps({"text": "The quick brown fox jumps over the lazy dog. " * 200}) + "\n"
+    )
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (place / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    baton(
+        "pretrain", "tokenizer", "--source", place / "text.jsonl", "--target", place / "tokenizer", "--vocab-size", 300
+    )
+    for tool, source, more in (("pretrain", "text.jsonl", ()), ("sft", "chats.jsonl", ("--sequence-length", 64))):
+        words = ("--source", place / source, "--tokenizer", place / "tokenizer", "--target", place / tool)
+        baton(tool, "prepare", *words, *more)
+    return place
+
+
 @pytest.mark.parametrize(("tool", "name", "form", "more"), READERS, ids=[f"{t} {c}" for t, c, *_ in READERS])
 def test_one_flipped_bit_is_found_by_every_reader(
-    model: Path, tmp_path: Path, baton: Baton, tool: str, name: str, form: str, more: tuple[str, ...]
+    model: Path, data: Path, tmp_path: Path, baton: Baton, tool: str, name: str, form: str, more: tuple[str, ...]
 ) -> None:
     damaged = tmp_path / form
     shutil.copytree(model / form, damaged)
@@ -131,8 +149,7 @@ def test_one_flipped_bit_is_found_by_every_reader(
         file.write(bytes([byte ^ 1]))
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     (tmp_path / "function.py").write_text("def f(prompts, completions, **columns):\n    return [0.0] * len(prompts)\n")
-    (tmp_path / "data").mkdir()
-    places = {"data": tmp_path / "data", "rows": tmp_path / "rows.jsonl", "function": tmp_path / "function.py"}
+    places = {"data": data, "rows": tmp_path / "rows.jsonl", "function": tmp_path / "function.py"}
     words = [word.format(**places) for word in more]
     done = baton(tool, name, "--source", damaged, "--target", tmp_path / "target", *words, code=2)
     error = one_error(done)
