@@ -1,0 +1,250 @@
+"""What shared/model relies on inside of Megatron-Core: docs/upstream.md."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import recompute
+from megatron.core.distributed.finalize_model_grads import _allreduce_non_tensor_model_parallel_grads
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.models.gpt import GPTModel
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.router import Router, TopKRouter
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock, MultiTokenPredictionLayer
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from shared.model.gated_delta_net import TorchGatedDeltaNet
+from shared.model.mla import _RESOLVED, LatentSelfAttention
+from shared.model.moe import _BestGroups
+from shared.model.rope import PrefixRotaryAngles
+from shared.model.transformer_layer import GeneralTransformerLayer
+from tests.upstream import attributes_read, attributes_set, binds, calls, parameters, relies_on
+
+ATTENTION = "shared/model/attention.py"
+DELTA_NET = "shared/model/gated_delta_net.py"
+EMBEDDING = "shared/model/embedding_and_head.py"
+GPT = "shared/model/gpt.py"
+LAYER = "shared/model/transformer_layer.py"
+MLA = "shared/model/mla.py"
+MOE = "shared/model/moe.py"
+
+
+def test_attention_scales_rotary_angles_by_its_yarn_factor() -> None:
+    assert "_yarn_concentration_factor" in attributes_set(Attention.__init__), ATTENTION
+    factor = {"mscale": "self._yarn_concentration_factor"}
+    calls(ATTENTION, Attention.forward, "apply_rotary_pos_emb", "query", "q_pos_emb", **factor)
+    calls(ATTENTION, Attention.forward, "apply_rotary_pos_emb", "key", "k_pos_emb", **factor)
+
+
+def test_attention_takes_queries_and_keys_from_a_method() -> None:
+    calls(ATTENTION, Attention.forward, "self.get_query_key_value_tensors", "hidden_states", "key_value_states")
+    relies_on(ATTENTION, Attention.forward, "query, key, value = qkv_output", "rotary_pos_emb is not None")
+
+
+def test_the_attention_mask_reaches_the_attention_product() -> None:
+    product = ("apply_module(self.core_attention)", "query", "key", "value", "attention_mask")
+    calls(ATTENTION, Attention.forward, *product, attn_mask_type="attn_mask_type")
+    calls(ATTENTION, Attention._run_core_attention, *product, attn_mask_type="attn_mask_type")
+    mask = {"attention_mask": "attention_mask"}
+    calls(ATTENTION, GPTModel.forward, "self.decoder", **mask)
+    calls(ATTENTION, TransformerBlock.forward, "layer", **mask)
+    calls(ATTENTION, recompute.checkpointed_forward, "dict", **mask)
+    calls(ATTENTION, TransformerLayer._forward_attention, "self.self_attention", "input_layernorm_output", **mask)
+
+
+def test_rotary_angles_are_made_of_inverse_frequencies() -> None:
+    rope = RotaryEmbedding(8, 1.0, use_cpu_initialization=True)
+    rope.inv_freq = torch.tensor([1.0, 0.5, 0.25, 0.125])
+    assert not rope.state_dict()
+    assert rope.get_freqs_non_repeated(3)[2].tolist() == [2.0, 1.0, 0.5, 0.25]
+    calls("shared/model/rope.py", RotaryEmbedding.get_emb, "self.get_freqs_non_repeated", "max_seq_len", "offset")
+
+
+def test_gpt_calls_its_rotary_embedding() -> None:
+    assert "rotary_pos_emb" in attributes_set(GPTModel.__init__), GPT
+    calls(GPT, GPTModel._preprocess, "self.rotary_pos_emb", "rotary_seq_len")
+    calls(GPT, GPTModel._preprocess, "self.rotary_pos_emb", "position_ids", "self.mrope_section")
+    assert parameters(PrefixRotaryAngles.forward) == {"position_ids", "section", "cp_group"}
+
+
+def test_gpt_ends_in_a_method_called_by_keyword() -> None:
+    read = ("input_ids", "position_ids", "hidden_states", "attention_mask", "rotary_pos_emb", "labels")
+    calls(GPT, GPTModel.forward, "self._postprocess", **{name: name for name in read})
+    relies_on(
+        GPT,
+        GPTModel._postprocess,
+        "output_weight = self.shared_embedding_or_output_weight()",
+        "logits.transpose(0, 1).contiguous()",
+        "self.compute_language_model_loss(labels, logits)",
+    )
+
+
+def test_mtp_states_are_one_tensor() -> None:
+    wanted = ("input_ids", "position_ids", "hidden_states", "attention_mask", "rotary_pos_emb", "embedding")
+    binds(GPT, MultiTokenPredictionBlock.forward, None, **dict.fromkeys(wanted))
+    relies_on(
+        GPT,
+        MultiTokenPredictionBlock.forward,
+        "hidden_states_list.append(hidden_states)",
+        "hidden_states = torch.cat(hidden_states_list, dim=0)",
+    )
+
+
+def test_embeddings_are_set_up_by_a_method_that_marks_weights() -> None:
+    calls(GPT, GPTModel.__init__, "self.setup_embeddings_and_output_layer")
+    relies_on(
+        GPT,
+        LanguageModule.setup_embeddings_and_output_layer,
+        "self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True",
+        "self.output_layer.weight.is_embedding_or_output_parameter = True",
+        "self.shared_embedding_or_output_weight().shared_embedding = True",
+    )
+
+
+def test_an_embedding_is_made_of_these_modules() -> None:
+    read = {"config", "vocab_size", "tp_group", "reduce_scatter_embeddings"}
+    replaced = {"word_embeddings", "position_embeddings", "embedding_dropout"}
+    assert read | replaced <= attributes_set(LanguageModelEmbedding.__init__), EMBEDDING
+    relies_on(
+        EMBEDDING,
+        LanguageModelEmbedding.forward,
+        "word_embeddings = self.word_embeddings(input_ids)",
+        "position_embeddings = self.position_embeddings(position_ids)",
+        "embeddings = word_embeddings + position_embeddings",
+        "embeddings = embeddings.transpose(0, 1).contiguous()",
+        "embeddings = self.embedding_dropout(embeddings)",
+    )
+
+
+def test_the_output_layer_is_called_with_a_weight() -> None:
+    assert {"parallel_output", "vocab_size"} <= attributes_set(GPTModel.__init__), EMBEDDING
+    calls(EMBEDDING, GPTModel._postprocess, "self.output_layer", "hidden_states", weight="output_weight")
+    as_ours = {"bias": "False", "skip_bias_add": "False", "gather_output": "not self.parallel_output"}
+    calls(EMBEDDING, GPTModel.__init__, "output_layer_cls", "config.hidden_size", "self.vocab_size", **as_ours)
+    binds(EMBEDDING, ColumnParallelLinear.forward, None, None, weight=None)
+    relies_on(EMBEDDING, ColumnParallelLinear.forward, "weight is None")
+
+
+def test_gradients_are_summed_by_mark_and_by_name() -> None:
+    relies_on(
+        "shared/model/norm.py",
+        _allreduce_non_tensor_model_parallel_grads,
+        "config.sequence_parallel and getattr(param, 'sequence_parallel', False)",
+        "config.qk_layernorm and ('q_layernorm' in name or 'k_layernorm' in name)",
+    )
+
+
+def test_mla_finds_its_norms_in_a_method() -> None:
+    calls(MLA, MLASelfAttention.__init__, "self._resolve_qk_norm_config", "submodules")
+    assert parameters(LatentSelfAttention._resolve_qk_norm_config) == {"submodules"}
+    relies_on(MLA, MLASelfAttention.__init__, *(f"layer_classes['{name}']" for name in _RESOLVED))
+
+
+def test_mla_projects_down_in_a_method() -> None:
+    body = MLASelfAttention.get_query_key_value_tensors
+    calls(MLA, body, "self._qkv_down_projection", "hidden_states")
+    relies_on(
+        MLA,
+        body,
+        "kv_combined.size(-1) != self.config.kv_lora_rank + self.config.qk_pos_emb_head_dim",
+        "k_pos_emb = gather_from_sequence_parallel_region(k_pos_emb, group=self.tp_group)",
+    )
+
+
+def test_mla_builds_down_projections_of_classes_it_knows() -> None:
+    for name, size in (
+        ("linear_q_down_proj", "self.config.q_lora_rank"),
+        ("linear_kv_down_proj", "self.config.kv_lora_rank + self.config.qk_pos_emb_head_dim"),
+    ):
+        relies_on(
+            MLA,
+            MLASelfAttention.__init__,
+            f"submodules.{name} in [Linear, TEColumnParallelLinear, ColumnParallelLinear]",
+            f"raise ValueError(f'Unsupported {name}: {{submodules.{name}}}')",
+        )
+        common = {
+            "bias": "False",
+            "skip_bias_add": "False",
+            "is_expert": "False",
+            "init_method": "self.config.init_method",
+        }
+        calls(
+            MLA,
+            MLASelfAttention.__init__,
+            "build_module",
+            f"submodules.{name}",
+            "self.config.hidden_size",
+            size,
+            **common,
+        )
+
+
+def test_mla_takes_angles_and_their_factor_from_its_rotary_embedding() -> None:
+    relies_on(
+        MLA,
+        MLASelfAttention.get_query_key_value_tensors,
+        "self.config.rope_type == 'rope'",
+        "rotary_pos_emb, mscale = self.rotary_pos_emb(rotary_seq_len, packed_seq=thd_packed_seq)",
+    )
+
+
+def test_a_router_adds_its_bias() -> None:
+    relies_on(MOE, Router.__init__, "self.bias = None")
+    calls(MOE, Router.gating, "router_gating_linear", "input", "self.weight", "self.bias")
+
+
+def test_a_router_asks_its_replay_for_the_choice() -> None:
+    relies_on(
+        MOE,
+        moe_utils.topk_routing_with_score_function,
+        "router_replay.get_replay_topk(scores, topk, num_groups, group_topk, _compute_topk)",
+    )
+    calls(MOE, TopKRouter.routing, "topk_routing_with_score_function", "logits", router_replay="self.router_replay")
+    relies_on(MOE, TopKRouter.__init__, "self.router_replay = None")
+    relies_on(MOE, Router.set_layer_number, "self.router_replay.layer_number = layer_number")
+    binds(MOE, _BestGroups(1).get_replay_topk, None, 1, 1, 1, None)
+
+
+def test_an_expert_adds_its_bias_in_place() -> None:
+    relies_on(
+        MOE,
+        MLP.forward,
+        "output, output_bias = apply_module(self.linear_fc2)(cast(torch.Tensor, intermediate_parallel))",
+        "output += output_bias.unsqueeze(0) * per_token_scale.unsqueeze(-1)",
+    )
+
+
+def test_a_delta_net_finds_the_attributes_that_it_reads() -> None:
+    used = (GatedDeltaNet._setup_variant_attrs, GatedDeltaNet.reset_parameters, GatedDeltaNet.sharded_state_dict)
+    inherited = set(dir(GatedDeltaNet)) | {"config"}
+    made = attributes_set(TorchGatedDeltaNet.__init__, GatedDeltaNet._setup_variant_attrs)
+    lacking = attributes_read(*used) - inherited - made
+    assert not lacking, f"{sorted(lacking)}: set them in {DELTA_NET}, which skips GatedDeltaNet.__init__"
+    assert {"in_proj_extra_dim", "feat_dim_split"} <= attributes_set(GatedDeltaNet._setup_variant_attrs)
+    assert {"in_proj", "conv1d", "dt_bias", "A_log", "out_norm", "out_proj"} <= attributes_set(
+        GatedDeltaNet.__mro__[1].__init__
+    )
+
+
+def test_layers_are_called_by_keyword() -> None:
+    own = parameters(GeneralTransformerLayer.forward) - {"others"}
+    passed = {name: name for name in own}
+    calls(LAYER, TransformerBlock.forward, "layer", **passed)
+    calls(LAYER, recompute.checkpointed_forward, "dict", **passed)
+    relies_on(LAYER, recompute.checkpointed_forward, "hidden_states, context = layer(**layer_kwargs)")
+    calls(LAYER, MultiTokenPredictionLayer._proj_and_transformer_layer, "self.mtp_model_layer", **passed)
+    relies_on(
+        LAYER,
+        TransformerLayer.forward,
+        "hidden_states, context = self._forward_attention(*args, **kwargs)",
+        "return (output, context)",
+    )
+    parts = {"input_layernorm", "self_attention", "pre_mlp_layernorm", "mlp", "hidden_dropout"}
+    assert parts <= attributes_set(TransformerLayer.__init__), LAYER

@@ -1,0 +1,115 @@
+"""What shared/training relies on inside of Megatron-Core: docs/upstream.md."""
+
+from __future__ import annotations
+
+import queue
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.optimizer import DistributedOptimizer, _get_param_groups, get_standard_config_overrides
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.transformer_block import TransformerBlock
+
+from shared.data.indexed import IndexedWriter
+from shared.training.state import CONTENT
+from tests.upstream import attributes_set, binds, relies_on
+
+OPTIMIZER = "shared/training/optimizer.py"
+STATE = "shared/training/state.py"
+
+
+def test_the_writers_queue_is_the_modules(monkeypatch) -> None:
+    own = queue.Queue()
+    monkeypatch.setattr(filesystem_async, "_results_queue", own)
+    assert filesystem_async.get_write_results_queue() is own, STATE
+    relies_on(
+        STATE,
+        filesystem_async.FileSystemWriterAsync.prepare_write_data,
+        "self.results_queue = get_write_results_queue()",
+    )
+    assert not torch_strategy.HAVE_NVRX, f"nvidia-resiliency-ext has a queue of its own: re-read {STATE}"
+
+
+def test_optimizer_state_is_made_by_an_update() -> None:
+    body = DistributedOptimizer._init_optimizer_states_with_dummy_values
+    binds(OPTIMIZER, body, None)
+    relies_on(
+        OPTIMIZER, body, "param.grad = torch.zeros_like(param)", "self.optimizer.step()", "self.optimizer.zero_grad()"
+    )
+
+
+def test_parameter_state_is_loaded_by_number() -> None:
+    body = DistributedOptimizer.load_parameter_state_from_fully_reshardable
+    binds(OPTIMIZER, body, None, {})
+    relies_on(
+        OPTIMIZER,
+        body,
+        "state_dict[param_idx].items()",
+        "k == 'step'",
+        "src_tensors[k] = v_flat",
+        "self._set_main_param_and_optimizer_states(model_param, src_tensors)",
+    )
+    relies_on(OPTIMIZER, DistributedOptimizer.load_state_dict, "'param_state' in state_dict")
+
+
+def test_groups_carry_the_step() -> None:
+    relies_on(
+        OPTIMIZER,
+        DistributedOptimizer.state_dict,
+        "state_dict['optimizer'] = {k: v for k, v in inner_state_dict.items() if k != 'state'}",
+        "del param_group['params']",
+        "param_group['step'] = step",
+    )
+    relies_on(OPTIMIZER, DistributedOptimizer.load_state_dict, "s['step'] = step")
+
+
+def test_groups_have_a_factor_of_weight_decay() -> None:
+    relies_on(OPTIMIZER, _get_param_groups, "'wd_mult'")
+    relies_on(OPTIMIZER, get_standard_config_overrides, "ParamGroupOverride(wd_mult=0.0)")
+    relies_on(
+        OPTIMIZER,
+        OptimizerParamScheduler.step,
+        "param_group['weight_decay'] = self.get_wd(param_group) * param_group.get('wd_mult', 1.0)",
+    )
+
+
+def test_several_optimizers_are_described_by_number() -> None:
+    assert "chained_optimizers" in attributes_set(ChainedOptimizer.__init__), OPTIMIZER
+    relies_on(
+        OPTIMIZER,
+        ChainedOptimizer.sharded_state_dict,
+        "len(self.chained_optimizers) == 1",
+        "sharded_state_dict[optimizer_idx] = optim_state_dict",
+        "should_add_prefix = 'distrib_optim_sharding_type' in metadata and metadata['distrib_optim_sharding_type'] "
+        "not in DistributedOptimizer.checkpoint_fully_reshardable_formats "
+        "or not metadata.get('chained_optim_avoid_prefix', False)",
+    )
+    binds(OPTIMIZER, DistributedOptimizer.sharded_state_dict, None, {}, False, metadata={})
+    relies_on(
+        OPTIMIZER,
+        DistributedOptimizer.sharded_state_dict,
+        "state_dict['param_state'] = param_state",
+        "state_dict['param_state_sharding_type'] = sharding_type",
+    )
+    assert CONTENT["distrib_optim_sharding_type"] in DistributedOptimizer.checkpoint_fully_reshardable_formats
+
+
+def test_a_checkpoint_is_laid_out_by_these_keys() -> None:
+    body = TransformerBlock.sharded_state_dict
+    relies_on(
+        STATE,
+        body,
+        "(metadata or {}).get('singleton_local_shards', False)",
+        "metadata is not None and metadata.get('non_homogeneous_layers', False)",
+    )
+
+
+def test_an_index_has_lengths_and_pointers(tmp_path) -> None:
+    with IndexedWriter(tmp_path / "data", np.dtype(np.uint16)) as writer:
+        writer.add(np.arange(5), [3, 2])
+    index = IndexedDataset(str(tmp_path / "data"), mmap=True).index
+    assert index.dtype == np.uint16, "shared/training/data.py"
+    assert (list(index.sequence_lengths), list(index.sequence_pointers)) == ([3, 2], [0, 6])

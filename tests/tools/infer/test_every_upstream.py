@@ -1,0 +1,172 @@
+"""What infer relies on inside of vLLM, lm-evaluation-harness and transformers: docs/upstream.md."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from importlib import import_module
+
+import pytest
+from lm_eval import evaluator
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.vllm_causallms import VLLM
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.models.mpt.modeling_mpt import MptModel
+from vllm import LLM, ModelRegistry
+from vllm.entrypoints.launchers import launcher
+from vllm.entrypoints.launchers.api_server.entry import build_and_serve
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.model_executor.models.registry import _PREVIOUSLY_SUPPORTED_MODELS, _LazyRegisteredModel
+from vllm.platforms.cpu import CpuPlatform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.attention.backends.mla.amx_mla import AMXMLABackend
+from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from tests.upstream import attributes_set, binds, calls, relies_on, says_nothing_of
+from tools.infer.engines import vllm_arguments, vllm_support
+
+ENGINE = "tools/infer/engines/vllm.py"
+EVALUATE = "tools/infer/evaluate.py"
+SERVE = "tools/infer/serve.py"
+SUPPORT = "tools/infer/engines/vllm_support.py"
+TASKS = "tools/infer/tasks.py"
+
+
+def test_a_registered_model_loads_its_class() -> None:
+    entry = ModelRegistry.models["LlamaForCausalLM"]
+    assert isinstance(entry, _LazyRegisteredModel), SUPPORT
+    binds(SUPPORT, entry.load_model_cls)
+    relies_on(SUPPORT, _LazyRegisteredModel.load_model_cls, "return getattr(mod, self.class_name)")
+    binds(SUPPORT, ModelRegistry.register_model, "name", object)
+
+
+def test_models_of_earlier_versions_are_named() -> None:
+    assert all(
+        isinstance(name, str) and version[:1].isdigit() for name, version in _PREVIOUSLY_SUPPORTED_MODELS.items()
+    )
+    assert _PREVIOUSLY_SUPPORTED_MODELS, SUPPORT
+
+
+def test_head_sizes_of_the_cpu_kernels() -> None:
+    assert 64 in CPUAttentionBackend.get_supported_head_sizes(), SUPPORT
+    # vLLM takes the second where the processor has AMX, ours asks the first
+    assert CPUMLABackend.get_supported_head_sizes() == AMXMLABackend.get_supported_head_sizes() == [576], SUPPORT
+
+
+@pytest.mark.parametrize("name", sorted(vllm_support._NOT_READ))
+def test_fields_that_a_models_class_does_not_compute(name: str) -> None:
+    field, _ = vllm_support._NOT_READ[name]
+    module = inspect.getmodule(ModelRegistry.models[name].load_model_cls())
+    if name == "GPT2LMHeadModel":  # asserted without a message
+        relies_on(SUPPORT, module, "assert not config.scale_attn_by_inverse_layer_idx")
+    else:
+        says_nothing_of(SUPPORT, module, f"config.{field}", f'"{field}"')
+
+
+def test_a_block_of_the_cache_on_a_cpu() -> None:
+    relies_on(
+        "tools/infer/engines/vllm_arguments.py",
+        CpuPlatform.check_and_update_config,
+        f"cache_config.block_size = {vllm_arguments._BLOCK}",
+    )
+
+
+def test_workers_are_spawned_by_an_environment_variable() -> None:
+    relies_on(SERVE, CpuPlatform.check_and_update_config, "os.environ['VLLM_WORKER_MULTIPROC_METHOD'] = 'spawn'")
+
+
+def test_an_engine_is_stepped() -> None:
+    assert "llm_engine" in attributes_set(LLM.__init__), ENGINE
+    binds(ENGINE, LLMEngine.add_request, None, "0", None, None)
+    binds(ENGINE, LLMEngine.step, None)
+    binds(ENGINE, LLMEngine.has_unfinished_requests, None)
+    assert "engine_core" in attributes_set(LLMEngine.__init__), ENGINE
+    binds(ENGINE, EngineCoreClient.shutdown, None)
+
+
+def test_a_server_stops_its_engine_by_shutdown() -> None:
+    assert isinstance(AsyncLLM.errored, property), SERVE
+    binds(SERVE, AsyncLLM.shutdown, None, timeout=1.0)
+    calls(SERVE, launcher.serve_http, "partial", "engine_client.shutdown", timeout="timeout")
+
+
+def test_a_server_is_built_of_an_engine_and_a_socket() -> None:
+    binds(SERVE, build_and_serve, None, "base", None, None, log_config={})
+    assert inspect.signature(build_and_serve, eval_str=True).return_annotation is asyncio.Task, SERVE
+    relies_on(SERVE, build_and_serve, "log_config is not None", "uvicorn_kwargs['log_config'] = log_config")
+
+
+def test_options_of_a_server_are_its_parsers() -> None:
+    words = ["--model", "m", "--served-model-name", "n", "--host", "h", "--port", "1"]
+    options = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
+    assert (options.model, options.served_model_name, options.host, options.port) == ("m", ["n"], "h", 1), SERVE
+
+
+def test_a_task_file_is_loaded_with_what_it_includes(tmp_path) -> None:
+    (tmp_path / "functions.py").write_text("def words(doc): return doc\n")
+    (tmp_path / "common.yaml").write_text("output_type: loglikelihood\ntask: other\n")
+    (tmp_path / "task.yaml").write_text("include: common.yaml\ntask: own\ndoc_to_text: !function functions.words\n")
+    config = load_yaml(tmp_path / "task.yaml")
+    assert (config["task"], config["output_type"], config["doc_to_text"](1)) == ("own", "loglikelihood", 1), TASKS
+
+
+def test_tasks_are_indexed_by_name() -> None:
+    manager = TaskManager(include_defaults=False)
+    assert (dict(manager.task_index), list(manager.all_tasks)) == ({}, []), TASKS
+    entry = import_module("lm_eval.tasks._index").Entry
+    assert "yaml_path" in entry.__dataclass_fields__, TASKS
+    binds(EVALUATE, manager.load, [{}])
+
+
+def test_tasks_are_prepared_for_an_evaluation() -> None:
+    relies_on(
+        EVALUATE,
+        evaluator.simple_evaluate,
+        "(default_num_fewshot := task_obj.get_config('num_fewshot')) is None",
+        "task_obj.set_config(key='num_fewshot', value=0)",
+        "task_obj.set_fewshot_seed(seed=fewshot_random_seed)",
+        "random.seed(random_seed)",
+    )
+    binds(EVALUATE, evaluator.evaluate, None, None, limit=1, apply_chat_template=False, bootstrap_iters=1,
+          fewshot_as_multiturn=True)  # fmt: skip
+
+
+def test_a_model_of_the_harness_holds_the_engines() -> None:
+    ours = "tools/infer/engines/transformers.py"
+    relies_on(ENGINE, VLLM.__init__, "self.model = LLM(**self.model_args)")
+    assert isinstance(HFLM.model, property), ours
+    assert "tokenizer" in attributes_set(HFLM.__init__, HFLM._create_tokenizer), ours
+
+
+def test_windows_of_long_texts() -> None:
+    ours = "tools/infer/engines/transformers.py"
+    calls(ours, VLLM.loglikelihood_rolling, "get_rolling_token_windows", max_seq_len="self.max_length - 2")
+    calls(ours, HFLM.loglikelihood_rolling, "utils.get_rolling_token_windows", max_seq_len="self.max_length")
+
+
+def test_fields_that_are_none_come_from_the_models_own_configuration() -> None:
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 8,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    model.generation_config = GenerationConfig(repetition_penalty=3.0)
+    assert model._prepare_generation_config(GenerationConfig())[0].repetition_penalty == 3.0
+    model.generation_config = GenerationConfig()
+    plain = model._prepare_generation_config(GenerationConfig(max_new_tokens=2))[0]
+    assert plain.repetition_penalty in (None, 1.0), "re-read _complete of tools/infer/engines/transformers.py"
+
+
+def test_mpt_makes_its_alibi_in_a_method() -> None:
+    ours = "shared/families/common/transformers_workarounds.py"
+    calls(ours, MptModel.forward, "self.build_mpt_alibi_tensor", "self.num_heads", "self.config.max_seq_len")
+    binds(ours, MptModel.build_mpt_alibi_tensor, None, 2, 4, alibi_bias_max=8, device=None)

@@ -1,0 +1,94 @@
+"""What rlhf relies on inside of DeepSpeed, TRL and transformers: docs/upstream.md."""
+
+from __future__ import annotations
+
+import inspect
+
+import deepspeed.ops
+from deepspeed.comm.torch import build_shm_op
+from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import nn
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, Trainer
+from transformers.generation.utils import GenerationMixin
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+from trl.trainer import grpo_trainer
+
+from tests.upstream import calls, relies_on
+from tools.rlhf.engines import trl
+
+DEEPSPEED = "tools/rlhf/engines/deepspeed.py"
+TINY = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8}
+
+
+def test_an_op_among_the_compatible_ones_is_built() -> None:
+    relies_on(
+        DEEPSPEED,
+        build_shm_op,
+        "builder = get_accelerator().create_op_builder('ShareMemCommBuilder')",
+        "builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False)",
+    )
+    assert ShareMemCommBuilder.NAME == "deepspeed_shm_comm", DEEPSPEED
+    relies_on(DEEPSPEED, deepspeed.ops, "globals()['__compatible_ops__'] = _probe_compatible_ops()")
+
+
+def test_a_partitioned_parameter_has_an_id() -> None:
+    relies_on(DEEPSPEED, Init._convert_to_deepspeed_param, "param.ds_id = Init.param_id")
+    relies_on(DEEPSPEED, deepspeed.zero.GatheredParameters.__init__, "hasattr(p, 'ds_id')")
+
+
+def test_every_optimizer_has_groups() -> None:
+    for kind in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, BF16_Optimizer, FP16_Optimizer):
+        assert isinstance(kind.param_groups, property), f"{kind.__name__}: re-read set_learning_rate of {DEEPSPEED}"
+
+
+def test_replies_are_sampled_once_a_period() -> None:
+    relies_on(
+        "tools/rlhf/algorithms/grpo.py",
+        GRPOTrainer._prepare_inputs,
+        "generate_every = self.args.steps_per_generation * self.num_iterations",
+        "self._step % generate_every == 0 or self._buffered_inputs is None",
+    )
+
+
+def test_a_reward_is_named_by_its_function() -> None:
+    def function() -> None: ...
+
+    function.__name__ = "length"
+    assert grpo_trainer.get_callable_name(function) == "length", "tools/rlhf/algorithms/grpo.py"
+    calls("tools/rlhf/algorithms/grpo.py", GRPOTrainer.__init__, "get_callable_name", "reward_funcs[i]")
+
+
+def test_a_checkpoint_is_on_disk_when_callbacks_hear_of_it() -> None:
+    assert f"{PREFIX_CHECKPOINT_DIR}-" == trl._CHECKPOINT
+    relies_on(
+        "tools/rlhf/engines/trl.py",
+        Trainer._maybe_log_save_evaluate,
+        "if self.control.should_save:\n    self._save_checkpoint(model, trial)\n"
+        "    self.control = self.callback_handler.on_save(self.args, self.state, self.control)",
+    )
+
+
+def test_given_processors_come_before_the_temperature() -> None:
+    class Ours:
+        """A processor."""
+
+    model = LlamaForCausalLM(LlamaConfig(**TINY))
+    settings = GenerationConfig(do_sample=True, temperature=0.5, top_k=0, max_new_tokens=1)
+    settings, _ = model._prepare_generation_config(settings)
+    ours = Ours()
+    found = model._get_logits_processor(settings, input_ids_seq_length=1, logits_processor=[ours])
+    assert found[0] is ours, "re-read _SampledLogProbs of tools/rlhf/rollout/in_process.py"
+    assert [type(each).__name__ for each in found[1:]] == ["TemperatureLogitsWarper"]
+    assert "logits_processor" in inspect.signature(GenerationMixin.generate).parameters
+
+
+def test_the_head_of_a_reward_model_is_its_score() -> None:
+    model = LlamaForSequenceClassification(LlamaConfig(**TINY, num_labels=1))
+    assert isinstance(model.score, nn.Linear), "re-read load_critic of tools/rlhf/models.py"
+    assert model.base_model is model.model
