@@ -17,7 +17,7 @@ SOURCES = sorted(
     path.relative_to(ROOT)
     for folder in ("shared", "tools", "demo", "containers", "tests")
     for path in (ROOT / folder).rglob("*.py")
-    if ".venv" not in path.parts and "build" not in path.parts
+    if not any(part.startswith(".venv") or part == "build" for part in path.parts)
 )
 
 # From the bottom up. A module imports from its own entry (the longest that it begins with) and from rows below it:
