@@ -46,11 +46,12 @@ def model_of():
 
 @pytest.fixture(scope="session")
 def saved(worker, tmp_path_factory):
-    """A directory with two iterations of random weights: `weights`, and `one_group` of one key/value head."""
+    """A directory with iterations of random weights: `weights`, `one_group` of one key/value head, `delta_net`."""
     directory = tmp_path_factory.mktemp("layouts")
     for name, architecture in {
         "weights": worker.architecture(),
         "one_group": worker.architecture(attention={"groups": 1}),
+        "delta_net": worker.delta_net(),
     }.items():
         initialize(ONE, 1)
         chunks = build(architecture, ONE, dtype=torch.float32, perform_initialization=True)
@@ -72,7 +73,7 @@ def two_processes(saved):
         env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -39,6 +39,17 @@ def architecture(**changes):
     return tiny.with_values(**changes)
 
 
+def delta_net():
+    """Gated delta nets and attention with dense MLPs: MoE has layout rules of its own."""
+    from dataclasses import replace
+
+    from shared.architecture.architecture import MLP
+    from shared.families import registry
+
+    size = replace(registry.sizes()["qwen3-next-tiny"], mtp=None, vocab_size=VOCAB)
+    return size.with_layers(lambda layer: replace(layer, mlp=MLP(ffn_hidden_size=96)))
+
+
 def save(chunks, directory):
     """The weights as a torch_dist iteration, by Megatron-Core."""
     from megatron.core import dist_checkpointing
@@ -198,6 +209,20 @@ def main(directory):
         chunks = build(architecture(attention={"groups": 1}), layout, dtype=torch.float32)
         weights.load(chunks, directory / "one_group")
         results[f"one group {name}"] = logits(chunks, ids)[0, -1, :8].tolist()
+
+    # Megatron-Core sums the gradient of a gated delta net's norm over TP ranks under sequence parallelism only.
+    for sequence_parallel in (True, False):
+        if not sequence_parallel:
+            ParallelConfig.check_model = lambda self, architecture: None
+        layout = ParallelConfig(processes=2, tensor=2, sequence_parallel=sequence_parallel)
+        losses, chunks = train(delta_net(), layout, directory / "delta_net", torch.float32)
+        (shared_norm,) = (
+            value for name, value in chunks[0].named_parameters() if name.endswith("0.self_attention.out_norm.weight")
+        )
+        of_ranks = [torch.empty_like(shared_norm) for _ in range(2)]
+        torch.distributed.all_gather(of_ranks, shared_norm.detach())
+        apart = (of_ranks[0] - of_ranks[1]).abs().max().item()
+        results[f"delta net {'with' if sequence_parallel else 'without'}"] = {"losses": losses, "ranks apart": apart}
     for vocab in (37, 21):
         results[f"cross entropy {vocab}"] = cross_entropy(vocab)
     if torch.distributed.get_rank() == 0:
