@@ -130,7 +130,7 @@ def test_nothing_is_touched_where_cuda_is_present():
         "chosen = []\n"
         "torch.cuda.set_device = chosen.append\n"
         "before = dict(vars(torch)), dict(vars(torch.cuda)), dict(vars(torch.Tensor))\n"
-        "from shared import device\n"
+        "from shared.runtime import device\n"
         "import os; os.environ['LOCAL_RANK'] = '3'\n"
         "assert device.prepare() == torch.device('cuda', 3) and chosen == [torch.device('cuda', 3)]\n"
         "assert device.backend() == 'nccl'\n"
