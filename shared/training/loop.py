@@ -21,6 +21,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 import shared.runtime.device
+from shared.architecture.architecture import Architecture
 from shared.checkpoint.directory.open import iteration_name
 from shared.console import log
 from shared.data.labels import IGNORE
@@ -36,6 +37,7 @@ from shared.training.optimizer import build_optimizer, set_learning_rate, wrap
 from shared.training.plan import Inputs
 from shared.training.recorder import Recorder, take_up
 from shared.training.samplers import batch_positions
+from shared.training.trainable import FULL, Frozen, Trainable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +73,7 @@ def train(run: Run) -> None:
     )
     resumed = None if directory.resumed is None else directory.path / iteration_name(directory.resumed)
     weights.load(chunks, resumed or run.inputs.source.iteration_path)
-    if not config.mtp_loss_scaling_factor:
-        keep_further_layers(chunks)
+    trainable_of(config, architecture).apply(chunks)
     model = wrap(chunks)
     optimizer = build_optimizer(config, model)
     step = 0
@@ -117,10 +118,9 @@ def train(run: Run) -> None:
     process_groups.leave()
 
 
-def keep_further_layers(chunks: list[gpt.LanguageModel]) -> None:
-    """Leave layers for tokens further ahead as they are: they are not run, and no optimizer has them."""
-    for chunk in (chunk for chunk in chunks if chunk.mtp_process):
-        chunk.mtp.requires_grad_(False)
+def trainable_of(config: TrainingConfig, architecture: Architecture) -> Trainable:
+    """All weights; without an MTP loss MTP layers are not run, and frozen."""
+    return Frozen(("mtp.*",)) if architecture.mtp and not config.mtp_loss_scaling_factor else FULL
 
 
 def model_overrides(config: TrainingConfig) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from shared.training.config import TrainingConfig
 
+_SHARDING = "fully_reshardable"  # each parameter's state in the parameter's own shape
+
 
 def wrap(chunks: list[GPTModel]) -> list[DistributedDataParallel]:
     """Data-parallel wrappers of this rank's model chunks, with gradients summed in fp32."""
@@ -29,6 +31,7 @@ def wrap(chunks: list[GPTModel]) -> list[DistributedDataParallel]:
             None,  # one bucket: nothing is reduced before the last gradient is there
             parallel_state.get_data_parallel_world_size(with_context_parallel=True),
             ddp_config,
+            expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_world_size(),
         )
         wrapped.append(
             DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0, full_param_layout=places)
@@ -39,6 +42,8 @@ def wrap(chunks: list[GPTModel]) -> list[DistributedDataParallel]:
 
 def build_optimizer(config: TrainingConfig, model: list[DistributedDataParallel]) -> MegatronOptimizer:
     """AdamW, its state and the fp32 main parameters cut over data-parallel ranks.
+
+    Experts with data-parallel groups of their own (EP > 1, or ETP != TP) are a second one of its `chained_optimizers`.
 
     Weight decay is decoupled and acts on matrices only: biases and norm weights are vectors and are left alone.
     """
@@ -60,11 +65,12 @@ def build_optimizer(config: TrainingConfig, model: list[DistributedDataParallel]
     )
     chunks_config = model[0].config
     chunks_config.grad_scale_func = optimizer.scale_loss
-    for group in optimizer.param_groups:
-        # Megatron-Core leaves this product to its own scheduler, which is not used here.
-        group["weight_decay"] = config.weight_decay * group["wd_mult"]
-        if isinstance(_inner(optimizer), torch.optim.AdamW):
-            group["fused"] = True  # one pass over memory instead of a dozen
+    for part in optimizer.chained_optimizers:
+        for group in part.param_groups:
+            # Megatron-Core leaves this product to its own scheduler, which is not used here.
+            group["weight_decay"] = config.weight_decay * group["wd_mult"]
+            if isinstance(part.optimizer, torch.optim.AdamW):
+                group["fused"] = True  # one pass over memory instead of a dozen
     return optimizer
 
 
@@ -73,39 +79,74 @@ def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def restore(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
+def sharded_state(
+    optimizer: MegatronOptimizer, weights: dict[str, Any], *, step: int, is_loading: bool, metadata: dict[str, Any]
+) -> dict[Any, Any]:
+    """The optimizer's sharded state dict; of several chained optimizers, their state dicts by index.
+
+    As Megatron-Core's `ChainedOptimizer.sharded_state_dict`, but for optimizers without parameters on this rank: experts
+    on a pipeline stage without MoE layers, or a frozen stage. Megatron-Core fails there: it takes the step from the state
+    of a parameter.
+
+    Args:
+        optimizer: one that `build_optimizer` made.
+        weights: the model's sharded state dict.
+        step: updates done.
+        is_loading: whether tensors are to be loaded into.
+        metadata: the checkpoint's content metadata, with `chained_optim_avoid_prefix`.
+    """
+
+    def state_of(part: DistributedOptimizer) -> dict[str, Any]:
+        if part.get_parameters():
+            state: dict[str, Any] = part.sharded_state_dict(weights, is_loading, metadata=metadata)
+            return state
+        groups = [
+            {name: value for name, value in group.items() if name != "params"} | {"step": step}
+            for group in part.param_groups
+        ]
+        return {"optimizer": {"param_groups": groups}, "param_state_sharding_type": _SHARDING}
+
+    states = [state_of(part) for part in optimizer.chained_optimizers]
+    return states[0] if len(states) == 1 else dict(enumerate(states))
+
+
+def restore(optimizer: MegatronOptimizer, saved: dict[Any, Any]) -> None:
     """Load the optimizer's part of a checkpoint, with a step counter of its own for every parameter.
+
+    Tensors are stored per parameter: one optimizer reads what two have saved, and the other way round. Of the stored
+    groups only the step is read; learning rate, betas and weight decay are the configuration's.
 
     With torch's AdamW (no Transformer Engine or Apex) Megatron-Core's own load goes wrong twice. It looks for a `step`
     among the saved tensors of each parameter, where there is none: the step is saved once, with the groups. And it
     gives all parameters one and the same `step` tensor, to which AdamW adds one per *parameter*, so that the bias
-    correction of a resumed run would jump ahead at every update. So groups and tensors are loaded one after the
-    other, and the counter is set aside between.
+    correction of a resumed run would run ahead at every update. So groups are loaded first and tensors second, with
+    the counters taken out in between.
     """
-    inner = _distributed(optimizer)
-    saved = dict(saved)
-    tensors = saved.pop("param_state")
-    assert saved.pop("param_state_sharding_type") == "fully_reshardable"
-    inner.load_state_dict(saved)
-    states = list(inner.optimizer.state.values())
-    steps = [state.pop("step", None) for state in states]  # FusedAdam counts in its groups
-    inner.load_parameter_state_from_fully_reshardable(tensors)
-    for state, step in zip(states, steps, strict=True):
-        if step is not None:
-            state["step"] = step.clone()
+    step, chained = _saved_step(saved), len(optimizer.chained_optimizers) > 1
+    for index, part in enumerate(optimizer.chained_optimizers):
+        if not part.get_parameters():
+            continue
+        state = part.state_dict()
+        for group in state["optimizer"]["param_groups"]:
+            group["step"] = step
+        part.load_state_dict(state)
+        states = list(part.optimizer.state.values())
+        counters = [each.pop("step", None) for each in states]  # FusedAdam has its counter in the groups
+        part.load_parameter_state_from_fully_reshardable((saved[index] if chained else saved)["param_state"])
+        for each, counter in zip(states, counters, strict=True):
+            if counter is not None:
+                each["step"] = counter.clone()
+
+
+def _saved_step(saved: dict[Any, Any]) -> Any:
+    """Updates done, from the groups of the optimizer or of the first of several."""
+    first = saved if "optimizer" in saved else saved[0]
+    assert first["param_state_sharding_type"] == _SHARDING
+    return first["optimizer"]["param_groups"][0]["step"]
 
 
 def allocate_state(optimizer: MegatronOptimizer) -> None:
     """Make Adam's state exist, so that a checkpoint has tensors to load into; its values are then overwritten."""
-    inner = _distributed(optimizer)
-    if not inner.optimizer.state:
-        inner._init_optimizer_states_with_dummy_values()
-
-
-def _distributed(optimizer: MegatronOptimizer) -> DistributedOptimizer:
-    (only,) = optimizer.chained_optimizers  # one for dense models
-    return only
-
-
-def _inner(optimizer: MegatronOptimizer) -> torch.optim.Optimizer:
-    return _distributed(optimizer).optimizer
+    for part in optimizer.chained_optimizers:
+        if part.get_parameters() and not part.optimizer.state:
+            part._init_optimizer_states_with_dummy_values()

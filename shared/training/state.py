@@ -20,7 +20,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from shared.console import log
-from shared.training.optimizer import allocate_state, restore
+from shared.training.optimizer import allocate_state, restore, sharded_state
+from shared.training.trainable import partly_frozen
 
 # Recorded in the checkpoint by Megatron-Core: how the names and shards in it are to be read.
 CONTENT = {
@@ -32,7 +33,8 @@ CONTENT = {
 
 def save(directory: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer, *, step: int) -> None:
     """Write the state after update `step` to an empty directory. Every rank calls this."""
-    sharded = _sharded(model, optimizer, is_loading=False)
+    sharded: dict[str, Any] = _weights(model)
+    sharded["optimizer"] = _optimizer_state(model, optimizer, step=step, is_loading=False)
     sharded |= {
         "checkpoint_version": 3.0,
         "iteration": step,
@@ -52,7 +54,7 @@ def load(directory: Path, model: list[DistributedDataParallel], optimizer: Megat
     common = dist_checkpointing.load_common_state_dict(str(directory))
     same_layout = common["layout"] == _layout()
     allocate_state(optimizer)
-    sharded = {"optimizer": _sharded(model, optimizer, is_loading=True)["optimizer"]}
+    sharded: dict[str, Any] = {"optimizer": _optimizer_state(model, optimizer, step=0, is_loading=True)}
     if same_layout:
         sharded["rng_state"] = _random_object(None)
     loaded = dist_checkpointing.load(sharded, str(directory))
@@ -66,25 +68,42 @@ def load(directory: Path, model: list[DistributedDataParallel], optimizer: Megat
     return int(common["iteration"])
 
 
-def _sharded(model: list[DistributedDataParallel], optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
-    """What is distributed over ranks, described: which rank holds which part of which global tensor."""
-    metadata = dict(CONTENT)
-    weights = {
+def _weights(model: list[DistributedDataParallel], **metadata: Any) -> dict[str, Any]:
+    """The model's sharded state dict: which rank holds which part of which global tensor."""
+    return {
         # Megatron-LM's names: `model`, or `model0`, `model1`... with a virtual pipeline.
-        "model" if len(model) == 1 else f"model{index}": chunk.module.sharded_state_dict(metadata=metadata)
+        "model" if len(model) == 1 else f"model{index}": chunk.module.sharded_state_dict(metadata=CONTENT | metadata)
         for index, chunk in enumerate(model)
     }
-    # The optimizer describes its state by the parameters it belongs to, before names are added to the dictionary.
-    state = optimizer.sharded_state_dict(dict(weights), is_loading=is_loading, metadata=metadata)
-    return weights | {"optimizer": state}
+
+
+def _optimizer_state(
+    model: list[DistributedDataParallel], optimizer: MegatronOptimizer, *, step: int, is_loading: bool
+) -> dict[Any, Any]:
+    """The optimizer's sharded state dict: tensors are named and sharded as the weights they belong to.
+
+    The layers of a weight are one tensor. With some of them frozen it would have holes, which torch refuses to save:
+    then every layer has a tensor of its own.
+    """
+    by_layer = {"non_homogeneous_layers": True} if partly_frozen([chunk.module for chunk in model]) else {}
+    weights = _weights(model, **by_layer)
+    return sharded_state(optimizer, weights, step=step, is_loading=is_loading, metadata=dict(CONTENT))
 
 
 def _layout() -> dict[str, int]:
+    """Sizes that random states depend on. Checkpoints before CP, EP and ETP lack these: defaults are left out."""
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    sizes_and_defaults = {
+        "context": (parallel_state.get_context_parallel_world_size(), 1),
+        "expert": (parallel_state.get_expert_model_parallel_world_size(), 1),
+        "expert_tensor": (parallel_state.get_expert_tensor_parallel_world_size(), tensor),
+    }
     return {
-        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "tensor": tensor,
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
         "virtual_pipeline": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
         "data": parallel_state.get_data_parallel_world_size(),
+        **{name: size for name, (size, default) in sizes_and_defaults.items() if size != default},
     }
 
 

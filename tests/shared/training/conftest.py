@@ -1,9 +1,14 @@
 """A tiny model and run for the tests of this folder."""
 
+import importlib.util
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -98,6 +103,46 @@ def start(tmp_path_factory) -> Path:
 def start_ahead(tmp_path_factory) -> Path:
     """The same of one that predicts two tokens further ahead."""
     return random_weights(tmp_path_factory.mktemp("ahead") / "release", AHEAD)
+
+
+@pytest.fixture(scope="session")
+def make_weights() -> Callable[[Path, Architecture], Path]:
+    """A function that writes random weights of an architecture to a new torch_dist directory."""
+    return random_weights
+
+
+@pytest.fixture(scope="session")
+def sessions() -> ModuleType:
+    """The module `layouts_worker.py`."""
+    specification = importlib.util.spec_from_file_location("sessions", Path(__file__).with_name("layouts_worker.py"))
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def run_cases(tmp_path_factory) -> Callable[..., tuple[Path, dict]]:
+    """A function that runs the cases of `cases_worker.py` and returns the directory and the results."""
+
+    def run(cases: dict[str, dict]) -> tuple[Path, dict]:
+        directory = tmp_path_factory.mktemp("cases")
+        for name in cases:
+            (directory / name).mkdir()
+        (directory / "cases.json").write_text(json.dumps(cases))
+        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        worker = Path(__file__).with_name("cases_worker.py")
+        done = subprocess.run(
+            [sys.executable, str(worker), str(directory)],
+            env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parents[3])},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return directory, json.loads((directory / "results.json").read_text())
+
+    return run
 
 
 def random_weights(directory: Path, architecture: Architecture) -> Path:

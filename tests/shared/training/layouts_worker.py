@@ -29,7 +29,7 @@ def layouts_of(model: str) -> list[str]:
 class Session:
     """A model in a layout, from a saved state."""
 
-    def __init__(self, config, architecture, directory: Path, restore: bool = True) -> None:
+    def __init__(self, config, architecture, directory: Path, restore: bool = True, trainable=None) -> None:
         import torch
 
         from shared.model import gpt, weights
@@ -37,11 +37,14 @@ class Session:
         from shared.training import state
         from shared.training.loop import model_overrides
         from shared.training.optimizer import build_optimizer, wrap
+        from shared.training.trainable import FULL
 
         self.config = config
         self.device = process_groups.initialize(config.parallel, 1)
-        chunks = gpt.build(architecture, config.parallel, dtype=torch.float32, **model_overrides(config))
+        overrides = model_overrides(config)
+        chunks = gpt.build(architecture, config.parallel, dtype=torch.float32, recompute=config.recompute, **overrides)
         weights.load(chunks, directory)
+        (trainable or FULL).apply(chunks)
         self.model = wrap(chunks)
         self.optimizer = build_optimizer(config, self.model)
         if restore:

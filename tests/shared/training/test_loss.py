@@ -10,7 +10,7 @@ from shared.model import gpt, weights
 from shared.parallel import ParallelConfig
 from shared.runtime import process_groups
 from shared.training.data import Batch
-from shared.training.loop import forward_backward, keep_further_layers, model_overrides, validate
+from shared.training.loop import forward_backward, model_overrides, trainable_of, validate
 from shared.training.loss import Loss, further_labels, token_loss
 from shared.training.optimizer import build_optimizer, set_learning_rate, wrap
 
@@ -101,8 +101,7 @@ def updates(
     process_groups.initialize(layout, 1)
     chunks = gpt.build(architecture, layout, dtype=torch.float32, **model_overrides(config))
     weights.load(chunks, start)
-    if not config.mtp_loss_scaling_factor:
-        keep_further_layers(chunks)
+    trainable_of(config, architecture).apply(chunks)
     model = wrap(chunks)
     optimizer = build_optimizer(config, model)
     data = Rows(rows)

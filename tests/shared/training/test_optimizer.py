@@ -1,11 +1,13 @@
 """AdamW as configured, and as restored, against torch's own on the whole model."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 
 import shared.runtime.device
+from shared.families import registry
 from shared.model import gpt, weights
 from shared.parallel import ParallelConfig
 from shared.runtime import process_groups
@@ -139,3 +141,60 @@ def test_random_numbers_go_on(made, tmp_path):
     restored, other, _ = made(tmp_path)
     state.load(tmp_path, restored, other)
     assert torch.equal(torch.rand(3), expected)
+
+
+# Layouts in which experts have data-parallel groups of their own. Size, layout, processes.
+EXPERTS = {
+    "etp_1": ("qwen3-moe-tiny", {"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor": 1}, 2),
+    "stage_without_experts": ("deepseek-v2-tiny", {"pipeline": 2, "expert": 2}, 4),  # its first layer is dense
+}
+
+
+@pytest.fixture(scope="module")
+def expert_runs(run_cases, sessions, make_weights, tiny_run, tmp_path_factory):
+    """The directory and the results of EXPERTS, and updates 1-3 and 4-5 of the same models in one process."""
+    start, config = tmp_path_factory.mktemp("experts"), tiny_run[0]
+    one_process, cases = {}, {}
+    for name, (size, layout, processes) in EXPERTS.items():
+        architecture = registry.sizes()[size]
+        session = sessions.Session(config, architecture, make_weights(start / size, architecture), restore=False)
+        first = session.train(0, 3)
+        session.save(start / f"{size}.3", step=3)
+        one_process[name] = {"first": first, "continued": session.train(3, 5)}
+        cases[name] = {
+            "processes": processes,
+            "updates": 5,
+            "config": asdict(config),
+            "architecture": architecture.to_dict(),
+            "layout": layout,
+            "frozen": None,
+            "start": str(start / size),
+            "one_process": str(start / f"{size}.3"),
+        }
+    return *run_cases(cases), one_process
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_two_optimizers_train_save_and_resume_as_one(expert_runs, name):
+    results, one_process = expert_runs[1][name], expert_runs[2][name]
+    assert all(len(rank["parameters"]) == 2 for rank in results["ranks"])
+    assert all(rank["fused"] and rank["weight_decays"] == [0.0, 0.1] for rank in results["ranks"])
+    assert results["resumed"] == results["continued"]
+    assert all(steps in ([5.0], []) for rank in results["ranks"] for steps in rank["steps"])
+    # fp32 sums in another order. Later updates are not compared: near-equal scores send a token to another expert.
+    assert results["first"][0] == pytest.approx(one_process["first"][0], rel=1e-5)
+    assert results["resumed_from_one_process"][0] == pytest.approx(one_process["continued"][0], rel=1e-5)
+
+
+def test_a_pipeline_stage_without_experts_has_an_optimizer_without_parameters(expert_runs):
+    counts = [rank["parameters"] for rank in expert_runs[1]["stage_without_experts"]["ranks"]]
+    assert [experts > 0 for _, experts in counts] == [False, False, True, True]
+    assert all(dense > 0 for dense, _ in counts)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_one_optimizer_resumes_what_two_saved(expert_runs, sessions, tiny_run, name):
+    directory, results, _ = expert_runs
+    architecture = registry.sizes()[EXPERTS[name][0]]
+    (loss, *_), *_ = sessions.Session(tiny_run[0], architecture, directory / name / "3").train(3, 4)
+    assert loss == pytest.approx(results[name]["continued"][0][0], rel=1e-5)

@@ -1,0 +1,104 @@
+"""Which weights are trained: decided after the model is built and before it is wrapped for data parallelism.
+
+A frozen weight has no gradient, no place in the gradient buffers and no optimizer state.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from shared.errors import UserError
+from shared.model.gpt import LanguageModel
+
+
+@dataclass(frozen=True)
+class Full:
+    """Every weight is trained."""
+
+    def apply(self, chunks: list[LanguageModel]) -> None:
+        """Parameters are built trainable: nothing to do."""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Weights whose names match a pattern are frozen, all others are trained.
+
+    Patterns are those of `fnmatch`. Names are the whole model's: `embedding.*`, `decoder.layers.0.*`, with layers
+    counted over all pipeline stages. The experts of a layer have one name: `decoder.layers.0.mlp.experts.*`. Tied
+    embeddings are `embedding.word_embeddings.weight` at the output, too. A frozen router keeps its correction bias.
+    """
+
+    patterns: tuple[str, ...]
+
+    def apply(self, chunks: list[LanguageModel]) -> None:
+        """Freeze parameters of this rank's model chunks. Every rank calls this.
+
+        Raises:
+            UserError: a pattern matches no parameter of any rank, or no parameter is left to train.
+        """
+        matched: set[str] = set()
+        trained = 0
+        for chunk in chunks:
+            for name, parameter in _parameters(chunk):
+                if matching := {pattern for pattern in self.patterns if fnmatchcase(name, pattern)}:
+                    parameter.requires_grad_(False)
+                matched |= matching
+                trained += parameter.requires_grad
+            for module in chunk.modules():
+                if getattr(module, "expert_bias", None) is not None and not module.weight.requires_grad:
+                    # The correction bias has no gradient: Megatron-Core moves it after each update unless told not to.
+                    module.frozen_expert_bias = True
+            if chunk.config.recompute_granularity and chunk.pre_process:
+                _require_gradient(chunk)
+        gathered: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, (matched, trained))
+        if unknown := sorted(set(self.patterns).difference(*(names for names, _ in gathered))):
+            raise UserError(
+                f"no parameter of the model matches {', '.join(unknown)}; "
+                "names look like decoder.layers.0.mlp.linear_fc1.weight"
+            )
+        if not any(count for _, count in gathered):
+            raise UserError(f"{', '.join(self.patterns)}: no parameter is left to train; freeze less")
+
+
+type Trainable = Full | Frozen
+
+FULL = Full()
+
+
+def partly_frozen(chunks: list[LanguageModel]) -> bool:
+    """Whether a weight is frozen in some layers and trained in others. Every rank calls this."""
+    own = {(re.sub(r"\.\d+\.", ".", name), each.requires_grad) for chunk in chunks for name, each in _parameters(chunk)}
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, own)
+    weights = set().union(*gathered)
+    return len(weights) > len({name for name, _ in weights})
+
+
+def _parameters(chunk: LanguageModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters by their names in the whole model."""
+
+    def decoder_layer(found: re.Match[str]) -> str:
+        return f"decoder.layers.{chunk.decoder.layers[int(found[1])].layer_number - 1}."
+
+    for name, parameter in chunk.named_parameters():
+        if chunk.share_embeddings_and_output_weights and name == "output_layer.weight":
+            yield "embedding.word_embeddings.weight", parameter
+        else:
+            name = re.sub(r"^decoder\.layers\.(\d+)\.", decoder_layer, name)
+            yield re.sub(r"\.local_experts\.\d+\.", ".", name), parameter
+
+
+def _require_gradient(chunk: LanguageModel) -> None:
+    """Have a frozen embedding's output require a gradient.
+
+    Recomputed layers give their weights no gradient where their input requires none.
+    """
+    if not any(parameter.requires_grad for parameter in chunk.embedding.parameters()):
+        chunk.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
