@@ -6,7 +6,7 @@ import logging
 import warnings
 
 
-def hush() -> None:
+def silence() -> None:
     """Silence notices of Megatron-Core and torch about their own deprecated calls and absent extensions.
 
     Called before they are imported, since they speak while they load. Their errors are exceptions, and stay.

@@ -28,9 +28,9 @@ class TrainingConfig:
     min_learning_rate: float
     schedule: ScheduleName
     warmup_steps: int
-    decay_steps: int  # wsd only: the falling end
+    decay_steps: int  # wsd only
     weight_decay: float  # decoupled, on matrices only
-    mtp_loss_scaling_factor: float  # of the loss of tokens further ahead; 0: the layers for them stay as they are
+    mtp_loss_scaling_factor: float  # weight of the MTP loss; 0: MTP layers are frozen
     clip_grad: float  # global norm, 0 for none
     adam_beta1: float
     adam_beta2: float
@@ -64,7 +64,7 @@ class TrainingConfig:
         )
 
     def __post_init__(self) -> None:
-        """Check every rule that needs no model. UserError names the flag that mends it."""
+        """Check every rule that needs no model. UserError names the flag to change."""
         self.parallel.check_batch(
             sequence_length=self.sequence_length,
             micro_batch_size=self.micro_batch_size,
@@ -74,13 +74,13 @@ class TrainingConfig:
             raise UserError(
                 f"--min-learning-rate {self.min_learning_rate} is above --learning-rate {self.learning_rate}"
             )
-        tail = self.decay_steps if self.schedule == "wsd" else 0
+        decay = self.decay_steps if self.schedule == "wsd" else 0
         # A cosine of no length has no value at its last step, so there warm-up must end before it.
-        room = self.steps - tail - (self.schedule == "cosine" and self.steps > 1)
-        if self.warmup_steps > max(room, 0):
+        available = self.steps - decay - (self.schedule == "cosine" and self.steps > 1)
+        if self.warmup_steps > max(available, 0):
             raise UserError(
                 f"--warmup-steps {self.warmup_steps} does not fit into --steps {self.steps}"
-                + (f" before the last --decay-steps {tail}" if tail else "")
+                + (f" before the last --decay-steps {decay}" if decay else "")
             )
 
     def check_model(self, architecture: Architecture) -> None:

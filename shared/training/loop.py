@@ -32,10 +32,10 @@ from shared.runtime.stop_request import StopRequest
 from shared.training import state
 from shared.training.config import TrainingConfig
 from shared.training.data import Batch, Dataset
-from shared.training.loss import Loss, further_labels, global_loss, token_loss
+from shared.training.loss import Loss, global_loss, mtp_labels, token_loss
 from shared.training.optimizer import build_optimizer, set_learning_rate, wrap
 from shared.training.plan import Inputs
-from shared.training.recorder import Recorder, take_up
+from shared.training.recorder import Recorder, open_run
 from shared.training.samplers import batch_positions
 from shared.training.trainable import FULL, Frozen, Trainable
 
@@ -58,14 +58,14 @@ def train(run: Run) -> None:
     Raises:
         AlreadyDone: the target holds this run, finished.
         Interrupted: a signal asked to stop; the state is saved.
-        StageError: the loss is not a number any more; the last checkpoint stands.
+        StageError: the loss or the gradient is not finite; the last checkpoint stands.
     """
     config, architecture = run.config, run.inputs.architecture
     device = shared.runtime.device.prepare()
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     process_groups.initialize(config.parallel, config.seed)
     stop = StopRequest()
-    directory = take_up(run.target, run.inputs, overwrite=run.overwrite)
+    directory = open_run(run.target, run.inputs, overwrite=run.overwrite)
     training, validation = run.datasets()
 
     chunks = gpt.build(
@@ -195,7 +195,7 @@ def run_schedule(
 ) -> list[dict[str, torch.Tensor]]:
     """All micro batches of this rank through Megatron-Core's schedule for the layout."""
     return get_forward_backward_func()(
-        forward_step_func=partial(forward_step, further_scale=config.mtp_loss_scaling_factor),
+        forward_step_func=partial(forward_step, mtp_loss_scaling_factor=config.mtp_loss_scaling_factor),
         # Every model chunk of a virtual pipeline reads the same micro batches by itself.
         data_iterator=[micro_batches() for _ in model] if len(model) > 1 else micro_batches(),
         model=model if len(model) > 1 else model[0],
@@ -207,16 +207,16 @@ def run_schedule(
 
 
 def forward_step(
-    batches: Iterator[Batch], model: DistributedDataParallel, *, further_scale: float
+    batches: Iterator[Batch], model: DistributedDataParallel, *, mtp_loss_scaling_factor: float
 ) -> tuple[torch.Tensor, Callable[..., Any]]:
     """One micro batch through one model chunk; the last stage's output is a loss per position.
 
-    With a scale there are such losses for each layer for tokens further ahead, too.
+    With an MTP loss, each MTP layer has losses per position, too.
     """
     batch = next(batches)
     depth, labels = model.module.architecture.mtp_depth, batch.labels
-    if depth and further_scale:
-        labels = further_labels(labels, batch.segments, depth)
+    if depth and mtp_loss_scaling_factor:
+        labels = mtp_labels(labels, batch.segments, depth)
     rows, length = batch.tokens.shape
     positions = torch.arange(length, device=batch.tokens.device).expand(rows, length)
     output = model(
@@ -225,4 +225,4 @@ def forward_step(
         attention_mask=batch.segments,
         labels=labels,
     )
-    return output, partial(token_loss, labels=labels, further_scale=further_scale)
+    return output, partial(token_loss, labels=labels, mtp_loss_scaling_factor=mtp_loss_scaling_factor)

@@ -5,10 +5,10 @@ their number. So it does not depend on the number of data-parallel ranks, on the
 packed into rows. Each micro batch hands Megatron-Core its sum and its count; Megatron-Core (with
 `calculate_per_token_loss`) adds both over micro batches and ranks and divides the gradients once.
 
-Layers for tokens further ahead add theirs as DeepSeek V3 does (arXiv:2412.19437, equations 24 and 25): the mean over the
-layers of each one's sum, divided by the number of *next* tokens that are targets, times a weight. So it is as
-independent. Megatron-Core's own `process_mtp_loss` divides by the number of a micro batch's further targets: no larger a
-difference than segments have ends, but one that depends on the micro batch.
+The MTP loss is DeepSeek V3's (arXiv:2412.19437, equations 24 and 25): a weight times the mean over MTP layers of the sum
+of negative log-likelihoods, divided by the number of *next-token* targets. So it has the same invariance. Megatron-Core's
+own `process_mtp_loss` divides by the MTP targets of a micro batch: a small difference (segments lose a target each), but
+one that depends on the micro batch.
 """
 
 from __future__ import annotations
@@ -23,46 +23,46 @@ from shared.data.labels import IGNORE
 Report = dict[str, torch.Tensor]
 
 
-def further_labels(labels: torch.Tensor, segments: torch.Tensor | None, depth: int) -> torch.Tensor:
-    """Labels of the next tokens, and of those that each layer for tokens further ahead is to predict.
+def mtp_labels(labels: torch.Tensor, segments: torch.Tensor | None, depth: int) -> torch.Tensor:
+    """Labels of the next token and of each MTP layer.
 
     Args:
         labels: `[batch, sequence]`, the token that follows, IGNORE where there is no loss.
-        segments: `[batch, sequence]`, what belongs together; None: whole rows.
-        depth: number of such layers. The k-th predicts from a position what the one k places on is to predict.
+        segments: `[batch, sequence]`; None: one segment per row.
+        depth: number of MTP layers. Layer k has the label of the position k places later.
 
     Returns:
         `[1 + depth, batch, sequence]`, IGNORE where the token lies outside of the row or of its segment.
     """
     every = [labels]
-    for ahead in range(1, depth + 1):
-        later = torch.full_like(labels, IGNORE)
-        later[:, :-ahead] = labels[:, ahead:]
+    for offset in range(1, depth + 1):
+        shifted = torch.full_like(labels, IGNORE)
+        shifted[:, :-offset] = labels[:, offset:]
         if segments is not None:
-            later[:, :-ahead][segments[:, ahead:] != segments[:, :-ahead]] = IGNORE
-        every.append(later)
+            shifted[:, :-offset][segments[:, offset:] != segments[:, :-offset]] = IGNORE
+        every.append(shifted)
     return torch.stack(every)
 
 
 def token_loss(
-    losses: torch.Tensor, labels: torch.Tensor, further_scale: float = 0.0
+    losses: torch.Tensor, labels: torch.Tensor, mtp_loss_scaling_factor: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor, Report]:
     """Sum over targets, in the form the schedules of Megatron-Core ask for.
 
     Args:
         losses: negative log-likelihood of each label in nats, fp32 `[batch, sequence]`, 0 where there is no target;
-            with layers for tokens further ahead `[1 + layers, batch, sequence]`.
+            with MTP layers `[1 + layers, batch, sequence]`.
         labels: of the same shape, IGNORE where a position is no target.
-        further_scale: weight of those layers' mean loss beside that of the next tokens.
+        mtp_loss_scaling_factor: weight of the mean loss of MTP layers.
 
     Returns:
-        The sum, the number of targets (int), and for `global_loss` sums and numbers of the next tokens and of those
-        further ahead.
+        The sum, the number of next-token targets (int), and for `global_loss` the sums and counts of next-token and
+        MTP losses.
     """
     losses, labels = (x.view(-1, *x.shape[-2:]) for x in (losses, labels))
     sums, counts = losses.sum((1, 2)), (labels != IGNORE).sum((1, 2))
     depth = len(sums) - 1
-    total = sums[0] + further_scale * sums[1:].mean() if depth else sums[0]
+    total = sums[0] + mtp_loss_scaling_factor * sums[1:].mean() if depth else sums[0]
     both = [sums[0], counts[0], sums[1:].sum(), counts[1:].sum()]
     return total, counts[0].int(), {"loss": torch.stack([each.detach().double() for each in both])}
 
@@ -73,7 +73,7 @@ class Loss:
 
     mean: float
     targets: int
-    further: float | None  # the mean of tokens further ahead; None where none are targets
+    mtp: float | None  # mean over MTP targets; None without any
 
 
 def global_loss(reports: list[Report], device: torch.device) -> Loss:
@@ -92,5 +92,5 @@ def global_loss(reports: list[Report], device: torch.device) -> Loss:
             src=parallel_state.get_pipeline_model_parallel_last_rank(),
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
-    loss, count, further, later = total.tolist()
-    return Loss(mean=loss / max(count, 1.0), targets=int(count), further=further / later if later else None)
+    loss, count, mtp_loss, mtp_count = total.tolist()
+    return Loss(mean=loss / max(count, 1.0), targets=int(count), mtp=mtp_loss / mtp_count if mtp_count else None)

@@ -36,10 +36,10 @@ class TrainingOptions:
         min_learning_rate: where cosine and wsd end; by default a tenth of the highest.
         schedule: cosine, wsd (level, then 1 - sqrt) or constant, each after a linear warm-up.
         warmup_steps: updates of the warm-up; by default one in a hundred, at most 2000.
-        decay_steps: updates of the falling end of wsd; by default a fifth.
+        decay_steps: updates of the decay phase of wsd; by default a fifth.
         weight_decay: decoupled, on matrices; norms and biases have none.
-        mtp_loss_scaling_factor: weight of the mean loss of layers for tokens further ahead (multi-token prediction),
-            where the model has some; by default 0.1. 0 leaves those layers as they are.
+        mtp_loss_scaling_factor: weight of the loss of MTP (multi-token prediction) layers, for models that have some;
+            by default 0.1. 0 freezes these layers.
         clip_grad: largest norm of the gradient; 0 leaves it as it is.
         adam_beta1: decay of the mean of gradients.
         adam_beta2: decay of the mean of their squares.

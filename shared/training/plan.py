@@ -141,12 +141,10 @@ def announce(config: TrainingConfig, inputs: Inputs, *, sequences: int) -> None:
     )
     if count := architecture.mtp_depth:
         factor = config.mtp_loss_scaling_factor
-        how = f"trained, their loss times {factor:g}" if factor else "kept as they are (--mtp-loss-scaling-factor 0)"
-        log(f"ahead       {count} layer{'s' * (count > 1)} for tokens further ahead: {how}")
+        how = f"trained, loss times {factor:g}" if factor else "frozen (--mtp-loss-scaling-factor 0)"
+        log(f"mtp         {count} layer{'s' * (count > 1)}, {how}")
     elif registry.from_files(inputs.source.hf_files).mtp:
-        log(
-            "ahead       nothing: the source has no weights of the layers for tokens further ahead that config.json says"
-        )
+        log("mtp         off (config.json declares MTP layers, the checkpoint has none)")
     log(
         f"needs       about {quantity(memory_estimate(config, architecture), 'bytes')} of memory per process, "
         f"{quantity(parameters * (width + 12), 'bytes')} of disk per checkpoint, {config.keep} kept"

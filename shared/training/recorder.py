@@ -1,4 +1,4 @@
-"""The run directory and the record of a run, as seen by every rank: the first rank writes, the others agree."""
+"""The run directory and the metrics of a run, for every rank: only rank 0 writes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from shared.training.report import render
 from shared.training.run_hf_files import run_hf_files
 
 
-class SharedRun:
-    """A run directory that rank 0 holds and all ranks write their part of an iteration into."""
+class SharedRunDirectory:
+    """A run directory that rank 0 has open and every rank writes its shards of an iteration to."""
 
-    def __init__(self, path: Path, resumed: int | None, held: RunDirectory | None) -> None:
+    def __init__(self, path: Path, resumed: int | None, directory: RunDirectory | None) -> None:
         self.path = path
         self.resumed = resumed  # iteration to go on from
-        self._held = held  # on rank 0
+        self._directory = directory  # on rank 0
 
     def begin(self, step: int) -> Path:
         """The directory, the same on every rank, to write an iteration to."""
@@ -38,43 +38,44 @@ class SharedRun:
         on_first_rank(lambda: self._rank0().commit(step, facts=facts, finished=finished, keep=keep))
 
     def close(self) -> None:
-        if self._held is not None:
-            self._held.close()
+        if self._directory is not None:
+            self._directory.close()
 
     def _rank0(self) -> RunDirectory:
-        assert self._held is not None, "only rank 0 holds the run directory"
-        return self._held
+        assert self._directory is not None, "only rank 0 has the run directory open"
+        return self._directory
 
 
-def take_up(target: Path, inputs: Inputs, *, overwrite: bool) -> SharedRun:
-    """Open the run directory on rank 0, new or to be resumed, and tell every rank where it stands."""
-    held: RunDirectory | None = None
+def open_run(target: Path, inputs: Inputs, *, overwrite: bool) -> SharedRunDirectory:
+    """Open the run directory on rank 0, new or to be resumed; every rank gets its path and iteration."""
+    directory: RunDirectory | None = None
 
     def begin() -> tuple[Path, int | None]:
-        nonlocal held
+        nonlocal directory
         parents = {"source": inputs.source.path, "data": inputs.data.path}
-        held = RunDirectory.open(target, kind="megatron", inputs=parents, overwrite=overwrite)
+        directory = RunDirectory.open(target, kind="megatron", inputs=parents, overwrite=overwrite)
         with run_hf_files(inputs) as files:
-            held.add_auxiliary_files(files)
-        return held.path, held.iteration
+            directory.add_auxiliary_files(files)
+        return directory.path, directory.iteration
 
     path, iteration = on_first_rank(begin)
-    return SharedRun(path, iteration, held)
+    return SharedRunDirectory(path, iteration, directory)
 
 
 class Recorder:
     """Numbers of each update, to metrics.jsonl, TensorBoard, the terminal and report.html. Does nothing off rank 0."""
 
-    def __init__(self, config: TrainingConfig, inputs: Inputs, directory: SharedRun, *, epoch: int) -> None:
+    def __init__(self, config: TrainingConfig, inputs: Inputs, directory: SharedRunDirectory, *, epoch: int) -> None:
         self._config, self._inputs, self._directory = config, inputs, directory
         self._epoch = epoch  # sequences
-        self._speaks = torch.distributed.get_rank() == 0
         self._saved = directory.resumed
         self._flops = flops_per_token(
             inputs.architecture, config.sequence_length, mtp=config.mtp_loss_scaling_factor > 0
         )
         self._peak = peak_flops()
-        self._metrics = Metrics(directory.path, resumed_step=directory.resumed) if self._speaks else None
+        self._metrics = (
+            Metrics(directory.path, resumed_step=directory.resumed) if torch.distributed.get_rank() == 0 else None
+        )
 
     def updated(self, step: int, loss: Loss, rate: float, gradient_norm: float, seconds: float) -> None:
         """Record update `step`, counted from 1."""
@@ -85,7 +86,7 @@ class Recorder:
         row = {
             "step": step,
             "loss": loss.mean,
-            **({} if loss.further is None else {"mtp_loss": loss.further}),
+            **({} if loss.mtp is None else {"mtp_loss": loss.mtp}),
             "learning_rate": rate,
             "gradient_norm": gradient_norm,
             "targets": loss.targets,
@@ -100,12 +101,12 @@ class Recorder:
         self._metrics.append(**row)
         if step % config.log_every == 0 or step == config.steps:
             recent = [row["seconds"] for row in self._metrics.rows[-50:] if "seconds" in row]
-            further = "" if loss.further is None else f"  mtp {loss.further:.4f}"
+            mtp = "" if loss.mtp is None else f"  mtp {loss.mtp:.4f}"
             left = sum(recent) / len(recent) * (config.steps - step)
             log(
-                f"update {step}/{config.steps}  loss {loss.mean:.4f}{further}  lr {rate:.2e}  grad {gradient_norm:.2f}  "
+                f"update {step}/{config.steps}  loss {loss.mean:.4f}{mtp}  lr {rate:.2e}  grad {gradient_norm:.2f}  "
                 f"{speed:,.0f} tokens/s  {quantity(row['memory_bytes'], 'bytes')}  "
-                f"epoch {row['samples'] / self._epoch:.2f}  {_clock(left)} left"
+                f"epoch {row['samples'] / self._epoch:.2f}  {_duration(left)} left"
             )
 
     def validated(self, step: int, result: Loss | None, bytes_per_token: float | None) -> None:
@@ -114,9 +115,9 @@ class Recorder:
             return
         row: dict[str, float] = {"step": step, "validation_loss": result.mean, "validation_targets": result.targets}
         text = f"validation after update {step}: loss {result.mean:.4f}"
-        if result.further is not None:
-            row["validation_mtp_loss"] = result.further
-            text += f", mtp {result.further:.4f}"
+        if result.mtp is not None:
+            row["validation_mtp_loss"] = result.mtp
+            text += f", mtp {result.mtp:.4f}"
         if bytes_per_token is not None:
             row["bits_per_byte"] = metrics.bits_per_byte(result.mean, bytes_per_token)
             text += f", {row['bits_per_byte']:.4f} bits per byte"
@@ -132,7 +133,7 @@ class Recorder:
             page.write(path / page.REPORT, render(self._metrics.rows, self._facts(), title=path.name))
 
     def last_saved(self) -> str:
-        """Where a run that fails now can be taken up."""
+        """Where a run that fails now can be resumed."""
         return "nothing was saved" if self._saved is None else f"update {self._saved} is saved"
 
     def facts(self, step: int) -> dict[str, Any]:
@@ -154,6 +155,6 @@ class Recorder:
         }
 
 
-def _clock(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

@@ -38,7 +38,7 @@ def render(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], *, title
             ],
         ),
         chart(
-            "Loss of tokens further ahead, nats per target token",
+            "MTP loss, nats per target token",
             [
                 Line(name="each update", points=curve(rows, "mtp_loss"), style="one"),
                 Line(name="validation", points=curve(rows, "validation_mtp_loss"), style="two", dots=True),

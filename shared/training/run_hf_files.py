@@ -1,4 +1,4 @@
-"""The files that travel with the weights: the source's, with a tokenizer from the data where the source has none."""
+"""Auxiliary files of a run: the source's, with the tokenizer of the data where the source has none."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Schedule:
     minimum: float
     steps: int  # updates of the whole run
     warmup_steps: int
-    decay_steps: int  # the falling end of wsd; not read by the others
+    decay_steps: int  # the decay phase of wsd; not read by the others
 
     def learning_rate(self, step: int) -> float:
         """The rate of update `step`, counted from 1."""

@@ -16,7 +16,7 @@ from shared.invocation import invocation
 from shared.model.support import check_supported
 from shared.parallel import ParallelConfig
 from shared.runtime.launch import launch
-from shared.runtime.quiet import hush
+from shared.runtime.quiet import silence
 from shared.training.config import (
     MTP_LOSS_SCALING_FACTOR,
     TrainingConfig,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> TrainingConfig:
-    """Every choice made; UserError names the flag that mends what does not fit together."""
+    """Every choice made; UserError names the flag to change."""
     parallel = parallel_config(options)
     decay = default_decay_steps(steps) if options.decay_steps is None else options.decay_steps
     if options.decay_steps is not None and options.schedule != "wsd":
@@ -103,7 +103,7 @@ def run(
     config.check_model(inputs.architecture)
     if options.mtp_loss_scaling_factor is not None and not inputs.architecture.mtp:
         raise UserError(
-            "--mtp-loss-scaling-factor belongs to models with layers for tokens further ahead (multi-token prediction), "
+            "--mtp-loss-scaling-factor belongs to models with MTP (multi-token prediction) layers, "
             f"and the model of --source {options.source} has none; leave it out"
         )
     _leave_if_done(options)
@@ -114,7 +114,7 @@ def run(
     announce(config, inputs, sequences=sequences)
     if inputs.split("validation") is None:
         log("validation  none: the data has no validation split")
-    hush()
+    silence()
     from shared.training import loop  # torch and Megatron-Core, in the workers only
 
     loop.train(

@@ -1,7 +1,7 @@
-"""All of a run's state, saved and restored: weights, optimizer, random numbers, and where the data stood.
+"""All state of a run, saved and restored: weights, optimizer, random states and the step.
 
 One torch_dist directory, written by every rank. The optimizer is stored per parameter, in the parameter's own shape
-(`fully_reshardable`), so a run may go on with another layout. The learning rate and the order of the data are functions
+(`fully_reshardable`), so a run can resume at another layout. The learning rate and the order of the data are functions
 of the step, so the step is all that is stored of them.
 """
 
@@ -63,7 +63,7 @@ def load(directory: Path, model: list[DistributedDataParallel], optimizer: Megat
         _restore_random(loaded["rng_state"])
     else:
         log(
-            f"resuming at another layout ({_words(_layout())}, was {_words(common['layout'])}): random states start anew"
+            f"resuming at another layout ({_describe(_layout())}, was {_describe(common['layout'])}): random states start anew"
         )
     return int(common["iteration"])
 
@@ -107,7 +107,7 @@ def _layout() -> dict[str, int]:
     }
 
 
-def _words(layout: dict[str, int]) -> str:
+def _describe(layout: dict[str, int]) -> str:
     return " x ".join(f"{name} {size}" for name, size in layout.items() if size > 1) or "one process"
 
 

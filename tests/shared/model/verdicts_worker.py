@@ -14,9 +14,9 @@ from pathlib import Path
 
 warnings.simplefilter("ignore")
 
-from shared.runtime.quiet import hush  # noqa: E402
+from shared.runtime.quiet import silence  # noqa: E402
 
-hush()
+silence()
 
 import torch  # noqa: E402
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from shared.runtime.launch import _free_port
 from shared.runtime.parent_death import die_with_parent
-from shared.runtime.quiet import hush
+from shared.runtime.quiet import silence
 
-hush()
+silence()
 
 import torch  # noqa: E402
 

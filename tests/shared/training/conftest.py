@@ -17,10 +17,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from shared.architecture.architecture import MTP, Architecture
 from shared.families import registry
 from shared.parallel import ParallelConfig
-from shared.runtime.quiet import hush
+from shared.runtime.quiet import silence
 from shared.training.config import TrainingConfig
 
-hush()
+silence()
 
 
 def tiny_config(**changes) -> TrainingConfig:
@@ -66,7 +66,7 @@ TINY = registry.from_config(
         "tie_word_embeddings": True,
     }
 )
-AHEAD = replace(TINY.with_values(head={"tied": False}), mtp=MTP(depth=2, layer=TINY.layers[0]))
+TINY_MTP = replace(TINY.with_values(head={"tied": False}), mtp=MTP(depth=2, layer=TINY.layers[0]))
 
 
 @pytest.fixture
@@ -88,9 +88,9 @@ def tiny_run() -> tuple[TrainingConfig, Architecture]:
 
 
 @pytest.fixture(scope="session")
-def ahead_run() -> tuple[TrainingConfig, Architecture]:
-    """The same of one that predicts two tokens further ahead."""
-    return tiny_config(sequence_length=24, micro_batch_size=1), AHEAD
+def mtp_run() -> tuple[TrainingConfig, Architecture]:
+    """The same of a model with two MTP layers."""
+    return tiny_config(sequence_length=24, micro_batch_size=1), TINY_MTP
 
 
 @pytest.fixture(scope="session")
@@ -100,9 +100,9 @@ def start(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def start_ahead(tmp_path_factory) -> Path:
-    """The same of one that predicts two tokens further ahead."""
-    return random_weights(tmp_path_factory.mktemp("ahead") / "release", AHEAD)
+def start_mtp(tmp_path_factory) -> Path:
+    """The same of a model with two MTP layers."""
+    return random_weights(tmp_path_factory.mktemp("mtp") / "release", TINY_MTP)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""One process of a world of two: takes up a run of one process in every layout, and each layout's own again.
+"""One process of a world of two: resumes a run of one process in every layout, and each layout's own again.
 
 Run as `python layouts_worker.py DIRECTORY`: for each of two models, reads `DIRECTORY/<model>/one`, saved by one process
 after update 3, and writes `DIRECTORY/<model>/<layout>` after update 5 and, from rank 0, `DIRECTORY/results.json`.
@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from shared.runtime.launch import launch
-from shared.runtime.quiet import hush
+from shared.runtime.quiet import silence
 
-_ALONE = ("tensor", "pipeline")  # what they ask of layers for tokens further ahead, the others do, too
+_ALONE = ("tensor", "pipeline")  # of MTP they test nothing that the others do not
 LAYOUTS = {
     "data": {},
     "tensor": {"tensor": 2},
@@ -23,7 +23,7 @@ LAYOUTS = {
 
 def layouts_of(model: str) -> list[str]:
     """Those that a model is run at."""
-    return [name for name in LAYOUTS if model == "next" or name not in _ALONE]
+    return [name for name in LAYOUTS if model == "plain" or name not in _ALONE]
 
 
 class Session:
@@ -51,7 +51,7 @@ class Session:
             state.load(directory, self.model, self.optimizer)
 
     def train(self, first: int, last: int) -> list[list[float]]:
-        """Loss, that of tokens further ahead (0 without any) and gradient norm of updates `first` to `last`, from 0."""
+        """Loss, MTP loss (0 without MTP) and gradient norm of updates `first` to `last`, from 0."""
         from shared.training.loop import forward_backward
         from shared.training.optimizer import set_learning_rate
 
@@ -60,7 +60,7 @@ class Session:
             loss = forward_backward(self.config, self.model, Words(), step, self.device)
             set_learning_rate(self.optimizer, 1e-2)
             _, norm, _ = self.optimizer.step()
-            rows.append([loss.mean, loss.further or 0.0, float(norm)])
+            rows.append([loss.mean, loss.mtp or 0.0, float(norm)])
         return rows
 
     def validate(self) -> float:
@@ -104,12 +104,12 @@ def main() -> None:
     code = launch(2)
     if code is not None:
         raise SystemExit(code)
-    hush()
+    silence()
     import torch
 
     directory = Path(sys.argv[1])
     results = {}
-    for folder in ("next", "ahead"):
+    for folder in ("plain", "mtp"):
         results[folder] = run(directory / folder)
         if torch.distributed.get_rank() == 0:
             (directory / "results.json").write_text(json.dumps(results))
@@ -128,9 +128,9 @@ def run(directory: Path) -> dict:
         parallel = ParallelConfig(processes=2, **LAYOUTS[name])
         config = TrainingConfig(**{**given["config"], "parallel": parallel})
         session = Session(config, architecture, directory / "one")
-        found = {"validation": session.validate(), "taken_up": session.train(3, 5)}
+        found = {"validation": session.validate(), "resumed_from_one_process": session.train(3, 5)}
         session.save(directory / name, step=5)
-        found["went_on"] = session.train(5, 7)
+        found["continued"] = session.train(5, 7)
         found["restored"] = Session(config, architecture, directory / name).train(5, 7)
         results[name] = found
     return results

@@ -1,4 +1,4 @@
-"""Rules across options, each with the flag that mends it."""
+"""Rules across options, each with the flag to change."""
 
 import pytest
 

@@ -11,7 +11,7 @@ from shared.parallel import ParallelConfig
 from shared.runtime import process_groups
 from shared.training.data import Batch
 from shared.training.loop import forward_backward, model_overrides, trainable_of, validate
-from shared.training.loss import Loss, further_labels, token_loss
+from shared.training.loss import Loss, mtp_labels, token_loss
 from shared.training.optimizer import build_optimizer, set_learning_rate, wrap
 
 # fp32 sums in another order differ by a few units in the last place, 6e-8 of the value each.
@@ -75,12 +75,12 @@ def trained(make_config, tiny_run, start):
 
 
 @pytest.fixture
-def trained_ahead(make_config, ahead_run, start_ahead):
-    """The same of a model that predicts tokens further ahead: losses of those, and the model."""
+def trained_mtp(make_config, mtp_run, start_mtp):
+    """The same of a model with MTP layers: MTP losses, and the model."""
 
     def train(rows: list[Batch], micro_batch_size: int, **changes) -> tuple[float, list[float], gpt.LanguageModel]:
-        before, losses, chunk = updates(make_config, ahead_run[1], start_ahead, rows, micro_batch_size, **changes)
-        return before.further, [loss.further for loss in losses], chunk
+        before, losses, chunk = updates(make_config, mtp_run[1], start_mtp, rows, micro_batch_size, **changes)
+        return before.mtp, [loss.mtp for loss in losses], chunk
 
     return train
 
@@ -141,10 +141,10 @@ def test_neighbours_in_a_row_are_invisible(trained):
     assert trained([row([one, silent])], 1)[0] == pytest.approx(alone, rel=ROUNDING)
 
 
-def test_tokens_further_ahead_however_the_batch_is_cut_and_packed(trained_ahead):
+def test_mtp_loss_does_not_depend_on_micro_batches_and_packing(trained_mtp):
     one, two, three, four = conversations()
     apart = [row([part]) for part in (one, two, three, four)]
-    before, losses, chunk = trained_ahead(apart, 4)
+    before, losses, chunk = trained_mtp(apart, 4)
     assert losses[2] < losses[0]
     weights = {name: weight.detach().clone() for name, weight in chunk.named_parameters()}
     for rows, size in (
@@ -152,47 +152,47 @@ def test_tokens_further_ahead_however_the_batch_is_cut_and_packed(trained_ahead)
         ([row([one, two]), row([four, three])], 1),
         ([row([three, four]), row([two, one])], 2),
     ):
-        found = trained_ahead(rows, size)
+        found = trained_mtp(rows, size)
         assert found[0] == pytest.approx(before, rel=ROUNDING)
         assert found[1] == pytest.approx(losses, rel=ROUNDING)
         for name, weight in found[2].named_parameters():
             assert torch.allclose(weight, weights[name], atol=2e-4), name  # as above
 
 
-def test_tokens_further_ahead_are_of_the_same_conversation(trained_ahead):
+def test_mtp_targets_are_of_the_same_conversation(trained_mtp):
     """The first conversation's loss with another one behind and before it, and alone."""
     one, two, _, _ = conversations()
     silent = (two[0], torch.full_like(two[1], IGNORE))
-    alone = trained_ahead([row([one])], 1)[0]
-    assert trained_ahead([row([silent, one])], 1)[0] == pytest.approx(alone, rel=ROUNDING)
-    assert trained_ahead([row([one, silent])], 1)[0] == pytest.approx(alone, rel=ROUNDING)
+    alone = trained_mtp([row([one])], 1)[0]
+    assert trained_mtp([row([silent, one])], 1)[0] == pytest.approx(alone, rel=ROUNDING)
+    assert trained_mtp([row([one, silent])], 1)[0] == pytest.approx(alone, rel=ROUNDING)
 
 
-def test_labels_of_tokens_further_ahead():
+def test_mtp_labels():
     labels = torch.tensor([[11, 12, IGNORE, 14, 15, IGNORE]])
     segments = torch.tensor([[1, 1, 1, 2, 2, 2]])
     none = IGNORE
-    assert further_labels(labels, None, 2).tolist() == [
+    assert mtp_labels(labels, None, 2).tolist() == [
         labels.tolist(),
         [[12, none, 14, 15, none, none]],
         [[none, 14, 15, none, none, none]],
     ]
     # A label's segment is that of the token that predicts it.
-    assert further_labels(labels, segments, 2).tolist() == [
+    assert mtp_labels(labels, segments, 2).tolist() == [
         labels.tolist(),
         [[12, none, none, 15, none, none]],
         [[none, none, none, none, none, none]],
     ]
 
 
-def test_without_their_loss_layers_for_tokens_further_ahead_stay(trained_ahead, ahead_run, start_ahead):
+def test_without_a_loss_mtp_layers_stay(trained_mtp, mtp_run, start_mtp):
     rows = [row([part]) for part in conversations()]
-    first = trained_ahead(rows, 4, mtp_loss_scaling_factor=0.0)
+    first = trained_mtp(rows, 4, mtp_loss_scaling_factor=0.0)
     assert first[:2] == (None, [None] * 3)
-    second = trained_ahead(rows, 4)
+    second = trained_mtp(rows, 4)
     process_groups.initialize(ParallelConfig(), 1)
-    chunks = gpt.build(ahead_run[1], ParallelConfig(), dtype=torch.float32)
-    weights.load(chunks, start_ahead)
+    chunks = gpt.build(mtp_run[1], ParallelConfig(), dtype=torch.float32)
+    weights.load(chunks, start_mtp)
     for name, weight in chunks[0].named_parameters():
         kept, trained = (made[2].get_parameter(name) for made in (first, second))
         assert torch.equal(kept, weight) == name.startswith("mtp."), name
@@ -207,7 +207,7 @@ def test_the_sum_and_the_count():
     assert report["loss"].tolist() == [3.75, 3.0, 0.0, 0.0]
 
 
-def test_the_sum_of_tokens_further_ahead_counts_by_the_next_ones():
+def test_the_mtp_sum_is_divided_by_next_token_targets():
     """DeepSeek V3's: the mean over layers of sums, which are divided by the number of next tokens as all gradients are."""
     labels = torch.tensor([[[1, 2, 3]], [[2, 3, IGNORE]], [[3, IGNORE, IGNORE]]])
     losses = torch.tensor([[[1.0, 2.0, 3.0]], [[4.0, 5.0, 0.0]], [[6.0, 0.0, 0.0]]])

@@ -156,7 +156,7 @@ def test_the_experts_of_a_layer_have_one_name(make_config):
     assert frozen
 
 
-def test_mtp_layers_without_a_loss_are_frozen(make_config, architecture, ahead_run):
-    assert trainable_of(make_config(mtp_loss_scaling_factor=0.0), ahead_run[1]) == Frozen(("mtp.*",))
-    assert trainable_of(make_config(mtp_loss_scaling_factor=0.1), ahead_run[1]) is FULL
+def test_mtp_layers_without_a_loss_are_frozen(make_config, architecture, mtp_run):
+    assert trainable_of(make_config(mtp_loss_scaling_factor=0.0), mtp_run[1]) == Frozen(("mtp.*",))
+    assert trainable_of(make_config(mtp_loss_scaling_factor=0.1), mtp_run[1]) is FULL
     assert trainable_of(make_config(mtp_loss_scaling_factor=0.0), architecture) is FULL

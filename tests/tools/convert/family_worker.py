@@ -42,7 +42,7 @@ from shared.model.logits import logits  # noqa: E402
 from shared.model.prefix_lm import with_blank  # noqa: E402
 from shared.parallel import ParallelConfig  # noqa: E402
 from shared.runtime.process_groups import initialize  # noqa: E402
-from shared.training.loss import further_labels, token_loss  # noqa: E402
+from shared.training.loss import mtp_labels, token_loss  # noqa: E402
 
 LAYOUTS = {
     "tp2": ParallelConfig(processes=2, tensor=2, sequence_parallel=True),
@@ -74,7 +74,7 @@ def step(chunk: Any, rows: torch.Tensor) -> float:
 
     def forward(iterator: Any, wrapped: Any) -> Any:
         row = next(iterator)
-        labels = further_labels(row[:, 1:], None, depth) if depth else row[:, 1:]
+        labels = mtp_labels(row[:, 1:], None, depth) if depth else row[:, 1:]
         return wrapped(row[:, :-1], positions, None, labels=labels), partial(total, labels=labels)
 
     def total(losses: torch.Tensor, labels: torch.Tensor) -> Any:

@@ -20,11 +20,11 @@ from shared.checkpoint.directory.publish import publish
 from shared.cli import invoked
 from shared.data.indexed import IndexedWriter
 from shared.families import registry
-from shared.runtime.quiet import hush
+from shared.runtime.quiet import silence
 from shared.training.recorder import Recorder
 from tools.pretrain.cli import tool
 
-hush()
+silence()
 
 REPOSITORY = Path(__file__).parents[3]
 TIMING = {"seconds", "tokens_per_second", "memory_bytes"}
@@ -158,42 +158,45 @@ def stopped(source, data, tmp_path_factory) -> Path:
     return target
 
 
-def test_tokens_further_ahead(data, tmp_path, capsys):
-    """DeepSeek V3's layers for them learn beside the others, or stay as they are, its experts' biases included."""
+def test_mtp_layers_learn_or_stay(data, tmp_path, capsys):
+    """DeepSeek V3's; without a loss all of their weights stay, correction biases included."""
     model = replace(registry.sizes()["deepseek-v3-tiny"], vocab_size=VOCAB)
     source = random_model(tmp_path / "source", model)
     before = tensors(source)
     assert run(source, data, tmp_path / "trained") == 0
-    assert "1 layer for tokens further ahead: trained, their loss times 0.1" in capsys.readouterr().err
+    assert "mtp         1 layer, trained, loss times 0.1\n" in capsys.readouterr().err
     rows = record(tmp_path / "trained")
     losses = [row["mtp_loss"] for row in rows if "mtp_loss" in row]
     assert len(losses) == 12
     assert losses[-1] < losses[0] - 0.5
     assert [row["step"] for row in rows if "validation_mtp_loss" in row] == [0, 6, 12]
     assert run(source, data, tmp_path / "kept", mtp_loss_scaling_factor=0) == 0
-    assert "kept as they are (--mtp-loss-scaling-factor 0)" in capsys.readouterr().err
+    assert "mtp         1 layer, frozen (--mtp-loss-scaling-factor 0)\n" in capsys.readouterr().err
     assert not any("mtp_loss" in name for row in record(tmp_path / "kept") for name in row)
     trained, kept = tensors(tmp_path / "trained"), tensors(tmp_path / "kept")
-    further = [name for name in before if name.startswith("mtp.") and "_extra_state" not in name]
-    assert len(further) > 15
-    for name in further:
+    mtp = [name for name in before if name.startswith("mtp.") and "_extra_state" not in name]
+    assert len(mtp) > 15
+    for name in mtp:
         assert torch.equal(kept[name], before[name]), name
         assert not torch.equal(trained[name], before[name]), name
     assert not torch.equal(kept["output_layer.weight"], before["output_layer.weight"])
 
 
-def test_a_source_without_the_layers_for_tokens_further_ahead_that_its_configuration_says(data, tmp_path, capsys):
+def test_a_source_without_the_mtp_layers_that_config_json_declares(data, tmp_path, capsys):
     model = replace(registry.sizes()["deepseek-v3-tiny"], vocab_size=VOCAB)
     source = random_model(tmp_path / "source", replace(model, mtp=None))
     (source / "hf" / "config.json").write_text(json.dumps(registry.to_config(model)))
     assert run(source, data, tmp_path / "run", steps=1, validate_every=0) == 0
-    assert "the source has no weights of the layers for tokens further ahead" in capsys.readouterr().err
+    assert "mtp         off (config.json declares MTP layers, the checkpoint has none)\n" in capsys.readouterr().err
     assert not any(name.startswith("mtp.") for name in tensors(tmp_path / "run"))
 
 
-def test_a_model_without_layers_for_tokens_further_ahead_has_no_loss_of_them(source, data, tmp_path, capsys):
+def test_a_model_without_mtp_layers_has_no_mtp_loss(source, data, tmp_path, capsys):
     assert run(source, data, tmp_path / "run", mtp_loss_scaling_factor=0.3) == 2
-    assert "--mtp-loss-scaling-factor belongs to models with layers for tokens further ahead" in capsys.readouterr().err
+    assert (
+        "--mtp-loss-scaling-factor belongs to models with MTP (multi-token prediction) layers"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -17,11 +17,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from shared.checkpoint.directory.publish import publish
 from shared.cli import invoked
 from shared.families import registry
-from shared.runtime.quiet import hush
+from shared.runtime.quiet import silence
 from shared.training.recorder import Recorder
 from tools.sft.cli import tool
 
-hush()
+silence()
 
 TIMING = {"seconds", "tokens_per_second", "memory_bytes"}
 VOCAB, LENGTH = 200, 24
