@@ -1,1 +1,1 @@
-"""What a model is: pure data, importable without torch."""
+"""Model configuration as frozen dataclasses, importable without torch."""

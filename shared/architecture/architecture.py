@@ -1,7 +1,7 @@
-"""The one description of a model: what every family's configuration is read into and every builder reads from.
+"""Architecture: the one model description. Every config.json is read into it; every Megatron-Core module is built from it.
 
-Pure data, importable without torch or Megatron-Core. A value refuses what is impossible; what our Megatron-Core modules
-do not compute is `shared.model.support`'s to say.
+Pure data, importable without torch or Megatron-Core. Dataclasses reject impossible values; `shared.model.support` lists
+the possible ones that cannot be trained.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ VOCAB_MULTIPLE = 128  # Megatron-LM's default make_vocab_size_divisible_by
 
 @dataclass(frozen=True, kw_only=True)
 class MTP:
-    """Multi-token prediction (DeepSeek V3, section 2.2): further layers that the model's own answer does not need."""
+    """Multi-token prediction (DeepSeek V3, section 2.2): extra layers, not needed for next-token logits."""
 
     depth: int  # layers
-    layer: Layer  # the decoder layer within each
+    layer: Layer  # decoder layer of each MTP layer
 
     def __post_init__(self) -> None:
         if self.depth < 1:
@@ -62,7 +62,7 @@ class MTP:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A decoder-only transformer. Sizes are counts of elements; every projection is `[out, in]`."""
+    """A decoder-only transformer. Sizes are numbers of elements; weights of linear layers are `[out, in]`."""
 
     family: str
     hidden_size: int
@@ -73,18 +73,18 @@ class Architecture:
     head: Head
     mtp: MTP | None = None
     prefix: PrefixLM | None = None  # None: causal
-    vision: Vision | None = None  # beside the language model, kept and never computed
+    vision: Vision | None = None  # vision tower: pass-through tensors, never trained
     initializer_range: float = 0.02  # standard deviation of random weights
-    # intermediate_size of a config.json that no layer uses, since all have experts: kept for the way back.
+    # intermediate_size of a config.json whose layers are all MoE: unused, written back on export.
     unused_ffn_hidden_size: int | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
-            raise ValueError("a model without layers is impossible")
+            raise ValueError("the model has no layers")
         if self.prefix:
             tokens = (self.prefix.start_token, *self.prefix.blank_tokens)
             if not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
-                raise ValueError(f"there is no token {max(tokens)}: the vocabulary has {self.vocab_size}")
+                raise ValueError(f"token id {max(tokens)} is out of range: vocab_size is {self.vocab_size}")
 
     @property
     def num_layers(self) -> int:
@@ -97,7 +97,7 @@ class Architecture:
 
     @property
     def homogeneous(self) -> bool:
-        """Whether all layers have the same tensors, so that Megatron-Core stacks them under one key."""
+        """Whether all layers have the same tensors: Megatron-Core stacks homogeneous layers under one key."""
         return len({(type(layer.mixer), type(layer.mlp)) for layer in self.kinds}) == 1
 
     def layers_of(self, kind: type) -> tuple[int, ...]:
@@ -110,27 +110,27 @@ class Architecture:
 
     @cached_property
     def attention(self) -> Attention | LatentAttention:
-        """The first layer's attention: what attention layers have in common is as good as any one's."""
+        """The first attention layer's attention, for fields that are equal in all attention layers."""
         return next(k.mixer for k in self.kinds if isinstance(k.mixer, Attention | LatentAttention))
 
     @cached_property
     def mla(self) -> LatentAttention | None:
-        """MLA, where attention is that."""
+        """MLA; None for other attention."""
         return self.attention if isinstance(self.attention, LatentAttention) else None
 
     @cached_property
     def mlp(self) -> MLP | None:
-        """The first MLP of a layer without experts."""
+        """The first dense MLP."""
         return next((k.mlp for k in self.kinds if isinstance(k.mlp, MLP)), None)
 
     @cached_property
     def moe(self) -> MoE | None:
-        """The first mixture of experts."""
+        """The first MoE."""
         return next((k.mlp for k in self.kinds if isinstance(k.mlp, MoE)), None)
 
     @property
     def feed_forward(self) -> MLP:
-        """An MLP of any layer: the first dense one, or where all layers have experts the first expert."""
+        """The first dense MLP, or the first expert if all layers are MoE."""
         if self.mlp:
             return self.mlp
         assert self.moe is not None
@@ -143,12 +143,12 @@ class Architecture:
 
     @property
     def mtp_depth(self) -> int:
-        """MTP layers; 0 without MTP."""
+        """Number of MTP layers."""
         return self.mtp.depth if self.mtp else 0
 
     @property
     def mtp_decoder(self) -> Architecture:
-        """A model whose only layer is the decoder layer within each MTP layer."""
+        """A one-layer model: the decoder layer of the MTP layers."""
         assert self.mtp is not None
         return replace(self, layers=(self.mtp.layer,), mtp=None)
 
@@ -159,7 +159,7 @@ class Architecture:
 
     @property
     def position_rows(self) -> int:
-        """Rows of the table of learned positions (with 2-D positions of both tables: the second counts from 1)."""
+        """Rows of each table of learned positions; one more with 2-D positions, whose block position starts at 1."""
         offset = self.embedding.positions.offset if self.embedding.positions else 0
         return self.max_position_embeddings + offset + (self.prefix is not None and self.prefix.position_streams > 1)
 
@@ -169,7 +169,7 @@ class Architecture:
         return -(-self.vocab_size // multiple) * multiple
 
     def with_layers(self, change: Callable[[Layer], Layer]) -> Architecture:
-        """The same model with every layer changed, the one within MTP too; equal layers stay one shared value."""
+        """The same model with `change` applied to every layer, MTP included; equal layers stay one object."""
         changed = {kind: change(kind) for kind in self.kinds}
         mtp = replace(self.mtp, layer=change(self.mtp.layer)) if self.mtp else None
         return replace(self, layers=tuple(changed[layer] for layer in self.layers), mtp=mtp)
@@ -190,9 +190,13 @@ class Architecture:
         num_layers: int | None = None,
         **fields: Any,
     ) -> Architecture:
-        """The same model with these fields of its values replaced: of every layer, the one within MTP too, that has such a
-        value, `norm` also of the norms around the layers; `fields` are the Architecture's own. `num_layers` is for models whose
-        layers are all equal; ValueError for others.
+        """The same model with nested fields replaced, in every layer that has them, MTP included.
+
+        Args:
+            attention, rotary, delta_net, mlp, moe, residual, layer, embedding, head: fields of the value of that name.
+            norm: fields of every norm, those of embedding and head included.
+            num_layers: number of layers; ValueError unless all layers are equal.
+            fields: the Architecture's own fields.
         """
 
         def of_layer(one: Layer) -> Layer:
@@ -216,16 +220,13 @@ class Architecture:
 
         if num_layers is not None:
             if len(self.kinds) > 1:
-                raise ValueError(f"which of {len(self.kinds)} kinds of layers are the {num_layers}? give layers")
+                raise ValueError(f"num_layers {num_layers} of {len(self.kinds)} different layers; give layers instead")
             fields["layers"] = tuple(map(of_layer, self.kinds)) * num_layers
         ends: dict[str, Any] = {"embedding": with_norm(self.embedding, embedding), "head": with_norm(self.head, head)}
         return replace(self.with_layers(of_layer), **ends, **fields)
 
     def parameter_count(self, *, active: bool = False) -> int:
-        """Number of weights, without vocabulary padding, MTP layers and vision tower.
-
-        `active` counts the experts that one token goes through.
-        """
+        """Number of parameters, without vocabulary padding, MTP layers and vision tower; `active`: top_k experts only."""
         hidden, embedding, head = self.hidden_size, self.embedding, self.head
         counts = {kind: kind.parameter_count(hidden, active=active) for kind in self.kinds}
         total = sum(counts[layer] for layer in self.layers)
@@ -238,7 +239,7 @@ class Architecture:
         return total + sum(norm.parameter_count(hidden) for norm in (embedding.norm, head.norm) if norm)
 
     def mtp_parameter_count(self, *, active: bool = False) -> int:
-        """Number of weights of the MTP layers, which share embedding and head with the model."""
+        """Number of parameters of the MTP layers, without the shared embedding and head."""
         if self.mtp is None:
             return 0
         hidden = self.hidden_size

@@ -1,7 +1,7 @@
-"""An Architecture as JSON data, as manifests hold it, and back.
+"""Architecture to and from JSON, as stored in manifests.
 
-Version 2: the values as they nest, each with its `class`; `layers` are runs of equal ones, `{"first": 0, "last": 2, ...}`.
-Version 1, without a `version`, is the flat form that the first tools wrote (`shared.architecture.version_1`).
+Version 2: nested dataclasses, each with its `class`; `layers` are runs of equal layers, `{"first": 0, "last": 2, ...}`.
+Version 1, without a `version` key: flat fields, written by the first releases (`shared.architecture.version_1`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def write(architecture: Architecture) -> dict[str, Any]:
 
 
 def read(data: Mapping[str, Any]) -> Architecture:
-    """The architecture of a dictionary of any version; UserError for a newer one or one that is damaged."""
+    """The architecture from JSON of any version; UserError for an unknown version or damaged data."""
     from shared.architecture.architecture import Architecture
 
     version = data.get("version", 1)
@@ -39,7 +39,10 @@ def read(data: Mapping[str, Any]) -> Architecture:
         if version == 1:
             return version_1.read(data)
         if version != VERSION:
-            raise UserError(f"architecture of version {version!r}: this tool reads 1 to {VERSION}; use a newer one")
+            raise UserError(
+                f"manifest.json: facts.architecture.version is {version!r}; this release reads 1 to {VERSION}; "
+                "upgrade this tool to the release that wrote the directory"
+            )
         given = {name: value for name, value in data.items() if name not in ("version", "num_layers")}
         layers: list[Any] = []
         hints = get_type_hints(Architecture)
@@ -49,7 +52,7 @@ def read(data: Mapping[str, Any]) -> Architecture:
             layers += [_read(layer_class, own)] * (run["last"] - run["first"] + 1)
         return _read(Architecture, given | {"layers": tuple(layers)})
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"architecture of a manifest: {error!r}; convert the model again") from None
+        raise UserError(f"manifest.json: facts.architecture is damaged: {error!r}; convert the model again") from None
 
 
 def _runs(layers: tuple[Any, ...]) -> list[dict[str, Any]]:
@@ -70,7 +73,7 @@ def _written(value: Any) -> Any:
 
 
 def _read(annotation: Any, value: Any) -> Any:
-    """The value of a field of this annotation from its JSON data."""
+    """The value of a field with this annotation, from JSON."""
     if not isinstance(value, Mapping):
         return tuple(value) if isinstance(value, list) else value
     classes: tuple[Any, ...] = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)

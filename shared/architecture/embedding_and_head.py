@@ -1,4 +1,4 @@
-"""Both ends of a model: embedding and positions before the first layer, norm and output layer behind the last."""
+"""Embedding (with learned positions) and head (final norm and output layer)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shared.architecture.norm import Norm
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedPositions:
-    """A table of learned positions, added to the embedded tokens."""
+    """Learned absolute position embedding."""
 
     offset: int = 0  # rows before position 0 (OPT)
 
@@ -18,7 +18,7 @@ class LearnedPositions:
 class Embedding:
     """`dropout(multiplier * norm(table[token]) + positions)`."""
 
-    factorised_size: int | None = None  # columns of table and output layer, projected to and from the hidden size
+    factorised_size: int | None = None  # factorised embedding: columns of table and output layer (OPT-350M)
     multiplier: float = 1.0
     norm: Norm | None = None  # BLOOM
     positions: LearnedPositions | None = None
@@ -29,9 +29,9 @@ class Embedding:
 class Head:
     """`softcap(multiplier * output_layer(norm(x)))`."""
 
-    tied: bool  # the output layer is the embedding's table
-    norm: Norm | None  # behind the last layer
+    tied: bool  # tied embeddings: the output layer's weight is the embedding table
+    norm: Norm | None  # final norm
     bias: bool = False
-    normalized: bool = False  # rows of the output layer are divided by their length (Baichuan 2's NormHead)
+    normalized: bool = False  # NormHead: each row of the output layer's weight divided by its L2 norm (Baichuan 2)
     multiplier: float = 1.0
     softcap: float | None = None  # logits l -> cap * tanh(l / cap)

@@ -1,4 +1,4 @@
-"""One layer: a mixer, an MLP or MoE, norms, and the residual that joins them."""
+"""Decoder layer: mixer, MLP or MoE, norms, residual."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from shared.architecture.mlp import MLP, MoE
 from shared.architecture.norm import Norm
 
 Mixer = Attention | LatentAttention | GatedDeltaNet
-# pre: before mixer and MLP. post: behind each, before the residual is added. sandwich: both. sum: behind each, of the
-# sum with the residual (OPT-350M).
+# For f the mixer and the MLP. pre: x + f(norm(x)). post: x + norm(f(x)). sandwich: x + norm'(f(norm(x))).
+# sum: norm(x + f(x)) (OPT-350M).
 NormPlacement = Literal["pre", "post", "sandwich", "sum"]
-# sequential: the MLP reads the mixer's result. parallel: both read the layer's input, each through a norm.
-# parallel_shared: through one norm. normed: sequential, but the residual is the norm's output (GLM-130B).
+# sequential: h = x + mixer(norm(x)), h + mlp(norm'(h)). parallel: x + mixer(norm(x)) + mlp(norm'(x)).
+# parallel_shared: parallel with norm' = norm. normed: sequential with the norm's output as residual (GLM-130B).
 ResidualKind = Literal["sequential", "normed", "parallel", "parallel_shared"]
 
 
@@ -30,7 +30,7 @@ class Residual:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A decoder layer. Equal layers are one shared value."""
+    """A decoder layer. Equal layers of a model are one object."""
 
     mixer: Mixer
     mlp: MLP | MoE
@@ -40,11 +40,11 @@ class Layer:
 
     @property
     def pre_norms(self) -> bool:
-        """Whether mixer and MLP each read a norm's output."""
+        """Whether mixer and MLP have a norm on their input."""
         return self.norm_placement in ("pre", "sandwich")
 
     def parameter_count(self, hidden: int, *, active: bool = False) -> int:
-        """Weights; `active`: of the experts that one token goes through."""
+        """Number of parameters; `active`: top_k experts only."""
         norms = 1 if self.residual.kind == "parallel_shared" else 4 if self.norm_placement == "sandwich" else 2
         mlp = self.mlp
         ffn = mlp.parameter_count(hidden, active=active) if isinstance(mlp, MoE) else mlp.parameter_count(hidden)

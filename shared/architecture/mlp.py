@@ -21,11 +21,11 @@ class MLP:
 
     def __post_init__(self) -> None:
         if (self.clamp is not None or self.up_offset) and not self.gated:
-            raise ValueError(f"clamp or offset of a gate with {self.activation}, which has none")
+            raise ValueError(f"clamp and up_offset need a gated activation, not {self.activation}")
 
     @property
     def gated(self) -> bool:
-        """Whether an activated projection multiplies a second one."""
+        """Whether the MLP is gated (GLU)."""
         return self.activation in GATED
 
     @property
@@ -34,48 +34,51 @@ class MLP:
         return self.ffn_hidden_size * (1 + self.gated)
 
     def parameter_count(self, hidden: int) -> int:
-        """Weights."""
+        """Number of parameters."""
         return hidden * (self.fc1_size + self.ffn_hidden_size) + self.bias * (self.fc1_size + hidden)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoE:
-    """A mixture of experts: every token goes through the `top_k` that its router scores highest.
+    """Mixture of experts with top-k routing.
 
-    Router logits `[tokens, experts]` become scores by softmax over all experts or a sigmoid each. The chosen experts'
-    scores, divided by their sum if `normalized`, times `scaling`, weight their outputs.
+    scores `[tokens, experts]` = softmax or sigmoid of the router logits. Weights of the top_k experts: their scores,
+    divided by the sum of these if `normalized` (norm_topk_prob), times `scaling` (routed_scaling_factor).
     """
 
     experts: int
     top_k: int
     expert: MLP
-    shared: MLP | None = None  # shared experts together, as one MLP
-    shared_gate: bool = False  # their output times the sigmoid of a projection of the token (Qwen 1.5 and 2)
+    shared: MLP | None = None  # all shared experts, as one MLP
+    shared_gate: bool = False  # shared output * sigmoid(shared_expert_gate(x)) (Qwen 1.5 and 2)
     router_bias: bool = False  # gpt-oss
     score: Literal["softmax", "sigmoid"] = "softmax"
     normalized: bool = True
     scaling: float = 1.0
-    correction_bias: bool = False  # fp32, added to the scores for choosing only (DeepSeek V3)
-    groups: int = 1  # equal runs of experts; a token goes to the best `top_groups` only
-    top_groups: int = 1
-    group_score_top: int = 2  # a group's score: the sum of as many of its best scores
-    auxiliary_loss: float = 0.0  # weight of the load-balancing loss
+    correction_bias: bool = False  # fp32 e_score_correction_bias: added for top-k selection only (DeepSeek V3)
+    groups: int = 1  # n_group: group-limited routing
+    top_groups: int = 1  # topk_group
+    group_score_top: int = 2  # group score: sum of its group_score_top highest scores
+    auxiliary_loss: float = 0.0  # coefficient of the load-balancing loss
     auxiliary_loss_over: Literal["batch", "sequence"] = "batch"  # tokens over which the load is balanced
 
     def __post_init__(self) -> None:
         if not 0 < self.top_k <= self.experts:
-            raise ValueError(f"top {self.top_k} of {self.experts} experts is impossible")
+            raise ValueError(f"top_k {self.top_k} must be in 1..{self.experts}, the number of experts")
         if self.experts % self.groups or not 0 < self.top_groups <= self.groups:
-            raise ValueError(f"top {self.top_groups} of {self.groups} groups of {self.experts} experts is impossible")
+            raise ValueError(
+                f"{self.groups} expert groups must divide {self.experts} experts, and top_groups {self.top_groups} must be "
+                f"in 1..{self.groups}"
+            )
         if not 0 < self.group_score_top <= self.experts // self.groups:
             raise ValueError(
-                f"the {self.group_score_top} best scores of a group of {self.experts // self.groups} experts are impossible"
+                f"group_score_top {self.group_score_top} must be in 1..{self.experts // self.groups}, the experts per group"
             )
         if self.shared_gate and self.shared is None:
-            raise ValueError("a gate of shared experts is set, but there are none")
+            raise ValueError("shared_gate is set without shared experts")
 
     def parameter_count(self, hidden: int, *, active: bool = False) -> int:
-        """Weights of router and experts; `active`: of the experts that one token goes through."""
+        """Number of parameters of router and experts; `active`: top_k experts only."""
         count = (self.top_k if active else self.experts) * self.expert.parameter_count(hidden)
         count += self.experts * (hidden + self.router_bias + self.correction_bias) + self.shared_gate * hidden
         return count + (self.shared.parameter_count(hidden) if self.shared else 0)

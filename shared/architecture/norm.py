@@ -1,4 +1,4 @@
-"""Norms."""
+"""RMSNorm and LayerNorm."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class Norm:
     kind: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     epsilon: float
     bias: bool = False
-    affine: bool = True  # False: no tensors; weight 1, bias 0
-    zero_centered_gamma: bool = False  # the tensor holds weight - 1 (Gemma)
+    affine: bool = True  # elementwise_affine; False: no weight, no bias
+    zero_centered_gamma: bool = False  # stored weight = gamma - 1 (Gemma)
 
     def __post_init__(self) -> None:
         if self.epsilon < 0.0:
-            raise ValueError(f"a norm with epsilon {self.epsilon} is impossible")
+            raise ValueError(f"norm epsilon {self.epsilon} must not be negative")
 
     def parameter_count(self, size: int) -> int:
-        """Weights over `size` elements."""
+        """Number of parameters of a norm over `size` elements."""
         return size * (1 + self.bias) * self.affine

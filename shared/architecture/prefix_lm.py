@@ -1,4 +1,4 @@
-"""Prefix LM: a text with a blank, and what fills it (GLM)."""
+"""Prefix LM (GLM): bidirectional attention in the prefix, causal behind it, blank infilling."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixLM:
-    """A row is a prefix with a blank, then its filling from `start_token` on (Du et al., 2022).
+    """A sequence is `[prefix with one mask token] [start_token, span that replaces the mask]` (Du et al., 2022).
 
-    Prefix tokens attend to each other in both directions, filling tokens to the prefix and causally to each other.
+    Mask: prefix tokens attend to the whole prefix; span tokens to the prefix and causally to the span.
 
-    The blank is at the first of `blank_tokens` that the row has, or with `earliest` at the first place in the prefix of
-    any of them. First position: a prefix token's index; for a filling token the blank's index. Second position: 0 in
-    the prefix; in the filling its index from 1. Behind a blank of `counted_tokens` the first position counts on.
+    Position: index in the sequence for prefix tokens, index of the mask token for span tokens (with a mask token of
+    `counted_tokens`: index in the sequence, too). Block position: 0 in the prefix; 1, 2.. in the span.
     """
 
-    start_token: int
-    blank_tokens: tuple[int, ...]
-    counted_tokens: tuple[int, ...] = ()
-    earliest: bool = False
-    # 2: 2-D positions. Rotary: half of each head by each position. Learned: a table of each, added.
+    start_token: int  # <sop>
+    blank_tokens: tuple[int, ...]  # [MASK], [sMASK], [gMASK]: the first that the sequence contains is the mask token
+    counted_tokens: tuple[int, ...] = ()  # mask tokens whose span continues the positions of the prefix
+    earliest: bool = False  # the mask token is the leftmost of any `blank_tokens` in the prefix
+    # 2: 2-D positions. RoPE: half of each head by position, half by block position. Learned: sum of two tables.
     position_streams: Literal[1, 2] = 1

@@ -1,4 +1,4 @@
-"""How rotary frequencies are stretched.
+"""RoPE scaling (`rope_scaling` of config.json).
 
 Pure data, importable without torch or Megatron-Core.
 """
@@ -12,15 +12,15 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are stretched past the length a model was first trained at.
+    """RoPE scaling by kind; cos and sin are multiplied by `concentration_factor`.
 
-    `linear` divides every position by `factor`; `llama3` (LLaMA 3.1) divides low frequencies only, with a smooth
-    passage between the wavelengths `original_length / high_frequency_factor` and
-    `original_length / low_frequency_factor`. `yarn` (Peng et al., 2023) does so by a ramp over the pairs, between
-    those that turn `beta_fast` and `beta_slow` times in the original length, and enlarges sines and cosines.
-    `longrope` (Ding et al., 2024) divides each pair's frequency by a factor of its own, of one list for sequences up to
-    the original length and of another for longer ones, and enlarges sines and cosines for both. `dynamic` changes
-    nothing of sequences up to the model's `max_position_embeddings`, and enlarges theta by the length of longer ones.
+    - `linear`: inv_freq / factor.
+    - `llama3` (LLaMA 3.1): wavelengths below original_length / high_frequency_factor are kept, above
+      original_length / low_frequency_factor divided by factor, interpolated between.
+    - `yarn` (Peng et al., 2023): pairs with more than `beta_fast` rotations in original_length are kept, with fewer
+      than `beta_slow` divided by factor, linear ramp over the pairs between.
+    - `longrope` (Ding et al., 2024): inv_freq[i] / short_factors[i] up to original_length, / long_factors[i] beyond.
+    - `dynamic` (NTK): unscaled up to max_position_embeddings; beyond, theta grows with the sequence length.
     """
 
     kind: Literal["linear", "llama3", "yarn", "longrope", "dynamic"]
@@ -29,34 +29,36 @@ class RopeScaling:
     high_frequency_factor: float = 4.0
     original_length: int = 8192  # tokens
 
-    beta_fast: float = 32.0  # turns; the rest is YaRN's too
+    beta_fast: float = 32.0  # yarn: rotations in original_length
     beta_slow: float = 1.0
-    truncate: bool = True  # the ramp starts and ends at whole pairs
-    attention_factor: float | None = None  # of sines and cosines, longrope's too; None: by what else is given
-    mscale: float | None = None
-    mscale_all_dim: float | None = None  # DeepSeek multiplies scores by it as well
+    truncate: bool = True  # yarn: round the ends of the ramp to whole pairs
+    attention_factor: float | None = None  # yarn, longrope: overrides the formula of `concentration_factor`
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn; DeepSeek multiplies the softmax scale by its square, too
 
-    short_factors: tuple[float, ...] = ()  # longrope's, one for each rotated pair
+    short_factors: tuple[float, ...] = ()  # longrope: one per rotated pair
     long_factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.factor < 1.0:
-            raise ValueError(f"rope scaling factor must be at least 1, not {self.factor}")
+            raise ValueError(f"rope_scaling factor {self.factor} must be at least 1")
         yarn = (self.beta_fast, self.beta_slow, self.truncate, self.mscale, self.mscale_all_dim)
         if self.kind != "yarn" and yarn != (32.0, 1.0, True, None, None):
-            raise ValueError(f"fields of yarn are set, but the rope scaling is {self.kind}")
+            raise ValueError(f"yarn fields are set, but the rope_scaling type is {self.kind}")
         if self.kind not in ("yarn", "longrope") and self.attention_factor is not None:
-            raise ValueError(f"an attention_factor is set, but the rope scaling is {self.kind}")
+            raise ValueError(f"attention_factor is set, but the rope_scaling type is {self.kind}")
         if (self.kind == "longrope") != bool(self.short_factors) or len(self.short_factors) != len(self.long_factors):
             raise ValueError(
-                f"{len(self.short_factors)} short and {len(self.long_factors)} long factors of {self.kind} are impossible"
+                f"rope_scaling of type {self.kind} has {len(self.short_factors)} short and {len(self.long_factors)} long "
+                "factors; longrope needs equally many, other types none"
             )
 
     @property
-    def amplitude(self) -> float:
-        """What sines and cosines are multiplied with, unless it is given.
+    def concentration_factor(self) -> float:
+        """Multiplier of cos and sin: `attention_factor` in transformers, `concentration_factor` in Megatron-Core.
 
-        `0.1 ln(factor) + 1` for YaRN, `sqrt(1 + ln(factor) / ln(original_length))` for longrope.
+        YaRN: `0.1 ln(factor) + 1`, or with mscale `yarn_mscale(mscale) / yarn_mscale(mscale_all_dim)`.
+        longrope: `sqrt(1 + ln(factor) / ln(original_length))`.
         """
         if self.attention_factor is not None:
             return self.attention_factor
@@ -65,9 +67,9 @@ class RopeScaling:
         if self.kind != "yarn":
             return 1.0
         if self.mscale and self.mscale_all_dim:
-            return self.magnitude(self.mscale) / self.magnitude(self.mscale_all_dim)
-        return self.magnitude(1.0)
+            return self.yarn_mscale(self.mscale) / self.yarn_mscale(self.mscale_all_dim)
+        return self.yarn_mscale(1.0)
 
-    def magnitude(self, mscale: float) -> float:
+    def yarn_mscale(self, mscale: float) -> float:
         """`0.1 mscale ln(factor) + 1`, DeepSeek's `yarn_get_mscale`."""
         return 0.1 * mscale * log(self.factor) + 1.0

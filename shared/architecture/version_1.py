@@ -1,6 +1,6 @@
-"""Version 1 of an architecture's dictionary: 64 flat fields, layers told apart by tuples of their indices.
+"""Version 1 of the architecture in manifests: flat fields; tuples of layer indices say which layers differ.
 
-Manifests that the first tools wrote have it. Nothing else is to be built on it.
+Read-only, for manifests of the first releases. New code does not use it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Prefix:
 
 @dataclass(frozen=True, kw_only=True)
 class Flat:
-    """The fields, with the defaults that they had."""
+    """The fields of version 1, with their defaults."""
 
     family: str
     num_layers: int
@@ -149,7 +149,7 @@ class Flat:
 
 
 def read(data: Mapping[str, Any]) -> Architecture:
-    """The architecture of a dictionary of version 1."""
+    """The architecture from version 1 JSON."""
     parts = {
         "experts": Experts,
         "latent": Latent,
@@ -168,7 +168,7 @@ def read(data: Mapping[str, Any]) -> Architecture:
 
 
 def nested(**fields: Any) -> Architecture:
-    """The architecture that these flat fields describe."""
+    """The architecture from version 1 fields."""
     from shared.architecture.architecture import MTP, Architecture
 
     f = Flat(**fields)
@@ -176,7 +176,7 @@ def nested(**fields: Any) -> Architecture:
     marked = f.layers_without_rope + f.full_attention_layers
     marked += (experts.dense_layers if experts else ()) + (delta.layers if delta else ())
     if marked and not 0 <= min(marked) <= max(marked) < f.num_layers:
-        raise ValueError(f"there is no layer {max(marked)}: the model has {f.num_layers}")
+        raise ValueError(f"layer index {max(marked)} is out of range: the model has {f.num_layers} layers")
     norm = Norm(
         kind="layernorm" if f.norm == "layernorm" else "rmsnorm",
         epsilon=f.norm_epsilon,
@@ -204,7 +204,7 @@ def nested(**fields: Any) -> Architecture:
 
     shared: dict[Layer, Layer] = {}
     layers = tuple(shared.setdefault(made, made) for made in map(layer, range(f.num_layers)))
-    # The layer of an MTP layer is the plain one: attention that sees everything, experts where there are any.
+    # MTP layers: full attention with RoPE, MoE if the model has it.
     plain = replace(f, layers_without_rope=(), full_attention_layers=(), delta=None)
     within = Layer(
         mixer=_attention(plain, 0),

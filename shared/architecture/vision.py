@@ -1,4 +1,4 @@
-"""Sizes of what makes vectors of images beside a language model.
+"""Sizes of a vision tower.
 
 Pure data, importable without torch or Megatron-Core.
 """
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Vision:
-    """A tower of layers over an image's patches, and what projects its vectors to the language model's.
+    """Vision tower (ViT) and projector of a multimodal wrapper: pass-through tensors only.
 
-    It is kept as it is and never computed here; the sizes say which tensors a checkpoint has of it.
+    Neither is trained or run. The sizes determine the names and shapes of their tensors.
     """
 
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
     num_attention_heads: int
-    image_size: int  # pixels, either way
-    patch_size: int  # pixels, either way
+    image_size: int  # pixels, height = width
+    patch_size: int  # pixels, height = width
     num_channels: int

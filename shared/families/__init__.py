@@ -1,1 +1,1 @@
-"""Model families: a page of data each, that reads a configuration and lists the tensors."""
+"""Model families, one module each: config.json to Architecture and back, tensor names, named sizes."""

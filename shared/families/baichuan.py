@@ -1,4 +1,4 @@
-"""Baichuan 1 and 2: LLaMA with queries, keys and values as blocks of one projection; the 13B with ALiBi."""
+"""Baichuan 1 and 2: LLaMA with fused QKV `[q ; k ; v]`; 13B: ALiBi; Baichuan 2: NormHead."""
 
 from __future__ import annotations
 
@@ -14,31 +14,30 @@ from shared.families.family import Family
 
 _NAMES = Names(qkv=("self_attn.W_pack",))
 _SECOND_VOCABULARY = 125_696  # of Baichuan 2, as published
-_HIDDEN_SIZES = {4096: True, 5120: False}  # as published: whether such a model has rotary embedding
+_HIDDEN_SIZES = {4096: True, 5120: False}  # hidden_size of the published models -> whether it has RoPE
 
 _SPELLING = Spelling(positions="model_max_length", groups=None, head_dim=None, attention_dropout=None)
 
 
 def read(fields: Fields) -> Architecture:
-    """Which of the four published programs a configuration is for is told by the fields that only some of them have.
+    """The four published classes share one model_type and are told apart by their fields.
 
-    The 7B's class has `max_position_embeddings`, and rotary embedding with a fixed base; the 13B's has
-    `model_max_length` alone, and ALiBi. Baichuan 2's have `z_loss_weight`, though the published 13B leaves it out, and
-    a normalised head.
+    7B: `max_position_embeddings`, RoPE with theta 10000. 13B: `model_max_length` only, ALiBi. Baichuan 2: NormHead,
+    recognised by `z_loss_weight` or by the vocabulary (the published Baichuan2-13B has no z_loss_weight).
     """
     fields.expect("z_loss_weight", 0, 0.0, why="the loss is cross entropy alone; set it to 0")
-    fields.expect("rope_theta", 10_000, why="Baichuan's rotary base is 10000, whatever this says")
+    fields.expect("rope_theta", 10_000, why="the published class always uses 10000")
     fields.ignore("model_max_length", "gradient_checkpointing")
     rotary = fields.has("max_position_embeddings")
     spelling = replace(_SPELLING, positions="max_position_embeddings") if rotary else _SPELLING
     hidden = fields.get("hidden_size", int)
     if hidden in _HIDDEN_SIZES and rotary != _HIDDEN_SIZES[hidden]:
         raise UserError(
-            f"config.json: {'remove' if rotary else 'give'} max_position_embeddings: that the field is there stands for "
-            f"rotary embedding, and Baichuan's models of hidden_size {hidden} have {'ALiBi' if rotary else 'it'}"
+            f"config.json: {'remove' if rotary else 'add'} max_position_embeddings: it stands for RoPE, and Baichuan models "
+            f"of hidden_size {hidden} have {'ALiBi' if rotary else 'RoPE'}"
         )
     decoder = read_decoder(fields, spelling, rotary=False)
-    fields.expect("num_key_value_heads", decoder.heads, why="every head has its own keys and values")
+    fields.expect("num_key_value_heads", decoder.heads, why="this family has MHA: as many as num_attention_heads")
     normalized = fields.has("z_loss_weight") or decoder.vocab_size >= _SECOND_VOCABULARY
     return decoder.build(
         "baichuan", attention={"rotary": Rotary()} if rotary else {"alibi": Alibi()}, head={"normalized": normalized}
@@ -90,7 +89,7 @@ FAMILY = Family(
     size_configs={
         "baichuan-tiny": _BAICHUAN_TINY,
         "baichuan2-tiny": {**_BAICHUAN_TINY, "z_loss_weight": 0},
-        # heads that are no power of two have two series of ALiBi slopes
+        # not a power of two: two series of ALiBi slopes
         "baichuan2-tiny-6-heads": {
             **_BAICHUAN_13B,
             "num_hidden_layers": 2,

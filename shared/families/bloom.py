@@ -1,4 +1,4 @@
-"""BLOOM and BLOOMZ: ALiBi, a norm on the embedding, QKV in Megatron-Core order."""
+"""BLOOM and BLOOMZ: ALiBi, embedding norm, fused QKV in Megatron-Core's order."""
 
 from __future__ import annotations
 
@@ -39,10 +39,12 @@ _SPELLING = Spelling(
 
 
 def read(fields: Fields) -> Architecture:
-    """Number of layers and of heads are spelt in two ways; `seq_length` is what the model was trained at."""
-    fields.expect("apply_residual_connection_post_layernorm", False, why="the residual is the layer's input")
-    fields.expect("slow_but_exact", False, why="sums are not split as they were in training")
-    # Of the program that trained the models.
+    """Number of layers and of heads have two spellings each; `seq_length` is the training length."""
+    fields.expect(
+        "apply_residual_connection_post_layernorm", False, why="only residuals of the layer input are supported"
+    )
+    fields.expect("slow_but_exact", False, why="slow_but_exact changes the order of sums and is not supported")
+    # Fields of the training framework.
     fields.ignore("attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "n_inner")
     fields.ignore("skip_bias_add", "skip_bias_add_qkv", "offset_alibi")
 
@@ -83,7 +85,7 @@ FAMILY = Family(
     write=write,
     size_configs={
         "bloom-tiny": _BLOOM_TINY,
-        # heads that are no power of two have two series of ALiBi slopes
+        # not a power of two: two series of ALiBi slopes
         "bloom-tiny-6-heads": {**_BLOOM_TINY, "hidden_size": 96, "n_head": 6},
         "bloom-560m": _BLOOM_560M,
         "bloom-176b": {**_BLOOM_560M, "n_layer": 70, "hidden_size": 14_336, "n_head": 112},

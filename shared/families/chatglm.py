@@ -1,4 +1,4 @@
-"""ChatGLM-6B: prefix LM, 2-D positions, and residuals of normed states (DeepNorm)."""
+"""ChatGLM-6B: prefix LM, 2-D RoPE, DeepNorm with the norm's output as residual."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAMES = Names(
     final_norm="transformer.final_layernorm",
     pass_through=("attention.rotary_emb.inv_freq",),
 )
-# sqrt(2 * 28): the published class counts 28 layers there, whatever num_layers says.
+# sqrt(2 * 28): the published class has 28 hard-coded, whatever num_layers says.
 _INPUT_MULTIPLIER = 56**0.5
 
 _SPELLING = Spelling(
@@ -38,15 +38,15 @@ _SPELLING = Spelling(
 
 
 def read(fields: Fields) -> Architecture:
-    """Positions and mask follow from the tokens `bos_token_id`, `gmask_token_id` and `mask_token_id` of each row.
+    """Positions and mask are computed from `bos_token_id`, `gmask_token_id` and `mask_token_id` in the ids.
 
-    The first revision, whose vocabulary has 150528 tokens and whose configuration does not name the last two, computes
-    other positions and is refused. Frequencies are rounded to fp16, as the published class does at any precision.
+    The first revision (vocabulary 150528, without gmask_token_id and mask_token_id) has other positions and is refused.
+    inv_freq is rounded to fp16 at any precision, as in the published class.
     """
     fields.expect("quantization_config", why="the weights are quantised; fetch the unquantised model")
     fields.expect("quantization_bit", 0, why="the weights are quantised; fetch the unquantised model")
-    fields.expect("pre_seq_len", why="a prefix of tuned keys and values (P-tuning) is not supported")
-    fields.expect("position_encoding_2d", True, why="positions are two streams")
+    fields.expect("pre_seq_len", why="P-tuning (prefix tuning) is not supported")
+    fields.expect("position_encoding_2d", True, why="this family has 2-D positions")
     fields.ignore("prefix_projection")
     return read_decoder(fields, _SPELLING, rotary=False, default_epsilon=1e-5, tied=True).build(
         "chatglm",

@@ -1,4 +1,4 @@
-"""ChatGLM2, ChatGLM3 and GLM-4-9B as their makers publish them: neighbours rotated in half of each head."""
+"""ChatGLM2, ChatGLM3 and GLM-4-9B with remote code: interleaved RoPE on half of each head."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NAMES = Names(
     head="transformer.output_layer",
     pass_through=(),
 )
-# A constant of the whole model, which every implementation recomputes.
+# A buffer that every implementation recomputes.
 _FREQUENCIES = PassThroughTensor(name="transformer.rotary_pos_emb.inv_freq", axes=())
 _THETA = 10_000.0  # times rope_ratio
 
@@ -39,31 +39,31 @@ _SPELLING = Spelling(
     tied=None,
     initializer_range=None,
 )
-# Fields with one value in every model, and why.
+# Fields with one supported value: (value, reason).
 _FIXED = {
-    "rmsnorm": (True, "norms are RMSNorm"),
-    "post_layer_norm": (True, "the last layer is followed by a norm"),
-    "apply_residual_connection_post_layernorm": (False, "the residual is the layer's input"),
-    "fp32_residual_connection": (False, "the residual has the weights' type"),
-    "original_rope": (True, "pairs of the rotation are neighbours"),
-    "rotary_percent": (0.5, "half of each head is rotated"),
-    "interleaved_qkv": (False, "queries come before keys, and keys before values"),
-    "tie_word_embeddings": (False, "the output layer is stored"),
+    "rmsnorm": (True, "only RMSNorm is supported"),
+    "post_layer_norm": (True, "the final norm is required"),
+    "apply_residual_connection_post_layernorm": (False, "only residuals of the layer input are supported"),
+    "fp32_residual_connection": (False, "fp32 residuals are not supported"),
+    "original_rope": (True, "only interleaved RoPE pairs are supported"),
+    "rotary_percent": (0.5, "RoPE covers half of each head"),
+    "interleaved_qkv": (False, "only QKV rows in the order q, k, v are supported"),
+    "tie_word_embeddings": (False, "tied embeddings are not supported for this family"),
 }
 _WRITTEN = [name for name in _FIXED if name not in ("rotary_percent", "interleaved_qkv")]
 
 
 def read(fields: Fields) -> Architecture:
-    """`rope_ratio` multiplies the base of the rotation; `add_bias_linear` adds biases to every linear layer."""
+    """theta = 10000 * `rope_ratio`; `add_bias_linear` adds biases to every linear layer."""
     fields.expect("quantization_bit", 0, why="the weights are quantised; fetch the unquantised model")
-    fields.expect("vision_config", why="its images are not supported")
-    fields.expect("pre_seq_len", why="a prefix of tuned keys and values (P-tuning) is not supported")
+    fields.expect("vision_config", why="multimodal models of this family are not supported")
+    fields.expect("pre_seq_len", why="P-tuning (prefix tuning) is not supported")
     for name, (expected, why) in _FIXED.items():
         fields.expect(name, expected, why=why)
     fields.expect("hidden_dropout", 0, 0.0, why="train without dropout, or set it to 0.0")
     if not fields.get("multi_query_attention", bool, False):
-        raise UserError("config.json: multi_query_attention other than true is not supported: no such model is known")
-    # Precision alone: scores are divided by the layer's number and multiplied with it again, in fp32.
+        raise UserError("config.json: multi_query_attention must be true; no published model has another value")
+    # Numerical range only: scores are divided by the layer number, then multiplied by it in fp32.
     fields.ignore("apply_query_key_layer_scaling", "attention_softmax_in_fp32", "bias_dropout_fusion")
     fields.ignore("prefix_projection", "classifier_dropout")
     decoder = read_decoder(fields, _SPELLING, rotary=False, default_epsilon=1e-5)

@@ -1,4 +1,4 @@
-"""Command-R, Command-R+ and Aya: attention and MLP side by side on one LayerNorm without bias, scaled logits."""
+"""Command-R, Command-R+ and Aya: parallel residual with one LayerNorm without bias, scaled logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SPELLING = Spelling(epsilon="layer_norm_eps")
 
 
 def read(fields: Fields) -> Architecture:
-    fields.ignore("model_max_length")  # the tokenizer's
+    fields.ignore("model_max_length")  # tokenizer setting
     bias = fields.get("attention_bias", bool, False)
     decoder = read_decoder(fields, SPELLING, default_theta=500_000.0, interleaved=True, default_epsilon=1e-5, tied=True)
     return decoder.build(

@@ -1,4 +1,4 @@
-"""Command-R7B, Command-A: Command-R with a sliding window and rotary embedding in three of four layers, neither in the fourth."""
+"""Command-R7B, Command-A: Command-R; of 4 layers, 3 have sliding window and RoPE, 1 full attention without RoPE."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from shared.families.family import TINY, Family
 
 
 def read(fields: Fields) -> Architecture:
-    """Layers without a window have no rotation."""
+    """Full-attention layers have no RoPE."""
     pattern = fields.get("sliding_window_pattern", int, 4)
-    fields.expect("layer_switch", pattern, why="it is the same as sliding_window_pattern")
+    fields.expect("layer_switch", pattern, why="it must equal sliding_window_pattern")
     fields.expect("order_of_interleaved_layers", "local_attn_first", why="supported: local_attn_first")
     fields.expect("position_embedding_type", "rope_gptj", why="supported: rope_gptj")
-    fields.expect("rotary_pct", 1, 1.0, why="whole heads are rotated")
+    fields.expect("rotary_pct", 1, 1.0, why="partial RoPE is not supported for this family")
     for name in ("use_embedding_sharing", "use_gated_activation", "use_parallel_block"):
-        fields.expect(name, True, why="transformers computes no other")
+        fields.expect(name, True, why="transformers ignores other values")
     fields.ignore("cache_implementation", "use_parallel_embedding")
     bias = fields.get("attention_bias", bool, False)
     decoder = read_decoder(fields, SPELLING, interleaved=True, default_epsilon=1e-5, tied=True)

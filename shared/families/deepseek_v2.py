@@ -1,4 +1,4 @@
-"""DeepSeek V2, V2.5 and V2-Lite: MLA; MoE with softmax scores that are not normalised."""
+"""DeepSeek V2, V2.5 and V2-Lite: MLA; MoE with unnormalised softmax scores."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from shared.families.common.moe import read_deepseek_moe, write_deepseek_moe
 from shared.families.common.tensor_table import DEEPSEEK_NAMES
 from shared.families.family import TINY, Family
 
-_METHODS = {"greedy": False, "group_limited_greedy": True}  # whether groups of experts are chosen first
+_METHODS = {"greedy": False, "group_limited_greedy": True}  # topk_method -> group-limited routing
 
 
 def read(fields: Fields) -> Architecture:
-    """The best expert of a group stands for it."""
+    """Group score: highest score in the group."""
     decoder = read_decoder(fields)
-    fields.expect("mlp_bias", False, why="an MLP with biases beside experts is not supported")
-    fields.expect("norm_topk_prob", False, why="transformers does not divide the scores by their sum either")
+    fields.expect("mlp_bias", False, why="MLP biases are not supported with MoE")
+    fields.expect("norm_topk_prob", False, why="transformers ignores true: scores stay unnormalised")
     fields.expect("scoring_func", "softmax", why="supported: softmax")
     fields.expect("topk_method", *_METHODS, why=f"supported: {', '.join(_METHODS)}")
     grouped = _METHODS[fields.get("topk_method", str, "greedy")]

@@ -1,4 +1,4 @@
-"""DeepSeek V3, V3.1, R1, Moonlight and Kimi K2: MLA; MoE with sigmoid scores and a bias for choosing only."""
+"""DeepSeek V3, V3.1, R1, Moonlight and Kimi K2: MLA; MoE with sigmoid scores and correction bias; MTP."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared.families.family import TINY, Family
 
 
 def read(fields: Fields) -> Architecture:
-    """The two best experts of a group stand for it."""
+    """Group score: sum of the two highest scores in the group."""
     decoder = read_decoder(fields)
     fields.expect("scoring_func", "sigmoid", why="supported: sigmoid")
     fields.expect("topk_method", "noaux_tc", why="supported: noaux_tc")
@@ -66,7 +66,7 @@ _MOONLIGHT_TINY = {
     **_MOONLIGHT_16B_A3B,
     **TINY,
     "num_key_value_heads": 4,
-    "rms_norm_eps": 0.1,  # MLA's norms have another
+    "rms_norm_eps": 0.1,  # differs from MLA's norm_epsilon
     "kv_lora_rank": 24,
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8,
@@ -103,7 +103,7 @@ _KIMI_K2 = {
 
 FAMILY = Family(
     name="deepseek_v3",
-    model_types=("deepseek_v3", "kimi_k2"),  # Kimi K2's modelling code is DeepSeek V3's
+    model_types=("deepseek_v3", "kimi_k2"),  # Kimi K2 has DeepSeek V3's modelling code
     title="DeepSeek V3, V3.1, R1, Moonlight, Kimi K2",
     hf_class="DeepseekV3ForCausalLM",
     read=read,

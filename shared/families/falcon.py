@@ -1,6 +1,6 @@
-"""Falcon 7B, 11B, 40B and 180B: attention and MLP side by side on one norm or two, QKV in Megatron-Core order.
+"""Falcon 7B, 11B, 40B and 180B: parallel residual with one or two norms, fused QKV in Megatron-Core's order.
 
-Falcon RW has them one after the other, biases, and ALiBi.
+Falcon RW: sequential residual, biases, ALiBi.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NAMES = Names(
 
 
 def without_legacy_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of `RefinedWebModel` (7B, RW), and of `RefinedWeb` (40B), whose own code knew the new decoder only."""
+    """Legacy names of `RefinedWebModel` (7B, RW) and `RefinedWeb` (40B: new decoder architecture only)."""
     names = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_head_kv": "num_kv_heads"}
     found = renamed(config, names | {"n_embed": "hidden_size"})
     if config.get("model_type") == "RefinedWeb":
@@ -44,8 +44,10 @@ _SPELLING = Spelling(
 
 
 def read(fields: Fields) -> Architecture:
-    """The new decoder (40B on) has several key/value heads and, unless told otherwise, two norms."""
-    fields.expect("apply_residual_connection_post_layernorm", False, why="the residual is the layer's input")
+    """`new_decoder_architecture` (40B, 180B, 11B): GQA and, by default, two norms."""
+    fields.expect(
+        "apply_residual_connection_post_layernorm", False, why="only residuals of the layer input are supported"
+    )
     fields.expect("hidden_dropout", 0, 0.0, why="train without dropout, or set it to 0.0")
     fields.ignore("parallel_attn", "multi_query", "num_ln_in_parallel_attn", "num_kv_heads", "ff_factor")
     decoder = read_decoder(
@@ -79,7 +81,7 @@ def read(fields: Fields) -> Architecture:
 
 
 def write(a: Architecture) -> dict[str, Any]:
-    """The old decoder where it can say it: one key/value head, or as many as queries, and one norm or a sequence."""
+    """`new_decoder_architecture` false if possible: MQA or MHA, with one norm or a sequential residual."""
     residual, groups = a.layers[0].residual.kind, a.attention.groups
     old = residual != "parallel" and groups in (1, a.attention.heads)
     return {
@@ -124,7 +126,7 @@ FAMILY = Family(
     name="falcon",
     title="Falcon 7B, 11B, 40B, 180B, RW",
     hf_class="FalconForCausalLM",
-    other_classes=("RWForCausalLM",),  # as the first models were published
+    other_classes=("RWForCausalLM",),  # first uploads
     model_types=("falcon", "RefinedWebModel", "RefinedWeb"),
     without_legacy_names=without_legacy_names,
     read=read,

@@ -1,4 +1,4 @@
-"""What a family is."""
+"""`Family`: the description of one model family."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared.families.common.fields import Fields
 from shared.families.common.tensor_table import Names, decoder_table
 from shared.mapping.rule import Table
 
-# Of a size for tests and first steps, in LLaMA's spelling: two layers, 512 tokens.
+# A tiny model for tests and first steps, in LLaMA's field names: 2 layers, 512 tokens.
 TINY: Mapping[str, Any] = {
     "num_hidden_layers": 2,
     "hidden_size": 64,
@@ -28,29 +28,29 @@ TINY: Mapping[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A model family: its configuration both ways and its tensors."""
+    """A model family: config.json to Architecture and back, and the tensor table."""
 
     name: str
-    title: str  # what people call it, and which members are meant
-    hf_class: str  # the class whose weights these are
-    other_classes: tuple[str, ...] = ()  # further names of it in published configurations
-    remote: bool = False  # the class is not transformers': models are published with code of their own
-    explicit_positions: bool = False  # the class is handed positions and mask, which others find in the tokens
-    model_types: tuple[str, ...] = ()  # as configurations say it, what is written first; empty: the name
-    # Where several families share a model_type: whether a configuration is this one's.
+    title: str  # model names, for FAMILIES.md and messages
+    hf_class: str  # `architectures` of config.json
+    other_classes: tuple[str, ...] = ()  # other published names of that class
+    remote: bool = False  # trust_remote_code: the class is published with the model, not in transformers
+    explicit_positions: bool = False  # forward() takes positions and mask as arguments (prefix LM)
+    model_types: tuple[str, ...] = ()  # `model_type` of config.json; the first is written; empty: `name`
+    # Whether a config.json is this family's, if several families share a model_type.
     matches: Callable[[Mapping[str, Any]], bool] = lambda config: True
-    # A configuration with the current names of fields in place of the first uploads'.
+    # config.json with current field names instead of those of the first uploads.
     without_legacy_names: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: config
-    # Fields of a config.json that auxiliary files in its folder say, for one that lacks them.
+    # config.json fields read from auxiliary files, for a config.json that lacks them.
     auxiliary_fields: Callable[[Path], Mapping[str, Any]] = lambda directory: {}
-    # The part of a configuration that describes the language model, where there is more.
+    # The language model's part of a multimodal config.json.
     language: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: config
     read: Callable[[Fields], Architecture]
-    names: Names = field(default_factory=Names)  # of its tensors
-    # Its tensors in both forms; None: a decoder's, under these names.
+    names: Names = field(default_factory=Names)  # tensor names
+    # Tensor table; None: `decoder_table` with `names`.
     own_table: Callable[[Architecture], Table] | None = None
     write: Callable[[Architecture], dict[str, Any]]  # the family's own fields of a new config.json
-    # Named sizes for `convert init`, each as the fields of its config.json that differ from the class's defaults.
+    # Named sizes of `convert init`: config.json fields that differ from the class defaults.
     size_configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -58,11 +58,11 @@ class Family:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Every name of its class."""
+        """`hf_class` and `other_classes`."""
         return (self.hf_class, *self.other_classes)
 
     def table(self, a: Architecture) -> Table:
-        """Its tensors in both forms."""
+        """Tensor table: Hugging Face names to Megatron keys."""
         return self.own_table(a) if self.own_table else decoder_table(a, self.names)
 
     @cached_property
@@ -71,13 +71,13 @@ class Family:
         return {name: self.architecture(config) for name, config in self.size_configs.items()}
 
     def architecture(self, config: Mapping[str, Any]) -> Architecture:
-        """The architecture of a config.json in current names; UserError names a field that is not understood."""
+        """The architecture of a config.json with current field names; UserError for an unsupported field."""
         given = Fields(config)
         try:
             architecture = self.read(given)
         except UserError:
             raise
-        except (ValueError, ArithmeticError) as error:  # the architecture's own checks; a divisor that is zero
+        except (ValueError, ArithmeticError) as error:  # Architecture's checks; division by zero
             raise UserError(f"config.json: {error}") from None
         given.finish(self.name)
         return architecture

@@ -1,4 +1,4 @@
-"""Gemma 1 and CodeGemma: norms whose weight is stored less one, GeGLU, scaled and tied embeddings."""
+"""Gemma 1 and CodeGemma: zero-centred gamma, GeGLU, embedding multiplier, tied embeddings."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from shared.families.common.fields import Fields
 from shared.families.family import TINY, Family
 
 _TANH: dict[str, Activation] = {"gelu_pytorch_tanh": "geglu_tanh"}
-# What the first releases called it; transformers computes the tanh form for either name.
+# The first releases say gelu; transformers computes tanh GELU for both names.
 _ACTIVATIONS = _TANH | {"gelu": "geglu_tanh"}
 
 
 def read(fields: Fields) -> Architecture:
-    """`hidden_activation` wins over `hidden_act`, which the first releases had wrong."""
-    fields.expect("hidden_activation", *_ACTIVATIONS, why="this family has tanh GELU")
+    """`hidden_activation` overrides `hidden_act`, which is wrong in the first releases."""
+    fields.expect("hidden_activation", *_ACTIVATIONS, why="this family has tanh GELU (gelu_pytorch_tanh)")
     fields.expect("use_bidirectional_attention", False, why="only causal attention is supported")
     bias = fields.get("attention_bias", bool, False)
     decoder = read_decoder(

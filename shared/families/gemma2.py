@@ -1,4 +1,4 @@
-"""Gemma 2: Gemma with a norm on both sides, soft caps, and windows in every other layer."""
+"""Gemma 2: Gemma with sandwich norms, soft caps, and a sliding window in every other layer."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SPELLING = Spelling(activation="hidden_activation")
 
 
 def read(fields: Fields) -> Architecture:
-    """Without `layer_types` the even layers, from 0, have the sliding window."""
-    fields.expect("hidden_act", *ACTIVATIONS, why="this family has tanh GELU")
+    """Without `layer_types`, layers 0, 2, 4.. have the sliding window."""
+    fields.expect("hidden_act", *ACTIVATIONS, why="this family has tanh GELU (gelu_pytorch_tanh)")
     fields.expect("use_bidirectional_attention", False, why="only causal attention is supported")
     fields.ignore("cache_implementation")
     decoder = read_decoder(

@@ -1,4 +1,4 @@
-"""Gemma 3, text: Gemma 2 with norms on queries and keys for its soft caps, and its own rotation in windowed layers."""
+"""Gemma 3, text: Gemma 2 with QK norm instead of soft caps, and separate RoPE in sliding-window layers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from shared.families.gemma2 import ACTIVATIONS, NAMES, SPELLING
 
 
 def read(fields: Fields) -> Architecture:
-    """Every sixth layer has full attention, unless `layer_types` or `sliding_window_pattern` says otherwise.
+    """Every sixth layer has full attention, unless `layer_types` or `sliding_window_pattern` is given.
 
-    Layers with a window have the base `rope_local_base_freq`, and are not stretched.
+    Sliding-window layers: theta = `rope_local_base_freq`, no RoPE scaling.
     """
     fields.expect("use_bidirectional_attention", False, why="only causal attention is supported")
-    fields.expect("attn_logit_softcapping", why="transformers computes none")
+    fields.expect("attn_logit_softcapping", why="transformers ignores it")
     fields.ignore("cache_implementation", "_sliding_window_pattern")
     decoder = read_decoder(
         fields,

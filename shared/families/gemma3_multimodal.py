@@ -1,4 +1,4 @@
-"""Gemma 3, multimodal: the text model in a wrapper with SigLIP's vision tower, as its larger sizes are published."""
+"""Gemma 3, multimodal (4B, 12B, 27B): the text model in a wrapper with a SigLIP vision tower."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TOWER = "vision_tower.vision_model."
 
 
 def _pass_through(a: Architecture, vision: Vision) -> Iterator[PassThroughTensor]:
-    """The tower, and what projects its vectors: `[vision, text]`, after a norm."""
+    """Vision tower and projector: a norm, then a `[vision, text]` weight."""
     projector = "multi_modal_projector.mm_"
     shapes = {
         "input_projection_weight": (vision.hidden_size, a.hidden_size),
@@ -30,7 +30,7 @@ _TOKENS = {"boi_token_index": 255_999, "eoi_token_index": 256_000, "image_token_
 _WRAPPER = MultimodalWrapper(
     inner=gemma3.FAMILY,
     model_type="gemma3",
-    # Gemma3TextConfig's: the published 4B leaves most of them out.
+    # Gemma3TextConfig's defaults: the published 4B omits most fields.
     defaults={
         "model_type": "gemma3_text",
         "vocab_size": 262_208,
@@ -42,13 +42,13 @@ _WRAPPER = MultimodalWrapper(
         "head_dim": 256,
         "max_position_embeddings": 131_072,
     },
-    refused={"final_logit_softcapping": "transformers does not cap the logits of this class, other programs do"},
+    refused={"final_logit_softcapping": "transformers does not cap the logits of this class, other runtimes do"},
     ignored=(*_TOKENS, "mm_tokens_per_image", "initializer_range"),
     fields={**_TOKENS, "mm_tokens_per_image": 256},
     read=siglip.read,
     write=siglip.write,
     pass_through=_pass_through,
-    # transformers 5 has no `vision_model` in the tower's names.
+    # transformers 5 drops `vision_model.` from the names.
     prefix_variants={
         **PREFIX_VARIANTS,
         _TOWER: ("vision_tower.", "model.vision_tower.vision_model.", "model.vision_tower."),

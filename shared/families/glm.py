@@ -1,4 +1,4 @@
-"""GLM-4-9B as transformers has it: neighbours rotated in half of each head, fused gate and up."""
+"""GLM-4-9B in transformers: interleaved RoPE on half of each head, fused gate and up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAMES = Names(fc1=("mlp.gate_up_proj",))
 
 
 def read(fields: Fields) -> Architecture:
-    """Biases are on q, k and v only."""
+    """`attention_bias`: biases of q, k and v only."""
     decoder = read_decoder(
         fields, default_epsilon=1.5625e-7, rotary_fraction=0.5, interleaved=True, default_head_dim=128
     )

@@ -1,6 +1,6 @@
-"""The GLM of 2021 (Du et al., 2022): prefix LM with 2-D learned positions.
+"""GLM-10B, GLM-2B, GLM-large (Du et al., 2022): prefix LM with learned 2-D positions.
 
-It is published with modelling code of its own, whose model_type is that of transformers' GLM-4.
+Published with remote code. Its model_type, glm, is also that of GLM-4 in transformers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shared.families.common.token_ids import mask_token, token_ids
 from shared.families.family import Family
 
 _NAMES = Names(
-    prefix="glm.",  # published files were saved from the model without its task
+    prefix="glm.",  # absent in the published files, which were saved from the base model
     embedding="glm.word_embeddings",
     positions="glm.transformer.position_embeddings",
     block_positions="glm.transformer.block_position_embeddings",
@@ -30,12 +30,12 @@ _NAMES = Names(
     final_norm="glm.transformer.final_layernorm",
     pass_through=(),
 )
-_BLANKS = ("mask_token_id", "smask_token_id", "gmask_token_id")  # the first of them alone where that is the only kind
-_EPSILON = 1e-5  # whatever the configuration says
+_BLANKS = ("mask_token_id", "smask_token_id", "gmask_token_id")  # only the first, if the tokenizer has no other
+_EPSILON = 1e-5  # hard-coded in the published class
 
 
 def auxiliary_fields(directory: Path) -> Mapping[str, Any]:
-    """Ids of the tokens that positions and mask follow from, which only the tokenizer's files know."""
+    """Ids of start and mask tokens, which are in the tokenizer's files only."""
     known = token_ids(directory)
     names = {"sop_token_id": "<|startofpiece|>", "smask_token_id": "[sMASK]", "gmask_token_id": "[gMASK]"}
     names["mask_token_id"] = mask_token(directory)
@@ -58,23 +58,23 @@ _SPELLING = Spelling(
 
 
 def read(fields: Fields) -> Architecture:
-    """GELU is the exact one, as the published class has it; the program that trained the models took tanh's."""
-    fields.expect("block_position_encoding", True, why="places in what fills a blank are positions of their own")
-    fields.expect("relative_encoding", False, why="positions are learned")
-    fields.expect("output_predict", True, why="the model answers with logits")
-    fields.expect("spell_length", why="a tuned prompt is not supported")
-    fields.expect("layernorm_epsilon", _EPSILON, why="the published class takes 1e-5 whatever is configured")
-    fields.expect("tie_word_embeddings", True, why="the output layer is the embedding")
-    # Of the class's other heads, of how it is run and was started, and a scale that is taken back before the softmax.
+    """Exact GELU, as in the published class; training used tanh GELU."""
+    fields.expect("block_position_encoding", True, why="2-D positions are required")
+    fields.expect("relative_encoding", False, why="only learned absolute positions are supported")
+    fields.expect("output_predict", True, why="models without output layer are not supported")
+    fields.expect("spell_length", why="prompt tuning is not supported")
+    fields.expect("layernorm_epsilon", _EPSILON, why="the published class always uses 1e-5")
+    fields.expect("tie_word_embeddings", True, why="embeddings are tied in this family")
+    # Other heads, runtime, initialisation; attention_scale is undone before the softmax.
     fields.ignore("pool_token", "spell_func", "checkpoint_activations", "checkpoint_num_layers", "parallel_output")
     fields.ignore("use_scaled_init_for_output_weights", "attention_scale", "bad_words_ids", "bad_words_id")
-    fields.ignore("max_memory_length")  # of hidden states that the class hands back
+    fields.ignore("max_memory_length")  # of returned hidden states
     start, blanks = fields.optional("sop_token_id", int), [fields.optional(name, int) for name in _BLANKS]
     if start is None or blanks[0] is None:
         raise UserError(
-            "neither config.json (sop_token_id, mask_token_id) nor a tokenizer beside it says which tokens are "
-            "<|startofpiece|> and [MASK], which positions follow from; put the published tokenizer's files there "
-            "(added_tokens.json, vocab.json or vocab.txt, tokenizer_config.json)"
+            "config.json has no sop_token_id and mask_token_id, and no tokenizer is in its directory to give the ids of "
+            "<|startofpiece|> and [MASK]; put the published tokenizer's files there (added_tokens.json, vocab.json or "
+            "vocab.txt, tokenizer_config.json)"
         )
     return read_decoder(fields, _SPELLING, rotary=False, default_epsilon=_EPSILON, tied=True, dropout=0.1).build(
         "glm10b",

@@ -1,8 +1,7 @@
-"""GLM-130B: prefix LM, residuals of normed states (DeepNorm), and GeGLU with the gate last.
+"""GLM-130B: prefix LM, DeepNorm with the norm's output as residual, GeGLU with fc1 `[up ; gate]`.
 
-It is published as SwissArmyTransformer's shards only, which `shared.checkpoint.formats.swiss_army_transformer` joins.
-The form read here is that program's: its names of the tensors of one whole model, beside a config.json of the fields that
-its `model_config.json` has, with `model_type` glm130b and the ids of four tokens.
+Published as SwissArmyTransformer shards only, merged by `shared.checkpoint.formats.swiss_army_transformer`. Tensor names are
+SwissArmyTransformer's. config.json has the fields of its `model_config.json`, model_type glm130b and four token ids.
 """
 
 from __future__ import annotations
@@ -28,7 +27,11 @@ _NAMES = Names(
     final_norm="transformer.final_layernorm",
     pass_through=("attention.rotary_emb.inv_freq",),
 )
-_BLANKS = ("mask_token_id", "smask_token_id", "gmask_token_id")  # by precedence; places count on behind the last
+_BLANKS = (
+    "mask_token_id",
+    "smask_token_id",
+    "gmask_token_id",
+)  # by precedence; with the last, positions continue in the span (`PrefixLM.counted_tokens`)
 
 _SPELLING = Spelling(
     layers="num_layers",
@@ -45,17 +48,17 @@ _SPELLING = Spelling(
 
 
 def read(fields: Fields) -> Architecture:
-    """Positions and mask follow from the tokens `sop_token_id`, `mask_token_id`, `smask_token_id`, `gmask_token_id`.
+    """Positions and mask are computed from `sop_token_id`, `mask_token_id`, `smask_token_id`, `gmask_token_id` in the ids.
 
-    Residuals are multiplied by sqrt(2 * num_layers). Frequencies are rounded to fp16, as SwissArmyTransformer 0.2 does.
+    Residual multiplier: sqrt(2 * num_layers). inv_freq is rounded to fp16, as in SwissArmyTransformer 0.2.
     """
     fields.expect("quantization_bit_width", 0, why="the weights are quantised; fetch the unquantised model")
-    fields.expect("layernorm_order", "post", why="the residual is what the norm made")
-    fields.expect("position_encoding_2d", False, why="places in the text are the only positions")
-    fields.expect("no_glu", False, why="the MLP has a gate")
-    fields.expect("tie_word_embeddings", True, why="the output layer is the embedding")
-    fields.expect("model_class", "GLM130B", why="a class of SwissArmyTransformer with other arithmetic")
-    fields.ignore("tokenizer_type", "model_parallel_size", "parallel_output")  # of how it is run
+    fields.expect("layernorm_order", "post", why="only residuals of the norm's output are supported")
+    fields.expect("position_encoding_2d", False, why="2-D positions are not supported for this family")
+    fields.expect("no_glu", False, why="this family has a gated MLP")
+    fields.expect("tie_word_embeddings", True, why="embeddings are tied in this family")
+    fields.expect("model_class", "GLM130B", why="other SwissArmyTransformer classes are not supported")
+    fields.ignore("tokenizer_type", "model_parallel_size", "parallel_output")  # runtime settings
     decoder = read_decoder(fields, _SPELLING, rotary=False, default_epsilon=1e-5, tied=True)
     blanks = tuple(fields.get(name, int) for name in _BLANKS)
     start = fields.get("sop_token_id", int)
@@ -86,7 +89,7 @@ def write(a: Architecture) -> dict[str, Any]:
 def table(a: Architecture) -> Table:
     frequencies = PassThroughTensor(
         name="mixins.rotary-embedding.rotary_emb.inv_freq", axes=()
-    )  # where that program saved it itself
+    )  # in files saved by SwissArmyTransformer
     return decoder_table(a, _NAMES, (frequencies,))
 
 

@@ -1,4 +1,4 @@
-"""GLM-4-0414: GLM-4-9B with a norm on both sides of attention and MLP."""
+"""GLM-4-0414: GLM-4-9B with sandwich norms."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAMES = Names(
 
 
 def read(fields: Fields) -> Architecture:
-    """Biases are on q, k and v only."""
+    """`attention_bias`: biases of q, k and v only."""
     decoder = read_decoder(
         fields, default_epsilon=1.5625e-7, rotary_fraction=0.5, interleaved=True, default_head_dim=128
     )

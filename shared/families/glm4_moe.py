@@ -1,4 +1,4 @@
-"""GLM-4.5, 4.5-Air and 4.6: half of each head rotated, DeepSeek V3's MoE and MTP."""
+"""GLM-4.5, 4.5-Air and 4.6: RoPE on half of each head, DeepSeek V3's MoE and MTP."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from shared.families.family import TINY, Family
 
 
 def read(fields: Fields) -> Architecture:
-    """Biases are on q, k and v only. transformers 5 writes the number of MTP layers under another name."""
+    """Biases of q, k and v only. Number of MTP layers: `num_nextn_predict_layers`; in transformers 5 `num_mtp_layers`."""
     decoder = read_decoder(fields, default_epsilon=1e-5, rotary_fraction=0.5)
     old, new = fields.optional("num_nextn_predict_layers", int), fields.optional("num_mtp_layers", int)
     if None not in (old, new) and old != new:
-        raise UserError(f"config.json: num_nextn_predict_layers {old} contradicts num_mtp_layers {new}")
+        raise UserError(
+            f"config.json: num_nextn_predict_layers {old} contradicts num_mtp_layers {new}; keep the right one"
+        )
     mtp = new if old is None else old
     moe, dense = read_deepseek_moe(
         fields,

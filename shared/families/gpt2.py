@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, and linear layers held the other way round, as `[in, out]`."""
+"""GPT-2: learned positions, transposed weights `[in, out]` (Conv1D)."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _NAMES = Names(
 
 
 def read(fields: Fields) -> Architecture:
-    fields.expect("add_cross_attention", False, why="this is a decoder")
-    fields.ignore("reorder_and_upcast_attn")  # how scores are rounded below fp32
+    fields.expect("add_cross_attention", False, why="cross attention is not supported")
+    fields.ignore("reorder_and_upcast_attn")  # rounding of scores below fp32
     return read_gpt(fields, dropout=0.1, default_activation="gelu_new", tied=True).build(
         "gpt2",
         embedding={"positions": LearnedPositions()},

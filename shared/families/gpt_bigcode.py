@@ -1,4 +1,4 @@
-"""StarCoder and SantaCoder: GPT-2 with one key/value head, fused behind the queries."""
+"""StarCoder and SantaCoder: GPT-2 with MQA and fused QKV `[q ; k ; v]`."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _NAMES = Names(
 
 
 def read(fields: Fields) -> Architecture:
-    """Without `multi_query` each head's queries, keys and values follow each other: Megatron-Core's order too."""
-    fields.expect("add_cross_attention", False, why="this is a decoder")
-    # How scores are rounded below fp32, and how a server ran the models.
+    """Without `multi_query`: MHA with QKV rows `[q1 k1 v1 | q2 k2 v2 | ...]`, Megatron-Core's order."""
+    fields.expect("add_cross_attention", False, why="cross attention is not supported")
+    # Rounding of scores below fp32; settings of a server.
     fields.ignore("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32")
     fields.ignore("inference_runner", "max_batch_size", "max_sequence_length", "pad_key_length")
     fields.ignore("pre_allocate_kv_cache", "validate_runner_input")
     decoder = read_gpt(fields, dropout=0.1, default_activation="gelu_pytorch_tanh", tied=True)
     groups = 1 if fields.get("multi_query", bool, True) else decoder.heads
-    fields.expect("num_key_value_heads", groups, why="multi_query decides it")
+    fields.expect("num_key_value_heads", groups, why="it must match multi_query: 1 if true, else as many as heads")
     return decoder.build(
         "gpt_bigcode",
         embedding={"positions": LearnedPositions()},

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: attention and MLP side by side on a norm each, a quarter of each head rotated."""
+"""GPT-NeoX and Pythia: parallel residual with two norms, RoPE on a quarter of each head."""
 
 from __future__ import annotations
 
@@ -27,9 +27,12 @@ _SPELLING = Spelling(groups=None, head_dim=None, epsilon="layer_norm_eps", hidde
 
 
 def read(fields: Fields) -> Architecture:
-    """`rotary_pct` and `rotary_emb_base` are transformers 4's names of the rotary fields."""
-    for name in ("attention_probs_dropout_prob", "hidden_dropout_prob"):  # the 20B's names, read by no class
-        fields.expect(name, 0, 0.0, why="dropout is in attention_dropout and hidden_dropout")
+    """`rotary_pct`, `rotary_emb_base`: RoPE fields in transformers 4."""
+    for name in (
+        "attention_probs_dropout_prob",
+        "hidden_dropout_prob",
+    ):  # in the 20B's config.json; no class reads them
+        fields.expect(name, 0, 0.0, why="set attention_dropout and hidden_dropout instead")
     fields.ignore("classifier_dropout", "rotary_pct", "rotary_emb_base", "partial_rotary_factor")
     decoder = read_decoder(
         fields, _SPELLING, rotary=False, default_epsilon=1e-5, activations=GELU, default_activation="gelu", dropout=0.0

@@ -1,4 +1,4 @@
-"""gpt-oss: attention with sinks, in a window in every other layer; MoE with biases and a clamped gate."""
+"""gpt-oss: attention sinks, sliding window in every other layer; MoE with biases and clamped GLU."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _NAMES = Names(
     expert_fc1=("mlp.experts.gate_up_proj",),
     expert_fc2="mlp.experts.down_proj",
 )
-_ACTIVATIONS: dict[str, Activation] = {"silu": "quick_geglu"}  # what the files say, and what the class computes
+_ACTIVATIONS: dict[str, Activation] = {"silu": "quick_geglu"}  # config.json says silu; the class computes quick_geglu
 
 
 def read(fields: Fields) -> Architecture:
-    """A gate `g` and an up projection `u` are clamped, then `g * sigmoid(1.702 g) * (u + 1)`."""
+    """MLP: clamp gate to <= limit, up to [-limit, limit]; `gate * sigmoid(1.702 gate) * (up + 1)`."""
     if not fields.has("rope_scaling") and not fields.has("rope_parameters"):
         raise UserError("config.json: rope_scaling is missing; fetch config.json again")
     decoder = read_decoder(
@@ -39,8 +39,8 @@ def read(fields: Fields) -> Architecture:
         router_bias=True,
         auxiliary_loss=fields.get("router_aux_loss_coef", float, 0.001),
     )
-    fields.expect("experts_per_token", moe.top_k, why="it is num_experts_per_tok, or absent")
-    fields.ignore("initial_context_length")  # rope_scaling's original length, which is read
+    fields.expect("experts_per_token", moe.top_k, why="it must equal num_experts_per_tok, or be absent")
+    fields.ignore("initial_context_length")  # equals rope_scaling.original_max_position_embeddings, which is read
     windows = read_windows(fields, layers, 128, every(2, layers))
     attention = {"sinks": True, "bias": bias, "output_bias": bias}
     return decoder.build("gpt_oss", attention=attention, moe=moe, vary=windowed(windows))
@@ -94,7 +94,7 @@ FAMILY = Family(
             "num_local_experts": 8,
             "num_experts_per_tok": 3,
             "router_aux_loss_coef": 0.0,
-            "swiglu_limit": 1.5,  # so that tiny weights reach it
+            "swiglu_limit": 1.5,  # small enough to clamp with tiny weights
         },
         "gpt-oss-20b": {**_GPT_OSS_120B, "num_hidden_layers": 24, "num_local_experts": 32},
         "gpt-oss-120b": _GPT_OSS_120B,

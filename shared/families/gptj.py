@@ -1,4 +1,4 @@
-"""GPT-J: attention and MLP side by side on one norm, neighbours rotated, a bias of the logits."""
+"""GPT-J: parallel residual with one norm, interleaved RoPE, output layer with bias."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NAMES = Names(
 
 
 def read(fields: Fields) -> Architecture:
-    fields.expect("rotary", True, why="this family has rotary embedding")
+    fields.expect("rotary", True, why="this family has RoPE")
     decoder = read_gpt(fields, dropout=0.0, default_activation="gelu_new", tied=False)
     rotated = fields.get("rotary_dim", int, 64)
     return decoder.build(

@@ -1,4 +1,4 @@
-"""Granite 3: LLaMA with multipliers of embeddings, residuals, attention and logits."""
+"""Granite 3: LLaMA with embedding, residual, attention and logit multipliers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared.families.family import TINY, Family
 
 
 def read(fields: Fields) -> Architecture:
-    """`attention_multiplier` takes the place of 1 / sqrt(head_dim); logits are divided by `logits_scaling`."""
+    """Softmax scale = `attention_multiplier`; logits are divided by `logits_scaling`."""
     bias = fields.get("attention_bias", bool, False)
     return read_decoder(fields, dropout=0.0).build(
         "granite",

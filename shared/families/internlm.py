@@ -1,4 +1,4 @@
-"""InternLM 1: LLaMA with biases in attention, and `rotary` for the rotary embedding."""
+"""InternLM 1: LLaMA with attention biases, and RoPE in the field `rotary`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from shared.families.family import TINY, Family
 
 
 def read(fields: Fields) -> Architecture:
-    """`rotary` has a base and a type: `origin`, or `dynamic`, whose `scaling_factor` is 1 unless given."""
+    """`rotary`: `base` and `type` (`origin`, or `dynamic` with `scaling_factor`, default 1)."""
     bias, decoder = fields.get("bias", bool, True), read_decoder(fields)
-    fields.expect("num_key_value_heads", decoder.heads, why="every head has its own keys and values")
+    fields.expect("num_key_value_heads", decoder.heads, why="this family has MHA: as many as num_attention_heads")
     given = Fields(fields.optional("rotary", dict) or {"type": "origin"})
     given.expect("type", "origin", "dynamic", why="supported: origin, dynamic")
     factor = given.get("scaling_factor", float, 1.0)
@@ -22,7 +22,7 @@ def read(fields: Fields) -> Architecture:
         scaling=RopeScaling(kind="dynamic", factor=factor) if given.get("type", str) == "dynamic" else None,
     )
     for name in ("rope_theta", "rope_scaling", "rope_parameters"):
-        fields.expect(name, why="InternLM's rotary embedding is in `rotary`")
+        fields.expect(name, why="RoPE is in the field `rotary` in this family")
     given.finish("internlm (rotary)")
     return decoder.build("internlm", attention={"rotary": rotary, "bias": bias, "output_bias": bias})
 

@@ -1,4 +1,4 @@
-"""InternLM2 and 2.5: LLaMA with its own names; queries, keys and values fused in Megatron-Core's order."""
+"""InternLM2 and 2.5: LLaMA with other tensor names and fused QKV in Megatron-Core's order."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NAMES = Names(
 
 
 def read(fields: Fields) -> Architecture:
-    """`bias` is on the fused projection and on attention's output."""
+    """`bias`: of wqkv and wo."""
     bias = fields.get("bias", bool, True)
     return read_decoder(fields).build("internlm2", attention={"bias": bias, "output_bias": bias})
 

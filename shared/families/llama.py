@@ -1,4 +1,4 @@
-"""LLaMA 1 to 3.3, CodeLLaMA, and whoever publishes in their form: Yi, DeepSeek v1 and Coder, Falcon 3."""
+"""LLaMA 1 to 3.3, CodeLLaMA, and models published as LlamaForCausalLM: Yi, DeepSeek v1 and Coder, Falcon 3."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from shared.families.family import TINY, Family
 
 
 def without_legacy_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the first uploads, from before transformers had the class."""
+    """Legacy names of uploads from before transformers had LlamaForCausalLM."""
     return renamed(config, {"max_sequence_length": "max_position_embeddings"})
 
 
 def read(fields: Fields) -> Architecture:
-    """`attention_bias` is on q, k, v and o; `mlp_bias` on gate, up and down."""
+    """`attention_bias`: of q, k, v and o; `mlp_bias`: of gate, up and down."""
     bias = fields.get("attention_bias", bool, False)
     return read_decoder(fields).build(
         "llama", attention={"bias": bias, "output_bias": bias}, mlp={"bias": fields.get("mlp_bias", bool, False)}
@@ -76,7 +76,7 @@ FAMILY = Family(
     name="llama",
     title="LLaMA 1, 2, 3.x, CodeLLaMA, Yi, DeepSeek v1, Falcon 3",
     hf_class="LlamaForCausalLM",
-    other_classes=("LLaMAForCausalLM",),  # as the first models were published
+    other_classes=("LLaMAForCausalLM",),  # first uploads
     without_legacy_names=without_legacy_names,
     read=read,
     write=write,

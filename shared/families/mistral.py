@@ -1,4 +1,4 @@
-"""Mistral 7B, Nemo, Small and Codestral: LLaMA's tensors, a sliding window in the first ones."""
+"""Mistral 7B, Nemo, Small and Codestral: LLaMA; sliding window in the first ones."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from shared.families.family import TINY, Family
 
 
 def read(fields: Fields) -> Architecture:
-    """An absent `sliding_window` is transformers' default, 4096; null is none."""
+    """`sliding_window`: 4096 if absent (transformers' default), none if null."""
     decoder = read_decoder(fields)
     window = fields.nullable("sliding_window", int, 4096)
     fields.expect(
         "layer_types",
         [("full" if window is None else "sliding") + "_attention"] * decoder.num_layers,
-        why="all layers of this family are alike",
+        why="all layers of this family have the same attention",
     )
     return decoder.build("mistral", attention={"window": window})
 

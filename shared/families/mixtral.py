@@ -1,4 +1,4 @@
-"""Mixtral: Mistral with a mixture of experts in every layer; `w1` is the gate, `w3` up and `w2` down."""
+"""Mixtral: Mistral with MoE in every layer; `w1` is gate, `w3` up, `w2` down."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _NAMES = Names(
 
 
 def read(fields: Fields) -> Architecture:
-    """Chosen experts' scores are divided by their sum; `sliding_window` is null in the released models."""
-    fields.expect("router_jitter_noise", 0, 0.0, why="noise in training's routing is not supported; set it to 0.0")
+    """Top-k scores are normalised; `sliding_window` is null in the released models."""
+    fields.expect("router_jitter_noise", 0, 0.0, why="router jitter is not supported; set it to 0.0")
     decoder = read_decoder(fields, default_theta=1e6, default_epsilon=1e-5)
     moe = MoE(
         experts=fields.get("num_local_experts", int, 8),

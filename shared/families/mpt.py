@@ -1,4 +1,4 @@
-"""MPT: ALiBi, no biases anywhere, norms included."""
+"""MPT: ALiBi, no biases in linear layers and norms."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NAMES = Names(
 
 
 def without_legacy_names(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """StoryWriter's `clip_qkv` is 6, and transformers takes numbers with a point only."""
+    """StoryWriter's `clip_qkv` is the integer 6; transformers accepts floats only."""
     attention = config.get("attn_config")
     if not isinstance(attention, Mapping) or type(clip := attention.get("clip_qkv")) is not int:
         return config
@@ -48,12 +48,12 @@ _SPELLING = Spelling(
 
 
 def read(fields: Fields) -> Architecture:
-    """Attention's fields are in `attn_config`; `learned_pos_emb` says nothing where there is ALiBi."""
-    fields.expect("no_bias", True, why="transformers computes no biases")
-    fields.expect("logit_scale", why="transformers scales no logits")
+    """Attention fields are in `attn_config`; `learned_pos_emb` has no effect with ALiBi."""
+    fields.expect("no_bias", True, why="transformers builds no biases")
+    fields.expect("logit_scale", why="transformers ignores it")
     for name in ("resid_pdrop", "emb_pdrop"):
         fields.expect(name, 0, 0.0, why="train without dropout, or set it to 0.0")
-    # Of the program that trained the models.
+    # Fields of the training framework.
     fields.ignore("attn_config", "embedding_fraction", "init_config", "init_device", "learned_pos_emb", "norm_type")
     fields.ignore("tokenizer_name", "verbose")
     attention = _attention(Fields(fields.get("attn_config", dict)))
@@ -65,15 +65,15 @@ def read(fields: Fields) -> Architecture:
 
 
 def _attention(fields: Fields) -> dict[str, Any]:
-    fields.expect("attn_type", "multihead_attention", why="every head has its own keys")
+    fields.expect("attn_type", "multihead_attention", why="this family has MHA")
     fields.expect("attn_pdrop", 0, 0.0, why="train without dropout, or set it to 0.0")
-    fields.expect("softmax_scale", why="scores are scaled by 1 / sqrt(head_dim)")
+    fields.expect("softmax_scale", why="the softmax scale must be 1 / sqrt(head_dim)")
     for name in ("prefix_lm", "qk_ln", "attn_uses_sequence_id"):
         fields.expect(name, False, why="only plain causal attention is supported for this family")
     fields.expect("alibi", True, why="learned positions are not supported for this family")
     fields.ignore("attn_impl")
     clip = fields.optional("clip_qkv", float)
-    read = {"clip": clip or None, "alibi": Alibi(bias_max=fields.get("alibi_bias_max", int, 8))}  # 0 clips nothing
+    read = {"clip": clip or None, "alibi": Alibi(bias_max=fields.get("alibi_bias_max", int, 8))}  # 0: no clip
     fields.finish("mpt (attn_config)")
     return read
 
@@ -100,7 +100,7 @@ _MPT_TINY = {
     **_MPT_7B,
     "n_layers": 2,
     "d_model": 96,
-    "n_heads": 6,  # no power of two
+    "n_heads": 6,  # not a power of two
     "vocab_size": 512,
     "max_seq_len": 512,
 }
@@ -109,14 +109,14 @@ FAMILY = Family(
     name="mpt",
     title="MPT",
     hf_class="MptForCausalLM",
-    other_classes=("MPTForCausalLM",),  # as the first models were published
+    other_classes=("MPTForCausalLM",),  # first uploads
     without_legacy_names=without_legacy_names,
     read=read,
     names=_NAMES,
     write=write,
     size_configs={
         "mpt-tiny": _MPT_TINY,
-        # Queries, keys and values of the tests are of size 2.
+        # q, k and v are about 2 in the tests.
         "mpt-tiny-clipped": {**_MPT_TINY, "attn_config": {"alibi_bias_max": 16, "clip_qkv": 2.0}},
         "mpt-7b": _MPT_7B,
         "mpt-7b-storywriter": {

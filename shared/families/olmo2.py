@@ -1,4 +1,4 @@
-"""OLMo 2: norms behind attention and MLP only, and one over all queries, and over all keys."""
+"""OLMo 2: post norms only, QK norm over the whole projection."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read(fields: Fields) -> Architecture:
 
 
 def write(a: Architecture) -> dict[str, Any]:
-    # The size of heads is always hidden_size / num_attention_heads.
+    # head_dim is always hidden_size / num_attention_heads.
     return {**write_decoder(a, head_dim=False), "attention_bias": attention_of(a).bias}
 
 

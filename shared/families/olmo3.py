@@ -1,4 +1,4 @@
-"""OLMo 3: OLMo 2 with sliding windows in three of four layers; rotary embedding is stretched in the fourth."""
+"""OLMo 3: OLMo 2; of 4 layers, 3 have a sliding window, 1 full attention with RoPE scaling."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _THETA = 500_000.0
 
 
 def read(fields: Fields) -> Architecture:
-    """A base other than the default needs `rope_parameters`: transformers 5 takes `rope_theta` for full layers only."""
+    """A base other than the default needs `rope_parameters`: transformers 5 applies `rope_theta` to full layers only."""
     decoder = read_decoder(fields, default_theta=_THETA, default_epsilon=1e-5, rope_by_kind=True)
     windows = read_windows(fields, decoder.num_layers, 4096, every(4, decoder.num_layers))
     theta, local = decoder.rotary.theta, decoder.local_theta
     if local is None and theta != _THETA:
         raise UserError(
-            f"config.json: rope_theta {theta} means another base of sliding layers to transformers 4 than to 5; "
+            f"config.json: transformers 4 and 5 read rope_theta {theta} differently for sliding-window layers; "
             "give rope_parameters for full_attention and sliding_attention instead"
         )
     bias = fields.get("attention_bias", bool, False)

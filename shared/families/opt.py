@@ -1,6 +1,6 @@
-"""OPT and Galactica: learned positions whose table starts two rows early, ReLU or GELU.
+"""OPT and Galactica: learned positions with offset 2, ReLU or GELU.
 
-The 350M model is of its own: norms of each sum, none behind the last, and a table of half the hidden size.
+OPT-350M: norm placement sum, no final norm, factorised embedding of half the hidden size.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ _SPELLING = Spelling(
 def read(fields: Fields) -> Architecture:
     before = fields.get("do_layer_norm_before", bool, True)
     removed = fields.get("_remove_final_layer_norm", bool, False)
-    fields.expect("learned_embeddings", True, why="positions are learned in this family")
-    fields.expect("scale_embeddings", False, why="transformers computes none")
-    fields.expect("layerdrop", 0, 0.0, why="layers are never dropped here")
-    fields.ignore("activation_dropout", "output_projection")  # read by no version of the model
+    fields.expect("learned_embeddings", True, why="this family has learned positions")
+    fields.expect("scale_embeddings", False, why="transformers ignores it")
+    fields.expect("layerdrop", 0, 0.0, why="LayerDrop is not supported")
+    fields.ignore("activation_dropout", "output_projection")  # read by no version of the class
     decoder = read_decoder(
         fields,
         _SPELLING,
         rotary=False,
-        default_epsilon=1e-5,  # torch's default: the family has no field for it
+        default_epsilon=1e-5,  # torch's default; config.json has no field
         activations=GELU,
         default_activation="relu",
         tied=True,
@@ -91,7 +91,7 @@ def write(a: Architecture) -> dict[str, Any]:
 
 
 def table(a: Architecture) -> Table:
-    """Norms that files have though the model's have no weights are passed over, as transformers does."""
+    """Norm tensors of a model with non-affine norms are pass-through; transformers ignores them."""
     if a.layers[0].norm.affine:
         return decoder_table(a, _NAMES)
     kinds = ("weight", "bias")

@@ -1,4 +1,4 @@
-"""Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: LLaMA with one fused QKV and one fused gate and up projection."""
+"""Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: LLaMA with fused QKV `[q ; k ; v]` and fused `[gate ; up]`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAMES = Names(qkv=("self_attn.qkv_proj",), fc1=("mlp.gate_up_proj",))
 
 
 def without_legacy_names(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`su` is what the first uploads call longrope."""
+    """The first uploads call longrope `su`."""
     scaling = config.get("rope_scaling")
     if not isinstance(scaling, dict):
         return config
@@ -25,27 +25,29 @@ def without_legacy_names(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def read(fields: Fields) -> Architecture:
-    """The models of 128k positions have longrope frequencies."""
+    """The 128k models have longrope."""
     window = fields.optional("sliding_window", int)
     decoder = read_decoder(fields, default_epsilon=1e-5, rotary_fraction=1.0)
     for name in ("resid_pdrop", "embd_pdrop"):
         fields.expect(name, 0, 0.0, why="train without dropout, or set it to 0.0")
-    fields.expect("attention_bias", False, why="transformers computes none")
-    fields.expect("mlp_bias", False, why="transformers computes none")
-    fields.expect("lm_head_bias", False, why="transformers computes none")
+    fields.expect("attention_bias", False, why="transformers ignores it")
+    fields.expect("mlp_bias", False, why="transformers ignores it")
+    fields.expect("lm_head_bias", False, why="transformers ignores it")
     for name in ("full_attn_mod", "interpolate_factor"):
-        fields.expect(name, 1, why="transformers reads no other")
-    fields.ignore("original_max_position_embeddings")  # without effect but for longrope
+        fields.expect(name, 1, why="transformers ignores other values")
+    fields.ignore("original_max_position_embeddings")  # no effect without longrope
     scaling = decoder.rotary.scaling
     if scaling and scaling.kind != "longrope":
-        raise UserError(f"config.json: rope_scaling of type {scaling.kind}: this family has longrope only")
+        raise UserError(
+            f"config.json: rope_scaling of type {scaling.kind} is not supported: this family has longrope only"
+        )
     return decoder.build("phi3", attention={"window": window})
 
 
 def write(a: Architecture) -> dict[str, Any]:
-    # The size of heads is always hidden_size / num_attention_heads.
+    # head_dim is always hidden_size / num_attention_heads.
     fields = write_decoder(a, partial=True, head_dim=False) | {"sliding_window": attention_of(a).window}
-    if scaling := rotary_of(a).scaling:  # where transformers looks for it first
+    if scaling := rotary_of(a).scaling:  # top level: read first by transformers
         fields["original_max_position_embeddings"] = scaling.original_length
     return fields
 
@@ -90,7 +92,7 @@ FAMILY = Family(
     write=write,
     size_configs={
         "phi3-tiny": _PHI3_TINY,
-        # Sequences of 128 tokens are short, those of 256 long.
+        # 128 tokens: short factors; 256 tokens: long factors.
         "phi3-tiny-longrope": {
             **_PHI3_TINY,
             "rope_scaling": {

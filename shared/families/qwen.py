@@ -1,4 +1,4 @@
-"""Qwen 1: LLaMA with one projection for queries, keys and values, with a bias; `w2` is the gate and `w1` is not."""
+"""Qwen 1: LLaMA with fused QKV `[q ; k ; v]` with bias; `w2` is gate, `w1` up."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NAMES = Names(
     pass_through=("attn.rotary_emb.inv_freq", "attn.masked_bias"),
 )
 
-# Of precision, of the programs that run the model, and of the one that trained it.
+# Fields of precision, runtime and training framework.
 _OTHERS = """
     bf16 bias_dropout_fusion fp16 fp32 onnx_safe params_dtype resid_pdrop scale_attn_weights softmax_in_fp32 tokenizer_type
     use_cache_kernel use_cache_quantization use_flash_attn
@@ -42,7 +42,7 @@ _FIRST = {
 
 
 def without_legacy_names(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of Qwen-7B as it came out, whose code had other defaults as well."""
+    """Legacy names and defaults of the first Qwen-7B."""
     if "n_embd" not in config:
         return config
     defaults = {"use_dynamic_ntk": False, "use_logn_attn": False, "layer_norm_epsilon": 1e-5}
@@ -60,23 +60,24 @@ _SPELLING = Spelling(
 
 
 def read(fields: Fields) -> Architecture:
-    """`intermediate_size` is that of gate and up together.
+    """`intermediate_size` counts gate and up together.
 
-    `use_dynamic_ntk` and `use_logn_attn` change frequencies and queries in inference, though not in training, of
-    sequences longer than `seq_length`, so that the model ends there; without them it ends at
-    `max_position_embeddings`.
+    `use_dynamic_ntk` and `use_logn_attn` change inference, not training, beyond `seq_length` tokens: with them the model's
+    max_position_embeddings is seq_length.
     """
     fields.expect("quantization_config", why="the weights are quantised; fetch the unquantised model")
     fields.ignore(*_OTHERS.split())
-    fields.expect("pos_emb", "rotary", why="positions are rotary")
-    fields.expect("activation", "swiglu", why="the MLP is a SwiGLU")
-    fields.expect("apply_residual_connection_post_layernorm", False, why="the residual is the layer's input")
+    fields.expect("pos_emb", "rotary", why="this family has RoPE")
+    fields.expect("activation", "swiglu", why="this family has SwiGLU")
+    fields.expect(
+        "apply_residual_connection_post_layernorm", False, why="only residuals of the layer input are supported"
+    )
     decoder = read_decoder(fields, _SPELLING, rotary=False, default_positions=8192, dropout=0.0)
     vocabulary, head_dim, positions = decoder.vocab_size, decoder.head_dim, decoder.max_position_embeddings
     fields.expect("padded_vocab_size", vocabulary, why=f"vocab_size says {vocabulary}")
-    fields.expect("kv_channels", head_dim, why="heads are hidden_size / num_attention_heads wide")
+    fields.expect("kv_channels", head_dim, why="it must equal hidden_size / num_attention_heads")
     theta, fraction = fields.get("rotary_emb_base", float, 10_000.0), fields.get("rotary_pct", float, 1.0)
-    fields.expect("rope_theta", theta, why="the rotary base is rotary_emb_base, which contradicts it")
+    fields.expect("rope_theta", theta, why="it must equal rotary_emb_base")
     by_length = [fields.get(name, bool, True) for name in ("use_dynamic_ntk", "use_logn_attn")]
     trained = fields.get("seq_length", int, positions)
     bias = not fields.get("no_bias", bool, True)

@@ -1,4 +1,4 @@
-"""Qwen 1.5, 2, 2.5 and QwQ, dense: biases on q, k and v only."""
+"""Qwen 1.5, 2, 2.5 and QwQ, dense: LLaMA with biases of q, k and v."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from shared.architecture.architecture import Architecture
 from shared.families.common.decoder import read_decoder, write_decoder
 from shared.families.common.fields import Fields
 from shared.families.common.sliding_windows import (
-    before_dual_chunks,
+    limit_to_first_chunk,
     read_optional_windows,
     windowed,
     write_optional_windows,
@@ -17,7 +17,7 @@ from shared.families.family import TINY, Family
 
 
 def read(fields: Fields) -> Architecture:
-    decoder = before_dual_chunks(fields, read_decoder(fields))
+    decoder = limit_to_first_chunk(fields, read_decoder(fields))
     full = range(fields.get("max_window_layers", int, 28))
     windows = read_optional_windows(fields, decoder.num_layers, full)
     return decoder.build("qwen2", attention={"bias": True}, vary=windowed(windows))

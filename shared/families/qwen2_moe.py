@@ -1,4 +1,4 @@
-"""Qwen 1.5 and 2 MoE: Qwen2's attention; MoE with scores that are not normalised, and a gated shared expert."""
+"""Qwen 1.5 and 2 MoE: Qwen2's attention; MoE with unnormalised scores and a gated shared expert."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def read(fields: Fields) -> Architecture:
     bias = fields.get("qkv_bias", bool, True)
     decoder = read_decoder(fields)
     layers, last = decoder.num_layers, fields.get("max_window_layers", int, 28)
-    # Of the first `max_window_layers` every other one has a window, and of those behind them none.
+    # Sliding window in every other layer of the first `max_window_layers`; full attention in the rest.
     full = (layer for layer in range(layers) if layer % 2 or layer >= last)
     return decoder.build(
         "qwen2_moe",

@@ -1,4 +1,4 @@
-"""Qwen3, dense: no biases, RMSNorm on each head's queries and keys, head_dim given explicitly."""
+"""Qwen3, dense: no biases, QK norm over head_dim, explicit head_dim."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ FAMILY = Family(
     write=write,
     size_configs={
         "qwen3-tiny": _QWEN3_TINY,
-        # As Qwen says to stretch its models.
+        # Qwen's recommended RoPE scaling.
         "qwen3-tiny-yarn": {
             **_QWEN3_TINY,
             "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},

@@ -9,20 +9,22 @@ from shared.errors import UserError
 from shared.families.common.decoder import attention_of, read_decoder, write_decoder
 from shared.families.common.fields import Fields
 from shared.families.common.moe import expert_count, read_dense_layers, read_qwen_moe, write_qwen_moe
-from shared.families.common.sliding_windows import before_dual_chunks, read_optional_windows, write_optional_windows
+from shared.families.common.sliding_windows import limit_to_first_chunk, read_optional_windows, write_optional_windows
 from shared.families.family import TINY, Family
 
 
 def read(fields: Fields) -> Architecture:
     bias = fields.get("attention_bias", bool, False)
-    decoder = before_dual_chunks(fields, read_decoder(fields))
+    decoder = limit_to_first_chunk(fields, read_decoder(fields))
     fields.ignore("max_window_layers")
-    fields.expect("qkv_bias", False, why="attention_bias decides it")
-    fields.expect("use_qk_norm", True, why="this family has norms of queries and keys")
+    fields.expect("qkv_bias", False, why="set attention_bias instead")
+    fields.expect("use_qk_norm", True, why="this family has QK norm")
     fields.expect("shared_expert_intermediate_size", 0, why="this family has no shared experts")
     windows = read_optional_windows(fields, decoder.num_layers, ())
     if len(set(windows)) > 1:
-        raise UserError("config.json: layer_types: transformers gives all layers of this family the sliding window")
+        raise UserError(
+            "config.json: layer_types is not supported: transformers applies the sliding window to all layers of this family"
+        )
     return decoder.build(
         "qwen3_moe",
         attention={"qk_norm": "head", "bias": bias, "output_bias": bias, "window": windows[0]},

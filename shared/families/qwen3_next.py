@@ -1,4 +1,4 @@
-"""Qwen3-Next: three layers with a gated delta net to one with gated attention; MoE with a gated shared expert."""
+"""Qwen3-Next: of 4 layers, 3 gated delta nets and 1 gated attention; MoE with a gated shared expert; MTP."""
 
 from __future__ import annotations
 
@@ -19,16 +19,14 @@ _KINDS = ("linear_attention", "full_attention")
 
 
 def read(fields: Fields) -> Architecture:
-    """`layer_types` names each layer's kind; without it every `full_attention_interval`-th has attention."""
+    """Without `layer_types`, every `full_attention_interval`-th layer has attention."""
     decoder = read_decoder(fields, rotary_fraction=0.25, default_head_dim=256)
     fields.expect("use_sliding_window", False, why="sliding-window attention is not supported for this family")
     bias = fields.get("attention_bias", bool, False)
-    # The published configurations do not say that there is one; vLLM takes it for granted too.
+    # Published config.json files do not declare the MTP layer; vLLM assumes one, too.
     mtp = fields.get("num_nextn_predict_layers", int, 1)
     if mtp > 1:
-        raise UserError(
-            f"config.json: num_nextn_predict_layers {mtp}: several MTP layers behind one mtp.fc are not supported"
-        )
+        raise UserError(f"config.json: num_nextn_predict_layers = {mtp} is not supported: mtp.fc allows one MTP layer")
     kinds = _layer_kinds(fields, decoder.num_layers)
     net = read_gated_delta_net(fields)
     return decoder.build(

@@ -1,4 +1,4 @@
-"""Families, and which of them a Hugging Face configuration is of."""
+"""Registry of families: config.json to family and architecture."""
 
 from __future__ import annotations
 
@@ -113,26 +113,26 @@ FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _
 
 
 def names() -> list[str]:
-    """Every supported family."""
+    """Names of all families."""
     return list(FAMILIES)
 
 
 def sizes() -> dict[str, Architecture]:
-    """Every named size of every family."""
+    """All named sizes of all families."""
     return {name: size for family in FAMILIES.values() for name, size in family.sizes.items()}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a config.json; UserError names the nearest one that is supported."""
+    """The family of a config.json; UserError names the nearest supported model_type."""
     classes = config.get("architectures")
     name = config.get("model_type")
     if not isinstance(classes, list | None):
-        raise UserError(f"config.json: architectures is {classes!r}; a list of one class is wanted")
-    if name is None and classes:  # as first published, with code of their own, by some
+        raise UserError(f"config.json: architectures is {classes!r}; a list of one class is required")
+    if name is None and classes:  # some first uploads have `architectures` only
         name = next((f.model_types[0] for f in FAMILIES.values() if classes == [f.hf_class]), None)
     types = [kind for family in FAMILIES.values() for kind in family.model_types]
     if name is None:
-        raise UserError("config.json: model_type is missing, which says of which family the model is")
+        raise UserError("config.json: model_type is missing; add the model_type of the family")
     if name not in types:
         near = get_close_matches(str(name), types, n=1, cutoff=0.3)
         raise UserError(
@@ -143,43 +143,44 @@ def family_of(config: Mapping[str, Any]) -> Family:
     found = [family for family in named if family.matches(config)]
     if not found:
         raise UserError(
-            f"config.json: this model of model_type {name} is none of {', '.join(family.title for family in named)}"
+            f"config.json: model_type is {name}, but the fields match none of its families: "
+            f"{', '.join(family.title for family in named)}"
         )
     (family,) = found
     if classes and classes not in [[name] for name in family.classes]:
-        raise UserError(f"config.json: architectures {classes} is not supported; wanted: {family.hf_class}")
+        raise UserError(f"config.json: architectures {classes} is not supported; supported: {family.hf_class}")
     return family
 
 
 def from_config(config: Mapping[str, Any]) -> Architecture:
-    """The architecture that a config.json describes, in transformers 4's or 5's spelling.
+    """The architecture of a config.json written by transformers 4 or 5.
 
     Raises:
-        UserError: a field is not supported, by name.
+        UserError: an unsupported field, by name.
     """
     family = family_of(config)
-    quantization_scheme(config)  # says how weights are stored, not what is computed: known, or refused
+    quantization_scheme(config)  # UserError if unsupported; storage only, so not part of the architecture
     given = family.without_legacy_names(config)
     return family.architecture({name: value for name, value in given.items() if name != "quantization_config"})
 
 
 def with_auxiliary_fields(config: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """A config.json with the fields that its family finds in auxiliary files of its folder, where it lacks them."""
+    """config.json with missing fields filled from auxiliary files in `directory`."""
     found = family_of(config).auxiliary_fields(directory)
     return {**config, **{name: value for name, value in found.items() if config.get(name) is None}}
 
 
 def from_files(directory: Path, **changes: Any) -> Architecture:
-    """The architecture of the model in a folder: by config.json, with `changes` of it, and auxiliary files.
+    """The architecture of a Hugging Face directory: config.json updated by `changes`, and auxiliary files.
 
     Raises:
-        UserError: as `from_config`; there is no config.json.
+        UserError: as `from_config`; config.json is missing.
     """
     return from_config(with_auxiliary_fields(read_config(directory / "config.json") | changes, directory))
 
 
 def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a config.json that describes the language model, of families that are not supported too."""
+    """The language model's part of a config.json, also of unsupported families."""
     known = (f for f in FAMILIES.values() if config.get("model_type") in f.model_types and f.matches(config))
     family = next(known, None)
     return family.language(config) if family else config.get("text_config", config)
@@ -193,25 +194,25 @@ def to_config(architecture: Architecture, **further: Any) -> dict[str, Any]:
         "model_type": family.model_types[0],
         **family.write(architecture),
         "use_cache": True,
-        "pad_token_id": None,  # some classes have a default beyond a small vocabulary
+        "pad_token_id": None,  # the default of some classes exceeds a small vocabulary
         **further,
     }
 
 
 def as_family(architecture: Architecture, name: str) -> Architecture:
-    """The same model as one of another family, whose configuration and tensor names programs may know better.
+    """The same architecture under another family's config.json and tensor names (`--family`).
 
-    Dynamic rotary scaling is left out, which changes nothing up to `max_position_embeddings`, and so is a vision tower. A
-    normalised head becomes a plain one, whose rows the writer of the weights has to normalise.
+    Dropped: dynamic RoPE scaling (no effect up to `max_position_embeddings`) and the vision tower. NormHead becomes a
+    plain head: the caller must store the normalised rows.
 
     Raises:
-        UserError: the other family cannot say something of this model, by name.
+        UserError: the other family lacks a field of this model, by name.
     """
     if name not in FAMILIES:
         raise UserError(f"--family {name} is unknown; known: {', '.join(FAMILIES)}")
     head = replace(architecture.head, normalized=False)
     same = replace(architecture, family=name, head=head, vision=None).with_layers(_without_dynamic_scaling)
-    fix = f"leave --family out, and it is written as {architecture.family}"
+    fix = f"omit --family to write it as {architecture.family}"
     parts, known = _parts(same), [_parts(size) for size in FAMILIES[name].sizes.values()]
     difference = next(
         ((part, kind) for part, kind in parts.items() if all(other[part] != kind for other in known)), None
@@ -220,11 +221,13 @@ def as_family(architecture: Architecture, name: str) -> Architecture:
         try:
             read = from_config(to_config(same))
         except ValueError as error:
-            raise UserError(f"--family {name} cannot be this {architecture.family} model: {error}; {fix}") from None
+            raise UserError(
+                f"--family {name} cannot represent this {architecture.family} model: {error}; {fix}"
+            ) from None
         difference = first_difference(same, read)
     if difference:
-        what = f"whose {difference[0]} is {difference[1]!r}"
-        raise UserError(f"--family {name} cannot be this {architecture.family} model, {what}; {fix}")
+        what = f"{difference[0]} is {difference[1]!r}"
+        raise UserError(f"--family {name} cannot represent this {architecture.family} model: {what}; {fix}")
     return same
 
 
@@ -236,7 +239,7 @@ def _without_dynamic_scaling(layer: Layer) -> Layer:
 
 
 def _parts(a: Architecture) -> dict[str, Any]:
-    """Parts of a model that the members of a family have in common, which the writer of its configuration relies on."""
+    """Properties that all models of a family share and its `write` takes for granted."""
     mixers = [kind.mixer for kind in a.kinds]
     attention = [mixer for mixer in mixers if isinstance(mixer, Attention)]
     layer = a.layers[0]
@@ -245,7 +248,7 @@ def _parts(a: Architecture) -> dict[str, Any]:
         "rotary": any(mixer.rotary for mixer in attention),
         "alibi": next((mixer.alibi.rounded for mixer in attention if mixer.alibi), None),
         "qk_norm": next((mixer.qk_norm for mixer in attention), None),
-        "scale of scores": a.attention.scale is not None,
+        "softmax scale": a.attention.scale is not None,
         "MoE": a.moe is not None,
         "shared experts": a.moe is not None and a.moe.shared is not None,
         "activation": a.feed_forward.activation,
@@ -259,7 +262,7 @@ def _parts(a: Architecture) -> dict[str, Any]:
 
 
 def first_difference(a: Any, b: Any, path: str = "") -> tuple[str, Any] | None:
-    """Path and value of the first field of `a` that is another in `b`; None where they are equal."""
+    """Path and value in `a` of the first field that differs from `b`; None if equal."""
     if a == b:
         return None
     if is_dataclass(a) and type(a) is type(b):
@@ -271,11 +274,8 @@ def first_difference(a: Any, b: Any, path: str = "") -> tuple[str, Any] | None:
     return path.removeprefix("."), a
 
 
-def as_stored(architecture: Architecture, names: Collection[str]) -> Architecture:
-    """The model without MTP layers where none of their tensors is among the names, in either form.
-
-    Some files are published without; what has some of them has to have all.
-    """
+def drop_missing_mtp(architecture: Architecture, names: Collection[str]) -> Architecture:
+    """The architecture without MTP if the checkpoint (Hugging Face or Megatron names) has no MTP tensor."""
     further = mtp_part(table_of(architecture)).entries()
     if any(entry.key in names or any(source.name in names for source in entry.sources) for entry in further):
         return architecture
@@ -283,5 +283,5 @@ def as_stored(architecture: Architecture, names: Collection[str]) -> Architectur
 
 
 def table_of(architecture: Architecture) -> Table:
-    """Its tensors in both forms."""
+    """The tensor table of an architecture: Hugging Face names to Megatron keys."""
     return FAMILIES[architecture.family].table(architecture)

@@ -1,4 +1,4 @@
-"""SmolLM3: LLaMA without rotary embedding in every fourth layer."""
+"""SmolLM3: LLaMA without RoPE in every fourth layer."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from shared.families.family import TINY, Family
 
 
 def read(fields: Fields) -> Architecture:
-    """`no_rope_layers` holds 1 where a layer has rotary embedding, and 0 where not."""
+    """`no_rope_layers`: 1 for layers with RoPE, 0 for layers without."""
     bias = fields.get("attention_bias", bool, False)
     decoder = read_decoder(fields, default_theta=2_000_000.0, tied=True)
     layers = decoder.num_layers
     fields.expect("use_sliding_window", False, why="sliding-window attention is not supported for this family")
     fields.expect("layer_types", ["full_attention"] * layers, why="sliding-window attention is not supported")
-    fields.ignore("sliding_window", "max_window_layers")  # without effect while use_sliding_window is false
+    fields.ignore("sliding_window", "max_window_layers")  # no effect with use_sliding_window false
     interval = fields.get("no_rope_layer_interval", int, 4)
     default = [int((index + 1) % interval != 0) for index in range(layers)]
     rotated = fields.get("no_rope_layers", list, default)[:layers]
     if len(rotated) < layers or set(rotated) - {0, 1}:
-        raise UserError(f"config.json: no_rope_layers = {rotated!r} does not say 0 or 1 for {layers} layers")
+        raise UserError(f"config.json: no_rope_layers is {rotated!r}; 0 or 1 is required for each of {layers} layers")
     return decoder.build(
         "smollm3",
         attention={"bias": bias, "output_bias": bias},

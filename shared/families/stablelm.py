@@ -1,4 +1,4 @@
-"""StableLM 3B, 2-1.6B and 2-12B: LayerNorm, a quarter of each head rotated."""
+"""StableLM 3B, 2-1.6B and 2-12B: LayerNorm, RoPE on a quarter of each head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAMES = Names(q_norm="self_attn.q_layernorm.norms.{query_head}", k_norm="self_a
 
 
 def without_legacy_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of `stablelm_epoch`, the first uploads' own code."""
+    """Legacy names of `stablelm_epoch`, the remote code of the first uploads."""
     names = {"norm_eps": "layer_norm_eps", "rope_pct": "partial_rotary_factor", "num_heads": "num_attention_heads"}
     return renamed(config, names)
 
@@ -24,9 +24,9 @@ _SPELLING = Spelling(epsilon="layer_norm_eps")
 
 
 def read(fields: Fields) -> Architecture:
-    """With `use_parallel_residual` attention and MLP share one norm."""
+    """`use_parallel_residual`: parallel residual with one norm."""
     fields.expect("hidden_dropout", 0, 0.0, why="train without dropout, or set it to 0.0")
-    fields.expect("rotary_scaling_factor", 1, 1.0, why="angles are not scaled")
+    fields.expect("rotary_scaling_factor", 1, 1.0, why="RoPE scaling is not supported for this family")
     parallel = fields.get("use_parallel_residual", bool, False)
     return read_decoder(fields, _SPELLING, default_epsilon=1e-5, rotary_fraction=0.25).build(
         "stablelm",
@@ -62,7 +62,7 @@ FAMILY = Family(
     name="stablelm",
     title="StableLM 3B, StableLM 2 1.6B and 12B",
     hf_class="StableLmForCausalLM",
-    other_classes=("StableLMEpochForCausalLM",),  # as the first models were published
+    other_classes=("StableLMEpochForCausalLM",),  # first uploads
     model_types=("stablelm", "stablelm_epoch"),
     without_legacy_names=without_legacy_names,
     read=read,

@@ -1,4 +1,4 @@
-"""StarCoder2: LayerNorm and biases throughout, an MLP without a gate, a sliding window."""
+"""StarCoder2: LayerNorm, biases in all linear layers, MLP without gate, sliding window."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _SPELLING = Spelling(epsilon="norm_epsilon", hidden_dropout="residual_dropout", 
 
 
 def read(fields: Fields) -> Architecture:
-    """`use_bias` is on every linear layer; the norms always have one."""
+    """`use_bias`: of every linear layer; norms always have biases."""
     bias = fields.get("use_bias", bool, True)
     fields.expect("norm_type", "layer_norm", why="this family has LayerNorm")
     fields.expect("mlp_type", "default", why="this family's MLP has no gate")
-    fields.expect("scale_attn_weights", True, why="scores are scaled by 1 / sqrt(head_dim)")
-    # Left over in the 7B's file from gpt_bigcode; transformers reads none of them.
+    fields.expect("scale_attn_weights", True, why="the softmax scale must be 1 / sqrt(head_dim)")
+    # gpt_bigcode fields left in the 7B's config.json; transformers does not read them.
     fields.ignore("activation_function", "layer_norm_epsilon")
     fields.ignore("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32")
     decoder = read_decoder(

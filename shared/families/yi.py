@@ -1,4 +1,4 @@
-"""Yi as it was first published: LLaMA with norms of another name. Later files of the same models are LLaMA's."""
+"""Yi with its first remote code: LLaMA with other norm names. Later uploads of the same models are LlamaForCausalLM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shared.families.family import TINY, Family
 
 
 def read(fields: Fields) -> Architecture:
-    """`num_key_value_heads` has a default of its own in the published class, and is always given."""
+    """`num_key_value_heads` is always given in the published files."""
     fields.get("num_key_value_heads", int)
     return read_decoder(fields, default_theta=5_000_000.0, default_epsilon=1e-5).build("yi")
 

@@ -1,1 +1,1 @@
-"""Arithmetic with a reference: torch in, torch out, no Megatron-Core."""
+"""Kernels in plain torch, without Megatron-Core."""

@@ -1,10 +1,10 @@
-"""The gated delta rule in plain torch, chunk by chunk."""
+"""Chunked gated delta rule in plain torch."""
 
 from __future__ import annotations
 
 import torch
 
-CHUNK = 64  # tokens that are computed at once; between chunks only the state is carried
+CHUNK = 64  # tokens per chunk; only the state is carried between chunks
 
 
 def gated_delta_rule(
@@ -15,21 +15,22 @@ def gated_delta_rule(
     beta: torch.Tensor,
     segments: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What a state that starts at zero answers to each token's query.
+    """Gated delta rule with initial state 0 (Yang et al., 2024, equation 10; chunked form: section 3.3).
 
-    With `k` and `q` scaled to length one, a token's state is `S = a (I - b k k^T) S' + b k v^T`, where `S'` is that
-    of the token before it, and its answer is `S^T q / sqrt(key_head_dim)` (Yang et al., 2024, equation 10). Within a
-    chunk the updates are solved for together (their section 3.3).
+    For each token, with q and k L2-normalised and S' the previous token's state:
+
+        S = a (I - b k k^T) S' + b k v^T
+        output = S^T q / sqrt(key_head_dim)
 
     Args:
         query, key: `[batch, sequence, heads, key_head_dim]`.
         value: `[batch, sequence, heads, value_head_dim]`.
         decay: `log a`, at most zero, `[batch, sequence, heads]`.
         beta: `b`, `[batch, sequence, heads]`.
-        segments: `[batch, sequence]` integers that never fall; where they rise the state starts at zero again.
+        segments: `[batch, sequence]` non-decreasing integers; the state is reset to 0 where they increase.
 
     Returns:
-        `[batch, sequence, heads, value_head_dim]` of the value's type, computed in fp32 or in float64 if that is given.
+        `[batch, sequence, heads, value_head_dim]` in the dtype of `value`; computed in fp32, in fp64 for fp64 inputs.
     """
     length, dtype = value.shape[1], torch.promote_types(value.dtype, torch.float32)
     padding = -length % CHUNK
@@ -41,43 +42,43 @@ def gated_delta_rule(
         return x.unflatten(2, (-1, CHUNK)).movedim(2, 0)
 
     q, k, v, g, b = (chunked(x) for x in (query, key, value, decay, beta))
-    q, k = unit(q) * q.shape[-1] ** -0.5, unit(k)
-    g = g.cumsum(-1)  # since the chunk's start
+    q, k = l2norm(q) * q.shape[-1] ** -0.5, l2norm(k)
+    g = g.cumsum(-1)  # from the start of the chunk
 
     allowed = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=v.device).tril()
-    reaches, lasts = (torch.ones((), dtype=dtype, device=v.device),) * 2
+    in_segment, out_segment = (torch.ones((), dtype=dtype, device=v.device),) * 2
     if segments is not None:
         ids = torch.cat([segments, segments[:, -1:].expand(-1, padding)], dim=1)
         ids = ids.unflatten(1, (-1, CHUNK)).movedim(1, 0)[:, :, None]  # [chunks, batch, 1, CHUNK]
         allowed = allowed & (ids[..., :, None] == ids[..., None, :])
         before = torch.cat([ids[:1, ..., 0], ids[:-1, ..., -1]])
-        reaches = (ids == before[..., None]).to(dtype)  # of the state at the chunk's start, to a token
-        lasts = (ids == ids[..., -1:]).to(dtype)  # of a token, to the state at the chunk's end
-    # Decay from the token of a column to that of a row.
-    between = (g[..., :, None] - g[..., None, :]).masked_fill(~allowed, -torch.inf).exp()
-    since = (g.exp() * reaches)[..., None]
-    until = ((g[..., -1:] - g).exp() * lasts)[..., None]
-    kept = since[..., -1:, :]
+        in_segment = (ids == before[..., None]).to(dtype)  # 1: the token is in the segment of the incoming state
+        out_segment = (ids == ids[..., -1:]).to(dtype)  # 1: the token is in the segment of the outgoing state
+    # Decay from token (column) to token (row).
+    decay_between = (g[..., :, None] - g[..., None, :]).masked_fill(~allowed, -torch.inf).exp()
+    decay_in = (g.exp() * in_segment)[..., None]
+    decay_out = ((g[..., -1:] - g).exp() * out_segment)[..., None]
+    state_decay = decay_in[..., -1:, :]
 
-    # u = b v - sum over earlier tokens of their u, as far as this token's key remembers them: a triangular system.
+    # u_t = b_t v_t - b_t sum_{s<t} decay(s, t) (k_t . k_s) u_s - (incoming state): a unit lower triangular system.
     weighted = k * b[..., None]
-    system = (weighted @ k.mT) * between
+    system = (weighted @ k.mT) * decay_between
     solved = torch.linalg.solve_triangular(
-        system, torch.cat([v * b[..., None], weighted * since], -1), upper=False, unitriangular=True
+        system, torch.cat([v * b[..., None], weighted * decay_in], -1), upper=False, unitriangular=True
     )
-    updates, forgotten = solved.split([v.shape[-1], k.shape[-1]], -1)
-    scores, q, k = (q @ k.mT) * between, q * since, k * until
+    u, w = solved.split([v.shape[-1], k.shape[-1]], -1)
+    scores, q, k = (q @ k.mT) * decay_between, q * decay_in, k * decay_out
 
-    state = torch.zeros_like(k[0].mT @ updates[0])
-    answers = []
+    state = torch.zeros_like(k[0].mT @ u[0])
+    outputs = []
     for chunk in range(len(q)):
-        learned = updates[chunk] - forgotten[chunk] @ state
-        answers.append(q[chunk] @ state + scores[chunk] @ learned)
-        state = state * kept[chunk] + k[chunk].mT @ learned
-    answer = torch.stack(answers, dim=2).flatten(2, 3)[:, :, :length]
-    return answer.transpose(1, 2).to(value.dtype)
+        v_new = u[chunk] - w[chunk] @ state
+        outputs.append(q[chunk] @ state + scores[chunk] @ v_new)
+        state = state * state_decay[chunk] + k[chunk].mT @ v_new
+    output = torch.stack(outputs, dim=2).flatten(2, 3)[:, :, :length]
+    return output.transpose(1, 2).to(value.dtype)
 
 
-def unit(x: torch.Tensor) -> torch.Tensor:
-    """Vectors of the last dimension scaled to length one, as far as they are not all but zero."""
+def l2norm(x: torch.Tensor) -> torch.Tensor:
+    """L2 normalisation over the last dimension: `x / sqrt(sum(x^2) + 1e-6)`."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

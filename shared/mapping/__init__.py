@@ -1,1 +1,1 @@
-"""The vocabulary in which a family says how its tensors relate to Megatron-Core's."""
+"""Tensor mapping between Hugging Face and Megatron-Core: rules, row layouts, TransformerEngine names."""

@@ -1,4 +1,4 @@
-"""Every tensor is accounted for, on both sides, before a byte is moved."""
+"""Strict accounting: every tensor of a checkpoint is matched with the table before any byte is copied."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from shared.mapping.rule import Entry, Table, TiedTensor
 
 
 class Found(Protocol):
-    """What a checkpoint says of one of its tensors."""
+    """Shape and file of a stored tensor."""
 
     @property
     def shape(self) -> Shape: ...
 
     @property
     def place(self) -> str:
-        """The file it is in."""
+        """The file that contains it."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """A checkpoint's tensors, sorted by what becomes of them."""
+    """A checkpoint's tensors: converted, tied, pass-through."""
 
     entries: tuple[Entry, ...]
-    tied_tensors: tuple[TiedTensor, ...]  # those that the checkpoint stores
-    pass_through: tuple[str, ...]  # those that it stores
+    tied_tensors: tuple[TiedTensor, ...]  # stored in this checkpoint
+    pass_through: tuple[str, ...]  # stored in this checkpoint
 
 
 def account_sources(table: Table, found: Mapping[str, Found], where: str) -> Account:
-    """Match a Hugging Face checkpoint's tensors with the table: each used once, none missing, each of its shape.
+    """Match a Hugging Face checkpoint's tensors with the table: none missing, none unknown, all shapes right.
 
     Raises:
         UserError: naming the tensor, both shapes, and the file.
@@ -45,7 +45,7 @@ def account_sources(table: Table, found: Mapping[str, Found], where: str) -> Acc
         if size > len(found) and any(f"{{{axis}}}" in source.name for rule in table.rules for source in rule.sources):
             raise UserError(
                 f"{where}: {len(found)} tensors in all, though config.json asks for {size} {axis.replace('_', ' ')}s; "
-                "correct it, or fetch the model again"
+                "correct config.json, or fetch the model again"
             )
     table = table.with_prefixes_of(found)
     entries = tuple(table.entries())
@@ -59,7 +59,7 @@ def account_sources(table: Table, found: Mapping[str, Found], where: str) -> Acc
     together = table.pass_through_names(all_or_none=True)
     if together & found.keys() and (missing := sorted(together - found.keys())):
         raise UserError(
-            f"{where}: {_some(missing)} missing, though others of its kind are there; fetch the model again"
+            f"{where}: {_some(missing)} missing, though {sorted(together & found.keys())[0]} is there; fetch the model again"
         )
     known = wanted.keys() | {tied.name for tied in tied_tensors} | set(pass_through)
     if unknown := sorted(found.keys() - known):
@@ -77,7 +77,7 @@ def account_sources(table: Table, found: Mapping[str, Found], where: str) -> Acc
 
 
 def _check_rows(entries: Iterable[Entry], shapes: Mapping[str, Shape]) -> None:
-    """Several entries may take parts of one source; together they take each of its rows once, of every slice."""
+    """Entries may split the rows of one source: together they use each row of each stacked slice once."""
     users: dict[tuple[str, Shape], list[tuple[Entry, int]]] = {}
     for entry in entries:
         for place, source in enumerate(entry.sources):
@@ -102,7 +102,7 @@ def _check_rows(entries: Iterable[Entry], shapes: Mapping[str, Shape]) -> None:
 def account_targets(
     table: Table, found: Mapping[str, Found], where: str, ignored: Sequence[str] = ()
 ) -> tuple[Entry, ...]:
-    """Match a Megatron checkpoint's tensors with the table; `ignored` are prefixes of keys that are no weights.
+    """Match a Megatron checkpoint's tensors with the table; `ignored`: prefixes of keys that are not weights.
 
     Raises:
         UserError: naming the tensor, both shapes, and the directory.
@@ -110,15 +110,20 @@ def account_targets(
     entries = tuple(table.entries())
     wanted = {entry.key: entry for entry in entries}
     if missing := [key for key in wanted if key not in found]:
-        raise UserError(f"{where}: {_some(missing)} missing, though hf/config.json asks for it")
+        raise UserError(
+            f"{where}: {_some(missing)} missing, though hf/config.json asks for it; put the right hf/config.json there, or "
+            "fetch the checkpoint again"
+        )
     unknown = sorted(key for key in found.keys() - wanted.keys() if not key.startswith(tuple(ignored)))
     if unknown:
-        raise UserError(f"{where}: {_some(unknown)} unknown to this family and would be lost")
+        raise UserError(
+            f"{where}: {_some(unknown)} unknown to this family and would be lost; put the right hf/config.json there"
+        )
     for key, entry in wanted.items():
         shape, expected = found[key].shape, entry.global_shape
         rows = len(entry.stack)
         fits = shape == expected
-        if entry.padded and len(shape) == len(expected):  # padded for another number of ranks
+        if entry.padded and len(shape) == len(expected):  # vocabulary padded for another tensor-parallel size
             kept = expected[rows] - entry.padding_rows
             fits = shape[rows] >= kept and shape[:rows] + shape[rows + 1 :] == expected[:rows] + expected[rows + 1 :]
         if not fits:

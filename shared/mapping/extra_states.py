@@ -1,7 +1,7 @@
-"""Names of what TransformerEngine's modules keep beside their weights.
+"""Keys of TransformerEngine's `_extra_state` in a torch_dist checkpoint.
 
-Megatron-Core asks for these objects when its layers are TransformerEngine's, and passes over them otherwise. For a
-model without FP8 state each is None. Pure data, importable without torch or Megatron-Core.
+Megatron-Core requires them with TransformerEngine layers and ignores them with local ones. Without FP8 each is None.
+Pure data, importable without torch or Megatron-Core.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _EXPERT = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
 
 
 def extra_states(architecture: Architecture) -> Iterator[str]:
-    """Keys of a torch_dist checkpoint: `decoder.layers.MODULE._extra_state/shard_LAYER_LAYERS` where layers are stacked."""
+    """Keys; with stacked layers `decoder.layers.MODULE._extra_state/shard_LAYER_LAYERS`."""
     count = architecture.num_layers
     for index, layer in enumerate(architecture.layers):
         if architecture.homogeneous:

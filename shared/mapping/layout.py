@@ -1,8 +1,8 @@
-"""Layouts: the rows of one Megatron tensor as rows of its source tensors, invertible.
+"""Layouts: invertible maps from the rows of one Megatron tensor to the rows of its source tensors.
 
 Shapes: `[out, in]` has `out` rows of `in` elements, `[out]` has `out` rows of one. `;` joins blocks of rows, `|` joins
 groups, q/k/v/g are the rows of one query/key/value/gate head. A layout compiles to segments (row ranges), so a
-conversion copies byte ranges without arithmetic and without torch.
+conversion copies byte ranges and needs no torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ONES = -2  # source index of rows of ones
 
 
 class LayoutError(ValueError):
-    """Source shapes do not fit the layout; the caller adds the tensor's name."""
+    """Source shapes do not fit the layout; the caller adds the tensor name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +56,7 @@ class Interleave:
     def target_shape(self, shapes: Sequence[Shape]) -> Shape:
         columns = {shape[1:] for shape in shapes}
         if len(columns) != 1:
-            raise LayoutError(f"rows of different widths cannot be joined: {[list(s) for s in shapes]}")
+            raise LayoutError(f"rows of different widths cannot be concatenated: {[list(s) for s in shapes]}")
         for shape in shapes:
             if shape[0] % self.groups:
                 raise LayoutError(f"{shape[0]} rows are not {self.groups} equal groups")
@@ -196,7 +196,7 @@ class SwapHalves:
 
 @dataclass(frozen=True, kw_only=True)
 class PadRows:
-    """Zero-pad one source to `rows` rows: the vocabulary, padded to a multiple of the tensor-parallel size."""
+    """Zero-pad one source to `rows` rows (vocabulary padding)."""
 
     rows: int
 

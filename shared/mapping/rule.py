@@ -1,4 +1,4 @@
-"""Rules: the lines of a family's tensor table. Entries: those lines expanded over layers, experts and heads.
+"""Rules: rows of a family's tensor table. Entries: rules expanded over layers, experts and heads.
 
 Rule: `Megatron key | axes | source names | layout`. Axes are `{layer}`, `{expert}`, `{query_head}`, `{key_head}` in
 names. An axis absent from the Megatron key is stacked: over `layer` one tensor `[layers, ...]`, over `layer` and
@@ -17,7 +17,7 @@ from shared.errors import UserError
 from shared.mapping.layout import COPY, PADDING, LayoutError, PadRows, RowLayout, Segment, Shape, Transposed
 
 Axis = Literal["layer", "expert", "query_head", "key_head"]
-# Prefix of source names -> prefixes that other files have in its place.
+# Prefix of source names -> its variants in other published files.
 PrefixVariants = Mapping[str, tuple[str, ...]]
 
 
@@ -32,7 +32,7 @@ def name_variants(name: str, prefix_variants: PrefixVariants) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A Hugging Face tensor. Several rules may split its rows between them."""
+    """A Hugging Face tensor. Several rules may split its rows."""
 
     name: str
     shape: Shape  # without `stacked_axes`
@@ -52,7 +52,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One Megatron tensor and the source tensors it is made of, invertible."""
+    """One Megatron tensor and the source tensors it is made of."""
 
     megatron: str
     sources: tuple[Source, ...]
@@ -69,11 +69,11 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class TiedTensor:
-    """A source tensor that duplicates another where it is stored: a tied output head."""
+    """A source tensor that duplicates another if it is stored: a tied output head."""
 
     name: str
     tied_to: str
-    always: bool = False  # tied whatever `tie_word_embeddings` says
+    always: bool = False  # tied even with `tie_word_embeddings` false
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ class Table:
     sizes: Mapping[Axis, int]
 
     def with_prefixes_of(self, found: Collection[str]) -> Table:
-        """The table with the prefixes of the names found: for each prefix its first variant among them."""
+        """The table renamed to the prefix variants of the stored names: for each prefix, the first variant found."""
         given: dict[str, str] = {}
         for prefix, others in self.prefix_variants.items():
             forms = (prefix, *others)

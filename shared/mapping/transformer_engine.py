@@ -1,4 +1,4 @@
-"""The same table under TransformerEngine's names: Megatron-Core's keys renamed, one tensor for every layer.
+"""A family's table under TransformerEngine's names: Megatron-Core's keys renamed, layers not stacked.
 
     embedding.weight                                     final_norm.{weight,bias}
     position_embedding.weight  embedding_norm.*          output_layer.{weight,bias}  {input,output}_projection.weight
@@ -7,9 +7,9 @@
     layers.{i}.layernorm_mlp.{layer_norm_weight,layer_norm_bias,fc1_weight,fc1_bias,fc2_weight,fc2_bias}
     layers.{i}.mlp.experts.linear_fc{1,2}.weight{expert}
 
-A module that TransformerEngine has no name for keeps Megatron-Core's. Layers for tokens further ahead, which are no part
-of the model's answer, stay beside the weights under Hugging Face's names. Rows are ordered as Megatron-Core's: fused
-`[q1..qn k1 v1 | q.. k2 v2 | ...]` and `[gate ; up]` are what TransformerEngine computes with. The vocabulary is not padded.
+Modules that TransformerEngine lacks keep Megatron-Core's names. MTP layers are pass-through tensors under Hugging Face's
+names. Row order is Megatron-Core's, which TransformerEngine reads: fused `[q1..qn k1 v1 | q.. k2 v2 | ...]` and
+`[gate ; up]`. The vocabulary is not padded.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ _LAYERS = ("decoder.layers.{layer}.", "decoder.layers.")
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """A model in TransformerEngine's form."""
+    """Tensors and modules of a model in TransformerEngine form."""
 
     table: Table
     modules: Mapping[str, Any]  # the content of layers.json
-    extra_states: tuple[str, ...]  # names of the states that strict loading asks for
+    extra_states: tuple[str, ...]  # names of `_extra_state` that strict loading requires
 
 
 def te_form(table: Table, a: Architecture) -> Form:
-    """A family's table in TransformerEngine's form.
+    """A family's table in TransformerEngine form.
 
-    Where a module has a bias that the model does not have, because one argument decides on several, the form holds it
-    as zeros: an entry without sources.
+    One `bias` argument covers several linear layers. A bias that the module has and the model lacks is stored as zeros: a
+    rule without sources.
     """
     own = _own_names(a)
     further = [rule for rule in table.rules if rule.megatron.startswith(_FURTHER)]
@@ -68,7 +68,7 @@ def te_form(table: Table, a: Architecture) -> Form:
     renamed = [_renamed(rule, own) for rule in table.rules if rule not in further]
     entries = list(replace(table, rules=tuple(renamed)).entries())
     shapes = {entry.key: entry.global_shape for entry in entries}
-    # Megatron-Core has one way to hold the weights of all norms; here each is held as Hugging Face has it.
+    # zero_centered_gamma is global in Megatron-Core; here each norm's weight is stored as in Hugging Face.
     plain = frozenset(entry.key.rpartition(".")[0] for entry in entries if entry.zero_centered_gamma)
     modules = describe(a, shapes, plain)
     wanted: dict[str, Shape] = {}
@@ -88,7 +88,7 @@ def te_form(table: Table, a: Architecture) -> Form:
 
 
 def _modules(described: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Every module and its path."""
+    """Every module with its path."""
     found = [(path, module) for path, module in described["ends"].items() if "tied_to" not in module]
     for index, layer in enumerate(described["layers"]):
         if "class" in layer:

@@ -1,9 +1,8 @@
-"""Which modules of TransformerEngine an architecture's layers are, and with which arguments they are made.
+"""TransformerEngine modules of an architecture and their constructor arguments (the content of `layers.json`).
 
-Read from transformer_engine 2.20 (`pytorch/transformer.py`, `attention/multi_head_attention.py`, `module/*.py`); the
-arguments are those of 2.9 and later. A layer is one `TransformerLayer` where that computes the same, else a set of
-TransformerEngine's smaller modules, which the user's own forward joins. Pure data: neither torch nor TransformerEngine
-is imported.
+Source: transformer_engine 2.20 (`pytorch/transformer.py`, `attention/multi_head_attention.py`, `module/*.py`); the
+arguments exist since 2.9. A layer is one `TransformerLayer` if that computes the same, else smaller modules for a
+forward of the user's own. Pure data: imports neither torch nor TransformerEngine.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ from shared.architecture.architecture import (
 
 TE = "transformer_engine.pytorch."
 Shape = tuple[int, ...]
-Module = dict[str, Any]  # "class" and "arguments", or "parameters" where no class has them
+Module = dict[str, Any]  # "class" and "arguments", or "parameters" if TransformerEngine has no such class
 
-# TransformerEngine's GELU is the tanh form; it has no exact one.
+# TransformerEngine's GELU is the tanh approximation; it has no exact GELU.
 _KINDS = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
 ACTIVATIONS: dict[Activation, str] = {"swiglu": "swiglu", "geglu_tanh": "geglu", "gelu_tanh": "gelu", "relu": "relu"}
 
-# Fields with a default that TransformerEngine has an argument or a call for, or that `limits` looks into. A field that is in no
-# list here counts as lacking wherever it is set.
+# Fields that TransformerEngine has an argument for, or that `limits` checks. Any other field that is not at its default
+# counts as unsupported.
 _EXPRESSED: dict[type, frozenset[str]] = {
     Norm: frozenset(("kind", "bias", "affine", "zero_centered_gamma")),
     Rotary: frozenset(("theta", "scaling", "dim", "interleaved")),
@@ -67,11 +66,11 @@ _EXPRESSED: dict[type, frozenset[str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Why TransformerEngine's large modules do not compute the architecture; empty where they do."""
+    """Reasons why TransformerEngine's fused modules cannot compute the architecture; empty if they can."""
 
     attention: tuple[str, ...]  # of MultiheadAttention
     mlp: tuple[str, ...]  # of LayerNormMLP
-    layer: tuple[str, ...]  # of TransformerLayer, besides
+    layer: tuple[str, ...]  # of TransformerLayer, in addition
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -79,7 +78,7 @@ class Limits:
 
 
 def limits(a: Architecture) -> Limits:
-    """What TransformerEngine lacks of any layer: one set of names serves all of them."""
+    """Limits over all layers: tensor names are the same in every layer."""
     found: tuple[list[str], list[str], list[str]] = ([], [], [])
     unknown = [what for what, there in {"prefix LM": a.prefix, "vision tower": a.vision}.items() if there]
     for kind in a.kinds:
@@ -91,7 +90,7 @@ def limits(a: Architecture) -> Limits:
 
 
 def _unknown(value: Any) -> list[str]:
-    """What is set in a layer that nobody has looked into, by class and field."""
+    """Unsupported fields that are not at their default, as `Class.field value`."""
     if isinstance(value, GatedDeltaNet):
         return ["gated delta net"]
     found, known = [], _EXPRESSED.get(type(value), frozenset())
@@ -113,9 +112,9 @@ def _attention_limits(layer: Layer) -> dict[str, bool]:
         "MLA": isinstance(mixer, LatentAttention),
         f"softmax scale {mixer.scale}": mixer.scale is not None
         and not isclose(mixer.scale, mixer.head_dim**-0.5, rel_tol=1e-6),
-        "amplitude of sines and cosines": rotary is not None
+        "concentration factor of cos and sin": rotary is not None
         and rotary.scaling is not None
-        and rotary.scaling.amplitude != 1.0,
+        and rotary.scaling.concentration_factor != 1.0,
     }
     if isinstance(mixer, LatentAttention):
         return common
@@ -123,7 +122,7 @@ def _attention_limits(layer: Layer) -> dict[str, bool]:
     return common | {
         f"clip of q, k, v at {mixer.clip}": mixer.clip is not None,
         f"ALiBi slopes down to 2^-{bias_max}, not 2^-8": bias_max != 8,
-        "scores divided by the layer's number": mixer.scale_by_layer,
+        "softmax scale / layer number": mixer.scale_by_layer,
         f"softcap of scores {mixer.softcap}": mixer.softcap is not None,
         f"qk_norm by {mixer.qk_norm}": mixer.qk_norm not in (None, "head"),
         "qk_norm with zero-centred gamma": mixer.qk_norm is not None and layer.norm.zero_centered_gamma,
@@ -133,7 +132,7 @@ def _attention_limits(layer: Layer) -> dict[str, bool]:
 def _mlp_limits(layer: Layer) -> dict[str, bool]:
     activation = (layer.mlp.expert if isinstance(layer.mlp, MoE) else layer.mlp).activation
     return {
-        "exact GELU, not TransformerEngine's by tanh": activation in ("gelu", "geglu"),
+        "exact GELU (TransformerEngine: tanh approximation)": activation in ("gelu", "geglu"),
         f"activation {activation}": activation not in ("gelu", "geglu", *ACTIVATIONS),
         "no norm before the MLP": not layer.pre_norms,
         "one norm for attention and MLP": layer.residual.kind == "parallel_shared",
@@ -151,9 +150,9 @@ def _layer_limits(layer: Layer) -> dict[str, bool]:
 
 
 def describe(a: Architecture, shapes: Mapping[str, Shape], plain: Collection[str] = ()) -> dict[str, Any]:
-    """The content of `layers.json`, for tensors of these names and shapes (`shared.mapping.transformer_engine`).
+    """The content of `layers.json` for these tensors (names of `shared.mapping.transformer_engine`).
 
-    `plain` are norms without zero-centred gamma, though the others have it.
+    `plain`: norms without zero-centred gamma in a model that has it.
     """
     layers: list[dict[str, Shape]] = [{} for _ in a.layers]
     ends: dict[str, Shape] = {}
@@ -202,7 +201,7 @@ def parameters(module: Module) -> dict[str, Shape]:
 
 
 def extra_states(module: Module) -> tuple[str, ...]:
-    """Names of the states that TransformerEngine's modules keep beside their parameters, empty outside FP8."""
+    """Names of a module's `_extra_state` entries, which are empty without FP8."""
     kind, arguments = module.get("class", ""), module.get("arguments", {})
     if not kind.startswith(TE):
         return ()
@@ -274,7 +273,7 @@ def _common_attention(layer: Layer, hidden: int, index: int) -> dict[str, Any]:
         "layernorm_epsilon": norm.epsilon,
         "attention_dropout": mixer.dropout,
         "layer_number": index + 1,
-        # tokens to the left, itself not counted
+        # (left, right) tokens, the query's own not counted
         "window_size": None if mixer.window is None else [mixer.window - 1, 0],
         "fuse_qkv_params": True,
         "qkv_weight_interleaved": True,  # [q1..qn k1 v1 | q.. k2 v2 | ...], as Megatron-Core's
@@ -296,7 +295,7 @@ def _layer_arguments(layer: Layer, hidden: int, index: int) -> dict[str, Any]:
         "hidden_dropout": layer.residual.dropout,
         "self_attn_mask_type": "causal",
         "parallel_attention_mlp": layer.residual.kind == "parallel",
-        # One for all: those that the model does not have are zero in the files.
+        # One argument for all linear layers: biases that the model lacks are stored as zeros.
         "bias": mixer.bias or mixer.output_bias or mlp.bias,
         "activation": ACTIVATIONS[mlp.activation],
     }
@@ -328,7 +327,7 @@ def _mlp_arguments(layer: Layer, hidden: int) -> dict[str, Any]:
 
 
 def _of_layer(arguments: Mapping[str, Any]) -> tuple[Module, Module]:
-    """The two modules that a TransformerLayer makes."""
+    """The two modules inside a TransformerLayer."""
     attention = {"class": f"{TE}MultiheadAttention", "arguments": {**arguments, "input_layernorm": True}}
     return attention, {"class": f"{TE}LayerNormMLP", "arguments": dict(arguments)}
 
@@ -336,7 +335,7 @@ def _of_layer(arguments: Mapping[str, Any]) -> tuple[Module, Module]:
 def _parts(
     a: Architecture, shapes: Mapping[str, Shape], plain: Collection[str], layer: Layer | None = None
 ) -> dict[str, Module]:
-    """Modules of these tensors, each by its names and shapes; of a layer, or of embedding and head."""
+    """Modules of these tensors, inferred from names and shapes; of a layer, or of embedding and head."""
     grouped: dict[str, dict[str, Shape]] = {}
     for name, shape in shapes.items():
         path, _, leaf = name.rpartition(".")
@@ -349,7 +348,7 @@ def _parts(
 def _part(layer: Layer, path: str, leaves: Mapping[str, Shape], plain: bool) -> Module:
     norm = _normalization(layer.norm) | ({"zero_centered_gamma": False} if plain else {})
     first = leaves.get("weight", leaves.get("weight0", ()))
-    is_matrix = len(first) == 2 and not path.endswith("norm")  # a norm of heads apart has rows, too
+    is_matrix = len(first) == 2 and not path.endswith("norm")  # a per-head QK norm is 2-D, too
     matrix = {"in_features": first[-1], "out_features": first[0]} if is_matrix else {}
     others = leaves.keys() - {"weight", "bias"}
     bias = "bias" in leaves or "bias0" in leaves

@@ -1,1 +1,1 @@
-"""Model definitions: `architecture` is pure data; the other modules build Megatron-Core models from it."""
+"""Megatron-Core models built from an `Architecture`."""

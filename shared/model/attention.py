@@ -1,4 +1,4 @@
-"""Self attention: Megatron-Core's module with our rotary embedding, and the attention product of `shared.kernels.attention`."""
+"""Self attention: Megatron-Core's module with per-layer RoPE, and core attention from `shared.kernels.attention`."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from shared.architecture.architecture import Attention, LatentAttention
-from shared.kernels.attention import alibi, masks, sdpa, written_out
+from shared.kernels.attention import alibi, eager, masks, sdpa
 from shared.model.rope import RotaryAngles
 
 
 def clipped(linear: Callable[..., Any], limit: float) -> Callable[..., Any]:
-    """`linear` with its output clamped to `[-limit, limit]` (MPT's `clip_qkv`); clamped numbers have no gradient."""
+    """`linear` with its output clamped to `[-limit, limit]` (MPT's `clip_qkv`); clamped elements have zero gradient."""
 
     def clamp(
         module: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, torch.Tensor | None]
     ) -> tuple[torch.Tensor, None]:
         projected, bias = output
-        assert bias is None  # it would be added behind the clamp
+        assert bias is None  # Megatron-Core would add it after the clamp
         return projected.clamp(-limit, limit), None
 
     def build(*args: Any, **kwargs: Any) -> Any:
@@ -41,20 +41,20 @@ def clipped(linear: Callable[..., Any], limit: float) -> Callable[..., Any]:
 
 
 class RotarySelfAttention(SelfAttention):
-    """Megatron-Core's self attention with a factor of sines and cosines, and with angles of this layer's own.
+    """Megatron-Core's self attention with this layer's own RoPE angles and concentration factor.
 
-    Megatron-Core reads that factor from its own YaRN configuration, and has the same angles in all layers.
+    Megatron-Core computes one set of angles for all layers, and has a concentration factor in its YaRN only.
     """
 
-    def __init__(self, *args: Any, amplitude: float, angles: RotaryAngles | None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, concentration_factor: float, angles: RotaryAngles | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._yarn_concentration_factor = amplitude
+        self._yarn_concentration_factor = concentration_factor
         self.angles = angles
 
     def forward(
         self, *args: Any, rotary_pos_emb: torch.Tensor | None = None, **others: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As Megatron-Core's; `rotary_pos_emb` `[sequence, 1, 1, rotated]` are the model's angles."""
+        """As Megatron-Core's; `rotary_pos_emb` `[sequence, 1, 1, rotary_dim]` are the angles of the model."""
         if self.angles is not None and rotary_pos_emb is not None:
             rotary_pos_emb = self.angles(len(rotary_pos_emb))
         attended: tuple[torch.Tensor, torch.Tensor | None]
@@ -63,22 +63,22 @@ class RotarySelfAttention(SelfAttention):
 
 
 class Rotary2DSelfAttention(SelfAttention):
-    """Megatron-Core's self attention with each half of a head rotated by its own positions (GLM's 2-D positions).
+    """Megatron-Core's self attention with 2-D RoPE (GLM): half of each head by position, half by block position.
 
-    Megatron-Core pairs elements half a head apart; here they are a quarter of a head apart.
+    Within each half, pairs are head_dim / 4 apart; Megatron-Core's own are head_dim / 2 apart.
     """
 
     def forward(
         self, *args: Any, rotary_pos_emb: torch.Tensor, **others: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As Megatron-Core's; `rotary_pos_emb` `[sequence, batch, 1, head_dim]` are the angles of both halves."""
+        """As Megatron-Core's; `rotary_pos_emb` `[sequence, batch, 1, head_dim]`: angles of both halves."""
         self.angles = rotary_pos_emb
         attended: tuple[torch.Tensor, torch.Tensor | None]
         attended = super().forward(*args, rotary_pos_emb=None, **others)
         return attended
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        """Queries and keys `[sequence, batch, heads, head_dim]`, rotated, and values."""
+        """q and k after RoPE, and v, `[sequence, batch, heads, head_dim]` each."""
         query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
         return self._rotated(query), self._rotated(key), value
 
@@ -88,10 +88,10 @@ class Rotary2DSelfAttention(SelfAttention):
 
 
 class CoreAttention(torch.nn.Module):
-    """Causal attention with grouped queries, as a `core_attention` of Megatron-Core's self attention.
+    """Causal GQA, as `core_attention` of Megatron-Core's self attention.
 
-    Megatron-Core's `attention_mask` argument carries `segments`, in a form of `shared.kernels.attention.masks`, or None
-    for causal attention. Window, ALiBi, soft cap, sinks and scale are those of `attention`.
+    The `attention_mask` argument carries `segments` (`shared.kernels.attention.masks`), or None for causal attention.
+    Sliding window, ALiBi, soft cap, sinks and softmax scale come from `attention`.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class CoreAttention(torch.nn.Module):
         cp_comm_type: str | None = None,
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
-        k_channels: int | None = None,  # of keys and of values, where they differ; their tensors say it too
+        k_channels: int | None = None,  # MLA's head_dim of k and v; unused, forward reads it from the tensors
         v_channels: int | None = None,
         attention: Attention | LatentAttention,
     ) -> None:
@@ -112,17 +112,17 @@ class CoreAttention(torch.nn.Module):
         assert attn_mask_type == AttnMaskType.causal
         assert attention_type == "self"
         assert config.context_parallel_size == 1
-        # None: 1 / sqrt(head_dim). Megatron-Core's MLA gives its own.
+        # None: 1 / sqrt(head_dim). Megatron-Core's MLA passes softmax_scale.
         self.softmax_scale = attention.scale if softmax_scale is None else softmax_scale
         self.dropout = attention.dropout
         self.softcap: float | None = None
         self.window: int | None = None
         self.slopes: torch.Tensor | None = None
         self.alibi_scale: float | None = None
-        self.softmax_offset: torch.nn.Parameter | None = None  # of this process's heads, under Megatron-Core's name
+        self.softmax_offset: torch.nn.Parameter | None = None  # sinks of this rank's heads, Megatron-Core's name
         if isinstance(attention, LatentAttention):
             return
-        if attention.scale_by_layer:  # the layer's number in the model, whatever the pipeline's stage
+        if attention.scale_by_layer:  # layer_number counts from 1 over all pipeline stages
             self.softmax_scale = (self.softmax_scale or attention.head_dim**-0.5) / layer_number
         self.softcap, self.window = attention.softcap, attention.window
         if attention.alibi:
@@ -140,7 +140,7 @@ class CoreAttention(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """As Megatron-Core's modules have it."""
+        """As in Megatron-Core's modules; sinks are sharded over tensor-parallel ranks."""
         own = self.state_dict(prefix="", keep_vars=True)
         groups = {"tp_group": parallel_state.get_tensor_model_parallel_group()}
         if metadata and "dp_cp_group" in metadata:
@@ -159,11 +159,11 @@ class CoreAttention(torch.nn.Module):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """`[sequence, batch, heads, head_dim]`, keys and values of fewer heads, to `[sequence, batch, heads * value_dim]`."""
+        """q `[sequence, batch, heads, head_dim]`, k and v with `groups` heads -> `[sequence, batch, heads * value_dim]`."""
         assert attention_bias is None
         assert packed_seq_params is None
         if self.training and self.dropout > 0.0:
-            # Each tensor-parallel process holds other heads and must drop other weights.
+            # Tensor-parallel ranks hold different heads, so they need different dropout masks.
             with get_cuda_rng_tracker().fork():
                 return self._attend(query, key, value, segments, self.dropout)
         return self._attend(query, key, value, segments, 0.0)
@@ -181,7 +181,7 @@ class CoreAttention(torch.nn.Module):
         if self.softcap is None and self.softmax_offset is None:
             attended_BHSV = sdpa.attend(q_BHSD, k_BGSD, v_BGSV, mask, scale=self.softmax_scale, dropout=dropout)
         else:
-            attended_BHSV = written_out.attend(
+            attended_BHSV = eager.attend(
                 q_BHSD,
                 k_BGSD,
                 v_BGSV,
@@ -194,7 +194,7 @@ class CoreAttention(torch.nn.Module):
         return attended_BHSV.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
 
     def _mask(self, query: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor | None:
-        """None: causal; a dense mask; or with ALiBi the bias of the scores."""
+        """None (causal), a dense bool mask, or with ALiBi an additive bias."""
         length = query.shape[0]
         window = self.window if self.window is not None and self.window < length else None
         mask = None
@@ -214,7 +214,7 @@ class CoreAttention(torch.nn.Module):
             bias = alibi.bias(slopes, length)
         else:
             positions = torch.arange(length, device=query.device)[None]
-            if segments is not None:  # counted from the start of each segment
+            if segments is not None:  # positions start at 0 in every segment
                 positions = masks.segment_positions(segments)
             bias = alibi.rounded_bias(slopes, positions) * self.alibi_scale
         return bias.masked_fill(~allowed, -torch.inf).to(query.dtype)

@@ -1,8 +1,7 @@
-"""Which implementations a model is built of: the one place that names linear layers, norms and attention products.
+"""Backend: the implementation of linear layers, norms and core attention that a model is built from.
 
-Megatron-Core's own seam is `BackendSpecProvider` (megatron/core/models/backends.py). This one has its methods under the
-same names, with what ours decide by: linear layers are asked for per layer, and those of experts apart from dense ones, so
-that a precision or an adapter is a choice of some layers; norms are asked for by their value.
+Like Megatron-Core's `BackendSpecProvider` (megatron/core/models/backends.py), with the same method names and more
+arguments: linear layers by layer index and expert or dense, so that precision or adapters can differ; norms by `Norm`.
 """
 
 from __future__ import annotations
@@ -21,46 +20,46 @@ from shared.model.norm import NormBuilder, norm_of, qk_norms
 
 
 class Backend(Protocol):
-    """Classes are Megatron-Core's or take the same arguments; builders are called with the same arguments.
+    """Methods return Megatron-Core's classes, or classes and builders with the same arguments.
 
-    `layer` counts decoder layers from 0, MTP layers behind the last of them.
+    `layer`: index of the decoder layer from 0; MTP layers follow at num_layers, num_layers + 1..
     """
 
     def column_parallel_linear(self, layer: int, *, expert: bool = False) -> type:
-        """Linear layers cut along their rows: q, k, v; fc1; MLA's projections; a gated delta net's input; MTP's."""
+        """Class of column-parallel linear layers: qkv, fc1, MLA projections, gated delta net in_proj, MTP eh_proj."""
         ...
 
     def row_parallel_linear(self, layer: int, *, expert: bool = False) -> type:
-        """Linear layers cut along their columns: the attention output, fc2, a gated delta net's output."""
+        """Class of row-parallel linear layers: attention output, fc2, gated delta net out_proj."""
         ...
 
-    def norm(self, norm: Norm, *, checkpointed: bool) -> NormBuilder:
-        """A norm; `checkpointed`: an entry of its own in a checkpoint, not part of the linear layer behind it."""
+    def norm(self, norm: Norm, *, extra_state: bool) -> NormBuilder:
+        """Builder of a norm; `extra_state`: with TransformerEngine's `_extra_state` in the checkpoint."""
         ...
 
     def qk_norms(self, attention: Attention, norm: Norm) -> tuple[NormBuilder | None, NormBuilder | None]:
-        """Norms of queries and of keys."""
+        """Builders of the QK norms."""
         ...
 
     def core_attention(self) -> type:
-        """The attention product; takes Megatron-Core's arguments and `attention`, the layer's value."""
+        """Class of core attention: Megatron-Core's arguments and `attention`."""
         ...
 
     def grouped_mlp_modules(self, submodules: MLPSubmodules) -> Callable[..., Any]:
-        """Builder of the routed experts, of which each has these linear layers."""
+        """Builder of the routed experts from the linear layers of one expert."""
         ...
 
     def embedding(self) -> type:
-        """Table of the embedding, where Megatron-Core's GPT does not build it: factorised."""
+        """Class of the factorised embedding's table (Megatron-Core's GPT builds other embeddings itself)."""
         ...
 
     def output_layer(self) -> type:
-        """Output layer, where Megatron-Core's GPT does not build it: factorised, or with a bias."""
+        """Class of an output layer with a bias or a factorised embedding (Megatron-Core's GPT builds others itself)."""
         ...
 
 
 class LocalBackend:
-    """Megatron-Core's own linear layers with torch's arithmetic: CPU, and the reference elsewhere."""
+    """Megatron-Core's local (non-TransformerEngine) linear layers: runs on CPU, reference on GPU."""
 
     def column_parallel_linear(self, layer: int, *, expert: bool = False) -> type:
         return ColumnParallelLinear
@@ -68,8 +67,8 @@ class LocalBackend:
     def row_parallel_linear(self, layer: int, *, expert: bool = False) -> type:
         return RowParallelLinear
 
-    def norm(self, norm: Norm, *, checkpointed: bool) -> NormBuilder:
-        return norm_of(norm, checkpointed=checkpointed)
+    def norm(self, norm: Norm, *, extra_state: bool) -> NormBuilder:
+        return norm_of(norm, extra_state=extra_state)
 
     def qk_norms(self, attention: Attention, norm: Norm) -> tuple[NormBuilder | None, NormBuilder | None]:
         return qk_norms(attention, norm)

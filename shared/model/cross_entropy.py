@@ -1,4 +1,4 @@
-"""Cross entropy over a vocabulary that is cut over processes and padded."""
+"""Vocab-parallel cross entropy that ignores vocabulary padding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         width = logits.shape[-1]
         first = width * group.rank()
-        valid = min(max(vocab_size - first, 0), width)  # columns of this process that are no padding
+        valid = min(max(vocab_size - first, 0), width)  # unpadded columns of this rank
         local = labels - first
         owned = (local >= 0) & (local < valid)
         index = local.where(owned, 0)
@@ -25,7 +25,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             target = log_probs.gather(-1, index.unsqueeze(-1)).squeeze(-1)
             loss = -target.where(owned, 0.0)
         else:
-            # log_probs are relative to this process's columns; the normaliser makes them relative to all.
+            # log_probs are normalised over this rank's columns; renormalise over all ranks.
             if valid:
                 lse = logits[..., 0].float() - log_probs[..., 0]
                 target = log_probs.gather(-1, index.unsqueeze(-1)).squeeze(-1) + lse
@@ -65,13 +65,13 @@ def vocab_parallel_cross_entropy(
     """Negative log likelihood of every label, in nats, computed in fp32.
 
     Args:
-        logits: `[..., padded_vocab / group size]`, this process's columns. Columns of ids from `vocab_size` on are
-            padding: whatever they hold, they change no loss, and their gradient is exactly zero.
-        labels: `[...]` ids of the whole vocabulary; a negative one has loss 0 and no gradient.
-        vocab_size: ids without padding.
-        group: the tensor-parallel processes, in order of their columns.
+        logits: `[..., padded_vocab / tensor_parallel]`, this rank's columns. Ids >= `vocab_size` are padding: no effect
+            on the loss, gradient exactly zero.
+        labels: `[...]` global ids; negative: loss 0, no gradient.
+        vocab_size: without padding.
+        group: tensor-parallel group, ranks in order of their columns.
 
     Returns:
-        `[...]` fp32, the same on every process of the group.
+        `[...]` fp32, equal on every rank of the group.
     """
     return _VocabParallelCrossEntropy.apply(logits, labels, vocab_size, group)

@@ -1,6 +1,6 @@
-"""Embedding and head, where families differ from Megatron-Core's GPT.
+"""Embedding and head variants that Megatron-Core's GPT lacks.
 
-Megatron-Core's GPT builds both itself and has no spec for them; forward hooks change their outputs.
+GPTModel builds both itself, without a spec; forward hooks change their outputs.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from shared.model.backend import Backend
 
 
 class LearnedPositions2D(torch.nn.Embedding):
-    """A table of first positions and one of second positions, `filling` (GLM's 2-D positions); Megatron-Core has one."""
+    """Learned 2-D positions (GLM): the sum of a position table and a block position table, `filling`."""
 
     def __init__(self, rows: int, hidden_size: int) -> None:
         super().__init__(rows, hidden_size)
         self.filling = torch.nn.Embedding(rows, hidden_size)
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
-        """`[2, batch, sequence]` to the sum of both tables' vectors, `[batch, sequence, hidden]`."""
-        text, filling = positions
-        result: torch.Tensor = super().forward(text) + self.filling(filling)
+        """`[2, batch, sequence]` -> `[batch, sequence, hidden]`."""
+        position, block_position = positions
+        result: torch.Tensor = super().forward(position) + self.filling(block_position)
         return result
 
 
 def adapt_embedding(embedding: LanguageModelEmbedding, architecture: Architecture, backend: Backend) -> None:
-    """The architecture's positions, and its norm, multiplier and dropout of embedded tokens."""
+    """Apply dropout, learned positions, norm and multiplier of `architecture.embedding`."""
     value = architecture.embedding
     embedding.embedding_dropout.p = value.dropout
     if value.positions and architecture.prefix and architecture.prefix.position_streams > 1:
@@ -40,11 +40,11 @@ def adapt_embedding(embedding: LanguageModelEmbedding, architecture: Architectur
         if config.perform_initialization:
             for table in embedding.position_embeddings.parameters():
                 config.embedding_init_method(table)
-    if value.positions:  # Megatron-Core makes this table, alone, in fp32 whatever the type
+    if value.positions:  # Megatron-Core builds this table in fp32 whatever params_dtype
         embedding.position_embeddings.to(embedding.config.params_dtype)
     if value.norm:
         config = embedding.config
-        embedding.word_embeddings_layernorm = backend.norm(value.norm, checkpointed=False)(
+        embedding.word_embeddings_layernorm = backend.norm(value.norm, extra_state=False)(
             config=config, hidden_size=config.hidden_size
         )
         embedding.word_embeddings.register_forward_hook(
@@ -53,17 +53,17 @@ def adapt_embedding(embedding: LanguageModelEmbedding, architecture: Architectur
     if value.multiplier != 1.0:
 
         def multiply(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-            # Rounded to the activations' type, as transformers does.
+            # The multiplier is rounded to the activation dtype, as in transformers.
             return output * torch.tensor(value.multiplier, dtype=output.dtype, device=output.device)
 
         embedding.word_embeddings.register_forward_hook(multiply)
 
 
-class Projection(torch.nn.Module):
-    """A linear layer without bias that every tensor-parallel process holds and computes whole."""
+class ReplicatedLinear(torch.nn.Module):
+    """A linear layer without bias, replicated on every tensor-parallel rank."""
 
     def __init__(self, columns: int, rows: int, config: TransformerConfig, *, sequence_parallel: bool) -> None:
-        """`sequence_parallel` says that processes have different positions, so that gradients are to be summed."""
+        """`sequence_parallel`: ranks see different tokens, so Megatron-Core all-reduces the gradient."""
         super().__init__()
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.empty(rows, columns, dtype=config.params_dtype, device=device))
@@ -72,12 +72,12 @@ class Projection(torch.nn.Module):
             config.init_method(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., columns]` to `[..., rows]`."""
+        """`[..., columns]` -> `[..., rows]`."""
         return torch.nn.functional.linear(x, self.weight)
 
 
 def factorise_embedding(embedding: LanguageModelEmbedding, columns: int, backend: Backend) -> None:
-    """A table of `columns` columns, and a projection to the hidden size."""
+    """Replace the embedding by a table of `columns` columns and a projection to the hidden size."""
     config, scattered = embedding.config, embedding.reduce_scatter_embeddings
     embedding.word_embeddings = backend.embedding()(
         num_embeddings=embedding.vocab_size,
@@ -87,21 +87,21 @@ def factorise_embedding(embedding: LanguageModelEmbedding, columns: int, backend
         config=config,
         tp_group=embedding.tp_group,
     )
-    embedding.projection = Projection(columns, config.hidden_size, config, sequence_parallel=scattered)
+    embedding.projection = ReplicatedLinear(columns, config.hidden_size, config, sequence_parallel=scattered)
     embedding.word_embeddings.register_forward_hook(lambda module, inputs, output: embedding.projection(output))
 
 
 def factorise_output(model: GPTModel) -> None:
-    """A projection of hidden states to the output layer's columns."""
+    """Project hidden states to the columns of the output layer."""
     config = model.config
-    model.output_projection = Projection(
+    model.output_projection = ReplicatedLinear(
         config.hidden_size, model.output_layer.input_size, config, sequence_parallel=config.sequence_parallel
     )
     model.output_layer.register_forward_pre_hook(lambda module, inputs: (model.output_projection(inputs[0]),))
 
 
 def output_layer(model: GPTModel, architecture: Architecture, backend: Backend) -> Any:
-    """An output layer as Megatron-Core's GPT has it, of the architecture's columns and with its bias of the logits."""
+    """Megatron-Core's output layer with `table_size` columns and a bias if the architecture has one."""
     layer = backend.output_layer()(
         architecture.table_size,
         model.vocab_size,
@@ -119,11 +119,11 @@ def output_layer(model: GPTModel, architecture: Architecture, backend: Backend) 
 
 
 def adapt_output(layer: torch.nn.Module, head: Head) -> None:
-    """NormHead, and multiplier and soft cap of the logits."""
+    """Apply NormHead, logit multiplier and logit soft cap."""
     if head.normalized:
 
         def normalize(layer: torch.nn.Module, inputs: Any, others: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            # Of the weight as it is, at every step: the gradient goes through the norm. A row is a process's own.
+            # In every forward pass, so the gradient goes through the norm. A row lies on one tensor-parallel rank.
             return inputs, others | {"weight": torch.nn.functional.normalize(layer.weight)}
 
         layer.register_forward_pre_hook(normalize, with_kwargs=True)

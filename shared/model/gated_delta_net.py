@@ -1,7 +1,6 @@
-"""Gated delta nets: Megatron-Core's module, whose arithmetic needs Triton kernels, computed in plain torch.
+"""Gated delta net: Megatron-Core's module with a forward pass in plain torch instead of Triton kernels.
 
-Weights have Megatron-Core's shapes and names, and go into checkpoints by its own code. Unlike its kernels this one
-knows packed rows by their segments.
+Names, shapes and sharded_state_dict are Megatron-Core's. Packed sequences are supported through segments.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from shared.kernels.attention.masks import segment_positions
 from shared.kernels.gated_delta_rule import gated_delta_rule
 from shared.model.backend import Backend
 
-# Checkpoints carry TransformerEngine's names, where a norm in front of a projection is a part of it.
+# Checkpoints have the names of TransformerEngine's LayerNormLinear: the norm is part of the linear layer.
 DELTA_NET_CHECKPOINT_KEYS = {"input_layernorm.": "self_attention.in_proj.layer_norm_"}
 
 
 class TorchGatedDeltaNet(GatedDeltaNet):
-    """Takes the place of self attention in a layer; heads are shared by the tensor-parallel processes.
+    """Replaces self attention in a layer; heads are split over tensor-parallel ranks.
 
-    Tensor parallelism needs sequence parallelism beside it, for the gradient of the norm that heads have in common.
+    Tensor parallelism requires sequence parallelism: without it the gradient of out_norm is not summed over ranks.
     """
 
     def __init__(
@@ -43,8 +42,8 @@ class TorchGatedDeltaNet(GatedDeltaNet):
         net: values.GatedDeltaNet,
         name: str | None = None,
     ) -> None:
-        # Not Megatron-Core's own, which asks for the kernels first; the attributes are those that its checkpoint code
-        # and its initialisation read.
+        # Skip the parent's __init__, which requires the Triton kernels; set the attributes that its sharded_state_dict
+        # and reset_parameters read.
         MegatronModule.__init__(self, config)
         tensor = pg_collection.tp.size()
         self.layer_number, self.pg_collection = layer_number, pg_collection
@@ -97,22 +96,22 @@ class TorchGatedDeltaNet(GatedDeltaNet):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **others: Any
     ) -> tuple[torch.Tensor, None]:
-        """`[sequence, batch, hidden]` to the same shape; `others` are for attention and inference.
+        """`[sequence, batch, hidden]`, shape unchanged; `others` (attention, inference) are ignored.
 
-        `attention_mask`: segments `[batch, sequence]`, or None; the state starts anew with each segment.
+        `attention_mask`: segments `[batch, sequence]`, or None. State and convolution are reset at each segment.
         """
         projected, _ = self.in_proj(hidden_states)
-        # None of what follows looks across rows of the batch: [batch, sequence, ..] from here on.
+        # [batch, sequence, ..] from here on.
         mixed, gate, beta, alpha = projected.transpose(0, 1).split(self.feat_dim_split, dim=-1)
         offsets, segments = None, None
         if attention_mask is not None:
             offsets = segment_positions(attention_mask)
-            segments = (offsets == 0).cumsum(1)  # numbers that never fall
+            segments = (offsets == 0).cumsum(1)  # non-decreasing
         mixed = functional.silu(causal_convolution(mixed, self.conv1d.weight[:, 0], offsets))
         query, key, value = mixed.split([self.qk_dim_local_tp, self.qk_dim_local_tp, self.v_dim_local_tp], dim=-1)
         query, key = (x.unflatten(-1, (-1, self.key_head_dim)) for x in (query, key))
         value = value.unflatten(-1, (-1, self.value_head_dim))
-        shared = value.shape[2] // key.shape[2]  # heads of values that one of keys serves
+        shared = value.shape[2] // key.shape[2]  # value heads per key head
         query, key = (x.repeat_interleave(shared, dim=2) for x in (query, key))
         decay = -self.A_log.float().exp() * functional.softplus(alpha.float() + self.dt_bias.float())
         answer = gated_delta_rule(query, key, value, decay, beta.float().sigmoid(), segments)
@@ -121,12 +120,12 @@ class TorchGatedDeltaNet(GatedDeltaNet):
 
 
 def causal_convolution(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
-    """Each channel mixed over this token and those before it.
+    """Causal depthwise convolution over the sequence.
 
     Args:
         x: `[batch, sequence, channels]`.
-        weight: `[channels, kernel]`, the last for the token itself.
-        offsets: `[batch, sequence]`, how many tokens before it each may see; None for all.
+        weight: `[channels, kernel]`; the last column is for the current token.
+        offsets: `[batch, sequence]`, position of each token in its segment; None: one segment.
     """
     kernel = weight.shape[1]
     mixed = x * weight[:, -1]
@@ -139,13 +138,13 @@ def causal_convolution(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Ten
 
 
 def delta_net_spec(net: values.GatedDeltaNet, norm: Norm, backend: Backend, layer: int) -> ModuleSpec:
-    """A gated delta net in the place of attention in a layer's spec; `layer` as `Backend` counts them."""
+    """Gated delta net spec of a layer; `layer`: index, as in `Backend`."""
     return ModuleSpec(
         module=TorchGatedDeltaNet,
         params={"net": net},
         submodules=GatedDeltaNetSubmodules(
             in_proj=backend.column_parallel_linear(layer),
-            out_norm=backend.norm(norm, checkpointed=True),
+            out_norm=backend.norm(norm, extra_state=True),
             out_proj=backend.row_parallel_linear(layer),
         ),
     )

@@ -40,9 +40,9 @@ Recompute = Literal["none", "selective", "full"]
 
 _RECOMPUTE: dict[Recompute, dict[str, Any]] = {
     "none": {},
-    # The attention product alone: most of the memory of long sequences, little of the arithmetic.
+    # Core attention only: most of the activation memory of long sequences, little of the compute.
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    # Every layer: activations shrink to one hidden state a layer, for a third more arithmetic.
+    # Every layer: stores one hidden state per layer, about a third more compute.
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 
@@ -58,25 +58,27 @@ _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def _position_embedding_type(architecture: Architecture) -> str:
-    """Megatron-Core's name."""
+    """Megatron-Core's `position_embedding_type`."""
     if architecture.embedding.positions:
         return "learned_absolute"
     if model_rotary(architecture) is None:
         return "none"
-    # M-RoPE is the one kind of rotary embedding that reads position ids.
+    # M-RoPE is the only RoPE of Megatron-Core that reads position ids.
     return "mrope" if architecture.prefix else "rope"
 
 
 class LanguageModel(GPTModel):
-    """Megatron-Core's GPT with the rotary frequencies of its architecture and a loss blind to vocabulary padding.
+    """Megatron-Core's GPT with the architecture's RoPE and a loss without vocabulary padding.
 
-    Called as `model(input_ids, position_ids, attention_mask, labels=labels)`, with ids and labels
-    `[batch, sequence]` and segments `[batch, sequence]` in the place of a mask, or None for rows of one segment (see
-    `shared.kernels.attention.masks`), the last pipeline stage
-    returns the loss of every label, `[batch, sequence]` fp32 in nats (0 where a label is negative), and without
-    labels this process's logits `[batch, sequence, padded_vocab / tensor_parallel]`. Other stages return their
-    hidden states. Labels `[1 + mtp.depth, batch, sequence]` ask for the losses of the next tokens and of each MTP layer;
-    MTP layers are not run otherwise. A prefix LM reads positions and mask from the ids, on every stage.
+    `model(input_ids, position_ids, attention_mask, labels=labels)`:
+
+    - input_ids, labels: `[batch, sequence]`. A prefix LM computes positions and mask from the ids, on every stage.
+    - attention_mask: segments `[batch, sequence]` (`shared.kernels.attention.masks`); None: one segment per row.
+    - Last pipeline stage with labels: loss per token `[batch, sequence]`, fp32, nats; 0 for negative labels.
+    - Last stage without labels: this rank's logits `[batch, sequence, padded_vocab / tensor_parallel]`.
+    - Other stages: hidden states.
+    - Labels `[1 + mtp.depth, batch, sequence]`: losses of the next token and of each MTP layer. MTP layers do not run with
+      other labels.
     """
 
     def __init__(
@@ -122,7 +124,7 @@ class LanguageModel(GPTModel):
                 factorise_output(self)
             adapt_output(self.output_layer, architecture.head)
         if factorised_size is not None and (self.pre_process or self.post_process):
-            self.setup_embeddings_and_output_layer()  # again, for the new weights: both ends of a tied table do so
+            self.setup_embeddings_and_output_layer()  # again, for the replaced weights; tied stages must both call it
 
     def forward(
         self,
@@ -131,19 +133,19 @@ class LanguageModel(GPTModel):
         attention_mask: torch.Tensor | None,
         **others: Any,
     ) -> torch.Tensor:
-        """See the class; `others` are Megatron-Core's further arguments."""
+        """See the class; `others`: further arguments of GPTModel."""
         if self.architecture.prefix:
             labels = others.get("labels")
             streams, attention_mask = prefix_inputs(self.architecture.prefix, input_ids, attention_mask, labels)
             position_ids = streams[: self.architecture.prefix.position_streams]
         elif positions := self.architecture.embedding.positions:
-            if attention_mask is not None:  # packed rows: positions count from the start of each segment
+            if attention_mask is not None:  # packed rows: positions start at 0 in every segment
                 position_ids = segment_positions(attention_mask)
             position_ids = position_ids + positions.offset
         return super().forward(input_ids, position_ids, attention_mask, **others)
 
     def _postprocess(self, **given: Any) -> torch.Tensor:
-        """See the class. Megatron-Core's MTP loss takes no labels of its own."""
+        """See the class. Replaces Megatron-Core's MTP loss, which has no argument for MTP labels."""
         if not (self.mtp_process and self.post_process):
             made: torch.Tensor = super()._postprocess(**given)
             return made
@@ -161,7 +163,7 @@ class LanguageModel(GPTModel):
         return torch.stack([self.compute_language_model_loss(*each) for each in zip(labels, found, strict=True)])
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Labels `[batch, sequence]`, logits `[sequence, batch, columns]` to losses `[batch, sequence]`."""
+        """Labels `[batch, sequence]`, logits `[sequence, batch, columns]` -> losses `[batch, sequence]`."""
         loss = vocab_parallel_cross_entropy(
             logits, labels.transpose(0, 1), vocab_size=self.architecture.vocab_size, group=self.pg_collection.tp
         )
@@ -176,10 +178,9 @@ def transformer_config(
     recompute: Recompute = "none",
     **overrides: Any,
 ) -> TransformerConfig:
-    """Megatron-Core's configuration of `architecture`; `overrides` are further fields of `TransformerConfig`.
+    """`TransformerConfig` of `architecture`; `overrides` are further fields of it.
 
-    Dropout is the architecture's, which is zero for every model pretrained today. Fusions that need Apex or
-    TransformerEngine, or that compile, are off.
+    Dropout comes from the architecture. Fusions that need Apex, TransformerEngine or a compiler are off.
     """
     on_cpu = prepare().type == "cpu"
     attention, mlp, moe = architecture.attention, architecture.feed_forward, architecture.moe
@@ -218,8 +219,8 @@ def transformer_config(
         "expert_model_parallel_size": layout.expert,
         "expert_tensor_parallel_size": layout.etp,
         "sequence_parallel": layout.sequence_parallel,
-        # Batched sends and receives of an interleaved schedule over two stages go between the same two processes
-        # both ways, where nothing tells them apart: forward and backward tensors would be exchanged silently.
+        # Interleaved schedule with PP=2: next and previous stage are the same rank. Batched p2p cannot tell forward from
+        # backward tensors there and would swap them silently.
         "overlap_p2p_comm": layout.virtual_pipeline > 1,
         "batch_p2p_comm": layout.virtual_pipeline == 1,
         "params_dtype": dtype,
@@ -251,11 +252,13 @@ def build(
     backend: Backend = LOCAL,
     **overrides: Any,
 ) -> list[LanguageModel]:
-    """This process's chunks of the model, one for every virtual pipeline stage, on its device, built of `backend`.
+    """This rank's model chunks on its device, one per virtual pipeline stage. Call `initialize(layout, seed)` first.
 
-    `initialize(layout, seed)` comes first. The weights are NaN until `shared.model.weights.load` fills them, so
-    that a forgotten one cannot pass for a trained one; `perform_initialization=True` among the overrides draws
-    them at random instead. Raises `UserError` when the architecture is not supported or the layout does not fit.
+    Weights are NaN until `shared.model.weights.load` fills them, so a weight that was not loaded shows up;
+    `perform_initialization=True` in `overrides` initialises them randomly instead.
+
+    Raises:
+        UserError: the architecture cannot be trained, or the layout does not fit it.
     """
     check_supported(architecture)
     layout.check_model(architecture)

@@ -1,4 +1,4 @@
-"""Logits of a model that is spread over processes, on all of them."""
+"""Logits of a parallel model, gathered on every rank."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ def logits(chunks: Sequence[LanguageModel], ids: torch.Tensor) -> torch.Tensor:
     """Next-token logits of every position.
 
     Args:
-        chunks: this process's part of the model, from `shared.model.gpt.build`.
-        ids: `[batch, sequence]`, the same on every process; with sequence parallelism `sequence` is a multiple of
-            the tensor-parallel size.
+        chunks: this rank's model chunks, from `shared.model.gpt.build`.
+        ids: `[batch, sequence]`, equal on every rank; with sequence parallelism, tensor_parallel divides `sequence`.
 
     Returns:
-        `[batch, sequence, vocab_size]` fp32 without vocabulary padding, the same on every process.
+        `[batch, sequence, vocab_size]` fp32 without vocabulary padding, equal on every rank.
     """
     architecture = chunks[0].architecture
     rows = list(ids.to(next(chunks[0].parameters()).device).split(1))
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
-    if len(chunks) > 1:  # the interleaved schedule wants a multiple of the stages: repeat the last row
+    if len(chunks) > 1:  # interleaved schedule: micro batches must be a multiple of PP, so repeat the last row
         rows += rows[-1:] * (-len(rows) % pipeline)
     positions = torch.arange(ids.shape[1], device=rows[0].device)[None]
 
@@ -56,7 +55,7 @@ def logits(chunks: Sequence[LanguageModel], ids: torch.Tensor) -> torch.Tensor:
         chunk.train(was_training)
 
     shape = (ids.shape[0], ids.shape[1], architecture.vocab_size)
-    blank = torch.empty(shape, dtype=torch.float32, device=rows[0].device)  # for the last stage's to arrive in
+    blank = torch.empty(shape, dtype=torch.float32, device=rows[0].device)  # receive buffer of the broadcast
     result = torch.cat(collected)[: ids.shape[0]] if collected else blank
     torch.distributed.broadcast(
         result,

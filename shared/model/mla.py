@@ -1,4 +1,4 @@
-"""Multi-head latent attention, MLA (DeepSeek V2): Megatron-Core's module."""
+"""Multi-head latent attention, MLA (DeepSeek V2), on Megatron-Core's module."""
 
 from __future__ import annotations
 
@@ -17,28 +17,25 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from shared.architecture.architecture import LatentAttention
 from shared.architecture.norm import Norm
 from shared.model.backend import Backend, LocalBackend
-from shared.model.rope import RotaryAngles, amplitude
+from shared.model.rope import RotaryAngles, concentration_factor
 
-# Checkpoints carry TransformerEngine's names, where a norm in front of a projection is a part of it.
+# Checkpoints have the names of TransformerEngine's LayerNormLinear: the norm is part of the linear layer.
 MLA_CHECKPOINT_KEYS = {
     "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
     "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
 }
 
 
-class _AnglesAndAmplitude(RotaryAngles):
-    """Angles, and the factor of their sines and cosines, as Megatron-Core's YaRN returns them."""
+class _YarnRotaryAngles(RotaryAngles):
+    """Angles with their concentration factor, as Megatron-Core's YarnRotaryEmbedding returns them."""
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, float]:
-        """Angles `[sequence, 1, 1, qk_rope_head_dim]` in radians, and the factor."""
-        return super().forward(*args, **kwargs), amplitude(self.rotary)
+        """Angles `[sequence, 1, 1, qk_rope_head_dim]` in radians, and the concentration factor."""
+        return super().forward(*args, **kwargs), concentration_factor(self.rotary)
 
 
 class LatentSelfAttention(MLASelfAttention):
-    """Megatron-Core's MLA with the frequencies and norms of a `LatentAttention`.
-
-    Tensor parallelism needs sequence parallelism.
-    """
+    """Megatron-Core's MLA with the RoPE and norms of a `LatentAttention`. TP requires sequence parallelism."""
 
     def __init__(
         self,
@@ -49,7 +46,7 @@ class LatentSelfAttention(MLASelfAttention):
         max_position_embeddings: int,
         **kwargs: Any,
     ) -> None:
-        # Megatron-Core knows the classes of the down-projections by name: its own are built, a backend's take their place.
+        # Megatron-Core accepts its own down-projection classes only: build these, then replace them by the backend's.
         own = LocalBackend().column_parallel_linear(0)
         down_projections = {"linear_q_down_proj": own, "linear_kv_down_proj": own}
         super().__init__(config, replace(submodules, **down_projections), *args, **kwargs)
@@ -60,7 +57,7 @@ class LatentSelfAttention(MLASelfAttention):
         if submodules.linear_kv_down_proj is not own:
             size = mla.kv_lora_rank + mla.qk_rope_head_dim
             self.linear_kv_down_proj = self._down_projection(submodules.linear_kv_down_proj, size, "kv_down_proj")
-        self.rotary_pos_emb = _AnglesAndAmplitude(mla.rotary, mla.qk_rope_head_dim, max_position_embeddings)
+        self.rotary_pos_emb = _YarnRotaryAngles(mla.rotary, mla.qk_rope_head_dim, max_position_embeddings)
 
     def _down_projection(self, linear: Any, size: int, name: str) -> torch.nn.Module:
         built: torch.nn.Module = linear(
@@ -79,22 +76,23 @@ class LatentSelfAttention(MLASelfAttention):
         return built
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
-        """The spec as it is: Megatron-Core would put a norm in front of queries that are projected directly."""
+        """The spec unchanged: Megatron-Core would add a q_layernorm without q_lora_rank."""
         return {name: getattr(submodules, name) for name in _RESOLVED}
 
     def _qkv_down_projection(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[sequence, batch, hidden]` to `[.., q_lora_rank]` (or the same) and `[.., kv_lora_rank + rotated]`.
+        """`[sequence, batch, hidden]` -> `[.., q_lora_rank]` (hidden without rank), `[.., kv_lora_rank + qk_rope_head_dim]`.
 
-        Whole vectors of the process's part of the sequence, so that Megatron-Core gathers the rotated key along the
-        sequence, which sums its gradient over the processes' heads. Gathered as columns it would have that of the
-        process's own heads only.
+        Returns all columns of this rank's sequence shard. Megatron-Core then all-gathers k_rope along the sequence; the
+        backward of that sums its gradient over all ranks' heads. After a gather of columns, k_rope would get the gradient
+        of this rank's heads only.
         """
         queries = hidden_states
         if self.config.q_lora_rank is not None:
-            queries = self._whole(self.linear_q_down_proj(hidden_states)[0])
-        return queries, self._whole(self.linear_kv_down_proj(hidden_states)[0])
+            queries = self._columns_to_sequence(self.linear_q_down_proj(hidden_states)[0])
+        return queries, self._columns_to_sequence(self.linear_kv_down_proj(hidden_states)[0])
 
-    def _whole(self, columns: torch.Tensor) -> torch.Tensor:
+    def _columns_to_sequence(self, columns: torch.Tensor) -> torch.Tensor:
+        """From sharded columns to a sharded sequence."""
         group = self.pg_collection.tp
         if group.size() == 1:
             return columns
@@ -107,8 +105,8 @@ _RESOLVED = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layern
 def mla_spec(
     mla: LatentAttention, norm: Norm, max_position_embeddings: int, backend: Backend, layer: int
 ) -> ModuleSpec:
-    """Attention of a layer's spec; `layer` as `Backend` counts them."""
-    low_rank_norm = backend.norm(replace(norm, epsilon=mla.norm_epsilon), checkpointed=False)
+    """MLA spec of a layer; `layer`: index, as in `Backend`."""
+    low_rank_norm = backend.norm(replace(norm, epsilon=mla.norm_epsilon), extra_state=False)
     column = backend.column_parallel_linear(layer)
     return ModuleSpec(
         module=LatentSelfAttention,
@@ -142,9 +140,9 @@ def mla_config(mla: LatentAttention) -> dict[str, Any]:
         "qk_pos_emb_head_dim": mla.qk_rope_head_dim,
         "v_head_dim": mla.v_head_dim,
         "qk_layernorm": True,
-        "rope_type": "yarn",  # the kind that has a factor of sines and cosines; frequencies are RotaryAngles'
+        "rope_type": "yarn",  # the type with a concentration factor; the angles come from _YarnRotaryAngles
         "rotary_base": mla.rotary.theta,
-        # Softmax scale: 1 / sqrt(head_dim), times the square of 0.1 mscale_all_dim ln(factor) + 1.
+        # Softmax scale: (0.1 mscale_all_dim ln(factor) + 1)^2 / sqrt(head_dim).
         "rotary_scaling_factor": yarn.factor if yarn else 1.0,
         "mscale_all_dim": (yarn.mscale_all_dim or 0.0) if yarn else 0.0,
     }

@@ -1,4 +1,4 @@
-"""A mixture of experts, from Megatron-Core's own modules."""
+"""MoE layers from Megatron-Core's modules."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from shared.model.backend import Backend
 
 
 def moe_spec(moe: MoE, backend: Backend, layer: int) -> Callable[..., Any]:
-    """Builder of a layer's MoE; `layer` as `Backend` counts them."""
+    """Builder of a layer's MoE; `layer`: index, as in `Backend`."""
     column = backend.column_parallel_linear(layer, expert=True)
     row = backend.row_parallel_linear(layer, expert=True)
     of_experts = MLPSubmodules(linear_fc1=column, linear_fc2=row)
     if moe.expert.bias:
-        of_experts = MLPSubmodules(linear_fc1=_with_bias(column), linear_fc2=_with_share_of_bias(row))
+        of_experts = MLPSubmodules(linear_fc1=_with_bias(column), linear_fc2=_with_bias_over_tp(row))
     return partial(
         MoELayer,
         submodules=MoESubmodules(
@@ -42,15 +42,15 @@ def moe_spec(moe: MoE, backend: Backend, layer: int) -> Callable[..., Any]:
 
 
 def _with_bias(linear: Callable[..., Any]) -> Callable[..., Any]:
-    """`linear` with a bias, whatever Megatron-Core's switch for all layers says."""
+    """`linear` with a bias, whatever `add_bias_linear` says."""
     return lambda *args, **kwargs: linear(*args, **{**kwargs, "bias": True})
 
 
-def _with_share_of_bias(linear: Callable[..., Any]) -> Callable[..., Any]:
-    """An expert's fc2 that returns this tensor-parallel rank's share of its bias.
+def _with_bias_over_tp(linear: Callable[..., Any]) -> Callable[..., Any]:
+    """An expert's fc2 that returns bias / expert_tensor_parallel_size.
 
-    Megatron-Core adds an expert's bias before it sums the outputs of the ranks that share the expert, and so refuses
-    biases where there are several. It adds in place, which autograd forbids on the output of a reduction.
+    Megatron-Core adds an expert's bias before the all-reduce over expert-tensor-parallel ranks, and refuses biases with
+    several ranks. It adds in place, hence the clone: autograd forbids that on the output of a reduction.
     """
 
     def share(
@@ -68,7 +68,7 @@ def _with_share_of_bias(linear: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class BiasedRouter(TopKRouter):
-    """Megatron-Core's router with the bias that it has where all linear layers have one."""
+    """Megatron-Core's router with a bias (Megatron-Core: with `add_bias_linear` only)."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -78,12 +78,12 @@ class BiasedRouter(TopKRouter):
         self.bias.sequence_parallel = config.sequence_parallel
 
 
-class _BestGroups:
-    """Chooses groups by the sum of their best scores, in the place of Megatron-Core's router replay."""
+class _GroupTopK:
+    """Group-limited top-k with group score = sum of the `score_top` highest scores, through the router replay hook."""
 
     def __init__(self, score_top: int) -> None:
         self.score_top = score_top
-        self.layer_number: int | None = None  # Megatron-Core tells it
+        self.layer_number: int | None = None  # set by Megatron-Core
 
     def get_replay_topk(
         self,
@@ -93,7 +93,7 @@ class _BestGroups:
         group_topk: int,
         default_compute_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores `[tokens, experts]` to those of the chosen and their indices, `[tokens, topk]` each."""
+        """Scores `[tokens, experts]` -> scores and indices of the top-k experts, `[tokens, topk]` each."""
         groups = scores.view(len(scores), num_groups, -1)
         best = groups.topk(self.score_top, dim=-1).values.sum(-1).topk(group_topk, dim=-1).indices
         left_out = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, best, False)
@@ -101,11 +101,11 @@ class _BestGroups:
 
 
 class GroupRouter(TopKRouter):
-    """Megatron-Core's router; a group's score is the sum of its `score_top` best, not of its `top_k / top_groups` best."""
+    """Megatron-Core's router with group score = sum of the top `score_top` scores (Megatron-Core: top_k / top_groups)."""
 
     def __init__(self, *args: Any, score_top: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.router_replay = _BestGroups(score_top)
+        self.router_replay = _GroupTopK(score_top)
 
 
 def _router(moe: MoE) -> Callable[..., Any]:
@@ -128,7 +128,7 @@ def moe_config(architecture: Architecture, moe: MoE) -> dict[str, Any]:
         "moe_ffn_hidden_size": moe.expert.ffn_hidden_size,
         "moe_router_topk": moe.top_k,
         "moe_router_score_function": moe.score,
-        # Softmax before the choice leaves the scores as they are, after it divides them by their sum.
+        # Softmax before top-k: scores unnormalised. Softmax after top-k: scores divided by their sum.
         "moe_router_pre_softmax": moe.score == "softmax" and not moe.normalized,
         "moe_router_topk_scaling_factor": moe.scaling if moe.scaling != 1.0 else None,
         "moe_router_enable_expert_bias": moe.correction_bias,

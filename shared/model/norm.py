@@ -1,4 +1,4 @@
-"""Norms for Megatron-Core's layer specs, with or without sequence parallelism."""
+"""Norms for Megatron-Core's layer specs, with and without sequence parallelism."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from shared.architecture.architecture import Attention, Norm
 class RMSNorm(torch.nn.Module):
     """`weight * x / sqrt(mean(x^2) + eps)` over the last dimension (Zhang and Sennrich, 2019).
 
-    The order of roundings is that of transformers' LLaMA: the quotient in fp32, rounded to the input's type, then
-    multiplied by the weight. Megatron-Core's own torch norm refuses sequence parallelism; this one marks its
-    weight so that Megatron-Core sums its gradient over the tensor-parallel processes.
+    Rounding as in transformers' LlamaRMSNorm: normalise in fp32, downcast to the input dtype, multiply by the weight.
+    Megatron-Core's WrappedTorchNorm refuses sequence parallelism; this one sets `weight.sequence_parallel`, so
+    Megatron-Core all-reduces its gradient over tensor-parallel ranks.
     """
 
     def __init__(self, *, config: TransformerConfig, hidden_size: int, eps: float) -> None:
@@ -29,7 +29,7 @@ class RMSNorm(torch.nn.Module):
         self.weight = _parameter(config, (hidden_size,), 1.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., hidden_size]` to the same shape and type."""
+        """`[..., hidden_size]`, shape and dtype unchanged."""
         return self.weight * self.scaled(x.float()).to(x.dtype)
 
     def scaled(self, x: torch.Tensor) -> torch.Tensor:
@@ -37,8 +37,11 @@ class RMSNorm(torch.nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
 
 
-class RMSNorm1p(RMSNorm):
-    """Gemma's: the weight is stored less one, and the product is rounded once."""
+class ZeroCenteredRMSNorm(RMSNorm):
+    """RMSNorm with zero-centred gamma (Gemma): `(1 + weight) * x / rms(x)` in fp32, one downcast.
+
+    Megatron-Core's `layernorm_zero_centered_gamma`.
+    """
 
     def __init__(self, *, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__(config=config, hidden_size=hidden_size, eps=eps)
@@ -46,12 +49,12 @@ class RMSNorm1p(RMSNorm):
             self.weight.zero_()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., hidden_size]` to the same shape and type."""
+        """`[..., hidden_size]`, shape and dtype unchanged."""
         return (self.scaled(x.float()) * (1.0 + self.weight.float())).to(x.dtype)
 
 
-class PlainLayerNorm(torch.nn.Module):
-    """Layer normalisation (Ba et al., 2016) without a bias."""
+class BiaslessLayerNorm(torch.nn.Module):
+    """LayerNorm (Ba et al., 2016) with weight, without bias: `torch.nn.LayerNorm(bias=False)`."""
 
     def __init__(self, *, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -60,22 +63,22 @@ class PlainLayerNorm(torch.nn.Module):
         self.bias: torch.nn.Parameter | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., hidden_size]` to the same shape and type."""
+        """`[..., hidden_size]`, shape and dtype unchanged."""
         return torch.nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-class LayerNorm(PlainLayerNorm):
-    """Layer normalisation with a bias."""
+class LayerNorm(BiaslessLayerNorm):
+    """LayerNorm with weight and bias."""
 
     def __init__(self, *, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__(config=config, hidden_size=hidden_size, eps=eps)
         self.bias = _parameter(config, (hidden_size,), 0.0)
 
 
-class FixedLayerNorm(torch.nn.Module):
-    """Layer normalisation whose weight is one and whose bias is zero for good (Galactica 30B).
+class NonAffineLayerNorm(torch.nn.Module):
+    """LayerNorm without affine parameters (`elementwise_affine=False`; Galactica 30B).
 
-    They are buffers: kept in checkpoints, for loaders whose norms have weights, and never trained.
+    weight = 1 and bias = 0 are buffers: stored in checkpoints, for loaders whose norms have weights, and never trained.
     """
 
     def __init__(self, *, config: TransformerConfig, hidden_size: int, eps: float) -> None:
@@ -85,65 +88,65 @@ class FixedLayerNorm(torch.nn.Module):
             self.register_buffer(name, _parameter(config, (hidden_size,), value).data)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., hidden_size]` to the same shape and type."""
+        """`[..., hidden_size]`, shape and dtype unchanged."""
         return torch.nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-class _Checkpointed(torch.nn.Module):
-    """A norm that is a checkpoint entry of its own: the final norm, and those of queries and keys.
+class _WithExtraState(torch.nn.Module):
+    """Mixin: an empty `_extra_state` in the checkpoint, as TransformerEngine's norm modules have.
 
-    TransformerEngine's norms keep an `_extra_state`, and loaders with its layer spec insist on finding one. The
-    norms in front of linear layers are entries of those layers, which write it.
+    Loaders with TransformerEngine's layer spec require one for the final norm and the QK norms. Input norms are part of
+    TransformerEngine's LayerNormLinear and have none.
     """
 
     def get_extra_state(self) -> None:
-        """Nothing, as TransformerEngine saves outside FP8."""
+        """None, as in TransformerEngine without FP8."""
         return None
 
     def set_extra_state(self, state: object) -> None:
-        """There is nothing to set."""
+        """Ignore the state."""
 
 
-class CheckpointedRMSNorm(_Checkpointed, RMSNorm):
-    """An RMSNorm that is a checkpoint entry of its own."""
+class RMSNormWithExtraState(_WithExtraState, RMSNorm):
+    """`RMSNorm` with an `_extra_state`."""
 
 
-class CheckpointedRMSNorm1p(_Checkpointed, RMSNorm1p):
-    """Gemma's norm as a checkpoint entry of its own."""
+class ZeroCenteredRMSNormWithExtraState(_WithExtraState, ZeroCenteredRMSNorm):
+    """`ZeroCenteredRMSNorm` with an `_extra_state`."""
 
 
-class CheckpointedPlainLayerNorm(_Checkpointed, PlainLayerNorm):
-    """A layer norm without bias that is a checkpoint entry of its own."""
+class BiaslessLayerNormWithExtraState(_WithExtraState, BiaslessLayerNorm):
+    """`BiaslessLayerNorm` with an `_extra_state`."""
 
 
-class CheckpointedLayerNorm(_Checkpointed, LayerNorm):
-    """A layer norm that is a checkpoint entry of its own."""
+class LayerNormWithExtraState(_WithExtraState, LayerNorm):
+    """`LayerNorm` with an `_extra_state`."""
 
 
-class CheckpointedFixedLayerNorm(_Checkpointed, FixedLayerNorm):
-    """A layer norm without weights that is a checkpoint entry of its own."""
+class NonAffineLayerNormWithExtraState(_WithExtraState, NonAffineLayerNorm):
+    """`NonAffineLayerNorm` with an `_extra_state`."""
 
 
-class ProjectionRMSNorm(_Checkpointed):
-    """RMSNorm over all heads of a projection (OLMo 2), which tensor-parallel processes share.
+class ProjectionRMSNorm(_WithExtraState):
+    """QK norm over the whole projection (OLMo 2): RMSNorm over heads * head_dim, heads split over tensor-parallel ranks.
 
-    Every process holds the whole weight and uses the part of its heads, so that its gradient is zero elsewhere and
-    the sum over processes, which Megatron-Core takes of the norms of queries and keys, is the gradient.
+    Every rank holds the whole weight and uses its heads' part; its gradient is zero elsewhere. Megatron-Core sums the
+    gradients of QK norms over tensor-parallel ranks, which gives the full gradient.
     """
 
     def __init__(self, *, config: TransformerConfig, hidden_size: int, eps: float, heads: int) -> None:
-        """`hidden_size` is one head's; `heads` counts those of the whole model."""
+        """`hidden_size`: head_dim. `heads`: of all ranks."""
         super().__init__()
         self.eps, self.heads = eps, heads
         self.weight = _parameter(config, (heads * hidden_size,), 1.0)
         self.group = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"]).tp
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[sequence, batch, heads of this process, head_dim]` to the same shape and type."""
+        """`[sequence, batch, heads / tensor_parallel, head_dim]`, shape and dtype unchanged."""
         flat = x.float().flatten(2)
-        copies = max(self.group.size() // self.heads, 1)  # processes that hold the same head
+        copies = max(self.group.size() // self.heads, 1)  # ranks per head, where TP exceeds heads
         squares = flat.square().sum(-1, keepdim=True) / copies
-        # Forward a sum over processes; backward one as well, since each process goes on with the sum by itself.
+        # All-reduce forward (reduce_from) and backward (copy_to): every rank uses the sum for its own heads.
         squares = copy_to_tensor_model_parallel_region(
             reduce_from_tensor_model_parallel_region(squares, group=self.group), group=self.group
         )
@@ -153,24 +156,23 @@ class ProjectionRMSNorm(_Checkpointed):
         return (weight * scaled.to(x.dtype)).view_as(x)
 
 
-class EachHeadLayerNorm(_Checkpointed):
-    """Layer normalisation over every head, without a bias and with a weight for each (Command-R+, StableLM 2 12B).
+class PerHeadLayerNorm(_WithExtraState):
+    """QK norm per head: LayerNorm over head_dim, weight `[heads, head_dim]`, no bias (Command-R+, StableLM 2 12B).
 
-    Every process holds the whole weight and uses that of its heads, so that its gradient is zero elsewhere and the sum
-    over processes, which Megatron-Core takes of the norms of queries and keys, is the gradient.
+    Every rank holds the whole weight and uses its heads' part, as in `ProjectionRMSNorm`.
     """
 
     def __init__(self, *, config: TransformerConfig, hidden_size: int, eps: float, heads: int) -> None:
-        """`hidden_size` is one head's; `heads` counts those of the whole model."""
+        """`hidden_size`: head_dim. `heads`: of all ranks."""
         super().__init__()
         self.eps = eps
         self.weight = _parameter(config, (heads, hidden_size), 1.0)
         self.group = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"]).tp
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[sequence, batch, heads of this process, head_dim]` to the same shape and type."""
+        """`[sequence, batch, heads / tensor_parallel, head_dim]`, shape and dtype unchanged."""
         heads = x.shape[2]
-        copies = max(self.group.size() // len(self.weight), 1)  # processes that hold the same head
+        copies = max(self.group.size() // len(self.weight), 1)  # ranks per head, where TP exceeds heads
         first = self.group.rank() // copies * heads
         scaled = torch.nn.functional.layer_norm(x.float(), x.shape[-1:], eps=self.eps)
         return (self.weight[first : first + heads].float() * scaled).to(x.dtype)
@@ -181,18 +183,22 @@ NormBuilder = Callable[..., torch.nn.Module]
 
 def _classes(norm: Norm) -> tuple[type[torch.nn.Module], type[torch.nn.Module]]:
     if not norm.affine:
-        return FixedLayerNorm, CheckpointedFixedLayerNorm
+        return NonAffineLayerNorm, NonAffineLayerNormWithExtraState
     if norm.kind == "layernorm":
-        return (LayerNorm, CheckpointedLayerNorm) if norm.bias else (PlainLayerNorm, CheckpointedPlainLayerNorm)
-    return (RMSNorm1p, CheckpointedRMSNorm1p) if norm.zero_centered_gamma else (RMSNorm, CheckpointedRMSNorm)
+        return (
+            (LayerNorm, LayerNormWithExtraState) if norm.bias else (BiaslessLayerNorm, BiaslessLayerNormWithExtraState)
+        )
+    if norm.zero_centered_gamma:
+        return ZeroCenteredRMSNorm, ZeroCenteredRMSNormWithExtraState
+    return RMSNorm, RMSNormWithExtraState
 
 
-def norm_of(norm: Norm, *, checkpointed: bool) -> NormBuilder:
-    """A builder for a layer spec, which gives `norm`'s epsilon whatever Megatron-Core's configuration says.
+def norm_of(norm: Norm, *, extra_state: bool) -> NormBuilder:
+    """Builder of a norm for a layer spec, with `norm.epsilon` whatever `layernorm_epsilon` says.
 
-    `checkpointed`: the norm is a checkpoint entry of its own, not part of the linear layer behind it.
+    `extra_state`: with an `_extra_state` in the checkpoint; False for norms that are part of a LayerNormLinear there.
     """
-    kind = _classes(norm)[checkpointed]
+    kind = _classes(norm)[extra_state]
 
     def build(*, config: TransformerConfig, hidden_size: int, eps: float | None = None) -> torch.nn.Module:
         return kind(config=config, hidden_size=hidden_size, eps=norm.epsilon)
@@ -201,12 +207,12 @@ def norm_of(norm: Norm, *, checkpointed: bool) -> NormBuilder:
 
 
 def qk_norms(attention: Attention, norm: Norm) -> tuple[NormBuilder | None, NormBuilder | None]:
-    """Builders of the norms of queries and of keys."""
+    """Builders of the norms of q and of k."""
     if attention.qk_norm is None:
         return None, None
     if attention.qk_norm == "head":
-        return (norm_of(norm, checkpointed=True),) * 2
-    kind = EachHeadLayerNorm if attention.qk_norm == "each_head" else ProjectionRMSNorm
+        return (norm_of(norm, extra_state=True),) * 2
+    kind = PerHeadLayerNorm if attention.qk_norm == "each_head" else ProjectionRMSNorm
 
     def of_heads(heads: int) -> NormBuilder:
         def build(*, config: TransformerConfig, hidden_size: int, eps: float | None = None) -> torch.nn.Module:

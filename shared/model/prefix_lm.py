@@ -1,4 +1,4 @@
-"""Prefix LM with a blank (GLM): positions and segments, which follow from the tokens."""
+"""Prefix LM (GLM): positions and segments computed from the token ids."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from shared.kernels.attention.masks import positions_and_starts, prefix_segments
 def prefix_inputs(
     prefix: PrefixLM, ids: torch.Tensor, segments: torch.Tensor | None, labels: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions and segments of rows; of every segment by itself where rows are packed.
+    """Positions and segments of a prefix LM, per segment in packed rows.
 
     Args:
-        prefix: which tokens mean what.
+        prefix: mask and start tokens.
         ids: `[batch, sequence]`.
-        segments: `[batch, sequence]`, or None for rows of one segment.
+        segments: `[batch, sequence]`; None: one segment per row.
         labels: `[batch, sequence]`, or None.
 
     Returns:
-        First and second positions, `[2, batch, sequence]`, and segments with the ends of their prefixes,
-        `[batch, 2, sequence]` (`shared.kernels.attention.masks.prefix_segments`).
+        Positions and block positions `[2, batch, sequence]`; segments with prefix ends `[batch, 2, sequence]`
+        (`shared.kernels.attention.masks.prefix_segments`).
 
     Raises:
-        UserError: a segment has no blank or no start, as the published code refuses it; one without any label of
-            its own (padding) is let through, and sees all of itself.
+        UserError: a segment with labels has no mask token or no start token, which the published code refuses, too. A
+            segment without labels (padding) is all prefix.
     """
     batch, length = ids.shape
     place = torch.arange(length, device=ids.device).expand(batch, length)
     first = torch.zeros_like(place) if segments is None else positions_and_starts(segments)[1]
 
     def where(token: int) -> torch.Tensor:
-        """Of every position, the first place of the token in its segment; `length` where there is none."""
+        """For every position: row index of the first `token` in its segment; `length` if there is none."""
         found = torch.where(ids == token, place, length)
         return torch.full_like(place, length).scatter_reduce(1, first, found, "amin").gather(1, first)
 
@@ -45,20 +45,20 @@ def prefix_inputs(
         counts_on = torch.where(chosen, token in prefix.counted_tokens, counts_on)
         blank = torch.where(chosen, own, blank)
     lacking = (start == length) | (blank == length)
-    if prefix.earliest:  # which is looked for in the text alone
+    if prefix.earliest:  # the mask token must be in the prefix
         lacking |= blank > start
     if (lacking if labels is None else lacking & (labels >= 0)).any():
         raise UserError(
-            f"a row of tokens has no blank (one of {', '.join(map(str, prefix.blank_tokens))}) or no start of what fills "
-            f"it ({prefix.start_token}); end every text with both, as the model's tokenizer does"
+            f"prefix LM: a sequence has no mask token (id {' or '.join(map(str, prefix.blank_tokens))}) or no start token "
+            f"(id {prefix.start_token}); end every text with both, as the model's tokenizer does"
         )
-    text = torch.where((place < start) | counts_on, place, blank) - first
-    filling = (place - start + 1).clamp(min=0)
-    return torch.stack((text, filling)), prefix_segments(first, start)
+    position = torch.where((place < start) | counts_on, place, blank) - first
+    block_position = (place - start + 1).clamp(min=0)
+    return torch.stack((position, block_position)), prefix_segments(first, start)
 
 
 def with_blank(ids: torch.Tensor, architecture: Architecture) -> torch.Tensor:
-    """Any tokens `[batch, sequence]`, as rows that the architecture can read: blanks of two kinds and a start are put in."""
+    """Test ids `[batch, sequence]` with two mask tokens and a start token inserted, if the model is a prefix LM."""
     prefix = architecture.prefix
     if prefix is None:
         return ids

@@ -1,4 +1,4 @@
-"""Which modules a layer is made of."""
+"""Megatron-Core layer specs of an architecture."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ from shared.model.backend import Backend
 from shared.model.gated_delta_net import DELTA_NET_CHECKPOINT_KEYS, delta_net_spec
 from shared.model.mla import MLA_CHECKPOINT_KEYS, mla_spec
 from shared.model.moe import moe_spec
-from shared.model.rope import RotaryAngles, amplitude
-from shared.model.transformer_layer import GeneralTransformerLayer, needs_general_layer
+from shared.model.rope import RotaryAngles, concentration_factor
+from shared.model.transformer_layer import GeneralTransformerLayer, needs_general_transformer_layer
 
-# Checkpoints carry TransformerEngine's names, where a norm in front of a linear layer is part of that layer.
+# Checkpoints have the names of TransformerEngine's LayerNormLinear: the norm is part of the linear layer.
 _ATTENTION_KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-# In front of experts it is a module of its own there too, for the router reads its output.
+# Not for MoE: pre_mlp_layernorm stays a module, because the router reads its output, too.
 _DENSE_KEYS = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 def model_rotary(architecture: Architecture) -> Rotary | None:
-    """The rotary embedding whose angles Megatron-Core's GPT computes once a forward pass; other layers compute their own."""
+    """RoPE of the first attention layer that has it: GPTModel computes its angles once; layers with other RoPE their own."""
     mixers = (layer.mixer for layer in architecture.kinds)
     return next((m.rotary for m in mixers if isinstance(m, Attention | LatentAttention) and m.rotary), None)
 
@@ -54,24 +54,24 @@ def model_rotary(architecture: Architecture) -> Rotary | None:
 def block_spec(
     architecture: Architecture, backend: Backend, first_layer: int, num_layers: int
 ) -> TransformerBlockSubmodules:
-    """Layers from `first_layer` on and the final norm."""
+    """Specs of `num_layers` layers from `first_layer` on, and of the final norm."""
     spec = _Spec(architecture, backend)
     norm = architecture.head.norm
     return TransformerBlockSubmodules(
         layer_specs=[
             spec.layer(architecture.layers[index], index) for index in range(first_layer, first_layer + num_layers)
         ],
-        layer_norm=backend.norm(norm, checkpointed=True) if norm else None,
+        layer_norm=backend.norm(norm, extra_state=True) if norm else None,
     )
 
 
 def mtp_spec(architecture: Architecture, backend: Backend) -> MultiTokenPredictionBlockSubmodules | None:
-    """MTP layers; None without any."""
+    """Spec of the MTP layers; None without MTP."""
     mtp = architecture.mtp
     if mtp is None:
         return None
     spec = _Spec(architecture, backend)
-    norm = backend.norm(mtp.layer.norm, checkpointed=True)
+    norm = backend.norm(mtp.layer.norm, extra_state=True)
     layers = [
         ModuleSpec(
             module=MultiTokenPredictionLayer,
@@ -89,7 +89,7 @@ def mtp_spec(architecture: Architecture, backend: Backend) -> MultiTokenPredicti
 
 
 class _Spec:
-    """Specs of one model's layers. Layers of one rotary embedding share its angles, which are computed once."""
+    """Layer specs of one model. Layers with equal RoPE share one RotaryAngles module."""
 
     def __init__(self, architecture: Architecture, backend: Backend) -> None:
         self.backend = backend
@@ -99,11 +99,11 @@ class _Spec:
         self.angles: dict[Rotary, RotaryAngles] = {}
 
     def layer(self, layer: Layer, index: int) -> ModuleSpec:
-        """`index`: of the layer, as `Backend` counts them."""
-        plain_norm = self.backend.norm(layer.norm, checkpointed=False)
+        """`index`: of the layer, as in `Backend`."""
+        plain_norm = self.backend.norm(layer.norm, extra_state=False)
         norm = plain_norm if layer.pre_norms else IdentityOp
         post_norm = None if layer.norm_placement == "pre" else plain_norm
-        general = needs_general_layer(layer)
+        general = needs_general_transformer_layer(layer)
         attention, keys = self._mixer(layer, index)
         dense = isinstance(layer.mlp, MLP)
         return ModuleSpec(
@@ -121,7 +121,7 @@ class _Spec:
         )
 
     def _mixer(self, layer: Layer, index: int) -> tuple[ModuleSpec, dict[str, str]]:
-        """The mixer's spec, and how a checkpoint renames the norms that are part of its linear layers."""
+        """The mixer's spec, and its `sharded_state_dict_keys_map`: names of norms inside LayerNormLinear."""
         mixer = layer.mixer
         if isinstance(mixer, GatedDeltaNet):
             return delta_net_spec(mixer, layer.norm, self.backend, index), DELTA_NET_CHECKPOINT_KEYS
@@ -135,9 +135,12 @@ class _Spec:
         params: dict[str, Any] = {}
         if attention.rotary and self.position_streams > 1:
             module = Rotary2DSelfAttention
-        elif attention.rotary != self.rotary or amplitude(attention.rotary) != 1.0:
+        elif attention.rotary != self.rotary or concentration_factor(attention.rotary) != 1.0:
             module = RotarySelfAttention
-            params = {"amplitude": amplitude(attention.rotary), "angles": self._own_angles(attention)}
+            params = {
+                "concentration_factor": concentration_factor(attention.rotary),
+                "angles": self._layer_angles(attention),
+            }
         projection: Callable[..., Any] = self.backend.column_parallel_linear(index)
         if attention.clip is not None:
             projection = clipped(projection, attention.clip)
@@ -162,8 +165,8 @@ class _Spec:
         )
         return partial(megatron_mlp.MLP.as_mlp_submodule, submodules=linears)
 
-    def _own_angles(self, attention: Attention) -> RotaryAngles | None:
-        """None: the model's, or a layer without rotary embedding."""
+    def _layer_angles(self, attention: Attention) -> RotaryAngles | None:
+        """This layer's RotaryAngles; None: no RoPE, or the model's."""
         rotary = attention.rotary
         if rotary is None or rotary == self.rotary:
             return None
@@ -173,7 +176,7 @@ class _Spec:
 
 
 def _linear(linear: Callable[..., Any], *, bias: bool) -> Callable[..., Any]:
-    """`linear` with its own bias: Megatron-Core has one switch for all layers."""
+    """`linear` with or without bias, whatever `add_bias_linear` says."""
 
     def build(*args: Any, **kwargs: Any) -> Any:
         return linear(*args, **{**kwargs, "bias": bias})

@@ -1,6 +1,6 @@
-"""What our Megatron-Core modules do not compute of an architecture that can be described, and so converted.
+"""Architectures that can be converted but not trained: combinations that `shared.model` does not implement.
 
-Imports neither torch nor Megatron-Core: commands ask before they write anything.
+Imports neither torch nor Megatron-Core, so commands can check before they write anything.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from shared.errors import UserError
 
 
 def check_supported(architecture: Architecture, *, fix: str = "") -> None:
-    """Raises `UserError`, one line that ends in `fix`, where training and logits are not supported."""
+    """Raise UserError, ending in `fix`, if training and logits are not supported."""
     if found := unsupported(architecture):
         raise UserError(
             f"{architecture.family}: {', '.join(found)}: supported in conversion, not in training and logits"
@@ -32,13 +32,13 @@ def check_supported(architecture: Architecture, *, fix: str = "") -> None:
 
 
 def unsupported(architecture: Architecture) -> list[str]:
-    """Each unsupported combination, as a noun phrase; empty where the model can be built and trained."""
+    """Unsupported combinations, as noun phrases; empty if the model can be trained."""
     if not any(isinstance(layer.mixer, Attention | LatentAttention) for layer in architecture.kinds):
         return ["a model without attention"]
     found = [
         *_layers(architecture),
         *_positions(architecture),
-        *_ends(architecture),
+        *_embedding_and_head(architecture),
         *_prefix(architecture),
         *_mtp(architecture),
     ]
@@ -48,7 +48,7 @@ def unsupported(architecture: Architecture) -> list[str]:
 
 
 def _layers(a: Architecture) -> Iterator[str]:
-    """Differences between layers."""
+    """Unsupported differences between layers."""
     mixers = [layer.mixer for layer in a.kinds]
     if len({type(mixer) for mixer in mixers if not isinstance(mixer, GatedDeltaNet)}) > 1:
         yield "MLA beside other attention"
@@ -56,7 +56,9 @@ def _layers(a: Architecture) -> Iterator[str]:
         yield "MLA beside gated delta nets"
     for kind, name in ((Attention, "attention"), (LatentAttention, "MLA"), (GatedDeltaNet, "gated delta nets")):
         values = [
-            _erased(mixer) if isinstance(mixer, Attention) else mixer for mixer in mixers if isinstance(mixer, kind)
+            _global_fields(mixer) if isinstance(mixer, Attention) else mixer
+            for mixer in mixers
+            if isinstance(mixer, kind)
         ]
         yield from _differences(name, values)
     yield from _differences("MLPs", [layer.mlp for layer in a.kinds if isinstance(layer.mlp, MLP)])
@@ -76,10 +78,10 @@ def _layers(a: Architecture) -> Iterator[str]:
         yield "MoE beside dense layers with MLP biases"
 
 
-def _erased(attention: Attention) -> Attention:
-    """Without the fields that layers may differ in.
+def _global_fields(attention: Attention) -> Attention:
+    """The attention without the fields that may differ between layers.
 
-    The others are one setting of Megatron-Core's configuration, or decide tensors that a checkpoint stacks over layers.
+    All other fields are global in TransformerConfig, or change the shapes of tensors that a checkpoint stacks.
     """
     return replace(attention, window=None, rotary=None)
 
@@ -104,7 +106,7 @@ def _positions(a: Architecture) -> Iterator[str]:
             yield "learned positions with ALiBi"
 
 
-def _ends(a: Architecture) -> Iterator[str]:
+def _embedding_and_head(a: Architecture) -> Iterator[str]:
     embedding, head = a.embedding, a.head
     if embedding.factorised_size is not None and (embedding.norm or embedding.multiplier != 1.0):
         yield "a factorised embedding with a norm or a multiplier"
@@ -172,9 +174,9 @@ def _attention(attention: Attention, norm: Norm, mtp: bool) -> Iterator[str]:
     if alibi and alibi.rounded and alibi.bias_max != 8:
         yield "ALiBi rounded to bf16 with a bias_max other than 8"
     if attention.scale_by_layer and mtp:
-        yield "scores divided by the layer number with MTP"
+        yield "softmax scale / layer number with MTP"
     if attention.scale_by_layer and alibi and alibi.rounded:
-        yield "scores divided by the layer number with ALiBi rounded to bf16"
+        yield "softmax scale / layer number with ALiBi rounded to bf16"
     if attention.qk_norm and not norm.affine:
         yield "QK norm without weights"
     if attention.qk_norm == "each_head" and norm.kind != "layernorm":
@@ -254,4 +256,4 @@ def _mtp(a: Architecture) -> Iterator[str]:
 
 
 def _mixer(layer: Layer) -> Any:
-    return _erased(layer.mixer) if isinstance(layer.mixer, Attention) else layer.mixer
+    return _global_fields(layer.mixer) if isinstance(layer.mixer, Attention) else layer.mixer

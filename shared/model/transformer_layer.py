@@ -1,4 +1,4 @@
-"""Transformer layers of any residual and norm placement."""
+"""Transformer layers with any residual kind and norm placement."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from shared.architecture.architecture import Layer
 from shared.model.norm import NormBuilder
 
 
-def needs_general_layer(layer: Layer) -> bool:
-    """Whether Megatron-Core's own layer does not compute it."""
+def needs_general_transformer_layer(layer: Layer) -> bool:
+    """Whether Megatron-Core's TransformerLayer cannot compute `layer`."""
     plain = (layer.residual.kind, layer.norm_placement) == ("sequential", "pre")
     return not plain or (layer.residual.multiplier, layer.residual.input_multiplier) != (1.0, 1.0)
 
 
 class GeneralTransformerLayer(TransformerLayer):
-    """Megatron-Core's modules, joined by any residual and norm placement.
+    """TransformerLayer with any residual kind and norm placement.
 
-    `i` is `input_multiplier`, `m` is `multiplier`; `norm` and `post` are the identity where the placement has none.
+    `i` is `input_multiplier`, `m` is `multiplier`; `norm` and `post` are identities if the placement has no such norm.
 
     - sequential: `h = i x + m post(attention(norm(x)))`, then `i h + m post(mlp(norm(h)))`
     - sequential, norm placement sum: `h = post(i x + m attention(x))`, then `post(i h + m mlp(h))`
@@ -55,7 +55,7 @@ class GeneralTransformerLayer(TransformerLayer):
         rotary_pos_emb: torch.Tensor | None = None,
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
-        """`[sequence, batch, hidden]` to the same shape; `others` are for inference and encoders, and absent here."""
+        """`[sequence, batch, hidden]`, shape unchanged; `others` (inference, cross attention) must be None."""
         assert all(value is None for value in others.values()), others
         attended = self.input_layernorm(hidden_states)
         attention = self.self_attention(attended, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)
@@ -77,7 +77,7 @@ class GeneralTransformerLayer(TransformerLayer):
         return self.input_multiplier * residual + self.multiplier * norm(self._dropped(output))
 
     def _dropped(self, output: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
-        """A row-parallel layer's sum and its bias, after dropout."""
+        """`dropout(output + bias)` of a row-parallel layer."""
         states, bias = output
         states = states if bias is None else states + bias
         return torch.nn.functional.dropout(states, self.hidden_dropout, self.training)

@@ -1,4 +1,4 @@
-"""Weights of a torch_dist iteration into a model, whatever layout wrote them and whatever layout reads them."""
+"""Load weights of a torch_dist checkpoint into a model, resharding between parallel layouts."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from shared.model.gpt import LanguageModel
 
 
 def sharded_state_dict(chunks: Sequence[LanguageModel]) -> dict[str, dict[str, Any]]:
-    """The model's entries for `dist_checkpointing`, keyed as Megatron-LM does: `model`, or `model0`, `model1`..."""
+    """Sharded state dict for `dist_checkpointing`, keyed as in Megatron-LM: `model`, or `model0`, `model1`..."""
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
     return {name: chunk.sharded_state_dict(metadata=dict(metadata)) for name, chunk in zip(names, chunks, strict=True)}
 
 
 def load(chunks: Sequence[LanguageModel], iteration_path: Path) -> None:
-    """Fills every weight of `chunks` from the torch_dist directory `iteration_path`, cast to the model's type.
+    """Fill every weight of `chunks` from the torch_dist directory `iteration_path`, cast to the model's dtype.
 
-    Every process of the world calls it. Optimizer state in the directory is left alone. Vocabulary padding may
-    differ from the model's; its rows become zero. Raises `UserError` naming the tensor when one is missing, one
-    is not the model's, or a shape does not fit: nothing is filled then.
+    Collective over all ranks. Optimizer state is not read. Vocabulary padding may differ; padding rows are set to zero.
+
+    Raises:
+        UserError: a tensor is missing, unknown to the model, or of another shape. Nothing is filled then.
     """
     wanted = {
         name: {key: entry for key, entry in state.items() if not key.endswith("_extra_state")}
         for name, state in sharded_state_dict(chunks).items()
     }
-    # Only tensors' metadata: the directory's extra states hold nothing outside FP8.
+    # Tensors only: extra states are empty without FP8.
     saved = {
         key: tuple(entry.global_shape)
         for key, entry in dist_checkpointing.load_tensors_metadata(str(iteration_path)).items()
@@ -42,12 +43,12 @@ def load(chunks: Sequence[LanguageModel], iteration_path: Path) -> None:
     _check(_all_shapes(wanted), saved, chunks[0], iteration_path)
     loaded = dist_checkpointing.load(wanted, str(iteration_path))
     for name, chunk in zip(wanted, chunks, strict=True):
-        chunk.load_state_dict(loaded[name], strict=False)  # strict is our `_check`: extra states are left out
+        chunk.load_state_dict(loaded[name], strict=False)  # extra states are missing; `_check` is strict
         _clear_padding(chunk)
 
 
 def _all_shapes(wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
-    """Global shapes of the whole model's tensors, over all pipeline stages."""
+    """Global shapes of all tensors, over all pipeline stages."""
     shapes: dict[str, tuple[int, ...]] = {}
     for state in wanted.values():
         for entry in state.values():
@@ -75,7 +76,9 @@ def _check(
     if missing := sorted(wanted.keys() - saved.keys()):
         raise UserError(f"{path}: {_some(missing)} missing, though the model has it; convert the checkpoint again")
     if unexpected := sorted(saved.keys() - wanted.keys()):
-        raise UserError(f"{path}: {_some(unexpected)} unknown to the model; is hf/config.json of another model?")
+        raise UserError(
+            f"{path}: {_some(unexpected)} unknown to the model of hf/config.json; put the right hf/config.json there"
+        )
     for key, shape in wanted.items():
         found = saved[key]
         if key in ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias"):
@@ -83,7 +86,9 @@ def _check(
         else:
             fits = found == shape
         if not fits:
-            raise UserError(f"{path}: {key} is {list(found)}, the model's is {list(shape)}")
+            raise UserError(
+                f"{path}: {key} is {list(found)}, hf/config.json requires {list(shape)}; convert the checkpoint again"
+            )
 
 
 def _some(keys: Sequence[str]) -> str:
@@ -92,7 +97,7 @@ def _some(keys: Sequence[str]) -> str:
 
 @torch.no_grad()
 def _clear_padding(chunk: LanguageModel) -> None:
-    """Zero in the vocabulary rows that stand for no token."""
+    """Set the padding rows of the vocabulary to zero."""
     tables = [chunk.embedding.word_embeddings.weight] if chunk.pre_process or chunk.mtp_process else []
     if chunk.post_process and chunk.output_layer.weight is not None:
         tables.append(chunk.output_layer.weight)

@@ -52,7 +52,7 @@ class DequantizedGroups:
     scheme: Mxfp4 | Int4Groups
 
     def read(self, files: OpenFiles, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
-        """As `ByteView.read`. UserError if a scale is NaN or infinity: it could not be requantised."""
+        """As `ByteView.read`. UserError if a scale is NaN or infinity, which cannot be requantised."""
         import numpy as np
 
         codec = codec_of(self.scheme)
@@ -125,6 +125,6 @@ class QuantizeGroups:
 def not_finite(name: str) -> UserError:
     """The error of a weight with new NaN or infinity."""
     return UserError(
-        f"{name} has new NaN or infinity and cannot be quantised; continue from a checkpoint without them, or "
-        "convert without --quantized"
+        f"{name} has NaN or infinity that the original lacks and cannot be quantised; continue from a checkpoint without "
+        "them, or convert without --quantized"
     )

@@ -79,7 +79,7 @@ _CALIBRATION = {
     "observer_kwargs",
     "version",
     "global_compression_ratio",
-}  # fields about how the weights were quantised
+}  # settings of the quantiser, without effect on dequantisation
 _FIX = "fetch the unquantised model, or save one with the program that quantised it"
 
 
@@ -117,7 +117,7 @@ def quantization_scheme(config: Mapping[str, Any]) -> QuantizationScheme | None:
 
 
 def _check_pack_quantized(given: Mapping[str, Any]) -> None:
-    """Check that all config_groups have the one supported description; module names need not be matched then."""
+    """Check that every config group is the supported scheme, so module names need not be matched."""
     _check(given, _PACK_QUANTIZED, {"config_groups", *_CALIBRATION})
     _require(given, ("format",))
     groups = given.get("config_groups")

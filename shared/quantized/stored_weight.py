@@ -1,6 +1,6 @@
-"""Weights as byte views of bf16 values, stored plainly or quantised, and copy operations that quantise them again.
+"""Weights as byte views of bf16 values, unquantised or quantised, and copy operations that requantise them.
 
-Quantised weights are dequantised on read, window by window: copy operations do not know the storage.
+Quantised weights are dequantised on read, so copy operations see bf16 only.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class QuantizedWeight:
 
     @property
     def companions(self) -> tuple[TensorInfo, ...]:
-        """The tensors stored beside the codes."""
+        """The tensors stored with the codes: scales, and the shape (int4)."""
         return (self.scales, self.stored_shape) if self.stored_shape else (self.scales,)
 
     @property
@@ -156,10 +156,10 @@ def sliced(tensor: TensorInfo, index: Shape) -> TensorInfo:
 
 
 def assemble_weights(scheme: QuantizationScheme | None, tensors: Mapping[str, TensorInfo]) -> dict[str, Weight]:
-    """Group a checkpoint's tensors into weights, in the order of the tensors: codes with their scales.
+    """Group tensors into weights (codes with their scales), in the order of the tensors.
 
     Raises:
-        UserError: codes without scales, or of another scheme than config.json declares.
+        UserError: codes without scales, or a scheme other than in config.json.
     """
     found: dict[str, Weight] = {}
     quantized: dict[str, QuantizedWeight] = {}  # by the name of the codes
@@ -189,7 +189,7 @@ def _mxfp4_weight(scheme: Mxfp4, codes: TensorInfo, tensors: Mapping[str, Tensor
             f"{codes.place}: {codes.name} is {codes.dtype}{list(codes.shape)}; U8[experts, out, groups, 16] is required"
         )
     if scales is None:
-        raise UserError(f"{codes.place}: {name}_scales is missing, beside {codes.name}; fetch the model again")
+        raise UserError(f"{codes.place}: {name}_scales is missing for {codes.name}; fetch the model again")
     if (scales.dtype, scales.shape) != ("U8", codes.shape[:-1]):
         raise UserError(
             f"{scales.place}: {scales.name} is {scales.dtype}{list(scales.shape)}; {codes.name} requires "
@@ -204,11 +204,11 @@ def _int4_weight(scheme: Int4Groups, codes: TensorInfo, tensors: Mapping[str, Te
     if codes.dtype != "I32" or len(codes.shape) != 2 or codes.shape[1] * _IN_WORD % int4.GROUP:
         raise UserError(
             f"{codes.place}: {codes.name} is {codes.dtype}{list(codes.shape)}; I32[out, in / {_IN_WORD}] is required, "
-            f"in a multiple of {int4.GROUP}"
+            f"with in a multiple of {int4.GROUP}"
         )
     if scales is None or stored_shape is None:
         missing = f"{name}_shape" if scales else f"{name}_scale"
-        raise UserError(f"{codes.place}: {missing} is missing, beside {codes.name}; fetch the model again")
+        raise UserError(f"{codes.place}: {missing} is missing for {codes.name}; fetch the model again")
     wanted = (codes.shape[0], codes.shape[1] * _IN_WORD // int4.GROUP)
     if (scales.dtype, scales.shape) != ("BF16", wanted):
         raise UserError(
@@ -229,8 +229,8 @@ def check_stored_shapes(weights: Mapping[str, Weight], files: OpenFiles) -> None
             found = struct.unpack("<2i" if declared.dtype == "I32" else "<2q", data)
             if found != quantized.shape:
                 raise UserError(
-                    f"{declared.place}: {declared.name} says {list(found)}, and {quantized.codes.name} holds "
-                    f"{list(quantized.shape)} numbers; fetch the model again"
+                    f"{declared.place}: {declared.name} is {list(found)}, but {quantized.codes.name} holds a "
+                    f"{list(quantized.shape)} weight; fetch the model again"
                 )
 
 
@@ -239,8 +239,8 @@ def _fp8_weight(
 ) -> QuantizedWeight:
     if not isinstance(scheme, Fp8Blocks):
         raise UserError(
-            f"{codes.place}: {codes.name} is {codes.dtype}, but config.json has no quantization_config that says how "
-            "to read it; fetch config.json again"
+            f"{codes.place}: {codes.name} is {codes.dtype}, but config.json has no quantization_config "
+            "with quant_method fp8; fetch config.json again"
         )
     if len(codes.shape) != 2:
         raise UserError(f"{codes.place}: {codes.name} is {codes.dtype}{list(codes.shape)}; a matrix is required")
@@ -262,12 +262,12 @@ def _fp8_weight(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Scales:
-    """Scales of blocks, `[block rows, block columns]`."""
+    """Block scales, `[block rows, block columns]`."""
 
     tensor: TensorInfo
 
     def row(self, files: OpenFiles, row: int) -> np.ndarray:
-        """One row as float32; UserError for NaN, which could not be requantised."""
+        """One row as float32; UserError for NaN, which cannot be requantised."""
         import numpy as np
 
         view = view_of(self.tensor)

@@ -79,7 +79,7 @@ def _architecture(model: Checkpoint) -> Architecture:
     architecture = registry.from_files(model.hf_files)
     if not architecture.mtp_depth:
         return architecture
-    return registry.as_stored(architecture, TorchDistReader(model.iteration_path).tensors)
+    return registry.drop_missing_mtp(architecture, TorchDistReader(model.iteration_path).tensors)
 
 
 def default_processes(model_parallel: int) -> int:

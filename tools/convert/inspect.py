@@ -115,7 +115,7 @@ def _family(checkpoint: Checkpoint, reader: Reader) -> dict[str, Any]:
                 result["quantized_weights"] = sum(weight.quantized is not None for weight in reader.weights.values())
         architecture = registry.from_files(path.parent)
         if not isinstance(reader, TeReader):  # MTP layers are pass-through tensors there
-            architecture = registry.as_stored(
+            architecture = registry.drop_missing_mtp(
                 architecture, reader.weights if isinstance(reader, HfReader) else reader.tensors
             )
         result["family"] = architecture.family

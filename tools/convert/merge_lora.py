@@ -46,7 +46,7 @@ def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int
             raise UserError(
                 f"--source {source} is quantised; dequantise it first with `convert to-megatron` and `to-hf`"
             )
-        architecture = registry.as_stored(registry.from_files(source), reader.weights)
+        architecture = registry.drop_missing_mtp(registry.from_files(source), reader.weights)
         table = registry.table_of(architecture)
         plan = plan_import(reader, architecture, table)
         prefix_variants, table = table.prefix_variants, table.with_prefixes_of(reader.tensors)

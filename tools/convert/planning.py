@@ -33,7 +33,7 @@ MegatronReader = TorchDistReader | TeReader | MegatronLmReader  # tensors in Meg
 
 def with_stored_mtp(architecture: Architecture, names: Collection[str], where: Path) -> Architecture:
     """The architecture without MTP layers if none of their tensors is among `names`; logged."""
-    stored = registry.as_stored(architecture, names)
+    stored = registry.drop_missing_mtp(architecture, names)
     if stored != architecture:
         log(f"mtp: off (config.json declares MTP layers, {where} has none)")
     return stored

@@ -211,7 +211,7 @@ def open_export(
         reader = MegatronLmReader(checkpoint.iteration_path, architecture, table)
     else:
         reader = TorchDistReader(checkpoint.iteration_path)
-        stored = registry.as_stored if pass_through else partial(with_stored_mtp, where=checkpoint.path)
+        stored = registry.drop_missing_mtp if pass_through else partial(with_stored_mtp, where=checkpoint.path)
         architecture = stored(architecture, reader.tensors)
         table = registry.table_of(architecture)
     if not renamed:

@@ -1,1 +1,1 @@
-"""What families share: the decoder, its tensor table, config.json readers, MoE, MLA, MTP."""
+"""Shared by families: config.json fields of a decoder, its tensor table, MoE, MLA, MTP, multimodal wrapper."""

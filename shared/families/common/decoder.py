@@ -1,7 +1,6 @@
-"""A decoder as a config.json describes it: the fields that families have in common, and the Architecture made of them.
+"""The config.json fields that all families have, to Architecture and back.
 
-`read_decoder` reads the fields under a family's `Spelling`; the family adds the rest with `Decoder.build`. `write_decoder` is the
-way back.
+`read_decoder` reads them under a family's `Spelling`; `Decoder.build` adds the family's own; `write_decoder` is the inverse.
 """
 
 from __future__ import annotations
@@ -48,12 +47,12 @@ _ACTIVATION_NAMES: Mapping[Activation, str] = {
     "relu": "relu",
 }
 _NOTHING: Mapping[str, Any] = {}
-MOST_LAYERS = 100_000  # each is listed; more than that is a typing error
+MOST_LAYERS = 100_000  # upper bound of a plausible num_hidden_layers: `Architecture.layers` lists every layer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spelling:
-    """What config.json calls the fields; the defaults are LLaMA's. None: the family has no such field."""
+    """Field names of a family's config.json; defaults: LLaMA's. None: the family has no such field."""
 
     layers: str = "num_hidden_layers"
     hidden: str = "hidden_size"
@@ -77,7 +76,7 @@ LLAMA = Spelling()
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """What the common fields say: arguments of the Architecture's values, by value."""
+    """Values of the common fields, as constructor arguments of Attention, MLP, Norm, Head, Residual, Embedding."""
 
     num_layers: int
     hidden_size: int
@@ -90,7 +89,7 @@ class Decoder:
     head: dict[str, Any]
     residual: dict[str, Any] = field(default_factory=dict)
     embedding: dict[str, Any] = field(default_factory=dict)
-    local_theta: float | None = None  # rotary base of layers with a sliding window, where it is given
+    local_theta: float | None = None  # RoPE base of sliding-window layers, if given
 
     @property
     def heads(self) -> int:
@@ -106,7 +105,7 @@ class Decoder:
         return rotary
 
     def expert(self, ffn_hidden_size: int, **further: Any) -> MLP:
-        """An expert, with the MLP's activation."""
+        """An expert with the activation of `mlp`."""
         return MLP(**{**self.mlp, "ffn_hidden_size": ffn_hidden_size, **further})
 
     def build(
@@ -129,14 +128,14 @@ class Decoder:
         mtp: int = 0,
         prefix: PrefixLM | None = None,
     ) -> Architecture:
-        """The Architecture, with what the family adds to each value.
+        """The Architecture; `attention`, `mlp`, `norm`, `residual`, `embedding`, `head` override the common fields.
 
         Args:
             family: its name.
-            mixer: in place of Attention.
-            moe: in place of the MLP, but in `dense_layers`.
-            vary: layers that differ: their index from 0 and the layer that all would be, to the layer.
-            mtp: MTP layers, each around the layer that all would be.
+            mixer: replaces Attention.
+            moe: replaces the MLP, except in `dense_layers`.
+            vary: (layer index from 0, common layer) -> the layer with this index.
+            mtp: number of MTP layers, each with the common layer.
         """
         norms = Norm(**{**self.norm, **norm})
         dense = MLP(**{**self.mlp, **mlp})
@@ -188,17 +187,17 @@ def read_decoder(
     initializer_range: float = 0.02,
     dropout: float | None = None,
 ) -> Decoder:
-    """The common fields. Defaults are those of the transformers classes, of fields that files may leave out.
+    """The common fields. Defaults for absent fields are those of the transformers class.
 
     Args:
-        fields: of the config.json.
-        spelling: their names.
-        rotary: whether rotary embedding is in the fields `rope_theta`, `rope_scaling`, `rope_parameters`.
+        fields: config.json.
+        spelling: field names.
+        rotary: read RoPE from `rope_theta`, `rope_scaling`, `rope_parameters`.
         rotary_fraction: default of `partial_rotary_factor`; None: the family has no such field.
-        interleaved: the rotated pairs are neighbours.
-        rope_by_kind: layers with a sliding window have rotary embedding of their own.
-        ffn_ratio: default of the MLP's size, by the hidden size.
-        dropout: default of every kind of dropout; None: attention's is refused unless zero.
+        interleaved: RoPE pairs are (0, 1), (2, 3)...
+        rope_by_kind: sliding-window layers have their own RoPE.
+        ffn_ratio: default of ffn / hidden.
+        dropout: default of attention, hidden and embedding dropout; None: attention dropout must be 0.
     """
     if dropout is None and spelling.attention_dropout:
         fields.expect(spelling.attention_dropout, 0, 0.0, why="train without dropout, or set it to 0.0")
@@ -252,49 +251,49 @@ def read_decoder(
 
 
 def activation(fields: Fields, field: str, known: Mapping[str, Activation], default: str) -> Activation:
-    """The architecture's name of the MLP's activation."""
+    """The `Activation` of config.json's activation field."""
     fields.expect(field, *known, why=f"supported: {', '.join(known)}")
     return known[fields.get(field, str, default)]
 
 
 def rotary_dim(fields: Fields, head_dim: int, default: float, name: str = "partial_rotary_factor") -> int | None:
-    """How many elements of each head are rotated, rounded down as transformers does; None for all."""
+    """rotary_dim of partial rotary, rounded down as in transformers; None: all of head_dim."""
     rotated = int(head_dim * fields.rotary_fraction(default, name))
     return None if rotated == head_dim else rotated
 
 
 def with_mixer(layer: Layer, **changes: Any) -> Layer:
-    """The layer with its mixer changed."""
+    """The layer with fields of its mixer replaced."""
     return replace(layer, mixer=replace(layer.mixer, **changes))
 
 
 def attention_of(a: Architecture) -> Attention:
-    """Attention of a family without MLA."""
+    """The attention, which is not MLA."""
     assert isinstance(a.attention, Attention)
     return a.attention
 
 
 def mlp_of(a: Architecture) -> MLP:
-    """The MLP of a family without MoE."""
+    """The dense MLP, which exists."""
     assert a.mlp is not None
     return a.mlp
 
 
 def moe_of(a: Architecture) -> MoE:
-    """MoE of a family that has it."""
+    """The MoE, which exists."""
     assert a.moe is not None
     return a.moe
 
 
 def rotary_of(a: Architecture) -> Rotary:
-    """Rotary embedding of the layers without a sliding window, or of those with one where all have one."""
+    """RoPE of the full-attention layers; of the sliding-window layers if there are no others."""
     mixers = [kind.mixer for kind in a.kinds if isinstance(kind.mixer, Attention | LatentAttention)]
     full = (m.rotary for m in mixers if not isinstance(m, Attention) or m.window is None)
     return next((rotary for rotary in full if rotary), None) or local_rotary_of(a) or Rotary()
 
 
 def local_rotary_of(a: Architecture) -> Rotary | None:
-    """Rotary embedding of the layers with a sliding window."""
+    """RoPE of the sliding-window layers."""
     mixers = [kind.mixer for kind in a.kinds]
     return next((m.rotary for m in mixers if isinstance(m, Attention) and m.window is not None and m.rotary), None)
 
@@ -302,14 +301,14 @@ def local_rotary_of(a: Architecture) -> Rotary | None:
 def write_decoder(
     a: Architecture, spelling: Spelling = LLAMA, *, rotary: bool = True, partial: bool = False, head_dim: bool = True
 ) -> dict[str, Any]:
-    """`read_decoder` backwards.
+    """Inverse of `read_decoder`.
 
     Args:
-        a: of the model.
-        spelling: names of the fields.
-        rotary: whether rotary embedding is in `rope_theta` and its like.
-        partial: whether the family has `partial_rotary_factor`.
-        head_dim: whether it is written: some classes take hidden / heads alone.
+        a: the architecture.
+        spelling: field names.
+        rotary: write RoPE to `rope_theta`, `rope_scaling`, `rope_parameters`.
+        partial: the family has `partial_rotary_factor`.
+        head_dim: write it; False for classes whose head_dim is always hidden / heads.
     """
     ffn = a.mlp.ffn_hidden_size if a.mlp else a.unused_ffn_hidden_size
     given: dict[str | None, Any] = {
@@ -339,5 +338,5 @@ def write_decoder(
 
 def _activation_name(activation: Activation) -> str:
     if activation not in _ACTIVATION_NAMES:
-        raise UserError(f"transformers has no name of the activation {activation}")
+        raise UserError(f"transformers has no activation {activation}")
     return _ACTIVATION_NAMES[activation]

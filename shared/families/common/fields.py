@@ -1,4 +1,4 @@
-"""Reading a Hugging Face config.json: every field is understood, known to be harmless, or refused by name."""
+"""Strict reader of config.json: every field is read, known to have no effect, or refused by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from shared.architecture.architecture import RopeScaling
 from shared.errors import UserError
 
-# Fields of any model that say nothing of its arithmetic: the tokenizer's, generation's, the library's bookkeeping.
+# Fields without effect on the model's computation: tokenizer, generation, bookkeeping of transformers.
 _HARMLESS = """
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
     _flash_attn_2_enabled _from_model_config _name_or_path _num_labels
@@ -21,14 +21,14 @@ _HARMLESS = """
     tokenizer_class torch_dtype torchscript transformers_version unk_token_id unsloth_fixed unsloth_version
     use_bfloat16 use_cache use_return_dict
 """
-# How text is generated, which releases of transformers before 4.39 wrote here as well.
+# Generation settings, which transformers before 4.39 wrote to config.json, too.
 _GENERATION = """
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length max_new_tokens
     min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
     repetition_penalty suppress_tokens temperature top_k top_p typical_p
 """
-# Counts and widths, of which every model has some.
+# Fields that must be positive.
 _POSITIVE = """
     d_model decoder_sparse_step expansion_ratio ffn_dim ffn_hidden_size full_attention_interval head_dim hidden_size
     inner_hidden_size intermediate_size kv_channels kv_lora_rank linear_conv_kernel_dim linear_key_head_dim
@@ -42,7 +42,7 @@ POSITIVE = frozenset(_POSITIVE.split())
 
 
 def renamed(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A configuration whose fields are called otherwise, `{old: new}`; UserError where both are there and disagree."""
+    """config.json with renamed fields `{old: new}`; UserError if both exist and differ."""
     result = dict(config)
     for old, new in names.items():
         value = result.pop(old, None)
@@ -54,13 +54,13 @@ def renamed(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, An
 def _check_finite(config: Mapping[str, Any], within: str) -> None:
     for name, value in config.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"config.json: {within}{name} is {value}; a finite number is wanted")
+            raise UserError(f"config.json: {within}{name} is {value}; a finite number is required")
         if isinstance(value, dict):
             _check_finite(value, f"{within}{name}.")
 
 
 class Fields:
-    """A config.json whose reader must name every field it does not read."""
+    """A config.json whose every field must be read or ignored explicitly; `finish` refuses the rest."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         _check_finite(config, "")
@@ -68,7 +68,7 @@ class Fields:
         self._read: set[str] = set()
 
     def get(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """The field's value, or the default where it is absent or null; UserError for a value of another type."""
+        """The field's value; the default if absent or null; UserError for another type."""
         self._read.add(name)
         value = self._config.get(name)
         if value is None:
@@ -80,35 +80,35 @@ class Fields:
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise UserError(f"config.json: {name} is {value!r}, which is not of type {_name(kind)}")
         if name in POSITIVE and isinstance(value, int) and value < 1:
-            raise UserError(f"config.json: {name} is {value}; a number above zero is wanted")
+            raise UserError(f"config.json: {name} is {value}; a positive number is required")
         return value
 
     def has(self, name: str) -> bool:
-        """Whether the field is there, be it null."""
+        """Whether the field exists, null included."""
         return name in self._config
 
     def optional(self, name: str, kind: type) -> Any:
-        """The field's value, or None where it is absent or null."""
+        """The field's value; None if absent or null."""
         self._read.add(name)
         return None if self._config.get(name) is None else self.get(name, kind)
 
     def nullable(self, name: str, kind: type, default: Any) -> Any:
-        """The field's value, None where it is null, or the default where it is absent."""
+        """The field's value; None if null; the default if absent."""
         return self.optional(name, kind) if self.has(name) else default
 
     def expect(self, name: str, *allowed: Any, why: str) -> None:
-        """Refuse any value but these; an absent or null field is fine."""
+        """Refuse other values; absent or null is accepted."""
         self._read.add(name)
         value = self._config.get(name)
         if value is not None and value not in allowed:
             raise UserError(f"config.json: {name} = {value!r} is not supported: {why}")
 
     def ignore(self, *names: str) -> None:
-        """Fields that change nothing given the others."""
+        """Mark fields as read that have no effect."""
         self._read.update(names)
 
     def finish(self, family: str) -> None:
-        """Refuse what nobody read: a field that changes the model must not be lost on the way."""
+        """UserError for a field that was neither read nor ignored."""
         for name, value in self._config.items():
             if name in self._read or name in HARMLESS or value in (None, {}, []) or value is False:
                 continue
@@ -120,9 +120,9 @@ class Fields:
     def rope(
         self, default_theta: float, max_position_embeddings: int, *, partial: bool = False
     ) -> tuple[float, RopeScaling | None]:
-        """Rotary base and scaling: `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5).
+        """RoPE base and scaling from `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5).
 
-        `partial` says that the family reads `rotary_fraction` as well; otherwise anything but 1 is refused.
+        `partial`: the family reads `rotary_fraction`, too; otherwise partial_rotary_factor must be 1.
         """
         new = self.optional("rope_parameters", dict) or {}
         return self._rope(new, default_theta, max_position_embeddings, partial)
@@ -130,13 +130,13 @@ class Fields:
     def rope_by_kind(
         self, default_theta: float, max_position_embeddings: int
     ) -> tuple[float, RopeScaling | None, float | None]:
-        """The same where layers with a sliding window have rotary embedding of their own, and the base of that.
+        """RoPE base and scaling of full-attention layers, and the base of sliding-window layers (None if not given).
 
-        `rope_parameters` holds those of `full_attention` and `sliding_attention` then; the base is None unless given.
+        `rope_parameters` then has the keys `full_attention` and `sliding_attention`.
         """
         both = self.optional("rope_parameters", dict) or {}
         if unknown := sorted(both.keys() - {"full_attention", "sliding_attention"}):
-            raise UserError(f"config.json: rope_parameters.{unknown[0]} is not a kind of this family's layers")
+            raise UserError(f"config.json: rope_parameters.{unknown[0]} is not a layer type of this family")
         kinds = Fields(both)
         full, windowed = (kinds.optional(kind, dict) or {} for kind in ("full_attention", "sliding_attention"))
         for name, value in windowed.items():
@@ -168,7 +168,7 @@ class Fields:
         return base, new_scaling or scaling
 
     def rotary_fraction(self, default: float, name: str = "partial_rotary_factor") -> float:
-        """Which part of each head is rotated, from its three places; UserError where they disagree."""
+        """partial_rotary_factor from its three places; UserError if they differ."""
         old, new = (self.optional(field, dict) or {} for field in ("rope_scaling", "rope_parameters"))
         given = [
             self.optional(name, float),
@@ -176,7 +176,9 @@ class Fields:
         ]
         found = {value for value in given if value is not None}
         if len(found) > 1:
-            raise UserError(f"config.json: {name} is given as {' and as '.join(map(str, sorted(found)))}")
+            raise UserError(
+                f"config.json: {name} is given as {' and as '.join(map(str, sorted(found)))}; keep the right one"
+            )
         return found.pop() if found else default
 
 
@@ -184,7 +186,7 @@ _LONGROPE = {"short_factor", "long_factor"}
 _PLAIN = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 _LLAMA3 = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 _YARN = {"factor", "original_max_position_embeddings"}
-_YARN_IGNORED = {"finetuned"}  # of the code that came with the first models, which reads it for dynamic scaling only
+_YARN_IGNORED = {"finetuned"}  # read by the first models' remote code, for dynamic scaling only
 _YARN_OPTIONS = {"beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"}
 
 
@@ -208,13 +210,13 @@ def _kind(given: Mapping[str, Any], field: str) -> Any:
 def _scaling(
     given: Mapping[str, Any], field: str, max_position_embeddings: int, original_length: int | None
 ) -> RopeScaling | None:
-    """`original_length` is what the configuration says outside of the scaling: Phi-3 does."""
+    """`original_length`: original_max_position_embeddings at the top level of config.json (Phi-3)."""
     kind = _kind(given, field)
     needed = _KINDS.get(kind) if isinstance(kind, str) else None
     if needed is None:
         known = ", ".join(name for name in _KINDS if name != "default")
         raise UserError(f"config.json: {field} of type {kind!r} is not supported; supported: {known}")
-    allowed = needed | {"original_max_position_embeddings"}  # written, never read, for default, linear and dynamic
+    allowed = needed | {"original_max_position_embeddings"}  # without effect for default, linear and dynamic
     if kind == "yarn":
         allowed = allowed | _YARN_OPTIONS | _YARN_IGNORED
     if kind == "longrope":
@@ -251,7 +253,7 @@ def _yarn(given: Mapping[str, Any]) -> RopeScaling:
         kind="yarn",
         factor=float(given["factor"]),
         original_length=int(given["original_max_position_embeddings"]),
-        beta_fast=optional("beta_fast") or 32.0,  # zero is as good as absent, as in transformers
+        beta_fast=optional("beta_fast") or 32.0,  # 0 means absent, as in transformers
         beta_slow=optional("beta_slow") or 1.0,
         truncate=given.get("truncate") is not False,
         attention_factor=optional("attention_factor"),
@@ -263,7 +265,7 @@ def _yarn(given: Mapping[str, Any]) -> RopeScaling:
 def _longrope(
     given: Mapping[str, Any], field: str, max_position_embeddings: int, original_length: int | None
 ) -> RopeScaling:
-    """The factor is, unless given, how much longer sequences have become."""
+    """`factor` defaults to max_position_embeddings / original_max_position_embeddings."""
     own = given.get("original_max_position_embeddings")
     if own is not None and original_length is not None and own != original_length:
         raise UserError(
@@ -273,19 +275,19 @@ def _longrope(
     length = original_length or own
     if length is None:
         raise UserError(f"config.json: {field} of type longrope lacks original_max_position_embeddings")
-    factor, amplitude = given.get("factor"), given.get("attention_factor")
+    factor, attention_factor = given.get("factor"), given.get("attention_factor")
     return RopeScaling(
         kind="longrope",
         factor=float(max_position_embeddings / length if factor is None else factor),
         original_length=int(length),
-        attention_factor=None if amplitude is None else float(amplitude),
+        attention_factor=None if attention_factor is None else float(attention_factor),
         short_factors=tuple(map(float, given["short_factor"])),
         long_factors=tuple(map(float, given["long_factor"])),
     )
 
 
 def rope_fields(theta: float, scaling: RopeScaling | None, fraction: float | None = None) -> dict[str, Any]:
-    """The same for a config.json to be written, in both spellings; `fraction` where the family has one."""
+    """RoPE fields of a new config.json, for transformers 4 and 5; `fraction`: partial_rotary_factor, if it has one."""
     parameters = _written_scaling(scaling)
     part = {} if fraction is None else {"partial_rotary_factor": fraction}
     return {
@@ -297,7 +299,7 @@ def rope_fields(theta: float, scaling: RopeScaling | None, fraction: float | Non
 
 
 def rope_fields_by_kind(theta: float, scaling: RopeScaling | None, local_theta: float) -> dict[str, Any]:
-    """`rope_parameters` where layers with a sliding window have rotary embedding of their own."""
+    """`rope_parameters` by layer type, for families whose sliding-window layers have their own RoPE."""
     windowed = {"rope_theta": local_theta, "rope_type": "default"}
     full = {"rope_theta": theta, **_written_scaling(scaling)}
     return {"rope_parameters": {"full_attention": full, "sliding_attention": windowed}}

@@ -1,4 +1,4 @@
-"""Tensors and fields of gated delta nets, as Qwen3-Next has them."""
+"""Gated delta net of Qwen3-Next: config.json fields and tensors."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from shared.families.common.fields import Fields
 from shared.mapping.layout import CONCAT, RowLayout, SplitInterleaved
 from shared.mapping.rule import Rule, Source
 
-# Megatron-Core's names of the parts of `in_proj`; a checkpoint holds each by itself.
+# Parts of Megatron-Core's `in_proj`, a checkpoint key each.
 IN_PROJ_PARTS = ("query", "key", "value", "z", "beta", "alpha")
 
 
 def gated_delta_net_rules(
     net: GatedDeltaNet, hidden: int, layers: Sequence[int], key: str, name: str, *, zero_centered_gamma: bool
 ) -> Iterator[Rule]:
-    """Tensors under `key` of those under `name`, both with `{layer}` in them.
+    """Rules from tensors under `name` to tensors under `key`, both with `{layer}`.
 
-    Hugging Face's `in_proj_qkvz` is `[q1 k1 v1 z1 | q2 k2 v2 z2 | ...]` by heads of keys, with the heads of values that
-    belong to one, and `in_proj_ba` likewise `[b1 a1 | b2 a2 | ...]`. Its convolution has `[q ; k ; v]`, as
-    Megatron-Core's.
+    Hugging Face: `in_proj_qkvz` is `[q1 k1 v1 z1 | q2 k2 v2 z2 | ...]`, `in_proj_ba` `[b1 a1 | b2 a2 | ...]`, one group per
+    key head with its value heads. conv1d is `[q ; k ; v]` on both sides.
     """
 
     def rule(megatron: str, source: str, *shape: int, layout: RowLayout = CONCAT, **of_source: Any) -> Rule:
@@ -40,14 +39,14 @@ def gated_delta_net_rules(
         yield rule(f"conv1d.weight.{part}", "conv1d.weight", 2 * k + v, 1, net.conv_kernel, layout=layout)
     yield rule("A_log", "A_log", heads, init="log")
     yield rule("dt_bias", "dt_bias", heads, init="one")
-    # Hugging Face stores this norm's weight as it is; Megatron-Core has one switch for all norms.
+    # Hugging Face: not zero-centred. Megatron-Core: layernorm_zero_centered_gamma covers this norm, too.
     norm = rule("out_norm.weight", "norm.weight", net.value_head_dim)
     yield replace(norm, zero_centered_gamma=zero_centered_gamma)
     yield rule("out_proj.weight", "out_proj.weight", hidden, v)
 
 
 def read_gated_delta_net(fields: Fields) -> GatedDeltaNet:
-    """The fields of gated delta nets."""
+    """The gated delta net of config.json."""
     return GatedDeltaNet(
         key_heads=fields.get("linear_num_key_heads", int, 16),
         value_heads=fields.get("linear_num_value_heads", int, 32),
@@ -58,7 +57,7 @@ def read_gated_delta_net(fields: Fields) -> GatedDeltaNet:
 
 
 def write_gated_delta_net(a: Architecture) -> dict[str, Any]:
-    """`read_gated_delta_net` backwards."""
+    """Inverse of `read_gated_delta_net`."""
     net = a.delta_net
     assert net is not None
     return {

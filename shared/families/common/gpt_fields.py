@@ -1,4 +1,4 @@
-"""Fields of the decoders that are spelt as GPT-2's: `n_embd`, `n_head`, `n_layer`, `attn_pdrop`..."""
+"""config.json fields with GPT-2's names: `n_embd`, `n_head`, `n_layer`, `attn_pdrop`..."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ GPT = Spelling(
 
 
 def read_gpt(fields: Fields, *, dropout: float, default_activation: str, tied: bool) -> Decoder:
-    """The common fields; `dropout` is the transformers class's default of all three kinds."""
-    fields.expect("scale_attn_weights", True, why="scores are scaled by 1 / sqrt(head_dim)")
-    # Of heads that are no language models, and of programs that ran the models.
+    """The common fields; `dropout`: the class default of attention, hidden and embedding dropout."""
+    fields.expect("scale_attn_weights", True, why="the softmax scale must be 1 / sqrt(head_dim)")
+    # Fields of classification heads, and of other runtimes.
     fields.ignore("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type")
     fields.ignore("summary_use_proj", "gradient_checkpointing", "n_ctx")
     decoder = read_decoder(
@@ -46,5 +46,5 @@ def read_gpt(fields: Fields, *, dropout: float, default_activation: str, tied: b
 
 
 def write_gpt(a: Architecture) -> dict[str, Any]:
-    """`read_gpt` backwards."""
+    """Inverse of `read_gpt`."""
     return write_decoder(a, GPT, rotary=False)

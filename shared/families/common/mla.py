@@ -1,4 +1,4 @@
-"""MLA as DeepSeek's configurations and files have it: its fields, and the names of its tensors."""
+"""MLA of DeepSeek V2 and V3: config.json fields and tensor names."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from shared.families.common.fields import Fields
 
 
 def read_mla(fields: Fields, heads: int, rotary: Rotary) -> LatentAttention:
-    """The fields of MLA."""
+    """The MLA of config.json."""
     fields.expect("attention_bias", False, why="MLA with biases is not supported")
-    fields.expect("rope_interleave", True, why="the rotated pairs of released models are neighbours")
+    fields.expect("rope_interleave", True, why="only interleaved RoPE pairs are supported with MLA")
     mla = LatentAttention(
         heads=heads,
         q_lora_rank=fields.optional("q_lora_rank", int),
@@ -23,17 +23,17 @@ def read_mla(fields: Fields, heads: int, rotary: Rotary) -> LatentAttention:
         v_head_dim=fields.get("v_head_dim", int, 128),
         rotary=rotary,
     )
-    # transformers 5 writes both; its head_dim is that of the rotation.
-    fields.expect("head_dim", mla.qk_rope_head_dim, why="it is qk_rope_head_dim, or absent")
-    fields.expect("qk_head_dim", mla.head_dim, why="it is qk_nope_head_dim + qk_rope_head_dim, or absent")
+    # transformers 5 writes both; its head_dim is qk_rope_head_dim.
+    fields.expect("head_dim", mla.qk_rope_head_dim, why="it must equal qk_rope_head_dim, or be absent")
+    fields.expect("qk_head_dim", mla.head_dim, why="it must equal qk_nope_head_dim + qk_rope_head_dim, or be absent")
     groups = fields.get("num_key_value_heads", int, heads)
     if groups != heads:
-        raise UserError(f"config.json: num_key_value_heads {groups} is not num_attention_heads {heads}")
+        raise UserError(f"config.json: MLA: num_key_value_heads {groups} must equal num_attention_heads {heads}")
     return mla
 
 
 def write_mla(a: Architecture) -> dict[str, Any]:
-    """`read_mla` backwards."""
+    """Inverse of `read_mla`."""
     mla = a.mla
     assert mla is not None
     return {
@@ -48,16 +48,16 @@ def write_mla(a: Architecture) -> dict[str, Any]:
 
 
 def mla_norms(mla: LatentAttention) -> Iterator[tuple[str, str, int]]:
-    """Megatron-Core's key, Hugging Face's name and the size of each norm; the key holds it as part of what follows."""
+    """Megatron key (part of a LayerNormLinear), Hugging Face name and size of each low-rank norm."""
     if mla.q_lora_rank:
         yield "linear_q_up_proj.layer_norm_", "self_attn.q_a_layernorm", mla.q_lora_rank
     yield "linear_kv_up_proj.layer_norm_", "self_attn.kv_a_layernorm", mla.kv_lora_rank
 
 
 def mla_projections(hidden: int, mla: LatentAttention) -> Iterator[tuple[str, str, tuple[int, int]]]:
-    """Key, name and shape of each projection but the output's. Both sides order rows alike:
+    """Megatron key, Hugging Face name and shape of each projection except o_proj.
 
-    a head's queries `[nope, rope]`, keys and values `[nope, value]`, the low rank's `[latent, rope]`.
+    Row order is equal on both sides: q `[nope, rope]` and kv_up `[k_nope, v]` per head, kv_down `[latent, k_rope]`.
     """
     if low := mla.q_lora_rank:
         yield "linear_q_down_proj", "self_attn.q_a_proj", (low, hidden)

@@ -1,4 +1,4 @@
-"""MoE as Qwen's and DeepSeek's configurations say it: how many experts, and in which layers."""
+"""MoE of Qwen and DeepSeek: config.json fields, and which layers are MoE."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared.families.common.fields import Fields
 
 
 def expert_count(fields: Fields, default: int) -> int:
-    """`num_experts`, which transformers 5 writes as `num_local_experts`."""
+    """`num_experts`; `num_local_experts` in transformers 5."""
     old, new = fields.optional("num_experts", int), fields.optional("num_local_experts", int)
     if old is not None and new is not None and old != new:
         raise UserError(f"config.json: num_experts {old} contradicts num_local_experts {new}; keep the right one")
@@ -19,14 +19,14 @@ def expert_count(fields: Fields, default: int) -> int:
 
 
 def read_dense_layers(fields: Fields, num_layers: int) -> tuple[int, ...]:
-    """Layers with an MLP: those of `mlp_only_layers`, and all but every `decoder_sparse_step`-th."""
+    """Dense layers: `mlp_only_layers`, and all except every `decoder_sparse_step`-th layer."""
     step = fields.get("decoder_sparse_step", int, 1)
     named = fields.get("mlp_only_layers", list, [])
     if step < 1:
-        raise UserError(f"config.json: decoder_sparse_step is {step}; at least 1 is possible")
+        raise UserError(f"config.json: decoder_sparse_step is {step}; it must be at least 1")
     dense = tuple(layer for layer in range(num_layers) if layer in named or (layer + 1) % step)
     if len(dense) == num_layers:
-        raise UserError("config.json: mlp_only_layers and decoder_sparse_step leave no layer with experts")
+        raise UserError("config.json: mlp_only_layers and decoder_sparse_step leave no MoE layer")
     return dense
 
 
@@ -40,7 +40,7 @@ def read_qwen_moe(
     normalized: bool,
     shared: int | None = None,
 ) -> MoE:
-    """Qwen's fields; the further arguments are the class's defaults, `shared` of the shared expert where there is one."""
+    """Qwen's MoE. Keyword arguments are class defaults; `shared`: size of the shared expert, None without one."""
     if shared is not None:
         shared = fields.get("shared_expert_intermediate_size", int, shared)
     return MoE(
@@ -55,7 +55,7 @@ def read_qwen_moe(
 
 
 def write_qwen_moe(a: Architecture) -> dict[str, Any]:
-    """`read_qwen_moe` backwards, with the dense layers."""
+    """Inverse of `read_qwen_moe` and `read_dense_layers`."""
     assert a.moe is not None
     return {
         "num_experts": a.moe.experts,
@@ -72,12 +72,12 @@ def write_qwen_moe(a: Architecture) -> dict[str, Any]:
 def read_deepseek_moe(
     fields: Fields, decoder: Decoder, *, dense: int, grouped: bool, **of_the_family: Any
 ) -> tuple[MoE, range]:
-    """DeepSeek's fields, and the dense layers, whose default number is the class's."""
-    fields.expect("moe_layer_freq", 1, why="layers with experts follow each other in released models")
-    fields.ignore("ep_size")  # how the authors ran it
+    """DeepSeek's MoE and its dense layers."""
+    fields.expect("moe_layer_freq", 1, why="every layer after the first_k_dense_replace must be MoE")
+    fields.ignore("ep_size")  # expert parallelism of the authors' runs
     dense = fields.get("first_k_dense_replace", int, dense)
     if not 0 <= dense < decoder.num_layers:
-        raise UserError(f"config.json: first_k_dense_replace is {dense}, which leaves no layer with experts")
+        raise UserError(f"config.json: first_k_dense_replace is {dense}, which leaves no MoE layer")
     size = fields.get("moe_intermediate_size", int)
     groups, top = fields.optional("n_group", int), fields.optional("topk_group", int)
     moe = MoE(
@@ -96,7 +96,7 @@ def read_deepseek_moe(
 
 
 def write_deepseek_moe(a: Architecture) -> dict[str, Any]:
-    """`read_deepseek_moe` backwards."""
+    """Inverse of `read_deepseek_moe`."""
     moe = a.moe
     assert moe is not None
     assert moe.shared is not None

@@ -1,8 +1,8 @@
-"""MTP (multi-token prediction) layers: DeepSeek V3's, GLM-4.5's, Qwen3-Next's.
+"""MTP (multi-token prediction) tensors of DeepSeek V3, GLM-4.5, Qwen3-Next.
 
-Each is `projection [norm(embedding) ; norm(hidden)]`, a decoder layer with attention and experts, and a norm in front of
-the model's own head (DeepSeek V3, section 2.2). Both sides have the embedding's half of the projection's columns first:
-Megatron-Core's `MultiTokenPredictionLayer`, and vLLM's `deepseek_mtp`, `glm4_moe_mtp` and `qwen3_next_mtp`.
+MTP layer: `head(norm(decoder_layer(eh_proj [enorm(embedding) ; hnorm(hidden)])))` with the model's head (DeepSeek V3,
+section 2.2). Columns of eh_proj are `[embedding | hidden]` in Megatron-Core's `MultiTokenPredictionLayer` and in vLLM's
+`deepseek_mtp`, `glm4_moe_mtp`, `qwen3_next_mtp`.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from dataclasses import dataclass, replace
 from shared.architecture.architecture import Architecture
 from shared.mapping.rule import Rule, Source, Table, TiedTensor
 
-_KEY = "mtp."  # prefix of their keys in Megatron form
+_KEY = "mtp."  # prefix of Megatron keys
 _LAYERS = "decoder.layers."
 
 
 @dataclass(frozen=True, kw_only=True)
 class MTPNames:
-    """Hugging Face's names; `{layer}` counts on from the model's layers, `{index}` from 0."""
+    """Hugging Face names; `{index}`: MTP layer from 0; `{layer}`: num_layers + index."""
 
     layer: str
     embedding_norm: str
     hidden_norm: str
     projection: str
     final_norm: str
-    # Copies of the model's own that some files have: of the embedding, and of the head.
+    # Tied copies of the model's embedding and head, in some files.
     embedding: str = ""
     head: str = ""
 
     def at(self, a: Architecture, index: int) -> MTPNames:
-        """Those of one MTP layer."""
+        """Names of MTP layer `index`."""
         given = {name: value.format(layer=a.num_layers + index, index=index) for name, value in vars(self).items()}
         return MTPNames(**given)
 
@@ -55,13 +55,13 @@ QWEN3_NEXT_MTP = MTPNames(
 
 
 def mtp_rules(a: Architecture, index: int, names: MTPNames, layer: Iterable[Rule]) -> Iterator[Rule]:
-    """Rules of one MTP layer, counted from 0.
+    """Rules of MTP layer `index`, from 0.
 
     Args:
-        a: of the whole model.
-        index: which one.
+        a: the model.
+        index: the MTP layer.
         names: its names.
-        layer: rules of a model whose only layer is the decoder layer within, under its names.
+        layer: rules of `a.mtp_decoder` under the names of this MTP layer.
     """
     key, hidden = f"{_KEY}layers.{index}", a.hidden_size
     for part, name, shape in (
@@ -80,12 +80,12 @@ def mtp_rules(a: Architecture, index: int, names: MTPNames, layer: Iterable[Rule
 
 
 def mtp_tied_tensors(names: MTPNames, embedding: str, head: str) -> Iterator[TiedTensor]:
-    """What one MTP layer's files may have of the model's own tensors, whose names are given."""
+    """Copies of the model's `embedding` and `head` that an MTP layer may store."""
     for name, of in ((names.embedding, embedding), (names.head, head)):
         if name:
             yield TiedTensor(name=f"{name}.weight", tied_to=f"{of}.weight", always=True)
 
 
 def mtp_part(table: Table) -> Table:
-    """The part of the table that MTP layers have."""
+    """The MTP rules of a table."""
     return replace(table, rules=tuple(rule for rule in table.rules if rule.megatron.startswith(_KEY)), pass_through=())

@@ -1,8 +1,7 @@
-"""A multimodal wrapper: a language model with a vision tower beside it, as models that see images are published.
+"""Multimodal wrapper: a language model of another family with a vision tower.
 
-The language model is of a family that is described by itself; vision tower and projector are kept as pass-through tensors.
-A wrapper says where the configurations are (`text_config`, `vision_config`), what names begin with, and which tensors pass
-through.
+Vision tower and projector are pass-through tensors. The wrapper adds `text_config` and `vision_config`, name prefixes, and
+the list of pass-through tensors.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from shared.families.family import Family
 from shared.mapping.rule import PassThroughTensor, PrefixVariants, Table
 
 _TEXT, _VISION, _TIED = "text_config", "vision_config", "tie_word_embeddings"
-PREFIX = "language_model."  # of the language model's own names
+PREFIX = "language_model."  # of the language model's tensor names
 
-# Prefixes of names: as published and as transformers writes them, then as its class names them.
+# Name prefixes: published and written by save_pretrained -> in the state dict of the transformers class.
 PREFIX_VARIANTS: PrefixVariants = {
     f"{PREFIX}model.": ("model.language_model.",),
     f"{PREFIX}lm_head.": ("lm_head.",),
@@ -31,14 +30,14 @@ PREFIX_VARIANTS: PrefixVariants = {
 
 @dataclass(frozen=True, kw_only=True)
 class MultimodalWrapper:
-    """What a wrapper adds to the family of the language model in it."""
+    """What a wrapper adds to the family of its language model."""
 
     inner: Family
     model_type: str
-    defaults: Mapping[str, Any]  # of fields that `text_config` leaves out, as its class has them
-    refused: Mapping[str, str]  # fields of `text_config` that must not be set here, and why
-    ignored: tuple[str, ...]  # the wrapper's own fields, which say nothing of the language model
-    fields: Mapping[str, Any]  # of those, what a new configuration says
+    defaults: Mapping[str, Any]  # class defaults of absent `text_config` fields
+    refused: Mapping[str, str]  # `text_config` fields that must be unset: name -> reason
+    ignored: tuple[str, ...]  # the wrapper's fields without effect on the language model
+    fields: Mapping[str, Any]  # values of `ignored` in a new config.json
     read: Callable[[Fields], Vision]  # of `vision_config`
     write: Callable[[Vision], dict[str, Any]]
     pass_through: Callable[[Architecture, Vision], Iterable[PassThroughTensor]]
@@ -51,10 +50,10 @@ class MultimodalWrapper:
         tied, own = given.optional(_TIED, bool), text.get(_TIED)
         if tied is False and own is True:
             raise UserError(
-                f"config.json: {_TIED} is false, and true in {_TEXT}: programs disagree on which counts; keep the right one"
+                f"config.json: {_TIED} is false, but true in {_TEXT}; runtimes read one or the other: keep the right one"
             )
         inside = Fields(self.inner.without_legacy_names(self.language({_TEXT: text, _TIED: tied})))
-        inside.expect("model_type", *self.inner.model_types, why="the language model of this family is another")
+        inside.expect("model_type", *self.inner.model_types, why=f"the language model must be {self.inner.name}")
         for field, why in self.refused.items():
             inside.expect(field, why=why)
         architecture = self.inner.read(inside)
@@ -62,12 +61,12 @@ class MultimodalWrapper:
         return replace(architecture, family=name, vision=self.read(Fields(vision)))
 
     def language(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The language model's configuration, complete where its class has defaults."""
+        """The language model's config.json, with class defaults filled in."""
         given = {_TIED: config.get(_TIED), **config.get(_TEXT, {})}
         return {**self.defaults, **{field: value for field, value in given.items() if value is not None}}
 
     def table(self, a: Architecture) -> Table:
-        """The language model's tensors, and those that pass through."""
+        """The language model's table with prefixed names, and the pass-through tensors."""
         assert a.vision is not None
         table = self.inner.table(a).renamed(lambda name: PREFIX + name)
         return replace(
@@ -77,7 +76,7 @@ class MultimodalWrapper:
         )
 
     def config(self, a: Architecture) -> dict[str, Any]:
-        """A new configuration's own fields."""
+        """The family's fields of a new config.json."""
         assert a.vision is not None
         text = {"model_type": self.inner.model_types[0], **self.inner.write(a), "pad_token_id": None}
         return {_TEXT: text, _VISION: self.write(a.vision), **self.fields, _TIED: a.head.tied}
@@ -86,7 +85,7 @@ class MultimodalWrapper:
 def wrapper_family(
     wrapper: MultimodalWrapper, *, name: str, title: str, hf_class: str, size_configs: Mapping[str, Mapping[str, Any]]
 ) -> Family:
-    """The family of the wrapper."""
+    """The `Family` of a wrapper."""
     return Family(
         name=name,
         model_types=(wrapper.model_type,),
@@ -101,6 +100,6 @@ def wrapper_family(
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration whose embedding and output head are two tensors, wherever it says so."""
+    """config.json with `tie_word_embeddings` false, in `text_config`, too."""
     inside = {_TEXT: config[_TEXT] | {_TIED: False}} if _TEXT in config else {}
     return {**config, **inside, _TIED: False}

@@ -1,4 +1,4 @@
-"""SigLIP's vision tower: its fields and its tensors."""
+"""SigLIP vision tower: config.json fields and tensors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ MODEL_TYPE = "siglip_vision_model"
 
 
 def read(fields: Fields) -> Vision:
-    """Defaults are those of transformers' SiglipVisionConfig. What changes no tensor's shape is not looked at."""
-    fields.expect("model_type", MODEL_TYPE, why="the vision tower of this family is SigLIP's")
+    """Defaults: transformers' SiglipVisionConfig. Fields without effect on tensor shapes are not read."""
+    fields.expect("model_type", MODEL_TYPE, why="the vision tower of this family must be SigLIP")
     if fields.get("vision_use_head", bool, True):
         raise UserError("config.json: vision_config.vision_use_head is true; this family's vision tower has no head")
     vision = Vision(
@@ -50,11 +50,11 @@ def write(vision: Vision) -> dict[str, Any]:
 
 
 def tensors(vision: Vision, prefix: str) -> Iterator[PassThroughTensor]:
-    """Every tensor of the tower, under names that begin with the prefix."""
+    """All tensors of the tower, named with `prefix`."""
     hidden, ffn, layers = vision.hidden_size, vision.ffn_hidden_size, tuple(range(vision.num_layers))
 
     def both(name: str, *shape: int, each: bool = False) -> Iterator[PassThroughTensor]:
-        """A weight, and a bias of its rows."""
+        """A weight and its bias."""
         for kind, size in (("weight", shape), ("bias", shape[:1])):
             yield one(f"{name}.{kind}", size, each)
 

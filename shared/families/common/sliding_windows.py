@@ -1,4 +1,4 @@
-"""Sliding windows: which layers have one, as configurations say it."""
+"""Sliding windows: config.json fields, and which layers have one."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ _KINDS = {"full_attention", "sliding_attention"}
 
 
 def every(period: int, num_layers: int) -> range:
-    """The last layer, from 0, of each run of `period`: those with full attention in most families."""
+    """Every `period`-th layer, as indices from 0: period - 1, 2 * period - 1.."""
     return range(period - 1, num_layers, period)
 
 
 def read_windows(fields: Fields, num_layers: int, default_window: int, default_full: Iterable[int]) -> Windows:
-    """`layer_types` and `sliding_window`; the layers with full attention are `default_full` unless given."""
+    """Windows from `layer_types` and `sliding_window`; `default_full`: full-attention layers without `layer_types`."""
     full = set(default_full)
     default = [f"{'full' if layer in full else 'sliding'}_attention" for layer in range(num_layers)]
     kinds = fields.get("layer_types", list, default)
     if len(kinds) != num_layers or set(kinds) - _KINDS:
-        raise UserError(f"config.json: layer_types = {kinds!r} does not say full or sliding for {num_layers} layers")
+        raise UserError(
+            f"config.json: layer_types is {kinds!r}; full_attention or sliding_attention is required for each of "
+            f"{num_layers} layers"
+        )
     window = fields.nullable("sliding_window", int, default_window)
     return tuple(None if kind == "full_attention" else window for kind in kinds)
 
 
 def windowed(windows: Windows, **changes: Any) -> Callable[[int, Layer], Layer]:
-    """Layers with these windows; mixers with one have these further changes."""
+    """`vary` for `Decoder.build`: sets the windows; sliding-window mixers also get `changes`."""
 
     def vary(index: int, layer: Layer) -> Layer:
         window = windows[index]
@@ -47,7 +50,7 @@ def windows_of(a: Architecture) -> Windows:
 
 
 def write_windows(a: Architecture) -> dict[str, Any]:
-    """`read_windows` backwards."""
+    """Inverse of `read_windows`."""
     windows = windows_of(a)
     return {
         "sliding_window": next((window for window in windows if window is not None), None),
@@ -56,13 +59,13 @@ def write_windows(a: Architecture) -> dict[str, Any]:
 
 
 def write_rope_by_kind(a: Architecture) -> dict[str, Any]:
-    """`rope_parameters` where layers with a sliding window have rotary embedding of their own."""
+    """`rope_parameters` by layer type, for families whose sliding-window layers have their own RoPE."""
     full = rotary_of(a)
     return rope_fields_by_kind(full.theta, full.scaling, (local_rotary_of(a) or full).theta)
 
 
 def read_optional_windows(fields: Fields, num_layers: int, full: Iterable[int]) -> Windows:
-    """Qwen's: `use_sliding_window` says whether there are any; `full` are then the layers with full attention."""
+    """Qwen: windows only with `use_sliding_window`; `full`: the full-attention layers then."""
     if fields.get("use_sliding_window", bool, False):
         return read_windows(fields, num_layers, 4096, full)
     fields.expect("layer_types", ["full_attention"] * num_layers, why="use_sliding_window is false")
@@ -71,17 +74,17 @@ def read_optional_windows(fields: Fields, num_layers: int, full: Iterable[int]) 
 
 
 def write_optional_windows(a: Architecture) -> dict[str, Any]:
-    """`read_optional_windows` backwards."""
+    """Inverse of `read_optional_windows`."""
     written = write_windows(a)
     used = written["sliding_window"] is not None
     return {"use_sliding_window": used, **(written if used else {})}
 
 
-def before_dual_chunks(fields: Fields, decoder: Decoder) -> Decoder:
-    """A model that ends where dual chunk attention (Qwen's of 1M tokens) begins to differ from full attention.
+def limit_to_first_chunk(fields: Fields, decoder: Decoder) -> Decoder:
+    """Limit max_position_embeddings to the first chunk of dual chunk attention (Qwen 1M models).
 
-    Tokens see those of their own chunk as ever, and those of others at other distances: within the first chunk it is full
-    attention, which transformers computes however long a sequence is.
+    Dual chunk attention equals full attention within the first chunk (chunk_size - local_size tokens). transformers
+    computes full attention at any length, so longer sequences would differ.
     """
     given = fields.optional("dual_chunk_attention_config", dict)
     if given is None:

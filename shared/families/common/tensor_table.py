@@ -1,4 +1,4 @@
-"""The table of a decoder: which tensors an architecture has, under the names that a family gives them."""
+"""Tensor table of a decoder: Hugging Face names of a family to Megatron keys."""
 
 from __future__ import annotations
 
@@ -29,38 +29,38 @@ from shared.mapping.rule import Axis, PassThroughTensor, Rule, Source, Table, Ti
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """Hugging Face's names of modules, whose tensors are `.weight` and `.bias`; the defaults are LLaMA's.
+    """Hugging Face module names (tensors: `.weight`, `.bias`); defaults: LLaMA's.
 
-    Names of parts of a layer follow `layer`. Several names are projections that Megatron-Core holds as one.
+    Names inside a layer are appended to `layer`. A tuple of several names: linear layers that Megatron-Core fuses.
     """
 
-    prefix: str = ""  # which files that were saved without the head lack
+    prefix: str = ""  # base model prefix, absent in files saved without the head
     embedding: str = "model.embed_tokens"
     embedding_norm: str = ""
     embedding_projection: str = ""
     output_projection: str = ""
     positions: str = ""
-    block_positions: str = ""  # second of 2-D positions: within what fills a blank
+    block_positions: str = ""  # block position table of 2-D positions
     layer: str = "model.layers.{layer}."
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
     post_attention_norm: str = ""
     post_mlp_norm: str = ""
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    # How one fused projection is ordered: `[q ; k ; v]`, or as Megatron-Core's, group by group.
+    # Row order of a fused QKV. blocks: `[q ; k ; v]`. groups: Megatron-Core's `[q1..qn k1 v1 | q.. k2 v2 | ...]`.
     fused: Literal["blocks", "groups"] = "blocks"
     q_norm: str = "self_attn.q_norm"
     k_norm: str = "self_attn.k_norm"
     gated_delta_net: str = "linear_attn."
     proj: str = "self_attn.o_proj"
     fc1: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    gate_last: bool = False  # one fused projection is [up ; gate], not [gate ; up]
+    gate_last: bool = False  # fused fc1 is [up ; gate], not [gate ; up]
     fc2: str = "mlp.down_proj"
     router: str = "mlp.gate"
-    correction_bias: str = "mlp.gate.e_score_correction_bias"  # the tensor itself
-    # One tensor holds all experts', each `[in, out]`, its columns gate and up in turn (gpt-oss).
+    correction_bias: str = "mlp.gate.e_score_correction_bias"  # tensor name, no suffix
+    # One tensor for all experts, `[experts, in, out]`, columns of fc1 `[gate1 up1 gate2 up2 ..]` (gpt-oss).
     stacked_experts: bool = False
-    sinks: str = "self_attn.sinks"  # the tensor itself
+    sinks: str = "self_attn.sinks"  # tensor name, no suffix
     expert_fc1: tuple[str, ...] = ("mlp.experts.{expert}.gate_proj", "mlp.experts.{expert}.up_proj")
     expert_fc2: str = "mlp.experts.{expert}.down_proj"
     shared_fc1: tuple[str, ...] = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
@@ -70,7 +70,7 @@ class Names:
     head: str = "lm_head"
     mtp: MTPNames | None = None
     transposed: bool = False  # weights of linear layers are `[in, out]` (GPT-2)
-    # Constants that files of old transformers versions hold; every implementation recomputes them.
+    # Buffers stored by old transformers versions; every implementation recomputes them.
     pass_through: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
 
 
@@ -82,7 +82,7 @@ DEEPSEEK_NAMES = Names(
 
 
 def decoder_table(a: Architecture, names: Names, further_pass_through: Iterable[PassThroughTensor] = ()) -> Table:
-    """Tensors of the decoder, as the architecture has them."""
+    """Tensor table of an architecture."""
     rules = list(_Decoder(a, names).rules())
     tied = [TiedTensor(name=f"{names.head}.weight", tied_to=f"{names.embedding}.weight")] if a.head.tied else []
     if names.mtp and a.mtp:
@@ -112,7 +112,7 @@ Layers = tuple[int, ...] | None  # indices from 0; None: all
 
 
 class _Decoder:
-    """Rules of a decoder's tensors, in Megatron-Core's order."""
+    """Rules of a decoder, in Megatron-Core's order."""
 
     def __init__(self, a: Architecture, names: Names) -> None:
         self.a, self.names, self.hidden = a, names, a.hidden_size
@@ -126,17 +126,17 @@ class _Decoder:
         yield from self.head_rules()
 
     def named(self, key: str, *names: str) -> None:
-        """UserError where the family has no name of a tensor that the architecture has."""
+        """UserError if the family has no name for a tensor of the architecture."""
         if not names or not all(names):
             raise UserError(f"{key}: family {self.a.family} has no tensor names for it")
 
     def tensor(self, key: str, name: str, *shape: int, kind: str = "weight", layout: RowLayout = CONCAT) -> Rule:
-        """A tensor outside of the layers."""
+        """A tensor outside the layers."""
         self.named(key, name)
         return Rule(megatron=key, sources=(Source(name=f"{name}.{kind}", shape=shape),), layout=layout)
 
     def in_layers(self, key: str, *shape: int, name: str, layers: Layers, fp32: bool = False) -> Rule:
-        """A tensor of each layer, under its full name within the layer."""
+        """A tensor of each layer, by its name in the layer."""
         source = Source(name=self.names.layer + name, shape=shape, fp32=fp32)
         return Rule(megatron=key, axes=("layer",), layers=layers, sources=(source,))
 
@@ -152,7 +152,7 @@ class _Decoder:
         axes: tuple[Axis, ...] = ("layer",),
         layers: Layers = None,
     ) -> Iterator[Rule]:
-        """A linear layer: rows of each part, columns, whether it has a bias, and which layers have it."""
+        """A linear layer, fused from `parts` with `rows` each, in `layers`."""
         stored = (sum(rows),) if len(parts) == 1 else rows
         self.named(key, *parts if len(parts) == len(stored) else ())
         for kind in ("weight", "bias") if bias else ("weight",):
@@ -168,7 +168,7 @@ class _Decoder:
     def norm(
         self, key: str, name: str, size: int = 0, *, norm: Norm | None = None, layers: Layers = None
     ) -> Iterator[Rule]:
-        """A norm of each layer. One without tensors has constants: Megatron-Core's norms have weights in any case."""
+        """A norm of each layer. Non-affine norms become constants: Megatron-Core's norms always have weights."""
         norm, size = norm or self.a.layers[0].norm, size or self.hidden
         for kind in ("weight", "bias") if norm.bias else ("weight",):
             if norm.affine:
@@ -181,7 +181,7 @@ class _Decoder:
                 )
 
     def outer_norm(self, key: str, name: str, norm: Norm) -> Iterator[Rule]:
-        """A norm outside of the layers."""
+        """A norm outside the layers."""
         for kind in ("weight", "bias") if norm.bias else ("weight",):
             rule = self.tensor(f"{key}.{kind}", name, self.hidden, kind=kind)
             yield rule if norm.affine else replace(rule, sources=(), layout=_fixed(kind, self.hidden))
@@ -247,12 +247,12 @@ class _Decoder:
             yield from self.qk_norm(f"{key}.k_layernorm.", names.k_norm, "key_head", mixer.groups, mixer, layers)
 
     def qk_norm(self, key: str, name: str, axis: Axis, heads: int, mixer: Attention, layers: Layers) -> Iterator[Rule]:
-        """The norm of queries or of keys: one weight for all heads, of the projection, or `[heads, head_dim]`."""
+        """QK norm: weight `[head_dim]`, `[heads * head_dim]`, or `[heads, head_dim]`."""
         if mixer.qk_norm != "each_head":
             size = mixer.head_dim if mixer.qk_norm == "head" else heads * mixer.head_dim
             yield from self.norm(key, name, size, layers=layers)
             return
-        apart = f"{{{axis}}}" in name  # a tensor for every head, or one for all of them
+        apart = f"{{{axis}}}" in name  # one source tensor per head
         shape = (mixer.head_dim,) if apart else (heads, mixer.head_dim)
         rule = self.in_layers(f"{key}weight", *shape, name=f"{name}.weight", layers=layers)
         yield replace(rule, axes=("layer", axis)) if apart else rule
@@ -285,7 +285,7 @@ class _Decoder:
         layout: RowLayout = CONCAT,
         axes: tuple[Axis, ...] = ("layer",),
     ) -> Iterator[Rule]:
-        """fc1, `[gate ; up]` or up alone, and fc2."""
+        """fc1 (`[gate ; up]`, or up without a gate) and fc2."""
         size = mlp.ffn_hidden_size
         rows = (size, size) if mlp.gated else (size,)
         yield from self.linear(
@@ -316,7 +316,7 @@ class _Decoder:
             yield self.in_layers(gate, 1, self.hidden, name=f"{names.shared_gate}.weight", layers=layers)
 
     def stacked_experts(self, key: str, expert: MLP, layers: tuple[int, ...]) -> Iterator[Rule]:
-        """Experts of one tensor; a bias is named after its weight, whose name has no ending."""
+        """Experts stacked in one tensor: weight `<name>`, bias `<name>_bias`."""
         names, size, hidden = self.names, expert.ffn_hidden_size, self.hidden
         self.named(key, *names.expert_fc1 if expert.gated and len(names.expert_fc1) == 1 else ())
         in_turn: RowLayout = Deinterleave(parts=2)
@@ -348,5 +348,5 @@ class _Decoder:
 
 
 def _fixed(kind: str, size: int) -> Constant:
-    """A tensor of a norm without tensors: weight 1, bias 0."""
+    """Weight 1 or bias 0 of a non-affine norm."""
     return Constant(shape=(size,), value=1 if kind == "weight" else 0)

@@ -1,4 +1,4 @@
-"""Ids of tokens as a tokenizer's small files say them, without the program that such a tokenizer is published with."""
+"""Token ids from a tokenizer's small files, without running the tokenizer's remote code."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from shared.checkpoint.directory.auxiliary_files import read_config
 
 
 def token_ids(directory: Path) -> dict[str, int]:
-    """Every token that the files of a folder name, and its id; empty where there are none.
+    """Token -> id, from the tokenizer files of a directory; empty without such files.
 
     Raises:
         UserError: a file is not JSON.
     """
     ids: dict[str, int] = {}
-    if (path := directory / "vocab.txt").is_file():  # BERT's: a token a line
+    if (path := directory / "vocab.txt").is_file():  # BERT: one token per line
         ids |= {token: index for index, token in enumerate(path.read_text(encoding="utf-8").split("\n"))}
     if (path := directory / "vocab.json").is_file():
         ids |= read_config(path)
@@ -29,7 +29,7 @@ def token_ids(directory: Path) -> dict[str, int]:
 
 
 def mask_token(directory: Path) -> str:
-    """The token that stands for a blank, as the tokenizer's settings say."""
+    """The tokenizer's mask_token."""
     token = _settings(directory).get("mask_token")
     if token is None and (path := directory / "special_tokens_map.json").is_file():
         token = read_config(path).get("mask_token")

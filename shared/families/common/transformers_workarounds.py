@@ -1,4 +1,4 @@
-"""Workarounds of transformers: what its classes do not compute of a configuration that they load."""
+"""Workarounds for config.json fields that transformers classes load but do not apply."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def with_workarounds(model: Any) -> Any:
-    """The model of transformers, computing what its configuration says: MPT's `alibi_bias_max`, which its class leaves at 8.
+    """Apply MPT's `alibi_bias_max`, which the transformers class ignores (always 8).
 
     Args:
-        model: of any family, with a head or without.
+        model: a transformers model of any family, with or without head.
     """
     if model.config.model_type == "mpt":
         body, attention = model.base_model, model.config.attn_config

@@ -1,1 +1,1 @@
-"""The attention product."""
+"""Core attention: SDPA, eager attention, ALiBi, masks."""

@@ -1,4 +1,4 @@
-"""Attention with linear biases."""
+"""ALiBi: attention with linear biases (Press et al., 2022)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import torch
 
 
 def slopes(heads: int, bias_max: int = 8) -> torch.Tensor:
-    """How much each head subtracts from a score for each token of distance, `[heads]` fp32.
+    """ALiBi slope of each head, `[heads]` fp32.
 
-    Press et al. (2021): a geometric series from `2^(-8/n)` on for `n` heads, a power of two. Other numbers of heads
-    take the series of the power of two below, then every other term of the series of twice as many. `bias_max` is the
-    8 (llm-foundry's `gen_slopes`, by which MPT was trained).
+    n heads, a power of two: `2^(-bias_max i / n)` for i = 1..n. Otherwise: the slopes of the next lower power of two m,
+    then those of 2m heads at odd i (llm-foundry's `gen_slopes`; Press et al. have bias_max = 8).
     """
     below = 2 ** math.floor(math.log2(heads))
     series = _series(below, range(1, below + 1), bias_max)
@@ -26,17 +25,17 @@ def _series(heads: int, terms: range, bias_max: int) -> list[float]:
 
 
 def bias(slopes: torch.Tensor, length: int) -> torch.Tensor:
-    """What is added to scores, `[1, heads, length, length]`: `slope * (key - query)`, zero on the diagonal."""
+    """Bias of the scores, `[1, heads, length, length]`: `slope * (key position - query position)`."""
     positions = torch.arange(length, device=slopes.device)
     distance = positions[None, :] - positions[:, None]
     return slopes[None, :, None, None] * distance
 
 
 def rounded_bias(slopes: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """The same as Falcon RW was trained: `slope * key` in bf16, `[batch, heads, length, length]` fp32.
+    """Falcon RW's bias, `[batch, heads, length, length]` fp32: `bf16(slope * key) - bf16(slope * query)`.
 
-    Less the query's own, which changes no probability. `positions` `[batch, length]` count from the start of each
-    token's text, for the rounding depends on them. transformers' `build_alibi_tensor` of Falcon.
+    transformers' `build_alibi_tensor` of Falcon has the first term only; the second is constant per query and cancels in
+    the softmax. `positions` `[batch, length]` start at 0 in every segment: the rounding depends on them.
     """
     products = (slopes.bfloat16()[:, None] * positions[:, None, :]).float()  # [batch, heads, length]
     return products[:, :, None, :] - products[:, :, :, None]

@@ -1,11 +1,10 @@
-"""Which keys a query attends to.
+"""Attention masks from segments (packed sequences, prefix LM).
 
-Shapes: B batch, S sequence. A dense mask `[B, 1, S, S]` is bool, True where the query (third axis) attends to the key
-(fourth); it is made within an attention product only. What travels is `segments`, either
+Shapes: B batch, S sequence. A dense mask `[B, 1, S, S]` is bool, True where query (axis 2) attends to key (axis 3). The
+model passes `segments` instead; core attention makes the dense mask:
 
-- `[B, S]` integers: positions of a row with the same number attend to each other causally. A segment is a run of equal
-  numbers; padding is a segment like any other (number 0), so that every position attends to itself. Or
-- `[B, 2, S]` integers of a prefix LM (`prefix_segments`).
+- `[B, S]` integers: causal attention within each run of equal numbers. Padding is segment 0.
+- `[B, 2, S]` integers: prefix LM (`prefix_segments`).
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def segment_positions(segments: torch.Tensor) -> torch.Tensor:
-    """Tokens since the first of the segment, `[B, S]` int64."""
+    """Position of each token in its segment, from 0, `[B, S]` int64."""
     return positions_and_starts(segments)[0]
 
 
 def positions_and_starts(segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens since the first of the segment, and the index of that first token in the row, `[B, S]` int64 each."""
+    """Position of each token in its segment, from 0, and row index of the segment's first token; `[B, S]` int64 each."""
     index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
     begins = torch.ones_like(segments, dtype=torch.bool)
     begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
@@ -29,29 +28,29 @@ def positions_and_starts(segments: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 def prefix_segments(starts: torch.Tensor, prefix_ends: torch.Tensor) -> torch.Tensor:
-    """Segments of a prefix LM: `[B, 2, S]` of `[B, S]` each.
+    """Prefix LM segments `[B, 2, S]`, stacked from two tensors `[B, S]`.
 
     Args:
-        starts: the index in the row of the segment's first token: the segment's number.
-        prefix_ends: the index in the row of the first token behind the segment's prefix. Keys in front of it are
-            attended to by the whole segment.
+        starts: row index of the segment's first token; serves as segment number.
+        prefix_ends: row index of the first token behind the segment's prefix: all tokens of the segment attend to keys
+            before it.
     """
     return torch.stack((starts, prefix_ends), 1)
 
 
 def causal(length: int, device: torch.device) -> torch.Tensor:
-    """`[1, 1, S, S]`."""
+    """Causal mask, `[1, 1, S, S]`."""
     return window(length, length, device)
 
 
 def window(length: int, size: int, device: torch.device) -> torch.Tensor:
-    """Causal, the last `size` keys only, `[1, 1, S, S]`."""
+    """Causal mask with a sliding window of `size` keys, `[1, 1, S, S]`."""
     allowed = torch.ones(length, length, dtype=torch.bool, device=device).tril_()
     return allowed.triu_(1 - size)[None, None]
 
 
 def dense(segments: torch.Tensor) -> torch.Tensor:
-    """`[B, 1, S, S]` of segments in either form."""
+    """Dense mask `[B, 1, S, S]` of segments `[B, S]` or `[B, 2, S]`."""
     if segments.ndim == 2:
         same = segments[:, None, :, None] == segments[:, None, None, :]
         return same.tril_()
@@ -66,9 +65,9 @@ _dense: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def shared_dense(segments: torch.Tensor, size: int | None = None) -> torch.Tensor:
-    """`dense(segments)`, with a window of `size` keys: made once for all layers of a micro batch.
+    """`dense(segments)`, with a window of `size` keys, cached by the segments tensor.
 
-    Layers are handed the same tensor of segments, and autograd keeps one mask for all of them.
+    All layers of a micro batch get the same segments tensor, so the mask is built and kept by autograd once.
     """
     made = _dense.setdefault(segments, {})
     if size not in made:

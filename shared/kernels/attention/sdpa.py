@@ -21,10 +21,10 @@ def attend(
     """`softmax(scale q k^T + mask) v`, `[B, H, S, V]`.
 
     Args:
-        q_BHSD, k_BGSD, v_BGSV: G divides H; G consecutive runs of query heads share a key/value head.
-        mask: bool, True where a key is attended to, or a bias of the scores; `[1 or B, 1 or H, S, S]`. None: causal.
-        scale: None: `1 / sqrt(D)`.
-        dropout: probability with which a weight of a value is dropped.
+        q_BHSD, k_BGSD, v_BGSV: G divides H; H / G consecutive query heads share a key/value head.
+        mask: bool (True: attend) or additive bias, `[1 or B, 1 or H, S, S]`; None: causal.
+        scale: softmax scale; None: `1 / sqrt(D)`.
+        dropout: attention dropout probability.
     """
     return scaled_dot_product_attention(
         q_BHSD,

@@ -45,24 +45,24 @@ SPARSE = replace(LAYER, mlp=MOE)
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: replace(ATTENTION, groups=3), "4 attention heads are not a multiple of 3"),
+        (lambda: replace(ATTENTION, groups=3), "4 attention heads are not divisible by 3"),
         (lambda: replace(ATTENTION, head_dim=15), "even head_dim"),
-        (lambda: replace(ATTENTION, rotary=Rotary(dim=18)), "rotary embedding of 18 of 16"),
-        (lambda: replace(ATTENTION, window=0), "a sliding window of 0 tokens"),
-        (lambda: replace(ATTENTION, softcap=0.0), "a soft cap of 0.0"),
-        (lambda: replace(ATTENTION, clip=0.0), "positive"),
+        (lambda: replace(ATTENTION, rotary=Rotary(dim=18)), "rotary dim 18 must be even and in 2..head_dim 16"),
+        (lambda: replace(ATTENTION, window=0), "sliding window 0 must be at least 1"),
+        (lambda: replace(ATTENTION, softcap=0.0), "softcap 0.0 must be positive"),
+        (lambda: replace(ATTENTION, clip=0.0), "clip 0.0 must be positive"),
         (lambda: replace(MLA, qk_rope_head_dim=7), "qk_rope_head_dim 7"),
         (lambda: replace(MLA, rotary=Rotary(dim=4)), "qk_rope_head_dim 8"),
-        (lambda: replace(DELTA, value_heads=3), "3 value heads are not a multiple of 2"),
-        (lambda: MLP(ffn_hidden_size=8, activation="gelu", clamp=7.0), "which has none"),
-        (lambda: replace(MOE, top_k=9), "top 9 of 8 experts"),
-        (lambda: replace(MOE, groups=3), "groups of 8 experts"),
-        (lambda: replace(MOE, groups=8, top_groups=2), "2 best scores of a group of 1"),
-        (lambda: replace(MOE, shared_gate=True), "gate of shared experts"),
-        (lambda: replace(NORM, epsilon=-1.0), "a norm with epsilon -1.0"),
+        (lambda: replace(DELTA, value_heads=3), "3 value heads are not divisible by 2"),
+        (lambda: MLP(ffn_hidden_size=8, activation="gelu", clamp=7.0), "need a gated activation, not gelu"),
+        (lambda: replace(MOE, top_k=9), "top_k 9 must be in 1..8"),
+        (lambda: replace(MOE, groups=3), "3 expert groups must divide 8 experts"),
+        (lambda: replace(MOE, groups=8, top_groups=2), "group_score_top 2 must be in 1..1"),
+        (lambda: replace(MOE, shared_gate=True), "shared_gate is set without shared experts"),
+        (lambda: replace(NORM, epsilon=-1.0), "norm epsilon -1.0"),
         (lambda: MTP(depth=0, layer=LAYER), "MTP with 0 layers"),
-        (lambda: replace(PLAIN, layers=()), "without layers"),
-        (lambda: replace(PLAIN, prefix=PrefixLM(start_token=512, blank_tokens=(3,))), "there is no token 512"),
+        (lambda: replace(PLAIN, layers=()), "has no layers"),
+        (lambda: replace(PLAIN, prefix=PrefixLM(start_token=512, blank_tokens=(3,))), "token id 512 is out of range"),
         (lambda: RopeScaling(kind="linear", factor=0.5), "at least 1"),
         (
             lambda: replace(
@@ -71,7 +71,7 @@ SPARSE = replace(LAYER, mlp=MOE)
                     scaling=RopeScaling(kind="longrope", factor=2.0, short_factors=(1.0,), long_factors=(2.0,))
                 ),
             ),
-            "1 factors of longrope for 16",
+            "longrope has 1 factors; rotary dim 16 needs 8",
         ),
     ],
 )
@@ -106,7 +106,7 @@ def test_values_of_every_layer_are_replaced() -> None:
     assert changed.moe == replace(MOE, top_k=3)
     assert changed.head.norm == Norm(epsilon=0.5)
     assert PLAIN.with_values(num_layers=5, attention={"bias": True}).num_layers == 5
-    with pytest.raises(ValueError, match="which of 2 kinds"):
+    with pytest.raises(ValueError, match="of 2 different layers"):
         predicting.with_values(num_layers=5)
 
 

@@ -57,9 +57,9 @@ def test_layers_are_runs() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 3}, "architecture of version 3: this tool reads 1 to 2; use a newer one"),
+        ({"version": 3}, "facts.architecture.version is 3; this release reads 1 to 2; upgrade this tool"),
         ({"surprise": 1}, "surprise"),
-        ({"layers": []}, "without layers"),
+        ({"layers": []}, "has no layers"),
         ({"layers": [{"first": 0}]}, "mixer"),
         ({"head": {"class": "Tail"}}, "Tail"),
         ({"head": {"class": "Head", "tied": True, "norm": None, "surprise": 1}}, "Head has no surprise"),

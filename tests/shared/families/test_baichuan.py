@@ -44,7 +44,7 @@ def test_positions_that_contradict_the_size_are_refused() -> None:
         registry.from_config(config("baichuan-13b", max_position_embeddings=4096))
     short = config("baichuan-7b")
     del short["max_position_embeddings"]
-    with pytest.raises(UserError, match=r"give max_position_embeddings: .* hidden_size 4096 have it"):
+    with pytest.raises(UserError, match=r"add max_position_embeddings: .* hidden_size 4096 have RoPE"):
         registry.from_config(short)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shared.kernels.gated_delta_rule import gated_delta_rule, unit
+from shared.kernels.gated_delta_rule import gated_delta_rule, l2norm
 
 
 def given(length: int, heads: int = 3, key: int = 8, value: int = 5, dtype: torch.dtype = torch.float64):
@@ -18,7 +18,7 @@ def given(length: int, heads: int = 3, key: int = 8, value: int = 5, dtype: torc
 
 def recurrence(q, k, v, decay, beta):
     """Equation 10 of the paper, token by token; the state is its transpose, `[key, value]`."""
-    q, k = unit(q), unit(k)
+    q, k = l2norm(q), l2norm(k)
     state = torch.zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=q.dtype)
     one = torch.eye(q.shape[3], dtype=q.dtype)
     answers = []

@@ -71,7 +71,7 @@ def test_layers_with_experts_and_without() -> None:
         ("gpt-neox-tiny", {}, "exact GELU"),
         ("gptj-tiny", {}, "one norm for attention and MLP"),
         ("deepseek-v3-tiny", {}, "MLA"),
-        ("qwen3-tiny-yarn", {}, "amplitude of sines and cosines"),
+        ("qwen3-tiny-yarn", {}, "concentration factor of cos and sin"),
         ("qwen3-tiny", {"norm": {"zero_centered_gamma": True}}, "qk_norm with zero-centred gamma"),
         ("gpt-neox-tiny", {"residual": {"dropout": 0.1}}, "parallel residual with dropout"),
     ],

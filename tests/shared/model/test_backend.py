@@ -55,8 +55,8 @@ class Recording(LocalBackend):
     def row_parallel_linear(self, layer, *, expert=False):
         return self._linear(RowParallelLinear, "row", layer, expert)
 
-    def norm(self, norm, *, checkpointed):
-        plain = super().norm(norm, checkpointed=checkpointed)
+    def norm(self, norm, *, extra_state):
+        plain = super().norm(norm, extra_state=extra_state)
 
         def build(**kwargs):
             self.norms += 1

@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: 
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, common  # noqa: E402
 
 from shared.families import registry  # noqa: E402
-from shared.kernels.gated_delta_rule import unit  # noqa: E402
+from shared.kernels.gated_delta_rule import l2norm  # noqa: E402
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def ours(model_of):
 def theirs(ours, monkeypatch):
     """Megatron-Core's own, which asks for Triton kernels though its deterministic mode needs but one of them."""
     monkeypatch.setattr(common, "HAVE_FLA", True)
-    monkeypatch.setattr(common, "l2norm", unit)
+    monkeypatch.setattr(common, "l2norm", l2norm)
     config = replace(ours.config, deterministic_mode=True)
     groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
     kinds = {name: type(getattr(ours, name)) for name in ("in_proj", "out_norm", "out_proj")}

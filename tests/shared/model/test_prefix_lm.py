@@ -47,7 +47,7 @@ def test_the_earliest_blank_is_the_published_one(row, blank):
 def test_a_blank_behind_the_start_is_none():
     row = torch.tensor([[5, 6, START, 7, GMASK]])
     prefix_inputs(PREFIX, row, None, None)
-    with pytest.raises(UserError, match="no blank"):
+    with pytest.raises(UserError, match="no mask token"):
         prefix_inputs(replace(PREFIX, earliest=True), row, None, None)
 
 
@@ -65,9 +65,9 @@ def test_packed_segments_are_rows_of_their_own():
     assert torch.equal(mask & ~(segments[:, None, :, None] == segments[:, None, None, :]), torch.zeros_like(mask))
 
 
-@pytest.mark.parametrize("row", [[5, 6, START, 7], [5, GMASK, 6, 7]], ids=["no blank", "no start"])
+@pytest.mark.parametrize("row", [[5, 6, START, 7], [5, GMASK, 6, 7]], ids=["no mask token", "no start token"])
 def test_rows_that_the_published_code_refuses(row):
-    with pytest.raises(UserError, match=r"no blank \(one of 92, 93\) or no start of what fills it \(91\)"):
+    with pytest.raises(UserError, match=r"no mask token \(id 92 or 93\) or no start token \(id 91\)"):
         prefix_inputs(PREFIX, torch.tensor([row]), None, None)
 
 

@@ -9,7 +9,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from shared.architecture.architecture import RopeScaling, Rotary
 from shared.families.common.fields import Fields
-from shared.model.rope import RotaryAngles, amplitude, inverse_frequencies
+from shared.model.rope import RotaryAngles, concentration_factor, inverse_frequencies
 from shared.runtime.device import prepare
 
 
@@ -79,7 +79,7 @@ def test_yarn_is_transformers(theirs, theta):
     )
     expected, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
     torch.testing.assert_close(inverse_frequencies(rotary, 64), expected, atol=0, rtol=1e-6)
-    assert amplitude(rotary) == pytest.approx(attention_factor, rel=1e-12)
+    assert concentration_factor(rotary) == pytest.approx(attention_factor, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def test_longrope_is_transformers_on_both_sides_of_the_original_length(further, 
     cosines, sines = theirs(torch.zeros(1), torch.arange(length)[None])
     angles = RotaryAngles(rotary, 24, 4096)(length)[:, 0, 0]
     # Angles grow to thousands of radians, of which fp32 keeps four decimals.
-    torch.testing.assert_close(angles.cos() * scaling.amplitude, cosines[0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(angles.sin() * scaling.amplitude, sines[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(angles.cos() * scaling.concentration_factor, cosines[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(angles.sin() * scaling.concentration_factor, sines[0], atol=1e-5, rtol=0)
     short = inverse_frequencies(rotary, 24, length=256)
     assert torch.equal(inverse_frequencies(rotary, 24, length=length), short) == (length <= 256)
 
@@ -143,8 +143,8 @@ def test_dynamic_is_transformers_on_both_sides_of_the_longest_sequence(factor, l
         max_position_embeddings=512,
         rope_parameters={**given, "rope_theta": 1e6},
     )
-    expected, amplitude = ROPE_INIT_FUNCTIONS["dynamic"](config, torch.device("cpu"), seq_len=length)
-    assert amplitude == 1.0
+    expected, concentration_factor = ROPE_INIT_FUNCTIONS["dynamic"](config, torch.device("cpu"), seq_len=length)
+    assert concentration_factor == 1.0
     found = inverse_frequencies(rotary, 32, length=length, max_position_embeddings=512)
     torch.testing.assert_close(found, expected, atol=0, rtol=1e-6)
     assert torch.equal(found, inverse_frequencies(Rotary(theta=1e6), 32)) == (length <= 512)

@@ -143,8 +143,8 @@ CASES = {
     "MoE with a parallel_shared residual": moe().with_values(residual={"kind": "parallel_shared"}),
     # attention
     "clipped queries, keys and values with an output gate": attention(clip=8.0, gate=True),
-    "scores divided by the layer number with MTP": mtp().with_values(attention={"scale_by_layer": True}),
-    "scores divided by the layer number with ALiBi rounded to bf16": attention(
+    "softmax scale / layer number with MTP": mtp().with_values(attention={"scale_by_layer": True}),
+    "softmax scale / layer number with ALiBi rounded to bf16": attention(
         rotary=None, alibi=Alibi(rounded=True), scale_by_layer=True
     ),
     # MLA

@@ -359,11 +359,11 @@ def rope_scaling_mistakes(a: Architecture) -> Iterator[tuple[str, Any, Reading]]
         short = replace(scaling, long_factors=scaling.short_factors)
         yield "short factors for long sequences", None, _with("rotary", {"scaling": short})
     if a.mla:
-        by_length = replace(scaling, attention_factor=scaling.amplitude, mscale_all_dim=None)
+        by_length = replace(scaling, attention_factor=scaling.concentration_factor, mscale_all_dim=None)
         yield "scale of the scores", None, _with("rotary", {"scaling": by_length})
-    if scaling.amplitude != 1.0:
+    if scaling.concentration_factor != 1.0:
         plain = replace(scaling, attention_factor=1.0)
-        yield "amplitude of the rotation", None, _with("rotary", {"scaling": plain})
+        yield "concentration factor of cos and sin", None, _with("rotary", {"scaling": plain})
 
 
 def _rotary(a: Architecture) -> Rotary | None:

@@ -164,8 +164,8 @@ def test_a_family_that_transformers_lacks_as_one_that_it_has(
             assert answer.code == 0, answer.err
             continue
         assert answer.code == 2
-        assert f"--family llama cannot be this {architecture.family} model" in answer.err
-        assert f"leave --family out, and it is written as {architecture.family}" in answer.err
+        assert f"--family llama cannot represent this {architecture.family} model" in answer.err
+        assert f"omit --family to write it as {architecture.family}" in answer.err
         assert not made.exists()
     if not families:
         return

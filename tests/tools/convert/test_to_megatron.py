@@ -241,12 +241,12 @@ def test_shard_and_its_lines_of_the_index_missing(make_hf: Make, convert: Any, t
         ({"hidden_act": "gelu"}, "gelu"),
         ({"residual_multiplier": 0.22}, "residual_multiplier"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-        ({"num_key_value_heads": 3}, "4 attention heads are not a multiple of 3 key/value heads"),
-        ({"num_key_value_heads": 0}, "num_key_value_heads is 0; a number above zero is wanted"),
+        ({"num_key_value_heads": 3}, "4 attention heads are not divisible by 3 key/value heads"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0; a positive number is required"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; at most 100000 layers are supported"),
-        ({"architectures": "LlamaForCausalLM"}, "a list of one class is wanted"),
+        ({"architectures": "LlamaForCausalLM"}, "a list of one class is required"),
     ],
 )
 def test_configuration_that_is_not_understood(

@@ -130,8 +130,8 @@ def test_changed_groups_get_new_scales(source: Path, convert: Any, tmp_path: Pat
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: t.pop(f"{EXPERT}_scale"), f"{EXPERT}_scale is missing, beside {EXPERT}_packed"),
-        (lambda t: t.pop(f"{EXPERT}_shape"), f"{EXPERT}_shape is missing, beside {EXPERT}_packed"),
+        (lambda t: t.pop(f"{EXPERT}_scale"), f"{EXPERT}_scale is missing for {EXPERT}_packed"),
+        (lambda t: t.pop(f"{EXPERT}_shape"), f"{EXPERT}_shape is missing for {EXPERT}_packed"),
         (lambda t: t.pop(f"{EXPERT}_packed"), f"{EXPERT} is missing"),
         (lambda t: t.update({f"{EXPERT}_scale": t[f"{EXPERT}_scale"].float()}), "requires BF16[64, 1]"),
         (

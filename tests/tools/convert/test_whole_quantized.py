@@ -194,7 +194,7 @@ def test_halves_of_mxfp4_are_asked_for(grouped: tuple[Path, Weights], convert: A
     name = "model.layers.0.mlp.experts.down_proj"
     whole = load_file(source / "model.safetensors")
     for change, words in (
-        (lambda t: t.pop(f"{name}_scales"), f"{name}_scales is missing, beside {name}_blocks"),
+        (lambda t: t.pop(f"{name}_scales"), f"{name}_scales is missing for {name}_blocks"),
         (lambda t: t.pop(f"{name}_blocks"), f"{name} is missing"),
         (lambda t: t.update({f"{name}_scales": t[f"{name}_scales"][:1].clone()}), f"{name}_blocks requires U8"),
     ):

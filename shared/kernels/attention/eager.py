@@ -1,4 +1,4 @@
-"""Attention written out, with what torch's scaled_dot_product_attention has no argument for: soft cap and sinks.
+"""Eager attention, for soft cap and sinks, which torch's scaled_dot_product_attention lacks.
 
 Shapes: as in `sdpa`.
 """
@@ -24,10 +24,10 @@ def attend(
     """`softmax([cap tanh(scale q k^T / cap) | sink])[..., :S] v`, `[B, H, S, V]`.
 
     Args:
-        q_BHSD, k_BGSD, v_BGSV, scale, dropout: as of `sdpa.attend`.
-        mask: bool, True where a key is attended to, `[1 or B, 1, S, S]`. None: causal.
-        softcap: `cap` (Gemma 2); None: scores are not capped.
-        sinks_H: one more score a head, without a value (gpt-oss).
+        q_BHSD, k_BGSD, v_BGSV, scale, dropout: as in `sdpa.attend`.
+        mask: bool (True: attend), `[1 or B, 1, S, S]`; None: causal.
+        softcap: `cap` (Gemma 2); None: no soft cap.
+        sinks_H: attention sinks, one extra logit per head without a value (gpt-oss).
     """
     repeats = q_BHSD.shape[1] // k_BGSD.shape[1]
     k, v = k_BGSD.repeat_interleave(repeats, dim=1), v_BGSV.repeat_interleave(repeats, dim=1)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from shared.kernels.attention import masks, written_out
+from shared.kernels.attention import eager, masks
 
 
 def reference(q, k, v, allowed, scale, softcap=None, sinks=None):
@@ -39,6 +39,6 @@ def test_it_is_attention(groups, packed, further):
     mask = masks.dense(SEGMENTS) if packed else None
     allowed = masks.dense(SEGMENTS if packed else torch.zeros_like(SEGMENTS))[:, 0]
     named = {"sinks_H" if name == "sinks" else name: value for name, value in further.items()}
-    found = written_out.attend(q, k, v, mask, scale=0.3, **named)
+    found = eager.attend(q, k, v, mask, scale=0.3, **named)
     # Softmax is fp32.
     torch.testing.assert_close(found, reference(q, k, v, allowed, 0.3, **further), atol=1e-6, rtol=0)
