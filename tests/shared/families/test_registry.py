@@ -245,7 +245,7 @@ def test_windows_of_all_layers_of_qwen3_moe() -> None:
     architecture = registry.from_config(config)
     assert windows_of(architecture) == (32, 32)
     assert registry.from_config(registry.to_config(architecture)) == architecture
-    with pytest.raises(UserError, match="all layers of this family have the same attention"):
+    with pytest.raises(UserError, match="transformers applies the sliding window to all layers of this family"):
         registry.from_config(config | {"layer_types": ["full_attention", "sliding_attention"]})
 
 

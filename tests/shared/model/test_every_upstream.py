@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from shared.model.gated_delta_net import TorchGatedDeltaNet
 from shared.model.mla import _RESOLVED, LatentSelfAttention
-from shared.model.moe import _BestGroups
+from shared.model.moe import _GroupTopK
 from shared.model.rope import PrefixRotaryAngles
 from shared.model.transformer_layer import GeneralTransformerLayer
 from tests.upstream import attributes_read, attributes_set, binds, calls, parameters, relies_on
@@ -209,7 +209,7 @@ def test_a_router_asks_its_replay_for_the_choice() -> None:
     calls(MOE, TopKRouter.routing, "topk_routing_with_score_function", "logits", router_replay="self.router_replay")
     relies_on(MOE, TopKRouter.__init__, "self.router_replay = None")
     relies_on(MOE, Router.set_layer_number, "self.router_replay.layer_number = layer_number")
-    binds(MOE, _BestGroups(1).get_replay_topk, None, 1, 1, 1, None)
+    binds(MOE, _GroupTopK(1).get_replay_topk, None, 1, 1, 1, None)
 
 
 def test_an_expert_adds_its_bias_in_place() -> None:

@@ -72,9 +72,12 @@ def test_weights_are_cast_to_the_models_type(saved, worker):
     [
         ({"head": {"tied": False}}, "output_layer.weight is missing"),
         ({"attention": {"qk_norm": None}}, r"k_layernorm.weight and 1 more are unknown to the model"),
-        ({"mlp": {"ffn_hidden_size": 80}}, r"linear_fc1.weight is \[4, 192, 64\], the model's is \[4, 160, 64\]"),
-        ({"layers": 2}, r"is \[4, 64\], the model's is \[2, 64\]"),
-        ({"vocab_size": 500}, r"word_embeddings.weight is \[384, 64\], the model's is \[512, 64\]"),
+        (
+            {"mlp": {"ffn_hidden_size": 80}},
+            r"linear_fc1.weight is \[4, 192, 64\], hf/config.json requires \[4, 160, 64\]",
+        ),
+        ({"layers": 2}, r"is \[4, 64\], hf/config.json requires \[2, 64\]"),
+        ({"vocab_size": 500}, r"word_embeddings.weight is \[384, 64\], hf/config.json requires \[512, 64\]"),
     ],
 )
 def test_weights_of_another_model_are_refused(changes, words, saved, worker):
