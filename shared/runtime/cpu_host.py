@@ -183,8 +183,9 @@ def _replace_all_to_all() -> None:
 
 
 def _replace_cuda_module() -> None:
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        return None
+    def nothing() -> Callable[..., None]:
+        """A function of its own for each name: torch.compile's tables refuse one function under two names."""
+        return lambda *args, **kwargs: None
 
     stream = Stream()
     replacements: dict[str, Any] = {
@@ -196,31 +197,31 @@ def _replace_cuda_module() -> None:
         "Event": Event,
         "current_stream": lambda device=None: stream,
         "default_stream": lambda device=None: stream,
-        "set_stream": nothing,
-        "set_device": nothing,
-        "synchronize": nothing,
-        "empty_cache": nothing,
+        "set_stream": nothing(),
+        "set_device": nothing(),
+        "synchronize": nothing(),
+        "empty_cache": nothing(),
         "is_current_stream_capturing": lambda: False,
         # Makes torch's own `_lazy_call` and `_lazy_init`, which Megatron-Core imports by name, act at once.
         "is_initialized": lambda: True,
         "default_generators": _Generators(),
         "memory_stats": lambda device=None: {},
-        "reset_peak_memory_stats": nothing,
+        "reset_peak_memory_stats": nothing(),
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
     # `memory_allocated` and its kin look `memory_stats` up in their own module, and answer 0 from an empty one.
     torch.cuda.memory.memory_stats = replacements["memory_stats"]
-    torch.cuda.memory.reset_peak_memory_stats = nothing
+    torch.cuda.memory.reset_peak_memory_stats = replacements["reset_peak_memory_stats"]
     for module in (torch.cuda, torch.cuda.random):
         for name, replacement in {
             "get_rng_state": lambda device=None: torch.get_rng_state(),
             "set_rng_state": lambda new_state, device=None: torch.set_rng_state(new_state),
             "manual_seed": lambda seed: torch.default_generator.manual_seed(seed) and None,
-            "manual_seed_all": nothing,  # torch.manual_seed, its caller, has seeded the CPU's generator already
+            "manual_seed_all": nothing(),  # torch.manual_seed, its caller, has seeded the CPU's generator already
             "initial_seed": torch.initial_seed,
         }.items():
             setattr(module, name, replacement)
     for name in ("range_push", "range_pop", "range_start", "range_end", "mark"):
-        setattr(torch.cuda.nvtx, name, nothing)
+        setattr(torch.cuda.nvtx, name, nothing())
     torch.cuda.nvtx.range = _context

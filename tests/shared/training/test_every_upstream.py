@@ -8,6 +8,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias
 from megatron.core.optimizer import DistributedOptimizer, _get_param_groups, get_standard_config_overrides
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -73,6 +74,14 @@ def test_groups_have_a_factor_of_weight_decay() -> None:
         OPTIMIZER,
         OptimizerParamScheduler.step,
         "param_group['weight_decay'] = self.get_wd(param_group) * param_group.get('wd_mult', 1.0)",
+    )
+
+
+def test_a_frozen_routers_bias_stays() -> None:
+    relies_on(
+        "shared/training/trainable.py",
+        _update_router_expert_bias,
+        "not getattr(module, 'frozen_expert_bias', False)",
     )
 
 
