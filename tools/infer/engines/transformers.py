@@ -14,6 +14,7 @@ from shared.errors import UserError
 from shared.families.common.transformers_workarounds import with_workarounds
 from shared.precision import DTYPES
 from tools.infer.engines.engine import Completion, EngineSettings, Request, pieces
+from tools.infer.engines.precision import chosen_precision
 from tools.infer.environment import on_gpu
 
 if TYPE_CHECKING:
@@ -52,11 +53,11 @@ class TransformersEngine:
             from lm_eval.models.huggingface import HFLM
 
             log(f"loading {self._source} with transformers on {'GPU' if on_gpu() else 'CPU'}")
-            precision = self._settings.precision
+            precision = chosen_precision(self._source, self._settings.precision)
             try:
                 self._lm = HFLM(
                     pretrained=str(self._source),
-                    dtype=DTYPES[precision] if precision else "auto",
+                    dtype=DTYPES[precision],
                     device="cuda" if on_gpu() else "cpu",
                     batch_size=self._settings.batch_size or _BATCH_SIZE,
                     # The harness keeps two positions of vLLM's context free; both engines cut long texts at the same tokens.

@@ -12,8 +12,9 @@ from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.console import log
 from shared.errors import UserError
 from shared.families import registry
-from shared.precision import DTYPES
+from shared.precision import DTYPES, Precision
 from tools.infer.engines.engine import EngineSettings
+from tools.infer.engines.precision import chosen_precision
 from tools.infer.environment import on_gpu
 
 _CPU_SEQUENCES = 32  # at once; a larger batch only makes each step longer on a handful of cores
@@ -30,9 +31,10 @@ def engine_arguments(source: Path, settings: EngineSettings) -> dict[str, Any]:
         UserError: the machine has fewer GPUs than --tensor-parallel, or too little memory for one context.
     """
     tensor_parallel = settings.tensor_parallel
+    precision = chosen_precision(source, settings.precision)
     arguments: dict[str, Any] = {
         "model": str(source),
-        "dtype": DTYPES[settings.precision] if settings.precision else "auto",
+        "dtype": DTYPES[precision],
         "tensor_parallel_size": tensor_parallel,
         "seed": settings.seed,
         "use_tqdm_on_load": False,
@@ -65,23 +67,22 @@ def engine_arguments(source: Path, settings: EngineSettings) -> dict[str, Any]:
     return arguments | {
         "max_num_seqs": sequences,
         "enforce_eager": True,  # torch.compile takes minutes on CPU, and there are no CUDA graphs to gain
-        "kv_cache_memory_bytes": cpu_cache_bytes(config, settings.max_model_len, sequences, settings.precision),
+        "kv_cache_memory_bytes": cpu_cache_bytes(config, settings.max_model_len, sequences, precision),
     }
 
 
-def cpu_cache_bytes(config: Mapping[str, Any], max_model_len: int | None, sequences: int, precision: str | None) -> int:
+def cpu_cache_bytes(config: Mapping[str, Any], max_model_len: int | None, sequences: int, precision: Precision) -> int:
     """Bytes of KV cache on CPU: `sequences` full contexts, at most a share of the free memory.
 
     vLLM's default is 92% of all memory, touched at the start: slow, and too much for a shared machine. An upper bound for models
     that share or compress their cache (MLA, sliding windows).
     """
-    dtype = DTYPES[precision] if precision else str(config.get("dtype") or config.get("torch_dtype"))
     config = registry.language_config(config)
     heads = config.get("num_attention_heads", 32)
     head_dim = config.get("head_dim") or config.get("hidden_size", 4096) // heads
     groups = config.get("num_key_value_heads") or heads
     layers = config.get("num_hidden_layers", 32)
-    width = 4 if "32" in dtype else 2
+    width = 4 if precision == "fp32" else 2
     context = max_model_len or config.get("max_position_embeddings") or 2048
     blocks = -(-context // _BLOCK) + 2  # vLLM's null block, and one where a window begins within a block
     per_sequence = 2 * width * layers * groups * head_dim * blocks * _BLOCK
