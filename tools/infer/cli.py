@@ -96,6 +96,7 @@ def evaluate(
     target: Path,
     engine: EngineName = "vllm",
     limit: Positive | None = None,
+    num_fewshot: NonNegative | None = None,
     batch_size: Positive | None = None,
     apply_chat_template: bool = False,
     keep_samples: bool = False,
@@ -106,8 +107,9 @@ def evaluate(
 ) -> None:
     """Measure a model with lm-evaluation-harness.
 
-    A task is a YAML file, a directory of them, or the name of a task of the harness. Files that a YAML names
-    (data_files, include, !function) are relative to it. Publishes TARGET/results.json and prints a table.
+    A task is a YAML file, a directory of them, or the name of a task of the harness. A YAML file may be a group; the
+    tasks it lists are in it, in files beside it, or the harness's. Files that a YAML names (data_files, include,
+    !function) are relative to it. Publishes TARGET/results.json and prints a table.
 
     Args:
         source: Hugging Face directory of the model.
@@ -115,6 +117,7 @@ def evaluate(
         target: directory to publish.
         engine: vllm, or hf (transformers) to check against.
         limit: evaluate only this many examples of each task.
+        num_fewshot: few-shot examples before each question; by default the task's own number. A task that says 0 keeps it.
         batch_size: most sequences at once; by default the engine's choice.
         apply_chat_template: put each prompt through the chat template.
         keep_samples: also publish samples_TASK.jsonl, every example with the model's answer.
@@ -129,6 +132,7 @@ def evaluate(
         tasks,
         target,
         limit=limit,
+        num_fewshot=num_fewshot,
         apply_chat_template=apply_chat_template,
         keep_samples=keep_samples,
         settings=model.settings(engine=engine, batch_size=batch_size, seed=seed),

@@ -7,6 +7,7 @@ import math
 import random
 import tempfile
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from importlib.metadata import version
@@ -37,6 +38,7 @@ def run(
     target: Path,
     *,
     limit: int | None,
+    num_fewshot: int | None,
     apply_chat_template: bool,
     keep_samples: bool,
     settings: EngineSettings,
@@ -53,7 +55,7 @@ def run(
             model = open_source(source)
             if apply_chat_template:
                 _check_chat_template(model)
-            loaded = _load_tasks(chosen, settings.seed)
+            loaded = _load_tasks(chosen, num_fewshot, settings.seed)
             began = time.monotonic()
             with closing(open_engine(model, settings)) as engine:
                 lm = engine.harness_model()
@@ -71,7 +73,7 @@ def run(
     print(table(metrics, {task: count["effective"] for task, count in results["n-samples"].items()}))
 
 
-def _load_tasks(chosen: Chosen, seed: int) -> TaskDict:
+def _load_tasks(chosen: Chosen, num_fewshot: int | None, seed: int) -> TaskDict:
     """The harness's tasks with their data. UserError names the task whose data cannot be loaded."""
     found: list[Any] = []
     for spec in chosen.specs:
@@ -79,20 +81,50 @@ def _load_tasks(chosen: Chosen, seed: int) -> TaskDict:
         try:
             loaded = chosen.manager.load([spec])
         except Exception as error:  # `datasets` and a task's own functions raise anything
-            where = (
-                "" if isinstance(spec, dict) else " (is its dataset in the local cache? HF_HUB_OFFLINE=0 may fetch it)"
-            )
-            raise UserError(f"--tasks {name}: cannot be loaded{where}: {error or type(error).__name__}") from error
-        found += loaded["groups"].values() if loaded["groups"] else loaded["tasks"].values()
+            entry = chosen.manager.task_index.get(name)
+            harness = entry is not None and entry.yaml_path is not None
+            where = " (is its dataset in the local cache? HF_HUB_OFFLINE=0 may fetch it)" if harness else ""
+            raise UserError(f"--tasks {name}: cannot be loaded{where}: {_words(error)}") from error
+        below = {member for members in loaded["group_map"].values() for member in members}
+        outermost = [group for group_name, group in loaded["groups"].items() if group_name not in below]
+        found += outermost or loaded["tasks"].values()
     try:
         tasks = chosen.manager.load(found)
     except ValueError as error:
         raise UserError(f"--tasks: {error}; leave one of them out") from None
-    for task in tasks["tasks"].values():
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
+    for name, task in tasks["tasks"].items():
+        _set_fewshot(name, task, num_fewshot)
         task.set_fewshot_seed(seed=seed)
     return tasks
+
+
+def _set_fewshot(name: str, task: Any, wanted: int | None) -> None:
+    """The number of few-shot examples: --num-fewshot, else the task's, else none. UserError where there are too few."""
+    own = task.get_config("num_fewshot")
+    if wanted is not None and own == 0:
+        log(
+            f"{name}: num_fewshot: 0 in its file says that the task has none; --num-fewshot leaves it so, as in the harness"
+        )
+    count = own or 0 if wanted is None or own == 0 else wanted
+    task.set_config(key="num_fewshot", value=count)
+    if not count:
+        return
+    settings = task.fewshot_cfg
+    if (
+        settings.split is None
+        and settings.samples is None
+        and not (task.has_training_docs() or task.has_validation_docs())
+    ):
+        settings.split = task.config.test_split  # then the harness leaves out the example that is asked
+    there = len(task.sampler.fewshot_docs())
+    asked = settings.split is not None and settings.split == task.config.test_split
+    if count + asked > there:
+        of = f"the split {settings.split}" if settings.split else "its few-shot data"
+        besides = " besides the one that is asked" if asked else ""
+        raise UserError(
+            f"--tasks {name}: num_fewshot {count}, and {of} has {max(0, there - asked)} examples{besides}; "
+            "give a smaller --num-fewshot"
+        )
 
 
 def _evaluate(lm: LM, tasks: TaskDict, limit: int | None, apply_chat_template: bool, seed: int) -> dict[str, Any]:
@@ -104,16 +136,51 @@ def _evaluate(lm: LM, tasks: TaskDict, limit: int | None, apply_chat_template: b
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
-    results = evaluate(
-        lm,
-        tasks,
-        limit=limit,
-        apply_chat_template=apply_chat_template,
-        bootstrap_iters=_BOOTSTRAP,
-        fewshot_as_multiturn=True,
-    )
+    try:
+        results = evaluate(
+            lm,
+            tasks,
+            limit=limit,
+            apply_chat_template=apply_chat_template,
+            bootstrap_iters=_BOOTSTRAP,
+            fewshot_as_multiturn=True,
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        if (name := _at_fault(error)) is None:
+            raise
+        raise UserError(f"--tasks {name}: {_words(error)}") from error
     assert results is not None  # None on ranks above 0, and there is one rank
     return dict(results)
+
+
+def _at_fault(error: Exception) -> str | None:
+    """The task whose template, data or function raised the error; None if the model did."""
+    from lm_eval.api.model import LM
+    from lm_eval.api.task import Task
+
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, LM):
+            return None
+        if isinstance(owner, Task):
+            return str(owner.task_name)
+        if "agg_fn" in frame.f_locals:  # a metric's own aggregation
+            return str(frame.f_locals["task"].task_name)
+    return None
+
+
+def _words(error: Exception) -> str:
+    """An error in one line: its kind, its words, and the line of the task's own file that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [
+        frame
+        for frame in frames
+        if "site-packages" not in frame.filename and Path(__file__).parent not in Path(frame.filename).parents
+    ]
+    place = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
 
 
 def _check_chat_template(source: Path) -> None:

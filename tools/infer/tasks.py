@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from shared.errors import UserError
@@ -35,54 +36,140 @@ def choose(tasks: Sequence[str], cache: Path) -> Chosen:
     Raises:
         UserError: names the unknown task and the nearest known one.
     """
+    local = _Local(cache)
     specs: list[str | dict[str, Any]] = []
-    files: list[Path] = []
     names = []
     for given in tasks:
         path = Path(given)
         if path.is_file():
-            found = [path]
+            specs.append(local.spec(local.read(path)))
         elif path.is_dir():
             found = [p for p in sorted(path.glob("*.yaml")) if not p.name.startswith("_")]
             if not found:
                 raise UserError(f"--tasks {given} holds no task: no .yaml file whose name does not begin with _")
+            specs += map(local.spec, _outermost([local.read(file) for file in found]))
         elif "/" in given or path.suffix in (".yaml", ".yml"):
             raise UserError(f"--tasks {given} does not exist")
         else:
             names.append(given)
             specs.append(given)
-            continue
-        for file in found:
-            spec, parts = _local(file, cache)
-            specs.append(spec)
-            files += parts
     # The harness's index has 14,000 files; it is read only if a task is given by name.
-    manager = TaskManager(include_defaults=bool(names))
-    for name in names:
+    manager = TaskManager(include_defaults=bool(names or local.foreign))
+    files = local.files
+    for name, place in [*((name, f"--tasks {name}") for name in names), *local.foreign.items()]:
         entry = manager.task_index.get(name)
         if entry is None:
-            close = get_close_matches(name, manager.all_tasks, n=1, cutoff=0.4)
+            close = get_close_matches(name, [*manager.all_tasks, *local.known], n=1, cutoff=0.4)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(f"--tasks {name} is neither a file, a directory nor a task of the harness{hint}")
+            raise UserError(f"{place} is neither a file, a directory nor a task of the harness{hint}")
         files += [entry.yaml_path] if entry.yaml_path else []
-    return Chosen(specs=specs, files=files, manager=manager)
+    for name, config in local.known.items():
+        kind = Kind.GROUP if "group" in config else Kind.TASK
+        manager.task_index[name] = Entry(name=name, kind=kind, yaml_path=None, cfg=config)
+    for tag, members in local.tags.items():
+        manager.task_index[tag] = Entry(name=tag, kind=Kind.TAG, yaml_path=None, tags=members)
+    return Chosen(specs=specs, files=list(dict.fromkeys(files)), manager=manager)
 
 
-def _local(path: Path, cache: Path) -> tuple[dict[str, Any], list[Path]]:
-    """The configuration of a task file with absolute paths, and the files that it consists of."""
-    try:
-        config = load_yaml(path)
-        parts = _parts(path)
-    except (yaml.YAMLError, ValueError, ImportError, AttributeError, OSError, SyntaxError) as error:
-        raise UserError(f"--tasks {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(config.get("task"), str):
-        raise UserError(f'--tasks {path}: no "task" with a name; groups and lists of tasks: give their files instead')
-    arguments = config.get("dataset_kwargs")
-    if isinstance(arguments, dict) and "data_files" in arguments:
+def _outermost(specs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A directory's groups, and the tasks that are in none of them."""
+    inside = {name for spec in specs for name in _members(spec)}
+    return [spec for spec in specs if (spec.get("group") or spec["task"]) not in inside]
+
+
+def _members(spec: dict[str, Any]) -> set[str]:
+    """The names that a group lists, at any depth."""
+    found: set[str] = set()
+    for member in spec["task"] if "group" in spec else []:
+        if isinstance(member, str):
+            found.add(member)
+        elif "group" in member:
+            found |= {member["group"], *(_members(member) if "task" in member else ())}
+        else:
+            found.add(member["task"])
+    return found
+
+
+class _Local:
+    """Task files of the user, with absolute paths, and the files beside them that their groups name."""
+
+    def __init__(self, cache: Path) -> None:
+        self._cache = cache
+        self.files: list[Path] = []  # that determine the result
+        self.known: dict[str, dict[str, Any]] = {}  # members of groups, by name
+        self.tags: dict[str, set[str]] = {}
+        self.foreign: dict[str, str] = {}  # names that no file beside the group has: the harness's -> where it is named
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """The configuration of a task or a group, and of all that the group names. UserError names the file."""
+        try:
+            config = load_yaml(path)
+            self.files += _parts(path)
+        except (yaml.YAMLError, ValueError, ImportError, AttributeError, OSError, SyntaxError) as error:
+            raise UserError(f"--tasks {path}: {' '.join(str(error).split())}") from None
+        if "group" in config:
+            return self._group(config, path)
+        if not isinstance(config.get("task"), str):
+            raise UserError(f'--tasks {path}: no "task" with a name; a list of tasks also needs "group" with a name')
+        return self._with_data(config, path)
+
+    def spec(self, config: dict[str, Any]) -> str | dict[str, Any]:
+        """The harness's name for it: a group goes by name, for a configuration would be laid over its tasks."""
+        if "group" not in config:
+            return config
+        self.known[config["group"]] = config
+        return str(config["group"])
+
+    def _group(self, config: dict[str, Any], path: Path) -> dict[str, Any]:
+        members = config.get("task")
+        members = [members] if isinstance(members, (str, dict)) else members
+        if not isinstance(config["group"], str) or not isinstance(members, list) or not members:
+            raise UserError(f'--tasks {path}: a group has a name and, under "task", the list of its tasks')
+        return self._with_data(config, path) | {"task": [self._member(member, path) for member in members]}
+
+    def _member(self, member: Any, path: Path) -> Any:
+        if isinstance(member, str):
+            self._resolve(member, path)
+            return member
+        if isinstance(member, dict) and isinstance(member.get("group"), str):
+            if "task" in member:
+                return self._group(member, path)
+            self._resolve(member["group"], path)
+            return member
+        if not isinstance(member, dict) or not isinstance(member.get("task"), str):
+            raise UserError(f'--tasks {path}: each member of a group is a name, or has "task" or "group" with a name')
+        if "dataset_path" not in member and "class" not in member:  # another task with some fields changed
+            self._resolve(member["task"], path)
+        return self._with_data(member, path)
+
+    def _resolve(self, name: str, path: Path) -> None:
+        """Read the task, group or tag from the files beside `path`; a name that none of them has is the harness's."""
+        if name in self.known or name in self.tags or name in self.foreign:
+            return
+        for file in sorted(path.resolve().parent.glob("**/*.yaml")):
+            try:
+                config = load_yaml(file, resolve_func=False)
+            except Exception:  # noqa: BLE001 -- a file that nobody named
+                continue
+            tags = config.get("tag") or []
+            if name in ([tags] if isinstance(tags, str) else tags) and isinstance(config.get("task"), str):
+                self.tags.setdefault(name, set()).add(config["task"])
+                self.known.setdefault(config["task"], self.read(file))
+            elif (config.get("group") or config.get("task")) == name:
+                self.known[name] = {}  # a group that contains itself ends here
+                self.known[name] = self.read(file)
+                return
+        if name not in self.tags:
+            self.foreign[name] = f"--tasks {path}: {name}"
+
+    def _with_data(self, config: dict[str, Any], path: Path) -> dict[str, Any]:
+        """The configuration with absolute paths of its data files."""
+        arguments = config.get("dataset_kwargs")
+        if not isinstance(arguments, dict) or "data_files" not in arguments:
+            return config
         data, found = _absolute(arguments["data_files"], path)
-        config["dataset_kwargs"] = arguments | {"data_files": data, "cache_dir": str(cache)}
-        parts += found
-    return config, parts
+        self.files += found
+        return config | {"dataset_kwargs": arguments | {"data_files": data, "cache_dir": str(self._cache)}}
 
 
 def _absolute(data: Any, task: Path) -> tuple[Any, list[Path]]:

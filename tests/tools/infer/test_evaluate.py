@@ -11,6 +11,7 @@ import pytest
 
 from shared.checkpoint.directory.open import open_checkpoint
 from shared.cli import invoked
+from shared.errors import UserError
 from tests.tools.infer.engines.double import EngineDouble
 from tools.infer import evaluate
 from tools.infer.engines.engine import EngineSettings
@@ -89,20 +90,21 @@ def test_bits_per_byte_equals_a_float64_computation_on_both_engines(launcher, mo
         bits_per_byte(source, texts, window=108), rel=1e-3
     )  # other windows give another value
     found = {}
-    for engine, flags in {"vllm": ["--tasks", tasks], "hf": ["--tasks", tasks / "held_out.yaml"]}.items():
-        target = tmp_path / engine
-        words = ("evaluate", "--source", source, "--target", target, "--engine", engine, "--precision", "fp32")
+    whole, one = ("--tasks", tasks), ("--tasks", tasks / "held_out.yaml")
+    fp32 = ("--precision", "fp32")  # as the checkpoint: the default is tested too
+    for name, flags in {"vllm": whole, "hf": one, "vllm-fp32": (*one, *fp32), "hf-fp32": (*one, *fp32)}.items():
+        target, engine = tmp_path / name, name.partition("-")[0]
+        words = ("evaluate", "--source", source, "--target", target, "--engine", engine)
         done = launcher(*words, *flags, "--keep-samples")
         assert done.code == 0, done.stderr
         assert "held_out" in done.stdout
         results = json.loads((target / "results.json").read_text())
-        found[engine] = results["results"]["held_out"]["bits_per_byte,none"]
+        found[name] = results["results"]["held_out"]["bits_per_byte,none"]
         facts = open_checkpoint(target, kinds=("result",), flag="--source").facts
-        assert facts["metrics"]["held_out"]["bits_per_byte"] == found[engine]
+        assert facts["metrics"]["held_out"]["bits_per_byte"] == found[name]
         assert len((target / "samples_held_out.jsonl").read_text().splitlines()) == len(texts)
     # fp32 log-probabilities carry a relative error of about 1e-6; sums over hundreds of tokens average it.
-    assert found["vllm"] == pytest.approx(wanted, rel=2e-5)
-    assert found["hf"] == pytest.approx(wanted, rel=2e-5)
+    assert found == {name: pytest.approx(wanted, rel=2e-5) for name in found}
     assert wanted > 1  # a random model
 
     results = json.loads((tmp_path / "vllm/results.json").read_text())
@@ -162,6 +164,82 @@ def test_the_table_lines_up():
     assert lines[1].split() == ["a", "10", "bits_per_byte", "1.2500"]
 
 
+QUESTION = """
+task: NAME
+dataset_path: json
+dataset_kwargs: {data_files: {test: data.jsonl, train: data.jsonl}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{q}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: 0
+target_delimiter: ""
+metric_list: [{metric: acc}]
+"""
+
+
+def question(directory: Path, name: str, *lines: str) -> Path:
+    """A task of four questions with `lines` added to its file."""
+    rows = [{"q": f"fox {n}", "choices": [" jumps", " dog"]} for n in range(4)]
+    (directory / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "user.py").write_text("def raises(*given):\n    raise KeyError('gold label')\n")
+    (path := directory / f"{name}.yaml").write_text(QUESTION.replace("NAME", name) + "\n".join(lines) + "\n")
+    return path
+
+
+def evaluate_with_double(source: Path, task: Path, monkeypatch, num_fewshot: int | None = None) -> dict:
+    """results.json of a task on the double, in a fresh directory beside the task."""
+    monkeypatch.setattr(evaluate, "open_engine", EngineDouble().open)
+    options = {"limit": None, "num_fewshot": num_fewshot, "apply_chat_template": False, "keep_samples": True}
+    out = task.parent / f"out-{num_fewshot}"
+    with invoked("infer", "evaluate", {}):
+        evaluate.run(source, (str(task),), out, **options, settings=EngineSettings(), overwrite=False)
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (["process_results: !function user.raises"], r"KeyError: 'gold label' \(user.py:2\)"),
+        (["doc_to_text: !function user.raises"], r"KeyError: 'gold label' \(user.py:2\)"),
+        (["metric_list: [{metric: acc, aggregation: !function user.raises}]"], r"KeyError: 'gold label' \(user.py:2\)"),
+        (["doc_to_text: '{{question}}'"], "'question' is undefined"),
+        (["fewshot_split: train", "num_fewshot: 20"], "num_fewshot 20, and the split train has 4 examples"),
+        (["num_fewshot: 4"], "the split test has 3 examples besides the one that is asked"),
+        (["process_docs: !function user.raises"], "cannot be loaded: KeyError: 'gold label'"),
+    ],
+)
+def test_what_is_wrong_with_a_task_is_one_line_with_its_name(lines, says, models, monkeypatch, tmp_path):
+    task = question(tmp_path, "mine", *lines)
+    with pytest.raises(UserError, match=f"^--tasks mine: .*{says}") as caught:
+        evaluate_with_double(models("llama"), task, monkeypatch)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out-None").exists()
+
+
+def test_num_fewshot_goes_before_the_tasks_own_number(models, monkeypatch, tmp_path):
+    task = question(tmp_path, "mine", "num_fewshot: 1")
+    for given, count in ((None, 1), (3, 3)):
+        results = evaluate_with_double(models("llama"), task, monkeypatch, given)
+        assert results["n-shot"]["mine"] == count
+        sample = json.loads((tmp_path / f"out-{given}/samples_mine.jsonl").read_text().splitlines()[0])
+        context = sample["arguments"][0][0]
+        assert context.count("jumps") == count
+        assert context.count("fox 0") == 1  # the question itself is none of its examples
+
+
+def test_a_group_is_its_tasks_and_their_mean(models, monkeypatch, tmp_path):
+    for name in ("one", "two"):
+        question(tmp_path, name)
+    inline = QUESTION.replace("NAME", "three").strip().replace("\n", "\n    ")
+    members = f"task:\n  - one\n  - task: two\n    num_fewshot: 1\n  - {inline}\n"
+    (tmp_path / "group.yaml").write_text(f"group: all\n{members}aggregate_metric_list: [{{metric: acc}}]\n")
+    results = evaluate_with_double(models("llama"), tmp_path / "group.yaml", monkeypatch)
+    assert set(results["results"]) == {"all", "one", "two", "all::three"}
+    assert results["n-shot"]["two"] == 1
+    assert results["results"]["all"]["acc,none"] == 0.0  # " dog" is shorter
+
+
 def test_tasks_are_evaluated_by_any_engine(models, tasks, monkeypatch, tmp_path, capsys):
     double = EngineDouble()
     monkeypatch.setattr(evaluate, "open_engine", double.open)
@@ -172,6 +250,7 @@ def test_tasks_are_evaluated_by_any_engine(models, tasks, monkeypatch, tmp_path,
             (str(tasks / "held_out.yaml"),),
             tmp_path / "out",
             limit=2,
+            num_fewshot=None,
             apply_chat_template=False,
             keep_samples=True,
             settings=settings,

@@ -94,13 +94,6 @@ def test_an_absent_function_and_an_absent_file_are_named(directory, tmp_path):
         choose([str(directory / "empty")], tmp_path / "cache")
 
 
-def test_a_group_file_is_refused(directory, tmp_path):
-    path = directory / "group.yaml"
-    path.write_text("group: g\ntask: [a, b]\n")
-    with pytest.raises(UserError, match="groups"):
-        choose([str(path)], tmp_path / "cache")
-
-
 def test_the_nearest_name_is_offered(tmp_path, monkeypatch):
     # The harness's index takes twenty seconds to read; a short one is enough for the message.
     from lm_eval.tasks import TaskManager
@@ -110,3 +103,35 @@ def test_the_nearest_name_is_offered(tmp_path, monkeypatch):
     monkeypatch.setattr("lm_eval.tasks.manager.TaskIndex.build", lambda self, paths: {})
     with pytest.raises(UserError, match="--tasks hellaswga .* did you mean hellaswag"):
         choose(["hellaswga"], tmp_path)
+
+
+def test_a_group_names_files_beside_it_and_tags(directory, tmp_path):
+    for name, tag in (("one", "ours"), ("two", "ours"), ("three", "none")):
+        path = task(directory, "data/a.jsonl", f"{name}.yaml")
+        path.write_text(path.read_text().replace("task: held_out", f"task: {name}\ntag: {tag}"))
+    (directory / "group.yaml").write_text("group: mine\ntask: [ours, {group: inner, task: [three]}]\n")
+    chosen = choose([str(directory / "group.yaml")], tmp_path / "cache")
+    assert chosen.specs == ["mine"]
+    assert chosen.manager.task_index["ours"].tags == {"one", "two"}
+    assert chosen.manager.task_index["three"].cfg["dataset_kwargs"]["data_files"].endswith("data/a.jsonl")
+    assert {"group.yaml", "one.yaml", "two.yaml", "three.yaml", "metrics.py", "a.jsonl"} <= {
+        f.name for f in chosen.files
+    }
+    whole = choose([str(directory)], tmp_path / "cache")
+    assert "mine" in whole.specs
+    assert all(spec == "mine" or spec["task"] not in ("three",) for spec in whole.specs)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("group: g\n", "a group has a name and, under"),
+        ("group: g\ntask: [{alias: x}]\n", "each member of a group is a name"),
+        ("task: [one]\n", "no .task. with a name; a list of tasks also needs"),
+        ("group: g\ntask: [hellaswagg]\n", "hellaswagg is neither a file, a directory nor a task of the harness"),
+    ],
+)
+def test_a_group_that_names_no_tasks_is_refused(directory, tmp_path, text, says):
+    (directory / "group.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"--tasks .*group.yaml: {says}"):
+        choose([str(directory / "group.yaml")], tmp_path / "cache")

@@ -15,7 +15,9 @@ from shared.families.common.transformers_workarounds import with_workarounds
 from shared.precision import DTYPES
 from tools.infer.engines.engine import Completion, EngineSettings, Request, pieces
 from tools.infer.engines.precision import chosen_precision
+from tools.infer.engines.scoring import CheckedRequests
 from tools.infer.environment import on_gpu
+from tools.infer.weights import account_for_weights
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -33,6 +35,7 @@ class TransformersEngine:
         self._settings = settings
         self._given = settings.max_model_len or read_config(source / "config.json").get("max_position_embeddings")
         self._lm: HFLM | None = None
+        account_for_weights(source)
 
     @property
     def context_length(self) -> int:
@@ -52,14 +55,21 @@ class TransformersEngine:
         if self._lm is None:
             from lm_eval.models.huggingface import HFLM
 
+            class Model(CheckedRequests, HFLM):
+                @property
+                def longest_continuation(self) -> int:  # type: ignore[override]
+                    return int(self.max_length)
+
             log(f"loading {self._source} with transformers on {'GPU' if on_gpu() else 'CPU'}")
             precision = chosen_precision(self._source, self._settings.precision)
             try:
-                self._lm = HFLM(
+                self._lm = Model(
                     pretrained=str(self._source),
                     dtype=DTYPES[precision],
                     device="cuda" if on_gpu() else "cpu",
                     batch_size=self._settings.batch_size or _BATCH_SIZE,
+                    # Its cache gives an example whose context is another's context and first tokens the other's scores.
+                    logits_cache=False,
                     # The harness keeps two positions of vLLM's context free; both engines cut long texts at the same tokens.
                     max_length=self._given - 2 if self._given else None,
                 )

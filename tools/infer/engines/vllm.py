@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from shared.console import log
 from tools.infer.engines.engine import Completion, EngineSettings, Request, Sampling, pieces
+from tools.infer.engines.scoring import CheckedRequests
 from tools.infer.engines.vllm_arguments import engine_arguments
 from tools.infer.engines.vllm_support import check_supported, model_config, refusals
 from tools.infer.environment import on_gpu
+from tools.infer.weights import account_for_weights
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -64,6 +66,9 @@ class VllmEngine:
     def harness_model(self) -> LM:
         from lm_eval.models.vllm_causallms import VLLM
 
+        class Model(CheckedRequests, VLLM):
+            longest_continuation = self._context_length - 2
+
         assert self._llm is None, "the harness's class loads the model itself"
         announce(self._arguments)
         arguments = dict(self._arguments)
@@ -71,7 +76,7 @@ class VllmEngine:
         # vLLM batches whatever it is given; the harness's "auto" means the same, with a progress bar.
         size = "auto" if sys.stderr.isatty() else _UNLIMITED
         with refusals(source):
-            model = VLLM(pretrained=source, batch_size=size, **arguments)
+            model = Model(pretrained=source, batch_size=size, **arguments)
         self._llm = model.model
         return model
 
@@ -97,7 +102,9 @@ def checked_arguments(source: Path, settings: EngineSettings) -> tuple[dict[str,
     """vLLM's keyword arguments and the context length of a model that it supports here. UserError for any other."""
     check_supported(source)
     arguments = engine_arguments(source, settings)
-    return arguments, model_config(arguments).max_model_len
+    context_length = model_config(arguments).max_model_len
+    account_for_weights(source)
+    return arguments, context_length
 
 
 def sampling_params(sampling: Sampling, **further: Any) -> SamplingParams:

@@ -1,4 +1,4 @@
-"""What every engine must do, as JSON: `contract.py ENGINE DIRECTORY REQUESTS`. Run in a fork of the launcher.
+"""What every engine must do, as JSON: `contract.py ENGINE DIRECTORY REQUESTS [PRECISION]`. Run in a fork of the launcher.
 
 REQUESTS.json holds token ids of prompts, pairs of texts to score and the number of tokens to generate. Writes REQUESTS.out.json.
 """
@@ -25,14 +25,14 @@ def all_of(engine: Engine, requests: list[Request]) -> list[list[Completion]]:
     return [finished[index] for index in range(len(requests))]
 
 
-def main(name: str, source: Path, given: dict[str, Any]) -> dict[str, Any]:
-    engine = open_engine(source, EngineSettings(engine=name, precision="fp32", batch_size=4))
+def main(name: str, source: Path, given: dict[str, Any], precision: Any = None) -> dict[str, Any]:
+    engine = open_engine(source, EngineSettings(engine=name, precision=precision, batch_size=4))
     assert isinstance(engine, Engine)
     assert engine.name == name
     answer: dict[str, Any] = {"context_length": engine.context_length}
     lm = engine.harness_model()
     scored = [
-        Instance(request_type="loglikelihood", doc={}, arguments=tuple(pair), idx=index)
+        Instance(request_type="loglikelihood", doc={}, metadata=("pairs", index, 1), arguments=tuple(pair), idx=index)
         for index, pair in enumerate(given["pairs"])
     ]
     answer["log_likelihoods"] = lm.loglikelihood(scored)
@@ -61,5 +61,5 @@ def main(name: str, source: Path, given: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     path = Path(sys.argv[3])
-    result = main(sys.argv[1], Path(sys.argv[2]), json.loads(path.with_suffix(".json").read_text()))
+    result = main(sys.argv[1], Path(sys.argv[2]), json.loads(path.with_suffix(".json").read_text()), *sys.argv[4:])
     path.with_suffix(".out.json").write_text(json.dumps(result))

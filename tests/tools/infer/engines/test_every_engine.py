@@ -10,6 +10,8 @@ import pytest
 CONTRACT = Path(__file__).with_name("contract.py")
 PROMPTS = ["The quick", "def f(x): return", "lazy dog. " * 9]
 PAIRS = [("The quick", " brown fox"), ("The quick", " lazy dog"), ("", "def f(x)")]
+# A text cut at every letter: where a cut is inside a token, the first letters of the rest join the context's last token.
+PAIRS += [("The quick fox"[:cut], "The quick fox"[cut:]) for cut in range(1, 13)]
 TOKENS, CONTEXT, EOS = 12, 128, 0
 
 
@@ -33,28 +35,40 @@ def reference(models):
             new.append(int(log_probabilities([*ids, *new])[-1].argmax()))
         return new
 
+    merged: list[bool] = []
+
     def scored(context: str, text: str) -> float:
         before = tokenizer(context)["input_ids"] or [EOS]
-        ids = [*before, *tokenizer(text)["input_ids"]]
+        whole = tokenizer(context + text)["input_ids"]
+        joined = whole[: len(before)] != before or len(whole) == len(before)
+        if context.endswith(" "):  # the harness gives it to the word after it
+            before, joined = whole[: len(tokenizer(context.rstrip())["input_ids"])], False
+        own = tokenizer(text)["input_ids"] if joined or not context else whole[len(before) :]
+        merged.append(joined and len(whole) <= len(before))
+        ids = [*before, *own]
         known = log_probabilities(ids)[:-1].gather(-1, torch.tensor(ids)[1:, None])
         return float(known[len(before) - 1 :].sum())
 
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    log_likelihoods = [scored(*pair) for pair in PAIRS]
+    assert any(merged)  # the harness would count such a rest as certain
     return {
         "prompts": prompts,
         "greedy": [continued(ids, TOKENS) for ids in prompts],
         "full": continued(prompts[0], CONTEXT - len(prompts[0])),
-        "log_likelihoods": [scored(*pair) for pair in PAIRS],
+        "log_likelihoods": log_likelihoods,
         "decode": lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
     }
 
 
-@pytest.fixture(scope="module", params=["vllm", "hf"])
+# The checkpoint is fp32, and without --precision every engine computes in it.
+@pytest.fixture(scope="module", params=["vllm", "hf", "vllm fp32", "hf fp32"])
 def answer(request, launcher, models, reference, tmp_path_factory):
-    path = tmp_path_factory.mktemp("contract") / request.param
+    path = tmp_path_factory.mktemp("contract") / request.param.replace(" ", "-")
+    engine, *precision = request.param.split()
     given = {"prompts": reference["prompts"], "pairs": PAIRS, "tokens": TOKENS}
     path.with_suffix(".json").write_text(json.dumps(given))
-    done = launcher(CONTRACT, request.param, models("llama"), path)
+    done = launcher(CONTRACT, engine, models("llama"), path, *precision)
     assert done.code == 0, done.stderr
     return json.loads(path.with_suffix(".out.json").read_text())
 
