@@ -1,11 +1,13 @@
-"""Text sources: text and JSON-lines files, plain or compressed, and folders of them, read in one fixed order.
+"""Text sources: files of text or of rows, plain or compressed, and folders of them, read in one fixed order.
 
-A *text* file is one document. A *JSON-lines* file (`.jsonl`, `.ndjson`, `.jsonlines`) is one document a line.
-Either may be compressed (`.gz`, `.zst`). Every error is one line that names the file and the line in it.
+A *text* file is one document. A file of *rows* has one document a row: JSON lines (`.jsonl`, `.ndjson`, `.jsonlines`), or a
+table (`.parquet`, `.arrow`). Where rows are wanted, a JSON array of objects is read too, under any name.
+Text and JSON may be compressed (`.gz`, `.zst`). Every error is one line that names the file and the line in it.
 """
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import zlib
@@ -16,13 +18,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
+from shared.data.table import table_rows
 from shared.data.zstd import open_frames
 from shared.errors import UserError
 
-ROW_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
+LINE_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
+TABLE_SUFFIXES = (".parquet", ".arrow")
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 # Formats that are not text: reading them as text would end in a confusing "not UTF-8".
-FOREIGN_SUFFIXES = (".parquet", ".arrow", ".bin", ".idx", ".npy", ".safetensors", ".zip", ".tar", ".xz", ".bz2")
+FOREIGN_SUFFIXES = (".bin", ".idx", ".npy", ".safetensors", ".zip", ".tar", ".xz", ".bz2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +45,12 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of a JSON-lines file."""
+    """One line of a JSON-lines file, or one object of an array or a table."""
 
     value: dict[str, Any]
     path: Path
     line: int
-    """Line number in the file, from 1."""
+    """Number of the line, the object or the row in the file, from 1."""
 
     def error(self, problem: str) -> UserError:
         """The error to raise about this row."""
@@ -54,8 +58,13 @@ class Row:
 
 
 def is_rows(path: Path) -> bool:
-    """Whether the file is JSON lines (compressed or not), by its name."""
-    return _inner_suffix(path) in ROW_SUFFIXES
+    """Whether the file holds rows (compressed or not), by its name."""
+    return _inner_suffix(path) in LINE_SUFFIXES or is_table(path)
+
+
+def is_table(path: Path) -> bool:
+    """Whether the file is a table of columns, by its name."""
+    return path.suffix.lower() in TABLE_SUFFIXES
 
 
 def is_compressed(path: Path) -> bool:
@@ -90,7 +99,9 @@ def expand(paths: Iterable[Path], *, flag: str) -> list[Path]:
     seen: set[Path] = set()
     for file in files:
         if _inner_suffix(file) in FOREIGN_SUFFIXES:
-            raise UserError(f"{flag} {file}: {file.suffix} is not supported; give text or JSON lines (also .gz, .zst)")
+            raise UserError(
+                f"{flag} {file}: {file.suffix} is not supported; give text, JSON lines (also .gz, .zst) or parquet"
+            )
         if (resolved := file.resolve()) in seen:
             raise UserError(f"{flag} {file}: named twice")
         seen.add(resolved)
@@ -103,7 +114,7 @@ def pieces(path: Path, piece_bytes: int) -> list[Piece]:
     Only uncompressed JSON lines can be cut; any other file is one piece.
     """
     size = path.stat().st_size
-    if not is_rows(path) or is_compressed(path) or size <= piece_bytes:
+    if not is_rows(path) or is_table(path) or is_compressed(path) or size <= piece_bytes or _is_array(path):
         return [Piece(path=path, start=0, end=size)]
     bounds = [0]
     with path.open("rb") as file:
@@ -117,11 +128,24 @@ def pieces(path: Path, piece_bytes: int) -> list[Piece]:
 
 
 def rows(piece: Piece) -> Iterator[Row]:
-    """The rows of a JSON-lines piece; empty lines are passed over.
+    """The rows of a piece: JSON lines, a JSON array of objects, or a table. Empty lines are passed over.
 
     Raises:
-        UserError: a line is not UTF-8, not JSON or not a JSON object.
+        UserError: a line is not UTF-8, not JSON or not a JSON object; a text in it has a lone surrogate.
     """
+    if is_table(piece.path):
+        values = table_rows(piece.path)
+    elif piece.start == 0 and _is_array(piece.path):
+        with _open(piece.path) as file:
+            values = iter(_json(decode(file.read(), piece.path), piece.path, 1))
+    else:
+        yield from _lines(piece)
+        return
+    for number, value in enumerate(values, start=1):
+        yield _row(value, piece.path, number)
+
+
+def _lines(piece: Piece) -> Iterator[Row]:
     line_number = _lines_before(piece)
     with _open(piece.path) as file:
         position = piece.start
@@ -131,7 +155,8 @@ def rows(piece: Piece) -> Iterator[Row]:
             line_number += 1
             position += len(line)
             if line.strip():
-                yield _parse(line, piece.path, line_number)
+                text = decode(line, piece.path, first_line=line_number)
+                yield _row(_json(text.rstrip(), piece.path, line_number), piece.path, line_number)
             # A compressed file is one piece, whose end counts compressed bytes.
             if not is_compressed(piece.path) and position >= piece.end:
                 return
@@ -154,36 +179,58 @@ def texts(piece: Piece, text_key: str) -> Iterator[str]:
         text = row.value[text_key]
         if not isinstance(text, str):
             raise row.error(f"{text_key!r} is {type(text).__name__}, not a string")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise row.error(f"{text_key!r} has a lone surrogate escape, which is not text") from None
         yield text
 
 
 def decode(content: bytes, path: Path, *, first_line: int = 1) -> str:
-    """Strict UTF-8, with the line of the first bad byte in the error."""
+    """Strict UTF-8, without the byte order mark of a file, and with the line of the first bad byte in the error."""
+    if first_line == 1:
+        content = content.removeprefix(codecs.BOM_UTF8)
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = first_line + content.count(b"\n", 0, error.start)
+        utf16 = first_line == 1 and content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        name = "UTF-16" if utf16 else "LATIN1"
         raise UserError(
-            f"{path}:{line}: not UTF-8 (byte 0x{content[error.start]:02x}); convert the file to UTF-8 or leave it out"
+            f"{path}:{line}: not UTF-8 (byte 0x{content[error.start]:02x}); leave the file out, or convert it to UTF-8: "
+            f"`iconv -f {name} -t UTF-8` if it is {name}"
         ) from None
 
 
-def _parse(line: bytes, path: Path, number: int) -> Row:
-    text = decode(line, path, first_line=number)
-    if number == 1:
-        text = text.removeprefix("\ufeff")
+def _is_array(path: Path) -> bool:
+    """Whether the first character of a file is the bracket of a JSON array."""
+    with _open(path) as file:
+        return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+
+
+def _json(text: str, path: Path, number: int) -> Any:
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         problem = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise UserError(f"{path}:{number}: not JSON ({problem})") from None
+        line = number + error.lineno - 1 if isinstance(error, json.JSONDecodeError) else number
+        raise UserError(f"{path}:{line}: not JSON ({problem})") from None
+
+
+def _row(value: Any, path: Path, number: int) -> Row:
     if not isinstance(value, dict):
         raise UserError(f"{path}:{number}: a JSON object is expected on every line, not {type(value).__name__}")
-    return Row(value=value, path=path, line=number)
+    row = Row(value=value, path=path, line=number)
+    if (
+        name := next((name for name, item in value.items() if not _is_text(name) or not _is_text(item)), None)
+    ) is not None:
+        raise row.error(f"{name!r} has a lone surrogate escape, which is not text; remove it")
+    return row
+
+
+def _is_text(value: Any) -> bool:
+    """Whether every string in a JSON value can be written as UTF-8."""
+    if isinstance(value, str):
+        return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
+    if isinstance(value, dict):
+        return all(_is_text(name) and _is_text(item) for name, item in value.items())
+    return all(map(_is_text, value)) if isinstance(value, list) else True
 
 
 def _lines_before(piece: Piece) -> int:

@@ -14,6 +14,7 @@ from tools.infer.engines.engine import EngineName, EngineSettings, Sampling
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=2)]  # vLLM's range
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy's range; sample i of prompt j adds to it, within torch's 64 bits
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 tool = Tool("infer", summary="Serve, generate, chat and evaluate with vLLM, from a Hugging Face directory.")
@@ -54,20 +55,21 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: Fraction = 1.0,
     samples: Positive = 1,
-    seed: NonNegative = 0,
+    seed: Seed = 0,
     batch_size: Positive | None = None,
     *,
     model: ModelOptions,
     overwrite: bool = False,
 ) -> None:
-    """Complete every prompt of a jsonl file.
+    """Complete every prompt of a file.
 
-    Each line holds "prompt" (raw text) or "messages" (put through the chat template); its other fields are copied.
-    Publishes TARGET/generations.jsonl, in the order of the input.
+    Each row holds "prompt" (raw text) or "messages" (put through the chat template, with "tools" if the row has them);
+    its other fields are copied. Publishes TARGET/generations.jsonl, in the order of the input. Killed or stopped, the
+    same command keeps what is finished and does the rest.
 
     Args:
         source: Hugging Face directory of the model.
-        prompts: jsonl file, one object with "prompt" or "messages" a line.
+        prompts: JSON lines (also .gz, .zst), a JSON array, parquet or arrow; "prompt" or "messages" in each row.
         target: directory to publish.
         max_tokens: most tokens of a completion.
         temperature: 0 decodes greedily; above, samples.
@@ -102,7 +104,7 @@ def evaluate(
     keep_samples: bool = False,
     *,
     model: ModelOptions,
-    seed: NonNegative = 0,
+    seed: Seed = 0,
     overwrite: bool = False,
 ) -> None:
     """Measure a model with lm-evaluation-harness.
@@ -147,7 +149,7 @@ def chat(
     max_tokens: Positive = 512,
     temperature: Temperature = 0.0,
     top_p: Fraction = 1.0,
-    seed: NonNegative = 0,
+    seed: Seed = 0,
     *,
     model: ModelOptions,
 ) -> None:

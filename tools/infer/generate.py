@@ -1,19 +1,21 @@
-"""`infer generate`: prompts of a jsonl file in, a directory with their completions out."""
+"""`infer generate`: prompts of a file in, a directory with their completions out."""
 
 from __future__ import annotations
 
 import json
 import time
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from shared.checkpoint.copy.journal import JOURNAL
+from shared.checkpoint.directory.manifest import Inputs
 from shared.checkpoint.directory.publish import publish
 from shared.cli import log, progress
 from tools.infer.engines.engine import Completion, EngineSettings, Request, Sampling, open_engine
 from tools.infer.environment import prepare_environment
-from tools.infer.prompts import check_length, encode, load_tokenizer, read_rows
+from tools.infer.prompts import check_length, encode, load_tokenizer, read_prompts
 from tools.infer.source import open_source
 
 OUTPUT = "generations.jsonl"
@@ -22,26 +24,35 @@ OUTPUT = "generations.jsonl"
 def run(
     source: Path, prompts: Path, target: Path, *, sampling: Sampling, settings: EngineSettings, overwrite: bool
 ) -> None:
-    """Complete every row of `prompts` and publish `target`. UserError names the line that cannot be used."""
-    rows = read_rows(prompts, output_fields(sampling.samples))
-    with publish(target, kind="result", inputs={"source": source, "prompts": prompts}, overwrite=overwrite) as out:
+    """Complete every row of `prompts` and publish `target`. UserError names the line that cannot be used.
+
+    What is finished is kept in the unpublished directory; after a kill or a stop the same command does the rest.
+    """
+    rows = read_prompts(prompts, output_fields(sampling.samples))
+    inputs: Inputs = {"source": source, "prompts": prompts}
+    with publish(target, kind="result", inputs=inputs, overwrite=overwrite, resumable=True) as out:
         prepare_environment()
         model = open_source(source)
-        with closing(open_engine(model, settings)) as engine:  # before the tokenizer, which may be remote code
-            tokenizer = load_tokenizer(model)
+        with closing(open_engine(model, settings)) as engine, Finished(out.path, out.work) as finished:
+            tokenizer = load_tokenizer(model)  # after the engine: it may be remote code
             requests = []
             for index, row in enumerate(rows):
-                place = f"--prompts {prompts}:{row.line}"
-                ids = encode(tokenizer, row.prompt, place)
-                check_length(ids, engine.context_length, place)
+                ids = encode(tokenizer, row.prompt, row.place, row.tools)
+                check_length(ids, engine.context_length, row.place)
                 seeded = replace(sampling, seed=sampling.seed + index * sampling.samples)
                 requests.append(Request(prompt=ids, sampling=seeded))
-            engine.load()
-            began = time.monotonic()
-            completions: dict[int, list[Completion]] = {}
-            with progress(len(rows), "prompts", "generating") as advance:
-                for index, finished in engine.generate(requests):
-                    completions[index] = finished
+            completions = finished.completions
+            left = [index for index in range(len(rows)) if index not in completions]
+            if completions:
+                log(f"resuming: {len(completions)} of {len(rows)} prompts were finished by an earlier run")
+            began, new = time.monotonic(), 0
+            if left:
+                engine.load()
+                began = time.monotonic()
+            with progress(len(left), "prompts", "generating") as advance:
+                for number, samples in engine.generate([requests[index] for index in left]) if left else ():
+                    finished.add(left[number], samples)
+                    new += sum(len(sample.tokens) for sample in samples)
                     advance(1)
             seconds = time.monotonic() - began
         with (out.path / OUTPUT).open("w", encoding="utf-8") as file:
@@ -56,7 +67,41 @@ def run(
             seconds=round(seconds, 2),
             engine=engine.name,
         )
-    log(f"{len(rows)} prompts, {tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f} tokens/s): {target / OUTPUT}")
+    speed = f"{new} tokens in {seconds:.1f} s ({new / max(seconds, 1e-9):.0f} tokens/s)"
+    log(f"{len(rows)} prompts, {speed}: {target / OUTPUT}")
+
+
+class Finished:
+    """Completions in the journal of an unpublished directory, each a line of its own as soon as it is there.
+
+    Args:
+        directory: the unpublished directory.
+        work: key of everything that decides the completions; a journal with another key is discarded.
+    """
+
+    def __init__(self, directory: Path, work: str) -> None:
+        path = directory / JOURNAL
+        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []  # a kill may cut the last line
+        if not lines or json.loads(lines[0]) != {"work": work}:
+            lines = [json.dumps({"work": work}).encode()]
+        self.completions: dict[int, list[Completion]] = {
+            line["prompt"]: [Completion(**sample) for sample in line["samples"]] for line in map(json.loads, lines[1:])
+        }
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
+        self._file = path.open("a", encoding="utf-8")
+
+    def add(self, prompt: int, samples: list[Completion]) -> None:
+        """Record the samples of a prompt."""
+        self.completions[prompt] = samples
+        line = {"prompt": prompt, "samples": [asdict(sample) for sample in samples]}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> Finished:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
 
 
 def output_fields(samples: int) -> tuple[str, ...]:

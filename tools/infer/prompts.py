@@ -1,7 +1,8 @@
-"""Prompts: lines of a jsonl file, checked, and their token ids."""
+"""Prompts: rows of a file, checked, and their token ids."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,27 +10,37 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from shared.data.sources import Piece, Row, rows
 from shared.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of the input."""
+Messages = list[dict[str, Any]]
 
-    line: int  # counted from 1
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One row of the input."""
+
+    row: Row
+    place: str  # for messages
     fields: dict[str, Any]
 
     @property
-    def prompt(self) -> str | list[dict[str, Any]]:
+    def prompt(self) -> str | Messages:
         """Raw text, or the messages of a conversation."""
         return self.fields["messages"] if "messages" in self.fields else self.fields["prompt"]
 
+    @property
+    def tools(self) -> list[Any] | None:
+        """The tools that the chat template is told of."""
+        return self.fields.get("tools") or None
 
-def read_rows(path: Path, reserved: tuple[str, ...]) -> list[Row]:
-    """The lines of a jsonl file that are not blank.
+
+def read_prompts(path: Path, reserved: tuple[str, ...]) -> list[Prompt]:
+    """The rows of a file: JSON lines, a JSON array, parquet or arrow.
 
     Args:
         path: the file.
@@ -38,26 +49,14 @@ def read_rows(path: Path, reserved: tuple[str, ...]) -> list[Row]:
     Raises:
         UserError: names the file and the line.
     """
-    rows = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, text in enumerate(file, 1):
-                if text.strip():
-                    rows.append(Row(line=number, fields=_parse(text, f"--prompts {path}:{number}", reserved)))
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    if not rows:
+    found = [_checked(row, reserved) for row in rows(Piece(path=path, start=0, end=path.stat().st_size))]
+    if not found:
         raise UserError(f"--prompts {path} holds no prompt")
-    return rows
+    return found
 
 
-def _parse(text: str, place: str, reserved: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        fields = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{place}: not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise UserError(f'{place}: an object like {{"prompt": "..."}} is wanted, not {type(fields).__name__}')
+def _checked(row: Row, reserved: tuple[str, ...]) -> Prompt:
+    fields, place = dict(row.value), f"--prompts {row.path}:{row.line}"
     if ("prompt" in fields) == ("messages" in fields):
         raise UserError(f'{place}: give either "prompt" or "messages"')
     prompt = fields.get("prompt", fields.get("messages"))
@@ -72,7 +71,18 @@ def _parse(text: str, place: str, reserved: tuple[str, ...]) -> dict[str, Any]:
     for name in reserved:
         if name in fields:
             raise UserError(f'{place}: the output adds a field "{name}"; rename the input\'s')
-    return fields
+    if isinstance(fields.get("tools"), str) and fields["tools"]:  # as in tables, whose columns have one type
+        try:
+            fields["tools"] = json.loads(fields["tools"])
+        except ValueError:
+            raise UserError(f'{place}: "tools" is not JSON') from None
+    if fields.get("tools") and not isinstance(fields["tools"], list):
+        raise UserError(f'{place}: "tools" is not a list')
+    try:
+        json.dumps(fields)
+    except TypeError as error:
+        raise UserError(f"{place}: a field cannot be copied into JSON ({error}); leave the column out") from None
+    return Prompt(row=row, place=place, fields=fields)
 
 
 def load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
@@ -92,19 +102,44 @@ def load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"--source {source}: its tokenizer cannot be loaded: {line}") from None
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]], place: str) -> list[int]:
-    """Token ids of a prompt: raw text tokenized as it is, messages through the chat template with a generation prompt."""
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, place: str, tools: list[Any] | None = None
+) -> list[int]:
+    """Token ids of a prompt: raw text tokenized as it is, messages through the chat template with a generation prompt.
+
+    Args:
+        tokenizer: the model's.
+        prompt: text or messages.
+        place: where it is from, for errors.
+        tools: rendered by the chat template. UserError where it does not know them.
+    """
     if isinstance(prompt, str):
+        if tools:
+            raise UserError(f'{place}: "tools" are rendered by the chat template; give "messages" instead of "prompt"')
         ids = tokenizer(prompt)["input_ids"]
         if not ids:
             raise UserError(f"{place}: the prompt is empty and the tokenizer adds no BOS token; write a first word")
         return ids
     if not tokenizer.chat_template:
         raise UserError(f"{place}: messages need a chat template and the tokenizer has none; give a raw prompt instead")
+
+    def rendered(tools: list[Any] | None) -> str:
+        return tokenizer.apply_chat_template(prompt, tools=tools, tokenize=False, add_generation_prompt=True)
+
+    refused = (jinja2.TemplateError, TypeError, ValueError, KeyError)
     try:
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        text = rendered(tools)
+    except refused as error:
         raise UserError(f"{place}: the chat template refuses these messages: {error}") from None
+    without = None
+    if tools:
+        with contextlib.suppress(*refused):  # a template that cannot do without tools knows them
+            without = rendered(None)
+    if text == without:
+        raise UserError(
+            f'{place}: the chat template does not render "tools", so the model would not see them; leave them out, or describe '
+            "them in a message"
+        )
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

@@ -130,8 +130,8 @@ def run(
 def _files(paths: tuple[Path, ...], flag: str) -> list[Path]:
     files = expand(paths, flag=flag)
     for file in files:
-        if not is_rows(file):
-            raise UserError(f"{flag} {file}: conversations are JSON lines (.jsonl, also .jsonl.gz, .jsonl.zst)")
+        if not is_rows(file) and ".json" not in file.suffixes:
+            raise UserError(f"{flag} {file}: conversations are JSON lines (.jsonl, also .gz, .zst), .json or .parquet")
     return files
 
 

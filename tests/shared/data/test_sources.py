@@ -27,8 +27,8 @@ def test_the_same_file_twice_and_foreign_formats_are_refused(tmp_path: Path) -> 
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(UserError, match=r"a\.txt: named twice"):
         expand([tmp_path, tmp_path / "a.txt"], flag="--source")
-    (tmp_path / "b.parquet").write_text("")
-    with pytest.raises(UserError, match=r"b\.parquet: \.parquet is not supported"):
+    (tmp_path / "b.npy").write_text("")
+    with pytest.raises(UserError, match=r"b\.npy: \.npy is not supported"):
         expand([tmp_path], flag="--source")
 
 
@@ -109,3 +109,75 @@ def test_damaged_archives_are_named(tmp_path: Path, suffix: str) -> None:
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=str(path)):
             list(texts(_whole(path), "text"))
+
+
+ROWS = [{"text": f"line {i} \u00e9", "n": i} for i in range(50)]
+
+
+def _as_parquet(path: Path) -> None:
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path, row_group_size=7)
+
+
+def _as_arrow(path: Path, kind: str) -> None:
+    import pyarrow
+
+    table = pyarrow.Table.from_pylist(ROWS)
+    with getattr(pyarrow.ipc, f"new_{kind}")(str(path), table.schema) as file:
+        file.write_table(table, max_chunksize=7)
+
+
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+WRITERS = {
+    "bom.jsonl": lambda path: path.write_bytes(b"\xef\xbb\xbf" + LINES),
+    "bom.jsonl.gz": lambda path: path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + LINES)),
+    "array.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
+    "bom_array.json": lambda path: path.write_bytes(b"\xef\xbb\xbf\n" + json.dumps(ROWS).encode()),
+    "array.jsonl": lambda path: path.write_text(json.dumps(ROWS)),
+    "array.json.zst": lambda path: path.write_bytes(zstandard.compress(json.dumps(ROWS).encode())),
+    "table.parquet": _as_parquet,
+    "stream.arrow": lambda path: _as_arrow(path, "stream"),
+    "file.arrow": lambda path: _as_arrow(path, "file"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_form_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    WRITERS[name](path)
+    found = [row for piece in pieces(path, 100) for row in rows(piece)]
+    assert [row.value for row in found] == ROWS
+    assert [row.line for row in found] == list(range(1, len(ROWS) + 1))
+
+
+def test_columns_that_are_null_in_a_row_are_left_out(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    path = tmp_path / "mixed.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", None], "messages": [None, ["b"]]}), path)
+    assert [row.value for row in rows(_whole(path))] == [{"prompt": "a"}, {"messages": ["b"]}]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"mixed\.parquet: damaged, or not parquet"):
+        list(rows(_whole(path)))
+
+
+@pytest.mark.parametrize("line", ['{"a": "\\ud83d"}', '{"a": {"b": ["x", "\\udc00"]}}', '{"a": [{"\\ud83d": 1}]}'])
+def test_a_lone_surrogate_is_refused_wherever_it_is(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"a": "\\ud83d\\ude00"}}\n{line}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: 'a' has a lone surrogate"):
+        list(rows(_whole(path)))
+
+
+@pytest.mark.parametrize(("encoding", "name"), [("latin-1", "LATIN1"), ("utf-16", "UTF-16")])
+def test_another_encoding_is_refused_with_the_command_that_mends_it(tmp_path: Path, encoding: str, name: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"a": "caf\u00e9"}\n'.encode(encoding))
+    with pytest.raises(UserError, match=f"rows.jsonl:1: not UTF-8 .*iconv -f {name} -t UTF-8"):
+        list(rows(_whole(path)))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfabc")
+    assert list(texts(_whole(tmp_path / "a.txt"), "text")) == ["abc"]

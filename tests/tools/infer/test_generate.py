@@ -198,6 +198,35 @@ def test_rows_are_completed_by_any_engine(samples, double, models, tmp_path):
     assert facts["prompt_tokens"] == sum(row["prompt_tokens"] for row in answers)
 
 
+def test_what_is_finished_is_kept_and_the_rest_is_done_after_a_stop(models, monkeypatch, tmp_path):
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": text} for text in ("fox", "dog", "lazy", "quick")])
+    whole = EngineDouble()
+    monkeypatch.setattr(generate, "open_engine", whole.open)
+    generate_with_double(models("llama"), prompts, tmp_path / "whole", 2)
+
+    class Stopped(EngineDouble):
+        """Told to stop after two prompts."""
+
+        def generate(self, requests):
+            for number, finished in enumerate(super().generate(requests)):
+                if number == 2:
+                    raise SystemExit(75)
+                yield finished
+
+    stopped, rest = Stopped(), EngineDouble()
+    monkeypatch.setattr(generate, "open_engine", stopped.open)
+    with pytest.raises(SystemExit):
+        generate_with_double(models("llama"), prompts, tmp_path / "out", 2)
+    (partial,) = tmp_path.glob("out.partial-*")
+    with (partial / ".journal").open("a") as file:
+        file.write('{"prompt": 1, "sam')  # as a kill in the middle of a line leaves it
+    monkeypatch.setattr(generate, "open_engine", rest.open)
+    generate_with_double(models("llama"), prompts, tmp_path / "out", 2)
+    assert [request.prompt for request in rest.requests] == [request.prompt for request in whole.requests[:2]]
+    assert read(tmp_path / "out") == read(tmp_path / "whole")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["generations.jsonl", "manifest.json"]
+
+
 def test_a_prompt_that_does_not_fit_is_found_before_the_model_is_loaded(double, models, tmp_path):
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "The fox " * 80}])
     with pytest.raises(UserError, match="prompts.jsonl:1: the prompt has"):

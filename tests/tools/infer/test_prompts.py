@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import UserError
-from tools.infer.prompts import check_length, encode, load_tokenizer, read_rows
+from tools.infer.prompts import check_length, encode, load_tokenizer, read_prompts
 
 
 def file(tmp_path: Path, text: str) -> Path:
@@ -18,10 +18,10 @@ def file(tmp_path: Path, text: str) -> Path:
 
 
 def test_rows_keep_their_fields_and_line_numbers(tmp_path):
-    rows = read_rows(
+    rows = read_prompts(
         file(tmp_path, '{"prompt": "a", "id": 1}\n\n{"messages": [{"role": "user", "content": "b"}]}\n'), ()
     )
-    assert [row.line for row in rows] == [1, 3]
+    assert [row.row.line for row in rows] == [1, 3]
     assert rows[0].fields == {"prompt": "a", "id": 1}
     assert rows[0].prompt == "a"
     assert rows[1].prompt == [{"role": "user", "content": "b"}]
@@ -31,7 +31,10 @@ def test_rows_keep_their_fields_and_line_numbers(tmp_path):
     ("line", "message"),
     [
         ('{"prompt": "a"', "not JSON"),
-        ('["a"]', "an object"),
+        ('["a"]', "a JSON object is expected"),
+        ('{"prompt": "a", "note": "\\ud83d"}', "lone surrogate"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": 3}', '"tools" is not a list'),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": "{"}', '"tools" is not JSON'),
         ('{"text": "a"}', 'either "prompt" or "messages"'),
         ('{"prompt": "a", "messages": []}', 'either "prompt" or "messages"'),
         ('{"prompt": 3}', "not int"),
@@ -44,14 +47,14 @@ def test_rows_keep_their_fields_and_line_numbers(tmp_path):
 def test_a_malformed_line_is_named(tmp_path, line, message):
     path = file(tmp_path, f'{{"prompt": "fine"}}\n{line}\n')
     with pytest.raises(UserError, match="p.jsonl:2: ") as caught:
-        read_rows(path, ("completion",))
+        read_prompts(path, ("completion",))
     assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(("text", "message"), [("\n \n", "no prompt"), ("\udcff", "not UTF-8")])
 def test_an_empty_or_binary_file_is_refused(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
-        read_rows(file(tmp_path, text), ())
+        read_prompts(file(tmp_path, text), ())
 
 
 def test_messages_go_through_the_template_and_raw_text_does_not(models):
@@ -87,3 +90,22 @@ def test_a_prompt_must_leave_room_for_one_token():
     check_length([1] * 7, 8, "here")
     with pytest.raises(UserError, match="here: the prompt has 8 tokens and the context 8"):
         check_length([1] * 8, 8, "here")
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "d", "parameters": {}}}]
+KNOWS_TOOLS = (
+    "{% for t in tools %}[{{ t.function.name }}]{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}"
+)
+
+
+def test_tools_are_rendered_where_the_template_knows_them_and_refused_where_not(models, tmp_path):
+    messages, tokenizer = [{"role": "user", "content": "fox"}], load_tokenizer(models("llama"))
+    with pytest.raises(UserError, match='here: the chat template does not render "tools"'):
+        encode(tokenizer, messages, "here", TOOLS)
+    with pytest.raises(UserError, match='here: "tools" are rendered by the chat template'):
+        encode(tokenizer, "fox", "here", TOOLS)
+    tokenizer.chat_template = KNOWS_TOOLS
+    assert tokenizer.decode(encode(tokenizer, messages, "here", TOOLS)) == "[weather]fox"
+    for given in (TOOLS, json.dumps(TOOLS)):
+        (row,) = read_prompts(file(tmp_path, json.dumps({"messages": messages, "tools": given})), ())
+        assert row.tools == TOOLS
