@@ -13,11 +13,11 @@ from shared.console import log
 from shared.errors import UserError
 from shared.families.common.transformers_workarounds import with_workarounds
 from shared.precision import DTYPES
+from tools.infer.engines.checkpoint_precision import chosen_precision
 from tools.infer.engines.engine import Completion, EngineSettings, Request, pieces
-from tools.infer.engines.precision import chosen_precision
 from tools.infer.engines.scoring import CheckedRequests
 from tools.infer.environment import on_gpu
-from tools.infer.weights import account_for_weights
+from tools.infer.weight_account import account_for_weights
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM

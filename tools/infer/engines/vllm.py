@@ -13,7 +13,7 @@ from tools.infer.engines.scoring import CheckedRequests
 from tools.infer.engines.vllm_arguments import engine_arguments
 from tools.infer.engines.vllm_support import check_supported, model_config, refusals
 from tools.infer.environment import on_gpu
-from tools.infer.weights import account_for_weights
+from tools.infer.weight_account import account_for_weights
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM

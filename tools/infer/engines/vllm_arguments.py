@@ -13,8 +13,8 @@ from shared.console import log
 from shared.errors import UserError
 from shared.families import registry
 from shared.precision import DTYPES, Precision
+from tools.infer.engines.checkpoint_precision import chosen_precision
 from tools.infer.engines.engine import EngineSettings
-from tools.infer.engines.precision import chosen_precision
 from tools.infer.environment import on_gpu
 
 _CPU_SEQUENCES = 32  # at once; a larger batch only makes each step longer on a handful of cores

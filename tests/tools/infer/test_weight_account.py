@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from shared.errors import UserError
 from shared.families import registry
-from tools.infer.weights import account_for_weights
+from tools.infer.weight_account import account_for_weights
 
 SIZES = [name for name in registry.sizes() if name.endswith("-tiny")]
 CONFIG = {

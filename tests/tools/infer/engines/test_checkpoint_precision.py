@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from shared.errors import UserError
-from tools.infer.engines.precision import chosen_precision
+from tools.infer.engines.checkpoint_precision import chosen_precision
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 

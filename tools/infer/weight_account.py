@@ -33,7 +33,7 @@ def account_for_weights(source: Path) -> None:
     refusal: UserError | None = None
     architecture: Architecture | None = None
     with contextlib.suppress(UserError):  # another family, or a field that only the engine knows
-        architecture = registry.as_stored(registry.from_files(source), reader.weights)
+        architecture = registry.drop_missing_mtp(registry.from_files(source), reader.weights)
     if architecture is not None:
         table = registry.table_of(architecture)
         try:
