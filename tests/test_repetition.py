@@ -1,7 +1,7 @@
-"""Nothing is written twice: no six lines in a row stand in two places.
+"""No duplicated code: no six consecutive lines occur twice.
 
-Blank lines, comments, imports and lines of punctuation alone do not count, nor does white space. Left out are tests, where
-each example stands for itself; families, each of which is read alone; and Dockerfiles, which cannot share lines.
+White space, blank lines, comments, imports and lines of punctuation do not count. Not checked: tests, where each example is
+complete; families, which are read one at a time; Dockerfiles, which cannot share lines.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TRIVIAL = re.compile(r"#.*|(import|from) .*|[\W_]*")
 IMPORTS = re.compile(r"^\s*from [\w.]+ import \([^)]*\)", re.MULTILINE)
 
 
-# Pairs of files that still share lines: none is added here, and each goes with its repetition.
+# Pairs of files that still share lines. Add none; remove a pair when its duplication is gone.
 STILL = {
     ("tools/convert/cli.py", "tools/convert/cli.py"),
     ("tools/convert/to_megatron.py", "tools/convert/to_te.py"),
@@ -73,9 +73,9 @@ def repetitions(texts: dict[str, str]) -> list[str]:
 def test_no_six_lines_stand_in_two_places() -> None:
     found = {report: tuple(re.findall(r"([^ ]+):[0-9-]+", report)) for report in repetitions(sources())}
     new = [report for report, files in found.items() if files not in STILL]
-    assert not new, "one of each pair can go:\n" + "\n".join(new)
+    assert not new, "duplicated code; keep one of each pair:\n" + "\n".join(new)
     gone = STILL - set(found.values())
-    assert not gone, f"mended; remove from STILL: {sorted(gone)}"
+    assert not gone, f"no longer duplicated; remove from STILL: {sorted(gone)}"
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,6 @@ SHARED_NAMES = {
     "options.py": "the flags of training and of rlhf",
     "prepare.py": "the command of that name in pretrain and in sft",
     "train.py": "the command of that name in pretrain and in sft",
-    "tokenizer.py": "tokenizers, and the command that trains one",
     "attention.py": _SUBJECT,
     "embedding_and_head.py": _SUBJECT,
     "gated_delta_net.py": _SUBJECT,

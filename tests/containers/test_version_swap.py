@@ -122,8 +122,8 @@ def test_a_directory_of_a_newer_contract_is_refused_by_name(
     docker(future, "init", "--size", "tiny", "--target", "/data/future")
     done = docker(convert, "to-megatron", "--source", "/data/future", "--target", "/data/mg", code=2)
     assert done.stderr.count("\n") == 1
-    assert "--source /data/future follows contract version 2 and this tool reads 1" in done.stderr
-    assert "newer version of the tool" in done.stderr
+    assert "--source /data/future has contract_version 2, and this tool reads 1" in done.stderr
+    assert "upgrade this tool to the version in its manifest.json" in done.stderr
     assert sorted(path.name for path in work.iterdir()) == ["future", "golden"]
 
 

@@ -13,7 +13,7 @@ from shared.errors import UserError
 from tools.infer.engines.engine import EngineSettings, Request, Sampling, open_engine
 from tools.infer.environment import prepare_environment
 from tools.infer.prompts import check_length, encode, load_tokenizer
-from tools.infer.source import open_source
+from tools.infer.source import open_hf_directory
 
 Message = dict[str, Any]
 
@@ -21,7 +21,7 @@ Message = dict[str, Any]
 def run(source: Path, *, system: str | None, sampling: Sampling, settings: EngineSettings) -> None:
     """Converse until /exit or the end of the input."""
     prepare_environment()
-    model = open_source(source)
+    model = open_hf_directory(source)
     with closing(open_engine(model, settings)) as engine:  # before the tokenizer, which may be remote code
         tokenizer = load_tokenizer(model)
         if not tokenizer.chat_template:

@@ -19,7 +19,7 @@ from shared.cli import log
 from shared.errors import UserError
 from tools.infer.engines.engine import EngineSettings, open_engine
 from tools.infer.environment import prepare_environment
-from tools.infer.source import open_source
+from tools.infer.source import open_hf_directory
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -52,7 +52,7 @@ def run(
         chosen = choose(tasks, Path(cache))
         inputs: dict[str, Path | Sequence[Path]] = {"source": source, "tasks": chosen.files}
         with publish(target, kind="result", inputs=inputs, overwrite=overwrite) as out:
-            model = open_source(source)
+            model = open_hf_directory(source)
             if apply_chat_template:
                 _check_chat_template(model)
             loaded = _load_tasks(chosen, num_fewshot, settings.seed)

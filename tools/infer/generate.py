@@ -16,7 +16,7 @@ from shared.cli import log, progress
 from tools.infer.engines.engine import Completion, EngineSettings, Request, Sampling, open_engine
 from tools.infer.environment import prepare_environment
 from tools.infer.prompts import check_length, encode, load_tokenizer, read_prompts
-from tools.infer.source import open_source
+from tools.infer.source import open_hf_directory
 
 OUTPUT = "generations.jsonl"
 
@@ -32,7 +32,7 @@ def run(
     inputs: Inputs = {"source": source, "prompts": prompts}
     with publish(target, kind="result", inputs=inputs, overwrite=overwrite, resumable=True) as out:
         prepare_environment()
-        model = open_source(source)
+        model = open_hf_directory(source)
         with closing(open_engine(model, settings)) as engine, Finished(out.path, out.work) as finished:
             tokenizer = load_tokenizer(model)  # after the engine: it may be remote code
             requests = []

@@ -22,7 +22,7 @@ from tools.infer.engines.vllm import announce, checked_arguments
 from tools.infer.engines.vllm_support import reason, refusals
 from tools.infer.environment import on_gpu, prepare_environment
 from tools.infer.prompts import load_tokenizer
-from tools.infer.source import open_source
+from tools.infer.source import open_hf_directory
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -38,7 +38,7 @@ def run(source: Path, *, host: str, port: int, served_model_name: str | None, se
     signal.signal(signal.SIGUSR1, _leave_for_now)
     with bind(host, port) as listener:
         prepare_environment()
-        model = open_source(source)
+        model = open_hf_directory(source)
         arguments, _ = checked_arguments(model, settings)
         load_tokenizer(model)  # vLLM loads it late, in the midst of its start
         name = served_model_name or source.resolve().name

@@ -33,7 +33,7 @@ def tokenizer(
         text_key: the key of the text in JSON-lines rows.
         overwrite: replace what is published at the target.
     """
-    from tools.pretrain.tokenizer import run
+    from tools.pretrain.train_bpe import run
 
     run(source=source, target=target, vocab_size=vocab_size, text_key=text_key, overwrite=overwrite)
 

@@ -124,7 +124,7 @@ def _open_work(work: Path) -> int:
 
 
 def _drop_if_empty(work: Path) -> None:
-    """After a user's mistake: keep finished parts, which spare work once it is mended, but no empty folder."""
+    """After a user error: keep finished parts for the next run; remove an empty folder."""
     if not any(work.iterdir()):
         work.rmdir()
     else:

@@ -93,8 +93,8 @@ def read_manifest(directory: Path, *, flag: str) -> Manifest | None:
         raise UserError(f"{flag} {path} is damaged: not a manifest; publish the directory again") from None
     if version != CONTRACT_VERSION:
         raise UserError(
-            f"{flag} {directory} follows contract version {version} and this tool reads {CONTRACT_VERSION}; "
-            "use a newer version of the tool"
+            f"{flag} {directory} has contract_version {version}, and this tool reads {CONTRACT_VERSION}; upgrade this tool "
+            "to the version in its manifest.json"
         )
     try:
         return Manifest.model_validate(content)

@@ -135,7 +135,9 @@ def _tensors(path: Path, parsed: Mapping[str, Any], data: int, size: int) -> tup
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{path}: its header does not describe tensor {name}; fetch it again") from None
         if dtype not in SAFETENSORS_BITS:
-            raise UserError(f"{path}: {name} has the unknown dtype {dtype}; use a newer version of the tool")
+            raise UserError(
+                f"{path}: {name} has dtype {dtype}, which this tool does not read; upgrade this tool, or save it in another dtype"
+            )
         if stop - start != tensor_bytes(dtype, shape):
             raise UserError(f"{path}: {name} is {dtype}{list(shape)} in {stop - start} bytes; fetch the file again")
         found.append(TensorInfo(name=name, dtype=dtype, shape=shape, file=path, start=data + start, size=stop - start))

@@ -65,6 +65,6 @@ def test_a_newer_contract_is_refused_by_name(name: str, tmp_path: Path) -> None:
         open_checkpoint(newer, kinds=(KINDS[name],), flag="--source")  # type: ignore[arg-type]
     said = str(refused.value)
     assert f"--source {newer}" in said
-    assert f"contract version {CONTRACT_VERSION + 1}" in said
+    assert f"has contract_version {CONTRACT_VERSION + 1}" in said
     assert f"this tool reads {CONTRACT_VERSION}" in said
-    assert "newer version of the tool" in said
+    assert "upgrade this tool to the version in its manifest.json" in said

@@ -20,7 +20,7 @@ from shared.data.parts import plan, set_up
 from shared.data.sources import Piece, expand, texts
 from shared.errors import AlreadyDone, UserError
 from tools.pretrain import prepare
-from tools.pretrain.tokenizer import train, write
+from tools.pretrain.train_bpe import train, write
 
 TEXTS = [f"def f{i}(x):\n    return x * {i}  # \u00e9 <|endoftext|>\n" * (1 + i % 5) for i in range(60)]
 

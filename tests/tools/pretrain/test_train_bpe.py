@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from shared.checkpoint.directory.open import open_checkpoint
 from shared.cli import invoked
 from shared.errors import AlreadyDone, UserError
-from tools.pretrain.tokenizer import MINIMUM_VOCAB_SIZE, run
+from tools.pretrain.train_bpe import MINIMUM_VOCAB_SIZE, run
 
 TEXT = "def add(left, right):\n    return left + right\n\n\nclass Adder:\n    value = 1234\n" * 20
 
