@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from importlib import import_module
 
 import pytest
 from lm_eval import evaluator
+from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.vllm_causallms import VLLM
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.mpt.modeling_mpt import MptModel
@@ -119,9 +120,38 @@ def test_a_task_file_is_loaded_with_what_it_includes(tmp_path) -> None:
 def test_tasks_are_indexed_by_name() -> None:
     manager = TaskManager(include_defaults=False)
     assert (dict(manager.task_index), list(manager.all_tasks)) == ({}, []), TASKS
-    entry = import_module("lm_eval.tasks._index").Entry
-    assert "yaml_path" in entry.__dataclass_fields__, TASKS
+    assert "yaml_path" in Entry.__dataclass_fields__, TASKS
     binds(EVALUATE, manager.load, [{}])
+
+
+def test_tasks_are_added_to_the_index(tmp_path) -> None:
+    manager = TaskManager(include_defaults=False)
+    config = {
+        "task": "own",
+        "output_type": "loglikelihood",
+        "dataset_path": "json",
+        "doc_to_text": "",
+        "doc_to_target": "",
+    }
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n')
+    config |= {"dataset_kwargs": {"data_files": {"test": str(rows)}}, "test_split": "test"}
+    manager.task_index["own"] = Entry(name="own", kind=Kind.TASK, yaml_path=None, cfg=config)
+    manager.task_index["all"] = Entry(
+        name="all", kind=Kind.GROUP, yaml_path=None, cfg={"group": "all", "task": ["own"]}
+    )
+    manager.task_index["tag"] = Entry(name="tag", kind=Kind.TAG, yaml_path=None, tags={"own"})
+    assert list(manager.load(["all"])["tasks"]) == list(manager.load(["tag"])["tasks"]) == ["own"], TASKS
+
+
+@pytest.mark.parametrize("model", [HFLM, VLLM])
+def test_token_ids_are_scored(model) -> None:
+    binds("tools/infer/engines/scoring.py", model._loglikelihood_tokens, None, [], disable_tqdm=True)
+    relies_on(
+        "tools/infer/engines/scoring.py",
+        TemplateLM.loglikelihood,
+        "self._loglikelihood_tokens(new_reqs, disable_tqdm=disable_tqdm)",
+    )
 
 
 def test_tasks_are_prepared_for_an_evaluation() -> None:
