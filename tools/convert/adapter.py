@@ -5,21 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from shared.checkpoint.formats.pytorch_bin import read_pytorch_bin
 from shared.checkpoint.formats.safetensors_file import Header, TensorInfo, read_header
 from shared.errors import UserError
-from shared.mapping.layout import CONCAT, COPY, Shape
+from shared.mapping.layout import COPY, Shape
 from shared.mapping.rule import Entry, PrefixVariants, Source, Table, name_variants
 from tools.convert.adapter_config import AdapterConfig
 from tools.convert.conversion_report import abbreviated
 from tools.convert.lora import Delta
 
 _PREFIX = "base_model.model."
+# model.state_dict() keeps the adapter's own name (`default`), PEFT's save_pretrained takes it out
 _PART = re.compile(
-    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?"
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
+    r"|token_adapter\.trainable_tokens_delta)(\.(?P<adapter>(?!weight$)[^.]+))?(\.weight)?"
 )
+_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save(\.(?P<adapter>[^.]+))?\.(?P<rest>.+)")
+_ROWS = "token_adapter.trainable_tokens_delta"
 _EXPERTS = re.compile(r"(?:.*\.)?(\d+)\.(?:[^.\d]+\.)*experts((?:\.base_layer)*)")
 
 
@@ -29,10 +34,11 @@ class Changes:
 
     deltas: Mapping[str, Delta]
     replaced: Mapping[str, TensorInfo]  # by the adapter's own: modules_to_save, biases
+    rows: Mapping[str, tuple[Mapping[int, int], TensorInfo]]  # row of the base -> row of the adapter's tensor
 
     @property
     def names(self) -> set[str]:
-        return {*self.deltas, *self.replaced}
+        return {*self.deltas, *self.replaced, *self.rows}
 
 
 def read_adapter(directory: Path) -> Header:
@@ -74,23 +80,107 @@ class _Match:
         }
         for tied in table.tied_tensors:
             self.places[tied.name] = self.places[tied.tied_to]
+        self.tied = {tied.name: tied.tied_to for tied in table.tied_tensors}
 
     def changes(self, tensors: Iterable[TensorInfo]) -> Changes:
         parts: dict[str, dict[str, TensorInfo]] = {}
         replaced: dict[str, TensorInfo] = {}
+        adapters: dict[str, TensorInfo] = {}
         for tensor in tensors:
             if not tensor.name.startswith(_PREFIX):
-                raise UserError(f"{tensor.place}: {tensor.name} is no tensor name of PEFT ({_PREFIX}...)")
+                raise UserError(
+                    f"{tensor.place}: {tensor.name} is no tensor name of PEFT ({_PREFIX}...); save the adapter again with "
+                    "peft's save_pretrained"
+                )
+            if not prod(tensor.shape):
+                raise UserError(
+                    f"{tensor.place}: {tensor.name} is empty, as DeepSpeed ZeRO-3 leaves a tensor that was not gathered; "
+                    "save the adapter again from gathered weights"
+                )
             name = tensor.name.removeprefix(_PREFIX)
-            if found := _PART.fullmatch(name):
-                parts.setdefault(found["module"], {})[found["part"]] = tensor
+            found = _PART.fullmatch(name)
+            if found is None:
+                saved = _SAVED.fullmatch(name)
+                found_name, named = self._replacement(name, saved, tensor)
+                if found_name in replaced:
+                    self._twice(tensor, replaced[found_name])
+                replaced[found_name] = tensor
             else:
-                replaced[self._replacement(name, tensor)] = tensor
+                named = found["adapter"]
+                if other := parts.setdefault(found["module"], {}).get(found["part"]):
+                    self._twice(tensor, other)
+                parts[found["module"]][found["part"]] = tensor
+            if named:
+                adapters.setdefault(named, tensor)
+        if len(adapters) > 1:
+            one, two, *_ = sorted(adapters)
+            raise UserError(
+                f"{adapters[two].place} holds several adapters ({one}, {two}); save one of them with peft's save_pretrained"
+            )
+        rows = dict(self._rows(module, own.pop(_ROWS)) for module, own in sorted(parts.items()) if _ROWS in own)
         deltas: dict[str, Delta] = {}
         for module, own in sorted(parts.items()):
-            deltas |= self._experts(module, own) if _EXPERTS.fullmatch(module) else self._module(module, own)
+            if own:
+                deltas |= self._experts(module, own) if _EXPERTS.fullmatch(module) else self._module(module, own)
         self._check_complete(deltas, replaced)
-        return Changes(deltas=deltas, replaced=replaced)
+        self._check_rows(rows, {**{name: delta.a for name, delta in deltas.items()}, **replaced})
+        return Changes(deltas=deltas, replaced=replaced, rows=rows)
+
+    @staticmethod
+    def _twice(tensor: TensorInfo, other: TensorInfo) -> None:
+        raise UserError(
+            f"{tensor.place}: {tensor.name} and {other.name} are one tensor of several adapters; save one of them with "
+            "peft's save_pretrained"
+        )
+
+    def _rows(self, module: str, tensor: TensorInfo) -> tuple[str, tuple[Mapping[int, int], TensorInfo]]:
+        """The rows that `trainable_token_indices` names: they take the adapter's values, in a tied head too."""
+        name = self._resolve(f"{module}.weight")
+        indices = self.config.trained_tokens(module)
+        if name is None or not indices:
+            raise UserError(
+                f"{tensor.place}: {tensor.name} is for tokens of {module}.weight, "
+                + (f"which {self.config.path.name} does not list" if name else "which the base lacks")
+            )
+        name = self.tied.get(name, name)
+        count, *rest = self._shape(name)
+        if tensor.shape != (len(indices), *rest):
+            raise UserError(
+                f"{tensor.place}: {tensor.name} is {list(tensor.shape)}; {name} of the base and trainable_token_indices in "
+                f"{self.config.path.name} ask for {[len(indices), *rest]}"
+            )
+        if beyond := [index for index in indices if not 0 <= index < count]:
+            raise UserError(
+                f"{self.config.path}: trainable_token_indices names token {beyond[0]}, {name} of the base has {count} rows; "
+                "merge into the base that it was trained on"
+            )
+        return name, ({index: place for place, index in enumerate(indices)}, tensor)
+
+    def _check_rows(self, rows: Iterable[str], others: Mapping[str, TensorInfo]) -> None:
+        for module in self.config.trained_token_modules:
+            if not any(self._ends(name, module) for name in rows):
+                raise UserError(
+                    f"{self.config.path}: trainable_token_indices names {module or 'the embedding'}, without tensors in the "
+                    "adapter; save or fetch it again"
+                )
+        for name in rows:
+            changed = [
+                *[name] * (name in others),
+                *(head for head, of in self.tied.items() if of == name and head in others),
+            ]
+            if changed:
+                raise UserError(
+                    f"{others[changed[0]].place}: {changed[0]} is adapted beside trained rows of {name}, which is not merged "
+                    "here; merge it with peft"
+                )
+
+    def _ends(self, name: str, module: str) -> bool:
+        """Whether a tensor of the base, or one tied to it, is this module's; a plain list is of the embedding."""
+        names = [name, *(head for head, of in self.tied.items() if of == name)]
+        forms = {form for each in names for form in name_variants(each, self.prefix_variants)}
+        if not module:
+            return name in self.embeddings
+        return any(f".{form}".endswith(f".{module}.weight") for form in forms)
 
     def _resolve(self, name: str) -> str | None:
         """The name in the base's files; None if the base lacks it."""
@@ -100,8 +190,14 @@ class _Match:
         entry, place = self.places[name]
         return entry.sources[place].shape
 
-    def _replacement(self, name: str, tensor: TensorInfo) -> str:
-        plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+    def _replacement(self, name: str, saved: re.Match[str] | None, tensor: TensorInfo) -> tuple[str, str | None]:
+        """The tensor of the base that this one replaces, and the adapter's own name if it is in the tensor's."""
+        plain, named = name.replace(".base_layer.", "."), None
+        if saved:
+            plain = f"{saved['module']}.{saved['rest']}"
+            if saved["adapter"]:
+                inner = f"{saved['module']}.{saved['adapter']}.{saved['rest']}"  # a part of a saved module, not a name
+                plain, named = (inner, None) if self._resolve(inner) else (plain, saved["adapter"])
         found = self._resolve(plain)
         if found is None:
             raise UserError(f"{tensor.place}: {tensor.name} is for {plain}, which the base lacks")
@@ -113,7 +209,7 @@ class _Match:
                 f"{tensor.place}: {tensor.name} is {list(tensor.shape)}, {found} of the base is "
                 f"{list(self._shape(found))}; {fix}"
             )
-        return found
+        return found, named
 
     def _pair(
         self, module: str, own: Mapping[str, TensorInfo], names: tuple[str, str]
@@ -160,34 +256,51 @@ class _Match:
         }
 
     def _experts(self, module: str, own: Mapping[str, TensorInfo]) -> dict[str, Delta]:
-        """The adapter of a layer's experts: of gate_up_proj or of down_proj, as its shapes tell."""
+        """The adapter of a layer's experts: of gate_up_proj or of down_proj, as its shapes tell.
+
+        The stored `[experts, out, in]` is `[experts, in, out]` to PEFT before 0.19: A is `[experts * rank, out]` and B
+        `[in, rank * experts]`. Shapes tell the two apart unless the matrix is square; then the version must.
+        """
         a, b = self._pair(module, own, ("lora_A", "lora_B"))
         found = _EXPERTS.fullmatch(module)
         assert found is not None
         module = module.removesuffix(found[2])
+        fits: list[tuple[str, bool, list[Entry]]] = []
         for part, parameter in (("linear_fc1", "gate_up_proj"), ("linear_fc2", "down_proj")):
             entries = sorted(self._of_experts(int(found[1]), part), key=lambda entry: entry.index)
             if not entries or not self.config.parameter(f"{module}.{parameter}"):
                 continue
+            if whole := [source.name for source in entries[0].sources if source.stacked_axes]:
+                raise UserError(
+                    f"{a.place}: {a.name} is for experts that the base stores as one tensor ({whole[0]}), which is not merged "
+                    "here; merge it with peft"
+                )
             (rows, columns), count = entries[0].shape, len(entries)
             rank = self.config.rank(f"{module}.{parameter}")
-            if (a.shape, b.shape) != ((count * rank, columns), (rows, count * rank)):
-                continue
-            return self._each_expert(entries, a, b, rank, self.config.scale(f"{module}.{parameter}"))
-        raise UserError(
-            f"{a.place}: {a.name} is {list(a.shape)} and its B {list(b.shape)}: they fit no experts in target_parameters "
-            f"of {self.config.path.name}"
-        )
+            for swapped, (outputs, inputs) in ((False, (rows, columns)), (True, (columns, rows))):
+                if (a.shape, b.shape) == ((count * rank, inputs), (outputs, count * rank)):
+                    fits.append((parameter, swapped, entries))
+        if len(fits) > 1:
+            swapped = self.config.experts_swapped(f"{a.name} is square")
+            fits = [fit for fit in fits if fit[1] == swapped]
+        if len(fits) != 1:
+            raise UserError(
+                f"{a.place}: {a.name} is {list(a.shape)} and its B {list(b.shape)}: they fit no experts in "
+                f"target_parameters of {self.config.path.name}"
+            )
+        ((parameter, swapped, entries),) = fits
+        rank, scale = self.config.rank(f"{module}.{parameter}"), self.config.scale(f"{module}.{parameter}")
+        return self._each_expert(entries, a, b, rank, scale, swapped)
 
     def _of_experts(self, layer: int, part: str) -> Iterator[Entry]:
         for entry in {id(entry): entry for entry, _ in self.places.values()}.values():
-            if entry.key.endswith(f".mlp.experts.experts.{part}.weight") and entry.layout == CONCAT:
+            if entry.key.endswith(f".mlp.experts.experts.{part}.weight"):
                 named = re.search(r"\.layers\.(\d+)\.", entry.key)
                 if (int(named[1]) if named else entry.index[0]) == layer:
                     yield entry
 
     def _each_expert(
-        self, entries: Iterable[Entry], a: TensorInfo, b: TensorInfo, rank: int, scale: float
+        self, entries: Iterable[Entry], a: TensorInfo, b: TensorInfo, rank: int, scale: float, swapped: bool
     ) -> dict[str, Delta]:
         deltas, listed = {}, list(entries)
         for number, entry in enumerate(listed):
@@ -198,11 +311,11 @@ class _Match:
                     b=b,
                     rank=rank,
                     scale=scale,
-                    transposed=False,
+                    transposed=swapped,
                     downcast_first=True,
                     expert=number,
                     experts=len(listed),
-                    first_output=first,
+                    first_row=first,
                 )
                 first += source.shape[0]
         return deltas

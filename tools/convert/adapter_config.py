@@ -17,18 +17,17 @@ CONFIG = "adapter_config.json"
 _READ = {
     *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
     *("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters", "use_dora"),
-    *("init_lora_weights", "base_model_name_or_path", "bias"),
+    *("init_lora_weights", "base_model_name_or_path", "bias", "trainable_token_indices", "peft_version"),
 }
 # Of training and its set-up. fan_in_fan_out: PEFT follows the module's class, and so do the weights.
 _WITHOUT_EFFECT = {
-    *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "fan_in_fan_out"),
+    *("task_type", "auto_mapping", "revision", "inference_mode", "lora_dropout", "fan_in_fan_out"),
     *("megatron_core", "eva_config", "qalora_group_size", "runtime_config"),
 }
 # Reasons against fields that change the result; unknown fields have none.
 _WHY = {
     "alora_invocation_tokens": "it applies from an invocation token on, and merged weights apply everywhere",
     "arrow_config": "it routes tokens between adapters, and merged weights cannot",
-    "trainable_token_indices": "trained rows of the embedding are not merged here; merge it with peft",
     "layer_replication": "it repeats layers of the base; merge it with peft",
     "lora_bias": "a bias of B is not merged here; merge it with peft",
     "ensure_weight_tying": "adapters shared by tied layers are not merged here; merge it with peft",
@@ -65,6 +64,8 @@ class _Fields(BaseModel):
     modules_to_save: list[_Regex] | None = None
     layers_to_transform: int | list[int] | None = None
     layers_pattern: _Regex | list[_Regex] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    peft_version: str | None = None
 
 
 class AdapterConfig:
@@ -106,6 +107,9 @@ class AdapterConfig:
         self._rank, self._ranks = known.r, known.rank_pattern or {}
         self._alpha, self._alphas = known.lora_alpha, known.alpha_pattern or {}
         self._root = bool(known.use_rslora)
+        tokens = known.trainable_token_indices or {}
+        self._tokens: Mapping[str, Sequence[int]] = tokens if isinstance(tokens, dict) else {"": tokens}
+        self._version = known.peft_version
 
     def rank(self, module: str) -> int:
         """Rank of a module's A and B."""
@@ -129,6 +133,29 @@ class AdapterConfig:
         patterns = [rf"(?:^|.*?\.){pattern}" for pattern in self._layers_pattern] or [r".*?\.[^.]*"]
         found = next((match for pattern in patterns if (match := re.match(rf"{pattern}\.(\d+)\.", module))), None)
         return found is not None and int(found[1]) in self._layers
+
+    @property
+    def trained_token_modules(self) -> Sequence[str]:
+        """Modules that `trainable_token_indices` names; "" is the embedding, of a plain list."""
+        return tuple(self._tokens)
+
+    def trained_tokens(self, module: str) -> Sequence[int]:
+        """Tokens whose rows of a module are trained, in the order of the adapter's rows."""
+        return next((ids for name, ids in self._tokens.items() if not name or _named([name], module)), ())
+
+    def experts_swapped(self, why: str) -> bool:
+        """Whether PEFT took experts stored `[experts, out, in]` as `[experts, in, out]`: before 0.19.
+
+        Raises:
+            UserError: peft_version is absent or between the two; `why` says what asked.
+        """
+        found = re.match(r"(\d+)\.(\d+)(\.\d+)*(?P<rest>.*)", self._version or "")
+        if found is None or (found["rest"].startswith(".dev") and (int(found[1]), int(found[2])) == (0, 19)):
+            raise UserError(
+                f"{self.path}: peft_version is {self._version!r}, and {why}: before 0.19 PEFT swapped the sides of experts; "
+                "write the version that made the adapter there"
+            )
+        return (int(found[1]), int(found[2])) < (0, 19)
 
     def parameter(self, name: str) -> bool:
         """Whether the adapter is of a parameter, not of a module (`target_parameters`)."""

@@ -67,12 +67,12 @@ class Delta:
     b: TensorInfo
     rank: int
     scale: float
-    transposed: bool  # W is `[in, out]` (Conv1D) or an embedding `[tokens, hidden]`
+    transposed: bool  # W is `[in, out]` (Conv1D, experts of PEFT before 0.19) or an embedding `[tokens, hidden]`
     downcast_first: bool = False  # scale * B @ A is rounded to the dtype of W before the addition
     magnitude: TensorInfo | None = None  # DoRA: a norm per output
     expert: int = 0
     experts: int = 1
-    first_output: int = 0  # row of B where W begins: gate and up may share B
+    first_row: int = 0  # of the joint matrix, where W begins: gate and up may share A and B
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _factors: list[np.ndarray] = field(default_factory=list, repr=False)
 
@@ -85,6 +85,7 @@ class Delta:
         """`scale * B @ A` `[count, columns]` for rows of W from `first` on."""
         import numpy as np
 
+        first += self.first_row
         if self.transposed:
             left = self._a(files, first, count).T
             right = self._factor(files, (self, "b"), 0, columns).T
@@ -107,7 +108,7 @@ class Delta:
 
     def _b(self, files: OpenFiles, first: int, count: int) -> np.ndarray:
         """Rows of the expert's `B`: `[count, rank]`."""
-        rows = _window(self.b, files, self.first_output + first, count, 0, self.b.shape[1])
+        rows = _window(self.b, files, first, count, 0, self.b.shape[1])
         return rows[:, self.expert :: self.experts]
 
     def magnitudes(self, files: OpenFiles) -> np.ndarray:

@@ -93,7 +93,7 @@ def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int
 def _plan(reader: HfReader, changes: Changes, table: Table) -> Merge:
     layout, untied = reader.layout, None
     for tied in (tied for tied in table.tied_tensors if not tied.always):
-        if changes.names & {tied.name, tied.tied_to}:
+        if (changes.names - changes.rows.keys()) & {tied.name, tied.tied_to}:
             untied = tied.name, tied.tied_to
             if tied.name not in layout.tensors():
                 embedding = reader.tensors[tied.tied_to]
@@ -101,7 +101,7 @@ def _plan(reader: HfReader, changes: Changes, table: Table) -> Merge:
     if untied:
         # UserError if the family cannot be untied
         registry.from_config(registry.with_auxiliary_fields(untied_config(reader.config), reader.path))
-    copies = {tied.name: tied.tied_to for tied in table.tied_tensors if tied.always}
+    copies = {tied.name: tied.tied_to for tied in table.tied_tensors if tied.always or tied.tied_to in changes.rows}
     return Merge(reader=reader, changes=changes, layout=layout, untied=untied, copies=copies)
 
 
@@ -141,7 +141,9 @@ class Merge:
             return
         replacement = self.changes.replaced.get(name, base)
         held, dtype = (weight_dtype(t.dtype, t.name, t.place) for t in (replacement, base))
-        if delta := self.changes.deltas.get(name):
+        if trained := self.changes.rows.get(name):
+            yield from _with_rows(base, *trained)
+        elif delta := self.changes.deltas.get(name):
             yield from merged(Matrix(view=view_of(replacement), stored=held, dtype=dtype), delta)
         else:
             limit = BLOCK * held.size // max(held.size, dtype.size)
@@ -156,8 +158,23 @@ class Merge:
             yield replacement.file
         if delta := self.changes.deltas.get(name):
             yield delta.a.file
+        if trained := self.changes.rows.get(name):
+            yield trained[1].file
 
     def _base(self, name: str) -> TensorInfo:
         if self.untied and name == self.untied[0] and name not in self.reader.tensors:
             name = self.untied[1]
         return self.reader.tensors[name]
+
+
+def _with_rows(base: TensorInfo, rows: Mapping[int, int], trained: TensorInfo) -> Iterator[CopyOperation]:
+    """The base's tensor with some rows of another: row of the base -> row of `trained`."""
+    view, new = view_of(base), view_of(trained)
+    dtypes = [weight_dtype(tensor.dtype, tensor.name, tensor.place) for tensor in (trained, base)]
+    limit = BLOCK * dtypes[0].size // max(dtype.size for dtype in dtypes)
+    first = 0
+    for row, place in sorted(rows.items()):
+        yield from copy_rows(view, first, row - first)
+        yield from (cast_operation(operation, *dtypes) for operation in copy_rows(new, place, 1, limit))
+        first = row + 1
+    yield from copy_rows(view, first, view.rows - first)

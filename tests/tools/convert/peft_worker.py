@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from transformers.utils.logging import disable_progress_bar
 
 TOKENS = torch.arange(3, 35)[None]
+TRAINED = ("lora_", "trainable_tokens_delta", "modules_to_save")  # parts of parameters' names
 
 
 def make(case: dict[str, Any]) -> None:
@@ -32,7 +33,12 @@ def make(case: dict[str, Any]) -> None:
         for name, parameter in model.named_parameters():
             if "lora_magnitude" in name:
                 parameter *= 1 + 0.3 * torch.rand_like(parameter)
-            elif "lora_" in name or "modules_to_save" in name or (name.endswith("bias") and case.get("biases")):
+            elif (
+                "lora_" in name
+                or "trainable_tokens_delta" in name
+                or "modules_to_save" in name
+                or (name.endswith("bias") and case.get("biases"))
+            ):
                 parameter += 0.1 * torch.randn_like(parameter)
     if case.get("half"):
         model.half()
