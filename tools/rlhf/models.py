@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from shared.checkpoint.directory.auxiliary_files import finish_hf_directory
 from shared.checkpoint.directory.open import open_checkpoint
+from shared.checkpoint.transformers_model import load_transformers_model
 from shared.data.tokenizer import open_tokenizer
 from shared.errors import StageError, UserError
-from shared.families.common.transformers_workarounds import with_workarounds
 from tools.rlhf.data import Prompt, read_prompts
 from tools.rlhf.options import PolicyOptions
 
@@ -77,8 +77,7 @@ def load_policy(source: Source, dtype: torch.dtype) -> Any:
     """The causal language model, in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, local_files_only=True)
-    return with_workarounds(model).eval()
+    return load_transformers_model(AutoModelForCausalLM, source.path, flag="--source", dtype=dtype)
 
 
 class Critic(nn.Module):
@@ -99,7 +98,7 @@ class Critic(nn.Module):
 
 def load_critic(path: Path, dtype: torch.dtype, *, vocab_size: int) -> Critic:
     """A critic from a reward model (body and head, as InstructGPT) or from a language model (body, zero head)."""
-    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     if config.vocab_size != vocab_size:
@@ -108,12 +107,14 @@ def load_critic(path: Path, dtype: torch.dtype, *, vocab_size: int) -> Critic:
             "give a critic of the policy's tokenizer"
         )
     if any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
-        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, local_files_only=True)
+        model = load_transformers_model(AutoModelForSequenceClassification, path, flag="--critic", dtype=dtype)
         head = getattr(model, "score", None)
         if not isinstance(head, nn.Linear) or head.out_features != 1:
             raise UserError(f"--critic {path}: {type(model).__name__} has no one-label head to start a critic from")
-        return Critic(with_workarounds(model).base_model, head).eval()
-    body = with_workarounds(AutoModel.from_pretrained(path, dtype=dtype, local_files_only=True))
+        return Critic(model.base_model, head).eval()
+    causal = any(name.endswith("ForCausalLM") for name in config.architectures or [])
+    auto_class = AutoModelForCausalLM if causal else AutoModel
+    body = load_transformers_model(auto_class, path, flag="--critic", dtype=dtype).base_model
     width = body.get_input_embeddings().embedding_dim  # of the outputs: OPT 350M's layers are wider
     head = nn.Linear(width, 1, bias=False, dtype=dtype)
     nn.init.zeros_(head.weight)

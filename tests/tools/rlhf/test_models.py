@@ -1,15 +1,20 @@
-"""Critics of language models: their head reads what the body gives, whatever its layers' width."""
+"""Loaded models: every tensor is accounted for; a critic's head reads what the body gives, whatever its layers' width."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
+from shared.checkpoint.transformers_model import load_transformers_model
+from shared.errors import UserError
 from tools.rlhf.models import load_critic
+from tools.rlhf.rewards.reward_model import load_reward_model
 
 OPT = {"ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32, "max_position_embeddings": 16}
 
@@ -34,3 +39,56 @@ def test_the_head_is_as_wide_as_what_the_body_gives(tmp_path: Path, sizes: dict[
         values = critic(ids, torch.ones_like(ids), torch.arange(6)[None])
         assert values.shape == (1, 6)
         assert bool(values.any()) == (name == "reward")
+
+
+LLAMA = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+CUT = "model.layers.0.mlp.up_proj.weight"
+
+
+def _loaders(directory: Path, kind: str) -> list[Callable[[], Any]]:
+    """Every way a command loads a directory of this kind."""
+    if kind == "reward":
+        return [
+            lambda: load_reward_model(directory, torch.float32),
+            lambda: load_critic(directory, torch.float32, vocab_size=32),
+        ]
+    causal, classifier = transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification
+    return [
+        lambda: load_transformers_model(causal, directory, flag="--source", dtype=torch.float32),
+        lambda: load_transformers_model(classifier, directory, flag="--source", other_head=True, num_labels=1),
+        lambda: load_critic(directory, torch.float32, vocab_size=32),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["policy", "reward"])
+@pytest.mark.parametrize("fault", ["none", "missing", "no tensor of", "shape"])
+def test_every_tensor_is_accounted_for(tmp_path: Path, kind: str, fault: str) -> None:
+    config = transformers.LlamaConfig(**LLAMA, num_labels=1, pad_token_id=0)
+    made = {"policy": transformers.LlamaForCausalLM, "reward": transformers.LlamaForSequenceClassification}[kind]
+    made(config).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    if fault == "missing":
+        del weights[CUT]
+    elif fault == "shape":
+        weights[CUT] = weights[CUT][1:].contiguous()
+    elif fault == "no tensor of":
+        weights["model.layers.0.mlp.other.weight"] = torch.zeros(2)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for load in _loaders(tmp_path, kind):
+        if fault == "none":
+            load()
+            continue
+        name = "mlp.other.weight" if fault == "no tensor of" else CUT
+        with pytest.raises(UserError, match=f"{name}.* {fault}"):
+            load()
+
+
+def test_a_head_that_is_missing_is_not_made_up(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**LLAMA, num_labels=1, pad_token_id=0)
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for load in _loaders(tmp_path, "reward"):
+        with pytest.raises(UserError, match=r"score\.weight is missing"):
+            load()

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from shared.checkpoint.transformers_model import load_transformers_model
 from shared.console import log
 from shared.errors import UserError
-from shared.families.common.transformers_workarounds import with_workarounds
 from tools.rlhf.data import Pair, read_preferences
 from tools.rlhf.engines.deepspeed import initialize_distributed
 from tools.rlhf.engines.distributed import DistributedContext
@@ -86,11 +86,16 @@ def _model(options: RewardOptions, source: Source) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(options.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        source.path, num_labels=1, dtype=torch.float32, local_files_only=True
+    model = load_transformers_model(
+        AutoModelForSequenceClassification,
+        source.path,
+        flag="--source",
+        other_head=True,
+        num_labels=1,
+        dtype=torch.float32,
     )
     model.config.pad_token_id = source.pad_id
-    return with_workarounds(model).eval()
+    return model
 
 
 def _print_plan(options: RewardOptions, source: Source, pairs: Preferences, distributed: DistributedContext) -> None:

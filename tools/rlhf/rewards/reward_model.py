@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.checkpoint.transformers_model import load_transformers_model
 from shared.errors import StageError, UserError
-from shared.families.common.transformers_workarounds import with_workarounds
 from tools.rlhf.data import Prompt
 from tools.rlhf.rollout.rollout import Reply
 
@@ -25,9 +25,7 @@ def load_reward_model(path: Path, dtype: torch.dtype) -> Any:
         raise UserError(f"--reward model:{path} is no reward model ({', '.join(names)}); make one with `rlhf reward`")
     if config.pad_token_id is None:
         raise UserError(f"--reward model:{path}: config.json has no pad_token_id to find the last token by; add it")
-    return with_workarounds(
-        AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, local_files_only=True)
-    ).eval()
+    return load_transformers_model(AutoModelForSequenceClassification, path, flag="--reward", dtype=dtype)
 
 
 class ModelReward:
