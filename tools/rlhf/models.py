@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from shared.checkpoint.directory.auxiliary_files import finish_hf_directory
 from shared.checkpoint.directory.open import open_checkpoint
-from shared.checkpoint.transformers_model import load_transformers_model
 from shared.data.tokenizer import open_tokenizer
 from shared.errors import StageError, UserError
 from tools.rlhf.data import Prompt, read_prompts
 from tools.rlhf.options import PolicyOptions
+from tools.rlhf.transformers_model import load_transformers_model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,9 +136,12 @@ def test_changed_groups_get_new_scales(source: Path, convert: Any, tmp_path: Pat
         (lambda t: t.update({f"{EXPERT}_scale": t[f"{EXPERT}_scale"].float()}), "requires BF16[64, 1]"),
         (
             lambda t: t.update({f"{EXPERT}_packed": t[f"{EXPERT}_packed"][:, :3].clone()}),
-            "I32[out, in / 8] is required, in a multiple of 32",
+            "I32[out, in / 8] is required, with in a multiple of 32",
         ),
-        (lambda t: t[f"{EXPERT}_shape"].fill_(31), f"{EXPERT}_shape says [31, 31], and {EXPERT}_packed holds [64, 32]"),
+        (
+            lambda t: t[f"{EXPERT}_shape"].fill_(31),
+            f"{EXPERT}_shape is [31, 31], but {EXPERT}_packed holds a [64, 32] weight",
+        ),
         (lambda t: t[f"{EXPERT}_scale"].fill_(torch.nan), f"{EXPERT}_scale holds NaN or infinity"),
         (lambda t: t.update({f"{EXPERT}_zero_point": torch.zeros(8, 1)}), f"{EXPERT}_zero_point is unknown"),
         (lambda t: t.update({f"{EXPERT}_g_idx": torch.zeros(32)}), f"{EXPERT}_g_idx is unknown"),

@@ -11,10 +11,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from shared.checkpoint.transformers_model import load_transformers_model
 from shared.errors import UserError
 from tools.rlhf.models import load_critic
 from tools.rlhf.rewards.reward_model import load_reward_model
+from tools.rlhf.transformers_model import load_transformers_model
 
 OPT = {"ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32, "max_position_embeddings": 16}
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from shared.checkpoint.transformers_model import load_transformers_model
 from shared.console import log
 from shared.errors import UserError
 from tools.rlhf.data import Pair, read_preferences
@@ -20,6 +19,7 @@ from tools.rlhf.models import Source, open_source, save_hf
 from tools.rlhf.options import RewardOptions
 from tools.rlhf.rewards.reward_model import score
 from tools.rlhf.run_context import RunContext, open_run
+from tools.rlhf.transformers_model import load_transformers_model
 
 
 @dataclass(frozen=True, kw_only=True)

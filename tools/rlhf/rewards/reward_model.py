@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.checkpoint.transformers_model import load_transformers_model
 from shared.errors import StageError, UserError
 from tools.rlhf.data import Prompt
 from tools.rlhf.rollout.rollout import Reply
+from tools.rlhf.transformers_model import load_transformers_model
 
 
 def load_reward_model(path: Path, dtype: torch.dtype) -> Any:

@@ -45,7 +45,7 @@ def test_missing_short_and_stray_files_are_named(published: Callable[..., Path])
 def test_a_newer_contract_is_refused_by_name(published: Callable[..., Path]) -> None:
     path = published() / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"contract_version": 99}))
-    with pytest.raises(UserError, match="contract version 99"):
+    with pytest.raises(UserError, match="contract_version 99"):
         open_checkpoint(path.parent, kinds=("hf",), flag="--source")
 
 
