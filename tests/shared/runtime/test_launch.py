@@ -52,7 +52,7 @@ def start(tmp_path):
         process.communicate()
 
 
-def finish(process, seconds=30):
+def finish(process, seconds=120):
     began = time.monotonic()
     output, errors = process.communicate(timeout=seconds)
     return process.returncode, output, errors, time.monotonic() - began
