@@ -59,7 +59,7 @@ def finish(process, seconds=120):
 
 
 def wait_for(*paths):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not all(path.exists() for path in paths):
         assert time.monotonic() < deadline
         time.sleep(0.02)
