@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from shared.errors import UserError
 
-if TYPE_CHECKING:  # most conversions move bytes as they are: numpy is imported by those that do not
+if TYPE_CHECKING:  # imported on use: most conversions only copy bytes
     import numpy as np
 
 
@@ -102,7 +102,7 @@ def cast(data: memoryview, source: Dtype, target: Dtype) -> memoryview:
 
 
 def add(data: memoryview, constant: float, source: Dtype, target: Dtype) -> memoryview:
-    """A block plus a constant, cast: summed in float64; narrower targets are rounded through float32."""
+    """`cast(block + constant)`. The sum is float64; a narrower target is rounded through float32."""
     import numpy as np
 
     wide = source is FP64
@@ -113,9 +113,9 @@ def add(data: memoryview, constant: float, source: Dtype, target: Dtype) -> memo
 
 
 def normalize_row(row: memoryview, source: Dtype, target: Dtype) -> memoryview:
-    """A row divided by its L2 norm, cast: divided in float64, rounded through float32.
+    """`cast(row / max(||row||_2, 1e-12))`, in float64, rounded through float32.
 
-    The norm is at least 1e-12 as in `torch.nn.functional.normalize`: a zero row stays zero.
+    The lower bound is that of `torch.nn.functional.normalize`: a zero row stays zero.
     """
     import numpy as np
 

@@ -24,7 +24,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 @contextlib.contextmanager
 def small_stacks() -> Iterator[None]:
-    """Threads started in the block have stacks of 1 MiB: limits of virtual memory count stacks in full."""
+    """Context manager: new threads have 1 MiB stacks. Limits of virtual memory count stacks in full."""
     usual = threading.stack_size(1 << 20)
     try:
         yield
@@ -35,7 +35,7 @@ def small_stacks() -> Iterator[None]:
 def hash_file(path: Path, advance: Callable[[int], None] = lambda amount: None) -> str:
     """`xxh3_128:<hex>` of a file's content; calls `advance(bytes)` during reading.
 
-    xxHash3 is as fast as memory. It detects damage, not forgery.
+    xxHash3 runs at memory speed. It detects damage, not forgery.
     """
     digest = xxhash.xxh3_128()
     buffer = memoryview(bytearray(_BLOCK))
@@ -86,7 +86,7 @@ def sync_tree(root: Path) -> None:
 
 
 def write_out(descriptor: int, start: int, size: int) -> None:
-    """Start write-back of a file's range, so that a later fsync has less to do."""
+    """Start write-back of a file's range; shortens a later fsync."""
     begin = ctypes.CDLL(None, use_errno=True).sync_file_range
     begin.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
     begin(descriptor, start, size, _WRITE_OUT)  # errors are left to fsync
@@ -117,7 +117,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def commit_directory(partial: Path, final: Path) -> None:
-    """Make a directory durable and give it its final name beside it, replacing what has that name."""
+    """fsync a directory and rename it to `final`, in the same parent; replaces an existing `final`."""
     sync_tree(partial)
     if final.exists():
         remove_tree(final)
@@ -137,7 +137,7 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory; another process may be removing it too."""
+    """Remove a directory. Files already removed by another process are no error."""
     shutil.rmtree(path, onexc=_unless_gone)
 
 

@@ -1,8 +1,7 @@
 """Byte views: a tensor as a matrix of bytes `[rows, width]`, read in windows of rows and columns.
 
-`rows` counts indices of the first dimension, `width` bytes per row; `left` is a byte offset in a row. Element types are
-unknown here. A view is stored (`ExtentView`), a composition of views (`ConcatenatedView`, `StridedView`), or computed on
-read (shared/quantized).
+`rows`: length of the first dimension. `width`: bytes per row. `left`: byte offset within a row. Views have no dtype. A view
+is stored (`ExtentView`), composed of views (`ConcatenatedView`, `StridedView`), or computed on read (shared/quantized).
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ class ByteView(Protocol):
         ...
 
     def read(self, files: OpenFiles, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
-        """Fill `out`, of `rows * width` bytes, with rows `row`.. and bytes `left`.. of each."""
+        """Fill `out`, of `rows * width` bytes, with the window `[row : row + rows, left : left + width]`."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Extent:
-    """A contiguous block of a file: rows `row` to `row + rows`, bytes `left` to `left + width` of each."""
+    """A contiguous range of a file: the window `[row : row + rows, left : left + width]` of a view."""
 
     file: Path
     start: int  # byte offset in the file
@@ -54,7 +53,7 @@ class Extent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtentView:
-    """A view tiled by extents. A tensor-parallel column split gives extents with `left > 0`."""
+    """A view tiled by extents. `left > 0` comes from row-parallel weights, split along the columns."""
 
     name: str  # the tensor's, for messages
     rows: int
@@ -62,7 +61,7 @@ class ExtentView:
     extents: tuple[Extent, ...]
 
     def read(self, files: OpenFiles, row: int, rows: int, left: int, width: int, out: memoryview) -> None:
-        """Fill `out`, of `rows * width` bytes, with rows `row`.. and bytes `left`.. of each."""
+        """Fill `out`, of `rows * width` bytes, with the window `[row : row + rows, left : left + width]`."""
         filled = 0
         for extent in self.extents:
             top, bottom = max(row, extent.row), min(row + rows, extent.row + extent.rows)
@@ -109,7 +108,7 @@ def view_of(tensor: TensorInfo) -> ExtentView:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowRange:
-    """Rows `row` to `row + rows` of a view, placed at rows `target_row`, `target_row + step`, ... of the result."""
+    """Rows `[row : row + rows]` of a view; they become rows `target_row`, `target_row + step`, ... of the result."""
 
     view: ByteView
     row: int

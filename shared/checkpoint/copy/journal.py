@@ -1,7 +1,7 @@
-"""The journal of an output directory: how far each file is written, for a resume after a kill.
+"""Journal of an output directory: length and hash of each file's written prefix, for a resume after a kill.
 
-JSON lines: `{"work": key}` first, then `{"file", "bytes", "hash"}` for every prefix written. A resume reads the prefix
-again and compares its hash before it keeps it.
+JSON lines: `{"work": key}` first, then `{"file", "bytes", "hash"}` per written prefix. A resume hashes the prefix again and
+keeps it only if the hash matches.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from shared.checkpoint.files import hash_bytes
 from shared.console import log, quantity
 
 JOURNAL = ".journal"
-_EVERY = 32 << 20  # bytes of a file between two lines
+_EVERY = 32 << 20  # bytes of a file between two entries
 
 
 def plan_key(files: Sequence[FilePlan]) -> str:

@@ -4,7 +4,7 @@
 `pack_blocks` groups operations into the blocks a file is written in. Operations run in any order, on any thread.
 
 Shapes: a view is `[rows, width]` in bytes; `row`, `rows`, `first`, `count`, `columns` count elements along one axis;
-`step` is the distance of neighbours, in elements of that axis.
+`step` is a stride in elements of that axis.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from shared.checkpoint.copy.byte_view import ByteView
 from shared.checkpoint.dtypes import Dtype, add, cast, normalize_row
 from shared.errors import UserError
 
-STRIP = 8  # blocks: the largest strip of a transposed tensor
+STRIP = 8  # blocks per strip of a transpose, at most
 _TILE = 64  # rows transposed at once, so that source and result stay in a core's cache
-_CAST_AT_ONCE = 1 << 18  # elements; a cast holds several copies of them
+_CAST_AT_ONCE = 1 << 18  # elements; bounds the temporary copies of a cast
 
 
 class CopyOperation(Protocol):
@@ -160,7 +160,7 @@ class AddConstant(Cast):
     """Another operation's elements plus a constant (-1 to zero-centred gamma, +1 back), cast to another dtype."""
 
     constant: float
-    exact_name: str | None = None  # given: the sum must be invertible bit for bit; the name is for the error
+    exact_name: str | None = None  # if given, the sum must be invertible bit for bit; tensor name for the error
 
     def convert(self, values: memoryview) -> memoryview:
         summed = add(values, self.constant, self.source, self.target)
@@ -223,7 +223,7 @@ def transpose(
 ) -> Iterator[Transpose]:
     """Source columns `first`, `first + step`, ... as `count` rows, in strips of at most `STRIP * limit` bytes.
 
-    A strip costs one read per source row: wide strips need fewer reads.
+    Each strip reads every source row once: wider strips, fewer reads.
     """
     most = max(STRIP * (limit or blocks.BLOCK) // (columns * item_bytes * step), 1)
     for done in range(0, count, most):
@@ -255,7 +255,7 @@ class Block:
     size: int
     fill: Callable[[OpenFiles, memoryview], None]  # in any order, concurrently
     finalize: Callable[[memoryview], None] | None = None  # after `fill`, in file order: may depend on earlier blocks
-    resumable: bool = True  # whether a later run can continue after this block (no running checksum is open)
+    resumable: bool = True  # whether a run can resume after this block: no running CRC is open
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from shared.checkpoint.copy.journal import Journal
 from shared.checkpoint.copy.operations import Block, FilePlan
 from shared.checkpoint.files import small_stacks, write_out
 
-_WRITE_OUT = 64 << 20  # bytes; after as many, write-back of the file is started
+_WRITE_OUT = 64 << 20  # bytes of a file between two starts of write-back
 Advance = Callable[[int], None]
 Task = Callable[[], None]
 
@@ -45,9 +45,9 @@ def write_files(
         directory: output directory; the folders in the files' names exist.
         files: the files to write.
         workers: threads.
-        advance: called with the bytes written, or found written by an earlier run.
-        journal: records written ranges; skips those of an earlier run.
-        tasks: further work to finish before returning, such as checks of the sources.
+        advance: called with the number of bytes written or resumed.
+        journal: records written prefixes and resumes those of an earlier run.
+        tasks: other work for the threads, such as hash checks of the sources.
 
     Raises:
         Exception: the first error of an operation or a task, after all threads have ended.
@@ -213,8 +213,7 @@ class _FileWriter:
     def _write_in_turn(self, number: int, start: int, block: Block, data: memoryview) -> None:
         """Finalize and hash a block in file order, then write it in file order while the next one is hashed.
 
-        Threads that write to one file at once spin on its lock in the kernel. Waiting here costs nothing, and the file
-        only grows at its end.
+        Concurrent writes to one file spin on its kernel lock; waiting here uses no CPU. The file grows only at its end.
         """
         self._wait(lambda: self._hashed == number)
         # One thread at a time from here.
@@ -235,7 +234,7 @@ class _FileWriter:
     def _wait(self, ready: Callable[[], bool]) -> None:
         with self._turn:
             while not ready():
-                self._raise_if_stopped()  # before waiting: `stop` sets its flag before it wakes the waiting threads
+                self._raise_if_stopped()  # before each wait: `stop` sets the flag, then notifies
                 self._turn.wait()
 
     def _put(self, data: memoryview, start: int) -> None:
@@ -266,7 +265,7 @@ class _FileWriter:
             self._turn.notify_all()
 
     def close(self) -> None:
-        """Call after `disk` has shut down. OSError if the file's fsync failed."""
+        """Close the file, after shutdown of `disk`. OSError if its fsync failed."""
         if self._descriptor is not None:
             os.close(self._descriptor)
         if self._flushed is not None:
@@ -282,7 +281,7 @@ def _flush(descriptor: int) -> None:
 
 
 def _allow_files(count: int) -> None:
-    """Raise the limit of open files; large models exceed the usual 1024."""
+    """Raise RLIMIT_NOFILE; large models exceed the usual 1024 open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = count + 64
     if soft != resource.RLIM_INFINITY and soft < needed:

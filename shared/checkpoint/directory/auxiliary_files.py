@@ -19,13 +19,13 @@ WEIGHT_SUFFIXES = (
     *(".onnx_data", ".ot", ".mlmodel", ".nemo"),
 )
 _INDEX_SUFFIXES = (".index.json",)
-_BATON_FILES = {MANIFEST, "weights.json", "asides.safetensors"}  # describe one directory
+_BATON_FILES = {MANIFEST, "weights.json", "asides.safetensors"}  # valid for one directory only: never copied
 _RUN_FILES = ("metrics.jsonl", "report.html", "run.json", "state/", "runs/", "tensorboard/")  # of a training run
 _DOWNLOAD_FOLDERS = {".git", ".cache"}  # of git and huggingface_hub
 
 
 def auxiliary_files(directory: Path) -> Iterator[Path]:
-    """Relative paths of the auxiliary files, sorted; of a published directory those its manifest lists."""
+    """Relative paths of the auxiliary files, sorted. In a published directory only files of its manifest."""
     if (directory / MANIFEST).is_file():
         names = [n for n in read_config(directory / MANIFEST)["files"] if not n.startswith(_RUN_FILES)]
     else:
@@ -40,7 +40,7 @@ def auxiliary_files(directory: Path) -> Iterator[Path]:
 
 
 def _is_latest_pointer(path: Path) -> bool:
-    """Whether the file is `latest` of DeepSpeed or SwissArmyTransformer: it names a folder of weights."""
+    """Whether the file is the `latest` of DeepSpeed or SwissArmyTransformer: the name of a folder of weights."""
     if path.name != "latest":
         return False
     folder = path.read_bytes()[:256].decode(errors="replace").strip()
@@ -59,7 +59,7 @@ def unread_weights(directory: Path, used: set[str]) -> list[str]:
 
 
 def copy_auxiliary_files(source: Path, target: Path) -> None:
-    """Copy every auxiliary file that the target does not have; links are followed."""
+    """Copy the auxiliary files that are missing in the target; links are followed."""
     for relative in auxiliary_files(source):
         place = target / relative
         if not place.exists():
@@ -81,13 +81,13 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def finish_hf_directory(directory: Path, source_files: Path) -> None:
-    """Complete a directory of saved weights, so that transformers 4 and 5 and vLLM load it.
+    """Complete a directory of saved weights for transformers 4, transformers 5 and vLLM.
 
-    Copies the source's auxiliary files where missing. Writes the fields of transformers 4 and 5 to config.json, and a
-    tokenizer class that both know to tokenizer_config.json.
+    Copies the source's auxiliary files where missing. config.json gets the fields of both transformers versions,
+    tokenizer_config.json a tokenizer class known to both.
 
     Args:
-        directory: has the weights, and a config.json if it differs from the source's.
+        directory: the saved weights, and a config.json if it differs from the source's.
         source_files: the directory of the source's auxiliary files (`Checkpoint.hf_files`).
     """
     copy_auxiliary_files(source_files, directory)

@@ -62,7 +62,7 @@ class Manifest(BaseModel):
     image: str | None  # container image
     parents: list[Parent]
     created: str  # ISO 8601, UTC
-    facts: dict[str, Any]  # what the command says of its output: family, architecture, dtype, tensors, parameters ...
+    facts: dict[str, Any]  # properties of the output: family, architecture, dtype, tensors, parameters ...
     bytes: int  # sum over `files`
     files: dict[str, FileEntry]  # relative path -> size and hash; readers trust no other file
 
@@ -75,7 +75,7 @@ class Manifest(BaseModel):
         return files
 
     def encode(self) -> str:
-        """As written to disk."""
+        """The text of `manifest.json`."""
         return self.model_dump_json(indent=1) + "\n"
 
 
@@ -107,8 +107,8 @@ def read_manifest(directory: Path, *, flag: str) -> Manifest | None:
 def input_fingerprint(path: Path) -> str:
     """Hash of an input: a file's content, a published directory's manifest, or a foreign directory's file list.
 
-    Files above 64 MiB of a foreign directory enter by size and modification time. The price: a copy of the directory
-    is another input. The gain: an "already done" does not read hundreds of gigabytes.
+    Foreign files above 64 MiB are hashed by size and modification time: "already done" is found without reading hundreds of
+    gigabytes. A copy of the directory therefore has another fingerprint.
     """
     if path.is_file():
         return hash_file(path)
@@ -133,7 +133,7 @@ def parents_of(inputs: Inputs) -> list[Parent]:
 
 
 def run_fingerprint(invocation: Invocation, inputs: Inputs, parents: list[Parent]) -> str:
-    """Hash of everything that decides a command's result: tool, command, options and inputs."""
+    """The run's fingerprint: hash of tool, command, options and inputs."""
     what = {
         "tool": invocation.tool,
         "command": invocation.command,

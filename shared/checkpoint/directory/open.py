@@ -55,7 +55,7 @@ def iteration_name(iteration: int) -> str:
 
 
 def tracked_iteration(directory: Path) -> str:
-    """The folder that Megatron's tracker file names."""
+    """The iteration folder in Megatron's tracker file."""
     text = (directory / TRACKER).read_text(encoding="utf-8").strip()
     return text if text == "release" else iteration_name(int(text))
 
@@ -75,10 +75,10 @@ def open_checkpoint(
     Args:
         path: the directory.
         kinds: accepted kinds.
-        flag: the flag that named it, for messages.
-        verify: what is compared with the manifest besides sizes: the hash of every file ("content"), of every file but
-            weights, which `content_checks` compares later ("small"), or nothing ("sizes").
-        per_rank: also accept the per-rank format of this kind: legacy Megatron-LM ("megatron"), SwissArmyTransformer
+        flag: its flag, for messages.
+        verify: hashes to compare with the manifest, besides the sizes. "content": every file. "small": every file but
+            weights, left to `content_checks`. "sizes": none.
+        per_rank: also accept per-rank checkpoints of this kind: legacy Megatron-LM ("megatron"), SwissArmyTransformer
             ("hf").
 
     Raises:
@@ -109,7 +109,7 @@ def _verify(path: Path, manifest: Manifest, flag: str, verify: str) -> None:
             raise UserError(f"{flag} {file} is missing, though {MANIFEST} lists it; publish the directory again")
         if (size := file.stat().st_size) != entry.size:
             raise UserError(f"{flag} {file} has {size} bytes instead of {entry.size}; publish the directory again")
-    if manifest.iteration is None:  # a run directory holds older iterations, which no manifest lists
+    if manifest.iteration is None:  # older iterations of a run directory are not in the manifest
         for file in path.iterdir():
             if file.suffix in WEIGHTS and file.name not in manifest.files:
                 raise UserError(f"{flag} {file} is not in {MANIFEST}: weights of unknown origin; move it away")
@@ -119,7 +119,7 @@ def _verify(path: Path, manifest: Manifest, flag: str, verify: str) -> None:
 
 
 def verify_content(checkpoint: Checkpoint, *, flag: str) -> None:
-    """Compare every file of a checkpoint, opened with "sizes", with its hash; UserError names one that differs."""
+    """Compare the hashes of all files, after `open_checkpoint(verify="sizes")`. UserError names a damaged file."""
     if checkpoint.manifest:
         _verify_content(checkpoint.path, checkpoint.manifest, list(checkpoint.manifest.files), flag)
 
@@ -141,7 +141,7 @@ def _check_hash(path: Path, found: str, wanted: str, flag: str) -> None:
 
 
 def content_checks(checkpoint: Checkpoint, sources: Iterable[Path], *, flag: str) -> list[Callable[[], None]]:
-    """Checks of the sources' hashes against the manifest, to run while they are read.
+    """Hash checks of the source files against the manifest, to run during the conversion.
 
     Each raises UserError on damage. The caller publishes only after all have passed.
     """

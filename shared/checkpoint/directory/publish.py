@@ -1,7 +1,7 @@
 """Publish a directory atomically: write to `TARGET.partial-<id>`, fsync, write `manifest.json` last, rename.
 
-A kill at any point leaves the old target or the new one, and at most a partial directory. Readers refuse it; the next
-run removes it, or resumes it if it has a journal of the same work.
+A kill at any point leaves the old target or the new one, and at most a partial directory. Readers refuse a partial
+directory. The next run resumes it if its journal has the same work key, and removes it otherwise.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from shared.console import log
 from shared.errors import StageError
 from shared.invocation import invocation
 
-Checks = Callable[[frozenset[Path]], Sequence[Task]]  # source files -> checks to run while they are read
+Checks = Callable[[frozenset[Path]], Sequence[Task]]  # source files -> hash checks to run during the copy
 
 
 class Publication:
@@ -49,10 +49,10 @@ class Publication:
 
     Args:
         path: where to write.
-        work: key of everything that decides its content.
+        work: work key: the run's fingerprint and the tool's version.
     """
 
-    writes_auxiliary_files = True  # whether this process writes the files that are not made of copy operations
+    writes_auxiliary_files = True  # whether this process writes the files without a FilePlan
 
     def __init__(self, path: Path, work: str) -> None:
         self.path = path
@@ -65,11 +65,11 @@ class Publication:
         self.facts.update(facts)
 
     def record_hash(self, name: str, digest: str) -> None:
-        """Record a hash computed while the file was written; the file is not read again."""
+        """Record a hash computed during writing; the file is not read again."""
         self._hashes[name] = digest
 
     def own_files(self, files: Sequence[FilePlan]) -> list[FilePlan]:
-        """The files that this process writes."""
+        """The files this process writes; a shard writes its share."""
         return list(files)
 
     def write(
@@ -80,13 +80,13 @@ class Publication:
         advance: Advance,
         checks: Checks = lambda sources: (),
     ) -> None:
-        """Write files from copy operations; resumes what an earlier run of the same work wrote.
+        """Write files from copy operations, or resume an earlier run with the same work key.
 
         Args:
-            files: all files of the directory that are made of copy operations.
+            files: all file plans of the directory, those of other shards included.
             workers: threads.
-            advance: called with bytes written.
-            checks: checks of the sources, run while they are read. If one fails, nothing is published.
+            advance: called with the number of bytes written or resumed.
+            checks: hash checks of the source files, run during the copy. If one fails, nothing is published.
         """
         own_files = self.own_files(files)
         journal = Journal(self.path, f"{self.work} {plan_key(files)}")
@@ -127,7 +127,7 @@ class Publication:
 
 
 def file_entries(root: Path, paths: list[Path], known: dict[str, str] | None = None) -> dict[str, FileEntry]:
-    """Manifest entries of files below `root`; `known` are hashes by relative path, not computed again."""
+    """Manifest entries of files below `root`. `known`: hashes computed before, by relative path."""
     known = known or {}
     names = [path.relative_to(root).as_posix() for path in paths]
     fresh = [(name, path) for name, path in zip(names, paths, strict=True) if name not in known]
@@ -147,13 +147,13 @@ def publish(
     Args:
         target: the directory to publish.
         kind: its kind.
-        inputs: flag -> path(s) that the command reads. With the options they make up the run's fingerprint.
-        overwrite: replace a directory that Baton published or began.
-        resumable: keep the partial directory on a kill or a stop; the next run of the same work resumes it. Requires
-            that `Publication.write` writes all large files.
+        inputs: flag -> input path(s). Part of the run's fingerprint, as the options are.
+        overwrite: replace a published or unfinished directory of Baton's.
+        resumable: keep the partial directory on a kill or a stop; the next run with the same work key resumes it. Large
+            files must be written by `Publication.write`.
 
     Raises:
-        AlreadyDone: the same command with the same options and inputs has published it.
+        AlreadyDone: the target holds the result of a run with the same fingerprint.
         UserError: the target overlaps an input, or holds something else.
     """
     check_overlap(target, inputs)
@@ -186,7 +186,7 @@ def publish(
 
 
 def move_into_place(partial: Path, target: Path) -> None:
-    """Rename a complete directory to the target, in exchange for an old one."""
+    """Rename a complete directory to the target. An old target is exchanged and removed."""
     occupied = target.is_dir() and any(target.iterdir())
     if not occupied:
         partial.rename(target)  # also over an empty directory

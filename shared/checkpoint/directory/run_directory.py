@@ -58,7 +58,7 @@ class RunDirectory:
 
     @classmethod
     def open(cls, target: Path, *, kind: Kind, inputs: Inputs, overwrite: bool = False) -> Self:
-        """Begin a run, or resume an unfinished run of the same fingerprint, with or without `overwrite`.
+        """Begin a run, or resume an unfinished run with the same fingerprint (even with `overwrite`).
 
         Raises:
             AlreadyDone: the run is finished.
@@ -92,7 +92,7 @@ class RunDirectory:
             log(f"removed {leftover.name}, left by a killed run")
         for folder in self.path.glob("iter_*"):
             if self.iteration is None or int(folder.name.removeprefix("iter_")) > self.iteration:
-                remove_tree(folder)  # killed between its rename and the manifest
+                remove_tree(folder)  # left by a kill between rename and manifest
         if self.iteration is not None:
             write_atomically(self.path / TRACKER, str(self.iteration).encode())
 
@@ -106,14 +106,14 @@ class RunDirectory:
         commit_directory(partial, target)
 
     def begin(self, iteration: int) -> Path:
-        """A new partial directory for an iteration; every rank writes there."""
+        """A new partial directory for an iteration, written by every rank."""
         partial = self.path / f"{iteration_name(iteration)}{PARTIAL}{secrets.token_hex(4)}"
         partial.mkdir()
         self._partial = partial
         return partial
 
     def commit(self, iteration: int, *, facts: dict[str, Any], finished: bool = False, keep: int = 2) -> None:
-        """Publish the iteration begun last, and remove all but the newest `keep` iterations."""
+        """Publish the iteration of the last `begin`; remove all but the newest `keep` iterations."""
         final = self.path / iteration_name(iteration)
         commit_directory(self._partial, final)
         covered = [*files_below(final), *files_below(self.path / HF_FILES)]

@@ -1,8 +1,8 @@
 """Sharded publishing (`--shard`): several processes write one directory over a shared file system, no network.
 
-`--shard 2/4` writes its share of the files to `TARGET.shards-of-4/2-of-4/`, published atomically with `shard.json`: the
-hashes of the files and the run's fingerprint. `--shard publish/4` requires all four records of one fingerprint, renames
-the files into one directory, writes the auxiliary files and the manifest, and publishes. It reads no weights.
+`--shard 2/4` writes its share of the files to `TARGET.shards-of-4/2-of-4/`, published atomically. `shard.json` there records
+the file hashes and the run's fingerprint. `--shard publish/4` requires all four records with one fingerprint. It renames the
+files into one directory, writes auxiliary files and manifest, and publishes. It reads no weights.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def publish_sharded(
 
     Raises:
         AlreadyDone: the same run has published the target, or has written this shard.
-        UserError: as `publish`; shards of another count exist; on `publish/N` a shard is missing or of another run.
+        UserError: as `publish`; shards of another count exist; `publish/N` finds a shard missing or of another run.
     """
     if shard is None:
         with publish(target, kind=kind, inputs=inputs, overwrite=overwrite, resumable=True) as out:
@@ -97,7 +97,7 @@ def publish_sharded(
 
 @dataclass(frozen=True, kw_only=True)
 class _ShardWork:
-    """The run that a shard belongs to."""
+    """Identity of the run, recorded with each shard."""
 
     fingerprint: str
     options: dict[str, Any]
@@ -135,7 +135,7 @@ def _shown(value: Any) -> str:
 
 
 class _ShardPublication(Publication):
-    """One shard: its share of the files made of copy operations, and no others."""
+    """One shard: its share of the file plans, no auxiliary files."""
 
     writes_auxiliary_files = False
 
@@ -196,7 +196,7 @@ def _write_shard(staging: Path, shard: ShardSpec, work: _ShardWork) -> Iterator[
     except BaseException:
         remove_tree(partial)
         with contextlib.suppress(OSError):
-            staging.rmdir()  # only if no other shard is there
+            staging.rmdir()  # fails if other shards are there: they stay
         raise
     finally:
         if lock_descriptor is not None:

@@ -20,7 +20,7 @@ RUN = "run.json"  # written at the start of a training run
 
 
 def check_overlap(target: Path, inputs: Inputs) -> None:
-    """Refuse a target that is, contains or lies in an input, or that cannot be a directory."""
+    """Refuse a target equal to, above or below an input, and one that cannot be a directory."""
     if target.is_symlink():
         raise UserError(f"--target {target} is a link; give the directory itself")
     if not (above := next(path for path in target.absolute().parents if path.exists())).is_dir():
@@ -37,7 +37,7 @@ def check_overlap(target: Path, inputs: Inputs) -> None:
 def lock(directory: Path) -> int | None:
     """Lock a directory (flock). Returns the descriptor, None if a living process holds the lock.
 
-    The kernel releases the lock when its process ends, however it ends.
+    The kernel releases the lock at the end of the process, even after SIGKILL.
     """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -49,7 +49,7 @@ def lock(directory: Path) -> int | None:
 
 
 def recorded_fingerprint(directory: Path) -> str | None:
-    """The fingerprint in a training run's run.json; None if that is missing or damaged."""
+    """The fingerprint in a training run's run.json; None if the file is missing or damaged."""
     try:
         return json.loads((directory / RUN).read_text(encoding="utf-8"))["identity"]
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
@@ -57,9 +57,9 @@ def recorded_fingerprint(directory: Path) -> str | None:
 
 
 def clear_leftovers(target: Path, resume: str | None = None) -> tuple[Path | None, int | None]:
-    """Remove partial directories of killed runs; refuse if one of them is still being written.
+    """Remove partial directories of killed runs. UserError if a living process writes one.
 
-    Returns (directory, lock) of a resumable one with the fingerprint `resume`; (None, None) if there is none.
+    Returns (directory, lock descriptor) of a resumable one with fingerprint `resume`; (None, None) without one.
     """
     found: tuple[Path | None, int | None] = None, None
     if not target.parent.is_dir():
@@ -99,9 +99,9 @@ def check_no_shards(target: Path, own: Path | None = None) -> None:
 
 
 def check_target(target: Path, *, fingerprint: str, overwrite: bool) -> Manifest | None:
-    """Decide by its content whether the target may be written.
+    """Check by its content that the target may be written.
 
-    Returns the manifest of the directory to be replaced, None if there is none.
+    Returns the manifest of the directory to replace, None without one.
 
     Raises:
         AlreadyDone: it holds the finished result of the same run.

@@ -1,1 +1,1 @@
-"""Checkpoint file formats, read and written without their libraries."""
+"""Checkpoint file formats, read and written without torch or safetensors."""

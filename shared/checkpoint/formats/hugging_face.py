@@ -52,7 +52,7 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightLayout:
-    """Assignment of tensors to safetensors shards, down to the text of each header."""
+    """Assignment of tensors to safetensors shards, with the exact text of each header."""
 
     shards: tuple[Shard, ...]
     index: str | None  # text of the index file; None for a single file
@@ -80,7 +80,7 @@ class WeightLayout:
             raise UserError(f"{path} is damaged ({error}); convert the model again") from None
 
     def dequantized(self, scheme: QuantizationScheme | None) -> WeightLayout:
-        """The same shards with dequantised weights in place of codes and scales."""
+        """The same shards with dequantised weights instead of quantised ones and their scales."""
         weights = assemble_weights(scheme, self.tensors())
         if not any(weight.quantized for weight in weights.values()):
             return self
@@ -95,7 +95,7 @@ class WeightLayout:
         return WeightLayout(shards=tuple(shards), index=_index(shards) if self.index is not None else None)
 
     def with_dtypes(self, dtypes: Mapping[str, str]) -> WeightLayout:
-        """The same shards with other dtypes. Without a change the layout is returned as it is, headers included."""
+        """The same shards with other dtypes by tensor name. If no dtype changes, the headers stay verbatim."""
         if all(dtypes.get(name, tensor.dtype) == tensor.dtype for name, tensor in self.tensors().items()):
             return self
         shards = []
@@ -106,7 +106,7 @@ class WeightLayout:
         return WeightLayout(shards=tuple(shards), index=_index(shards) if self.index is not None else None)
 
     def with_tensor(self, name: str, dtype: str, shape: Shape) -> WeightLayout:
-        """The same shards with one more tensor, at the end of the last."""
+        """The same shards with one more tensor at the end of the last shard."""
         *shards, last = self.shards
         triples = [(t.name, t.dtype, t.shape) for t in last.header.tensors] + [(name, dtype, shape)]
         header = parse_header(encode_header(triples, last.header.metadata), Path(last.file))
@@ -123,7 +123,7 @@ class HfReader:
         UserError: a file is missing or damaged; index and headers disagree; a tensor or shard is not in the index.
     """
 
-    splits_columns = False  # whether rows are split between files (column parallelism)
+    splits_columns = False  # whether a row is split over files, as in row-parallel weights of per-rank checkpoints
 
     def __init__(self, path: Path, flag: str = "--source") -> None:
         self.path = path
@@ -274,7 +274,7 @@ def weight_files(
     Args:
         layout: the shards.
         operations: a tensor's copy operations, in order.
-        sources: the files they read.
+        sources: the source files of a tensor's operations.
     """
 
     def blocks(shard: Shard) -> Iterator[Block]:
@@ -301,7 +301,7 @@ def write_index(directory: Path, layout: WeightLayout) -> None:
 def write_weights(
     directory: Path, layout: WeightLayout, blocks: Callable[[TensorInfo], Iterable[memoryview]], record: RecordHash
 ) -> None:
-    """Write every shard, and the index if there is one.
+    """Write every shard, and the index if the layout has one.
 
     Args:
         directory: output directory.

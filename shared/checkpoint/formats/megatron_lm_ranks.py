@@ -1,7 +1,7 @@
 """Legacy Megatron-LM checkpoints: one torch.save file per rank, read without unpickling code.
 
 `iter_0001000/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt` holds a rank's state dict (`model`, or `model0`, `model1`, ... per
-virtual pipeline stage), the run's arguments, and optimizer and RNG state. Tensors are located here, and read later.
+virtual pipeline stage), the run's arguments, and optimizer and RNG state. This module locates tensors; it reads no data.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shared.checkpoint.formats.pytorch_bin import TorchFile
 from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.errors import UserError
 
-FILES = ("model_optim_rng.pt", "model_rng.pt")  # the second with a distributed optimizer, which has its own file
+FILES = ("model_optim_rng.pt", "model_rng.pt")  # the second with a distributed optimizer (separate file)
 _FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _NOT_WEIGHTS = ("_extra_state", "inv_freq")  # FP8 scales, RoPE constants
 

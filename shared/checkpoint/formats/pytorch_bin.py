@@ -27,7 +27,7 @@ _TYPES = {
     "LongStorage": "I64",
     "BoolStorage": "BOOL",
 }
-# torch.save before 1.6 wrote plain pickles that begin with this magic number.
+# Magic number of torch.save before 1.6, a plain pickle.
 _OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
@@ -67,7 +67,7 @@ class TorchFile:
         self.content = read_pickle(pickled, path, training=training)
 
     def tensor(self, name: str, value: Any, files: OpenFiles) -> TensorInfo:
-        """Location of a tensor of the object; UserError if it is no plain contiguous tensor."""
+        """Location of a tensor; UserError if it is not a plain contiguous tensor."""
         path = self.path
         try:
             kind, (_, storage, key, _, count), offset, shape, stride = value
@@ -85,7 +85,7 @@ class TorchFile:
             raise UserError(f"{path}: {name} is not stored contiguously; save it again with `.contiguous()`")
         if entry.file_size < start + size:
             raise UserError(f"{path}: {name} is truncated; fetch the file again")
-        # The lengths of the local header's name and extra field may differ from the central directory's.
+        # Name and extra field of the local header may differ in length from those of the central directory.
         lengths = struct.unpack("<2H", files.read(path, entry.header_offset + 26, 4))
         data = entry.header_offset + 30 + sum(lengths)
         return TensorInfo(name=name, dtype=dtype, shape=shape, file=path, start=data + start, size=size)

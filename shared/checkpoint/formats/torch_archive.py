@@ -1,7 +1,7 @@
 """torch.save archives: the bytes around a tensor's data.
 
-An uncompressed zip: `archive/data.pkl` rebuilds the object, `archive/data/0` is its storage, 64-byte aligned. A writer
-knows the data's size beforehand and its CRC afterwards: the CRC follows the data, in a zip data descriptor.
+An uncompressed zip: `archive/data.pkl` rebuilds the object, `archive/data/0` is its storage, 64-byte aligned. The CRC is
+known only after the data is written, so it follows the data in a zip data descriptor.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _archive(content: bytes, data_size: int | None) -> Archive:
 
 
 def _local(entry: _Entry, position: int) -> bytes:
-    """A zip local header; an extra field pads it so that the data is aligned."""
+    """A zip local header. Its extra field pads it: the data starts at a multiple of 64 bytes."""
     late = entry.flags & _DESCRIPTOR
     size = 0 if late else entry.size
     fixed = 30 + len(entry.name) + 4
@@ -156,7 +156,7 @@ class _Slice(io.RawIOBase):
 
 
 def find_tensor(files: OpenFiles, path: Path, start: int, size: int) -> StoredTensor:
-    """Locate the tensor of an archive at bytes `start` to `start + size`; UserError if it is no contiguous tensor."""
+    """Locate the tensor of the archive at bytes `[start : start + size]`; UserError if it is not contiguous."""
     try:
         with zipfile.ZipFile(_Slice(files, path, start, size)) as archive:
             root = next(n for n in archive.namelist() if n.endswith("/data.pkl")).removesuffix("data.pkl")

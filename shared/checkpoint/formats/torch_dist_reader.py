@@ -1,7 +1,7 @@
 """Reader of torch_dist directories (torch.distributed.checkpoint), for any parallel layout of the writer.
 
 A tensor `[layers, out, in]` is tiled by chunks with `offsets` and `sizes` along every dimension. A slice `tensor[index]`
-is read as an `ExtentView`: one extent per chunk, with `left > 0` where tensor parallelism split the columns.
+is read as an `ExtentView`: one extent per chunk. Chunks of row-parallel weights have `left > 0`.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class TorchDistReader:
 
     @property
     def splits_columns(self) -> bool:
-        """Whether a chunk of any tensor has less than whole rows (column split of tensor parallelism)."""
+        """Whether any tensor is split along its last dimension (row-parallel weights)."""
         return any(
             chunk.sizes[-1] != tensor.shape[-1]
             for tensor in self.tensors.values()
@@ -159,7 +159,7 @@ class TorchDistReader:
         return frozenset(chunk.file for chunk in self._chunks_at(self.tensors[key], index))
 
     def _chunks_at(self, tensor: DistTensor, index: Shape) -> list[Chunk]:
-        """The chunks of `tensor[index]`, from a lookup table: large models have tens of thousands of chunks."""
+        """The chunks of `tensor[index]`. Large models have tens of thousands of chunks, hence a lookup table."""
         axis = len(index)
         if (tensor.key, axis) not in self._indexed:
             lookup: dict[Shape, list[Chunk]] = {}
@@ -185,7 +185,7 @@ class TorchDistReader:
         return chunk.stored.start
 
     def _standard_archive(self, tensor: DistTensor, chunk: Chunk) -> StoredTensor | None:
-        """Location of the data if Baton wrote the archive: one read of the known prefix instead of parsing a zip."""
+        """Location of the data in an archive written by Baton: the prefix is compared, no zip is parsed."""
         if prod(chunk.sizes) * tensor.dtype.size >= MAX_DATA:
             return None
         archive = tensor_archive(tensor.dtype, chunk.sizes)

@@ -1,7 +1,7 @@
 """Writer of torch_dist directories as Megatron-Core's `dist_checkpointing` reads them, without a model or process group.
 
 Every chunk is a torch.save archive; `__0_<n>.distcp` is a concatenation of archives; `.metadata`, written last, has the
-place of each. All places are computed beforehand: files and blocks are written in any order.
+file, offset and length of each. All are computed beforehand: files and blocks are written in any order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from isal.isal_zlib import crc32  # zlib's own is an order of magnitude slower, and would cost as much as the copy
+from isal.isal_zlib import crc32  # zlib's crc32 is ten times slower: as long as the copy itself
 
 from shared.checkpoint.copy import blocks
 from shared.checkpoint.copy.blocks import OpenFiles
@@ -24,7 +24,7 @@ from shared.checkpoint.formats.torch_pickle import Call, Instance, Name, Pairs, 
 from shared.mapping.layout import Shape
 
 CHUNK_BYTES = 128 << 20  # readers load whole chunks: bounds their memory overhead
-_FILES = 64  # target number of files, for as many shards (`--shard`)
+_FILES = 64  # target number of files; `--shard` splits by files, so up to as many shards
 _SMALLEST, _LARGEST = 256 << 20, 4 << 30  # bytes per file
 _METADATA = "torch.distributed.checkpoint.metadata"
 _SIZE = Name("torch", "Size")
@@ -59,7 +59,7 @@ class _Stored:
 
 
 class TorchDistLayout:
-    """Layout of a torch_dist directory: which archive goes where."""
+    """Layout of a torch_dist directory: file and offset of every archive."""
 
     def __init__(self) -> None:
         self._tensors: dict[str, _Tensor] = {}
@@ -67,7 +67,7 @@ class TorchDistLayout:
         self._stored: list[_Stored] = []
 
     def declare(self, key: str, dtype: Dtype, shape: Shape) -> None:
-        """Declare a tensor with its global shape; its chunks follow."""
+        """Declare a tensor with its global shape; `add_chunk` adds its chunks."""
         assert key not in self._tensors, key
         self._tensors[key] = _Tensor(dtype=dtype, shape=shape)
 
@@ -85,8 +85,8 @@ class TorchDistLayout:
             key: the tensor's.
             offsets: of the chunk, along every dimension.
             sizes: of the chunk, along every dimension.
-            operations: makes the copy operations of its bytes, row-major.
-            sources: the files they read.
+            operations: returns the copy operations of its bytes, row-major.
+            sources: the source files of these operations.
         """
         tensor = self._tensors[key]
         tensor.chunks.append((offsets, sizes))
@@ -118,7 +118,7 @@ class TorchDistLayout:
         ]
 
     def finish(self, directory: Path, common: dict[str, Any]) -> None:
-        """Write `common.pt`, `metadata.json` and, last, `.metadata`, without which no reader accepts the directory."""
+        """Write `common.pt`, `metadata.json` and, last, `.metadata`. Readers refuse a directory without `.metadata`."""
         (directory / "common.pt").write_bytes(object_archive(common))
         (directory / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
         with (directory / ".metadata").open("wb") as file:

@@ -1,7 +1,7 @@
 """Pickles of torch checkpoints: written without torch, read without running code.
 
-A pickle is a program. The reader allows the classes that torch.distributed.checkpoint and Megatron-Core write, maps each
-to a plain record, and refuses every other name.
+A pickle is a program. The reader maps the classes of torch.distributed.checkpoint and Megatron-Core to plain records, and
+refuses every other name.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class Instance:
 
 @dataclass(frozen=True)
 class Pairs:
-    """A dict with unhashable keys allowed, and items generated while they are written."""
+    """A dict with unhashable keys, its items generated during writing."""
 
     items: Iterable[tuple[Any, Any]]
 
@@ -190,7 +190,7 @@ class Persistent:
 
 
 def write_pickle(value: Any) -> bytes:
-    """Plain values and the classes above as a pickle, protocol 2."""
+    """Pickle, protocol 2, of plain values and of `Name`, `Call`, `Instance`, `Pairs`, `Persistent`."""
     out = io.BytesIO()
     write_pickle_to(out, value)
     return out.getvalue()

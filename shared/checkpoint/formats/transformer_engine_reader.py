@@ -38,7 +38,7 @@ class TeTensor:
 
     @property
     def place(self) -> str:
-        """The file it is in."""
+        """Path of its file."""
         return self.stored.place
 
 
