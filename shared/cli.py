@@ -96,7 +96,7 @@ class Command:
     name: str
     function: Callable[..., int | None]
     positional: tuple[str, ...]  # parameters also accepted as bare words, in order
-    not_fingerprinted: tuple[str, ...]  # parameters that do not change the result
+    not_fingerprinted: tuple[str, ...]  # parameters outside the run's fingerprint
     parameters: dict[str, inspect.Parameter] = field(repr=False)
     hints: dict[str, Any] = field(repr=False)
     groups: dict[str, type] = field(repr=False)  # parameters annotated with a dataclass
@@ -156,7 +156,7 @@ class Tool:
             function: the command; every parameter is annotated.
             name: its name on the command line; default: the function's, with hyphens.
             positional: parameters also accepted as bare words.
-            not_fingerprinted: parameters that do not change the result: a run with other values is the same run.
+            not_fingerprinted: parameters that do not change the result, left out of the run's fingerprint.
         """
 
         def register(function: Callable[..., int | None]) -> Callable[..., int | None]:
@@ -244,20 +244,20 @@ def _answer(text: str) -> NoReturn:
 
 
 def _reader_left() -> None:
-    """The reader of stdout is gone (`| head`): redirect it, or the interpreter's last flush would fail."""
+    """Redirect stdout to /dev/null after its reader has gone (`| head`): the interpreter's last flush would fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _install_signals() -> None:
     """SIGTERM and SIGUSR1 exit with EXIT_INTERRUPTED. Training installs its own handlers.
 
-    By default PID 1 of a container ignores SIGTERM, and SIGUSR1, Slurm's warning before the time limit, kills.
+    The defaults: PID 1 of a container ignores SIGTERM; SIGUSR1, Slurm's warning before the time limit, kills.
     """
 
     def leave(signum: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(EXIT_INTERRUPTED)
 
-    with contextlib.suppress(ValueError):  # not in the main thread: a test that runs the tool in process
+    with contextlib.suppress(ValueError):  # outside the main thread, in tests
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, leave)
 

@@ -1,8 +1,8 @@
-"""How a run is spread over processes, and every rule that says which layouts a model can have. Without torch.
+"""The parallel layout of a run, and its rules. Imports no torch.
 
 TP tensor, PP pipeline, VPP virtual pipeline, SP sequence, CP context, EP expert, ETP expert tensor, DP data parallelism.
-A layout is checked in three steps, each as soon as what it needs is known: by itself when a `ParallelConfig` is made,
-`check_model` against the model, `check_batch` against the sizes of an update.
+Three checks, each as early as possible: `ParallelConfig(...)` by itself, `check_model` against the model, `check_batch`
+against the batch sizes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shared.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Numbers of processes. UserError where they contradict each other."""
+    """Parallel sizes, in ranks. UserError if they contradict each other."""
 
     processes: int = 1
     """Ranks of the world."""
@@ -67,32 +67,32 @@ class ParallelConfig:
 
     @property
     def etp(self) -> int:
-        """Ranks that share the matrices of an expert."""
+        """Expert tensor parallel size (ETP)."""
         return self.tensor if self.expert_tensor is None else self.expert_tensor
 
     @property
     def model_parallel(self) -> int:
-        """Ranks that hold one replica of the model."""
+        """Ranks of one model replica: TP x PP x CP."""
         return self.tensor * self.pipeline * self.context
 
     @property
     def data(self) -> int:
-        """Replicas of the model (DP), each with other samples."""
+        """Data parallel size (DP): number of model replicas."""
         return self.processes // self.model_parallel
 
     def check_model(self, architecture: Architecture) -> None:
-        """UserError, with a flag and a value that fit, where the model cannot be cut like this."""
+        """Check the layout against the model. UserError suggests a flag and a valid value."""
         broken = next(self._broken(architecture), None)
         if broken:
             raise UserError(f"{broken.complaint}; give {self._fitting(broken.field, architecture)}")
 
     def check_batch(self, *, sequence_length: int, micro_batch_size: int, global_batch_size: int) -> None:
-        """UserError, with a value that fits, where an update of these sizes cannot be cut like this.
+        """Check the layout against the batch sizes. UserError suggests a valid value.
 
         Args:
             sequence_length: tokens.
-            micro_batch_size: sequences of a forward pass of one data-parallel rank.
-            global_batch_size: sequences of an update.
+            micro_batch_size: sequences per forward pass of one data-parallel rank.
+            global_batch_size: sequences per update.
         """
         if self.sequence_parallel and sequence_length % self.tensor:
             raise UserError(
@@ -136,13 +136,13 @@ class ParallelConfig:
             yield from rule(self, architecture)
 
     def _fitting(self, field: str, architecture: Architecture) -> str:
-        """The flag of `field` with the largest value, at most what it is, of which no rule complains."""
+        """The flag of `field` with the largest valid value up to the current one."""
         if field == "sequence_parallel":
             return "--sequence-parallel"
         world = self.model_parallel * self.etp * self.expert
         size = getattr(self, field)
         while size > 1:
-            sizes: dict[str, Any] = {field: size, "processes": size * world}  # room for any size of one kind
+            sizes: dict[str, Any] = {field: size, "processes": size * world}  # divisible by the changed layout
             other = replace(self, **sizes)
             if all(broken.field != field for broken in other._broken(architecture)):
                 break
@@ -166,7 +166,7 @@ _FLAGS = {
 
 @dataclass(frozen=True)
 class Broken:
-    """A rule that a layout breaks."""
+    """A violated rule."""
 
     field: str
     """Of `ParallelConfig`: what to change."""
@@ -177,7 +177,7 @@ type Rule = Callable[[ParallelConfig, Architecture], Iterator[Broken]]
 
 
 def _attention(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Broken]:
-    """Query heads are shared out whole. With fewer key/value heads than ranks Megatron-Core gathers cut heads."""
+    """TP divides the query heads. TP divides the key/value heads, or is their multiple: Megatron-Core gathers split heads."""
     for attention in _mixers(architecture, Attention):
         yield from _divides(parallel, "attention heads", attention.heads)
         groups = attention.groups
@@ -190,7 +190,7 @@ def _attention(parallel: ParallelConfig, architecture: Architecture) -> Iterator
 
 
 def _mla(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Broken]:
-    """Heads are shared out whole, down-projections by columns; gradients of their norms are summed under SP only."""
+    """TP divides heads and rows of the down-projections. Their norms' gradients are all-reduced over TP only under SP."""
     for mla in _mixers(architecture, LatentAttention):
         yield from _divides(parallel, "attention heads", mla.heads)
         yield from _divides(parallel, "rows of MLA's q_a_proj", mla.q_lora_rank or 0)
@@ -199,7 +199,7 @@ def _mla(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Broke
 
 
 def _delta_net(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Broken]:
-    """Key heads are shared out whole, value heads with them; the gradient of their norm is summed under SP only."""
+    """TP divides the key heads, and so the value heads. The norm's gradient is all-reduced over TP only under SP."""
     for net in _mixers(architecture, GatedDeltaNet):
         yield from _divides(parallel, "key heads of gated delta nets", net.key_heads)
         yield from _needs_sequence_parallel(parallel, "a gated delta net")
@@ -212,7 +212,7 @@ def _mlp(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Broke
 
 
 def _moe(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Broken]:
-    """Experts are shared out whole over EP, their matrices are cut over ETP and those of shared experts over TP."""
+    """EP divides the experts, ETP the rows of an expert's up_proj, TP those of the shared experts."""
     layers = [layer.mlp for layer in _kinds(architecture) if isinstance(layer.mlp, MoE)]
     if not layers and parallel.expert > 1:
         yield Broken("expert", f"--expert-parallel {parallel.expert} is for MoE, and the model has no experts")
@@ -233,7 +233,7 @@ def _moe(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Broke
 
 
 def _pipeline(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Broken]:
-    """Stages hold as many layers each, and so do their chunks."""
+    """PP x VPP divides the layers."""
     layers, chunks = architecture.num_layers, parallel.pipeline * parallel.virtual_pipeline
     if layers % parallel.pipeline:
         yield Broken("pipeline", f"--pipeline-parallel {parallel.pipeline} does not divide the model's {layers} layers")

@@ -1,4 +1,4 @@
-"""Number formats as flags name them (`--precision`, `--dtype`), and as torch, transformers and vLLM do."""
+"""Dtype names of flags (`--precision`, `--dtype`), and of torch, transformers and vLLM."""
 
 from __future__ import annotations
 

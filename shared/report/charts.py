@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, no font and no file from elsewhere."""
+"""Line charts as inline SVG, without scripts, fonts or external files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Line:
     """One curve of a chart."""
 
     name: str
-    points: Points  # (step, value), by rising step
-    style: str  # a class of the page's style sheet
+    points: Points  # (step, value), ascending by step
+    style: str  # CSS class
     dots: bool = False
 
 
 def chart(title: str, lines: Sequence[Line], *, unit: str = "", from_zero: bool = False) -> str:
-    """A `<figure>` with the curves over the step, a legend and the last value of each; empty without points."""
+    """A `<figure>` of curves over steps, with a legend and last values; an empty string without points."""
     drawn = [line for line in lines if line.points]
     if not drawn:
         return ""
@@ -68,7 +68,7 @@ def chart(title: str, lines: Sequence[Line], *, unit: str = "", from_zero: bool 
 
 
 def thinned(points: Points) -> Points:
-    """At most 400 points: means of equal runs of neighbours, the first and the last point as they are."""
+    """At most 400 points: means of groups of neighbours; the first and the last point are kept."""
     if len(points) <= _MOST_POINTS:
         return points
     size = math.ceil(len(points) / _MOST_POINTS)
@@ -78,7 +78,7 @@ def thinned(points: Points) -> Points:
 
 
 def smoothed(points: Points, weight: float = 0.9) -> Points:
-    """Exponential moving average of the values, its start corrected for bias."""
+    """Exponential moving average of the values, with bias correction."""
     average, norm, out = 0.0, 0.0, []
     for step, value in points:
         average = weight * average + (1.0 - weight) * value
@@ -101,7 +101,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Short: 12.3 k, 4.57, 3e-4."""
+    """Short text of a number: 12.3 k, 4.57, 3e-4."""
     if value == 0:
         return "0"
     size = abs(value)

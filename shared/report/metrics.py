@@ -30,12 +30,13 @@ _PEAK_FLOPS = {
 
 
 def flops_per_token(architecture: Architecture, sequence_length: int, *, mtp: bool = False) -> float:
-    """Training FLOPs per token, forward and backward: 6 per weight of a matrix and 12 L s q for attention.
+    """Training FLOPs per token, forward and backward: `6 N + 12 L s q`.
 
-    The accounting of PaLM (arXiv:2204.02311, appendix B): no input embedding, no recomputation, attention not halved
-    for causality. MoE: the experts that a token goes through. A gated delta net reads its state for the key and for the
-    query, and adds to it: three products of the state's size. `mtp`: MTP layers are run; each is a layer, a projection,
-    and the head once more.
+    N: weights of matrices. L: attention layers. s: sequence_length. q: heads x head_dim. The accounting of PaLM
+    (arXiv:2204.02311, appendix B): no input embedding, no recomputation, attention not halved for causality.
+
+    MoE: active experts only. Gated delta net: 3 x state size multiply-adds (read for the key, read for the query, update).
+    `mtp`: MTP layers are run; each adds a layer, a projection and the output head.
     """
     embedding = architecture.vocab_size * architecture.table_size
     matrices = architecture.parameter_count(active=True) - (0 if architecture.head.tied else embedding)
@@ -47,18 +48,18 @@ def flops_per_token(architecture: Architecture, sequence_length: int, *, mtp: bo
     for mixer in (layer.mixer for layer in layers):
         if isinstance(mixer, GatedDeltaNet):
             states += 3 * mixer.key_head_dim * mixer.value_size
-        else:  # scores and values: 2 q where value heads are as large
+        else:  # Q K^T and scores x V: 2 q if value heads are as large as query heads
             attention += (mixer.q_size + mixer.output_size) * sequence_length
     return 6.0 * (matrices + attention + states)
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """A loss in nats per token as bits per UTF-8 byte of text, which tokenizers of any vocabulary can be compared by."""
+    """`loss / ln 2 / bytes_per_token`, from nats per token. Comparable between tokenizers."""
     return loss / math.log(2.0) / bytes_per_token
 
 
 def peak_flops() -> float | None:
-    """Peak of this rank's device in FLOP/s; None where it is not known, so that no MFU is reported."""
+    """Peak of this rank's device in FLOP/s; None if unknown: no MFU is reported."""
     if not torch.cuda.is_available():
         return None
     device = torch.cuda.get_device_name()
@@ -66,7 +67,7 @@ def peak_flops() -> float | None:
 
 
 def peak_memory() -> int:
-    """Bytes at most in use so far: of the device where there is one, else of this process."""
+    """Peak memory so far in bytes: of the GPU, or without one the RSS of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -74,10 +75,10 @@ def peak_memory() -> int:
 
 
 class Metrics:
-    """Append-only record of a run, of which a resumed run forgets the updates it is about to repeat."""
+    """Append-only metrics of a run."""
 
     def __init__(self, directory: Path, *, resumed_step: int | None) -> None:
-        """Open the record in `directory` and cut it back to `resumed_step` (None: start it anew)."""
+        """Open the metrics in `directory`; a resume drops rows after `resumed_step`, None drops all."""
         self.path = directory / METRICS
         kept = [row for row in read(self.path) if resumed_step is not None and row["step"] <= resumed_step]
         self.rows = kept
@@ -85,7 +86,7 @@ class Metrics:
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(partial, self.path)
         self._file = self.path.open("a", encoding="utf-8")
-        # purge_step makes TensorBoard drop what an interrupted run wrote past the resumed step.
+        # TensorBoard hides events from purge_step on, written by the interrupted run.
         self._events = SummaryWriter(str(directory / EVENTS), purge_step=(resumed_step or 0) + 1)
 
     def append(self, **row: Any) -> None:
@@ -98,7 +99,7 @@ class Metrics:
                 self._events.add_scalar(name, value, row["step"])
 
     def sync(self) -> None:
-        """Bring every row to the disk: before a checkpoint that will be resumed from is published."""
+        """fsync all rows; called before a checkpoint is published."""
         os.fsync(self._file.fileno())
         self._events.flush()
 
@@ -108,7 +109,7 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; none if it is not there. A last line cut short by a kill is left out."""
+    """The rows of a metrics.jsonl; none without the file. An incomplete last line (a kill) is left out."""
     if not path.exists():
         return []
     rows = []

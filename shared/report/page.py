@@ -1,4 +1,4 @@
-"""report.html: a run's curves and facts in one file that needs nothing but a browser."""
+"""report.html: curves and facts of a run, in one self-contained file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from shared.report.charts import Line, Points, chart
 
 REPORT = "report.html"
-STYLES = ("one", "two", "three")  # of a chart's lines
+STYLES = ("one", "two", "three")  # CSS classes of a chart's lines
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --dim: #667085; --paper: #f6f7f9; --card: #fff; --rule: #e4e7ec;
@@ -56,8 +56,8 @@ def render(*, title: str, subtitle: str = "", tiles: Mapping[str, str], figures:
     Args:
         title: the heading.
         subtitle: a line below it.
-        tiles: name -> value, those without a value left out.
-        figures: of `chart` or `line_charts`.
+        tiles: name -> value; empty values are left out.
+        figures: from `chart` or `line_charts`.
     """
     heading = f"<h1>{escape(title)}</h1>" + (f"<p>{escape(subtitle)}</p>" if subtitle else "")
     boxes = "".join(
@@ -73,7 +73,7 @@ def render(*, title: str, subtitle: str = "", tiles: Mapping[str, str], figures:
 
 
 def write(path: Path, page: str) -> None:
-    """Replace the report of a run in one piece."""
+    """Replace the report of a run atomically."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(page, encoding="utf-8")
     os.replace(partial, path)
@@ -85,7 +85,7 @@ def curve(rows: Sequence[Mapping[str, Any]], name: str) -> Points:
 
 
 def line_charts(rows: Sequence[Mapping[str, Any]], charts: Mapping[str, Sequence[str]]) -> list[str]:
-    """A figure for each chart: title -> the metrics it draws."""
+    """One figure per chart. `charts`: title -> names of its metrics."""
     return [
         chart(
             title,

@@ -1,4 +1,4 @@
-"""Work of rank 0 whose outcome every rank shares."""
+"""Functions called on rank 0, with the result or the exit code broadcast to every rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shared.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, 
 
 
 def on_first_rank[T](function: Callable[[], T]) -> T:
-    """Call `function` on rank 0 and give its result, which must be picklable, to every rank.
+    """Call `function` on rank 0 and broadcast its result, which must be picklable.
 
     An exception propagates on rank 0; the other ranks exit silently with its exit code.
     """

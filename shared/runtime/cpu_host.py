@@ -1,16 +1,14 @@
-"""Lets Megatron-Core run on a machine without a GPU, unchanged and in earnest.
+"""CPU replacements of torch's CUDA functions: unmodified Megatron-Core runs without a GPU.
 
-Megatron-Core names CUDA in some five hundred places and offers no seam for another device. They come down to
-few things: `torch.cuda.current_device()` as a device, the literal "cuda" as a device, `Tensor.cuda()`, streams
-and events, the CUDA random generator, and `Tensor.type()`, by which its optimizers sort parameters. This file
-replaces exactly those with CPU answers, so that every byte of arithmetic, communication (gloo) and checkpointing
-is the code a GPU would run.
+Megatron-Core names CUDA in some five hundred places and has no option for another device. They reduce to
+`torch.cuda.current_device()` as a device, the literal "cuda" as a device, `Tensor.cuda()`, streams and events, the CUDA
+random generator, and `Tensor.type()`, by which its optimizers sort parameters. This module replaces exactly those. All else,
+arithmetic, communication (gloo) and checkpointing, is the code of a GPU run.
 
-Plain replacements rather than a `TorchFunctionMode`: a mode is per thread (autograd and loader threads would be
-without it), and it adds Python work to every torch call, where a replacement costs only the calls it changes.
+Why not a `TorchFunctionMode`: a mode is per thread, so autograd and data-loader threads would be without it, and it adds
+Python overhead to every torch call. A replacement costs only the calls it changes.
 
-`torch.cuda.is_available()` and `Tensor.is_cuda` keep telling the truth: torch's own code asks them. Nothing here
-may be installed where CUDA is present.
+`torch.cuda.is_available()` and `Tensor.is_cuda` stay False: torch's own code reads them. Never installed with CUDA present.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from torch.utils import _device as torch_device_context
 
 CPU = torch.device("cpu")
 
-# Functions that take `device=` and `pin_memory=`; the names in Megatron-Core that are given CUDA come from here.
+# Functions with `device=` and `pin_memory=`; includes those that Megatron-Core calls with a CUDA device.
 FACTORIES = (
     "arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace", "normal",
     "ones", "ones_like", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm", "tensor",
@@ -38,16 +36,16 @@ _installed = False
 
 
 def install() -> None:
-    """Replaces torch's CUDA surface by CPU answers for the rest of this process; a second call does nothing."""
+    """Install the replacements for the rest of this process; idempotent. RuntimeError if CUDA is present."""
     global _installed
     if torch.cuda.is_available():
         raise RuntimeError("the CPU host layer must not be installed where CUDA is present")
     if _installed:
         return
-    # `with torch.device("meta")` recognises functions by identity, from a table that torch caches on first use: fill it
-    # with the originals, which our wrappers still call.
+    # `with torch.device("meta")` recognises functions by identity, in a table cached on first use. Fill it now, with the
+    # originals: the wrappers call them.
     torch_device_context._device_constructors()
-    # Compiling is for GPUs: Megatron-Core's router and activations run as they are written.
+    # No torch.compile on the CPU: Megatron-Core's router and activations run eagerly.
     torch.compiler.set_stance("force_eager")
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -66,7 +64,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """`factory` with a CUDA `device=` turned into the CPU, and without pinning, which needs a GPU."""
+    """`factory` with CUDA devices replaced by the CPU, and without `pin_memory`, which needs a GPU."""
 
     @functools.wraps(factory)
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
@@ -80,7 +78,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _replace_tensor_methods() -> None:
-    """On the Python class, in front of the C++ base: `cuda`, `to`, `type`, `pin_memory`, `record_stream`."""
+    """Override `cuda`, `to`, `type`, `pin_memory`, `record_stream` on the Python class, ahead of its C++ base."""
     original_to, original_type = torch.Tensor.to, torch.Tensor.type
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -93,7 +91,7 @@ def _replace_tensor_methods() -> None:
     def type_(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
         if dtype is not None:
             return original_type(self, dtype, **kwargs)
-        # The optimizers know "torch.cuda.FloatTensor" and its kin only.
+        # Megatron-Core's optimizers accept `torch.cuda.*Tensor` types only.
         return original_type(self).replace("torch.", "torch.cuda.", 1)
 
     torch.Tensor.to = to
@@ -104,7 +102,7 @@ def _replace_tensor_methods() -> None:
 
 
 class Stream:
-    """A stream of a device that does everything at once, in program order: nothing ever has to be waited for."""
+    """A stream of a synchronous device: waiting is a no-op."""
 
     cuda_stream = 0
     device = CPU
@@ -118,7 +116,7 @@ class Stream:
         return 0, 0
 
     def record_event(self, event: Event | None = None) -> Event:
-        """Records `event`, or a new one."""
+        """Record `event`, or a new one."""
         event = event or Event()
         event.record()
         return event
@@ -134,13 +132,13 @@ class Stream:
 
 
 class Event:
-    """A moment of the host's clock."""
+    """An event, timed by the host's clock."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._seconds = 0.0
 
     def record(self, stream: Stream | None = None) -> None:
-        """Takes the time."""
+        """Record the current time."""
         self._seconds = time.perf_counter()
 
     def elapsed_time(self, end: Event) -> float:
@@ -158,7 +156,7 @@ class Event:
 
 
 class _Generators:
-    """`torch.cuda.default_generators`: whatever the index, the CPU's generator."""
+    """`torch.cuda.default_generators`: the CPU generator at every index."""
 
     def __getitem__(self, index: Any) -> torch.Generator:
         return torch.default_generator
@@ -170,7 +168,7 @@ def _context(*args: Any, **kwargs: Any) -> Iterator[None]:
 
 
 def _replace_all_to_all() -> None:
-    """Split sizes as tensors: the dispatcher of experts makes numbers of them only where it copies them off a GPU."""
+    """Accept tensors as split sizes: Megatron-Core's MoE token dispatcher converts them only when copying from a GPU."""
     original = torch.distributed.all_to_all_single
 
     @functools.wraps(original)
@@ -184,12 +182,12 @@ def _replace_all_to_all() -> None:
 
 def _replace_cuda_module() -> None:
     def nothing() -> Callable[..., None]:
-        """A function of its own for each name: torch.compile's tables refuse one function under two names."""
+        """A new no-op for each name: torch.compile's tables refuse one function under two names."""
         return lambda *args, **kwargs: None
 
     stream = Stream()
     replacements: dict[str, Any] = {
-        # As a device object it serves wherever Megatron-Core passes it on as `device=`.
+        # A device object: Megatron-Core passes it on as `device=`.
         "current_device": lambda: CPU,
         "device": _context,
         "stream": _context,
@@ -202,7 +200,7 @@ def _replace_cuda_module() -> None:
         "synchronize": nothing(),
         "empty_cache": nothing(),
         "is_current_stream_capturing": lambda: False,
-        # Makes torch's own `_lazy_call` and `_lazy_init`, which Megatron-Core imports by name, act at once.
+        # torch's `_lazy_call` and `_lazy_init`, which Megatron-Core imports by name, then act immediately.
         "is_initialized": lambda: True,
         "default_generators": _Generators(),
         "memory_stats": lambda device=None: {},
@@ -210,7 +208,7 @@ def _replace_cuda_module() -> None:
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
-    # `memory_allocated` and its kin look `memory_stats` up in their own module, and answer 0 from an empty one.
+    # `memory_allocated` and the like read `torch.cuda.memory.memory_stats`: an empty dict gives 0.
     torch.cuda.memory.memory_stats = replacements["memory_stats"]
     torch.cuda.memory.reset_peak_memory_stats = replacements["reset_peak_memory_stats"]
     for module in (torch.cuda, torch.cuda.random):

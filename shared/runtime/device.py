@@ -1,4 +1,4 @@
-"""Where a process computes: its own CUDA device, or the CPU posing as one for Megatron-Core."""
+"""The device of a process: its GPU, or the CPU with `cpu_host`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from shared.runtime import cpu_host
 
 
 def prepare() -> torch.device:
-    """The device of this process; call it before a Megatron-Core model is built.
+    """The device of this process; call it before building a Megatron-Core model.
 
-    With CUDA present nothing of torch is touched: the process takes the GPU of its `LOCAL_RANK`. Without CUDA
-    the CPU host layer is installed, once per process, and the CPU is returned.
+    With CUDA: the GPU of `LOCAL_RANK`; torch stays unmodified. Without CUDA: the CPU; `cpu_host` is installed.
     """
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -24,5 +23,5 @@ def prepare() -> torch.device:
 
 
 def backend() -> str:
-    """The torch.distributed backend that moves tensors of `prepare()`'s device."""
+    """The torch.distributed backend of `prepare()`'s device."""
     return "nccl" if torch.cuda.is_available() else "gloo"

@@ -1,8 +1,8 @@
-"""Starts the worker processes of a training command on this machine, and answers for them.
+"""Launcher of a training command's worker processes on one machine.
 
-torchrun is left to clusters (a worker started by it, or by Slurm, finds `RANK` set). On one machine it would kill
-workers half a minute after a signal, in the middle of saving, and lose their exit codes; and importing it costs
-seconds and hundreds of MB for a process that only waits.
+On a cluster torchrun or Slurm launches the workers, and sets `RANK`. On one machine torchrun has three drawbacks: it kills
+workers half a minute after a signal, in the middle of saving; it loses their exit codes; its import costs seconds and
+hundreds of MB.
 """
 
 from __future__ import annotations
@@ -24,21 +24,24 @@ from shared.runtime.parent_death import die_with_parent
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 POLL_SECONDS = 0.1
-GRACE_SECONDS = 5.0  # for the others, after one worker has failed: they wait for it in vain
-SAVING_SECONDS = 60.0  # for the others, after one worker has saved and stopped as told
+GRACE_SECONDS = 5.0  # for the other workers after a failure: they hang in collectives
+SAVING_SECONDS = 60.0  # for the other workers after one has saved and stopped on a signal
 SHOWN_LINES = 60  # of a failed worker's output
 
 
 def launch(processes: int) -> int | None:
-    """Runs this very command again in `processes` worker processes and waits for them.
+    """Run this command in `processes` worker processes and wait for them.
 
-    Returns None where there is nothing to start, and the caller is to do the work itself: in a worker, or when
-    one process is enough. Otherwise returns the exit code of the job: 0, or that of the worker that failed first
-    (1 when a signal killed it). SIGTERM, SIGINT, SIGUSR1 and SIGHUP go on to every worker. One dead worker ends
-    the others within seconds, and its output is shown. Workers die with this process, even by SIGKILL.
+    SIGTERM, SIGINT, SIGUSR1 and SIGHUP are forwarded to every worker. After a failure the other workers are killed within
+    seconds, and the failed worker's output is shown; the output of ranks above 0 is shown only then. Workers die with
+    this process, even after SIGKILL.
 
-    Workers other than rank 0 write to files that are shown only when they fail. Raises `UserError` when
-    `processes` is below 1, or differs from the number of workers that a cluster's launcher has started.
+    Returns:
+        None in a worker or with one process: the caller does the work itself. Otherwise the exit code of the job: 0, or
+        that of the first failed worker (1 if killed by a signal).
+
+    Raises:
+        UserError: `processes` is below 1, or differs from the world size of a cluster's launcher.
     """
     if processes < 1:
         raise UserError(f"--processes must be at least 1, not {processes}")
@@ -52,7 +55,7 @@ def launch(processes: int) -> int | None:
     with tempfile.TemporaryDirectory(prefix="workers-") as directory:
         outputs = [Path(directory) / f"rank-{rank}.log" for rank in range(processes)]
         workers = _start(processes, outputs)
-        # What the caller ignores (SIGHUP under nohup) stays ignored.
+        # Signals ignored by the caller (SIGHUP under nohup) stay ignored.
         forwarded = [number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
         previous = {number: signal.signal(number, _Forward(workers)) for number in forwarded}
         try:
@@ -66,14 +69,14 @@ def launch(processes: int) -> int | None:
 def _start(processes: int, outputs: Sequence[Path]) -> list[subprocess.Popen[bytes]]:
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     common = {
-        "OMP_NUM_THREADS": str(threads),  # each worker's share of the cores; without it each takes all
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron-Core orders communication before arithmetic by it
+        "OMP_NUM_THREADS": str(threads),  # each worker's share of the cores; the default is all
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # for Megatron-Core: communication kernels start before computation
         **os.environ,
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
-        "GLOO_SOCKET_IFNAME": "lo",  # the host's own name need not resolve
+        "GLOO_SOCKET_IFNAME": "lo",  # the host name may not resolve
     }
     workers: list[subprocess.Popen[bytes]] = []
     try:
@@ -86,8 +89,8 @@ def _start(processes: int, outputs: Sequence[Path]) -> list[subprocess.Popen[byt
                         stdin=subprocess.DEVNULL,
                         stdout=None if rank == 0 else output,
                         stderr=None if rank == 0 else output,
-                        start_new_session=True,  # a terminal's Ctrl-C comes once, from us
-                        # A launcher that is killed must leave no worker behind that goes on writing checkpoints.
+                        start_new_session=True,  # Ctrl-C reaches a worker once, by forwarding
+                        # After SIGKILL of the launcher no worker may go on writing checkpoints.
                         preexec_fn=functools.partial(die_with_parent, os.getpid()),  # noqa: PLW1509 -- a single thread
                     )
                 )
@@ -104,14 +107,14 @@ def _free_port() -> int:
 
 
 class _Forward:
-    """A signal handler that passes every signal on."""
+    """Signal handler: forwards every signal to the workers."""
 
     def __init__(self, workers: Sequence[subprocess.Popen[bytes]]) -> None:
         self.workers = workers
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         for worker in self.workers:
-            worker.send_signal(number)  # does nothing for one that has ended
+            worker.send_signal(number)  # no-op for an ended worker
 
 
 def _wait(workers: Sequence[subprocess.Popen[bytes]], outputs: Sequence[Path]) -> int:
@@ -137,13 +140,13 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]], outputs: Sequence[Path]) -
         first = next(rank for rank, w in enumerate(workers) if w.returncode not in (0, EXIT_INTERRUPTED))
         code = workers[first].returncode
     if code == EXIT_USAGE and workers[0].returncode == code:
-        first = 0  # all found the same mistake, and rank 0 has told it
+        first = 0  # the same UserError on every rank; rank 0 has printed it
     _report(first, code, outputs[first])
     return EXIT_FAILED if code is None or code < 0 else code
 
 
 def _report(rank: int, code: int | None, output: Path) -> None:
-    if rank != 0:  # rank 0 has written to the terminal itself
+    if rank != 0:  # rank 0 writes to the terminal
         lines = output.read_text(errors="replace").splitlines()[-SHOWN_LINES:]
         sys.stderr.write("".join(f"[rank {rank}] {line}\n" for line in lines))
     if code is None:

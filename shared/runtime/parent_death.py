@@ -7,7 +7,7 @@ import os
 import signal
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_libc = ctypes.CDLL(None)  # loaded before a fork, after which little may be called
+_libc = ctypes.CDLL(None)  # loaded before a fork: a forked child may call few functions
 
 
 def die_with_parent(parent: int | None = None) -> None:

@@ -13,15 +13,17 @@ from shared.errors import UserError
 from shared.parallel import ParallelConfig
 from shared.runtime.device import backend, prepare
 
-_layout: ParallelConfig | None = None  # of Megatron-Core's groups, where there are any
+_layout: ParallelConfig | None = None  # of the current Megatron-Core groups
 
 
 def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
-    """Process groups and random generators for `parallel`; returns this process's device.
+    """Create process groups and seed random generators for `parallel`; returns this process's device.
 
-    Joins the world that `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` describe, or makes a world of one
-    when `RANK` is absent. Called again for another layout it replaces the groups. Raises `UserError` when the world has
-    another number of processes.
+    The world is that of `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`; without `RANK`, a world of one process. A
+    second call with another layout replaces the groups.
+
+    Raises:
+        UserError: the world size is not `parallel.processes`.
     """
     device = prepare()
     if not torch.distributed.is_initialized():
@@ -34,7 +36,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
     if started != parallel.processes:
         raise UserError(f"--processes {parallel.processes}, but this job has {started}; give --processes {started}")
     _make_groups(parallel)
-    # Pipeline stages draw different numbers, data-parallel replicas the same: Megatron-LM's rule.
+    # As in Megatron-LM: seeds differ between pipeline stages, and are equal over data-parallel ranks.
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(stage_seed)
     numpy.random.seed(stage_seed % 2**32)
@@ -44,10 +46,10 @@ def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
 
 
 def _make_groups(parallel: ParallelConfig) -> None:
-    """Megatron-Core's groups; those of an equal layout stay.
+    """Create Megatron-Core's groups; groups of an equal layout are kept.
 
-    gloo has a thread for each group, and it polls. Groups end with their last reference, and Megatron-Core's optimizer
-    is never freed: its views of fp32 parameters hold the gradient hooks that refer to it.
+    Each gloo group has a polling thread, and ends with its last reference. Megatron-Core's optimizer keeps references, and
+    is never freed: its views of fp32 parameters hold gradient hooks, which refer to it.
     """
     global _layout
     if parallel_state.model_parallel_is_initialized():
@@ -66,9 +68,9 @@ def _make_groups(parallel: ParallelConfig) -> None:
 
 
 def leave() -> None:
-    """Leave a world of several processes together, when the work is done.
+    """Destroy all process groups after a barrier, at the end of the work.
 
-    A process that ends amid its groups' threads may abort. A world of one stays, for whoever initialises it anew.
+    A process that exits with running group threads may abort. A world of one process is kept, for a later `initialize`.
     """
     if torch.distributed.get_world_size() == 1:
         return
@@ -78,5 +80,5 @@ def leave() -> None:
 
 
 def data_parallel_size() -> int:
-    """Replicas of the model in the world."""
+    """Data parallel size."""
     return parallel_state.get_data_parallel_world_size()

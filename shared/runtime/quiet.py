@@ -1,4 +1,4 @@
-"""Keeps a stage's output to what its user can act on."""
+"""Silencing of warnings that a user cannot act on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import warnings
 def silence() -> None:
     """Silence notices of Megatron-Core and torch about their own deprecated calls and absent extensions.
 
-    Called before they are imported, since they speak while they load. Their errors are exceptions, and stay.
+    Call it before their import, which warns already. Errors are exceptions, and are not silenced.
     """
     for category in (UserWarning, FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(torch|megatron)\b")

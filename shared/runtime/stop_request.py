@@ -9,7 +9,7 @@ import torch
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGUSR1 of this process; the loop asks for them between two updates."""
+    """Records SIGTERM and SIGUSR1 of this process; the loop polls `agreed` after every update."""
 
     def __init__(self) -> None:
         self._received = False
@@ -20,7 +20,7 @@ class StopRequest:
         self._received = True
 
     def agreed(self, device: torch.device) -> bool:
-        """Whether any rank received a signal: the same answer on every rank, so that all of them save.
+        """Whether any rank received a signal (all-reduced, so that all ranks save).
 
         Collective: every rank calls it, with its own device.
         """
