@@ -1,1 +1,1 @@
-"""The training loop of pretrain and sft, and what it is made of."""
+"""The training loop of pretrain and sft, and its parts."""

@@ -1,4 +1,4 @@
-"""Everything a training run is told, checked as a whole before anything heavy is imported or allocated."""
+"""The configuration of a training run, checked before heavy imports and allocations."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from shared.training.schedule import Schedule, ScheduleName
 
 Recompute = Literal["none", "selective", "full"]
 MTP_LOSS_SCALING_FACTOR = 0.1  # Megatron-Core's default
-_MICRO_BATCH_TOKENS = 8192  # a forward pass this long keeps a GPU busy and its activations modest
+_MICRO_BATCH_TOKENS = 8192  # per forward pass: enough to keep a GPU busy, with moderate activations
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """A training run. Sizes are counts."""
+    """A training run."""
 
     steps: int  # updates
     sequence_length: int  # tokens
@@ -31,18 +31,18 @@ class TrainingConfig:
     decay_steps: int  # wsd only
     weight_decay: float  # decoupled, on matrices only
     mtp_loss_scaling_factor: float  # weight of the MTP loss; 0: MTP layers are frozen
-    clip_grad: float  # global norm, 0 for none
+    clip_grad: float  # global gradient norm; 0: no clipping
     adam_beta1: float
     adam_beta2: float
     seed: int
     precision: TrainingPrecision
-    recompute: Recompute  # activations computed again in the backward pass: attention's, or every layer's
+    recompute: Recompute  # activation recomputation: attention (selective) or whole layers (full)
     parallel: ParallelConfig
     save_every: int  # updates
-    keep: int  # iterations left in the run directory
-    log_every: int  # updates between printed lines; every update is recorded
-    validate_every: int  # updates; 0 for only before the first and after the last
-    validation_sequences: int  # at most, the same ones each time
+    keep: int  # newest iterations kept in the run directory
+    log_every: int  # updates between log lines; metrics.jsonl has every update
+    validate_every: int  # updates; 0: only before the first and after the last
+    validation_sequences: int  # at most; the same in every validation
 
     @property
     def micro_batches(self) -> int:
@@ -75,7 +75,7 @@ class TrainingConfig:
                 f"--min-learning-rate {self.min_learning_rate} is above --learning-rate {self.learning_rate}"
             )
         decay = self.decay_steps if self.schedule == "wsd" else 0
-        # A cosine of no length has no value at its last step, so there warm-up must end before it.
+        # cosine divides by `steps - warmup_steps`: warm-up must end before the last step.
         available = self.steps - decay - (self.schedule == "cosine" and self.steps > 1)
         if self.warmup_steps > max(available, 0):
             raise UserError(
@@ -84,7 +84,7 @@ class TrainingConfig:
             )
 
     def check_model(self, architecture: Architecture) -> None:
-        """Check the rules between the run and the model it trains."""
+        """Check the run against its model. UserError names the flag to change."""
         self.parallel.check_model(architecture)
         if self.sequence_length > architecture.max_position_embeddings:
             raise UserError(
@@ -104,10 +104,10 @@ def default_micro_batch_size(global_batch_size: int, data_parallel: int, sequenc
 
 
 def default_warmup_steps(steps: int) -> int:
-    """One update in a hundred, at most 2000."""
+    """`steps / 100`, at most 2000."""
     return min(steps // 100, 2000)
 
 
 def default_decay_steps(steps: int) -> int:
-    """The last fifth, as in arXiv:2405.18392."""
+    """`steps / 5`, as in arXiv:2405.18392."""
     return steps // 5

@@ -1,7 +1,7 @@
-"""What the loop reads: datasets that answer a position in an endless stream of samples with tensors.
+"""Datasets of the loop: samples by their position in an endless stream.
 
 Two formats: documents in Megatron's indexed format, cut into sequences (pretraining), and conversations packed into
-rows (fine-tuning). Both are memory-mapped: every rank of a layout reads what it needs by itself, nothing is sent.
+rows (fine-tuning). Both are memory-mapped; every rank reads its own samples, without communication.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Batch:
     """One micro batch, `[batch, sequence]` each."""
 
     tokens: torch.Tensor  # int64
-    labels: torch.Tensor  # int64, the token that follows, IGNORE where there is no loss
-    segments: torch.Tensor | None = None  # int64; attention stays among equal values; None: one segment per row
+    labels: torch.Tensor  # int64: the next token, or IGNORE (no loss)
+    segments: torch.Tensor | None = None  # int64; attention only within equal values; None: one segment per row
 
     def to(self, device: torch.device) -> Batch:
         return Batch(
@@ -39,7 +39,7 @@ class Batch:
 
 
 class Dataset(Protocol):
-    """Samples by position. Positions past the end of an epoch go on with the next one."""
+    """Samples by position p in an endless stream: sample `p % len` of epoch `p // len`."""
 
     sequence_length: int
 
@@ -53,12 +53,13 @@ class Dataset(Protocol):
 class IndexedSequences:
     """Documents of an indexed dataset, concatenated into a stream and cut every `sequence_length` tokens.
 
-    Each sample is `sequence_length + 1` tokens, the last of which is the first of its neighbour: every token but the
-    stream's first is a target once per epoch. With a seed both the order of documents in the stream and the order of
-    the samples are shuffled anew in every epoch, and the tail that does not fill a sample is left out. Without a seed
-    (validation) order is as stored and the tail is padded, with IGNORE for labels, so that nothing is left out.
+    A sample has `sequence_length + 1` tokens; its last token is the first of the next sample. So every token but the
+    stream's first is a target once per epoch.
 
-    Two int64 per document and one per sample are kept in memory.
+    With a seed, documents and samples are shuffled anew in every epoch, and an incomplete last sample is dropped. Without
+    a seed (validation), the stored order is kept, and the last sample is padded with IGNORE labels.
+
+    Memory: four int64 per document (length, start, order, end) and one per sample.
     """
 
     def __init__(self, prefix: Path, sequence_length: int, *, seed: int | None) -> None:
@@ -84,7 +85,7 @@ class IndexedSequences:
         samples = np.stack([self._sample(int(position)) for position in positions])
         tokens, labels = samples[:, :-1], samples[:, 1:]
         return Batch(
-            tokens=torch.from_numpy(np.maximum(tokens, 0)),  # a padded input is any token: its label is IGNORE
+            tokens=torch.from_numpy(np.maximum(tokens, 0)),  # padding: any token id; its label is IGNORE
             labels=torch.from_numpy(np.ascontiguousarray(labels)),
         )
 
@@ -109,7 +110,7 @@ class IndexedSequences:
         return sample
 
     def _enter(self, epoch: int) -> None:
-        """Lay the documents of an epoch end to end: `_order` of documents and the stream position where each ends."""
+        """Set `_order`, the documents of an epoch, and `_ends`, the stream position of each document's end."""
         if epoch == self._epoch:
             return
         documents = len(self._lengths)

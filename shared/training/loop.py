@@ -1,7 +1,7 @@
 """The training loop of pretraining and fine-tuning, top to bottom.
 
-Every rank runs all of it. What only the first rank does (the run directory, the record, the printed lines) is marked by
-`on_first_rank` or `recorder`.
+Every rank runs all of it. Work of rank 0 only (run directory, metrics, log lines) goes through `on_first_rank` or
+`recorder`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from shared.training.trainable import FULL, Frozen, Trainable
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a stage hands to the loop."""
+    """Arguments of `train`."""
 
     config: TrainingConfig
     inputs: Inputs
@@ -53,12 +53,12 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Train until `steps` updates are done, from the source's weights or from where an interrupted run was.
+    """Train for `steps` updates, from the source's weights or resumed from the target's last checkpoint.
 
     Raises:
         AlreadyDone: the target holds this run, finished.
-        Interrupted: a signal asked to stop; the state is saved.
-        StageError: the loss or the gradient is not finite; the last checkpoint stands.
+        Interrupted: stopped by a signal; the state is saved.
+        StageError: the loss or the gradient is not finite; the last checkpoint is kept.
     """
     config, architecture = run.config, run.inputs.architecture
     device = shared.runtime.device.prepare()
@@ -119,16 +119,16 @@ def train(run: Run) -> None:
 
 
 def trainable_of(config: TrainingConfig, architecture: Architecture) -> Trainable:
-    """All weights; without an MTP loss MTP layers are not run, and frozen."""
+    """All weights. With `mtp_loss_scaling_factor` 0 the MTP layers are frozen, and not run."""
     return Frozen(("mtp.*",)) if architecture.mtp and not config.mtp_loss_scaling_factor else FULL
 
 
 def model_overrides(config: TrainingConfig) -> dict[str, Any]:
-    """Fields of Megatron-Core's model configuration that training decides."""
+    """Fields of Megatron-Core's TransformerConfig for training."""
     return {
         "calculate_per_token_loss": True,  # losses are sums over tokens: see loss.py
-        # In the interleaved schedule a stage sends activations and gradients at the same time. With two stages both
-        # go to the same rank, and in one batch of sends they would be mistaken for each other.
+        # The interleaved schedule sends activations and gradients at the same time. With PP 2 both go to the same rank:
+        # batched sends would mix them up.
         "overlap_p2p_comm": config.parallel.virtual_pipeline > 1,
         "batch_p2p_comm": config.parallel.virtual_pipeline == 1,
     }
@@ -137,7 +137,7 @@ def model_overrides(config: TrainingConfig) -> dict[str, Any]:
 def forward_backward(
     config: TrainingConfig, model: list[DistributedDataParallel], data: Dataset, step: int, device: torch.device
 ) -> Loss:
-    """Gradients of update `step` (counted from 0), summed over ranks."""
+    """Compute the gradients of update `step`, counted from 0. Returns the loss over the global batch."""
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
     def micro_batches() -> Iterator[Batch]:
@@ -162,7 +162,7 @@ def forward_backward(
 def validate(
     config: TrainingConfig, model: list[DistributedDataParallel], data: Dataset | None, device: torch.device
 ) -> Loss | None:
-    """Loss over the validation sequences, each exactly once; None without any."""
+    """Loss over the validation sequences, each read once; None without a validation split."""
     if data is None:
         return None
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -174,7 +174,7 @@ def validate(
         for index in range(number):
             positions = np.arange(config.micro_batch_size) + (index * ranks + rank) * config.micro_batch_size
             batch = data.batch(np.minimum(positions, wanted - 1))
-            batch.labels[torch.from_numpy(positions >= wanted)] = IGNORE  # filling up the last micro batches
+            batch.labels[torch.from_numpy(positions >= wanted)] = IGNORE  # padding of the last micro batches
             yield batch.to(device)
 
     for chunk in model:
@@ -193,10 +193,10 @@ def run_schedule(
     *,
     forward_only: bool,
 ) -> list[dict[str, torch.Tensor]]:
-    """All micro batches of this rank through Megatron-Core's schedule for the layout."""
+    """Run this rank's micro batches through Megatron-Core's pipeline schedule."""
     return get_forward_backward_func()(
         forward_step_func=partial(forward_step, mtp_loss_scaling_factor=config.mtp_loss_scaling_factor),
-        # Every model chunk of a virtual pipeline reads the same micro batches by itself.
+        # With VPP each model chunk has its own iterator over the same micro batches.
         data_iterator=[micro_batches() for _ in model] if len(model) > 1 else micro_batches(),
         model=model if len(model) > 1 else model[0],
         num_microbatches=number,
@@ -209,9 +209,9 @@ def run_schedule(
 def forward_step(
     batches: Iterator[Batch], model: DistributedDataParallel, *, mtp_loss_scaling_factor: float
 ) -> tuple[torch.Tensor, Callable[..., Any]]:
-    """One micro batch through one model chunk; the last stage's output is a loss per position.
+    """Forward pass of a micro batch through one model chunk.
 
-    With an MTP loss, each MTP layer has losses per position, too.
+    The last stage returns losses `[batch, sequence]`, with an MTP loss `[1 + MTP layers, batch, sequence]`.
     """
     batch = next(batches)
     depth, labels = model.module.architecture.mtp_depth, batch.labels

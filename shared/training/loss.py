@@ -1,14 +1,16 @@
 """The loss and its normalisation.
 
-The loss of an update is the sum of the negative log-likelihoods of all target tokens of the *global* batch, divided by
-their number. So it does not depend on the number of data-parallel ranks, on the micro batch size, or on how samples are
-packed into rows. Each micro batch hands Megatron-Core its sum and its count; Megatron-Core (with
-`calculate_per_token_loss`) adds both over micro batches and ranks and divides the gradients once.
+    loss = sum of negative log-likelihoods / number of targets, both over the *global* batch
 
-The MTP loss is DeepSeek V3's (arXiv:2412.19437, equations 24 and 25): a weight times the mean over MTP layers of the sum
-of negative log-likelihoods, divided by the number of *next-token* targets. So it has the same invariance. Megatron-Core's
-own `process_mtp_loss` divides by the MTP targets of a micro batch: a small difference (segments lose a target each), but
-one that depends on the micro batch.
+So it is invariant to data-parallel size, micro batch size and packing. Each micro batch returns its sum and its count.
+Megatron-Core (`calculate_per_token_loss`) adds both over micro batches and ranks, and divides the gradients once.
+
+The MTP loss is DeepSeek V3's (arXiv:2412.19437, equations 24 and 25):
+
+    MTP loss = weight x mean over MTP layers of the sum of negative log-likelihoods / number of *next-token* targets
+
+It has the same invariance. Megatron-Core's `process_mtp_loss` divides by the MTP targets of each micro batch instead. The
+difference is small (each segment has fewer MTP targets), but depends on the micro batch.
 """
 
 from __future__ import annotations
@@ -27,12 +29,12 @@ def mtp_labels(labels: torch.Tensor, segments: torch.Tensor | None, depth: int) 
     """Labels of the next token and of each MTP layer.
 
     Args:
-        labels: `[batch, sequence]`, the token that follows, IGNORE where there is no loss.
+        labels: `[batch, sequence]`, the next token, or IGNORE (no loss).
         segments: `[batch, sequence]`; None: one segment per row.
-        depth: number of MTP layers. Layer k has the label of the position k places later.
+        depth: number of MTP layers. Layer k, from 1, has the label of k positions later.
 
     Returns:
-        `[1 + depth, batch, sequence]`, IGNORE where the token lies outside of the row or of its segment.
+        `[1 + depth, batch, sequence]`, IGNORE for labels beyond the end of the row or the segment.
     """
     every = [labels]
     for offset in range(1, depth + 1):
@@ -47,13 +49,13 @@ def mtp_labels(labels: torch.Tensor, segments: torch.Tensor | None, depth: int) 
 def token_loss(
     losses: torch.Tensor, labels: torch.Tensor, mtp_loss_scaling_factor: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor, Report]:
-    """Sum over targets, in the form the schedules of Megatron-Core ask for.
+    """Loss sum of a micro batch, in the form of Megatron-Core's `loss_func`.
 
     Args:
-        losses: negative log-likelihood of each label in nats, fp32 `[batch, sequence]`, 0 where there is no target;
-            with MTP layers `[1 + layers, batch, sequence]`.
-        labels: of the same shape, IGNORE where a position is no target.
-        mtp_loss_scaling_factor: weight of the mean loss of MTP layers.
+        losses: negative log-likelihoods in nats, fp32 `[batch, sequence]`, 0 for label IGNORE; with an MTP loss
+            `[1 + MTP layers, batch, sequence]`.
+        labels: of the same shape.
+        mtp_loss_scaling_factor: weight of the MTP loss.
 
     Returns:
         The sum, the number of next-token targets (int), and for `global_loss` the sums and counts of next-token and
@@ -69,7 +71,7 @@ def token_loss(
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """Over a global batch, in nats per target token."""
+    """Loss over a global batch, in nats per target token."""
 
     mean: float
     targets: int
@@ -81,7 +83,7 @@ def global_loss(reports: list[Report], device: torch.device) -> Loss:
 
     Only ranks of the last pipeline stage have reports; the others receive the result.
     """
-    # fp64: a sum of millions of fp32 losses keeps more digits than are printed, whatever the order of addition.
+    # fp64: the order of addition of millions of fp32 losses changes no printed digit.
     total = torch.zeros(4, dtype=torch.float64, device=device)
     for report in reports:
         total += report["loss"]

@@ -1,4 +1,4 @@
-"""Megatron-Core's data parallelism and distributed optimizer, as both training stages use them."""
+"""Megatron-Core's data parallelism and distributed optimizer, for pretrain and sft."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _SHARDING = "fully_reshardable"  # each parameter's state in the parameter's own
 
 
 def wrap(chunks: list[GPTModel]) -> list[DistributedDataParallel]:
-    """Data-parallel wrappers of this rank's model chunks, with gradients summed in fp32."""
+    """Data-parallel wrappers of this rank's model chunks, with gradient reduction in fp32."""
     wrapped = []
     for index, chunk in enumerate(chunks):
         config = chunk.config
-        # Losses are sums over tokens (loss.py), so Megatron-Core has to divide the gradients by their number.
+        # Losses are sums over tokens (loss.py): Megatron-Core divides the gradients by the number of targets.
         assert config.calculate_per_token_loss
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
         )
         places = DistributedOptimizer.compute_full_param_layout(
             [parameter for parameter in chunk.parameters() if parameter.requires_grad],
-            None,  # one bucket: nothing is reduced before the last gradient is there
+            None,  # one bucket: reduction starts after the last gradient
             parallel_state.get_data_parallel_world_size(with_context_parallel=True),
             ddp_config,
             expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_world_size(),
@@ -41,11 +41,11 @@ def wrap(chunks: list[GPTModel]) -> list[DistributedDataParallel]:
 
 
 def build_optimizer(config: TrainingConfig, model: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """AdamW, its state and the fp32 main parameters cut over data-parallel ranks.
+    """AdamW. Its state and the fp32 main parameters are sharded over data-parallel ranks.
 
-    Experts with data-parallel groups of their own (EP > 1, or ETP != TP) are a second one of its `chained_optimizers`.
+    Experts with their own data-parallel groups (EP > 1, or ETP != TP) have a second optimizer in `chained_optimizers`.
 
-    Weight decay is decoupled and acts on matrices only: biases and norm weights are vectors and are left alone.
+    Weight decay is decoupled, on matrices only: biases and norm weights have none.
     """
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -67,7 +67,7 @@ def build_optimizer(config: TrainingConfig, model: list[DistributedDataParallel]
     chunks_config.grad_scale_func = optimizer.scale_loss
     for part in optimizer.chained_optimizers:
         for group in part.param_groups:
-            # Megatron-Core leaves this product to its own scheduler, which is not used here.
+            # Megatron-Core computes this product in its scheduler, which is not used here.
             group["weight_decay"] = config.weight_decay * group["wd_mult"]
             if isinstance(part.optimizer, torch.optim.AdamW):
                 group["fused"] = True  # one pass over memory instead of a dozen
@@ -82,17 +82,17 @@ def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
 def sharded_state(
     optimizer: MegatronOptimizer, weights: dict[str, Any], *, step: int, is_loading: bool, metadata: dict[str, Any]
 ) -> dict[Any, Any]:
-    """The optimizer's sharded state dict; of several chained optimizers, their state dicts by index.
+    """The optimizer's sharded state dict; with several chained optimizers `{index: state dict}`.
 
-    As Megatron-Core's `ChainedOptimizer.sharded_state_dict`, but for optimizers without parameters on this rank: experts
-    on a pipeline stage without MoE layers, or a frozen stage. Megatron-Core fails there: it takes the step from the state
-    of a parameter.
+    Like Megatron-Core's `ChainedOptimizer.sharded_state_dict`, but allows optimizers without parameters on this rank:
+    experts on a pipeline stage without MoE layers, or a frozen stage. Megatron-Core fails there: it reads the step from a
+    parameter's state.
 
     Args:
-        optimizer: one that `build_optimizer` made.
+        optimizer: from `build_optimizer`.
         weights: the model's sharded state dict.
         step: updates done.
-        is_loading: whether tensors are to be loaded into.
+        is_loading: whether the state dict is for a load.
         metadata: the checkpoint's content metadata, with `chained_optim_avoid_prefix`.
     """
 
@@ -111,16 +111,15 @@ def sharded_state(
 
 
 def restore(optimizer: MegatronOptimizer, saved: dict[Any, Any]) -> None:
-    """Load the optimizer's part of a checkpoint, with a step counter of its own for every parameter.
+    """Load the optimizer's state from a checkpoint, with a separate step counter for every parameter.
 
-    Tensors are stored per parameter: one optimizer reads what two have saved, and the other way round. Of the stored
-    groups only the step is read; learning rate, betas and weight decay are the configuration's.
+    Tensors are stored per parameter: one optimizer can load the state of two chained ones, and vice versa. From the stored
+    groups only the step is read; learning rate, betas and weight decay come from the configuration.
 
-    With torch's AdamW (no Transformer Engine or Apex) Megatron-Core's own load goes wrong twice. It looks for a `step`
-    among the saved tensors of each parameter, where there is none: the step is saved once, with the groups. And it
-    gives all parameters one and the same `step` tensor, to which AdamW adds one per *parameter*, so that the bias
-    correction of a resumed run would run ahead at every update. So groups are loaded first and tensors second, with
-    the counters taken out in between.
+    With torch's AdamW (no Transformer Engine or Apex) Megatron-Core's own load has two defects. It expects a `step` among
+    the saved tensors of each parameter, but `step` is saved once, with the groups. And all parameters get the same `step`
+    tensor. AdamW increments it once per *parameter*: the bias correction of a resumed run runs ahead. So groups are loaded
+    first, then tensors, with the counters removed in between.
     """
     step, chained = _saved_step(saved), len(optimizer.chained_optimizers) > 1
     for index, part in enumerate(optimizer.chained_optimizers):
@@ -139,14 +138,14 @@ def restore(optimizer: MegatronOptimizer, saved: dict[Any, Any]) -> None:
 
 
 def _saved_step(saved: dict[Any, Any]) -> Any:
-    """Updates done, from the groups of the optimizer or of the first of several."""
+    """Updates done, from the parameter groups of the first optimizer."""
     first = saved if "optimizer" in saved else saved[0]
     assert first["param_state_sharding_type"] == _SHARDING
     return first["optimizer"]["param_groups"][0]["step"]
 
 
 def allocate_state(optimizer: MegatronOptimizer) -> None:
-    """Make Adam's state exist, so that a checkpoint has tensors to load into; its values are then overwritten."""
+    """Allocate Adam's state, as the tensors a checkpoint is loaded into. The values are dummies."""
     for part in optimizer.chained_optimizers:
         if part.get_parameters() and not part.optimizer.state:
             part._init_optimizer_states_with_dummy_values()

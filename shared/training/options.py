@@ -14,7 +14,7 @@ from shared.precision import TrainingPrecision
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
-# What decides memory and speed, and how often there is something to see: another value is the same run.
+# Options of memory, speed and logging: not part of the run's fingerprint.
 NOT_FINGERPRINTED = (
     *("micro_batch_size", "tensor_parallel", "pipeline_parallel", "virtual_pipeline", "sequence_parallel"),
     *("processes", "recompute", "save_every", "keep", "log_every"),
@@ -23,7 +23,7 @@ NOT_FINGERPRINTED = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """A training run as it was asked for; None leaves the choice to the plan.
+    """The options as given; None: `stage.plan` chooses.
 
     Attributes:
         source: the Megatron checkpoint to start from.
@@ -32,33 +32,32 @@ class TrainingOptions:
         steps: updates; by default one epoch of the data.
         global_batch_size: sequences per update.
         micro_batch_size: sequences per forward pass of one process; by default as many as make about 8192 tokens.
-        learning_rate: the highest.
-        min_learning_rate: where cosine and wsd end; by default a tenth of the highest.
-        schedule: cosine, wsd (level, then 1 - sqrt) or constant, each after a linear warm-up.
+        learning_rate: peak learning rate.
+        min_learning_rate: final learning rate of cosine and wsd; by default a tenth of the peak.
+        schedule: cosine, wsd (warmup-stable-decay, 1 - sqrt) or constant, each after a linear warm-up.
         warmup_steps: updates of the warm-up; by default one in a hundred, at most 2000.
         decay_steps: updates of the decay phase of wsd; by default a fifth.
         weight_decay: decoupled, on matrices; norms and biases have none.
         mtp_loss_scaling_factor: weight of the loss of MTP (multi-token prediction) layers, for models that have some;
             by default 0.1. 0 freezes these layers.
-        clip_grad: largest norm of the gradient; 0 leaves it as it is.
-        adam_beta1: decay of the mean of gradients.
-        adam_beta2: decay of the mean of their squares.
+        clip_grad: global gradient norm to clip at; 0 for no clipping.
+        adam_beta1: AdamW's beta1, decay of the mean of gradients.
+        adam_beta2: AdamW's beta2, decay of the mean of squared gradients.
         seed: of the order of the data.
         precision: bf16 with fp32 main weights, or fp32.
-        recompute: activations to compute again instead of keeping them: attention's (selective) or all.
-        tensor_parallel: processes that share every matrix.
-        pipeline_parallel: processes that hold consecutive layers.
-        virtual_pipeline: groups of layers per process of a pipeline.
-        sequence_parallel: cut norms and residuals along the sequence over the tensor-parallel processes.
-        processes: one per GPU by default, without GPUs as many as the layout needs; what the layout leaves over is
-            data parallel.
+        recompute: activation recomputation, of attention (selective) or of whole layers (full).
+        tensor_parallel: tensor parallel size.
+        pipeline_parallel: pipeline parallel size.
+        virtual_pipeline: model chunks per pipeline rank; above 1 the schedule is interleaved.
+        sequence_parallel: split norms and residuals along the sequence over the tensor-parallel ranks.
+        processes: world size; by default one process per GPU, without GPUs as many as the layout needs. Data parallel
+            size is processes / (tensor x pipeline).
         save_every: updates between checkpoints; the last update is always saved.
-        keep: checkpoints left in the target.
-        log_every: updates between printed lines; metrics.jsonl has every update.
-        validate_every: updates between validations, 0 for none but the first and the last; by default a tenth of
-            the steps.
-        validation_sequences: sequences to validate on at most, the same ones every time.
-        overwrite: replace what another run left at the target.
+        keep: newest checkpoints kept in the target.
+        log_every: updates between log lines; metrics.jsonl has every update.
+        validate_every: updates between validations, 0 for only the first and the last; by default a tenth of the steps.
+        validation_sequences: sequences per validation, at most; the same in every validation.
+        overwrite: replace another run's result at the target.
     """
 
     source: ExistingDir

@@ -1,4 +1,4 @@
-"""What a run is going to be, worked out from its inputs and said before anything long begins."""
+"""Inputs of a run and its plan, printed before long work begins."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Inputs:
 
     @classmethod
     def open(cls, source: Path, data: Path, *, data_format: Literal["indexed", "packed"]) -> Inputs:
-        """Open both and check that they fit each other; their contents are for `verify`, which takes longer."""
+        """Open both and check that they fit each other. `verify` checks their contents later: it takes long."""
         model = open_checkpoint(source, kinds=("megatron",), flag="--source", verify="sizes")
         dataset = open_checkpoint(data, kinds=("dataset",), flag="--data", verify="sizes")
         if dataset.facts.get("format") != data_format:
@@ -63,7 +63,7 @@ class Inputs:
 
 
 def _differ(one: Path, other: Path) -> bool:
-    """Whether two tokenizers are there and give other ids: their vocabulary and rules differ, not their layout."""
+    """Whether both tokenizer.json exist and give different ids: vocabulary and rules are compared, not formatting."""
     if not (one.is_file() and other.is_file()) or one.read_bytes() == other.read_bytes():
         return False
     first, second = (json.loads(path.read_text(encoding="utf-8")) for path in (one, other))
@@ -83,7 +83,7 @@ def _architecture(model: Checkpoint) -> Architecture:
 
 
 def default_processes(model_parallel: int) -> int:
-    """One per GPU of this machine; without GPUs, as many as the layout needs. Under a launcher, what that started."""
+    """One per GPU of this machine; without GPUs, as many as the layout needs. Under torchrun or Slurm, WORLD_SIZE."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     return visible_gpus() or model_parallel
@@ -97,10 +97,10 @@ def visible_gpus() -> int:
 
 
 def memory_estimate(config: TrainingConfig, architecture: Architecture) -> int:
-    """Bytes a rank will need, about: weights, fp32 gradients, AdamW, activations and logits.
+    """Approximate bytes per rank: weights, fp32 gradients, AdamW, activations and logits.
 
-    Activations follow Korthikanti et al. (arXiv:2205.05198): 34 s b h bytes per layer in 16 bits, attention scores not
-    kept; with recomputation the 2 s b h of every layer's input and one layer in full.
+    Activations follow Korthikanti et al. (arXiv:2205.05198), s sequence, b micro batch, h hidden size, in 16 bits:
+    `34 s b h` bytes per layer without attention scores. Full recomputation: `2 s b h` per layer, and one whole layer.
     """
     width = _BYTES[config.precision]
     weights = (architecture.parameter_count() + architecture.mtp_parameter_count()) / config.parallel.model_parallel
@@ -120,7 +120,7 @@ def memory_estimate(config: TrainingConfig, architecture: Architecture) -> int:
 
 
 def announce(config: TrainingConfig, inputs: Inputs, *, sequences: int) -> None:
-    """Print the plan. `sequences` are those of one epoch."""
+    """Print the plan. `sequences`: per epoch."""
     architecture = inputs.architecture
     parameters = architecture.parameter_count() + architecture.mtp_parameter_count()
     layout, processes = str(config.parallel), config.parallel.processes

@@ -1,4 +1,4 @@
-"""The run directory and the metrics of a run, for every rank: only rank 0 writes."""
+"""The run directory and the metrics of a run. Every rank calls them; only rank 0 writes."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from shared.training.run_hf_files import run_hf_files
 
 
 class SharedRunDirectory:
-    """A run directory that rank 0 has open and every rank writes its shards of an iteration to."""
+    """A run directory, opened by rank 0. Every rank writes its shards of an iteration."""
 
     def __init__(self, path: Path, resumed: int | None, directory: RunDirectory | None) -> None:
         self.path = path
-        self.resumed = resumed  # iteration to go on from
+        self.resumed = resumed  # iteration to resume from; None: a new run
         self._directory = directory  # on rank 0
 
     def begin(self, step: int) -> Path:
-        """The directory, the same on every rank, to write an iteration to."""
+        """The partial directory of an iteration, the same on every rank."""
         return on_first_rank(lambda: self._rank0().begin(step))
 
     def commit(self, step: int, *, facts: dict[str, Any], finished: bool, keep: int) -> None:
-        """Publish the iteration once every rank has written its part."""
+        """Publish the iteration after every rank has written its shards."""
         torch.distributed.barrier()
         on_first_rank(lambda: self._rank0().commit(step, facts=facts, finished=finished, keep=keep))
 
@@ -47,7 +47,7 @@ class SharedRunDirectory:
 
 
 def open_run(target: Path, inputs: Inputs, *, overwrite: bool) -> SharedRunDirectory:
-    """Open the run directory on rank 0, new or to be resumed; every rank gets its path and iteration."""
+    """Open a new or resumed run directory on rank 0; broadcast path and iteration."""
     directory: RunDirectory | None = None
 
     def begin() -> tuple[Path, int | None]:
@@ -63,7 +63,7 @@ def open_run(target: Path, inputs: Inputs, *, overwrite: bool) -> SharedRunDirec
 
 
 class Recorder:
-    """Numbers of each update, to metrics.jsonl, TensorBoard, the terminal and report.html. Does nothing off rank 0."""
+    """Metrics of each update, to metrics.jsonl, TensorBoard, the terminal and report.html. No-op except on rank 0."""
 
     def __init__(self, config: TrainingConfig, inputs: Inputs, directory: SharedRunDirectory, *, epoch: int) -> None:
         self._config, self._inputs, self._directory = config, inputs, directory
@@ -110,7 +110,7 @@ class Recorder:
             )
 
     def validated(self, step: int, result: Loss | None, bytes_per_token: float | None) -> None:
-        """Record a validation after update `step`; None where there is nothing to validate on."""
+        """Record a validation after update `step`; `result` None: no validation split."""
         if self._metrics is None or result is None:
             return
         row: dict[str, float] = {"step": step, "validation_loss": result.mean, "validation_targets": result.targets}
@@ -125,7 +125,7 @@ class Recorder:
         log(text)
 
     def saving(self, step: int) -> None:
-        """Make the record durable and write the report, before the checkpoint that a resume will start from."""
+        """fsync the metrics and write the report, before the checkpoint is written."""
         self._saved = step
         if self._metrics is not None:
             self._metrics.sync()
@@ -133,11 +133,11 @@ class Recorder:
             page.write(path / page.REPORT, render(self._metrics.rows, self._facts(), title=path.name))
 
     def last_saved(self) -> str:
-        """Where a run that fails now can be resumed."""
+        """The last saved update, for error messages."""
         return "nothing was saved" if self._saved is None else f"update {self._saved} is saved"
 
     def facts(self, step: int) -> dict[str, Any]:
-        """What the manifest says of the iteration."""
+        """The manifest's facts of the iteration."""
         facts = self._facts() | {"step": step, "consumed_tokens": step * self._config.tokens_per_step}
         if self._metrics is not None:
             for name in ("loss", "mtp_loss", "validation_loss", "validation_mtp_loss", "bits_per_byte"):

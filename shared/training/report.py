@@ -14,7 +14,7 @@ def render(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], *, title
     """report.html as text.
 
     Args:
-        rows: those of metrics.jsonl.
+        rows: of metrics.jsonl.
         facts: `family`, `parameters` and `dtype` of the model.
         title: the heading.
     """

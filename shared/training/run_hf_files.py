@@ -1,4 +1,4 @@
-"""Auxiliary files of a run: the source's, with the tokenizer of the data where the source has none."""
+"""Auxiliary files of a run: the source's, and the dataset's tokenizer if the source has none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shared.training.plan import Inputs
 
 @contextlib.contextmanager
 def run_hf_files(inputs: Inputs) -> Iterator[Path]:
-    """A directory that holds config.json, the tokenizer and the rest, for the duration of the block."""
+    """Context manager: a directory with the auxiliary files (config.json, tokenizer, ...)."""
     own, tokenizer = inputs.source.hf_files, inputs.data.hf_files
     if (own / "tokenizer.json").is_file() or not tokenizer.is_dir():
         yield own

@@ -1,7 +1,7 @@
-"""Which sample a rank reads when: pure functions of seed, step and layout, so a resume needs one number, the step.
+"""Order of samples: pure functions of seed, step and layout. A resume needs only the step.
 
-The samples of one global batch do not depend on how many data-parallel ranks share it or how it is cut into micro
-batches; only who reads which of them does.
+The samples of a global batch depend neither on data-parallel size nor on micro batch size. Only their assignment to ranks
+does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ type Indices = npt.NDArray[np.int64]
 
 @lru_cache(maxsize=4)  # the epochs at both ends of a batch, for training and for validation
 def permutation(seed: int, epoch: int, length: int, stream: int = 0) -> Indices:
-    """The order of `length` items in an epoch. Another `stream` is an independent order for another purpose.
+    """The order of `length` items in an epoch. Each `stream` is an independent order.
 
     Philox is a counter-based generator: its stream depends on the key alone, on every platform.
     """

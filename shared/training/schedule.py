@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step, so that a resumed run needs no scheduler state.
+"""Learning rate as a pure function of the step: a resume needs no scheduler state.
 
 Steps count from 1: `learning_rate(1)` is the rate of the first update and `learning_rate(steps)` that of the last.
 """
@@ -27,7 +27,7 @@ class Schedule:
     minimum: float
     steps: int  # updates of the whole run
     warmup_steps: int
-    decay_steps: int  # the decay phase of wsd; not read by the others
+    decay_steps: int  # wsd only
 
     def learning_rate(self, step: int) -> float:
         """The rate of update `step`, counted from 1."""

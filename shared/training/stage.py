@@ -1,6 +1,6 @@
-"""What `pretrain train` and `sft train` have in common: options to a checked plan, workers, the loop.
+"""Common part of `pretrain train` and `sft train`: options, plan, checks, workers, loop.
 
-Light on purpose: a mistake in the options is answered, and workers are started, without importing torch.
+Checks and the start of workers need no torch import.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> TrainingConfig:
-    """Every choice made; UserError names the flag to change."""
+    """The configuration, every default resolved. UserError names the flag to change."""
     parallel = parallel_config(options)
     decay = default_decay_steps(steps) if options.decay_steps is None else options.decay_steps
     if options.decay_steps is not None and options.schedule != "wsd":
@@ -70,7 +70,7 @@ def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> Train
 
 
 def parallel_config(options: TrainingOptions) -> ParallelConfig:
-    """The layout that the options ask for."""
+    """The parallel layout of the options."""
     return ParallelConfig(
         processes=options.processes or default_processes(options.tensor_parallel * options.pipeline_parallel),
         tensor=options.tensor_parallel,
@@ -89,15 +89,17 @@ def run(
     datasets: Callable[[], tuple[Dataset, Dataset | None]],
     bytes_per_token: float | None = None,
 ) -> int | None:
-    """Say the plan, then train in as many processes as it has; returns the exit code of worker processes, if any.
+    """Print the plan and train in `config.parallel.processes` processes.
+
+    Returns the exit code of the workers; None in a worker or with one process.
 
     Args:
-        options: for the paths.
+        options: as given; paths are read from them.
         config: the plan.
-        inputs: the directories read, open.
+        inputs: the opened input directories.
         sequences: sequences of the training split.
         datasets: opens the training and the validation split; called in the workers.
-        bytes_per_token: UTF-8 bytes per token of the validation split, where the data says so.
+        bytes_per_token: UTF-8 bytes per token of the validation split; None if the dataset does not record it.
     """
     check_supported(inputs.architecture)
     config.check_model(inputs.architecture)
@@ -131,7 +133,7 @@ def run(
 
 
 def _leave_if_done(options: TrainingOptions) -> None:
-    """Raise AlreadyDone where the same run is finished, without starting the machinery that would find it out, too."""
+    """Raise AlreadyDone for a finished run of the same fingerprint, before workers start."""
     manifest = read_manifest(options.target, flag="--target")
     if manifest is None or manifest.state != "finished":
         return

@@ -1,8 +1,8 @@
-"""All state of a run, saved and restored: weights, optimizer, random states and the step.
+"""Save and load of a run's state: weights, optimizer, random states and the step.
 
 One torch_dist directory, written by every rank. The optimizer is stored per parameter, in the parameter's own shape
-(`fully_reshardable`), so a run can resume at another layout. The learning rate and the order of the data are functions
-of the step, so the step is all that is stored of them.
+(`fully_reshardable`): a run can resume at another layout. Learning rate and data order are functions of the step: only the
+step is stored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from shared.console import log
 from shared.training.optimizer import allocate_state, restore, sharded_state
 from shared.training.trainable import partly_frozen
 
-# Recorded in the checkpoint by Megatron-Core: how the names and shards in it are to be read.
+# Megatron-Core's content metadata of a checkpoint: conventions of its names and shards.
 CONTENT = {
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
@@ -46,10 +46,10 @@ def save(directory: Path, model: list[DistributedDataParallel], optimizer: Megat
 
 
 def load(directory: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> int:
-    """Restore what `save` wrote beside the weights; returns the step. The layout may be another one.
+    """Load optimizer and random states; returns the step. The layout may differ from the saved one.
 
-    The weights come first, by `shared.model.weights.load`: it is the one that knows about vocabulary padding, whose
-    size depends on the layout. Every rank calls this.
+    Weights are loaded before, by `shared.model.weights.load`: it handles vocabulary padding, whose size depends on the
+    layout. Every rank calls this.
     """
     common = dist_checkpointing.load_common_state_dict(str(directory))
     same_layout = common["layout"] == _layout()
@@ -69,7 +69,7 @@ def load(directory: Path, model: list[DistributedDataParallel], optimizer: Megat
 
 
 def _weights(model: list[DistributedDataParallel], **metadata: Any) -> dict[str, Any]:
-    """The model's sharded state dict: which rank holds which part of which global tensor."""
+    """The model's sharded state dict."""
     return {
         # Megatron-LM's names: `model`, or `model0`, `model1`... with a virtual pipeline.
         "model" if len(model) == 1 else f"model{index}": chunk.module.sharded_state_dict(metadata=CONTENT | metadata)
@@ -80,10 +80,10 @@ def _weights(model: list[DistributedDataParallel], **metadata: Any) -> dict[str,
 def _optimizer_state(
     model: list[DistributedDataParallel], optimizer: MegatronOptimizer, *, step: int, is_loading: bool
 ) -> dict[Any, Any]:
-    """The optimizer's sharded state dict: tensors are named and sharded as the weights they belong to.
+    """The optimizer's sharded state dict: tensors are named and sharded like their weights.
 
-    The layers of a weight are one tensor. With some of them frozen it would have holes, which torch refuses to save:
-    then every layer has a tensor of its own.
+    All layers of a weight form one tensor. With some layers frozen it would have holes, which torch refuses to save: then
+    every layer is a separate tensor.
     """
     by_layer = {"non_homogeneous_layers": True} if partly_frozen([chunk.module for chunk in model]) else {}
     weights = _weights(model, **by_layer)
@@ -91,7 +91,7 @@ def _optimizer_state(
 
 
 def _layout() -> dict[str, int]:
-    """Sizes that random states depend on. Checkpoints before CP, EP and ETP lack these: defaults are left out."""
+    """Parallel sizes that random states depend on. Default CP, EP and ETP are left out: old checkpoints lack them."""
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     sizes_and_defaults = {
         "context": (parallel_state.get_context_parallel_world_size(), 1),
@@ -112,7 +112,7 @@ def _describe(layout: dict[str, int]) -> str:
 
 
 def _random_state() -> dict[str, Any]:
-    """This rank's generators: torch's own, the device's, and Megatron-Core's per-region ones."""
+    """This rank's random states: CPU, device, and Megatron-Core's RNG tracker."""
     return {
         "cpu": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state(),
@@ -132,9 +132,9 @@ def _random_object(state: dict[str, Any] | None) -> ShardedObject:
 
 
 def write_from_threads() -> None:
-    """Give Megatron-Core's writer a queue between threads; it has no option for it.
+    """Replace the result queue of Megatron-Core's writer by a thread queue; there is no option for it.
 
-    Its own is a manager process's, for the asynchronous mode, and would outlive a killed run. Saving here is synchronous
-    and writes from threads.
+    The default queue belongs to a manager process, for asynchronous saves; that process would outlive a killed run. Saving
+    here is synchronous, from threads.
     """
     filesystem_async._results_queue = queue.Queue()

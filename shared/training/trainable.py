@@ -1,6 +1,6 @@
-"""Which weights are trained: decided after the model is built and before it is wrapped for data parallelism.
+"""Trainable and frozen weights, set after the model is built and before it is wrapped for data parallelism.
 
-A frozen weight has no gradient, no place in the gradient buffers and no optimizer state.
+A frozen weight has no gradient, no gradient buffer and no optimizer state.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Full:
 class Frozen:
     """Weights whose names match a pattern are frozen, all others are trained.
 
-    Patterns are those of `fnmatch`. Names are the whole model's: `embedding.*`, `decoder.layers.0.*`, with layers
-    counted over all pipeline stages. The experts of a layer have one name: `decoder.layers.0.mlp.experts.*`. Tied
-    embeddings are `embedding.word_embeddings.weight` at the output, too. A frozen router keeps its correction bias.
+    Patterns are those of `fnmatch`. Names are global: `embedding.*`, `decoder.layers.0.*`, layers counted over all pipeline
+    stages. All experts of a layer share one name: `decoder.layers.0.mlp.experts.*`. A tied output layer has the name
+    `embedding.word_embeddings.weight`. A frozen router keeps its correction bias.
     """
 
     patterns: tuple[str, ...]
@@ -52,7 +52,7 @@ class Frozen:
                 trained += parameter.requires_grad
             for module in chunk.modules():
                 if getattr(module, "expert_bias", None) is not None and not module.weight.requires_grad:
-                    # The correction bias has no gradient: Megatron-Core moves it after each update unless told not to.
+                    # Megatron-Core updates the correction bias, without a gradient, after each update unless this is set.
                     module.frozen_expert_bias = True
             if chunk.config.recompute_granularity and chunk.pre_process:
                 _require_gradient(chunk)
@@ -82,7 +82,7 @@ def partly_frozen(chunks: list[LanguageModel]) -> bool:
 
 
 def _parameters(chunk: LanguageModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Parameters by their names in the whole model."""
+    """Parameters with their global names."""
 
     def decoder_layer(found: re.Match[str]) -> str:
         return f"decoder.layers.{chunk.decoder.layers[int(found[1])].layer_number - 1}."
@@ -96,9 +96,9 @@ def _parameters(chunk: LanguageModel) -> Iterator[tuple[str, torch.nn.Parameter]
 
 
 def _require_gradient(chunk: LanguageModel) -> None:
-    """Have a frozen embedding's output require a gradient.
+    """Make the output of a frozen embedding require a gradient.
 
-    Recomputed layers give their weights no gradient where their input requires none.
+    A recomputed layer computes no weight gradients if its input requires none.
     """
     if not any(parameter.requires_grad for parameter in chunk.embedding.parameters()):
         chunk.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
