@@ -1,1 +1,1 @@
-"""Text and tokens on disk: sources in, token files out. Used by every tool that prepares data."""
+"""Text sources and token files on disk, for every tool that prepares data."""

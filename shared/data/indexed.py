@@ -1,11 +1,11 @@
 """Megatron's indexed dataset: a `.bin` of token ids and an `.idx` that says where each document starts.
 
-The layout is that of `megatron.core.datasets.indexed_dataset` (version 1), written here with numpy alone so that
-preparing data needs neither Megatron nor torch. One document is one sequence:
+The format of `megatron.core.datasets.indexed_dataset`, version 1, written with numpy: preparing data needs neither Megatron
+nor torch. One document is one sequence:
 
-    .idx   b"MMIDIDX\\0\\0" | u64 version | u8 dtype code | u64 sequences | u64 document marks
-           | i32 length of each sequence [tokens] | i64 start of each sequence [bytes] | i64 document marks
-    .bin   the token ids of all sequences, one after another
+    .idx   b"MMIDIDX\\0\\0" | u64 version | u8 dtype code | u64 sequence count | u64 document index count
+           | i32 sequence lengths [tokens] | i64 sequence pointers [bytes] | i64 document indices
+    .bin   the token ids of all sequences, concatenated
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ DTYPE_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest type that Megatron picks for this vocabulary (`DType.optimal_dtype`)."""
+    """Megatron's dtype for this vocabulary (`DType.optimal_dtype`)."""
     return np.dtype(np.uint16) if vocab_size < 65500 else np.dtype(np.int32)
 
 
 class IndexedWriter:
-    """Writes `prefix.bin` as documents come and `prefix.idx` when it is closed without an error."""
+    """Writer of `prefix.bin`, document by document, and of `prefix.idx`, on close without an error."""
 
     def __init__(self, prefix: Path, dtype: np.dtype) -> None:
         self.dtype = np.dtype(dtype)
@@ -49,14 +49,14 @@ class IndexedWriter:
         return int(sum(len(lengths) for lengths in self._lengths))
 
     def add(self, tokens: npt.NDArray[np.integer], lengths: Sequence[int] | npt.NDArray[np.int32]) -> None:
-        """Append documents: their ids, one after another, and the length of each in tokens."""
+        """Append documents: their concatenated ids, and the length of each in tokens."""
         sizes = np.asarray(lengths, dtype=np.int32)
         assert int(sizes.sum(dtype=np.int64)) == len(tokens), "lengths do not add up to the tokens"
         self._file.write(np.ascontiguousarray(tokens, dtype=self.dtype).tobytes())
         self._lengths.append(sizes)
 
     def close(self) -> None:
-        """Write the index. Both files are whole after this."""
+        """Write the index. Both files are then complete."""
         self._file.close()
         lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.int32)
         starts = np.zeros(len(lengths), np.int64)

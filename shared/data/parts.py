@@ -1,8 +1,8 @@
-"""Documents to token ids in parts, each of which is finished once and kept until the whole is published.
+"""Resumable tokenisation, in parts. A finished part is kept until the dataset is published.
 
-A part is a run of consecutive source pieces. Its files are named by the content of those pieces and by the recipe
-(tokenizer, key), so what an earlier, killed run finished is found again by content alone: a part of a source that
-changed since has another name. Cutting into parts does not depend on the number of workers.
+A part is a sequence of consecutive source pieces. Its files are named by a hash of the pieces' content and of the recipe
+(tokenizer, text key). So a resume finds finished parts by content; parts of a changed source have other names. Parts do not
+depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from shared.checkpoint.files import sync
 from shared.data.indexed import token_dtype
 from shared.data.sources import Piece, is_rows, pieces, texts
 
-PART_BYTES = 16 << 20  # source bytes of a part: minutes of work are never lost, and small files do not make many parts
-BATCH_CHARACTERS = 1 << 20  # text encoded at once
-# One row per document. The hash is of its text: equal text, equal hash, whatever file it is in.
+PART_BYTES = 16 << 20  # source bytes per part: a kill loses less than minutes of work; small files share a part
+BATCH_CHARACTERS = 1 << 20  # per call of the tokenizer
+# One row per document. The hash is of its text only: equal texts have equal hashes.
 DOCUMENT = np.dtype([("tokens", np.int32), ("bytes", np.int64), ("hash", np.uint64)])
-# Where a long text may be cut without changing its tokens: after a line end, before anything but white space.
+# Split points of a long text that keep its tokens: after a line end, before a character other than white space.
 CUT = re.compile(r"\n(?=\S)")
 
 
@@ -44,7 +44,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What decides the tokens of a text, small enough to send to every worker."""
+    """Settings of the tokenisation, sent to every worker."""
 
     tokenizer_json: str
     eos_token_id: int
@@ -53,7 +53,7 @@ class Recipe:
 
     @property
     def digest(self) -> bytes:
-        """Identity of the recipe."""
+        """Hash of the recipe."""
         parts = (self.tokenizer_json, str(self.eos_token_id), str(self.vocab_size), self.text_key)
         return xxhash.xxh3_128("\0".join(parts).encode()).digest()
 
@@ -75,11 +75,11 @@ class FinishedPart:
         return self.prefix.name
 
     def documents(self) -> npt.NDArray[np.void]:
-        """`DOCUMENT` rows in order; the last row is a count of empty documents and is taken off."""
+        """`DOCUMENT` rows in order, without the file's last row, the count of empty documents."""
         return np.load(_index_path(self.prefix))[:-1]
 
     def tokens(self, dtype: np.dtype) -> npt.NDArray[np.integer]:
-        """Every document's ids, one after another, memory-mapped."""
+        """Concatenated ids of all documents, memory-mapped."""
         path = _token_path(self.prefix)
         return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
 
@@ -108,7 +108,7 @@ def set_up(recipe: Recipe, folder: Path) -> None:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(recipe.tokenizer_json)
-    # A document that spells out <|endoftext|> is text about it: only this program ends documents.
+    # <|endoftext|> inside a document is encoded as plain text; only `_encode` appends the EOS token.
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -116,7 +116,7 @@ def set_up(recipe: Recipe, folder: Path) -> None:
 
 
 def finish(part: Part) -> FinishedPart:
-    """Tokenise a part into the folder given to `set_up`, unless it is there already."""
+    """Tokenise a part into the folder of `set_up`, or reuse a finished one."""
     recipe: Recipe = _worker["recipe"]
     prefix = _worker["folder"] / _name(part, recipe)
     reused = _index_path(prefix).is_file()
@@ -147,15 +147,17 @@ def _encode(part: Part, recipe: Recipe, prefix: Path) -> None:
             np.save(file, np.array([*documents, (empty, 0, 0)], DOCUMENT))
         sync(index_new)
         tokens_new.replace(_token_path(prefix))
-        index_new.replace(_index_path(prefix))  # last: its presence is the proof
+        index_new.replace(_index_path(prefix))  # last: marks the part as finished
     finally:
         tokens_new.unlink(missing_ok=True)
         index_new.unlink(missing_ok=True)
 
 
 def encode(tokenizer: Any, batch: list[str], *, cuts: bool) -> Iterator[npt.NDArray[np.int64]]:
-    """The ids of each text. Long texts are encoded in stretches where `cuts` says that this changes nothing:
-    the library needs some hundred bytes of memory for every token of a text it encodes at once."""
+    """The ids of each text, int64.
+
+    With `cuts`, long texts are encoded in stretches: the tokenizer needs some hundred bytes of memory per token of a text.
+    """
     stretches = [_stretches(text) if cuts else [text] for text in batch]
     encoded = iter(tokenizer.encode_batch_fast([s for several in stretches for s in several], add_special_tokens=False))
     for several in stretches:
@@ -171,7 +173,7 @@ def _stretches(text: str) -> list[str]:
 
 
 def _may_cut(tokenizer: Any) -> bool:
-    """Whether encoding line by line gives the ids of encoding at once; not so where a space is put before a text."""
+    """Whether texts may be split: False for tokenizers that prepend a space to a text, which changes the ids."""
     probe = "def f(x):\n    return x + 1\n\nclass A:\n\tb = 'c'\n\n\n# d e\nf\n"
     lines, start = [], 0
     for cut in CUT.finditer(probe):

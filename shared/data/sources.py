@@ -1,8 +1,8 @@
-"""Text sources: files of text or of rows, plain or compressed, and folders of them, read in one fixed order.
+"""Text sources: files of text or rows, plain or compressed, and folders of them, read in a fixed order.
 
-A *text* file is one document. A file of *rows* has one document a row: JSON lines (`.jsonl`, `.ndjson`, `.jsonlines`), or a
-table (`.parquet`, `.arrow`). Where rows are wanted, a JSON array of objects is read too, under any name.
-Text and JSON may be compressed (`.gz`, `.zst`). Every error is one line that names the file and the line in it.
+A *text* file is one document. A file of *rows* has one document per row: JSON lines (`.jsonl`, `.ndjson`, `.jsonlines`), or
+a table (`.parquet`, `.arrow`). `rows` also reads a JSON array of objects, under any name. Text and JSON may be compressed
+(`.gz`, `.zst`). Error messages name file and line.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from shared.errors import UserError
 LINE_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
 TABLE_SUFFIXES = (".parquet", ".arrow")
 COMPRESSED_SUFFIXES = (".gz", ".zst")
-# Formats that are not text: reading them as text would end in a confusing "not UTF-8".
+# Binary formats, refused by name: read as text they would fail with a confusing "not UTF-8".
 FOREIGN_SUFFIXES = (".bin", ".idx", ".npy", ".safetensors", ".zip", ".tar", ".xz", ".bz2")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A byte range of one source file, whose ends fall between documents.
+    """A byte range of one source file, split between documents.
 
-    A range other than the whole file exists for uncompressed JSON lines only.
+    Only uncompressed JSON lines are split; any other file is one piece.
     """
 
     path: Path
@@ -53,7 +53,7 @@ class Row:
     """Number of the line, the object or the row in the file, from 1."""
 
     def error(self, problem: str) -> UserError:
-        """The error to raise about this row."""
+        """UserError with file and line of this row."""
         return UserError(f"{self.path}:{self.line}: {problem}")
 
 
@@ -73,13 +73,12 @@ def is_compressed(path: Path) -> bool:
 
 
 def expand(paths: Iterable[Path], *, flag: str) -> list[Path]:
-    """Every source file under `paths`: files as given, folders walked in the order of their relative names.
+    """Every source file of `paths`: files as given, files of a folder sorted by relative path.
 
-    Hidden files and folders (a leading dot) inside a folder are left out. The order depends on the names only.
+    Hidden files and folders (a leading dot) inside a folder are left out. The order depends on names only.
 
     Raises:
-        UserError: a path does not exist, no file is there at all, one file is named twice, or a file is of a
-            format that is neither text nor JSON lines.
+        UserError: a path does not exist; there is no file; a file is given twice; a format is not supported.
     """
     files: list[Path] = []
     for path in paths:
@@ -120,7 +119,7 @@ def pieces(path: Path, piece_bytes: int) -> list[Piece]:
     with path.open("rb") as file:
         while bounds[-1] + piece_bytes < size:
             file.seek(bounds[-1] + piece_bytes)
-            file.readline()  # to the end of the line that the cut falls in
+            file.readline()  # to the end of the current line
             bounds.append(file.tell())
     if bounds[-1] < size:
         bounds.append(size)
@@ -128,7 +127,7 @@ def pieces(path: Path, piece_bytes: int) -> list[Piece]:
 
 
 def rows(piece: Piece) -> Iterator[Row]:
-    """The rows of a piece: JSON lines, a JSON array of objects, or a table. Empty lines are passed over.
+    """The rows of a piece: JSON lines, a JSON array of objects, or a table. Empty lines are skipped.
 
     Raises:
         UserError: a line is not UTF-8, not JSON or not a JSON object; a text in it has a lone surrogate.
@@ -183,7 +182,7 @@ def texts(piece: Piece, text_key: str) -> Iterator[str]:
 
 
 def decode(content: bytes, path: Path, *, first_line: int = 1) -> str:
-    """Strict UTF-8, without the byte order mark of a file, and with the line of the first bad byte in the error."""
+    """Decode strict UTF-8, without a byte order mark. UserError names the line of the first invalid byte."""
     if first_line == 1:
         content = content.removeprefix(codecs.BOM_UTF8)
     try:
@@ -225,7 +224,7 @@ def _row(value: Any, path: Path, number: int) -> Row:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether every string in a JSON value can be written as UTF-8."""
+    """Whether every string in a JSON value can be encoded as UTF-8 (no lone surrogates)."""
     if isinstance(value, str):
         return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
     if isinstance(value, dict):

@@ -10,7 +10,7 @@ from shared.errors import UserError
 
 
 def table_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a table in order, without the columns that are null in them.
+    """The rows of a table in order, without null values.
 
     Raises:
         UserError: the file is damaged; the environment has no pyarrow.

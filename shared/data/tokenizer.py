@@ -1,4 +1,4 @@
-"""Opening a tokenizer from a checkpoint directory, and the identity of its files."""
+"""Tokenizers of checkpoint directories: opening, copying, hashing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import xxhash
 
 from shared.errors import UserError
 
-# The files a Hugging Face tokenizer is made of; a directory has some of them.
+# Files of a Hugging Face tokenizer; a directory has some of them.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -30,7 +30,7 @@ def tokenizer_files(directory: Path) -> list[Path]:
 
 
 def tokenizer_hash(directory: Path) -> str:
-    """One hash over the names and contents of the tokenizer's files, the chat template among them."""
+    """Hash of names and contents of the tokenizer's files, the chat template included."""
     digest = xxhash.xxh3_128()
     for file in tokenizer_files(directory):
         content = file.read_bytes()
@@ -50,11 +50,11 @@ def open_tokenizer(directory: Path, *, flag: str = "--tokenizer") -> Any:
     """The directory's tokenizer as a fast `transformers` tokenizer.
 
     Raises:
-        UserError: the directory has no tokenizer, or none with a fast form, or it lacks an end-of-sequence token.
+        UserError: the directory has no tokenizer, no fast tokenizer, or no EOS token.
     """
     import os
 
-    # Parallelism is ours, over processes; threads inside each would fight for the same cores.
+    # Work is parallel over processes; tokenizer threads in each would oversubscribe the cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -62,7 +62,7 @@ def open_tokenizer(directory: Path, *, flag: str = "--tokenizer") -> Any:
         raise UserError(f"{flag} {directory}: no tokenizer in it (no tokenizer.json)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds for a damaged directory
+    except Exception as error:  # transformers raises many types for a damaged directory
         raise UserError(f"{flag} {directory}: not a readable tokenizer ({str(error).splitlines()[0]})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{flag} {directory}: {type(tokenizer).__name__} has no fast form (tokenizer.json)")

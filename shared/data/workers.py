@@ -1,4 +1,4 @@
-"""Work spread over processes, with results in the order of the work whatever the number of processes."""
+"""Ordered map over worker processes. Results do not depend on the number of processes."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def ordered_map(
 ) -> Iterator[Result]:
     """Yield `work(item)` for every item, in order; `setup` runs once in every process before its first item.
 
-    With one worker everything runs in this process. Only a few items a worker are read ahead. The workers die with
-    this process, even if it is killed.
+    With one worker everything runs in this process. At most `3 * workers` items are read ahead. Workers die with this
+    process, even after SIGKILL. Exceptions of `work` are raised here.
 
     Raises:
-        StageError: a worker died (killed, or out of memory). What `work` raises is raised here.
+        StageError: a worker died (killed, or out of memory).
     """
     if workers <= 1:
         setup(*setup_arguments)
         yield from map(work, items)
         return
-    # Spawned, not forked: progress bars and tokenizers run threads, and a fork would copy their locks as they stand.
+    # Spawned, not forked: progress bars and tokenizers run threads, and a fork copies locks held by them.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
         workers, mp_context=context, initializer=_start, initargs=(os.getpid(), setup, setup_arguments)
@@ -59,7 +59,7 @@ def ordered_map(
         except BrokenProcessPool:
             raise StageError("a worker process died (killed, or out of memory); try fewer --workers") from None
         finally:
-            if waiting:  # ended early: nobody wants what the workers are at
+            if waiting:  # the consumer stopped early, or a worker failed
                 for future in waiting:
                     future.cancel()
                 for process in multiprocessing.active_children():
@@ -68,5 +68,5 @@ def ordered_map(
 
 def _start(parent: int, setup: Callable[..., None], arguments: tuple[object, ...]) -> None:
     die_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles interrupts
     setup(*arguments)

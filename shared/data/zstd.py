@@ -11,13 +11,13 @@ import zstandard
 def open_frames(raw: IO[bytes]) -> IO[bytes]:
     """The uncompressed bytes of a file of one or more frames.
 
-    Reading raises EOFError where the data are damaged or cut short.
+    Reading raises EOFError if the data is damaged or truncated.
     """
     return io.BufferedReader(_Frames(raw), 1 << 20)
 
 
 class _Frames(io.RawIOBase):
-    """Frames one after another. The library's own reader takes a cut frame for a whole one."""
+    """Concatenated frames. The library's own reader accepts a truncated frame."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw = raw
