@@ -21,21 +21,21 @@ class ParallelConfig:
     """Parallel sizes, in ranks. UserError if they contradict each other."""
 
     processes: int = 1
-    """Ranks of the world."""
+    """World size."""
     tensor: int = 1
-    """Ranks that share every layer's matrices (TP)."""
+    """Tensor parallel size (TP)."""
     pipeline: int = 1
-    """Ranks that hold consecutive groups of layers (PP)."""
+    """Pipeline parallel size (PP)."""
     virtual_pipeline: int = 1
-    """Groups of layers, model chunks, of each pipeline rank (VPP); above 1 the schedule is interleaved."""
+    """Model chunks per pipeline rank (VPP); above 1 the schedule is interleaved."""
     sequence_parallel: bool = False
-    """Norms and residuals are cut along the sequence over the TP ranks (SP)."""
+    """Split norms and residuals along the sequence over the TP ranks (SP)."""
     context: int = 1
-    """Ranks that share a sequence (CP)."""
+    """Context parallel size (CP)."""
     expert: int = 1
-    """Ranks that share the experts of a layer (EP)."""
+    """Expert parallel size (EP)."""
     expert_tensor: int | None = None
-    """Ranks that share the matrices of an expert (ETP); None: as many as `tensor`."""
+    """Expert tensor parallel size (ETP); None: `tensor`."""
 
     def __post_init__(self) -> None:
         for flag, size in (
@@ -169,7 +169,7 @@ class Broken:
     """A violated rule."""
 
     field: str
-    """Of `ParallelConfig`: what to change."""
+    """The field of `ParallelConfig` to change."""
     complaint: str
 
 

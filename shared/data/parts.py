@@ -65,9 +65,9 @@ class FinishedPart:
     prefix: Path
     source_bytes: int
     reused: bool
-    """Whether an earlier run had finished it."""
+    """Whether an earlier run finished it."""
     empty: int
-    """Documents without any text, which are left out."""
+    """Number of documents without text, left out."""
 
     @property
     def name(self) -> str:
