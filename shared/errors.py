@@ -1,4 +1,4 @@
-"""Exit codes, and the exceptions that end a command with one of them.
+"""Exit codes, and their exceptions.
 
 Any other exception is a defect of Baton: a traceback and exit code 1.
 """
@@ -20,7 +20,7 @@ class StageError(RuntimeError):
 
 
 class Interrupted(StageError):  # noqa: N818 -- not an error: the state is saved
-    """The command was told to stop and has saved its state; running it again resumes. Exit 75."""
+    """Stopped by a signal; the state is saved, the same command resumes. Exit 75."""
 
 
 class AlreadyDone(Exception):  # noqa: N818 -- not an error: the work exists

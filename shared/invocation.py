@@ -23,7 +23,7 @@ class Invocation:
     not_fingerprinted: tuple[str, ...] = ()
 
     def fingerprinted_options(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The options that decide the result. Inputs enter the fingerprint by content, not by path."""
+        """The options in the run's fingerprint. Inputs are left out: they are fingerprinted by content, not by path."""
         ignored = {*_NEVER_FINGERPRINTED, *self.not_fingerprinted, *inputs}
         return {name: value for name, value in self.options.items() if name not in ignored}
 

@@ -97,7 +97,7 @@ def from_float32(values: np.ndarray, dtype: Dtype) -> memoryview:
 
 
 def cast(data: memoryview, source: Dtype, target: Dtype) -> memoryview:
-    """Cast a block. An upcast is exact; the downcast of an upcast value gives the same bits."""
+    """Cast a block. An upcast is exact; a downcast after an upcast restores the bits."""
     return data if source is target else from_float32(to_float32(data, source), target)
 
 

@@ -1,4 +1,4 @@
-"""Megatron's indexed dataset: a `.bin` of token ids and an `.idx` that says where each document starts.
+"""Megatron's indexed dataset: a `.bin` of token ids and an `.idx` of document lengths and offsets.
 
 The format of `megatron.core.datasets.indexed_dataset`, version 1, written with numpy: preparing data needs neither Megatron
 nor torch. One document is one sequence:

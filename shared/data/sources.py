@@ -108,9 +108,9 @@ def expand(paths: Iterable[Path], *, flag: str) -> list[Path]:
 
 
 def pieces(path: Path, piece_bytes: int) -> list[Piece]:
-    """Cut a file into ranges of about `piece_bytes` that can be read on their own.
+    """Split a file into independent pieces of about `piece_bytes`.
 
-    Only uncompressed JSON lines can be cut; any other file is one piece.
+    Only uncompressed JSON lines can be split; any other file is one piece.
     """
     size = path.stat().st_size
     if not is_rows(path) or is_table(path) or is_compressed(path) or size <= piece_bytes or _is_array(path):
@@ -156,7 +156,7 @@ def _lines(piece: Piece) -> Iterator[Row]:
             if line.strip():
                 text = decode(line, piece.path, first_line=line_number)
                 yield _row(_json(text.rstrip(), piece.path, line_number), piece.path, line_number)
-            # A compressed file is one piece, whose end counts compressed bytes.
+            # A compressed file is one piece; its `end` counts compressed bytes.
             if not is_compressed(piece.path) and position >= piece.end:
                 return
 
@@ -233,7 +233,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _lines_before(piece: Piece) -> int:
-    """Number of lines before the piece, so that errors name the line of the file."""
+    """Number of lines before the piece, for line numbers in errors."""
     if piece.start == 0:
         return 0
     count, left = 0, piece.start

@@ -88,7 +88,7 @@ def smoothed(points: Points, weight: float = 0.9) -> Points:
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers that cover `low` to `high`, about `most` of them."""
+    """About `most` round numbers from `low` or below to `high` or above."""
     if high <= low:
         margin = abs(low) * 0.1 or 1.0
         low, high = low - margin, high + margin

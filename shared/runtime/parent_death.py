@@ -1,4 +1,4 @@
-"""Processes that end with their parent, even when the parent is killed by SIGKILL (Linux: PR_SET_PDEATHSIG of prctl(2))."""
+"""Processes that end with their parent, even after its SIGKILL (Linux: PR_SET_PDEATHSIG of prctl(2))."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def die_with_parent(parent: int | None = None) -> None:
     """Have the kernel kill this process when its parent ends. Call it in the child.
 
     Args:
-        parent: the parent's id; if that process has ended before this call, this one is killed at once.
+        parent: the parent's process id; if it has ended already, this process is killed at once.
     """
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if parent is not None and os.getppid() != parent:

@@ -9,7 +9,7 @@ import warnings
 def silence() -> None:
     """Silence notices of Megatron-Core and torch about their own deprecated calls and absent extensions.
 
-    Call it before their import, which warns already. Errors are exceptions, and are not silenced.
+    Call it before importing them: the import already warns. Errors are exceptions, and are not silenced.
     """
     for category in (UserWarning, FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(torch|megatron)\b")

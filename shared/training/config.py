@@ -64,7 +64,7 @@ class TrainingConfig:
         )
 
     def __post_init__(self) -> None:
-        """Check every rule that needs no model. UserError names the flag to change."""
+        """Check the rules without a model. UserError names the flag to change."""
         self.parallel.check_batch(
             sequence_length=self.sequence_length,
             micro_batch_size=self.micro_batch_size,
@@ -95,7 +95,7 @@ class TrainingConfig:
 
 
 def default_micro_batch_size(global_batch_size: int, data_parallel: int, sequence_length: int) -> int:
-    """The largest micro batch of at most 8192 tokens that divides a rank's share of the global batch."""
+    """The largest divisor of `global_batch_size / data_parallel` with at most 8192 tokens per micro batch."""
     share = max(global_batch_size // max(data_parallel, 1), 1)
     fitting = [
         size for size in range(1, share + 1) if share % size == 0 and size * sequence_length <= _MICRO_BATCH_TOKENS

@@ -38,8 +38,8 @@ class TrainingOptions:
         warmup_steps: updates of the warm-up; by default one in a hundred, at most 2000.
         decay_steps: updates of the decay phase of wsd; by default a fifth.
         weight_decay: decoupled, on matrices; norms and biases have none.
-        mtp_loss_scaling_factor: weight of the loss of MTP (multi-token prediction) layers, for models that have some;
-            by default 0.1. 0 freezes these layers.
+        mtp_loss_scaling_factor: weight of the MTP (multi-token prediction) loss, for models with MTP layers; by default
+            0.1. 0 freezes these layers.
         clip_grad: global gradient norm to clip at; 0 for no clipping.
         adam_beta1: AdamW's beta1, decay of the mean of gradients.
         adam_beta2: AdamW's beta2, decay of the mean of squared gradients.

@@ -52,7 +52,7 @@ class Inputs:
         return cls(source=model, data=dataset, architecture=architecture)
 
     def verify(self) -> None:
-        """Compare every file with its hash, on rank 0. UserError names one that differs."""
+        """Compare every file with its hash, on rank 0. UserError names a damaged file."""
         if os.environ.get("RANK", "0") == "0":
             verify_content(self.source, flag="--source")
             verify_content(self.data, flag="--data")

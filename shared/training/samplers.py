@@ -29,7 +29,7 @@ def permutation(seed: int, epoch: int, length: int, stream: int = 0) -> Indices:
 def batch_positions(
     *, step: int, micro_batch: int, global_batch_size: int, micro_batch_size: int, rank: int, ranks: int
 ) -> Indices:
-    """Positions in the endless stream of samples that data-parallel `rank` of `ranks` reads, `[micro_batch_size]`.
+    """Positions `[micro_batch_size]` in the endless stream of samples, for data-parallel `rank` of `ranks`.
 
     Args:
         step: update, counted from 0.

@@ -32,7 +32,7 @@ class Journal:
 
     Args:
         directory: the unpublished directory.
-        work: key of everything that decides the files' bytes; a journal with another key is discarded.
+        work: work key: run's fingerprint, tool version and file plans; a journal with another key is discarded.
     """
 
     def __init__(self, directory: Path, work: str) -> None:
@@ -68,7 +68,7 @@ class Journal:
         return length
 
     def note(self, name: str, length: int, digest: str, last: bool = False) -> None:
-        """Record that the first `length` bytes are written, and their hash. `last`: the file is complete."""
+        """Record a written prefix of `length` bytes and its hash. `last`: the file is complete."""
         if last or length - self._noted.get(name, 0) >= _EVERY:
             self._noted[name] = length
             self._write({"file": name, "bytes": length, "hash": digest})
@@ -86,7 +86,7 @@ class Journal:
 
 
 def is_attempt_at(directory: Path, work: str) -> bool:
-    """Whether the directory was left by a run whose work key starts with `work`."""
+    """Whether the work key of the directory's journal starts with `work`."""
     try:
         with (directory / JOURNAL).open(encoding="utf-8") as file:
             return str(json.loads(file.readline())["work"]).startswith(work)

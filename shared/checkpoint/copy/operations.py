@@ -21,7 +21,7 @@ from shared.checkpoint.dtypes import Dtype, add, cast, normalize_row
 from shared.errors import UserError
 
 STRIP = 8  # blocks per strip of a transpose, at most
-_TILE = 64  # rows transposed at once, so that source and result stay in a core's cache
+_TILE = 64  # rows transposed at once; source and result fit in a core's cache
 _CAST_AT_ONCE = 1 << 18  # elements; bounds the temporary copies of a cast
 
 
@@ -110,7 +110,7 @@ class Transpose:
         return self.count * self.columns * self.item_bytes
 
     def fill(self, files: OpenFiles, out: memoryview) -> None:
-        import numpy as np  # imported here: conversions that only copy rows start without it
+        import numpy as np  # imported on use: row copies do not need it
 
         result = np.frombuffer(out, dtype=f"u{self.item_bytes}").reshape(self.count, self.columns)
         span = (self.count - 1) * self.step + 1

@@ -101,7 +101,7 @@ class _WorkerPool:
         self._stop = False
 
     def work(self) -> None:
-        """Body of one thread: a pending file first, then a task, then blocks of files that other threads started."""
+        """Body of one thread: pending files first, then tasks, then blocks of other threads' files."""
         buffer = memoryview(bytearray(blocks.BLOCK))
         try:
             while (step := self._next()) is not None:

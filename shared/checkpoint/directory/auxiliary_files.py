@@ -13,7 +13,7 @@ from shared.checkpoint.files import files_below
 from shared.console import log
 from shared.errors import UserError
 
-# Weight files of any format, and the indexes that describe them: never auxiliary.
+# Weight files of any format, and their indexes: never auxiliary.
 WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz"),
     *(".onnx_data", ".ot", ".mlmodel", ".nemo"),
@@ -52,7 +52,7 @@ def _relative_names(directory: Path) -> list[str]:
 
 
 def unread_weights(directory: Path, used: set[str]) -> list[str]:
-    """Weight files in the directory that were not read: the same weights in another format, or another model's."""
+    """Unread weight files of the directory: the same weights in another format, or another model's."""
     return sorted(
         name for name in {*_relative_names(directory)} - used - _BATON_FILES if name.endswith(WEIGHT_SUFFIXES)
     )

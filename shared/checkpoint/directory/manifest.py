@@ -51,7 +51,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     contract_version: int = CONTRACT_VERSION
     kind: Kind
-    state: Literal["finished", "running"] = "finished"  # running: a training run that has saved but not ended
+    state: Literal["finished", "running"] = "finished"  # running: a training run with a saved iteration, not finished
     iteration: int | None = None  # of a training run: the iteration that `files` lists
     tool: str
     version: str

@@ -81,7 +81,7 @@ class RunDirectory:
         return run
 
     def _restore(self) -> None:
-        """Restore the state that the manifest describes: remove partial and newer iterations, rewrite the tracker."""
+        """Restore the manifest's state: remove partial and newer iterations, rewrite the tracker."""
         if not (self.path / RUN).exists():
             record = {"identity": self._fingerprint, **origin(invocation())}
             write_atomically(self.path / RUN, (json.dumps(record, indent=1) + "\n").encode())

@@ -181,7 +181,7 @@ def stored_weights(path: Path, flag: str) -> WeightLayout:
 
 
 def _as_safetensors(stored: WeightLayout) -> WeightLayout:
-    """The safetensors layout that transformers gives to pytorch_model.bin shards."""
+    """The safetensors layout of pytorch_model.bin shards, named as in transformers."""
     shards = []
     for shard in stored.shards:
         name = Path(shard.file.removeprefix("pytorch_")).with_suffix(".safetensors").name
@@ -232,7 +232,7 @@ def default_layout(
 ) -> WeightLayout:
     """Shards for (name, safetensors dtype, shape), split as in transformers: at most `shard_bytes` each.
 
-    With `file`, one file of that name.
+    With `file`: a single shard of this name.
     """
     if file is not None:
         header = parse_header(encode_header(tensors, None), Path(file))

@@ -141,7 +141,7 @@ def read_pickle(data: bytes, place: Path | str, *, training: bool = False) -> An
         training: also allow the classes of arguments, RNG and optimizer state.
 
     Raises:
-        UserError: the pickle is damaged, or names a class that is not allowed.
+        UserError: the pickle is damaged, or names an unknown class.
     """
     try:
         return _Reader(data, str(place), training).load()
