@@ -20,7 +20,7 @@ class StageError(RuntimeError):
 
 
 class Interrupted(StageError):  # noqa: N818 -- not an error: the state is saved
-    """Stopped by a signal; the state is saved, the same command resumes. Exit 75."""
+    """Stopped by a signal or a time limit; the same command resumes. Exit 75."""
 
 
 class AlreadyDone(Exception):  # noqa: N818 -- not an error: the work exists

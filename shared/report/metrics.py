@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl, one line per update and per validation, and the same numbers for TensorBoard."""
+"""Metrics of a run: metrics.jsonl, one row per update and per validation, and the same values for TensorBoard."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Dataset(Protocol):
 
 
 class IndexedSequences:
-    """Documents of an indexed dataset, concatenated into a stream and cut every `sequence_length` tokens.
+    """Documents of an indexed dataset, concatenated into a stream and split every `sequence_length` tokens.
 
     A sample has `sequence_length + 1` tokens; its last token is the first of the next sample. So every token but the
     stream's first is a target once per epoch.

@@ -74,7 +74,7 @@ class Journal:
             self._write({"file": name, "bytes": length, "hash": digest})
 
     def summary(self) -> str:
-        """One line for the log about what an earlier run left; empty if it left nothing."""
+        """Log line with the number of resumed bytes; empty without any."""
         size = sum(length for length, _ in self._resumable.values())
         return f"resuming: {quantity(size, 'bytes')} written by an earlier run, verified and kept" if size else ""
 

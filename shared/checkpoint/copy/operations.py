@@ -67,7 +67,7 @@ class FillValue:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CopyRows:
-    """A window of a view, unchanged: rows `row` to `row + rows`, bytes `left` to `left + width`."""
+    """The window `[row : row + rows, left : left + width]` of a view, unchanged."""
 
     view: ByteView
     row: int
@@ -260,7 +260,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class FilePlan:
-    """An output file: its name, its size, and how to make its blocks."""
+    """Plan of an output file: name, size, sources and blocks."""
 
     name: str  # relative to the output directory
     size: int  # bytes

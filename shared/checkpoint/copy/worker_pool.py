@@ -211,7 +211,7 @@ class _FileWriter:
             self._finish()
 
     def _write_in_turn(self, number: int, start: int, block: Block, data: memoryview) -> None:
-        """Finalize and hash a block in file order, then write it in file order while the next one is hashed.
+        """Finalize and hash a block in file order, then write it in file order. The next block is hashed meanwhile.
 
         Concurrent writes to one file spin on its kernel lock; waiting here uses no CPU. The file grows only at its end.
         """

@@ -18,7 +18,7 @@ from shared.checkpoint.formats.pytorch_bin import TorchFile
 from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.errors import UserError
 
-FILES = ("model_optim_rng.pt", "model_rng.pt")  # the second with a distributed optimizer (separate file)
+FILES = ("model_optim_rng.pt", "model_rng.pt")  # second: with a distributed optimizer (in its own file)
 _FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _NOT_WEIGHTS = ("_extra_state", "inv_freq")  # FP8 scales, RoPE constants
 
