@@ -18,7 +18,7 @@ from tools.convert.conversion_report import abbreviated
 from tools.convert.lora import Delta
 
 _PREFIX = "base_model.model."
-# model.state_dict() keeps the adapter's own name (`default`), PEFT's save_pretrained takes it out
+# model.state_dict() keeps the adapter name (`default`); PEFT's save_pretrained removes it.
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
     r"|token_adapter\.trainable_tokens_delta)(\.(?P<adapter>(?!weight$)[^.]+))?(\.weight)?"
@@ -30,11 +30,11 @@ _EXPERTS = re.compile(r"(?:.*\.)?(\d+)\.(?:[^.\d]+\.)*experts((?:\.base_layer)*)
 
 @dataclass(frozen=True, kw_only=True)
 class Changes:
-    """Changes of an adapter, by tensor of the base."""
+    """An adapter's changes, by name of the base tensor."""
 
     deltas: Mapping[str, Delta]
-    replaced: Mapping[str, TensorInfo]  # by the adapter's own: modules_to_save, biases
-    rows: Mapping[str, tuple[Mapping[int, int], TensorInfo]]  # row of the base -> row of the adapter's tensor
+    replaced: Mapping[str, TensorInfo]  # replaced by an adapter tensor: modules_to_save, biases
+    rows: Mapping[str, tuple[Mapping[int, int], TensorInfo]]  # base row -> adapter row
 
     @property
     def names(self) -> set[str]:
@@ -50,16 +50,16 @@ def read_adapter(directory: Path) -> Header:
 
 
 def match(config: AdapterConfig, stored: Header, table: Table, prefix_variants: PrefixVariants) -> Changes:
-    """The tensors of the base that change.
+    """Match every adapter tensor with a base tensor.
 
     Args:
-        config: of the adapter.
-        stored: its tensors.
-        table: of the base, under the names of its files.
-        prefix_variants: prefixes of those names, and of the model class's.
+        config: the adapter's adapter_config.json.
+        stored: the header of the adapter's weights.
+        table: the base's tensor table, with the names used in its files.
+        prefix_variants: name prefixes of the base's files and of its model class.
 
     Raises:
-        UserError: naming a tensor that is unknown, missing or misshapen.
+        UserError: an adapter tensor is unknown, missing or misshapen; the message names it.
     """
     return _Match(config, table, prefix_variants).changes(stored.tensors)
 
@@ -134,7 +134,7 @@ class _Match:
         )
 
     def _rows(self, module: str, tensor: TensorInfo) -> tuple[str, tuple[Mapping[int, int], TensorInfo]]:
-        """The rows that `trainable_token_indices` names: they take the adapter's values, in a tied head too."""
+        """Rows of `trainable_token_indices`. The adapter's values replace them, in a tied head too."""
         name = self._resolve(f"{module}.weight")
         indices = self.config.trained_tokens(module)
         if name is None or not indices:
@@ -175,7 +175,7 @@ class _Match:
                 )
 
     def _ends(self, name: str, module: str) -> bool:
-        """Whether a tensor of the base, or one tied to it, is this module's; a plain list is of the embedding."""
+        """Whether a base tensor, or one tied to it, is the module's weight. Module "" is the embedding."""
         names = [name, *(head for head, of in self.tied.items() if of == name)]
         forms = {form for each in names for form in name_variants(each, self.prefix_variants)}
         if not module:
@@ -183,7 +183,7 @@ class _Match:
         return any(f".{form}".endswith(f".{module}.weight") for form in forms)
 
     def _resolve(self, name: str) -> str | None:
-        """The name in the base's files; None if the base lacks it."""
+        """The name used in the base's files; None if the base lacks the tensor."""
         return next((found for found in name_variants(name, self.prefix_variants) if found in self.places), None)
 
     def _shape(self, name: str) -> Shape:
@@ -191,12 +191,12 @@ class _Match:
         return entry.sources[place].shape
 
     def _replacement(self, name: str, saved: re.Match[str] | None, tensor: TensorInfo) -> tuple[str, str | None]:
-        """The tensor of the base that this one replaces, and the adapter's own name if it is in the tensor's."""
+        """The replaced base tensor, and the adapter name if the tensor name contains it."""
         plain, named = name.replace(".base_layer.", "."), None
         if saved:
             plain = f"{saved['module']}.{saved['rest']}"
             if saved["adapter"]:
-                inner = f"{saved['module']}.{saved['adapter']}.{saved['rest']}"  # a part of a saved module, not a name
+                inner = f"{saved['module']}.{saved['adapter']}.{saved['rest']}"  # a submodule, not an adapter name
                 plain, named = (inner, None) if self._resolve(inner) else (plain, saved["adapter"])
         found = self._resolve(plain)
         if found is None:
@@ -226,7 +226,7 @@ class _Match:
         return own[names[0]], own[names[1]]
 
     def _module(self, module: str, own: Mapping[str, TensorInfo]) -> dict[str, Delta]:
-        """The adapter of a linear layer or an embedding."""
+        """LoRA of a linear layer or an embedding."""
         embedded = any(name.startswith("lora_embedding") for name in own)
         a, b = self._pair(module, own, ("lora_embedding_A", "lora_embedding_B") if embedded else ("lora_A", "lora_B"))
         name = self._resolve(f"{module}.weight")
@@ -256,10 +256,10 @@ class _Match:
         }
 
     def _experts(self, module: str, own: Mapping[str, TensorInfo]) -> dict[str, Delta]:
-        """The adapter of a layer's experts: of gate_up_proj or of down_proj, as its shapes tell.
+        """LoRA of a layer's experts. The shapes of A and B decide between gate_up_proj and down_proj.
 
-        The stored `[experts, out, in]` is `[experts, in, out]` to PEFT before 0.19: A is `[experts * rank, out]` and B
-        `[in, rank * experts]`. Shapes tell the two apart unless the matrix is square; then the version must.
+        PEFT before 0.19 reads the stored `[experts, out, in]` as `[experts, in, out]`: A is `[experts * rank, out]`, B is
+        `[in, rank * experts]`. Shapes decide between the two; for a square matrix peft_version does.
         """
         a, b = self._pair(module, own, ("lora_A", "lora_B"))
         found = _EXPERTS.fullmatch(module)
@@ -329,14 +329,14 @@ class _Match:
                 )
 
     def _check_complete(self, deltas: Mapping[str, Delta], replaced: Mapping[str, TensorInfo]) -> None:
-        """UserError if the configuration targets a module without adapter tensors: no adapter is merged in part."""
+        """UserError if a targeted module has no adapter tensors: a partial adapter is not merged."""
         missing = []
         for name in self.places:
             module = name.removesuffix(".weight")
             targeted = any(map(self.config.targets, name_variants(module, self.prefix_variants)))
             if name.endswith(".weight") and targeted and len(self._shape(name)) == 2 and name not in deltas:
                 missing.append(name)
-        # transformers 5 holds experts as stacked parameters, out of reach of target_modules
+        # transformers 5 holds experts as stacked parameters; target_modules cannot target them.
         experts = {
             source.name for entry, _ in self.places.values() if ".experts." in entry.key for source in entry.sources
         }

@@ -19,12 +19,12 @@ _READ = {
     *("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters", "use_dora"),
     *("init_lora_weights", "base_model_name_or_path", "bias", "trainable_token_indices", "peft_version"),
 }
-# Of training and its set-up. fan_in_fan_out: PEFT follows the module's class, and so do the weights.
+# Training-only fields. fan_in_fan_out: PEFT overrides it by the module's class.
 _WITHOUT_EFFECT = {
     *("task_type", "auto_mapping", "revision", "inference_mode", "lora_dropout", "fan_in_fan_out"),
     *("megatron_core", "eva_config", "qalora_group_size", "runtime_config"),
 }
-# Reasons against fields that change the result; unknown fields have none.
+# Unsupported fields and the reason, for error messages.
 _WHY = {
     "alora_invocation_tokens": "it applies from an invocation token on, and merged weights apply everywhere",
     "arrow_config": "it routes tokens between adapters, and merged weights cannot",
@@ -32,7 +32,7 @@ _WHY = {
     "lora_bias": "a bias of B is not merged here; merge it with peft",
     "ensure_weight_tying": "adapters shared by tied layers are not merged here; merge it with peft",
 }
-# Initialisations that leave the base unchanged. The others (PiSSA, OLoRA, CorDA, LoftQ) change its weights.
+# Initialisations that leave the base unchanged. PiSSA, OLoRA, CorDA and LoftQ change its weights.
 _PLAIN_INITS = (True, False, "true", "gaussian", "eva", "orthogonal")
 
 
@@ -69,7 +69,7 @@ class _Fields(BaseModel):
 
 
 class AdapterConfig:
-    """The fields of adapter_config.json; UserError for one that changes the result and is not supported."""
+    """Fields of adapter_config.json. UserError for an unsupported field that changes the result."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / CONFIG
@@ -121,7 +121,7 @@ class AdapterConfig:
         return _matching(self._alphas, module, self._alpha) / (math.sqrt(rank) if self._root else rank)
 
     def targets(self, module: str) -> bool:
-        """Whether PEFT adapts this module of the base (`check_target_module_exists`)."""
+        """Whether PEFT adapts a module (`check_target_module_exists`)."""
         if _named(self._excluded, module):
             return False
         if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save):
@@ -136,18 +136,18 @@ class AdapterConfig:
 
     @property
     def trained_token_modules(self) -> Sequence[str]:
-        """Modules that `trainable_token_indices` names; "" is the embedding, of a plain list."""
+        """Modules of `trainable_token_indices`. A plain list is for the embedding: ""."""
         return tuple(self._tokens)
 
     def trained_tokens(self, module: str) -> Sequence[int]:
-        """Tokens whose rows of a module are trained, in the order of the adapter's rows."""
+        """Token ids of a module's trained rows, in the order of the adapter's rows."""
         return next((ids for name, ids in self._tokens.items() if not name or _named([name], module)), ())
 
     def experts_swapped(self, why: str) -> bool:
-        """Whether PEFT took experts stored `[experts, out, in]` as `[experts, in, out]`: before 0.19.
+        """Whether PEFT read experts stored `[experts, out, in]` as `[experts, in, out]`: before 0.19.
 
         Raises:
-            UserError: peft_version is absent or between the two; `why` says what asked.
+            UserError: peft_version is absent, malformed or a development version of 0.19; the message contains `why`.
         """
         found = re.match(r"(\d+)\.(\d+)(\.\d+)*(?P<rest>.*)", self._version or "")
         if found is None or (found["rest"].startswith(".dev") and (int(found[1]), int(found[2])) == (0, 19)):
@@ -158,7 +158,7 @@ class AdapterConfig:
         return (int(found[1]), int(found[2])) < (0, 19)
 
     def parameter(self, name: str) -> bool:
-        """Whether the adapter is of a parameter, not of a module (`target_parameters`)."""
+        """Whether `target_parameters` contains the parameter."""
         return _named(self.target_parameters, name)
 
 
@@ -167,7 +167,7 @@ def _matching[Number: (int, float)](patterns: Mapping[str, Number], module: str,
 
 
 def _named(names: str | Iterable[str], module: str) -> bool:
-    """Whether a regular expression matches the whole name, or a listed name is the name or its ending."""
+    """Whether a regular expression matches the full module name, or a list contains the name or a suffix of it."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)

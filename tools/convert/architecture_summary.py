@@ -1,6 +1,6 @@
-"""An architecture in a few lines: its sizes, and what differs from a plain decoder.
+"""An architecture in a few lines: sizes, and differences from a plain decoder.
 
-The plain decoder is LLaMA's: pre-norm RMSNorm, rotary attention without biases, SwiGLU, a head of its own.
+The plain decoder is LLaMA: pre-norm RMSNorm, rotary attention without biases, SwiGLU, untied head.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shared.architecture.architecture import (
     Rotary,
 )
 
-# Values of the plain decoder for fields without a default, or with another.
+# Values of the plain decoder that are not the field's default.
 _PLAIN: dict[tuple[type, str], Any] = {
     (Attention, "rotary"): Rotary(),
     (Head, "tied"): False,
@@ -32,7 +32,7 @@ _MAX_LISTED = 8  # elements of a tuple
 
 
 def architecture_lines(a: Architecture) -> list[str]:
-    """Sizes; mixers and MLPs by the layers that have them; whatever else differs from the plain decoder."""
+    """Sizes; mixers and MLPs with their layer indices; other differences from the plain decoder."""
     lines = [
         f"{a.num_layers} layers, hidden_size {a.hidden_size}, vocab_size {a.vocab_size}, "
         f"max_position_embeddings {a.max_position_embeddings}"
@@ -57,7 +57,7 @@ def architecture_lines(a: Architecture) -> list[str]:
 
 
 def _by_layer(a: Architecture, texts: Sequence[str]) -> list[str]:
-    """A line per distinct text: the layers that have it."""
+    """One line per distinct text, with its layer indices."""
     lines = []
     for text in filter(None, dict.fromkeys(texts)):
         indices = [index for index, own in enumerate(texts) if own == text]
@@ -89,7 +89,7 @@ def _mtp_layer(layer: Layer, layers: tuple[Layer, ...]) -> str:
 
 
 def _head_norm(a: Architecture) -> list[str]:
-    """The norm behind the last layer, where it is not that of the layers."""
+    """The final norm, if it differs from the layers' norm."""
     if a.head.norm == a.layers[-1].norm:
         return []
     return [f"norm({', '.join(_differences(a.head.norm))})" if a.head.norm else "no norm"]
@@ -100,7 +100,7 @@ def _named(value: Any) -> str:
 
 
 def _differences(value: Any, *, skip: tuple[str, ...] = ()) -> Iterator[str]:
-    """`name value` of each field without a default, or different from the plain decoder; nested: `name(...)`."""
+    """`name value` of each field that has no default or differs from the plain decoder; nested: `name(...)`."""
     for field in fields(value):
         own, name = getattr(value, field.name), field.name
         if name in skip or own == _plain(type(value), field):

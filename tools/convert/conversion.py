@@ -1,4 +1,4 @@
-"""Runs the plan of a conversion: logs it, writes this process's files, logs the result."""
+"""Run a conversion plan: log it, write this process's files, log the result."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from shared.checkpoint.directory.publish import Checks, Publication
 from shared.cli import log, progress
 from tools.convert.conversion_report import peak_memory, plan_line, result_line
 
-_MAX_WORKERS = 8  # by default: more threads seldom keep a disk busier
+_MAX_WORKERS = 8  # default limit: more threads rarely raise disk throughput
 
 
 def default_workers() -> int:
-    """A thread per processor of this process, at most 8."""
+    """One thread per processor available to this process, at most 8."""
     return min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
 
 
@@ -37,16 +37,16 @@ def run_conversion(
     """Write this process's share of the files.
 
     Args:
-        command: name of the command.
-        architecture: of the model.
+        command: command name, for the log.
+        architecture: the model's architecture.
         out: publication in progress.
         files: all files of the conversion.
         target: the directory to be published.
         workers: threads; None for the default.
-        transposes: whether tensors are transposed.
-        casts: whether numbers change their type, or columns their place.
-        checks: from the files read to the checks made during the copy.
-        memory_per_worker: bytes of a thread beside its blocks.
+        transposes: whether a tensor is transposed.
+        casts: whether a dtype or a column order changes.
+        checks: returns the checks to run during the copy, given the source files.
+        memory_per_worker: bytes per thread in addition to its blocks.
     """
     own_files, workers = out.own_files(files), workers or default_workers()
     size = sum(file.size for file in own_files)

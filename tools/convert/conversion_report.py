@@ -1,4 +1,4 @@
-"""Log lines of a conversion: the plan with its peak memory, and the result."""
+"""Log lines of a conversion: the plan with an upper bound of memory, and the result."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _NUMPY = 32 << 20  # bytes of numpy, imported for transposes and casts only
 
 
 def peak_memory(workers: int, *, transposes: bool, casts: bool, per_worker: int = 0) -> int:
-    """Upper bound of the memory of a conversion in bytes: this process as it is, and its threads.
+    """Upper bound of a conversion's memory in bytes: current resident memory plus the threads' buffers.
 
     Args:
         workers: threads.
-        transposes: whether tensors are transposed: a strip before and after.
-        casts: whether numbers change their type: a block before, after and in fp32.
-        per_worker: further bytes of each thread.
+        transposes: whether a tensor is transposed; per thread: one strip before, one after.
+        casts: whether a dtype changes; per thread: one block before, one after, one in fp32.
+        per_worker: additional bytes per thread.
     """
     each = blocks.BLOCK * (1 + 2 * operations.STRIP * transposes + 6 * casts) + per_worker
-    process = _resident() * 17 // 16  # the plan of a file is made when the file is begun: 1/16 for those to come
+    process = _resident() * 17 // 16  # a file's plan is made when its copy starts: + 1/16
     numpy = _NUMPY if (transposes or casts) and "numpy" not in sys.modules else 0
     return process + _BASE + workers * each + numpy
 
@@ -36,7 +36,7 @@ def _resident() -> int:
 
 
 def plan_line(command: str, architecture: Architecture, files: int, size: int, workers: int, memory: int) -> str:
-    """The line before the copy."""
+    """Log line before the copy."""
     return (
         f"{command}: {architecture.family}, {architecture.num_layers} layers, {quantity(size, 'bytes')} in "
         f"{files} file{'s' * (files != 1)}; {workers} worker{'s' * (workers != 1)}, at most {quantity(memory, 'bytes')} of memory"
@@ -44,11 +44,11 @@ def plan_line(command: str, architecture: Architecture, files: int, size: int, w
 
 
 def result_line(target: Path, size: int, seconds: float) -> str:
-    """The line after the copy."""
+    """Log line after the copy."""
     rate = size / 1e6 / max(seconds, 1e-9)
     return f"{target}: {quantity(size, 'bytes')} in {seconds:.1f} s, {rate:.0f} MB/s"
 
 
 def abbreviated(names: Sequence[str]) -> str:
-    """The first name, and how many more there are."""
+    """The first name and the number of further names."""
     return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]

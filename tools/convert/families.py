@@ -17,8 +17,8 @@ from shared.families.family import Family
 from tools.convert import proofs
 from tools.convert.proofs import Outcome, Record
 
-_WIDE = 150  # columns that the table needs
-# Heading -> proofs; a cell is their worst outcome over the family's tested sizes.
+_WIDE = 150  # minimum terminal width of the table
+# Heading -> proofs. A cell shows the worst outcome of these proofs over the family's tested sizes.
 _COLUMNS = {
     "round trip": ("round trip",),
     "TE": ("te round trip",),
@@ -42,7 +42,7 @@ _MEANING = (
 
 
 def run(markdown: bool, as_json: bool) -> None:
-    """Print them as a table, as a list where the terminal is narrow, as Markdown or as JSON."""
+    """Print the families: a table, a list on a narrow terminal, Markdown or JSON."""
     if markdown and as_json:
         raise UserError("--markdown and --json: give one of them")
     record = proofs.load()
@@ -155,12 +155,12 @@ def _cell(heading: str, found: list[Outcome]) -> str:
 
 
 def _round(differences: Iterable[float]) -> str:
-    """The largest, to one digit."""
+    """The largest difference, to one digit."""
     return f"{max(differences):.0e}".replace("e-0", "e-")
 
 
 def _notes(record: Record) -> Iterator[str]:
-    """Reasons of outcomes that need one."""
+    """Recorded reasons of outcomes."""
     for family in registry.FAMILIES.values():
         if proofs.state(family, record):
             continue
@@ -186,7 +186,7 @@ def _runs(record: Record) -> Iterator[str]:
 
 
 def _later(record: Record) -> Iterator[str]:
-    """A note if shared code changed after a run."""
+    """A note if shared code changed since a run."""
     if any(run["code"] != proofs.code() for run in record["runs"].values()):
         yield "Shared code has changed since; `make proofs` records anew."
 

@@ -1,6 +1,6 @@
-"""`hf/` of a Megatron or TransformerEngine directory: the source's auxiliary files, its shards, its pass-through tensors.
+"""`hf/` of a Megatron or TransformerEngine directory: auxiliary files, shard layout and pass-through tensors of the source.
 
-With them `to-hf` writes the source's directory again, byte for byte.
+`to-hf` needs them to write the source directory again, byte for byte.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ PASS_THROUGH_FILE = "asides.safetensors"
 
 
 def pass_through_tensors(files: Path) -> dict[str, TensorInfo]:
-    """Tensors kept beside the weights; `files` is the folder of config.json."""
+    """Pass-through tensors stored in `files`, the directory of config.json."""
     path = files / PASS_THROUGH_FILE
     return {tensor.name: tensor for tensor in read_header(path).tensors} if path.is_file() else {}
 
 
 def match_pass_through(table: Table, files: Path) -> tuple[Table, dict[str, TensorInfo]]:
-    """The table under the names of the model's files, and the model's pass-through tensors.
+    """The tensor table with the names used in the model's files, and the pass-through tensors.
 
-    They are in hf/asides.safetensors, or where `files` is the model's own directory among its weights.
+    Pass-through tensors are in hf/asides.safetensors, or among the weights if `files` is the model's Hugging Face directory.
 
     Raises:
-        UserError: one that every checkpoint of the model has (a vision tower's) is in neither, or is misshapen.
+        UserError: a required pass-through tensor (of a vision tower) is missing or misshapen.
     """
     tensors = pass_through_tensors(files)
     if (files / LAYOUT).is_file():
@@ -83,7 +83,7 @@ def write_hf_files(out: Publication, plan: ImportPlan, reader: HfReader) -> None
 
 
 def _kept(plan: ImportPlan, reader: HfReader) -> list[TensorInfo]:
-    """Pass-through tensors, and the scales of quantised weights."""
+    """Pass-through tensors and quantisation scales."""
     kept = [tensor for name in plan.account.pass_through for tensor in reader.weights[name].stored]
     scales = [
         tensor for weight in reader.weights.values() if weight.quantized for tensor in weight.quantized.companions

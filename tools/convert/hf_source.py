@@ -1,4 +1,4 @@
-"""Opens the source of a conversion: a Hugging Face directory, or SwissArmyTransformer rank files read as one."""
+"""Open the source of a conversion: a Hugging Face directory, or SwissArmyTransformer rank files joined into one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shared.families import registry
 from tools.convert.hf_files import PASS_THROUGH_FILE
 
 _CONFIG = "config.json"
-_FAMILY = "glm130b"  # whose sharding is known
+_FAMILY = "glm130b"  # the one family whose rank files can be joined
 
 
 def open_hf_source(
@@ -33,7 +33,7 @@ def open_hf_source(
     """The checkpoint at --source and the reader of its tensors.
 
     Raises:
-        UserError: it is incomplete, or its configuration is neither in it nor in --hf-files.
+        UserError: the checkpoint is incomplete, or neither --source nor --hf-files has a config.json.
     """
     checkpoint = open_checkpoint(source, kinds=("hf",), flag="--source", verify=verify, per_rank="hf")
     ranks = rank_states(source) if checkpoint.manifest is None else []
@@ -48,7 +48,7 @@ def open_hf_source(
 
 
 def _check_names(directories: list[Path]) -> None:
-    """UserError for files named as ours in `hf/`: to-hf would not write them back."""
+    """UserError for a source file with the name of one of our files in `hf/`: to-hf would not restore it."""
     for path in (directory / name for directory in directories for name in (LAYOUT, PASS_THROUGH_FILE)):
         if path.exists():
             raise UserError(f"{path}: the name is reserved for a file that to-megatron writes; rename or remove it")
@@ -60,7 +60,7 @@ def inputs_of(source: Path, hf_files: Path | None) -> dict[str, Path]:
 
 
 def _config(source: Path, hf_files: Path | None, joined: Mapping[str, JoinedTensor]) -> dict[str, Any]:
-    """config.json of the source or of --hf-files, else of the published model with these shapes."""
+    """config.json of --source or --hf-files; without one, that of the published model with the same shapes."""
     given = next((d / _CONFIG for d in (source, hf_files) if d and (d / _CONFIG).is_file()), None)
     config = read_config(given) if given else _published(source, _facts(joined))
     place = given or source

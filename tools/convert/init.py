@@ -102,9 +102,9 @@ def _named(size: str) -> Architecture:
 def _initializer(
     architecture: Architecture, dtypes: Mapping[str, Dtype], seed: int
 ) -> Callable[[TensorInfo], Iterator[memoryview]]:
-    """transformers' initialisation: norms 1, biases 0, the rest mostly normal(0, initializer_range).
+    """transformers' initialisation: norms 1, biases 0, weights mostly normal(0, initializer_range).
 
-    Every tensor has its own generator, seeded by its name: its values do not depend on other tensors.
+    Each tensor has its own generator, seeded by the tensor's name: its values do not depend on other tensors.
     """
 
     entries = list(registry.table_of(architecture).entries())
@@ -140,7 +140,7 @@ def _initializer(
 
 
 def counted(blocks: Iterator[memoryview], advance: Advance) -> Iterator[memoryview]:
-    """The blocks, with their bytes reported to `advance`."""
+    """Yield the blocks and report their bytes to `advance`."""
     for block in blocks:
         yield block
         advance(len(block))

@@ -42,7 +42,7 @@ class Row:
 
 
 def run(source: Path, tensors: bool, scan: bool, as_json: bool) -> None:
-    """Print the description; with `scan`, read every weight and raise StageError if one is not finite."""
+    """Print the description. With `scan`, read every weight; StageError if one is not finite."""
     checkpoint = open_checkpoint(source, kinds=("hf", "megatron", "te"), flag="--source", verify="sizes")
     reader = _reader(checkpoint)
     rows = _rows(reader)
@@ -102,7 +102,7 @@ def _describe(checkpoint: Checkpoint, reader: Reader, rows: list[Row]) -> dict[s
 
 
 def _family(checkpoint: Checkpoint, reader: Reader) -> dict[str, Any]:
-    """Family, architecture, and whether every tensor is accounted for; an error becomes the `problem`."""
+    """Family, architecture and tensor account; an error is reported as `problem`."""
     path = checkpoint.hf_files / "config.json"
     if not path.is_file():
         return {"family": None, "problem": f"{path} is missing"}

@@ -1,4 +1,4 @@
-"""`W + scale * B @ A` strip by strip in fp32, in the order and with the roundings of PEFT."""
+"""`W + scale * B @ A` strip by strip in fp32, with PEFT's order of operations and rounding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class _Cached(threading.local):
-    """The factor that a thread used last: the next strip mostly is of the same matrix."""
+    """The thread's last factor: the next strip is usually of the same matrix."""
 
     key: object = None
     values: np.ndarray
@@ -36,7 +36,7 @@ class Matrix:
 
     view: ExtentView
     stored: Dtype
-    dtype: Dtype  # of the result, and of W before the addition
+    dtype: Dtype  # of the result; W is cast to it before the addition
 
     @property
     def columns(self) -> int:
@@ -57,10 +57,10 @@ class Matrix:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Delta:
-    """`scale * B @ A`, of `A [rank, in]` and `B [out, rank]`, as rows of W.
+    """Rows of `scale * B @ A`, with `A [rank, in]` and `B [out, rank]`.
 
-    Experts are adapted together: `A [experts * rank, in]`, `B [out, rank * experts]`. An expert's rows of A are contiguous,
-    its columns of B are `experts` apart.
+    Experts share A and B: `A [experts * rank, in]`, `B [out, rank * experts]`. Expert e has rows `e * rank` to
+    `(e + 1) * rank` of A and columns `e, e + experts, ...` of B.
     """
 
     a: TensorInfo
@@ -68,21 +68,21 @@ class Delta:
     rank: int
     scale: float
     transposed: bool  # W is `[in, out]` (Conv1D, experts of PEFT before 0.19) or an embedding `[tokens, hidden]`
-    downcast_first: bool = False  # scale * B @ A is rounded to the dtype of W before the addition
+    downcast_first: bool = False  # scale * B @ A is cast to the dtype of W before the addition
     magnitude: TensorInfo | None = None  # DoRA: a norm per output
     expert: int = 0
     experts: int = 1
-    first_row: int = 0  # of the joint matrix, where W begins: gate and up may share A and B
+    first_row: int = 0  # first row of W in B @ A: gate and up may share A and B
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _factors: list[np.ndarray] = field(default_factory=list, repr=False)
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of the factor that every strip needs, and of its parts."""
+        """Bytes of the cached factor and of the temporaries that build it."""
         return 3 * 4 * prod((self.b if self.transposed else self.a).shape) // self.experts
 
     def rows(self, files: OpenFiles, first: int, count: int, columns: int) -> np.ndarray:
-        """`scale * B @ A` `[count, columns]` for rows of W from `first` on."""
+        """Rows `first` to `first + count` of `scale * B @ A`: `[count, columns]`."""
         import numpy as np
 
         first += self.first_row
@@ -118,7 +118,7 @@ class Delta:
         return _window(self.magnitude, files, 0, count, 0, 1).reshape(count)
 
     def column_factors(self, files: OpenFiles, base: Matrix) -> np.ndarray:
-        """DoRA's factor per column of W `[in, out]`: the norms take one pass over all rows."""
+        """DoRA's factor per column of W `[in, out]`; the column norms need one pass over all rows."""
         import numpy as np
 
         with self._lock:
@@ -133,7 +133,7 @@ class Delta:
 
 
 def _window(tensor: TensorInfo, files: OpenFiles, row: int, rows: int, left: int, columns: int) -> np.ndarray:
-    """Rows and columns of an adapter tensor in fp32."""
+    """A block of an adapter tensor in fp32: `[rows, columns]`."""
     dtype = weight_dtype(tensor.dtype, tensor.name, tensor.place)
     data = memoryview(bytearray(rows * columns * dtype.size))
     view_of(tensor).read(files, row, rows, left * dtype.size, columns * dtype.size, data)

@@ -1,6 +1,6 @@
-"""Megatron-LM's per-rank checkpoints read as torch_dist: TP shards joined, layers stacked.
+"""Read Megatron-LM's per-rank checkpoints as torch_dist: TP shards joined, layers stacked.
 
-No bytes are copied for it: a tensor is a tiling of extents in the rank files, as a torch_dist tensor is one of chunks.
+No bytes are copied. A joined tensor is a list of extents in the rank files, like a torch_dist tensor is a list of chunks.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class StackedTensor:
 class MegatronLmReader:
     """Tensors of one iteration under torch_dist's keys.
 
-    UserError if the rank files are not those of the architecture.
+    UserError if the rank files do not fit the architecture.
     """
 
-    splits_columns = True  # at TP > 1, which is the usual case
+    splits_columns = True  # at TP > 1
 
     def __init__(self, directory: Path, architecture: Architecture, table: Table) -> None:
         self.directory = directory
@@ -53,7 +53,7 @@ class MegatronLmReader:
         _check_arguments(self._ranks, architecture, directory)
         self._entries = {(entry.key, entry.index): entry for entry in table.entries()}
         self._known = {key for key, _ in self._entries}
-        self._parts: dict[tuple[str, Shape], list[TensorInfo]] = {}  # by key and index: a tensor per TP rank
+        self._parts: dict[tuple[str, Shape], list[TensorInfo]] = {}  # (key, index) -> one tensor per TP rank
         self._tied_copy: list[TensorInfo] = []
         self.tensors: dict[str, StackedTensor] = {}
         self._sort()
@@ -78,7 +78,7 @@ class MegatronLmReader:
             self._parts[key, index] = listed
 
     def _of_ranks(self, tensor: int, expert: int) -> Iterator[tuple[Place, TensorInfo]]:
-        """Tensors of a TP and EP rank over all pipeline stages, layers and experts numbered globally."""
+        """Tensors of a TP and EP rank, over all pipeline stages, with global layer and expert indices."""
         stages = [self._ranks.at[tensor, stage, expert].chunks for stage in range(self._ranks.pipeline)]
         before, experts = 0, self._architecture.moe.experts // self._ranks.expert if self._architecture.moe else 0
         for virtual in range(max(map(len, stages))):
@@ -93,7 +93,7 @@ class MegatronLmReader:
                 before += layers
 
     def _pieces(self, place: Place, info: TensorInfo) -> Iterator[tuple[Place, TensorInfo]]:
-        """The tensor, or the parts of a gated delta net's projection and convolution, separate tensors in torch_dist."""
+        """The tensor; a gated delta net's projection or convolution is split as in torch_dist."""
         delta = self._architecture.delta_net
         if delta is None or not place.key.endswith((".in_proj.weight", ".conv1d.weight")):
             yield place, info
@@ -165,7 +165,7 @@ class MegatronLmReader:
                 place += rows * part.row_bytes
 
     def _runs(self, key: str, rank: int, rows: int, ranks: int) -> Iterator[tuple[int, int]]:
-        """Runs of a rank's rows in order: first row in the joined tensor, number of rows."""
+        """Contiguous runs of a rank's rows, in order: first row in the joined tensor, number of rows."""
         first = rank * rows if ranks > 1 else 0
         if self._architecture.feed_forward.gated and ".linear_fc1." in key and ".layer_norm_" not in key:
             half = rows // 2  # a rank: [gate ; up]
@@ -195,7 +195,7 @@ class MegatronLmReader:
         yield from self.view(key, index).blocks(self._files, first, count)
 
     def checks(self) -> list[Task]:
-        """Comparisons of the tied head on the last pipeline stage with the embedding; UserError if they differ."""
+        """Compare the tied head on the last pipeline stage with the embedding; UserError if they differ."""
         pairs = zip(self._tied_copy, self._parts.get((_EMBEDDING, ()), ()), strict=False)
         return [partial(_check_copy, copy, embedding) for copy, embedding in pairs]
 
@@ -212,7 +212,7 @@ def _check_copy(copy: TensorInfo, embedding: TensorInfo) -> None:
 
 
 def _check_arguments(ranks: Ranks, a: Architecture, directory: Path) -> None:
-    """UserError where the run's arguments contradict config.json: heads, for one, do not follow from shapes."""
+    """UserError if the run's arguments contradict config.json. Shapes do not determine everything, e.g. the head count."""
     arguments = ranks.arguments
     attention = a.attention
     if isinstance(attention, Attention) and attention.qk_norm == "each_head":

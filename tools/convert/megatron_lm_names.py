@@ -1,4 +1,4 @@
-"""Tensor names in Megatron-LM's rank files of all versions, and their torch_dist keys."""
+"""Tensor names in Megatron-LM's rank files, all versions, and their torch_dist keys."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _OLD_PARTS = (
     (r"^mlp\.dense_h_to_4h\.", "mlp.linear_fc1."),
     (r"^mlp\.dense_4h_to_h\.", "mlp.linear_fc2."),
 )
-# Norms of the local spec -> of the TransformerEngine spec, fused into the next linear layer.
+# Norm of the local spec -> norm of the TransformerEngine spec, fused into the next linear layer.
 _NORMS = (
     ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
     ("input_layernorm.", "self_attention.in_proj.layer_norm_"),
@@ -43,20 +43,20 @@ _NORMS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A tensor of the model: key without indices, layer and expert."""
+    """A tensor of the model: key without indices, layer index, expert index."""
 
     key: str
     layer: int | None = None
     expert: int | None = None
 
     def shifted(self, layers: int, experts: int) -> Place:
-        """With global indices: those of the rank plus the layers and experts before it."""
+        """Global indices: the rank's indices plus the layers and experts of earlier ranks."""
         layer = None if self.layer is None else self.layer + layers
         return replace(self, layer=layer, expert=None if self.expert is None else self.expert + experts)
 
 
 def place_of(name: str) -> Place:
-    """The tensor of a name in a rank file, with the rank's own layer and expert indices."""
+    """Parse a rank file's tensor name; layer and expert indices are the rank's."""
     while name.startswith("module."):
         name = name.removeprefix("module.")
     old = next((pair for pair in _OLD_ROOTS if name.startswith(pair[0])), None)
@@ -77,7 +77,7 @@ def place_of(name: str) -> Place:
 
 
 def torch_dist_key(place: Place, known: Collection[str]) -> tuple[str, Shape]:
-    """torch_dist key and index on the stacked axes, as in the model's table; unknown keys are unchanged."""
+    """torch_dist key and index on the stacked axes; an unknown key is unchanged."""
     numbers = tuple(number for number in (place.layer, place.expert) if number is not None)
     if place.layer is None:
         return place.key, ()

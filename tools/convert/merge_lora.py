@@ -32,7 +32,7 @@ from tools.convert.lora import Matrix, merged
 from tools.convert.plan_import import plan_import, tied_checks
 from tools.convert.tokenizer_files import FILES, check_same_vocabulary
 
-_MATRIX_THREADS = "OPENBLAS_NUM_THREADS"  # one per copying thread
+_MATRIX_THREADS = "OPENBLAS_NUM_THREADS"  # BLAS threads per copy thread
 
 
 def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int | None) -> None:
@@ -123,13 +123,13 @@ def _untie(path: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
-    """Sources of the merged directory's tensors."""
+    """Plan of the merge: where each tensor comes from."""
 
     reader: HfReader
     changes: Changes
     layout: WeightLayout
-    untied: tuple[str, str] | None  # head and embedding, now separate tensors
-    copies: Mapping[str, str]  # tied tensors that the family always stores: name -> original
+    untied: tuple[str, str] | None  # (head, embedding), stored separately after the merge
+    copies: Mapping[str, str]  # stored tied tensors: name -> original
 
     def operations(self, tensor: TensorInfo) -> Iterator[CopyOperation]:
         """Copy operations of a tensor."""
@@ -151,7 +151,7 @@ class Merge:
                 yield cast_operation(operation, held, dtype)
 
     def sources(self, tensor: TensorInfo) -> Iterator[Path]:
-        """Files that a tensor is read from."""
+        """Source files of a tensor."""
         name = self.copies.get(tensor.name, tensor.name)
         yield self._base(name).file
         if replacement := self.changes.replaced.get(name):
@@ -168,7 +168,7 @@ class Merge:
 
 
 def _with_rows(base: TensorInfo, rows: Mapping[int, int], trained: TensorInfo) -> Iterator[CopyOperation]:
-    """The base's tensor with some rows of another: row of the base -> row of `trained`."""
+    """Copy operations of the base tensor with rows replaced: base row -> row of `trained`."""
     view, new = view_of(base), view_of(trained)
     dtypes = [weight_dtype(tensor.dtype, tensor.name, tensor.place) for tensor in (trained, base)]
     limit = BLOCK * dtypes[0].size // max(dtype.size for dtype in dtypes)

@@ -1,7 +1,7 @@
-"""Plan of an export: every Megatron or TransformerEngine tensor matched with the Hugging Face shards to be written.
+"""Plan of an export: Megatron or TransformerEngine tensors to Hugging Face shards.
 
-All tensors are accounted for before the first byte is written. Each byte of the result is written once, in blocks:
-memory does not grow with the model.
+All tensors are accounted for before the first byte is written. Each output byte is written once, in blocks: memory does
+not grow with the model.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from shared.quantized.scheme import QuantizationScheme
 from shared.quantized.stored_weight import Component, QuantizedWeight, Weight, assemble_weights, quantize
 from tools.convert.planning import MegatronReader, read_limit
 
-Origin = list[tuple[Entry, int]]  # the entries that hold a Hugging Face tensor, and its place among their sources
+Origin = list[tuple[Entry, int]]  # entries of a Hugging Face tensor, with its index in their sources
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportPlan:
-    """Where the tensors of a Hugging Face directory come from."""
+    """Sources of a Hugging Face directory's tensors."""
 
     architecture: Architecture
     layout: WeightLayout
     origin: dict[str, Origin]  # by Hugging Face name
     pass_through: dict[str, Weight]  # tensors copied from hf/asides.safetensors
-    components: dict[str, tuple[QuantizedWeight, Component]]  # codes and scales of weights written quantised, by name
-    constants: tuple[Entry, ...]  # tensors of the Megatron or TE form that the model lacks: zeros or ones
-    downcast: tuple[str, ...]  # tensors written in a narrower type than they are held in
+    components: dict[str, tuple[QuantizedWeight, Component]]  # codes and scales, by tensor name
+    constants: tuple[Entry, ...]  # zeros or ones; not stored in Hugging Face
+    downcast: tuple[str, ...]  # tensors written in a narrower dtype
     unit_rows: frozenset[str] = frozenset()  # tensors whose rows are divided by their L2 norms
 
     @property
@@ -66,7 +66,7 @@ class ExportPlan:
         return any(entry.transposed for origin in self.origin.values() for entry, _ in origin)
 
     def casts(self, reader: MegatronReader) -> bool:
-        """Whether any number changes its type, or any column its place."""
+        """Whether a dtype or a column order changes."""
         tensors = self.layout.tensors()
         held = (
             (name, reader.tensors[entry.key].dtype)
@@ -90,17 +90,17 @@ def plan_export(
     scheme: QuantizationScheme | None = None,
     quantized: bool = False,
 ) -> ExportPlan:
-    """Match a checkpoint with its family's table and with the shards to be written.
+    """Match a checkpoint with the family's tensor table and the output shards.
 
     Args:
         reader: the Megatron or TransformerEngine checkpoint.
-        architecture: of hf/config.json.
-        table: its tensors, in the checkpoint's form.
-        layout: the source's shards; None for transformers' default.
+        architecture: architecture of hf/config.json.
+        table: tensor table of the architecture, for the checkpoint's kind.
+        layout: shard layout of the Hugging Face source; None for transformers' default.
         pass_through: tensors of hf/asides.safetensors.
-        dtype: type of every weight; None for the source's, or without a layout the checkpoint's.
-        scheme: quantisation of the source's weights.
-        quantized: write them quantised again, not as plain numbers.
+        dtype: dtype of every weight; None: the source's, without a layout the checkpoint's.
+        scheme: quantisation scheme of the source.
+        quantized: requantise the weights that the source stored quantised.
     """
     stored = layout
     if layout is not None:
@@ -131,7 +131,7 @@ def plan_export(
         written, own = (weight_dtype(of[name].dtype, name, "hf/weights.json") for of in (final, names))
         if any(
             entry.zero_centered_gamma for entry, _ in origin[name]
-        ):  # fp64 is exact as imported, and rounded after training
+        ):  # gamma is held in fp64: exact after import, rounded after training
             return held[name] is not FP64 or common([written, own]) is not written
         return common([held[name], written]) is not written
 
@@ -166,7 +166,7 @@ def _origins(entries: Iterable[Entry]) -> dict[str, Origin]:
 
 
 def _check_layout(names: Mapping[str, TensorInfo], shapes: Mapping[str, Shape], kept: Collection[str]) -> None:
-    """UserError where the shards of hf/weights.json are not those of the model."""
+    """UserError if the tensors of hf/weights.json are not the model's."""
     if absent := sorted(shapes.keys() - names.keys()):
         raise UserError(f"hf/weights.json lacks {absent[0]}, which hf/config.json asks for; restore the file")
     if unknown := sorted(names.keys() - shapes.keys() - set(kept)):
@@ -190,7 +190,7 @@ def _with_scales(weight: QuantizedWeight, pass_through: Mapping[str, TensorInfo]
 
 
 def export_files(plan: ExportPlan, reader: MegatronReader) -> list[FilePlan]:
-    """The shards to be written."""
+    """The output shards."""
 
     def sources(tensor: TensorInfo) -> Iterable[Path]:
         if tensor.name in plan.pass_through:
@@ -205,7 +205,7 @@ def export_files(plan: ExportPlan, reader: MegatronReader) -> list[FilePlan]:
 
 
 def tensor_operations(plan: ExportPlan, reader: MegatronReader, tensor: TensorInfo) -> Iterator[CopyOperation]:
-    """Copy operations that make a Hugging Face tensor."""
+    """Copy operations of a Hugging Face tensor."""
     if tensor.name in plan.pass_through:
         view = plan.pass_through[tensor.name].view()
         yield from copy_rows(view, 0, view.rows)
@@ -221,7 +221,7 @@ def tensor_operations(plan: ExportPlan, reader: MegatronReader, tensor: TensorIn
 
 
 def _slice_operations(origin: Origin, reader: MegatronReader, wanted: Dtype, *, unit: bool) -> Iterator[CopyOperation]:
-    """Copy operations of a tensor, or of one expert's slice of it; with `unit` each row is divided by its L2 norm."""
+    """Copy operations of a tensor or of one expert's slice; with `unit`, each row is divided by its L2 norm."""
     pieces = []
     for entry, place in origin:
         held, view = reader.tensors[entry.key].dtype, reader.view(entry.key, entry.index)
@@ -241,7 +241,7 @@ def _slice_operations(origin: Origin, reader: MegatronReader, wanted: Dtype, *, 
             return
         pieces += [(segment, view, entry.zero_centered_gamma, held) for segment in segments]
     for segment, view, zero_centered_gamma, held in sorted(pieces, key=lambda piece: piece[0].source_row):
-        limit = max(read_limit(held, wanted), view.width if unit else 0)  # a row's norm takes the whole row
+        limit = max(read_limit(held, wanted), view.width if unit else 0)  # the L2 norm needs the full row
         for operation in copy_rows(view, segment.target_row, segment.rows, limit):
             if unit:
                 yield NormalizeRows(operation=operation, row=view.width // held.size, source=held, target=wanted)
@@ -252,7 +252,7 @@ def _slice_operations(origin: Origin, reader: MegatronReader, wanted: Dtype, *, 
 
 
 def _concatenated(entry: Entry, segments: Iterable[Segment], view: ByteView, rows: int) -> ConcatenatedView:
-    """Rows of a source in their order, read from the entry's view."""
+    """A source's rows in order, read from the entry's view."""
     parts = tuple(
         RowRange(view=view, row=s.target_row, rows=s.rows, target_row=s.source_row, step=s.step) for s in segments
     )
@@ -260,7 +260,7 @@ def _concatenated(entry: Entry, segments: Iterable[Segment], view: ByteView, row
 
 
 def _rows_to_quantize(plan: ExportPlan, reader: MegatronReader, name: str) -> Iterator[tuple[Shape, ByteView, Dtype]]:
-    """Per slice of a weight to be quantised: its index, its rows in the order of the codes, and their type."""
+    """Per slice of a weight to be quantised: index, view with rows in the order of the codes, dtype."""
     for index, origin in groupby(plan.origin[name], key=lambda part: part[0].sources[part[1]].index):
         parts: list[RowRange] = []
         held: set[Dtype] = set()
@@ -276,13 +276,13 @@ def _rows_to_quantize(plan: ExportPlan, reader: MegatronReader, name: str) -> It
 
 
 def exported_rows(plan: ExportPlan, reader: MegatronReader, tensor: TensorInfo) -> Iterator[memoryview]:
-    """Bytes of a Hugging Face tensor; a block is valid until the next one is asked for."""
+    """Bytes of a Hugging Face tensor; a block is valid until the next is requested."""
     with OpenFiles() as files:
         yield from stream(tensor_operations(plan, reader, tensor), files)
 
 
 def rows_to_quantize(plan: ExportPlan, reader: MegatronReader, name: str) -> Iterator[memoryview]:
-    """Numbers of a weight to be quantised, in bf16 and in the order of the codes."""
+    """Values of a weight to be quantised, in bf16 and in the order of the codes."""
     with OpenFiles() as files:
         for _, numbers, held in _rows_to_quantize(plan, reader, name):
             operations = copy_rows(numbers, 0, numbers.rows, read_limit(held, BF16))
@@ -290,7 +290,7 @@ def rows_to_quantize(plan: ExportPlan, reader: MegatronReader, name: str) -> Ite
 
 
 def constant_checks(plan: ExportPlan, reader: MegatronReader) -> list[Task]:
-    """A task per constant; UserError if training changed it."""
+    """One check per constant; UserError if training changed it."""
     return [partial(_check_constant, reader, entry) for entry in plan.constants]
 
 
@@ -303,7 +303,7 @@ def _check_constant(reader: MegatronReader, entry: Entry) -> None:
 
 
 def changed_constant(reader: MegatronReader, entry: Entry) -> str | None:
-    """`KEY is not zero` (or one) where a constant's numbers are others; None where they are right."""
+    """`KEY is not zero` (or one) if a constant has other values, else None."""
     ones = entry.segments[0].source == ONES
     wanted = scalar_bytes(1 if ones else 0, reader.tensors[entry.key].dtype)
     for block in reader.rows(entry.key, entry.index, 0, entry.shape[0]):

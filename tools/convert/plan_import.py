@@ -1,7 +1,7 @@
-"""Plan of an import: every tensor of a Hugging Face checkpoint matched with the family's table, and the torch_dist chunks.
+"""Plan of an import: Hugging Face tensors to torch_dist chunks.
 
-All tensors are accounted for before the first byte is written. Each byte of the result is written once and each byte of
-the source read once, in blocks: memory does not grow with the model.
+All tensors are accounted for before the first byte is written. Each source byte is read once and each output byte written
+once, in blocks: memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shared.mapping.rule import Entry, Table, TiedTensor
 from tools.convert.conversion_report import abbreviated
 from tools.convert.planning import entry_operations
 
-# Content of common.pt, as Megatron-Core 0.18 and before write it; later ones read it too.
+# Content of common.pt as written by Megatron-Core up to 0.18; later versions read it too.
 COMMON = {
     "checkpoint_version": 3.0,
     "iteration": 0,
@@ -39,12 +39,12 @@ COMMON = {
 
 @dataclass(frozen=True, kw_only=True)
 class ImportPlan:
-    """Where a Hugging Face checkpoint's tensors go."""
+    """Targets of a Hugging Face checkpoint's tensors."""
 
     architecture: Architecture
     account: Account
     dtypes: dict[str, Dtype]  # by Megatron key
-    upcast: tuple[str, ...]  # keys whose slices are of different types: held in the wider one
+    upcast: tuple[str, ...]  # keys whose slices differ in dtype: stored in a common, wider one
 
     @property
     def bytes(self) -> int:
@@ -57,17 +57,17 @@ class ImportPlan:
         return any(entry.transposed for entry in self.account.entries)
 
     def casts(self, reader: HfReader) -> bool:
-        """Whether any number changes its type, or any column its place."""
+        """Whether a dtype or a column order changes."""
         shifted = any(entry.zero_centered_gamma for entry in self.account.entries)
         quantized = any(weight.quantized for weight in reader.weights.values())
         return bool(self.upcast) or shifted or quantized or reader.splits_columns
 
 
 def plan_import(reader: HfReader, architecture: Architecture, table: Table) -> ImportPlan:
-    """Match a checkpoint with its family's table.
+    """Match a checkpoint with the family's tensor table.
 
     Raises:
-        UserError: a tensor is missing, unknown, misshapen, or of a type that is no weight's.
+        UserError: a tensor is missing, unknown or misshapen, or its dtype is not a weight dtype.
     """
     account = account_sources(table, reader.weights, str(reader.path))
     found: dict[str, set[Dtype]] = {}
@@ -78,7 +78,7 @@ def plan_import(reader: HfReader, architecture: Architecture, table: Table) -> I
             found.setdefault(entry.key, set()).add(weight_dtype(tensor.dtype, source.name, tensor.place))
     most = Counter(dtype for dtypes in found.values() for dtype in dtypes).most_common(1)[0][0]
     for entry in account.entries:
-        if not entry.sources:  # a constant: the type of the weight beside it, if there is one
+        if not entry.sources:  # a constant: dtype of the module's weight, if it has one
             found[entry.key] = found.get(entry.key.removesuffix("bias") + "weight", {most})
     return ImportPlan(
         architecture=architecture,
@@ -89,7 +89,7 @@ def plan_import(reader: HfReader, architecture: Architecture, table: Table) -> I
 
 
 def log_import(plan: ImportPlan, reader: HfReader) -> None:
-    """Log everything that is not a plain copy."""
+    """Log upcasts, dequantisation, pass-through tensors, and files that are not copied."""
     if plan.upcast:
         names = ", ".join(plan.upcast)
         log(f"{names}: slices of different dtypes, upcast to float32; to-hf writes the original dtypes")
@@ -102,7 +102,7 @@ def log_import(plan: ImportPlan, reader: HfReader) -> None:
 
 
 def import_checks(checkpoint: Checkpoint, plan: ImportPlan, reader: HfReader, shard: ShardSpec | None) -> Checks:
-    """Checks of the source while it is read: its hashes, and in the first shard the tensors that are stored twice."""
+    """Checks of the source during the copy: file hashes; in the first shard also tied tensors stored twice."""
 
     def checks(sources: frozenset[Path]) -> list[Task]:
         tied = tied_checks(plan, reader) if shard is None or shard.index == 1 else []
@@ -123,7 +123,7 @@ def describe_import(out: Publication, plan: ImportPlan) -> None:
 
 
 def tied_checks(plan: ImportPlan, reader: HfReader) -> list[Task]:
-    """A task per tensor that is stored twice; UserError if the two differ."""
+    """One check per tied tensor stored twice; UserError if the copies differ."""
     return [partial(_check_tied, reader, tied) for tied in plan.account.tied_tensors]
 
 
@@ -138,9 +138,9 @@ def _check_tied(reader: HfReader, tied: TiedTensor) -> None:
 
 
 def torch_dist_layout(plan: ImportPlan, reader: HfReader) -> TorchDistLayout:
-    """Chunks of every tensor, and the `_extra_state` objects that a strict load wants.
+    """Chunks of every tensor, and the `_extra_state` objects required by a strict load.
 
-    Chunks follow the order of their sources on disk: each new file then reads few of the source's files.
+    Chunks are in the order of their sources on disk, so each output file reads few source files.
     """
     layout = TorchDistLayout()
     for entry in {entry.key: entry for entry in plan.account.entries}.values():

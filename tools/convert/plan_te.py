@@ -1,4 +1,4 @@
-"""Plan of an import into TransformerEngine's parameters: safetensors shards, layer after layer."""
+"""Plan of an import to TransformerEngine parameters: safetensors shards in layer order."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tools.convert.planning import entry_operations
 
 
 def te_layout(plan: ImportPlan, reader: HfReader, states: Iterable[str]) -> tuple[WeightLayout, list[FilePlan]]:
-    """The shards and their files; `states` are the names of empty `_extra_state` tensors."""
+    """Shard layout and file plans; `states` are the names of empty `_extra_state` tensors."""
     entries: dict[str, list[Entry]] = {}
-    for entry in plan.account.entries:  # slices of a tensor in their order
+    for entry in plan.account.entries:  # slices of a tensor, in order
         entries.setdefault(entry.key, []).append(entry)
     triples = [(key, plan.dtypes[key].safetensors, slices[0].global_shape) for key, slices in entries.items()]
     triples += [(name, STATE_TYPE, (0,)) for name in states]

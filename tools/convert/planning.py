@@ -1,4 +1,4 @@
-"""What the planners share: the readers of Megatron layouts, the copy operations of an entry, and how much one reads."""
+"""Shared by the planners: readers of Megatron layouts, copy operations of an entry, read limits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MegatronReader = TorchDistReader | TeReader | MegatronLmReader  # tensors in Meg
 
 
 def with_stored_mtp(architecture: Architecture, names: Collection[str], where: Path) -> Architecture:
-    """The architecture without MTP layers if none of their tensors is among `names`; logged."""
+    """The architecture, without MTP layers if `names` has no MTP tensor; that is logged."""
     stored = registry.drop_missing_mtp(architecture, names)
     if stored != architecture:
         log(f"mtp: off (config.json declares MTP layers, {where} has none)")
@@ -40,7 +40,7 @@ def with_stored_mtp(architecture: Architecture, names: Collection[str], where: P
 
 
 def entry_operations(entry: Entry, dtype: Dtype, reader: HfReader, first: int, count: int) -> Iterator[CopyOperation]:
-    """Copy operations that make rows `first` to `first + count` of an entry from its Hugging Face sources."""
+    """Copy operations of rows `first` to `first + count` of an entry, from its Hugging Face sources."""
     for segment in segments_of_target(entry.segments, first, count):
         if segment.source in (PADDING, ONES):
             filler = scalar_bytes(1 if segment.source == ONES else 0, dtype)
@@ -69,5 +69,5 @@ def entry_operations(entry: Entry, dtype: Dtype, reader: HfReader, first: int, c
 
 
 def read_limit(source: Dtype, target: Dtype) -> int:
-    """Bytes to read at once: neither they nor the cast bytes exceed a block."""
+    """Maximum bytes per read: neither the bytes read nor the cast bytes exceed a block."""
     return blocks.BLOCK * source.size // max(source.size, target.size)

@@ -3,8 +3,8 @@
     runs: NAME -> date, revision, code, versions of each tool's environment
     families: NAME -> run, description, sizes: SIZE -> PROOF -> outcome, published: MODEL -> outcome
 
-An outcome is a result (proven, failed, or lacking where the feature does not exist), its reason, and figures. It holds
-for the description that was tested: a family with another description is not proven.
+An outcome is a result (proven, failed, or lacking: the feature does not exist), a reason and figures. It is valid for the
+tested description only; a family whose description changed is not proven.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from shared.families.family import Family
 
 RECORD = Path(__file__).with_name("proofs.json")
 _SHARED = Path(registry.__file__).parents[1]
-_DECIDING = ("architecture", "families", "kernels", "mapping", "model", "quantized")  # folders that a proof depends on
+_DECIDING = ("architecture", "families", "kernels", "mapping", "model", "quantized")  # packages that proofs depend on
 
 Record = dict[str, Any]
 Outcome = dict[str, Any]
@@ -37,7 +37,7 @@ def load(path: Path = RECORD) -> Record:
 
 
 def description(family: Family) -> str:
-    """Hash over the sizes of a family: config.json, architecture and tensor table."""
+    """Hash of a family: config.json, architecture and tensor table of every size."""
     described = []
     for name, size in family.sizes.items():
         config = registry.to_config(size)
@@ -46,7 +46,7 @@ def description(family: Family) -> str:
 
 
 def code() -> str:
-    """Hash of the code that reads, maps and computes a family, without comments and docstrings."""
+    """Hash of the code that proofs depend on, without comments and docstrings."""
     digest = hashlib.sha256()
     for path in sorted(file for folder in _DECIDING for file in (_SHARED / folder).rglob("*.py")):
         with path.open("rb") as file:
@@ -55,7 +55,7 @@ def code() -> str:
 
 
 def _tokens(readline: Callable[[], bytes]) -> Iterator[str]:
-    """Tokens of a module but comments, docstrings and layout within a statement."""
+    """Tokens of a module, without comments, docstrings and line breaks inside statements."""
     ignored = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING)
     found = [token for token in tokenize.tokenize(readline) if token.type not in ignored]
     begins = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
@@ -71,7 +71,7 @@ def tested_sizes(family: Family) -> dict[str, Architecture]:
 
 
 def proofs_of(architecture: Architecture) -> list[str]:
-    """Proofs of a size, in the tables' order."""
+    """Proofs of a size, in table order."""
     layouts = ["tp2", "pp2"] + ["ep2"] * bool(architecture.moe)
     logits = [f"logits {layout}" for layout in layouts]
     training = [f"training {layout}" for layout in layouts]
@@ -79,7 +79,7 @@ def proofs_of(architecture: Architecture) -> list[str]:
 
 
 def state(family: Family, record: Record) -> str:
-    """ "" if the record is of this description, else the reason."""
+    """ "" if the record has the family's current description, else the reason."""
     entry = record["families"].get(family.name)
     if entry is None:
         return "not run"
@@ -99,7 +99,7 @@ def published(family: Family, record: Record) -> dict[str, Outcome]:
 
 
 def shortcomings(record: Record) -> list[str]:
-    """A line per proof that failed or was not run."""
+    """One line per proof that failed or was not run."""
     found = []
     for family in registry.FAMILIES.values():
         if why := state(family, record):

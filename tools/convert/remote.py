@@ -1,4 +1,4 @@
-"""Modelling code in a checkpoint directory, run with --trust-remote-code only."""
+"""Modelling code in a checkpoint directory; run only with --trust-remote-code."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
 
 
 def remote_class(config: Mapping[str, Any]) -> str | None:
-    """The auto class of the directory's language model; None without modelling code."""
+    """The language model's class in auto_map; None without modelling code."""
     registered = config.get("auto_map") or {}
     return next((name for name in _AUTO_CLASSES if name in registered), None)

@@ -100,7 +100,7 @@ def run(
 
 
 def _log_export(plan: ExportPlan, reader: MegatronReader, dtype: Precision | None) -> None:
-    """Log everything that is not a plain copy."""
+    """Log downcasts and pass-through tensors."""
     tensors = plan.layout.tensors()
     if plan.downcast:
         held = sorted(
@@ -117,11 +117,11 @@ def _log_export(plan: ExportPlan, reader: MegatronReader, dtype: Precision | Non
         )
 
 
-_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")  # fields of every family's config.json
+_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")  # same in every family's config.json
 
 
 def _spelt_as(config: Mapping[str, Any], family: str) -> bool:
-    """Whether a configuration is the family's, in today's transformers names."""
+    """Whether config.json is the family's, with current transformers field names."""
     wanted = registry.FAMILIES[family]
     named = (config.get("model_type"), config.get("architectures"))
     # compared as JSON: 6 is not 6.0
@@ -130,7 +130,7 @@ def _spelt_as(config: Mapping[str, Any], family: str) -> bool:
 
 
 def _write_config(path: Path, architecture: Architecture, source: Mapping[str, Any]) -> None:
-    """Write config.json in another family's fields, with token ids and dtype of the source."""
+    """Write config.json for another family, with the source's token ids and dtype."""
     kept = {name: source[name] for name in _KEPT if name in source}
     config = registry.to_config(architecture, **kept)
     log(
@@ -141,7 +141,7 @@ def _write_config(path: Path, architecture: Architecture, source: Mapping[str, A
 
 
 def _set_dtype(path: Path, name: str) -> None:
-    """Set the dtype of config.json to that of the weights; loaders follow it."""
+    """Set dtype in config.json to the weights' dtype; loaders use it."""
     config = read_config(path)
 
     def with_dtype(part: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,9 +175,9 @@ def open_export(
 
     Args:
         checkpoint: of kind megatron or te.
-        files: folder of config.json, and of weights.json where the checkpoint was converted from Hugging Face.
-        dtype: dtype of the weights; None for the original ones.
-        family: family of config.json and tensor names; None for the model's own.
+        files: directory of config.json, and of weights.json if the checkpoint was converted from Hugging Face.
+        dtype: dtype of the weights; None for the original dtypes.
+        family: output family of config.json and tensor names; None for the model's family.
         quantized: quantise the weights that the original checkpoint stored quantised.
     """
     if not (files / "config.json").is_file():
@@ -228,6 +228,6 @@ def open_export(
 
 
 def _single_dtype(layout: WeightLayout | None) -> Dtype | None:
-    """The dtype of all weights of the source; None if there are several."""
+    """The common dtype of the source's weights; None if they differ."""
     found = {tensor.dtype for tensor in layout.tensors().values()} if layout else set()
     return next((dtype for dtype in BY_FLAG.values() if found == {dtype.safetensors}), None)

@@ -58,7 +58,7 @@ def run(
 
 
 def layer_lines(layers: list[dict[str, Any]]) -> list[str]:
-    """How many layers are a TransformerLayer, and why the others are not."""
+    """Number of layers built as TransformerLayer, and the reasons for the others."""
     whole = sum("class" in layer for layer in layers)
     lines = [f"{whole} of {len(layers)} layers are TransformerLayer"]
     for because in dict.fromkeys(tuple(layer["because"]) for layer in layers if "class" not in layer):

@@ -1,4 +1,4 @@
-"""Vocabulary and special tokens of a tokenizer's files, without the tokenizer library."""
+"""Vocabulary and special tokens from tokenizer files, without the tokenizers library."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _VOCABULARIES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.js
 
 
 def check_same_vocabulary(adapter: Path, base: Path, rows: int) -> None:
-    """Check the adapter's tokenizer against the base's.
+    """Compare the adapter's tokenizer with the base's.
 
     Raises:
-        UserError: a token has another id than in the base, or an id beyond the `rows` of the embedding.
+        UserError: a token id differs, or is not below `rows`, the embedding's row count.
     """
     ours, theirs = adapter / "tokenizer.json", base / "tokenizer.json"
     fix = f"remove the tokenizer from {adapter} to keep the base's, or merge into the base that it was trained with"
@@ -45,7 +45,7 @@ def check_same_vocabulary(adapter: Path, base: Path, rows: int) -> None:
 
 
 def tokenizer_fields(directory: Path) -> dict[str, Any]:
-    """`vocab_size` and the ids of special tokens.
+    """`vocab_size` and special token ids.
 
     Raises:
         UserError: tokenizer.json is missing, or a special token is not in it.

@@ -1,4 +1,4 @@
-"""`convert verify`: a Megatron or TransformerEngine directory against its Hugging Face source, in bits and in logits."""
+"""`convert verify`: compare a Megatron or TransformerEngine directory with its Hugging Face source: bits and logits."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from tools.convert.planning import MegatronReader
 from tools.convert.remote import remote_class
 from tools.convert.to_hf import open_export
 
-MAX_DIFFERENCES = 20  # logged
+MAX_DIFFERENCES = 20  # logged at most
 LOGITS_NEED = {"torch": "torch", "transformers": "transformers", "megatron.core": "megatron-core"}
 
 
 @dataclass(kw_only=True)
 class Findings:
-    """What was compared and what differed."""
+    """Counts of the comparison, and the differences."""
 
     tensors: int = 0
     bytes: int = 0
@@ -58,7 +58,7 @@ def run(
     trust_remote_code: bool,
     hf_files: Path | None = None,
 ) -> None:
-    """Compare, write the certificate, and raise StageError if anything differs."""
+    """Compare and write the certificate. StageError if anything differs."""
     if logits and (target / LAYERS).is_file():
         log("logits: not compared, TransformerEngine's modules need a GPU; bits, config.json and files are compared")
         logits = False
@@ -79,7 +79,7 @@ def run(
         _require_class(reader.config, source, trust_remote_code)
     findings = Findings()
     _compare_config(reader.config, read_config(made.hf_files / "config.json"), findings)
-    if not findings.differences:  # else the shapes may differ
+    if not findings.differences:  # a different config.json may imply other shapes
         quantized = any(weight.quantized for weight in reader.weights.values())
         held, plan = open_export(made, made.hf_files, None, quantized=quantized)
         if logits:
@@ -127,7 +127,7 @@ def run(
 
 
 def _require_models() -> None:
-    """UserError if the libraries of the two models are not installed."""
+    """UserError if torch, transformers or megatron-core is not installed."""
     absent = [name for module, name in LOGITS_NEED.items() if not _importable(module)]
     if absent:
         raise UserError(
@@ -137,7 +137,7 @@ def _require_models() -> None:
 
 
 def _require_class(config: dict[str, Any], source: Path, trust_remote_code: bool) -> None:
-    """UserError if only modelling code of the directory computes the logits, without --trust-remote-code, or nothing does."""
+    """UserError if no class can compute the logits: neither transformers nor modelling code with --trust-remote-code."""
     family = registry.family_of(config)
     if (trust_remote_code or family.remote) and quantization_scheme(config):
         raise UserError("logits of quantised models need a class of transformers: give --no-logits")
@@ -224,7 +224,7 @@ def _compare_tensor(name: str, reader: HfReader, held: MegatronReader, plan: Exp
 
 
 def _compare_numbers(reader: HfReader, held: MegatronReader, plan: ExportPlan, findings: Findings) -> None:
-    """Compare dequantised weights of the source with the held values, bit for bit."""
+    """Compare the source's dequantised weights with the target's, bit for bit."""
     for name in (name for name, weight in reader.weights.items() if weight.quantized and name in plan.origin):
         dtype, nan, infinite, same = (
             weight_dtype(reader.weights[name].dtype, name, reader.weights[name].place),
@@ -242,7 +242,7 @@ def _compare_numbers(reader: HfReader, held: MegatronReader, plan: ExportPlan, f
 
 
 def _aligned(left: Iterator[memoryview], right: Iterator[memoryview]) -> Iterator[tuple[memoryview, memoryview]]:
-    """Two byte streams in pieces of equal size."""
+    """Split two byte streams into pieces of equal size."""
     a = b = memoryview(b"")
     while True:
         a = a if len(a) else next(left, memoryview(b""))
@@ -256,7 +256,7 @@ def _aligned(left: Iterator[memoryview], right: Iterator[memoryview]) -> Iterato
 
 
 def _check_added(held: MegatronReader, plan: ExportPlan, findings: Findings) -> None:
-    """Check what to-megatron adds: vocabulary padding, and constants in place of absent biases and norms."""
+    """Check the additions of to-megatron: vocabulary padding, and constants for absent biases and norms."""
     for entry in plan.constants:
         if what := changed_constant(held, entry):
             findings.differences.append(f"{what}, but the model has no such parameter")
@@ -268,7 +268,7 @@ def _check_added(held: MegatronReader, plan: ExportPlan, findings: Findings) -> 
 
 
 def _check_layers(path: Path, plan: ExportPlan, findings: Findings) -> None:
-    """layers.json describes the model: the architecture in any version of its dictionary, the layers without reasons."""
+    """Compare layers.json with the model: the architecture in any dictionary version, the layers without their reasons."""
 
     def comparable(described: dict[str, Any]) -> dict[str, Any]:
         layers = [{name: value for name, value in layer.items() if name != "because"} for layer in described["layers"]]

@@ -1,4 +1,4 @@
-"""Logits of the Megatron-Core model against transformers', same weights and tokens, in fp32."""
+"""Compare logits of the Megatron-Core and the transformers model: same weights, same tokens, fp32."""
 
 from __future__ import annotations
 
@@ -26,10 +26,9 @@ from shared.model.prefix_lm import prefix_inputs, with_blank
 from shared.quantized.scheme import quantization_scheme
 from tools.convert.remote import remote_class
 
-# Both sides compute in fp32 from the same bits and differ only in the order of sums. A layer's dozen roundings are 2^-24
-# relative to the activation and add up like a random walk; norms keep them relative: a few 1e-6 of the logits' standard
-# deviation in practice. A misplaced row or a wrong frequency shows at 1e-2 and above. 1e-4 leaves room for hundreds of
-# layers and is far from any defect.
+# Both models compute in fp32 from the same bits; only the order of sums differs. A layer has about a dozen roundings of
+# 2^-24, relative to the activation. They accumulate like a random walk: in practice a few 1e-6 of the logits' standard
+# deviation. A misplaced row or a wrong rotary frequency gives 1e-2 or more. 1e-4 suffices for hundreds of layers.
 RELATIVE_TOLERANCE = 1e-4
 
 
@@ -41,10 +40,10 @@ def compare_logits(
     seed: int,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Build both models in fp32 one after the other and compare every logit of one random sequence.
+    """Build one model after the other in fp32 and compare all logits of one random sequence.
 
     Returns:
-        Fields of the certificate: positions, largest difference, tolerance and its reason, passed.
+        Certificate fields: positions, largest difference, tolerance with its reason, passed.
     """
     positions = min(positions, architecture.max_position_embeddings)
     log(
@@ -61,7 +60,7 @@ def compare_logits(
     difference = (ours - theirs).abs().max().item()
     tolerance = RELATIVE_TOLERANCE * spread
     return {
-        "passed": bool(difference <= tolerance),  # false for NaN as well
+        "passed": bool(difference <= tolerance),  # NaN: False
         "positions": positions,
         "precision": "fp32",
         "max_difference": difference,
@@ -90,7 +89,7 @@ def _alibi(architecture: Architecture) -> Alibi | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the libraries' deprecation and optional-dependency warnings; errors are raised."""
+    """Silence deprecation and optional-dependency warnings of the libraries."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -101,7 +100,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _megatron(architecture: Architecture, iteration: Path, ids: torch.Tensor) -> torch.Tensor:
-    shared.runtime.device.prepare()  # before anything of Megatron-Core is imported
+    shared.runtime.device.prepare()  # before any import of Megatron-Core
     from shared.model import gpt, logits, weights
     from shared.parallel import ParallelConfig
     from shared.runtime.process_groups import initialize
@@ -123,12 +122,12 @@ def _tear_down() -> None:
 
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
-    gc.collect()  # modules are reference cycles; frees memory for the second model
+    gc.collect()  # modules are in reference cycles; the second model needs the memory
 
 
 def attention_of(architecture: Architecture) -> str:
-    """transformers' attention implementation to compare with: eager where that is right."""
-    # eager attention of Falcon RW adds ALiBi twice: by itself, and with the mask made for sdpa
+    """transformers' attention implementation: eager, unless it is wrong for the model."""
+    # Eager attention of Falcon RW adds ALiBi twice: in the scores, and in the mask made for sdpa.
     alibi = _alibi(architecture)
     return "sdpa" if alibi and alibi.rounded else "eager"
 
@@ -163,7 +162,7 @@ def _logits(model: Any, ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tens
 
 
 def _prefix_inputs(architecture: Architecture, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """position_ids `[batch, 2, sequence]` and attention_mask (1: attended), for classes whose tokenizer makes them."""
+    """position_ids `[batch, 2, sequence]` and attention_mask (1: attended), normally made by the tokenizer."""
     if architecture.prefix is None or not registry.FAMILIES[architecture.family].explicit_positions:
         return {}
     streams, segments = prefix_inputs(architecture.prefix, ids, None, None)
@@ -172,7 +171,7 @@ def _prefix_inputs(architecture: Architecture, ids: torch.Tensor) -> dict[str, t
 
 @contextlib.contextmanager
 def _modelling_code(source: Path) -> Iterator[None]:
-    """StageError if modelling code fails: most of it was written for an older transformers."""
+    """StageError if modelling code fails; most was written for an older transformers."""
     import transformers
 
     try:
@@ -186,9 +185,9 @@ def _modelling_code(source: Path) -> Iterator[None]:
 
 
 def _dequantized_model(source: Path, **options: Any) -> Any:
-    """The model with dequantised weights: values are compared, not a kernel's arithmetic.
+    """The model with dequantised weights: quantised kernels are not part of the comparison.
 
-    Weights are dequantised to bf16 first, as everywhere here; transformers would dequantise to fp32.
+    Weights are dequantised to bf16, like in to-megatron; transformers dequantises to fp32.
     """
     reader = HfReader(source)
     kind, known = _class_and_config(
@@ -208,7 +207,7 @@ def _dequantized_model(source: Path, **options: Any) -> Any:
 
 
 def _class_and_config(config: dict[str, Any]) -> tuple[Any, Any]:
-    """transformers' class and configuration; legacy field names of config.json are translated."""
+    """transformers' class and configuration, with legacy field names of config.json translated."""
     import transformers
 
     family = registry.family_of(config)
