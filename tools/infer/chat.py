@@ -45,8 +45,8 @@ def converse(lines: Iterator[str], reply: Callable[[list[Message]], Iterator[str
 
     Args:
         lines: the user's input; /reset and /exit are commands.
-        reply: the conversation -> the answer in pieces. UserError if the conversation cannot be answered.
-        system: system message that opens the conversation.
+        reply: conversation -> reply in pieces; UserError if the chat template or the context length rejects it.
+        system: system message at the start of the conversation.
     """
     opening: list[Message] = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
@@ -69,14 +69,14 @@ def converse(lines: Iterator[str], reply: Callable[[list[Message]], Iterator[str
         except UserError as error:
             if not sys.stdin.isatty():
                 raise
-            log(f"{error}; or /reset")  # the context is full: the conversation stays as it was before this line
+            log(f"{error}; or /reset")  # the context is full: this line is dropped from the conversation
             continue
         print(flush=True)
         messages = [*asked, {"role": "assistant", "content": "".join(answer)}]
 
 
 def _lines() -> Iterator[str]:
-    """Lines of a terminal with editing and history, or of a pipe."""
+    """Lines from a terminal (with editing and history) or from a pipe."""
     if not sys.stdin.isatty():
         yield from sys.stdin
         return

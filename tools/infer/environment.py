@@ -1,4 +1,4 @@
-"""The process environment of torch, vLLM and lm-evaluation-harness, set before they are imported."""
+"""Environment variables of torch, vLLM and lm-evaluation-harness, set before their import."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def on_gpu() -> bool:
 
 
 def prepare_environment() -> None:
-    """Set the environment variables of torch, vLLM and the hub. A variable that the user set keeps its value."""
+    """Set the environment variables of torch, vLLM and the hub. Variables set by the user keep their values."""
     _silence_libraries()
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # vLLM forks: counting GPUs must not initialise CUDA
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a checkpoint directory is complete; no model hub is asked
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a checkpoint directory is complete; the hub is not needed
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns about the fork of the engine
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if on_gpu() else "ERROR")  # on CPU it warns of our settings
@@ -28,14 +28,14 @@ def prepare_environment() -> None:
         return
     # vLLM compiles a few helpers on first use even with enforce_eager: 20 s for the first log-probability.
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-    # The default runs the engine and the model in a process each; each imports torch and vLLM anew.
+    # By default engine and model run in separate processes; each imports torch and vLLM again.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    # The default pins a thread to every core but one, which starves the other processes of a shared machine.
+    # By default vLLM pins threads to all cores but one, which starves other processes on a shared machine.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 def _silence_libraries() -> None:
-    """Silence warnings about parts that are absent on purpose (CUDA, Triton) and about defaults chosen on purpose."""
+    """Silence warnings about optional dependencies that are not installed (CUDA, Triton) and about our own settings."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars would fill a log file

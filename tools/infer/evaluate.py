@@ -1,4 +1,4 @@
-"""`infer evaluate`: lm-evaluation-harness in this process, offline, on any engine."""
+"""`infer evaluate`: lm-evaluation-harness in this process, offline, with either engine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tools.infer.tasks import Chosen
 
 OUTPUT = "results.json"
-_BOOTSTRAP = 1000  # resamples for the standard error of metrics without a formula; the harness's 100,000 take minutes
+_BOOTSTRAP = 1000  # resamples for standard errors without a closed form; the harness's 100,000 take minutes
 _PUBLISHED = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples")
 
 
@@ -44,7 +44,7 @@ def run(
     settings: EngineSettings,
     overwrite: bool,
 ) -> None:
-    """Evaluate and publish `target`. UserError names the task or file that cannot be used."""
+    """Evaluate and publish `target`. UserError for an invalid task or file."""
     prepare_environment()
     with tempfile.TemporaryDirectory(prefix="infer-") as cache:
         from tools.infer.tasks import choose  # imports the harness, which reads the environment
@@ -74,13 +74,13 @@ def run(
 
 
 def _load_tasks(chosen: Chosen, num_fewshot: int | None, seed: int) -> TaskDict:
-    """The harness's tasks with their data. UserError names the task whose data cannot be loaded."""
+    """The harness's tasks with their data. UserError if a task's data cannot be loaded."""
     found: list[Any] = []
     for spec in chosen.specs:
         name = spec["task"] if isinstance(spec, dict) else spec
         try:
             loaded = chosen.manager.load([spec])
-        except Exception as error:  # `datasets` and a task's own functions raise anything
+        except Exception as error:  # `datasets` and a task's functions may raise any exception
             entry = chosen.manager.task_index.get(name)
             harness = entry is not None and entry.yaml_path is not None
             where = " (is its dataset in the local cache? HF_HUB_OFFLINE=0 may fetch it)" if harness else ""
@@ -99,7 +99,7 @@ def _load_tasks(chosen: Chosen, num_fewshot: int | None, seed: int) -> TaskDict:
 
 
 def _set_fewshot(name: str, task: Any, wanted: int | None) -> None:
-    """The number of few-shot examples: --num-fewshot, else the task's, else none. UserError where there are too few."""
+    """Set the number of few-shot examples: --num-fewshot, else the task's, else 0. UserError if the split has too few."""
     own = task.get_config("num_fewshot")
     if wanted is not None and own == 0:
         log(
@@ -115,7 +115,7 @@ def _set_fewshot(name: str, task: Any, wanted: int | None) -> None:
         and settings.samples is None
         and not (task.has_training_docs() or task.has_validation_docs())
     ):
-        settings.split = task.config.test_split  # then the harness leaves out the example that is asked
+        settings.split = task.config.test_split  # the harness then excludes the evaluated example
     there = len(task.sampler.fewshot_docs())
     asked = settings.split is not None and settings.split == task.config.test_split
     if count + asked > there:
@@ -128,7 +128,7 @@ def _set_fewshot(name: str, task: Any, wanted: int | None) -> None:
 
 
 def _evaluate(lm: LM, tasks: TaskDict, limit: int | None, apply_chat_template: bool, seed: int) -> dict[str, Any]:
-    """The harness's results. Not by its `simple_evaluate`, which runs pip and git to describe the machine."""
+    """The harness's results. Its `simple_evaluate` is avoided: it runs pip and git to describe the machine."""
     import numpy
     import torch
     from lm_eval.evaluator import evaluate
@@ -151,12 +151,12 @@ def _evaluate(lm: LM, tasks: TaskDict, limit: int | None, apply_chat_template: b
         if (name := _at_fault(error)) is None:
             raise
         raise UserError(f"--tasks {name}: {_words(error)}") from error
-    assert results is not None  # None on ranks above 0, and there is one rank
+    assert results is not None  # None on ranks above 0 only; there is one rank
     return dict(results)
 
 
 def _at_fault(error: Exception) -> str | None:
-    """The task whose template, data or function raised the error; None if the model did."""
+    """The task whose template, data or function raised the error; None if it came from the model."""
     from lm_eval.api.model import LM
     from lm_eval.api.task import Task
 
@@ -166,13 +166,13 @@ def _at_fault(error: Exception) -> str | None:
             return None
         if isinstance(owner, Task):
             return str(owner.task_name)
-        if "agg_fn" in frame.f_locals:  # a metric's own aggregation
+        if "agg_fn" in frame.f_locals:  # a metric's aggregation function
             return str(frame.f_locals["task"].task_name)
     return None
 
 
 def _words(error: Exception) -> str:
-    """An error in one line: its kind, its words, and the line of the task's own file that raised it."""
+    """An error in one line: type, message, and the line in the task's file."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [
         frame
@@ -193,7 +193,7 @@ def _check_chat_template(source: Path) -> None:
 def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
     """{"bits_per_byte,none": 1.2, "bits_per_byte_stderr,none": "N/A", "alias": ...} -> {"bits_per_byte": 1.2}.
 
-    A metric through a filter other than "none" keeps its name: {"exact_match,strict": ...}.
+    Filters other than "none" stay in the name: {"exact_match,strict": ...}.
     """
     return {
         name.removesuffix(",none"): float(value)
@@ -222,7 +222,7 @@ def _write_samples(directory: Path, samples: Mapping[str, list[dict[str, Any]]])
 
 
 def _plain(value: Any) -> Any:
-    """JSON values: functions by name, numbers that JSON lacks as null."""
+    """JSON values: functions by name, NaN and infinity as null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

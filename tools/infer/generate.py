@@ -1,4 +1,4 @@
-"""`infer generate`: prompts of a file in, a directory with their completions out."""
+"""`infer generate`: completes the prompts of a file."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ OUTPUT = "generations.jsonl"
 def run(
     source: Path, prompts: Path, target: Path, *, sampling: Sampling, settings: EngineSettings, overwrite: bool
 ) -> None:
-    """Complete every row of `prompts` and publish `target`. UserError names the line that cannot be used.
+    """Complete every row of `prompts` and publish `target`. UserError for an invalid row, with its line.
 
-    What is finished is kept in the unpublished directory; after a kill or a stop the same command does the rest.
+    Completions are saved in the unpublished directory; an interrupted run resumes from them.
     """
     rows = read_prompts(prompts, output_fields(sampling.samples))
     inputs: Inputs = {"source": source, "prompts": prompts}
@@ -34,7 +34,7 @@ def run(
         prepare_environment()
         model = open_hf_directory(source)
         with closing(open_engine(model, settings)) as engine, Finished(out.path, out.work) as finished:
-            tokenizer = load_tokenizer(model)  # after the engine: it may be remote code
+            tokenizer = load_tokenizer(model)  # after the engine's checks: a tokenizer may need remote code
             requests = []
             for index, row in enumerate(rows):
                 ids = encode(tokenizer, row.prompt, row.place, row.tools)
@@ -72,16 +72,16 @@ def run(
 
 
 class Finished:
-    """Completions in the journal of an unpublished directory, each a line of its own as soon as it is there.
+    """Journal of finished completions in the unpublished directory: one line per prompt.
 
     Args:
         directory: the unpublished directory.
-        work: key of everything that decides the completions; a journal with another key is discarded.
+        work: the run's fingerprint; a journal with another fingerprint is discarded.
     """
 
     def __init__(self, directory: Path, work: str) -> None:
         path = directory / JOURNAL
-        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []  # a kill may cut the last line
+        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []  # a kill may truncate the last line
         if not lines or json.loads(lines[0]) != {"work": work}:
             lines = [json.dumps({"work": work}).encode()]
         self.completions: dict[int, list[Completion]] = {
@@ -105,12 +105,12 @@ class Finished:
 
 
 def output_fields(samples: int) -> tuple[str, ...]:
-    """The fields that the output adds to a row."""
+    """Names of the fields added to a row."""
     return ("completion" if samples == 1 else "completions", "finish_reason", "prompt_tokens", "completion_tokens")
 
 
 def _answer(prompt_tokens: int, samples: list[Completion]) -> dict[str, Any]:
-    """The fields that the output adds to a row: values of the one sample, or a list over several."""
+    """Fields added to a row: values for one sample, lists for several."""
     texts = [sample.text for sample in samples]
     reasons = [sample.finish_reason for sample in samples]
     counts = [len(sample.tokens) for sample in samples]

@@ -1,4 +1,4 @@
-"""Prompts: rows of a file, checked, and their token ids."""
+"""Prompts: read, check and tokenise the rows of a file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Prompt:
     """One row of the input."""
 
     row: Row
-    place: str  # for messages
+    place: str  # file and line, for error messages
     fields: dict[str, Any]
 
     @property
@@ -35,7 +35,7 @@ class Prompt:
 
     @property
     def tools(self) -> list[Any] | None:
-        """The tools that the chat template is told of."""
+        """Tool definitions for the chat template."""
         return self.fields.get("tools") or None
 
 
@@ -44,10 +44,10 @@ def read_prompts(path: Path, reserved: tuple[str, ...]) -> list[Prompt]:
 
     Args:
         path: the file.
-        reserved: fields that the output adds; an input with one of them is refused.
+        reserved: fields that the output adds; an input row must not have them.
 
     Raises:
-        UserError: names the file and the line.
+        UserError: a row is invalid; the message has file and line.
     """
     found = [_checked(row, reserved) for row in rows(Piece(path=path, start=0, end=path.stat().st_size))]
     if not found:
@@ -71,7 +71,7 @@ def _checked(row: Row, reserved: tuple[str, ...]) -> Prompt:
     for name in reserved:
         if name in fields:
             raise UserError(f'{place}: the output adds a field "{name}"; rename the input\'s')
-    if isinstance(fields.get("tools"), str) and fields["tools"]:  # as in tables, whose columns have one type
+    if isinstance(fields.get("tools"), str) and fields["tools"]:  # JSON text, as in parquet and arrow columns
         try:
             fields["tools"] = json.loads(fields["tools"])
         except ValueError:
@@ -90,7 +90,7 @@ def load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        # by default transformers asks at a terminal whether to run remote code
+        # Without this argument transformers prompts on a terminal for permission to run remote code.
         return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError) as error:
         line = str(error).strip().splitlines()[0]
@@ -105,13 +105,13 @@ def load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
 def encode(
     tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, place: str, tools: list[Any] | None = None
 ) -> list[int]:
-    """Token ids of a prompt: raw text tokenized as it is, messages through the chat template with a generation prompt.
+    """Token ids of a prompt: raw text unchanged, messages rendered by the chat template with a generation prompt.
 
     Args:
         tokenizer: the model's.
         prompt: text or messages.
-        place: where it is from, for errors.
-        tools: rendered by the chat template. UserError where it does not know them.
+        place: file and line, for error messages.
+        tools: tool definitions. UserError if the chat template does not render them.
     """
     if isinstance(prompt, str):
         if tools:
@@ -133,7 +133,7 @@ def encode(
         raise UserError(f"{place}: the chat template refuses these messages: {error}") from None
     without = None
     if tools:
-        with contextlib.suppress(*refused):  # a template that cannot do without tools knows them
+        with contextlib.suppress(*refused):  # a template that fails without tools does render them
             without = rendered(None)
     if text == without:
         raise UserError(

@@ -1,4 +1,4 @@
-"""`infer serve`: vLLM's OpenAI server on a directory."""
+"""`infer serve`: vLLM's OpenAI server for a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 
 
 def run(source: Path, *, host: str, port: int, served_model_name: str | None, settings: EngineSettings) -> None:
-    """Serve until SIGTERM or SIGINT, or SIGUSR1, which raises Interrupted.
+    """Serve until a signal: SIGTERM and SIGINT exit with code 0, SIGUSR1 raises Interrupted.
 
-    UserError for a model or address that cannot be served, StageError if the engine dies.
+    UserError for an unsupported model or an invalid address, StageError if the engine dies.
     """
-    signal.signal(signal.SIGTERM, _leave)  # exit code 0 for a server that is stopped, even while it loads
+    signal.signal(signal.SIGTERM, _leave)  # exit code 0, also while the model loads
     signal.signal(signal.SIGINT, _leave)
     signal.signal(signal.SIGUSR1, _leave_for_now)
     with bind(host, port) as listener:
         prepare_environment()
         model = open_hf_directory(source)
         arguments, _ = checked_arguments(model, settings)
-        load_tokenizer(model)  # vLLM loads it late, in the midst of its start
+        load_tokenizer(model)  # checked early; vLLM loads it late in its start
         name = served_model_name or source.resolve().name
         import uvloop
 
@@ -49,7 +49,7 @@ def run(source: Path, *, host: str, port: int, served_model_name: str | None, se
         raise Interrupted("the time was up; the same command serves again")
 
 
-_exit_code = EXIT_DONE  # of a server that was told to stop
+_exit_code = EXIT_DONE  # after a signal
 
 
 def _leave(signum: int, frame: FrameType | None) -> NoReturn:
@@ -57,14 +57,14 @@ def _leave(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def _leave_for_now(signum: int, frame: FrameType | None) -> None:
-    """Slurm's warning before the time limit: stop as on SIGTERM, with the exit code for a restart."""
+    """SIGUSR1, Slurm's warning before the time limit: stop with the exit code for a restart."""
     global _exit_code
     _exit_code = EXIT_INTERRUPTED
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket, opened before the long load. UserError if the address cannot be used."""
+    """A listening socket, opened before the model loads. UserError if the address is invalid or in use."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
@@ -73,7 +73,7 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
-        listener.listen(128)  # refuses a second server on the port from now on, while this one still loads
+        listener.listen(128)  # reserves the port while the model loads
     except OSError as error:
         listener.close()
         raise UserError(
@@ -95,7 +95,7 @@ async def _serve(listener: socket.socket, host: str, arguments: dict[str, Any], 
 
         def stop_once(timeout: float | None = None) -> None:
             nonlocal died
-            died = died or engine.errored  # read before `stop`, after which it is true in any case
+            died = died or engine.errored  # read before `stop`, which sets it
             engine.shutdown = stop
             stop(timeout)
 
@@ -110,7 +110,7 @@ async def _serve(listener: socket.socket, host: str, arguments: dict[str, Any], 
 
 
 def _log_config() -> dict[str, Any]:
-    """Uvicorn's logging configuration with the access log on stderr; stdout holds only the ready line."""
+    """Uvicorn's logging configuration, access log on stderr; stdout has only the ready line."""
     from uvicorn.config import LOGGING_CONFIG
 
     config = copy.deepcopy(LOGGING_CONFIG)
@@ -119,7 +119,7 @@ def _log_config() -> dict[str, Any]:
 
 
 def _server_options(arguments: dict[str, Any], host: str, port: int, name: str) -> Namespace:
-    """The options of `vllm serve`, made by vLLM's own parser."""
+    """Options of `vllm serve`, from vLLM's parser."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -135,8 +135,8 @@ async def _engine(arguments: dict[str, Any]) -> AsyncIterator[AsyncLLM]:
     with refusals(arguments["model"]):
         config = AsyncEngineArgs(**arguments).create_engine_config()
     if not on_gpu():
-        # The server's engine is a process. On CPU vLLM spawns it, and most of its start is the imports that this process has
-        # done already; a fork shares them. No thread of torch runs yet.
+        # The engine is a separate process, by default spawned. Most of its start-up time is imports; a fork shares those of
+        # this process. A fork is safe here: no torch thread runs yet.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
         os.register_at_fork(after_in_child=_die_with_parent)
     try:
@@ -150,7 +150,7 @@ async def _engine(arguments: dict[str, Any]) -> AsyncIterator[AsyncLLM]:
 
 
 def _die_with_parent() -> None:
-    """Have the kernel kill the engine when the server is gone, even by SIGKILL."""
+    """Have the kernel kill the engine when the server dies, even by SIGKILL."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm may send it to all processes; the server stops the engine
     die_with_parent()
 

@@ -1,4 +1,4 @@
-"""--source: the Hugging Face directory that every command reads."""
+"""`--source`: the model's Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from shared.checkpoint.directory.open import open_checkpoint
 
 
 def open_hf_directory(source: Path) -> Path:
-    """The model's files, once their content matches the manifest. UserError names the file that does not."""
+    """The directory with the model's files. UserError if a file differs from the manifest."""
     return open_checkpoint(source, kinds=("hf",), flag="--source").hf_files

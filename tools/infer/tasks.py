@@ -1,4 +1,4 @@
-"""Evaluation tasks: YAML files, directories of them, and names of the harness's own tasks."""
+"""Evaluation tasks: YAML files, directories of YAML files, names of lm-evaluation-harness tasks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Chosen:
     """The tasks of --tasks."""
 
     specs: list[str | dict[str, Any]]  # for `TaskManager.load`: a name, or a configuration
-    files: list[Path]  # all files that determine the result: inputs of the published directory
+    files: list[Path]  # inputs of the published directory
     manager: TaskManager
 
 
@@ -30,11 +30,11 @@ def choose(tasks: Sequence[str], cache: Path) -> Chosen:
     """Resolve --tasks.
 
     Args:
-        tasks: YAML files, directories, or names of the harness's own tasks.
-        cache: where `datasets` keeps its copies of local data files, for this run only.
+        tasks: YAML files, directories, or names of the harness's tasks.
+        cache: temporary cache directory of `datasets` for local data files.
 
     Raises:
-        UserError: names the unknown task and the nearest known one.
+        UserError: a task is unknown; the message suggests the nearest known name.
     """
     local = _Local(cache)
     specs: list[str | dict[str, Any]] = []
@@ -53,7 +53,7 @@ def choose(tasks: Sequence[str], cache: Path) -> Chosen:
         else:
             names.append(given)
             specs.append(given)
-    # The harness's index has 14,000 files; it is read only if a task is given by name.
+    # The harness's index has 14,000 files; it is read only for tasks given by name.
     manager = TaskManager(include_defaults=bool(names or local.foreign))
     files = local.files
     for name, place in [*((name, f"--tasks {name}") for name in names), *local.foreign.items()]:
@@ -72,13 +72,13 @@ def choose(tasks: Sequence[str], cache: Path) -> Chosen:
 
 
 def _outermost(specs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A directory's groups, and the tasks that are in none of them."""
+    """A directory's top-level groups, and its tasks outside any group."""
     inside = {name for spec in specs for name in _members(spec)}
     return [spec for spec in specs if (spec.get("group") or spec["task"]) not in inside]
 
 
 def _members(spec: dict[str, Any]) -> set[str]:
-    """The names that a group lists, at any depth."""
+    """Names of a group's members, at any depth."""
     found: set[str] = set()
     for member in spec["task"] if "group" in spec else []:
         if isinstance(member, str):
@@ -91,17 +91,17 @@ def _members(spec: dict[str, Any]) -> set[str]:
 
 
 class _Local:
-    """Task files of the user, with absolute paths, and the files beside them that their groups name."""
+    """The user's task files, with absolute paths, and the group members in the same directory."""
 
     def __init__(self, cache: Path) -> None:
         self._cache = cache
-        self.files: list[Path] = []  # that determine the result
-        self.known: dict[str, dict[str, Any]] = {}  # members of groups, by name
+        self.files: list[Path] = []  # all files read
+        self.known: dict[str, dict[str, Any]] = {}  # group members by name
         self.tags: dict[str, set[str]] = {}
-        self.foreign: dict[str, str] = {}  # names that no file beside the group has: the harness's -> where it is named
+        self.foreign: dict[str, str] = {}  # names of the harness's tasks -> where they are used
 
     def read(self, path: Path) -> dict[str, Any]:
-        """The configuration of a task or a group, and of all that the group names. UserError names the file."""
+        """Read a task or a group with its members. UserError for an invalid file."""
         try:
             config = load_yaml(path)
             self.files += _parts(path)
@@ -114,7 +114,7 @@ class _Local:
         return self._with_data(config, path)
 
     def spec(self, config: dict[str, Any]) -> str | dict[str, Any]:
-        """The harness's name for it: a group goes by name, for a configuration would be laid over its tasks."""
+        """Argument for `TaskManager.load`. A group is passed by name: its configuration would override its tasks'."""
         if "group" not in config:
             return config
         self.known[config["group"]] = config
@@ -138,25 +138,25 @@ class _Local:
             return member
         if not isinstance(member, dict) or not isinstance(member.get("task"), str):
             raise UserError(f'--tasks {path}: each member of a group is a name, or has "task" or "group" with a name')
-        if "dataset_path" not in member and "class" not in member:  # another task with some fields changed
+        if "dataset_path" not in member and "class" not in member:  # an existing task with overridden fields
             self._resolve(member["task"], path)
         return self._with_data(member, path)
 
     def _resolve(self, name: str, path: Path) -> None:
-        """Read the task, group or tag from the files beside `path`; a name that none of them has is the harness's."""
+        """Read a task, group or tag from the directory of `path`; a name not found there is the harness's."""
         if name in self.known or name in self.tags or name in self.foreign:
             return
         for file in sorted(path.resolve().parent.glob("**/*.yaml")):
             try:
                 config = load_yaml(file, resolve_func=False)
-            except Exception:  # noqa: BLE001 -- a file that nobody named
+            except Exception:  # noqa: BLE001 -- an unrelated file
                 continue
             tags = config.get("tag") or []
             if name in ([tags] if isinstance(tags, str) else tags) and isinstance(config.get("task"), str):
                 self.tags.setdefault(name, set()).add(config["task"])
                 self.known.setdefault(config["task"], self.read(file))
             elif (config.get("group") or config.get("task")) == name:
-                self.known[name] = {}  # a group that contains itself ends here
+                self.known[name] = {}  # ends the recursion of a group that contains itself
                 self.known[name] = self.read(file)
                 return
         if name not in self.tags:
@@ -173,7 +173,7 @@ class _Local:
 
 
 def _absolute(data: Any, task: Path) -> tuple[Any, list[Path]]:
-    """`data_files` (a path, a list or a mapping of them) with every path resolved against the task's file."""
+    """`data_files` (path, list or mapping) with absolute paths, resolved against the task's file."""
     if isinstance(data, dict):
         pairs = {split: _absolute(value, task) for split, value in data.items()}
         return {s: value for s, (value, _) in pairs.items()}, [f for _, found in pairs.values() for f in found]
@@ -190,7 +190,7 @@ def _absolute(data: Any, task: Path) -> tuple[Any, list[Path]]:
 
 
 def _parts(path: Path) -> list[Path]:
-    """The task's file, the files that it includes and the Python files of its `!function` tags."""
+    """The task's file, its included files and the Python files of its `!function` tags."""
     path = path.resolve()
     functions: list[Path] = []
 

@@ -1,6 +1,6 @@
-"""Every tensor that a model needs is in its files, and no other: checked by headers, before an engine loads weights.
+"""Checks tensor names and shapes from the file headers, before an engine loads weights.
 
-vLLM and transformers give random numbers to a tensor that no file has, and go on.
+vLLM and transformers initialise missing tensors randomly and continue.
 """
 
 from __future__ import annotations
@@ -21,18 +21,17 @@ from shared.mapping.rule import Table
 
 
 def account_for_weights(source: Path) -> None:
-    """Compare the files of a Hugging Face directory with its family's table, or with the class of transformers.
+    """Compare a Hugging Face directory with its family's tensor table or with its transformers class.
 
-    The class decides where the family is not known here, and where files hold a known family in another layout that the
-    class reads too.
+    The transformers class decides for an unknown family, and for a known family in another layout that the class can load.
 
     Raises:
-        UserError: a tensor is missing, unknown or misshapen, by name.
+        UserError: a tensor is missing, unknown or misshapen; the message names it.
     """
     reader = HfReader(source)
     refusal: UserError | None = None
     architecture: Architecture | None = None
-    with contextlib.suppress(UserError):  # another family, or a field that only the engine knows
+    with contextlib.suppress(UserError):  # an unknown family or field
         architecture = registry.drop_missing_mtp(registry.from_files(source), reader.weights)
     if architecture is not None:
         table = registry.table_of(architecture)
@@ -54,14 +53,14 @@ def account_for_weights(source: Path) -> None:
 
 
 def _another_layout(table: Table, found: Collection[str]) -> bool:
-    """Whether tensors are missing while others are unknown, as where experts are stored in one tensor."""
+    """Whether tensors are both missing and unknown, e.g. experts stacked into one tensor."""
     wanted = {source.name for entry in table.with_prefixes_of(found).entries() for source in entry.sources}
     known = wanted | {tied.name for tied in table.tied_tensors} | table.pass_through_names()
     return bool(wanted - set(found)) and bool(set(found) - known)
 
 
 def _problem_of_class(source: Path, config: dict[str, Any]) -> str | None:
-    """What transformers finds wrong with the tensors, loading them nowhere; "" if nothing, None if it has no such class."""
+    """Problem that transformers finds with the tensors, without loading them; "" if none, None without a class."""
     import torch
     import transformers
 
@@ -81,10 +80,10 @@ def _problem_of_class(source: Path, config: dict[str, Any]) -> str | None:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-    except RuntimeError:  # experts that do not stack into the class's tensor
+    except RuntimeError:  # experts do not stack into the class's tensor
         return f"its tensors are not those that its class {kind.__name__} is made of; fetch the model again"
     except (ValueError, OSError, ImportError, KeyError, AttributeError):
-        return None  # a configuration that the class does not take; the engine says so in its own words
+        return None  # the class rejects the configuration; the engine reports that
     finally:
         logging.set_verbosity(level)
         logging.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""The number format that a model computes in, the same in every engine."""
+"""The precision of inference, the same for every engine."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _STORED: dict[str, Precision] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}  
 
 
 def chosen_precision(source: Path, given: Precision | None) -> Precision:
-    """`given`, or the checkpoint's: what config.json says, and where it says nothing the format of most weights.
+    """`given`, else the dtype of config.json, else the dtype of most weights.
 
-    The engines' own default is not asked: vLLM's computes an fp32 checkpoint in 16 bits.
+    The engines' defaults are not used: vLLM's default runs an fp32 checkpoint in 16 bits.
 
     Raises:
-        UserError: the checkpoint is in a format that --precision has no name for.
+        UserError: the checkpoint's dtype is not a value of --precision, or unknown.
     """
     if given is not None:
         return given

@@ -1,6 +1,6 @@
-"""The inference engine behind `generate`, `chat` and `evaluate`: one interface, one implementation per back end.
+"""The inference engine of `generate`, `chat` and `evaluate`: one interface, one implementation per back end.
 
-An engine is opened on a Hugging Face directory, which checks model and settings in seconds, and loads the weights later.
+Opening an engine checks model and settings within seconds; the weights are loaded later.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Sampling:
     temperature: float  # 0: greedy
     top_p: float
     samples: int = 1  # completions of the prompt
-    seed: int = 0  # sample i of the prompt is seeded by `seed + i`, whatever else is in the batch
+    seed: int = 0  # sample i is seeded by `seed + i`, independent of the batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,30 +59,30 @@ class Completion:
     """One sample of a prompt's continuation."""
 
     text: str  # without special tokens
-    tokens: list[int]  # ids, with the end-of-sequence token if the model produced it
-    finish_reason: str  # "stop": end of sequence; "length": max_tokens or the context is used up
+    tokens: list[int]  # ids, including an end-of-sequence token if generated
+    finish_reason: str  # "stop": end of sequence; "length": max_tokens or the context limit
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """A model on one back end. The weights are loaded by `load`, or by the first method that needs them."""
+    """A model on one back end. Weights are loaded by `load` or on first use."""
 
-    name: str  # as --engine spells it
+    name: str  # value of --engine
 
     @property
     def context_length(self) -> int:
-        """Most tokens of prompt and completion together."""
+        """Maximum tokens of prompt and completion together."""
         ...
 
     def load(self) -> None:
-        """Load the weights. UserError for a model that the back end refuses."""
+        """Load the weights. UserError if the back end rejects the model."""
         ...
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Completion]]]:
-        """Complete prompts, each shorter than the context.
+        """Complete prompts; each must be shorter than the context.
 
         Yields:
-            Index of a request and its samples in order, as soon as all of them are finished.
+            index of a finished request, and its samples in order.
         """
         ...
 
@@ -91,9 +91,9 @@ class Engine(Protocol):
         ...
 
     def harness_model(self) -> LM:
-        """lm-evaluation-harness's own class for this back end, so that log-likelihoods are the harness's to the last digit.
+        """lm-evaluation-harness's model class for this back end: log-likelihoods equal the harness's exactly.
 
-        One model fits a process: called before `load`, which then shares its weights.
+        Call it before `load`: both share one copy of the weights.
         """
         ...
 
@@ -103,7 +103,7 @@ class Engine(Protocol):
 
 
 def open_engine(source: Path, settings: EngineSettings) -> Engine:
-    """The engine that `settings` name, on the directory `source`. The one place where an engine is chosen.
+    """Open the engine of `settings` for the directory `source`.
 
     Raises:
         UserError: the back end does not support the model or the settings.
@@ -118,10 +118,10 @@ def open_engine(source: Path, settings: EngineSettings) -> Engine:
 
 
 def pieces(texts: Iterable[tuple[str, bool]]) -> Iterator[str]:
-    """What a growing text gains at each step.
+    """The text added at each step.
 
     Args:
-        texts: (text so far, whether it is finished). An incomplete character decodes to U+FFFD until its last byte comes.
+        texts: (text so far, whether it is finished). An incomplete UTF-8 character decodes to U+FFFD.
     """
     shown = 0
     for text, finished in texts:

@@ -1,4 +1,4 @@
-"""How a continuation becomes tokens, and which lengths can be scored, for the harness's model classes of both engines."""
+"""Tokenisation and length checks of continuations, shared by the harness's model classes of both engines."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from shared.errors import UserError
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-# Texts to encode a continuation after, where the tokenizer puts something before the first word of a text.
+# Prefixes for encoding a continuation alone: some tokenizers add a token or space before a text's first word.
 _LEADS = ("", "\n", ".", "a", "0", "|", "\n.")
-_SHOWN = 60  # characters of a text in a message
+_SHOWN = 60  # maximum characters of a text in an error message
 
 
 class CheckedRequests:
-    """A base of the harness's class: every continuation has tokens of its own, and what cannot fit is refused by name.
+    """Mix-in for the harness's model classes: exact continuation tokens, UserError for an example that does not fit.
 
-    The harness takes for a continuation the tokens of `context + continuation` beyond the number of the context's. Where
-    the first letters join the context's last token, that is none (log-likelihood 0, the best there is) or tokens of
-    another text.
+    The harness takes `encode(context + continuation)[len(encode(context)):]` as the continuation. If the tokenizer merges
+    the continuation's first characters into the context's last token, that slice is empty (log-likelihood 0, the maximum)
+    or has tokens of another text.
     """
 
     longest_continuation: (
-        int  # tokens: the context length without the one token before, and the one that vLLM generates
+        int  # tokens: the context length minus one context token and the one token that vLLM generates
     )
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -65,7 +65,7 @@ class CheckedRequests:
             before = [self.prefix_token_id]  # type: ignore[attr-defined]
             return (after[:1], after[1:]) if after[:1] == before and after[1:] else (before, after)
         spaces = len(context) - len(context.rstrip())
-        if context.strip():  # as the harness does: a space belongs to the word after it
+        if context.strip():  # as in the harness: trailing spaces move to the continuation
             context, continuation = context[: len(context) - spaces], context[len(context) - spaces :] + continuation
         whole, before = encode(context + continuation), encode(context)
         if len(whole) > len(before) and whole[: len(before)] == before:

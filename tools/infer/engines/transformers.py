@@ -1,4 +1,4 @@
-"""transformers in this process: slower than vLLM, and the reference to check it against."""
+"""transformers in this process: slower than vLLM, the reference for it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BATCH_SIZE = 8
 
 
 class TransformersEngine:
-    """A model in transformers, one sequence at a time; the harness scores `batch_size` at a time."""
+    """A model in transformers: generates one sequence at a time, scores `batch_size` sequences at a time."""
 
     name = "hf"
 
@@ -68,9 +68,10 @@ class TransformersEngine:
                     dtype=DTYPES[precision],
                     device="cuda" if on_gpu() else "cpu",
                     batch_size=self._settings.batch_size or _BATCH_SIZE,
-                    # Its cache gives an example whose context is another's context and first tokens the other's scores.
+                    # The harness's logits cache is wrong for a context that extends another example's context by the first
+                    # tokens of its continuation: it returns the other example's scores.
                     logits_cache=False,
-                    # The harness keeps two positions of vLLM's context free; both engines cut long texts at the same tokens.
+                    # Minus 2, as the harness does for vLLM: both engines truncate long texts at the same token.
                     max_length=self._given - 2 if self._given else None,
                 )
             except (ValueError, OSError) as error:
@@ -98,7 +99,7 @@ class TransformersEngine:
             **(random if sampling.temperature > 0 else {}),
         )
         ids = torch.tensor([request.prompt], device=model.device)
-        # transformers fills fields that are None from the published configuration, e.g. its repetition penalty
+        # transformers replaces None by values of the published generation config, e.g. the repetition penalty
         model.generation_config = GenerationConfig()
         try:
             with torch.random.fork_rng():
@@ -116,17 +117,17 @@ class TransformersEngine:
         )
 
     def _growing(self, request: Request) -> Iterator[tuple[str, bool]]:
-        """(text so far, whether it is finished), a token at a time; `generate` runs in a thread."""
+        """(text so far, whether it is finished) after each token; `generate` runs in a thread."""
         arrived: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
 
         class Streamer:
-            """What transformers hands the prompt to, then each token."""
+            """Receives the prompt, then each token, from transformers."""
 
             def put(self, value: Any) -> None:
                 arrived.put(value.flatten().tolist())
 
             def end(self) -> None:
-                """The end is that of the thread, which comes after an error too."""
+                """Unused: the thread's completion marks the end, after errors too."""
 
         tokens: list[int] = []
         with ThreadPoolExecutor(1) as thread:

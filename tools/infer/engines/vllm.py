@@ -42,7 +42,7 @@ class VllmEngine:
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Completion]]]:
         from vllm.sampling_params import RequestOutputKind
 
-        # with any other kind, each output holds one of the samples
+        # with any other kind, each output has one sample only
         final = RequestOutputKind.FINAL_ONLY
         sampled = (
             (request.prompt, sampling_params(request.sampling, output_kind=final, n=request.sampling.samples))
@@ -73,7 +73,7 @@ class VllmEngine:
         announce(self._arguments)
         arguments = dict(self._arguments)
         source = arguments.pop("model")
-        # vLLM batches whatever it is given; the harness's "auto" means the same, with a progress bar.
+        # vLLM does its own batching. "auto" passes all requests at once too, and shows a progress bar.
         size = "auto" if sys.stderr.isatty() else _UNLIMITED
         with refusals(source):
             model = Model(pretrained=source, batch_size=size, **arguments)
@@ -86,7 +86,7 @@ class VllmEngine:
             self._llm = None
 
     def _run(self, prompts: Iterable[tuple[list[int], SamplingParams]]) -> Iterator[RequestOutput]:
-        """Outputs of all prompts, numbered from 0, as they grow; `finished` marks the last of each."""
+        """Outputs of all prompts, numbered from 0, as they are generated; `finished` marks a prompt's last output."""
         from vllm import TokensPrompt
 
         self.load()
@@ -99,7 +99,7 @@ class VllmEngine:
 
 
 def checked_arguments(source: Path, settings: EngineSettings) -> tuple[dict[str, Any], int]:
-    """vLLM's keyword arguments and the context length of a model that it supports here. UserError for any other."""
+    """vLLM's keyword arguments and the context length. UserError if vLLM does not support the model on this machine."""
     check_supported(source)
     arguments = engine_arguments(source, settings)
     context_length = model_config(arguments).max_model_len
@@ -108,7 +108,7 @@ def checked_arguments(source: Path, settings: EngineSettings) -> tuple[dict[str,
 
 
 def sampling_params(sampling: Sampling, **further: Any) -> SamplingParams:
-    """vLLM's form of `sampling`; vLLM seeds sample i of a request with `seed + i`."""
+    """vLLM's `SamplingParams`; vLLM seeds sample i of a request with `seed + i`."""
     from vllm import SamplingParams
 
     return SamplingParams(
@@ -121,12 +121,12 @@ def sampling_params(sampling: Sampling, **further: Any) -> SamplingParams:
 
 
 def announce(arguments: Mapping[str, Any]) -> None:
-    """Log what is loaded where."""
+    """Log model and device."""
     log(f"loading {arguments['model']} with vLLM on {'GPU' if on_gpu() else 'CPU'}")
 
 
 def load(arguments: Mapping[str, Any]) -> LLM:
-    """vLLM with the model loaded. UserError for a model that vLLM refuses."""
+    """Load the model into vLLM. UserError if vLLM rejects it."""
     from vllm import LLM
 
     announce(arguments)

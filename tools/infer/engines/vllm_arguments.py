@@ -1,4 +1,4 @@
-"""vLLM's arguments for this machine; all that differs without a GPU, and why, is here and in tools/infer/environment.py."""
+"""vLLM's arguments for this machine. CPU settings are here and in tools/infer/environment.py only."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tools.infer.engines.checkpoint_precision import chosen_precision
 from tools.infer.engines.engine import EngineSettings
 from tools.infer.environment import on_gpu
 
-_CPU_SEQUENCES = 32  # at once; a larger batch only makes each step longer on a handful of cores
-_CPU_CACHE_SHARE = 0.4  # of the free memory, upper limit of the KV cache
-# Models with bidirectional attention among the tokens of an image; vLLM's CPU attention is causal throughout.
+_CPU_SEQUENCES = 32  # per step; a larger batch has no higher throughput on few cores
+_CPU_CACHE_SHARE = 0.4  # maximum share of free memory for the KV cache
+# Models with bidirectional attention within an image; vLLM's CPU attention is causal only.
 _BIDIRECTIONAL_IMAGES = {"gemma3"}
 _BLOCK = 128  # tokens: vLLM's KV cache block on CPU
 
@@ -50,7 +50,7 @@ def engine_arguments(source: Path, settings: EngineSettings) -> dict[str, Any]:
             raise UserError(f"--tensor-parallel {tensor_parallel}: this machine has {torch.cuda.device_count()} GPUs")
         return arguments
     if tensor_parallel != 1:
-        # vLLM's CPU workers return wrong tokens here, and one process uses every core already
+        # vLLM's CPU workers return wrong tokens here; one process uses all cores anyway
         raise UserError(
             f"--tensor-parallel {tensor_parallel}: this machine has no GPU to share a model among; leave it out"
         )
@@ -61,21 +61,21 @@ def engine_arguments(source: Path, settings: EngineSettings) -> dict[str, Any]:
         )
         arguments["limit_mm_per_prompt"] = {"image": 0}
     if "kv_lora_rank" in config:
-        # vLLM's fused operator rotates the shared key of MLA wrongly; its plain one is right
+        # vLLM's fused rotary operator is wrong for MLA's shared key; the unfused one is right
         arguments["compilation_config"] = {"custom_ops": ["all", "-rotary_embedding"]}
     sequences = settings.batch_size or _CPU_SEQUENCES
     return arguments | {
         "max_num_seqs": sequences,
-        "enforce_eager": True,  # torch.compile takes minutes on CPU, and there are no CUDA graphs to gain
+        "enforce_eager": True,  # torch.compile takes minutes on CPU; there are no CUDA graphs
         "kv_cache_memory_bytes": cpu_cache_bytes(config, settings.max_model_len, sequences, precision),
     }
 
 
 def cpu_cache_bytes(config: Mapping[str, Any], max_model_len: int | None, sequences: int, precision: Precision) -> int:
-    """Bytes of KV cache on CPU: `sequences` full contexts, at most a share of the free memory.
+    """Bytes of KV cache on CPU: `sequences` full contexts, at most `_CPU_CACHE_SHARE` of the free memory.
 
-    vLLM's default is 92% of all memory, touched at the start: slow, and too much for a shared machine. An upper bound for models
-    that share or compress their cache (MLA, sliding windows).
+    vLLM's default is 92% of all memory, allocated at the start: slow, and too much for a shared machine. For MLA and sliding
+    windows the size is an upper bound.
     """
     config = registry.language_config(config)
     heads = config.get("num_attention_heads", 32)
@@ -84,9 +84,9 @@ def cpu_cache_bytes(config: Mapping[str, Any], max_model_len: int | None, sequen
     layers = config.get("num_hidden_layers", 32)
     width = 4 if precision == "fp32" else 2
     context = max_model_len or config.get("max_position_embeddings") or 2048
-    blocks = -(-context // _BLOCK) + 2  # vLLM's null block, and one where a window begins within a block
+    blocks = -(-context // _BLOCK) + 2  # + vLLM's null block + a partial block of a sliding window
     per_sequence = 2 * width * layers * groups * head_dim * blocks * _BLOCK
-    if "linear_key_head_dim" in config:  # gated delta net: a recurrent state, and no block is smaller than one
+    if "linear_key_head_dim" in config:  # gated delta net: a block holds at least one recurrent state
         state = config["linear_num_value_heads"] * config["linear_key_head_dim"] * config["linear_value_head_dim"]
         per_sequence += 4 * layers * 4 * state
     available = int(psutil.virtual_memory().available * _CPU_CACHE_SHARE)

@@ -1,4 +1,4 @@
-"""What vLLM supports of the models that `convert` writes, checked before weights are loaded."""
+"""Checks, before weights are loaded, that vLLM supports a model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from shared.errors import UserError
 from shared.families import registry
 from tools.infer.environment import on_gpu
 
-# Per architecture: a field of config.json that vLLM's class does not read, or asserts without a message, and the one value that
-# the class computes.
+# architecture -> (field of config.json, its only supported value): vLLM's class ignores the field or asserts it without a
+# message.
 _NOT_READ = {
     "ChatGLMForConditionalGeneration": (
         "position_encoding_2d",
@@ -28,7 +28,7 @@ _NOT_READ = {
 
 
 def check_supported(source: Path) -> None:
-    """UserError if vLLM lacks the architecture of config.json, or computes it differently."""
+    """UserError if vLLM lacks the architecture of config.json, or ignores a field that changes the result."""
     from vllm import ModelRegistry
 
     config = read_config(source / "config.json")
@@ -48,14 +48,14 @@ def check_supported(source: Path) -> None:
                 "model; `infer evaluate --engine hf` may run it"
             )
     if not on_gpu():
-        # To keep CUDA out of this process vLLM inspects a model's class in a second one, half a minute of imports. Without a
-        # GPU there is no CUDA to keep out, and this process needs the class anyway.
+        # vLLM inspects a model's class in a subprocess, to avoid initialising CUDA here; its imports take half a minute.
+        # Without a GPU that is unnecessary, and this process needs the class anyway.
         for name in known:
             ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
 def _alternative(source: Path, supported: Collection[str]) -> str:
-    """How to run a model whose class vLLM lacks."""
+    """Hint for a model whose class vLLM lacks."""
     try:
         architecture = registry.from_files(source)
     except UserError:
@@ -76,7 +76,7 @@ def _alternative(source: Path, supported: Collection[str]) -> str:
 
 
 def model_config(arguments: Mapping[str, Any]) -> Any:
-    """vLLM's `ModelConfig`, made without loading the model. UserError for a model that vLLM refuses."""
+    """vLLM's `ModelConfig`, without loading the model. UserError if vLLM rejects the model."""
     from vllm import EngineArgs
 
     with refusals(arguments["model"]):
@@ -87,7 +87,7 @@ def model_config(arguments: Mapping[str, Any]) -> Any:
 
 
 def _check_cpu_kernels(source: str, config: Any) -> None:
-    """UserError for a head size or dtype that vLLM's CPU kernels lack; vLLM itself would fail in the first step."""
+    """UserError for a head size or dtype that vLLM's CPU kernels lack; vLLM would fail only in the first step."""
     import torch
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
     from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
@@ -108,7 +108,7 @@ def _check_cpu_kernels(source: str, config: Any) -> None:
 
 @contextlib.contextmanager
 def refusals(source: object) -> Iterator[None]:
-    """vLLM's refusal of a model as a UserError. An AssertionError without a message stays one: a defect, not a refusal."""
+    """Convert vLLM's error about a model to a UserError. An AssertionError without a message is a bug and stays one."""
     try:
         yield
     except (ValueError, AssertionError) as error:
@@ -118,7 +118,7 @@ def refusals(source: object) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """The message of an error in one line, without pydantic's preamble."""
+    """An error message in one line, without pydantic's preamble."""
     errors = getattr(error, "errors", None)
     text = errors()[0]["msg"].removeprefix("Value error, ") if callable(errors) else str(error)
     return text.strip().splitlines()[0] if text.strip() else type(error).__name__
