@@ -1,7 +1,7 @@
-"""Text to a Megatron indexed dataset: tokenised in parts by several processes, merged in source order, published.
+"""`pretrain prepare`: text to a Megatron indexed dataset. Worker processes tokenise parts; parts are merged in source order.
 
-Finished parts are kept in `TARGET.work` until the dataset is published, so the same command after a kill goes on
-from them. That folder holds no manifest and no model, so no stage takes it for a dataset.
+Finished parts stay in `TARGET.work` until the dataset is published; an interrupted run resumes from them. The folder has no
+manifest, so no command accepts it as a dataset.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ WORK = ".work"
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """What a split holds."""
+    """Size of a split."""
 
     tokens: int
-    """Token ids, the end of every document included."""
+    """Tokens, including one end-of-sequence token per document."""
     documents: int
     utf8_bytes: int
-    """Size of the text as UTF-8, for bits per byte."""
+    """UTF-8 size of the text, for bits per byte."""
 
 
 def run(
@@ -56,7 +56,7 @@ def run(
     """Tokenise the sources and publish the dataset.
 
     Raises:
-        UserError: a source cannot be read (file and line are named), a split would be empty, or the target is taken.
+        UserError: a source is unreadable (with file and line), a split is empty, or the target exists.
     """
     if validation and validation_fraction:
         raise UserError("give --validation or --validation-fraction, not both")
@@ -95,7 +95,7 @@ def run(
             )
             facts = out.facts
     except AlreadyDone:
-        if work.is_dir():  # killed between publishing and clearing up
+        if work.is_dir():  # killed between publishing and clean-up
             remove_tree(work)
         raise
     remove_tree(work)
@@ -113,7 +113,7 @@ def _recipe(hf_files: Path, text_key: str) -> Recipe:
 
 
 def _open_work(work: Path) -> int:
-    """Make or find the folder of parts, held by this process alone."""
+    """Create or reopen the folder of parts, and lock it."""
     work.mkdir(exist_ok=True)
     held = lock(work)
     if held is None:
@@ -124,7 +124,7 @@ def _open_work(work: Path) -> int:
 
 
 def _drop_if_empty(work: Path) -> None:
-    """After a user error: keep finished parts for the next run; remove an empty folder."""
+    """Remove the folder if it has no finished parts."""
     if not any(work.iterdir()):
         work.rmdir()
     else:
@@ -152,7 +152,7 @@ def _tokenise(
 def _merge(
     finished: dict[str, list[FinishedPart]], recipe: Recipe, fraction: float, folder: Path
 ) -> tuple[dict[str, Split], int]:
-    """Write the splits; returns them and the number of validation documents whose exact text is in train, too."""
+    """Write the splits. Returns them and the number of validation documents whose exact text is also in train."""
     splits: dict[str, Split] = {}
     hashes: npt.NDArray[np.uint64] = np.zeros(0, np.uint64)
     if fraction or "validation" in finished:
@@ -174,16 +174,15 @@ def _merge(
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """Which documents of a source belong to a split: by the hash of their text, so that equal texts stay together
-    and the choice depends on nothing else."""
+    """Selects a split's documents by the hash of their text: equal texts are in the same split."""
 
     fraction: float
-    """Share of documents that go to validation."""
+    """Share of validation documents."""
     validation: bool
 
     def mask(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-        """True for each document that belongs here."""
-        # The upper 53 bits as a number in [0, 1): exact in float64.
+        """Mask of the split's documents: `[documents]`."""
+        # Upper 53 bits as a number in [0, 1), exact in float64.
         chosen = (hashes >> np.uint64(11)).astype(np.float64) / 2**53 < self.fraction
         return chosen if self.validation else ~chosen
 
@@ -207,7 +206,7 @@ def _write(parts: list[FinishedPart], side: Side, recipe: Recipe, prefix: Path) 
 def _chosen(
     tokens: npt.NDArray[np.integer], lengths: npt.NDArray[np.int32], mask: npt.NDArray[np.bool_]
 ) -> Iterator[tuple[npt.NDArray[np.integer], npt.NDArray[np.int32]]]:
-    """The chosen documents' ids and lengths; a whole part in one piece where all of it is chosen."""
+    """Token ids and lengths of the selected documents; a fully selected part is one piece."""
     if mask.any():
         ids = tokens if mask.all() else tokens[np.repeat(mask, lengths)]
         yield ids, lengths[mask]

@@ -1,4 +1,4 @@
-"""`pretrain train`: from a Megatron checkpoint and an indexed dataset to a Megatron checkpoint."""
+"""`pretrain train`: trains a Megatron checkpoint on an indexed dataset."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from shared.training.plan import Inputs
 if TYPE_CHECKING:
     from shared.training.data import Dataset
 
-_SEQUENCE_LENGTH = 4096  # tokens; unless the model takes fewer
+_SEQUENCE_LENGTH = 4096  # tokens, default; limited by the model's context length
 
 
 def run(options: TrainingOptions, *, sequence_length: int | None) -> int | None:
-    """Train; returns the exit code of worker processes, where there are any.
+    """Train. Returns the exit code of the worker processes, if any.
 
     Args:
-        options: the command's.
-        sequence_length: tokens per sequence; None for what the model takes, up to 4096.
+        options: the command's options.
+        sequence_length: tokens per sequence; None: the model's context length, at most 4096.
 
     Raises:
-        UserError: the inputs or options do not fit together.
+        UserError: inputs or options are inconsistent.
     """
     inputs = Inputs.open(options.source, options.data, data_format="indexed")
     length = sequence_length or min(inputs.architecture.max_position_embeddings, _SEQUENCE_LENGTH)

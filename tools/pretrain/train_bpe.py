@@ -1,8 +1,7 @@
-"""Training a byte-level BPE tokenizer, published as a Hugging Face tokenizer directory.
+"""`pretrain tokenizer`: trains a byte-level BPE tokenizer, published as a Hugging Face tokenizer directory.
 
-Every byte is in the vocabulary, so any text survives encoding and decoding unchanged. Text is cut before merging by
-the pattern of LLaMA 3's tokenizer (contractions, words with the space before them, up to three digits, punctuation,
-line ends, runs of spaces).
+Every byte is in the vocabulary: any text round-trips. Pre-tokenisation is LLaMA 3's split pattern: contractions, words with
+a leading space, up to three digits, punctuation, line ends, runs of spaces.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-# One token ends a document, ends a turn, and stands at the start where something must (as in GPT-2): every place
-# where a model stops is learnt from every document.
+# One token is EOS, end of turn and BOS, as in GPT-2. The model learns to stop from every document.
 END = "<|endoftext|>"
 PAD = "<|pad|>"
 ROLES = ("system", "user", "assistant", "tool")
@@ -33,8 +31,8 @@ SPECIAL_TOKENS = (END, PAD, *(f"<|{role}|>" for role in ROLES))
 BYTES = 256
 MINIMUM_VOCAB_SIZE = BYTES + len(SPECIAL_TOKENS)
 
-# A turn is its role's token, the content, and the end token. The generation block marks what an assistant says,
-# end token included, for a loss on assistant tokens only.
+# A turn: role token, content, end token. The generation block marks the assistant's tokens, end token included, for the loss
+# mask.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
@@ -54,7 +52,7 @@ def run(*, source: tuple[Path, ...], target: Path, vocab_size: int, text_key: st
     """Train a tokenizer on the sources and publish it at `target`.
 
     Raises:
-        UserError: the vocabulary is too small for the bytes and special tokens, or a source cannot be read.
+        UserError: the vocabulary is too small for bytes and special tokens, or a source is unreadable.
     """
     if vocab_size < MINIMUM_VOCAB_SIZE:
         raise UserError(
@@ -80,11 +78,11 @@ def run(*, source: tuple[Path, ...], target: Path, vocab_size: int, text_key: st
 
 
 def train(documents: Iterator[str], vocab_size: int) -> Any:
-    """A `tokenizers.Tokenizer` of at most `vocab_size` tokens, special tokens first, then bytes, then merges.
+    """A `tokenizers.Tokenizer` of at most `vocab_size` tokens: special tokens, bytes, merges, in this order.
 
-    The same documents in the same order give the same tokenizer.
+    Deterministic in the documents and their order.
     """
-    # Counting words in one thread keeps the outcome independent of the machine.
+    # Single-threaded word counts make the result independent of the machine.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -107,7 +105,7 @@ def train(documents: Iterator[str], vocab_size: int) -> Any:
 
 
 def write(tokenizer: Any, directory: Path) -> None:
-    """Write the files that `transformers.AutoTokenizer` and vLLM open."""
+    """Write tokenizer files for `transformers.AutoTokenizer` and vLLM."""
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -115,7 +113,7 @@ def write(tokenizer: Any, directory: Path) -> None:
         "eos_token": END,
         "pad_token": PAD,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": 1_000_000_000,  # the model's limit is in its config.json, a tokenizer has none
+        "model_max_length": 1_000_000_000,  # no limit; the context length is in the model's config.json
     }
     special = {name: config[name] for name in ("bos_token", "eos_token", "pad_token")}
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

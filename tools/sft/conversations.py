@@ -1,4 +1,4 @@
-"""Conversations in the three usual JSON-lines forms, as one list of messages.
+"""Conversations in three JSON-lines formats, read as lists of messages.
 
 messages   {"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}       (OpenAI, Hugging Face)
 sharegpt   {"conversations": [{"from": "human", "value": "..."}, ...], "system": "..."}
@@ -33,7 +33,7 @@ SHAREGPT_ROLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """Messages in order, and the tools the template is told of."""
+    """Messages in order, and the tool definitions for the chat template."""
 
     messages: list[Message]
     tools: list[Any] | None = None
@@ -43,7 +43,7 @@ def conversation(row: Row, form: Format) -> Conversation:
     """Read one row.
 
     Raises:
-        UserError: the row is not of the form, names file and line.
+        UserError: the row does not have the format; the message has file and line.
     """
     kind = _detect(row) if form == "auto" else form
     if KEYS[kind] not in row.value:
@@ -78,7 +78,7 @@ def _message(row: Row, number: int, entry: Message) -> Message:
     role, content = entry.get("role"), entry.get("content")
     if role not in ROLES:
         raise row.error(f"message {number}: role {role!r} is none of {', '.join(ROLES)}")
-    if isinstance(content, list):  # OpenAI's parts
+    if isinstance(content, list):  # OpenAI content parts
         content = _join(row, number, content)
     if content is None and role == "assistant" and entry.get("tool_calls"):
         content = ""

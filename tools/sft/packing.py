@@ -1,4 +1,4 @@
-"""Packing conversations into rows of a fixed length, never cutting one, with as little padding as is quickly found."""
+"""Packs conversations into rows of a fixed length without cutting any."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows of indices into `lengths`, each row's sum at most `capacity` tokens.
+    """Rows of indices into `lengths`; the lengths in a row sum to at most `capacity` tokens.
 
-    The longest goes first, each into the fullest row that still has room (best-fit decreasing: at most 11/9 of the
-    smallest number of rows, and one). The outcome depends on the lengths and their order only.
+    Best-fit decreasing: in order of falling length, each into the fullest row with enough room. At most
+    11/9 * optimum + 1 rows. Deterministic in the lengths and their order.
     """
     assert all(0 < length <= capacity for length in lengths), "a conversation does not fit in a row"
     rows: list[list[int]] = []
-    by_room: list[deque[int]] = [deque() for _ in range(capacity + 1)]  # rows by the tokens still free in them
-    rooms = 0  # bit r is set while by_room[r] is not empty: the next larger room is found without a search
+    by_room: list[deque[int]] = [deque() for _ in range(capacity + 1)]  # rows by free tokens
+    rooms = 0  # bit r: by_room[r] is not empty; finds the smallest sufficient room without a search
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         length = lengths[index]
         if fitting := rooms >> length:

@@ -1,7 +1,7 @@
-"""Conversations to packed rows with a loss on the assistant's tokens only.
+"""`sft prepare`: conversations to packed rows, with a loss on the assistant's tokens only.
 
-A row holds whole conversations, numbered from 1 in `segments`; 0 is padding. The label of a position is the token
-that follows it in its conversation if the assistant said it, else -100.
+A row holds whole conversations. `segments`: 1, 2, ... per conversation, 0 for padding. `labels`: the next token of the same
+conversation if it is an assistant token, else -100.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from tools.sft.conversations import Conversation, Format, conversation
 from tools.sft.packing import best_fit_decreasing
 from tools.sft.spans import Renderer
 
-PIECE_BYTES = 4 << 20  # source bytes a worker takes at once
-DEFAULT_SEQUENCE_LENGTH = 2048  # tokens, where no config.json says what the model takes
-LARGEST_DEFAULT = 4096  # tokens: most conversations are shorter, and rows cost memory
+PIECE_BYTES = 4 << 20  # source bytes per work item
+DEFAULT_SEQUENCE_LENGTH = 2048  # tokens, if there is no config.json with a context length
+LARGEST_DEFAULT = 4096  # tokens: most conversations are shorter, and memory grows with the row length
 
 Overlong = Literal["error", "drop", "truncate"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenised:
-    """The conversations of a piece, one after another."""
+    """The conversations of a piece, concatenated."""
 
     ids: npt.NDArray[np.int32]  # [tokens]
     assistant: npt.NDArray[np.bool_]  # [tokens]
@@ -50,7 +50,7 @@ class Tokenised:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One conversation that goes into a row."""
+    """One conversation to pack."""
 
     ids: npt.NDArray[np.int32]
     assistant: npt.NDArray[np.bool_]
@@ -59,14 +59,14 @@ class Sample:
 
 @dataclass
 class Report:
-    """Every conversation read is packed, or counted here."""
+    """Counts of conversations: read = packed + dropped."""
 
     read: int = 0
     packed: int = 0
     truncated: int = 0
     dropped_overlong: int = 0
     dropped_without_target: int = 0
-    """Nothing that the assistant said is left after truncation."""
+    """No assistant tokens are left after truncation."""
 
 
 def run(
@@ -85,8 +85,8 @@ def run(
     """Pack the conversations and publish the dataset.
 
     Raises:
-        UserError: a row cannot be read or rendered (file and line are named), a conversation is too long with
-            `overlong="error"`, a split would be empty, or the target is taken.
+        UserError: a row cannot be read or rendered (with file and line), a conversation is too long with
+            `overlong="error"`, a split is empty, or the target exists.
     """
     if validation and validation_fraction:
         raise UserError("give --validation or --validation-fraction, not both")
@@ -156,7 +156,7 @@ def _tokenise(files: list[Path], hf_files: Path, form: Format, workers: int, spl
     return done
 
 
-_worker: dict[str, Any] = {}  # what `_set_up` prepared in this process
+_worker: dict[str, Any] = {}  # state of this worker process, filled by `_set_up`
 
 
 def _set_up(hf_files: Path, form: Format) -> None:
@@ -189,7 +189,7 @@ def _read(piece: Piece) -> Tokenised:
 
 
 def _limit(read: list[Tokenised], length: int, overlong: Overlong, report: Report) -> list[Sample]:
-    """The conversations that fit, and those cut to fit if that is asked for."""
+    """Conversations of at most `length` tokens; longer ones are an error, dropped or truncated, as `overlong` says."""
     samples = []
     for piece in read:
         ends = np.cumsum(piece.lengths)
@@ -205,7 +205,7 @@ def _limit(read: list[Tokenised], length: int, overlong: Overlong, report: Repor
                     report.dropped_overlong += 1
                     continue
             assistant = piece.assistant[start : min(end, start + length)]
-            if not assistant[1:].any():  # the first token is no one's label
+            if not assistant[1:].any():  # the first token is never a label
                 report.dropped_without_target += 1
                 continue
             report.truncated += int(end - start > length)
@@ -215,7 +215,7 @@ def _limit(read: list[Tokenised], length: int, overlong: Overlong, report: Repor
 
 
 def _divide(samples: list[Sample], fraction: float) -> dict[str, list[Sample]]:
-    """Split by the hash of the messages: equal conversations stay together and nothing else matters."""
+    """Split by the hash of the messages: equal conversations are in the same split."""
     limit = int(fraction * 2**64)
     return {
         "train": [sample for sample in samples if sample.hash >= limit],
@@ -232,7 +232,7 @@ def _duplicates(samples: dict[str, list[Sample]]) -> int:
 
 
 def _write(samples: list[Sample], length: int, padding: int, prefix: Path) -> dict[str, int]:
-    """`PREFIX.{tokens,labels,segments}.npy`, int32 `[rows, length]`; returns the split's facts."""
+    """Write `PREFIX.{tokens,labels,segments}.npy`, int32 `[rows, length]`. Returns the split's entry in the manifest."""
     if not samples:
         raise UserError(
             f"no conversation is left for the {prefix.name} split; give more, or a longer --sequence-length"

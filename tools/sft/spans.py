@@ -1,10 +1,10 @@
-"""A conversation as token ids, and which of them the assistant said: by the tokenizer's own chat template.
+"""Token ids of a conversation and the mask of its assistant tokens, from the chat template.
 
-Where the template marks what the assistant says (`{% generation %}`), its marks are taken. Elsewhere each assistant
-turn is found by rendering the conversation up to it with the generation prompt: that text must be the beginning of
-the whole rendering, which is checked. What follows is the turn, up to the next turn.
+A template with `{% generation %}` marks the assistant tokens itself. For other templates, the conversation before each
+assistant turn is rendered with the generation prompt. This text must be a prefix of the full rendering, which is checked;
+the assistant turn follows it and ends at the next turn.
 
-The token that closes a turn belongs to it: a model that is not trained on it never stops.
+The end-of-turn token is part of the turn: a model that is not trained on it never stops.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from shared.errors import UserError
 from tools.sft.conversations import Conversation
 
-GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the pattern that transformers looks for
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the pattern of transformers
 Spans = list[tuple[int, int]]  # [start, end) in characters of the rendered text
 
 
@@ -28,11 +28,11 @@ class Tokens:
     """One conversation."""
 
     ids: npt.NDArray[np.int32]  # [tokens]
-    assistant: npt.NDArray[np.bool_]  # [tokens], True where the assistant said it
+    assistant: npt.NDArray[np.bool_]  # [tokens], True for assistant tokens
 
 
 class Renderer:
-    """Turns conversations into tokens with one tokenizer."""
+    """Renders and tokenises conversations."""
 
     def __init__(self, tokenizer: Any) -> None:
         if not isinstance(tokenizer.chat_template, str):
@@ -45,12 +45,12 @@ class Renderer:
         """Render and tokenise.
 
         Raises:
-            ValueError: the template refuses the conversation, or the assistant's turns cannot be told apart.
+            ValueError: the template rejects the conversation, or assistant turns cannot be located.
         """
         text, spans = self._marked(conversation) if self.marked else self._by_prefix(conversation)
         ids, offsets = self._encode(text, [])
-        # A prompt ends where a turn starts, and a model never sees a token that reaches across: where the tokenizer would
-        # make one (say, of a line end before and one after), the text is cut there.
+        # At inference the prompt ends where a turn starts, so no token crosses that position. If the tokenizer would merge
+        # across it (e.g. two line ends), the text is cut there.
         joined = [start for start, _ in spans if start and not (offsets[:, 1] == start).any()]
         if joined:
             ids, offsets = self._encode(text, joined)
@@ -60,10 +60,10 @@ class Renderer:
         return Tokens(ids=ids.astype(np.int32), assistant=assistant)
 
     def _encode(self, text: str, cuts: list[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Ids `[tokens]` and character ranges `[tokens, 2]` of the text, encoded in stretches between the cuts."""
+        """Ids `[tokens]` and character ranges `[tokens, 2]`; the text is encoded piecewise between the cuts."""
         ids, offsets = [], []
         for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
-            # The template writes every special token itself, so the tokenizer must not add any.
+            # The chat template writes all special tokens.
             encoded = self._tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True)
             ids.append(np.array(encoded["input_ids"], np.int64))
             offsets.append(np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2) + start)
@@ -101,7 +101,7 @@ class Renderer:
             upto = self._render(conversation, index + 1)
             if text.startswith(upto):
                 end = len(upto)
-            else:  # e.g. the reasoning of earlier turns is left out: the turn ends where its content does
+            else:  # e.g. the template drops the reasoning of earlier turns: the turn ends with its content
                 content = str(message["content"]).strip()
                 found = text.find(content, len(prompt)) if content else -1
                 if found < 0:
@@ -114,10 +114,10 @@ class Renderer:
         return text, spans
 
     def _prompt(self, conversation: Conversation, index: int, text: str) -> str:
-        """What a model reads before it writes message `index`."""
+        """The model's input before message `index`."""
         if index:
             return self._render(conversation, index, add_generation_prompt=True)
-        # Nothing was said before, and templates refuse to render nothing: find what opens a turn.
+        # No earlier message, and templates reject an empty conversation: derive the generation prompt from another one.
         anyone = Conversation(messages=[{"role": "user", "content": "."}])
         opening = self._render(anyone, 1, add_generation_prompt=True).removeprefix(self._render(anyone, 1))
         return text[: text.find(opening) + len(opening)] if opening in text else opening
@@ -144,10 +144,10 @@ class Renderer:
         start: int,
         end: int,
     ) -> None:
-        """Mark the tokens of one turn, from its first to the special token that closes it.
+        """Mark the tokens of one turn, including its end-of-turn token.
 
-        Byte-level tokenizers may trim white space from offsets, which leaves tokens of white space with an empty range
-        at its end: such a token is inside when that point is past the start and not past the end.
+        Byte-level tokenizers may trim white space from offsets. A white-space token then has an empty range [p, p); it is
+        inside if start < p <= end.
         """
         first, last = offsets[:, 0], offsets[:, 1]
         inside = np.flatnonzero((last > start) & ((first < end) | (last <= end)))
@@ -156,7 +156,7 @@ class Renderer:
         low, high = int(inside[0]), int(inside[-1]) + 1
         closing = low + np.flatnonzero(np.isin(ids[low:high], self._special))[-1:]
         if len(closing) and not text[offsets[closing[0], 1] : end].strip():
-            high = int(closing[0]) + 1  # the line end that some templates write after it is not said by the model
+            high = int(closing[0]) + 1  # without the line end that some templates write after it
         elif high < len(ids) and ids[high] in self._special:
             high += 1
         assistant[low:high] = True

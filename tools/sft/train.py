@@ -1,4 +1,4 @@
-"""`sft train`: from a Megatron checkpoint and packed conversations to a Megatron checkpoint."""
+"""`sft train`: fine-tunes a Megatron checkpoint on packed conversations."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _EPOCHS = 3
 
 
 def run(options: TrainingOptions, *, epochs: int | None) -> int | None:
-    """Train; returns the exit code of worker processes, where there are any.
+    """Train. Returns the exit code of the worker processes, if any.
 
     Args:
-        options: the command's.
-        epochs: passes over the data, the last update filled up from the next; None with `options.steps`.
+        options: the command's options.
+        epochs: passes over the data; the last update is filled up from the next pass. None with `options.steps`.
 
     Raises:
-        UserError: the inputs or options do not fit together.
+        UserError: inputs or options are inconsistent.
     """
     if epochs is not None and options.steps is not None:
         raise UserError("--epochs and --steps both say how long to train; give one of them")
