@@ -1,4 +1,4 @@
-"""Prompts and preference pairs: JSON lines in, token ids out. Dropped rows are counted, errors name the line."""
+"""Reads and tokenises prompts and preference pairs. Dropped rows are counted; errors have file and line."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Prompt:
     """The model's input; for messages, the chat template's output with the generation prompt."""
     ids: tuple[int, ...]
     raw: str | list[dict[str, Any]] = ""
-    """The file's value: a text, or messages."""
+    """The row's value: text or messages."""
     columns: dict[str, Any] = field(default_factory=dict)
-    """The row's other columns, arguments of reward functions."""
+    """The row's other columns: arguments of reward functions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +35,16 @@ class Pair:
 
 
 def read_prompts(path: Path, tokenizer: Any, *, context_length: int, max_new_tokens: int) -> list[Prompt]:
-    """Every prompt of a file of `{"prompt": text or messages}` or `{"messages": [...]}` rows.
+    """Prompts of a file with `{"prompt": text or messages}` or `{"messages": [...]}` rows.
 
     Args:
         path: the JSON-lines file.
         tokenizer: a fast tokenizer of transformers.
-        context_length: of the model, in tokens.
+        context_length: the model's, in tokens.
         max_new_tokens: tokens of the context reserved for the reply.
 
     Raises:
-        UserError: names the file and line.
+        UserError: a row is invalid or too long; the message has file and line.
     """
     prompts = []
     for row in _rows(path):
@@ -74,18 +74,18 @@ def read_prompts(path: Path, tokenizer: Any, *, context_length: int, max_new_tok
 
 
 def read_preferences(path: Path, tokenizer: Any, *, max_length: int) -> tuple[list[Pair], int]:
-    """The pairs of a file of `{"prompt", "chosen", "rejected"}` rows, and how many were dropped as too long.
+    """Pairs of a file with `{"prompt", "chosen", "rejected"}` rows, and the number of pairs dropped as too long.
 
-    `prompt` is a text or messages, `chosen` and `rejected` a text or one assistant message. A sequence is
-    [prompt, reply, end-of-sequence token], the same as in a roll-out.
+    `prompt` is text or messages; `chosen` and `rejected` are text or one assistant message. A sequence is
+    `[prompt, reply, EOS]`, as in a roll-out.
 
     Args:
         path: the JSON-lines file.
         tokenizer: a fast tokenizer of transformers.
-        max_length: maximum length of a sequence in tokens; a pair with a longer one is dropped.
+        max_length: maximum sequence length in tokens; pairs with a longer sequence are dropped.
 
     Raises:
-        UserError: names the file and line.
+        UserError: a row is invalid; the message has file and line.
     """
     pairs, dropped = [], 0
     for row in _rows(path):
@@ -125,7 +125,7 @@ def _prompt_text(row: Row, key: str, tokenizer: Any) -> str:
         raise row.error(f"{key!r} ends with an assistant message; the reply comes next, so end with the user's")
     try:
         return tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program: it may raise anything
+    except Exception as error:  # a template may raise any exception
         raise row.error(f"the chat template refuses {key!r}: {error}") from error
 
 
@@ -149,5 +149,5 @@ def _is_messages(value: Any) -> bool:
 
 
 def _encode(tokenizer: Any, text: str, *, templated: bool) -> tuple[int, ...]:
-    """Token ids. No BOS after a chat template, which writes its own, and none before a reply."""
+    """Token ids. No BOS is added to text from a chat template, which writes its own, nor before a reply."""
     return tuple(tokenizer(text, add_special_tokens=not templated)["input_ids"])

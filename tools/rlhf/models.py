@@ -1,4 +1,4 @@
-"""Models from and to Hugging Face directories: policy and tokenizer, critic, the published directory."""
+"""Loads policy, tokenizer and critic from Hugging Face directories; writes the published directory."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class Source:
 
     path: Path
     config: Any
-    """Of transformers."""
+    """The transformers configuration."""
     tokenizer: Any
     eos_ids: tuple[int, ...]
-    """End-of-sequence tokens: of the tokenizer and of generation_config.json."""
+    """End-of-sequence tokens of the tokenizer and of generation_config.json."""
     pad_id: int
     dtype: torch.dtype
-    """Of the weights, here and in the published directory."""
+    """Dtype of the weights, in this and in the published directory."""
 
     @property
     def context_length(self) -> int:
-        """In tokens."""
+        """Context length in tokens."""
         return self.config.max_position_embeddings
 
 
@@ -62,7 +62,7 @@ def open_source(path: Path, *, flag: str = "--source") -> Source:
 
 
 def open_policy(options: PolicyOptions) -> tuple[Source, list[Prompt]]:
-    """The initial policy's directory and the prompts, both checked."""
+    """Open and check the initial policy's directory and the prompts."""
     source = open_source(options.source)
     prompts = read_prompts(
         options.prompts,
@@ -89,7 +89,7 @@ class Critic(nn.Module):
         self.head = head
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        """Values [B, S] of token ids, attention mask and position ids, [B, S] each."""
+        """Values [B, S]. Inputs are [B, S] each."""
         hidden = self.body(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state
@@ -97,7 +97,7 @@ class Critic(nn.Module):
 
 
 def load_critic(path: Path, dtype: torch.dtype, *, vocab_size: int) -> Critic:
-    """A critic from a reward model (body and head, as InstructGPT) or from a language model (body, zero head)."""
+    """A critic from a reward model (body and head, as in InstructGPT) or a language model (body, zero-initialised head)."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     config = AutoConfig.from_pretrained(path, local_files_only=True)
@@ -115,14 +115,14 @@ def load_critic(path: Path, dtype: torch.dtype, *, vocab_size: int) -> Critic:
     causal = any(name.endswith("ForCausalLM") for name in config.architectures or [])
     auto_class = AutoModelForCausalLM if causal else AutoModel
     body = load_transformers_model(auto_class, path, flag="--critic", dtype=dtype).base_model
-    width = body.get_input_embeddings().embedding_dim  # of the outputs: OPT 350M's layers are wider
+    width = body.get_input_embeddings().embedding_dim  # width of the output; OPT 350M's layers are wider
     head = nn.Linear(width, 1, bias=False, dtype=dtype)
     nn.init.zeros_(head.weight)
     return Critic(body, head).eval()
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Parameters, tied ones once."""
+    """Number of parameters; tied ones count once."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -133,13 +133,13 @@ def save_hf(
 
     Args:
         model: a transformers model; its weights are written unless `weights` is given.
-        directory: to write.
-        source: the directory that training started from.
+        directory: the output directory.
+        source: the initial model's directory.
         weights: unsharded tensors by name; by default the model's state dict.
-        new_config: write the model's config.json; by default the source's is copied unchanged.
+        new_config: write the model's config.json; by default the source's is copied.
 
     Returns:
-        facts for the manifest.
+        manifest entries.
     """
     weights = model.state_dict() if weights is None else weights
     weights = {name: t.to(source.dtype) if t.is_floating_point() else t for name, t in weights.items()}
@@ -148,7 +148,7 @@ def save_hf(
             raise StageError(f"{name} is not finite after training; nothing is published. Lower --learning-rate")
     model.config.dtype = source.dtype
     model.save_pretrained(directory, state_dict=weights)
-    # The source's generation_config.json is copied instead of training's sampling settings.
+    # It has training's sampling settings; the source's file is copied instead.
     (directory / "generation_config.json").unlink(missing_ok=True)
     if not new_config:
         (directory / "config.json").unlink()
@@ -163,5 +163,5 @@ def save_hf(
 
 
 def parameter_count_of(weights: dict[str, Tensor]) -> int:
-    """Parameters in a state dict; tied tensors count once."""
+    """Number of parameters in a state dict; tied tensors count once."""
     return sum({t.data_ptr(): t.numel() for t in weights.values()}.values())

@@ -1,4 +1,4 @@
-"""The options of the three commands, with their defaults. Standard library and pydantic only."""
+"""Options of the three commands. Imports only the standard library and pydantic."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Options:
         return self.precision or ("bf16" if device_type == "cuda" else "fp32")
 
     def check(self, world_size: int) -> None:
-        """UserError unless an update is a multiple of micro_batch_size * world_size."""
+        """UserError unless global_batch_size is a multiple of micro_batch_size * world_size."""
         if self.global_batch_size % (self.micro_batch_size * world_size):
             raise UserError(
                 f"--global-batch-size {self.global_batch_size} is not a multiple of --micro-batch-size "
@@ -115,7 +115,7 @@ class PolicyOptions(Options):
     clip_range: Above = 0.2
 
     def __post_init__(self) -> None:
-        """Check `reward` before anything is started."""
+        """Check `reward` early."""
         parse(self.reward)
 
     @cached_property
@@ -125,7 +125,7 @@ class PolicyOptions(Options):
 
     @property
     def inputs(self) -> dict[str, Path | list[Path]]:
-        """Files and directories that the command reads. `reward` itself is an option: it has weights and function names."""
+        """Input files and directories, those in `reward` included."""
         return {"source": self.source, "prompts": self.prompts, "reward_source": [spec.path for spec in self.rewards]}
 
 
@@ -169,7 +169,7 @@ class PPOOptions(PolicyOptions):
     zero: Annotated[int, Field(ge=0, le=3)] = 0
 
     def check(self, world_size: int) -> None:
-        """As in `Options`; also, a roll-out is a multiple of an update."""
+        """As in `Options`; also, rollout_batch_size must be a multiple of global_batch_size."""
         super().check(world_size)
         if self.rollout_batch_size % self.global_batch_size:
             raise UserError(
@@ -179,7 +179,7 @@ class PPOOptions(PolicyOptions):
 
     @property
     def inputs(self) -> dict[str, Path | list[Path]]:
-        """Files and directories that the command reads."""
+        """Input files and directories."""
         return super().inputs | ({"critic": self.critic} if self.critic else {})
 
     @property
@@ -207,7 +207,7 @@ class GRPOOptions(PolicyOptions):
     kl_coefficient: Rate = 0.0
 
     def check(self, world_size: int) -> None:
-        """As in `Options`; also, an update is a multiple of a group of replies, and state is saved between two roll-outs."""
+        """As in `Options`; also, global_batch_size is a multiple of generations, and save_every of epochs."""
         super().check(world_size)
         if self.global_batch_size % self.generations:
             raise UserError(

@@ -1,4 +1,4 @@
-"""The run of a training command: its target, published at the end, and the state to resume from."""
+"""The run of a training command: the target to publish and the state to resume from."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class RunContext:
     """An open run: the directory to publish and the state to resume from."""
 
     out: Publication | None
-    """The directory in the making; on rank 0 only."""
+    """The publication in progress; on rank 0 only."""
     state: State
 
     def add_report(self, *, title: str, facts: Mapping[str, Any], charts: Mapping[str, Sequence[str]]) -> None:
         """Put the run's metrics.jsonl and report.html into the directory to publish; rank 0 only.
 
         Args:
-            title: the report's heading.
-            facts: shown as a list of values.
-            charts: title -> names of the metrics it draws.
+            title: heading.
+            facts: name -> value, shown as a list.
+            charts: chart title -> metric names.
         """
         assert self.out is not None, "rank 0 has the directory in the making"
         metrics = self.state.path / METRICS
@@ -43,15 +43,15 @@ class RunContext:
 
 
 def shown(value: Any) -> str:
-    """A fact as the report has it."""
+    """A fact, formatted for the report."""
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 @contextmanager
 def open_run(target: Path, inputs: Inputs, *, overwrite: bool) -> Iterator[RunContext]:
-    """Open `target` and its state; publish when the block succeeds, then remove the state.
+    """Open `target` and its state. When the block succeeds: publish, then remove the state.
 
-    Rank 0 checks and refuses; the other ranks then exit silently with its exit code.
+    Rank 0 does the checks. If one fails, the other ranks exit silently with rank 0's exit code.
     """
     out: Publication | None = None
     with ExitStack() as stack:

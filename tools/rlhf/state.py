@@ -1,8 +1,8 @@
-"""State of an unfinished run: `TARGET.state` beside the target, from the first save until the target is published.
+"""State of an unfinished run: `TARGET.state`, from the first save until the target is published.
 
-TARGET.state/run.json          fingerprint of the command, so that no other command resumes it
+TARGET.state/run.json          fingerprint of the command; only the same command resumes
 TARGET.state/metrics.jsonl     one line per iteration
-TARGET.state/step_0000020/     what the loop saved; complete, since it is renamed when it is
+TARGET.state/step_0000020/     a checkpoint of the loop; complete, because it is renamed last
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PARTIAL = ".partial"
 
 
 class State:
-    """The state directory of one run. Rank 0 creates, commits and removes; every rank writes into `begin`'s directory."""
+    """The state directory of one run. Rank 0 creates, commits and removes it; every rank writes to the path of `begin`."""
 
     def __init__(self, path: Path, *, fingerprint: str) -> None:
         self.path = path
@@ -30,12 +30,12 @@ class State:
 
     @classmethod
     def open(cls, target: Path, inputs: Inputs, *, overwrite: bool) -> Self:
-        """The state of this command's run to `target`: none yet, or as an interrupted run left it. Writes nothing.
+        """The state of this command's run: new, or that of an interrupted run. Writes nothing.
 
-        Call it inside `publish`, whose lock keeps other processes away from target and state.
+        Call it inside `publish`, whose lock covers target and state.
 
         Raises:
-            UserError: it is of another command, and --overwrite was not given.
+            UserError: the state is another command's, and --overwrite is not given.
         """
         path = target.with_name(f"{target.name}.state")
         state = cls(path, fingerprint=run_fingerprint(invocation(), inputs, parents_of(inputs)))
@@ -50,10 +50,10 @@ class State:
         return recorded_fingerprint(self.path) == self._fingerprint
 
     def create(self) -> int | None:
-        """Make the directory, remove what cannot be resumed. Call it once the user's input is checked.
+        """Create the directory, remove a state that cannot be resumed. Call it after all checks of the user's input.
 
         Returns:
-            the step to resume from, None for a new run.
+            the step to resume from; None for a new run.
         """
         if self.path.exists() and not self._is_resumable():
             remove_tree(self.path)
@@ -68,11 +68,11 @@ class State:
         return self.path / f"step_{step:07d}"
 
     def begin(self, step: int) -> Path:
-        """The directory to write a step into, the same on every rank; not made yet."""
+        """The directory for a new step, the same on every rank; not created yet."""
         return self.step_path(step).with_suffix(_PARTIAL)
 
     def commit(self, step: int, facts: dict[str, Any]) -> None:
-        """Make the step just written the one to resume from, with `facts` (JSON values); remove older steps."""
+        """Make the written step the one to resume from, with `facts` (JSON values). Removes older steps."""
         partial = self.begin(step)
         (partial / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
         commit_directory(partial, self.step_path(step))
@@ -81,9 +81,9 @@ class State:
         log(f"saved the state of step {step} in {self.path}")
 
     def facts(self, step: int) -> dict[str, Any]:
-        """The facts that `commit` was given."""
+        """The `facts` of `commit`."""
         return json.loads((self.step_path(step) / "facts.json").read_text(encoding="utf-8"))
 
     def remove(self) -> None:
-        """Remove the state: the target is published."""
+        """Remove the state after publication."""
         remove_tree(self.path)

@@ -20,7 +20,7 @@ from tools.rlhf.rollout.rollout import Rollout, Sequences
 
 @dataclass(frozen=True, kw_only=True)
 class Experience:
-    """What an update reads. Tensors are [B, T]."""
+    """Training data of an update. Tensors are [B, T]."""
 
     sequences: Sequences
     log_probs: Tensor
@@ -30,7 +30,7 @@ class Experience:
 
 
 def reply_logits(model: Any, sequences: Sequences) -> Tensor:
-    """The logits [B, T, vocabulary] that the reply tokens were sampled from; those of the prompt are not computed."""
+    """Logits [B, T, vocabulary] of the reply tokens; prompt logits are not computed."""
     columns = sequences.reply_mask.shape[1]
     return model(**sequences.inputs, use_cache=False, logits_to_keep=columns + 1).logits[:, :-1]
 
@@ -41,7 +41,7 @@ def policy_log_probs(model: Any, sequences: Sequences, temperature: float) -> Te
 
 
 def reply_values(critic: Any, sequences: Sequences) -> Tensor:
-    """The critic's values [B, T] before each reply token, float32."""
+    """The critic's values [B, T], float32; value t is before reply token t."""
     columns = sequences.reply_mask.shape[1]
     return critic(**sequences.inputs)[:, -columns - 1 : -1].float()
 
@@ -58,19 +58,19 @@ def collect(
     reference: Any,
     distributed: DistributedContext,
 ) -> tuple[Experience, dict[str, float]]:
-    """Evaluate a roll-out with the models as they are.
+    """Compute log-probabilities, values, rewards and advantages of a roll-out.
 
-    The log-probabilities are recomputed by the trainer, so that the ratio of the first update is 1; their distance from
-    the sampler's is among the metrics.
+    The trainer recomputes the log-probabilities, so the ratio of the first update is 1. Their difference from the
+    sampler's is a metric.
 
     Args:
         rollout: B sampled replies.
         scores: [B] rewards of the replies.
-        options: what turns scores into advantages.
+        options: KL estimator, discount, gae_lambda, ...
         kl_coefficient: weight of the KL penalty in this iteration.
         actor: the policy.
-        critic: gives values [B, P + T].
-        reference: the frozen policy.
+        critic: returns values [B, P + T].
+        reference: the reference policy.
         distributed: reduces statistics over the ranks.
 
     Returns:

@@ -132,7 +132,7 @@ def _line(row: Mapping[str, float]) -> str:
 
 
 def _reward_function(spec: RewardSpec, scorer: weighted_sum.Scorer, prompts: Sequence[Prompt], source: Source) -> Any:
-    """A scorer with TRL's signature. It reads the sampled ids: replies are not tokenised again."""
+    """A scorer with TRL's signature. It uses the sampled token ids; replies are not tokenised again."""
 
     def function(*, row: list[int], completion_ids: list[list[int]], **unused: Any) -> list[float]:
         texts = source.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)

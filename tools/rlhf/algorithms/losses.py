@@ -1,11 +1,10 @@
 """PPO's formulas as pure functions of tensors: no model, no process group, no I/O.
 
-Shapes: B replies, T reply positions (of the longest reply). `mask` [B, T] is 1 on a reply's tokens through its EOS and 0
-after. Index t is the action that emitted token t: its log-probability, its value (the critic's estimate before the token)
-and its advantage.
+Shapes: B replies, T positions of the longest reply. `mask` [B, T] is 1 on reply tokens through EOS, else 0. Index t is the
+action that emits reply token t: log-probability and advantage are of this action, the value is of the state before it.
 
-Papers: PPO arXiv:1707.06347, GAE arXiv:1506.02438, the per-token KL penalty of InstructGPT arXiv:2203.02155, the adaptive
-coefficient of arXiv:1909.08593; k1 and k3 are John Schulman's estimators of KL(policy || reference).
+Papers: PPO arXiv:1707.06347, GAE arXiv:1506.02438, per-token KL penalty (InstructGPT) arXiv:2203.02155, adaptive KL
+coefficient arXiv:1909.08593. k1 and k3 are John Schulman's estimators of KL(policy || reference).
 """
 
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from torch import Tensor
 
 KLEstimator = Literal["k1", "k3"]
 Reduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over the data-parallel ranks; the identity on one process."""
+"""Sum of a tensor over the data-parallel ranks; the identity on one process."""
 
 
 def one_process(total: Tensor) -> Tensor:
@@ -25,7 +24,7 @@ def one_process(total: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor, reduce: Reduce = one_process) -> Tensor:
-    """Mean of `values` [B, T] where `mask` is 1, over every rank's tokens: a scalar, 0 when there are none."""
+    """Mean of `values` [B, T] where `mask` is 1, over the tokens of all ranks: a scalar, 0 without tokens."""
     total = reduce(torch.stack([(values * mask).sum(), mask.sum().to(values.dtype)]))
     return total[0] / total[1].clamp(min=1)
 
@@ -46,7 +45,7 @@ def whiten(values: Tensor, mask: Tensor, reduce: Reduce = one_process) -> Tensor
 def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probabilities [B, T] of tokens [B, T] under softmax(logits / temperature), logits [B, T, vocabulary].
 
-    `temperature` is that of sampling: the trained distribution is the sampled one. Computed in float32 or float64.
+    `temperature` is the sampling temperature: the trained distribution is the sampled one. Computed in float32 or float64.
     """
     logits = _scaled(logits, temperature)
     return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
@@ -74,7 +73,7 @@ def kl_divergence(log_probs: Tensor, reference_log_probs: Tensor, estimator: KLE
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
-    """Rewards [B, T]: -kl_coefficient * kl on every token, plus the reply's score [B] on its last token."""
+    """Rewards [B, T]: -kl_coefficient * kl per token, plus the score [B] on the last token."""
     rewards = -kl_coefficient * kl * mask
     last = mask.sum(-1).long() - 1
     return rewards.scatter_add(1, last.unsqueeze(1), scores.to(rewards.dtype).unsqueeze(1))
@@ -86,7 +85,7 @@ def generalized_advantages(
     """Generalized advantage estimation and the value targets.
 
     delta_t = r_t + discount * V_{t+1} - V_t;  A_t = delta_t + discount * gae_lambda * A_{t+1};  R_t = A_t + V_t.
-    V and A after a reply's last token are 0: the episode ends there, also without an EOS.
+    V and A after the last token are 0: the episode ends there, also without EOS.
 
     Args:
         rewards: [B, T].
@@ -118,13 +117,13 @@ def policy_loss(
     clip_range: float,
     tokens: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
-    """The clipped surrogate of PPO, summed over the masked tokens and divided by `tokens`.
+    """PPO's clipped surrogate loss, summed over the masked tokens and divided by `tokens`.
 
-    `tokens` counts the masked tokens of the mini-batch (all micro-batches, all ranks). The sum over micro-batches and
-    ranks is then the mini-batch's mean per token, whatever the micro-batch size.
+    `tokens` is the number of masked tokens in the mini-batch, over all micro-batches and ranks. The sum over micro-batches
+    and ranks is the mini-batch's mean per token: invariant to micro-batch size and number of ranks.
 
     Returns:
-        the loss (scalar) and the number of tokens whose ratio was clipped (scalar, no gradient).
+        the loss (scalar) and the number of tokens with a clipped ratio (scalar, no gradient).
     """
     ratio = torch.exp(log_probs - old_log_probs)
     unclipped = -advantages * ratio
@@ -144,7 +143,7 @@ def value_loss(
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, reduce: Reduce = one_process) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over masked tokens: 1 for a perfect critic, 0 for a constant one; a scalar."""
+    """1 - Var(returns - values) / Var(returns) over masked tokens, a scalar: 1 for a perfect critic, 0 for a constant one."""
     return 1 - masked_variance(returns - values, mask, reduce) / masked_variance(returns, mask, reduce).clamp(min=1e-12)
 
 
@@ -152,10 +151,10 @@ def adapt_kl_coefficient(coefficient: float, kl: float, target: float, horizon: 
     """The proportional controller of arXiv:1909.08593 section 2.2.
 
     Args:
-        coefficient: of this iteration.
-        kl: observed, nats a reply.
-        target: nats a reply.
-        horizon: iterations in which an error of 100% changes the coefficient by a factor of e.
+        coefficient: current KL coefficient.
+        kl: observed KL, nats per reply.
+        target: target KL, nats per reply.
+        horizon: number of iterations in which an error of 100% changes the coefficient by a factor of e.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coefficient * (1 + error / horizon)

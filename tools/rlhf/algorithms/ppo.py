@@ -23,7 +23,7 @@ from tools.rlhf.state import State
 
 
 def run(options: PPOOptions) -> None:
-    """Train, save state on the way, publish the policy."""
+    """Train, with periodic saves, and publish the policy."""
     distributed = initialize_distributed()
     options.check(distributed.world_size)
     with open_run(options.target, options.inputs, overwrite=options.overwrite) as context:
@@ -69,7 +69,7 @@ def _build(
         accumulation=options.global_batch_size // (options.micro_batch_size * distributed.world_size),
         max_gradient_norm=options.max_gradient_norm,
     )
-    # Rewards first: a function that does not load is found before minutes of loading models.
+    # Rewards first: a broken function fails before the models load, which takes minutes.
     reward = weighted_sum.load(
         options.rewards,
         source.tokenizer,

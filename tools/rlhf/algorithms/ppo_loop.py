@@ -1,8 +1,8 @@
-"""The loop of PPO: roll-out, scores, experience, clipped updates.
+"""The PPO loop: roll-out, scores, experience, clipped updates.
 
-InstructGPT's recipe (arXiv:2203.02155), as in DeepSpeed-Chat (arXiv:2308.01320): the policy (actor) and a critic are trained;
-the KL penalty is against a frozen copy of the policy (reference). The loop knows its models as `Engine`s and its replies by
-a `Sampler`. Every random choice is a function of seed, iteration and rank, so a resumed run needs no generator state.
+InstructGPT's recipe (arXiv:2203.02155), as in DeepSpeed-Chat (arXiv:2308.01320): policy (actor) and critic are trained; the
+KL penalty is relative to the reference policy, a frozen copy. Models are `Engine`s; replies come from a `Sampler`. Random
+choices are functions of seed, iteration and rank: resuming needs no generator state.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _KL_HORIZON = 10.0  # iterations; K_beta = 0.1 of arXiv:1909.08593
 
 @dataclass(frozen=True, kw_only=True)
 class PPO:
-    """A PPO run and its parts."""
+    """A PPO run."""
 
     options: PPOOptions
     prompts: Sequence[Prompt]
     actor: Engine
     critic: Engine
     reference: Any
-    """The frozen policy, called like an engine."""
+    """The reference policy; called like an engine."""
     reward: Reward
     sampler: Sampler
     publisher: Publisher
@@ -53,11 +53,11 @@ class PPO:
     distributed: DistributedContext
 
     def train(self) -> None:
-        """Train to the last iteration, from the state's step if there is one.
+        """Train to the last iteration; resumes from a saved state.
 
         Raises:
-            Interrupted: a signal asked for a stop; the state is saved.
-            StageError: a metric is not finite; the state of the last save is kept.
+            Interrupted: stopped by a signal, after saving the state.
+            StageError: a metric is not finite; the last saved state is kept.
         """
         options, distributed = self.options, self.distributed
         stop = StopRequest()
@@ -127,10 +127,10 @@ class PPO:
         return experience, row
 
     def _update(self, experience: Experience, step: int) -> dict[str, float]:
-        """Several epochs of clipped updates over shuffled mini-batches; returns metrics, averaged over the updates.
+        """Several epochs of clipped updates over shuffled mini-batches. Returns metrics, averaged over the updates.
 
-        A mini-batch's loss is the mean over its tokens on all ranks: every micro-batch's sum is divided by the
-        mini-batch's token count, so neither the micro-batch size nor the number of ranks changes the gradient.
+        A mini-batch's loss is the mean over its tokens on all ranks: each micro-batch's sum is divided by the mini-batch's
+        token count. The gradient is invariant to micro-batch size and number of ranks.
         """
         options, distributed = self.options, self.distributed
         sequences, device = experience.sequences, experience.log_probs.device
@@ -166,7 +166,7 @@ class PPO:
         return row | ({"gradient_norm": sum(norms) / len(norms)} if norms else {})
 
     def _prompts(self, step: int) -> list[Prompt]:
-        """This rank's prompts of an iteration: the file in a new shuffled order each time it is used up."""
+        """This rank's prompts of an iteration; the file is reshuffled for each pass."""
         begin = (step - 1) * self.options.rollout_batch_size
         order = _order(len(self.prompts), self.options.seed, begin, begin + self.options.rollout_batch_size)
         world = self.distributed
@@ -186,7 +186,7 @@ class PPO:
         self.distributed.barrier()
 
     def _resume(self) -> tuple[int, float]:
-        """The first iteration to run and its KL coefficient."""
+        """The next iteration and its KL coefficient."""
         step = on_first_rank(self.state.create)
         if step is None:
             return 1, self.options.kl_coefficient
@@ -205,7 +205,7 @@ def _order(count: int, seed: int, begin: int, end: int) -> Iterator[int]:
 
 
 def _seed(seed: int, step: int, rank: int) -> int:
-    """A seed of its own for each use, spread by a multiplicative hash."""
+    """A distinct seed per (seed, step, rank), by a multiplicative hash."""
     return (seed * 1_000_003 + step) * 1_000_003 + rank + 1
 
 

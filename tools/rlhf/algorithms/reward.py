@@ -1,4 +1,4 @@
-"""`rlhf reward`: a reward model from preference pairs, by TRL's RewardTrainer (the Bradley-Terry loss)."""
+"""`rlhf reward`: a reward model from preference pairs, by TRL's RewardTrainer (Bradley-Terry loss)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tools.rlhf.transformers_model import load_transformers_model
 
 @dataclass(frozen=True, kw_only=True)
 class Preferences:
-    """The pairs of `--data`; their numbers add up to its rows."""
+    """The pairs of `--data`: rows = train + held out + dropped."""
 
     train: list[Pair]
     validation: list[Pair]
@@ -33,7 +33,7 @@ class Preferences:
 
 
 def run(options: RewardOptions) -> None:
-    """Train and publish a reward model, with its accuracy on held-out pairs before and after."""
+    """Train and publish a reward model; report its accuracy on held-out pairs before and after training."""
     distributed = initialize_distributed()
     options.check(distributed.world_size)
     inputs = {"source": options.source, "data": options.data}
@@ -63,7 +63,7 @@ _CHARTS = {"Loss": ("loss",), "Accuracy on training pairs": ("accuracy",), "Marg
 
 
 def _split(options: RewardOptions, source: Source) -> Preferences:
-    """Shuffle by the seed and hold out the first pairs. UserError if too few remain."""
+    """Shuffle by the seed and hold out the first pairs. UserError if too few training pairs remain."""
     length = options.sequence_length or source.context_length
     if length > source.context_length:
         raise UserError(f"--sequence-length {length} is above the model's context of {source.context_length}")
@@ -111,12 +111,12 @@ def _print_plan(options: RewardOptions, source: Source, pairs: Preferences, dist
 
 
 def accuracy(model: Any, pairs: list[Pair], batch_size: int, distributed: DistributedContext) -> float | None:
-    """Share of pairs whose chosen sequence scores strictly above the rejected one; None without pairs."""
+    """Share of pairs with score(chosen) > score(rejected); None without pairs."""
     if not pairs:
         return None
     model.to(distributed.device)
     right = 0
-    # Sorted by length: batches with little padding.
+    # Sorted by length, to reduce padding.
     ordered = sorted(pairs, key=lambda pair: len(pair.chosen) + len(pair.rejected))
     for start in range(0, len(ordered), batch_size):
         batch = ordered[start : start + batch_size]

@@ -1,1 +1,1 @@
-"""What owns a model and its optimizer: DeepSpeed, TRL's trainers."""
+"""Training engines: DeepSpeed, TRL's trainers."""

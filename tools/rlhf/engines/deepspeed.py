@@ -1,8 +1,8 @@
-"""DeepSpeed: the process group, trained models, frozen models; on GPUs and on CPUs.
+"""DeepSpeed: process group, trained models, frozen models; on GPU and CPU.
 
-DeepSpeed's CPU accelerator compiles C++ ops at first use, for minutes and with a compiler that an image need not have.
-None of them is needed: `torch_adam` is torch's own AdamW (fused on CUDA), and without the shared-memory communication op
-among the compatible ops collectives run on gloo. Both are settings that DeepSpeed reads, not changes to it.
+DeepSpeed's CPU accelerator compiles C++ ops at first use: minutes, and a compiler is required. Two settings avoid that:
+`torch_adam` selects torch's AdamW (fused on CUDA); without the shared-memory op among the compatible ops, collectives use
+gloo.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tools.rlhf.engines.distributed import DistributedContext
 
 
 def initialize_distributed() -> DistributedContext:
-    """Initialise DeepSpeed and the process group: that of torchrun's environment, or a group of one."""
+    """Initialise DeepSpeed and the process group, from torchrun's environment or for one process."""
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -49,8 +49,8 @@ def initialize_distributed() -> DistributedContext:
 
 
 def silence_libraries() -> None:
-    """Keep progress bars, and deprecation warnings of calls that are not ours, out of the log."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a path that is not there must not become a download
+    """Silence progress bars, and deprecation warnings inside libraries."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a missing path must not start a download
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for module in (r"torch\.distributed", r"transformers\."):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
@@ -65,13 +65,13 @@ class EngineOptions:
     """How an engine trains."""
 
     zero: int
-    """ZeRO stage; sharded over the ranks are: 1 optimizer state, 2 also gradients, 3 also parameters."""
+    """ZeRO stage. Sharded over the ranks: 1 optimizer state, 2 also gradients, 3 also parameters."""
     precision: TrainingPrecision
-    """Of weights and activations; with bf16 the optimizer has float32 main weights."""
+    """Precision of weights and activations; with bf16 the optimizer has float32 main weights."""
     micro_batch_size: int
     """Replies per forward pass of a rank."""
     accumulation: int
-    """Micro-batches per update, on one rank."""
+    """Micro-batches per update and rank."""
     max_gradient_norm: float
     """Gradients are clipped to this global norm."""
 
@@ -112,7 +112,7 @@ class DeepSpeedEngine:
         self._engine.step()
 
     def gradient_norm(self) -> float | None:
-        """See `Engine`. DeepSpeed does not know it for float32 at ZeRO stage 0."""
+        """See `Engine`. DeepSpeed has no norm for float32 at ZeRO stage 0."""
         norm = self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
@@ -122,7 +122,7 @@ class DeepSpeedEngine:
             group["lr"] = rate
 
     def full_weights(self) -> dict[str, Tensor]:
-        """See `Engine`. Under ZeRO-3 one parameter at a time is gathered: no device ever has the full model."""
+        """See `Engine`. ZeRO-3 gathers one parameter at a time: no device holds the full model."""
         import deepspeed
 
         module = self._engine.module
@@ -144,7 +144,7 @@ class DeepSpeedEngine:
 
 
 def frozen_model(model: nn.Module, options: EngineOptions) -> Any:
-    """A model without an optimizer, to call; its parameters are sharded when the trained models' are (ZeRO-3)."""
+    """A model without an optimizer; parameters are sharded if the trained models' are (ZeRO-3)."""
     model.requires_grad_(False)
     return _initialize(model, _config(options, 3 if options.zero == 3 else 0))
 
@@ -164,6 +164,6 @@ def _initialize(model: nn.Module, config: dict[str, Any]) -> Any:
     import deepspeed
 
     engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
-    # Always evaluation mode: with dropout the trainer's log-probabilities would differ from the sampler's.
+    # Evaluation mode: with dropout, trainer and sampler log-probabilities would differ.
     engine.eval()
     return engine

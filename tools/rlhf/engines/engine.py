@@ -1,4 +1,4 @@
-"""The seam between a training loop and the library that trains its models."""
+"""Interface between a training loop and the training library."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class Engine(Protocol):
-    """A model and its optimizer. Every rank has one, and all ranks make the same calls.
+    """A model and its optimizer, on every rank. All ranks make the same calls.
 
-    An update is a fixed number of micro-batches on every rank: forward and `backward` for each, then `step`.
+    An update is a fixed number of micro-batches per rank: forward and `backward` for each, then one `step`.
     """
 
     @property
     def module(self) -> Any:
-        """The model without wrappers: what `generate` samples from, and what names the weights."""
+        """The model without wrappers; used for `generate` and for weight names."""
         ...
 
     def __call__(self, **inputs: Any) -> Any:
@@ -24,7 +24,7 @@ class Engine(Protocol):
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a micro-batch's loss (scalar); an update's gradient is the sum over micro-batches and ranks."""
+        """Add the gradient of a micro-batch's loss (scalar). The update's gradient is the sum over micro-batches and ranks."""
         ...
 
     def step(self) -> None:
@@ -32,21 +32,21 @@ class Engine(Protocol):
         ...
 
     def gradient_norm(self) -> float | None:
-        """Global norm of the last update's gradient before clipping; None where it is not known."""
+        """Global gradient norm of the last update, before clipping; None if unknown."""
         ...
 
     def set_learning_rate(self, rate: float) -> None:
-        """The rate of every later update."""
+        """Set the learning rate of all later updates."""
         ...
 
     def full_weights(self) -> dict[str, Tensor]:
-        """Parameters and buffers of the state dict by name, unsharded, on the CPU of rank 0; empty on other ranks."""
+        """The unsharded state dict on the CPU of rank 0; empty on other ranks."""
         ...
 
     def save(self, directory: Path) -> None:
-        """Write what `load` needs to go on bit by bit; every rank writes its part."""
+        """Write a checkpoint for a bitwise identical resume; every rank writes its shard."""
         ...
 
     def load(self, directory: Path) -> None:
-        """Continue from what `save` wrote, with the same number of ranks."""
+        """Load a checkpoint of `save`, with the same number of ranks."""
         ...

@@ -1,7 +1,7 @@
-"""TRL's trainers as engines of `reward` and `grpo`: arguments, metrics, complete checkpoints, stop requests.
+"""TRL's trainers for `reward` and `grpo`: arguments, metrics, complete checkpoints, stop requests.
 
-The Trainer keeps its checkpoints in TARGET.state/trainer and writes them in place. A marker, written once all files of a
-checkpoint are on disk, distinguishes a complete checkpoint from one that a kill interrupted.
+The Trainer writes its checkpoints in place, to TARGET.state/trainer. A marker file, written last, distinguishes complete
+checkpoints from interrupted ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CHECKPOINT = "checkpoint-"
 
 
 def resume_point(context: RunContext) -> Path | None:
-    """The newest complete checkpoint of the Trainer; incomplete ones are removed."""
+    """The Trainer's newest complete checkpoint. Removes incomplete ones."""
 
     def newest() -> Path | None:
         context.state.create()
@@ -51,7 +51,7 @@ def _step_of(path: Path) -> int:
 
 
 def common_arguments(context: RunContext, options: Options, distributed: DistributedContext) -> dict[str, Any]:
-    """Arguments of a Trainer that every command sets alike."""
+    """Trainer arguments common to all commands."""
     micro_batches = options.global_batch_size // (options.micro_batch_size * distributed.world_size)
     return {
         "output_dir": str(_checkpoints(context)),
@@ -102,8 +102,8 @@ class StageCallback(TrainerCallback):
             distributed: the ranks.
             resumed: the checkpoint to resume from.
             log_every: updates between two log lines.
-            line: the log line of an update's metrics.
-            period: updates between two points at which a checkpoint is enough to resume from.
+            line: formats an update's metrics as a log line.
+            period: updates per roll-out; a run resumes only at a multiple.
         """
         self.interrupted_at: int | None = None
         self._period = period
@@ -122,7 +122,7 @@ class StageCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if "loss" not in logs:  # the summary after training
             return
-        # TRL counts num_tokens since the process started, not over the run.
+        # num_tokens is dropped: TRL counts it from the process start, not over the run.
         row = {name: float(value) for name, value in logs.items() if name not in ("total_flos", "step", "num_tokens")}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(row.get(name, 0.0)):
@@ -144,7 +144,7 @@ class StageCallback(TrainerCallback):
             sync(place)
 
     def finish(self, max_steps: int) -> None:
-        """Close the metrics after training. Raises Interrupted if a signal ended it early."""
+        """Close the metrics after training. Interrupted if a signal stopped it."""
         if self._metrics is not None:
             self._metrics.close()
         if self.interrupted_at is not None:
@@ -154,13 +154,13 @@ class StageCallback(TrainerCallback):
 
 
 def train(trainer: Any, callback: StageCallback, resumed: Path | None) -> None:
-    """Run the Trainer to its end, from a checkpoint if there is one. Raises Interrupted if a signal stopped it."""
-    trainer.remove_callback(PrinterCallback)  # it prints every update on stdout, which is for results
+    """Run the Trainer, from a checkpoint if there is one. Interrupted if a signal stopped it."""
+    trainer.remove_callback(PrinterCallback)  # prints every update to stdout, which is for results
     trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     callback.finish(trainer.state.max_steps)
 
 
 def unwrapped_model(trainer: Any) -> torch.nn.Module:
-    """The trained model without DDP's and accelerate's wrappers, on the CPU."""
+    """The trained model on the CPU, without the wrappers of DDP and accelerate."""
     return trainer.accelerator.unwrap_model(trainer.model).to("cpu")

@@ -1,1 +1,1 @@
-"""Rewards of replies: reward models, Python functions, their weighted sum."""
+"""Rewards: reward models, Python functions, weighted sums."""

@@ -1,4 +1,4 @@
-"""Rewards of a function in a Python file."""
+"""Rewards from a Python function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rewards of a reward model: a sequence-classification model with one label, read at the last token."""
+"""Rewards from a reward model: a sequence-classification model with one label, scored at the last token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tools.rlhf.transformers_model import load_transformers_model
 
 
 def load_reward_model(path: Path, dtype: torch.dtype) -> Any:
-    """A sequence-classification model with one label, in evaluation mode; UserError for any other directory."""
+    """A sequence-classification model with one label, in evaluation mode. UserError for any other model."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     config = AutoConfig.from_pretrained(path, local_files_only=True)
@@ -29,10 +29,10 @@ def load_reward_model(path: Path, dtype: torch.dtype) -> Any:
 
 
 class ModelReward:
-    """The `Scorer` of a reward model, on prompt and reply."""
+    """The `Scorer` of a reward model; its input is prompt + reply."""
 
     def __init__(self, path: Path, model: Any, tokenizer: Any | None, *, device: torch.device, batch_size: int) -> None:
-        """`tokenizer` re-tokenises the text; None if policy and reward model have the same vocabulary."""
+        """`tokenizer` re-tokenises the text; None if policy and reward model share a vocabulary."""
         self._path, self._model, self._tokenizer = path, model, tokenizer
         self._device, self._batch_size = device, batch_size
         config = getattr(model, "module", model).config
@@ -47,7 +47,7 @@ class ModelReward:
                 f"{longest}; lower --max-new-tokens or train a reward model with a longer context"
             )
         scores = torch.zeros(len(sequences))
-        by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # little padding
+        by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # reduces padding
         for start in range(0, len(sequences), self._batch_size):
             batch = by_length[start : start + self._batch_size]
             scores[batch] = score(self._model, [sequences[i] for i in batch], self._pad, self._device)
@@ -62,7 +62,7 @@ class ModelReward:
 
 @torch.no_grad()
 def score(model: Any, sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> Tensor:
-    """Scores [sequences] (float32, CPU) of token sequences, padded on the right as the model expects."""
+    """Scores [sequences], float32 on the CPU, of right-padded token sequences."""
     longest = max(map(len, sequences))
     ids = torch.tensor([[*s, *[pad_id] * (longest - len(s))] for s in sequences], device=device)
     mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences], device=device)

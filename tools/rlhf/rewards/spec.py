@@ -1,4 +1,4 @@
-"""The text of `--reward`: components and their weights. Standard library only: a mistake is reported before slow imports."""
+"""Parses `--reward`: components and weights. Standard library only, so errors are reported before slow imports."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ class RewardSpec:
 
     weight: float
     path: Path
-    """The directory of a reward model, or the file of a Python function."""
+    """Directory of a reward model, or file of a Python function."""
     function: str | None
-    """The function's name; None for a reward model."""
+    """Function name; None for a reward model."""
 
     @property
     def name(self) -> str:
-        """In logs and metrics."""
+        """Name in logs and metrics."""
         return self.function or self.path.resolve().name
 
 
 def parse(text: str) -> tuple[RewardSpec, ...]:
-    """The components of `text`, separated by commas.
+    """Parse comma-separated components.
 
     Raises:
-        UserError: a malformed component, a weight that is not finite, a path that does not exist, two equal names.
+        UserError: malformed component, non-finite weight, missing path or duplicate name.
     """
     parts = [_component(part.strip()) for part in text.split(",") if part.strip()]
     if not parts:

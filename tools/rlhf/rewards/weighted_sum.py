@@ -1,4 +1,4 @@
-"""The reward of a reply: a weighted sum of reward models and Python functions."""
+"""The reward: a weighted sum of reward models and Python functions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tools.rlhf.rollout.rollout import Reply
 
 
 class Scorer(Protocol):
-    """A component of the reward: one finite number a reply."""
+    """A component of the reward: one finite number per reply."""
 
     def __call__(self, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> list[float]: ...
 
@@ -31,11 +31,11 @@ class Reward:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The components' names, in the order of `--reward`."""
+        """Component names, in the order of `--reward`."""
         return tuple(spec.name for spec, _ in self.components)
 
     def __call__(self, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sums [B], and each component's unweighted scores [B] by name; float32, CPU."""
+        """Weighted sums [B], and unweighted scores [B] by component name; float32 on the CPU."""
         scores = {spec.name: torch.tensor(scorer(prompts, replies)) for spec, scorer in self.components}
         total = torch.stack([spec.weight * scores[spec.name] for spec, _ in self.components]).sum(0)
         return total, scores
@@ -50,14 +50,14 @@ def load(
     batch_size: int,
     wrap: Callable[[nn.Module], Any] = lambda model: model,
 ) -> Reward:
-    """The rewards of `--reward`.
+    """Load the components of `--reward`.
 
     Args:
-        specs: of `spec.parse`.
-        tokenizer: the policy's; a reward model of the same vocabulary reads the policy's token ids.
-        device: of reward models.
-        dtype: of reward models' weights.
-        batch_size: replies a forward pass.
+        specs: result of `spec.parse`.
+        tokenizer: the policy's; a reward model with the same vocabulary uses the policy's token ids.
+        device: device of reward models.
+        dtype: dtype of reward models' weights.
+        batch_size: replies per forward pass.
         wrap: prepares a reward model for distributed evaluation.
     """
     components: list[tuple[RewardSpec, Scorer]] = []

@@ -1,1 +1,1 @@
-"""Replies sampled from a policy."""
+"""Roll-outs: replies sampled from a policy."""

@@ -1,4 +1,4 @@
-"""Roll-outs in the training process: `generate` of transformers on the policy itself."""
+"""Roll-outs in the training process, by transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from tools.rlhf.rollout.rollout import Reply, Rollout, Sequences
 
 
 class _SampledLogProbs:
-    """A logits processor that records the log-probability of every sampled token and changes nothing.
+    """A logits processor that records the log-probabilities of the sampled tokens; logits are unchanged.
 
-    It is called before a token is sampled and looks up the previous one. The alternative, `output_logits` of `generate`,
-    keeps [T, B, vocabulary].
+    Each call looks up the previously sampled token. `output_logits` of `generate` would keep [T, B, vocabulary].
     """
 
     def __init__(self, temperature: float) -> None:
@@ -38,22 +37,22 @@ class _SampledLogProbs:
 
 @dataclass(frozen=True, kw_only=True)
 class InProcessSampler:
-    """The `Sampler` that runs `generate` on the policy in training."""
+    """The `Sampler` that calls `generate` on the trained policy."""
 
     model: Any
     """A transformers causal language model."""
     tokenizer: Any
     """Decodes the replies."""
     max_new_tokens: int
-    """T at most."""
+    """Maximum T."""
     temperature: float
-    """Of sampling."""
+    """Sampling temperature."""
     eos_ids: Sequence[int]
     """Tokens that end a reply."""
     pad_id: int
-    """Fills the columns that a row does not use; may be one of `eos_ids`."""
+    """Padding token; may be one of `eos_ids`."""
     synced: bool
-    """Whether every rank takes the same number of steps, as sharded parameters need (ZeRO-3)."""
+    """Whether all ranks take the same number of steps, as ZeRO-3 requires."""
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Prompt], *, seed: int) -> Rollout:
@@ -86,7 +85,7 @@ class InProcessSampler:
         record.note(ids)
         reply_ids = ids[:, width:]
         ends = torch.isin(reply_ids, torch.tensor(self.eos_ids, device=device))
-        reply_mask = (ends.cumsum(-1) - ends.long()) == 0  # 1 through the first end
+        reply_mask = (ends.cumsum(-1) - ends.long()) == 0  # 1 through the first EOS
         log_probs = torch.cat(record.columns, dim=1)[:, : reply_ids.shape[1]]
         return Rollout(
             prompts=tuple(prompts),

@@ -1,4 +1,4 @@
-"""The seam through which a trained policy's weights reach whatever samples from it."""
+"""Interface for passing the policy's weights to the sampler."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from tools.rlhf.engines.engine import Engine
 
 
 class Publisher(Protocol):
-    """Makes a policy's weights those that a `Sampler` samples from."""
+    """Passes a policy's weights to a `Sampler`."""
 
     def publish(self, policy: Engine, version: int) -> None:
-        """Publish the weights as they are; when it returns, every later sample is of this version.
+        """Publish the current weights; all later samples use them.
 
-        Every rank calls it, before each roll-out.
+        Every rank calls it before each roll-out.
 
         Args:
-            policy: the engine that trains the policy.
-            version: iterations that trained these weights; 0 are the source's.
+            policy: the policy's engine.
+            version: number of iterations trained; 0 for the initial weights.
         """
         ...
 
 
 class InProcessPublisher:
-    """For `InProcessSampler`, which samples from the engine's own weights: every version is published already."""
+    """For `InProcessSampler`, which samples from the engine's weights directly."""
 
     def publish(self, policy: Engine, version: int) -> None:
         """Nothing to do."""

@@ -1,7 +1,7 @@
-"""A batch of sampled replies, as tensors and as text.
+"""A batch of sampled replies, as tensors and text.
 
-Shapes: B replies on this rank, P prompt columns, T reply columns. Prompts are padded on the left, replies on the right, so
-that every reply starts in column P: `[pad pad p1 p2 p3 | r1 r2 EOS pad]`.
+Shapes: B replies on this rank, P prompt columns, T reply columns. Prompts are left-padded, replies right-padded; every reply
+starts in column P: `[pad pad p1 p2 p3 | r1 r2 EOS pad]`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from tools.rlhf.data import Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What a policy wrote after a prompt."""
+    """A sampled reply."""
 
     ids: tuple[int, ...]
-    """Its tokens, through the end-of-sequence token if there is one."""
+    """Token ids, through EOS if there is one."""
     text: str
-    """The same without special tokens."""
+    """Decoded text, without special tokens."""
     ended: bool
-    """Whether it ends with an end-of-sequence token."""
+    """Whether the last token is EOS."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sequences:
-    """Prompts and replies as a model reads them."""
+    """Prompts and replies as model inputs."""
 
     ids: Tensor
     """[B, P + T]."""
@@ -49,11 +49,11 @@ class Sequences:
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments of a model."""
+        """Keyword arguments of a model's forward pass."""
         return {"input_ids": self.ids, "attention_mask": self.attention_mask, "position_ids": self.position_ids}
 
     def rows(self, index: Tensor) -> Sequences:
-        """The rows of `index`, without the columns in which all of them are padding."""
+        """The rows of `index`, without all-padding columns."""
         mask, reply_mask = self.attention_mask[index], self.reply_mask[index]
         used = mask.any(0).nonzero()
         first, stop = int(used[0]), int(used[-1]) + 1
@@ -64,7 +64,7 @@ class Sequences:
         )
 
     def micro_batches(self, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Sequences]]:
-        """The rows in parts of `size`, each with its indices; sorted by length, so that a part has little padding."""
+        """Micro-batches of `size` rows, with their indices; sorted by length to reduce padding."""
         lengths = self.attention_mask[rows].sum(-1)
         for index in rows[lengths.argsort(stable=True)].split(size):
             yield index, self.rows(index)
@@ -72,10 +72,10 @@ class Sequences:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """What a sampler returns: one reply to each of B prompts."""
+    """A sampler's result: one reply to each of B prompts."""
 
     prompts: tuple[Prompt, ...]
     replies: tuple[Reply, ...]
     sequences: Sequences
     sampler_log_probs: Tensor
-    """[B, T] float32: log-probability of each reply token under the sampled distribution; 0 after the end."""
+    """[B, T] float32: log-probability of each reply token under the sampling distribution; 0 after EOS."""

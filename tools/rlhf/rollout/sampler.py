@@ -1,4 +1,4 @@
-"""The seam between a training loop and whatever samples from its policy."""
+"""Interface between a training loop and its sampler."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from tools.rlhf.rollout.rollout import Rollout
 
 
 class Sampler(Protocol):
-    """Samples replies from the policy that its `Publisher` published last."""
+    """Samples replies from the last published policy."""
 
     def sample(self, prompts: Sequence[Prompt], *, seed: int) -> Rollout:
-        """One reply to each prompt, from softmax(logits / temperature) without top-k or top-p, which PPO's ratio ignores.
+        """Sample one reply per prompt from softmax(logits / temperature).
 
-        Every rank calls it, with prompts of its own.
+        No top-k or top-p: PPO's ratio does not model them. Every rank calls it, with its own prompts.
 
         Args:
             prompts: B prompts; equal prompts get independent replies.
-            seed: with prompts and weights it determines the replies.
+            seed: seed of the replies; equal seed, prompts and weights give equal replies.
         """
         ...
