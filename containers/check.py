@@ -1,7 +1,7 @@
-"""The last step of an image build: every module of the tool imports, its command answers, with the version that is said.
+"""Last step of an image build: checks that all modules of the tool import and that its command reports the version.
 
-`check.py TOOL VERSION [MODULE[=REQUIREMENT] ...]`: MODULE is imported as well, or left alone where REQUIREMENT is not
-installed. Standard library only.
+`check.py TOOL VERSION [MODULE[=REQUIREMENT] ...]`: MODULE is imported too, unless REQUIREMENT is not installed. Standard
+library only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def main(tool: str, version: str, *modules: str) -> int:
-    """0 if the image is usable; otherwise says what is missing."""
+    """0 if the image is usable; else prints the problem."""
     if not (3, 12) <= sys.version_info[:2] <= (3, 13):
         print(f"the base image has Python {sys.version.split()[0]}; 3.12 or 3.13 is needed", file=sys.stderr)
         return 1
@@ -32,7 +32,7 @@ def main(tool: str, version: str, *modules: str) -> int:
             continue
         try:
             importlib.import_module(name)
-        except Exception:  # noqa: BLE001 -- whatever it is, the image is not usable
+        except Exception:  # noqa: BLE001 -- any exception: the image is not usable
             traceback.print_exc()
             print(f"{name} cannot be imported: the base image does not fit the tool", file=sys.stderr)
             return 1

@@ -1,4 +1,4 @@
-"""The stages of demo/stages.py as containers: image, words, and how a container is locked up. Standard library only."""
+"""The stages of demo/stages.py as containers: image, command and sandbox settings. Standard library only."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ sys.path.insert(0, str(ROOT / "demo"))  # its files import each other by name, a
 from stages import Stage, stages  # noqa: E402
 
 TOOL = re.compile(r"tools/(\w+)/\.venv/bin/\1")  # a tool's command in the demo
-SCRIPTS = "convert"  # the demo's own scripts need a Python and nothing else: the smallest image
-VARIANTS = {"convert verify": "logits"}  # with torch, to compute them
-COMPUTE = re.compile(r"(pretrain|sft) train|(rlhf|infer) .*|serve and ask")  # the stages that a GPU is for
+SCRIPTS = "convert"  # image of the demo's scripts, which need only Python: the smallest
+VARIANTS = {"convert verify": "logits"}  # has torch, for the logits
+COMPUTE = re.compile(r"(pretrain|sft) train|(rlhf|infer) .*|serve and ask")  # stages that use a GPU
 LIMITS = {"memlock": -1, "stack": 64 << 20}  # pinned memory
 FLAGS = {"environment": "--env", "network_mode": "--network", "volumes": "--volume", "working_dir": "--workdir"}
 
@@ -31,30 +31,30 @@ class Job:
     name: str
     tool: str
     variant: str
-    """Of the image, where there are several: what its tag ends with."""
+    """Image variant: suffix of the tag."""
     entrypoint: str | None
-    """Instead of the image's own, which is the tool."""
+    """Replaces the image's entrypoint, the tool."""
     words: tuple[str, ...]
     work: Path
-    """The directory that the container sees as /data."""
+    """Host directory mounted at /data."""
     gpus: bool
     says: Callable[[], str]
-    """The result in a few words, read from the output."""
+    """One-line summary of the result, read from the output."""
 
     @property
     def image(self) -> str:
-        """Name and tag; the variable that chooses the tag is compose.yaml's."""
+        """Name and tag; the tag's environment variable is that of compose.yaml."""
         version = os.environ.get(f"{self.tool.upper()}_VERSION") or ("" if self.variant else "latest")
         return f"{self.tool}:{'-'.join(filter(None, (version, self.variant)))}"
 
     @property
     def target(self) -> str:
-        """What `make` makes the image by."""
+        """The image's make target."""
         return "-".join(filter(None, ("image", self.tool, self.variant)))
 
 
 def jobs(work: Path, *, gpus: bool = False) -> list[Job]:
-    """Every stage of the demo, with its paths under /data, which is `work` outside."""
+    """Every stage of the demo, with its paths under /data, the mount of `work`."""
     inside, outside = stages(Path("/data")), stages(work)
     return [_job(stage, work, gpus, seen.says) for stage, seen in zip(inside, outside, strict=True)]
 
@@ -84,17 +84,17 @@ def slug(name: str) -> str:
 
 
 def settings(job: Job) -> dict[str, Any]:
-    """How the container is run, by the docker package's names; the same as compose.yaml's services."""
+    """Container settings under the docker package's names; the same as in compose.yaml."""
     return {
         "user": f"{os.getuid()}:{os.getgid()}",
         "init": True,
         "read_only": True,
-        "tmpfs": {"/tmp": "exec" if job.gpus else ""},  # kernels compiled for a GPU at run time are loaded from there
+        "tmpfs": {"/tmp": "exec" if job.gpus else ""},  # GPU kernels compiled at run time are loaded from there
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges"],
         "network_mode": "none",
-        "shm_size": "16g" if job.gpus else "1g",  # what loader and engine processes pass to each other
-        "working_dir": "/",  # the demo's relative paths start where demo/ is
+        "shm_size": "16g" if job.gpus else "1g",  # shared memory of loader and engine processes
+        "working_dir": "/",  # parent of /demo, for the demo's relative paths
         "environment": {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))},
         "volumes": [f"{job.work}:/data", f"{ROOT / 'demo'}:/demo:ro"],
         **({"entrypoint": job.entrypoint} if job.entrypoint else {}),
@@ -113,7 +113,7 @@ def keywords(job: Job) -> dict[str, Any]:
 
 
 def command_line(job: Job) -> str:
-    """The same container as a line that a person could type."""
+    """The same container as a `docker run` command line."""
     words = ["docker", "run", "--rm"]
     for name, value in settings(job).items():
         flag = FLAGS.get(name, f"--{name.replace('_', '-')}")

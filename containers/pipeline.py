@@ -2,9 +2,9 @@
 
     containers/.venv/bin/python containers/pipeline.py --work DIR
 
-Each stage's `docker run` line is printed before it runs and its log as it comes. Run again, finished stages answer that
-they are done. Ctrl-C and SIGTERM stop the stage as `docker stop` does, with time to save; the exit code is then 75 and the
-same command goes on. A stage that fails hands its exit code on. CONVERT_VERSION=0.2.0 takes that version of one tool.
+Each stage's `docker run` line is printed before it runs, then its log. Ctrl-C and SIGTERM stop the stage like `docker stop`,
+with time to save, and exit with code 75; the same command resumes. Finished stages are skipped. A failed stage's exit code is
+returned. CONVERT_VERSION=0.2.0 selects that version of one tool.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 75
-SAVING = 120  # seconds that a stage which is told to stop has to save
+SAVING = 120  # seconds to save after a stop signal
 LABEL = "baton.pipeline"  # on each container: the work directory it writes to
 
 
 def main() -> int:
-    """Run the chosen stages in order; the first that fails ends the run with its exit code."""
+    """Run the chosen stages in order, up to the first failure; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--work", type=Path, default=Path("demo-work"), help="directory for everything (default: %(default)s)"
@@ -60,7 +60,7 @@ def main() -> int:
         print(*head, *(f"# {job.name}\n{command_line(job)}" for job in chosen), sep="\n")
         return 0
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "demo.lock").open("w") as lock:  # the demo without containers holds the same
+    with (work / "demo.lock").open("w") as lock:  # the lock of demo/demo.py
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -74,7 +74,7 @@ def main() -> int:
 
 
 def choose(every: list[Job], only: list[str] | None, until: str | None) -> list[Job]:
-    """The stages asked for, in the demo's order. ValueError for a name that is none."""
+    """The selected stages, in the demo's order. ValueError for an unknown stage."""
     known = {slug(job.name): place for place, job in enumerate(every)}
     for name in [*(only or []), *([until] if until else [])]:
         if slug(name) not in known:
@@ -85,7 +85,7 @@ def choose(every: list[Job], only: list[str] | None, until: str | None) -> list[
 
 
 def run_all(chosen: list[Job], work: Path) -> int:
-    """Engine and images first, then the stages."""
+    """Check Docker engine and images, then run the stages."""
     import docker
     from docker.errors import DockerException
     from requests.exceptions import RequestException
@@ -109,7 +109,7 @@ def run_all(chosen: list[Job], work: Path) -> int:
 
 
 class Pipeline:
-    """Runs stages one after another, and hears signals meanwhile."""
+    """Runs stages in order and handles signals."""
 
     def __init__(self, client: DockerClient, work: Path) -> None:
         from rich.console import Console
@@ -122,7 +122,7 @@ class Pipeline:
         self._told = 0
 
     def run(self, chosen: list[Job]) -> int:
-        """Returns 0, 75 when told to stop, else the exit code of the stage that failed."""
+        """Returns 0, 75 after a stop signal, or the exit code of the failed stage."""
         for told in (signal.SIGTERM, signal.SIGINT):
             signal.signal(told, self._hear)
         self._stop_leftovers()
@@ -146,7 +146,7 @@ class Pipeline:
         return 0
 
     def _stage(self, job: Job) -> tuple[int, str]:
-        """Run one container to its end and remove it: its exit code and the last line of its log."""
+        """Run one container and remove it. Returns its exit code and the last line of its log."""
         container = self._client.containers.create(**keywords(job), labels={LABEL: str(self._work)})
         self._container = container
         last = ""
@@ -155,7 +155,7 @@ class Pipeline:
                 return EXIT_INTERRUPTED, ""
             output = container.attach(stream=True, logs=True, demux=True)  # before the start: no line is lost
             container.start()
-            if self._told:  # the signal came when there was nothing to stop yet
+            if self._told:  # the signal came before the start
                 self._stop(container)
             for line in lines(output):
                 self._say(f"{job.name} | {line}")
@@ -170,7 +170,7 @@ class Pipeline:
             container.remove(force=True)
 
     def _hear(self, signum: int, frame: object) -> None:
-        """A signal: stop the stage, with time to save; a second one does not wait. The log goes on meanwhile."""
+        """Signal handler: stop the stage with time to save, at a second signal at once. The log continues."""
         self._told += 1
         if self._container is not None:
             threading.Thread(target=self._stop, args=(self._container,), daemon=True).start()
@@ -179,12 +179,12 @@ class Pipeline:
         import docker
         from docker.errors import NotFound
 
-        own = docker.from_env().containers  # a client of its own: the other one is reading the log
-        with suppress(NotFound):  # it ended by itself meanwhile
+        own = docker.from_env().containers  # a second client: the first is reading the log
+        with suppress(NotFound):  # it has already ended
             own.get(container.id).stop(timeout=SAVING if self._told == 1 else 0)
 
     def _stop_leftovers(self) -> None:
-        """A pipeline that was killed left its stage running: two must not write to the same place."""
+        """Stop the stage of a killed pipeline: two must not write to the same directory."""
         for container in self._client.containers.list(all=True, filters={"label": f"{LABEL}={self._work}"}):
             self._say(f"stopping {container.name}, which an earlier pipeline left")
             container.stop(timeout=SAVING)
@@ -192,7 +192,7 @@ class Pipeline:
 
     @contextmanager
     def _progress(self, chosen: list[Job]) -> Iterator[Progress]:
-        """A bar over the stages on a terminal; elsewhere the lines say which of how many."""
+        """Progress bar over the stages, on a terminal only."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         columns = (
@@ -219,7 +219,7 @@ class Pipeline:
 
 
 def lines(output: Iterator[tuple[bytes | None, bytes | None]]) -> Iterator[str]:
-    """The lines of a container's stdout and stderr, each whole; of a line that is written over, what stands at the end."""
+    """Complete lines of a container's stdout and stderr; of a line overwritten with carriage returns, the final text."""
     rests = [b"", b""]
     for pieces in output:
         for stream, piece in enumerate(pieces):
@@ -233,20 +233,20 @@ def _text(line: bytes) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """An engine's errors run over several lines; the first says it."""
+    """The first line of a Docker error."""
     explanation = getattr(error, "explanation", None) or str(error)
     return str(explanation).strip().splitlines()[0]
 
 
 def cause(error: BaseException) -> str:
-    """What the operating system said below a client's errors."""
+    """The operating system's error below the client's."""
     while below := error.__cause__ or error.__context__:
         error = below
     return getattr(error, "strerror", None) or str(error)
 
 
 def fail(message: str, code: int = EXIT_USAGE) -> int:
-    """Say why, and hand the exit code back."""
+    """Print the message; returns the exit code."""
     print(f"pipeline: {message}", file=sys.stderr, flush=True)
     return code
 

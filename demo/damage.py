@@ -1,4 +1,4 @@
-"""Damaged function bodies: what a reward model learns to tell from real ones. Standard library only."""
+"""Damages function bodies: the rejected replies of preference pairs. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,20 +11,17 @@ BRACKETS = "()[]{}"
 
 
 def damaged(body: str, chance: random.Random) -> str:
-    """The body with one to three kinds of damage, never equal to the body.
-
-    The same body and the same state of `chance` give the same result.
-    """
+    """The body with one to three kinds of damage; never equal to the body. Deterministic in body and `chance`."""
     result = body
     for _ in range(chance.randint(1, 3)):
         result = chance.choice(KINDS)(result, chance)
-    while result.strip() == body.strip():  # a kind may not apply, e.g. no bracket is there
+    while result.strip() == body.strip():  # a kind may not apply, e.g. without brackets
         result = duplicate_token(result, chance)
     return result
 
 
 def delete_token(body: str, chance: random.Random) -> str:
-    """One word or sign less."""
+    """Delete one token."""
     found = list(TOKEN.finditer(body))
     if len(found) < 2:
         return body
@@ -33,13 +30,13 @@ def delete_token(body: str, chance: random.Random) -> str:
 
 
 def duplicate_token(body: str, chance: random.Random) -> str:
-    """One word or sign twice."""
+    """Duplicate one token."""
     token = chance.choice(list(TOKEN.finditer(body)))
     return f"{body[: token.end()]} {token.group()}{body[token.end() :]}"
 
 
 def unbalance(body: str, chance: random.Random) -> str:
-    """One bracket less, or one too many."""
+    """Delete or add one bracket."""
     places = [i for i, character in enumerate(body) if character in BRACKETS]
     if not places:
         return body
@@ -49,7 +46,7 @@ def unbalance(body: str, chance: random.Random) -> str:
 
 
 def break_indentation(body: str, chance: random.Random) -> str:
-    """One line moved to the right or to the margin."""
+    """Indent one line further, or remove its indentation."""
     lines = body.split("\n")
     place = chance.randrange(len(lines))
     lines[place] = chance.choice(["  " + lines[place], lines[place].lstrip()])
@@ -57,7 +54,7 @@ def break_indentation(body: str, chance: random.Random) -> str:
 
 
 def swap_lines(body: str, chance: random.Random) -> str:
-    """Two neighbouring lines exchanged."""
+    """Swap two adjacent lines."""
     lines = body.split("\n")
     if len(lines) < 2:
         return body

@@ -1,15 +1,15 @@
-"""The demo's data, from text that every machine has: the source of Python's own standard library.
+"""The demo's data: the source code of Python's standard library, available on every machine.
 
     python3 demo/data.py DIR
 
-Modules are kept apart as a whole: a module (or package) is either trained on or held out, by the hash of its name.
-Nothing here depends on anything but the interpreter's own library. Written to DIR:
+Whole modules or packages are held out, by the hash of their names. The data depends on the interpreter's standard library
+only. Written to DIR:
 
-    train/                  source files to pretrain on
-    heldout.jsonl           {"text"}: stretches of held-out modules, for bits per byte
-    sft.jsonl               {"messages"}: complete this function -> its body; sft-heldout.jsonl the same, held out
-    preferences.jsonl       {"prompt", "chosen", "rejected"}: real against damaged bodies
-    prompts.jsonl           {"messages"}: requests for PPO; prompts-heldout.jsonl the same, held out
+    train/                  source files for pretraining
+    heldout.jsonl           {"text"}: pieces of held-out modules, for bits per byte
+    sft.jsonl               {"messages"}: complete this function -> its body; held out: sft-heldout.jsonl
+    preferences.jsonl       {"prompt", "chosen", "rejected"}: real and damaged bodies
+    prompts.jsonl           {"messages"}: prompts for PPO; held out: prompts-heldout.jsonl
     tasks/                  lm-evaluation-harness tasks: bits per byte of heldout.jsonl, replies to prompts-heldout.jsonl
 """
 
@@ -31,22 +31,22 @@ from pathlib import Path
 from damage import damaged
 from reward import INDENT, REQUEST, is_body
 
-# Tests, tables, long documents as strings, bundled wheels and whole programs: not what most modules look like.
+# Atypical modules: tests, tables, long documents as strings, bundled wheels, whole programs.
 LEFT_OUT = {
     *("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data"),
     *("encodings", "ensurepip", "_pyrepl", "__pycache__", "this.py", "antigravity.py"),
 }
 HELD_OUT_SHARE = 0.10  # of modules
-HELD_OUT_SALT = "demo:"  # with it, no package that makes up much of the library is held out
+HELD_OUT_SALT = "demo:"  # chosen so that no large package is held out
 HEADER_CHARACTERS = 160  # longest signature and docstring
 BODY_CHARACTERS = 120  # longest body
 BODY_LINES = 6
-STRETCH_BYTES = 4000  # of a held-out document
-STRETCHES = 40  # held-out documents, taken evenly
+STRETCH_BYTES = 4000  # size of a held-out document
+STRETCHES = 40  # held-out documents, evenly spaced
 PREFERENCES = 900  # pairs for the reward model
 SAMPLES = 2  # replies to each held-out request
-MAX_NEW_TOKENS = 48  # of a reply, in PPO and when replies are measured
-TEMPERATURE = 0.8  # the same
+MAX_NEW_TOKENS = 48  # in PPO and in the evaluation of replies
+TEMPERATURE = 0.8  # in PPO and in the evaluation of replies
 
 TEXT_TASK = """\
 task: heldout
@@ -96,7 +96,7 @@ metadata:
 
 @dataclass(frozen=True, kw_only=True)
 class Function:
-    """A function short enough to ask for."""
+    """A short function: prompt and reference reply."""
 
     header: str
     """Signature and the docstring's first line."""
@@ -105,12 +105,12 @@ class Function:
 
     @property
     def request(self) -> str:
-        """What a user asks."""
+        """The user's message."""
         return REQUEST + self.header
 
 
 def modules(library: Path) -> Iterator[tuple[str, Path]]:
-    """(relative name, file) of every source file of the library that is UTF-8 and parses, in order of names."""
+    """(relative name, file) of every UTF-8 source file of the library that parses, sorted by name."""
     for file in sorted(library.rglob("*.py"), key=lambda f: f.relative_to(library).parts):
         relative = file.relative_to(library)
         if LEFT_OUT.intersection(relative.parts) or relative.parts[0].startswith(("config-", "_sysconfigdata")):
@@ -123,14 +123,14 @@ def modules(library: Path) -> Iterator[tuple[str, Path]]:
 
 
 def held_out(name: str) -> bool:
-    """Whether the module that a file belongs to is held out: by the hash of its top-level name."""
+    """Whether a file is held out, by the hash of its top-level module name."""
     top = name.split("/")[0].removesuffix(".py").lstrip("_")
     digest = hashlib.sha256((HELD_OUT_SALT + top).encode()).digest()
     return int.from_bytes(digest[:4], "big") / 2**32 < HELD_OUT_SHARE
 
 
 def functions(source: str) -> Iterator[Function]:
-    """The short functions of a file that have a docstring and a body that does something."""
+    """The short functions of a file with a docstring and a non-trivial body."""
     lines = source.splitlines()
     for node in ast.walk(_parse(source)):
         if not isinstance(node, ast.FunctionDef) or len(node.body) < 2:
@@ -148,7 +148,7 @@ def functions(source: str) -> Iterator[Function]:
 
 
 def stretches(text: str) -> Iterator[str]:
-    """The text in pieces of about `STRETCH_BYTES`, cut between lines; a short rest is left out."""
+    """Pieces of about `STRETCH_BYTES`, cut between lines; a short last piece is dropped."""
     piece, size = [], 0
     for line in text.splitlines(keepends=True):
         piece.append(line)
@@ -159,7 +159,7 @@ def stretches(text: str) -> Iterator[str]:
 
 
 def write(library: Path, directory: Path) -> dict[str, int]:
-    """Write every file into an empty directory; returns what was written, counted."""
+    """Write all files into an empty directory. Returns counts."""
     pieces: list[str] = []
     pairs: dict[bool, dict[str, Function]] = {True: {}, False: {}}
     for name, file in modules(library):
@@ -172,7 +172,7 @@ def write(library: Path, directory: Path) -> dict[str, int]:
             (directory / "train" / name).write_text(text, encoding="utf-8")
         for function in functions(text):
             pairs[apart].setdefault(function.header, function)
-    for header in pairs[False].keys() & pairs[True].keys():  # the same function in two modules is not held out
+    for header in pairs[False].keys() & pairs[True].keys():  # a function also in a training module is not held out
         del pairs[True][header]
 
     train, rest = (list(pairs[apart].values()) for apart in (False, True))
@@ -189,7 +189,7 @@ def write(library: Path, directory: Path) -> dict[str, int]:
     (directory / "tasks").mkdir()
     (directory / "tasks" / "heldout.yaml").write_text(TEXT_TASK, encoding="utf-8")
     (directory / "tasks" / "replies.yaml").write_text(REPLIES_TASK, encoding="utf-8")
-    shutil.copy(Path(__file__).with_name("reward.py"), directory / "tasks")  # a task's function is found beside it
+    shutil.copy(Path(__file__).with_name("reward.py"), directory / "tasks")  # for `!function reward.NAME` of the task
     return {
         "train_files": sum(1 for _ in (directory / "train").rglob("*.py")),
         "heldout_bytes": sum(len(text.encode()) for text in chosen),
@@ -226,12 +226,12 @@ def _rows(path: Path, rows: list[dict[str, object]]) -> None:
 
 def _parse(source: str) -> ast.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # SyntaxWarning about escapes in the library's own source
+        warnings.simplefilter("ignore")  # SyntaxWarning about escapes in the library's source
         return ast.parse(source)
 
 
 def main(directory: Path) -> None:
-    """Make the directory whole or not at all."""
+    """Write the directory atomically."""
     if directory.exists():
         print(f"already done: {directory}", file=sys.stderr)
         return

@@ -1,10 +1,10 @@
-"""The whole road on this machine: text -> tokenizer -> pretraining -> fine-tuning -> PPO -> a served model.
+"""The whole pipeline on this machine: text -> tokenizer -> pretraining -> fine-tuning -> PPO -> a served model.
 
     python3 demo/demo.py --work DIR
 
-Every stage is its tool's command on directories, printed before it runs. Run again, finished stages answer that they are
-done; killed anywhere, the same command goes on. Ends with a table and a verdict: exit code 0 when the model beat the
-unigram model and PPO raised the share of replies that parse, else 1. Standard library only.
+Every stage is a tool's command on directories, printed before it runs. Killed or stopped, the same command resumes; finished
+stages are skipped. Ends with a table and a verdict: exit code 0 if the model beats the unigram model and PPO raised the share
+of replies that parse, else 1. Standard library only.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ import metrics
 from stages import SCORED, Stage, stages
 
 ROOT = Path(__file__).resolve().parents[1]
-WELL_BELOW = 0.8  # of the unigram model's bits per byte: a model that learnt words in context is far below
+WELL_BELOW = 0.8  # maximum share of the unigram model's bits per byte; a model that uses context is far below
 
 
 def main() -> int:
-    """Run what is not done yet; print the table."""
+    """Run the unfinished stages; print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--work", type=Path, default=Path("demo-work"), help="directory for everything (default: %(default)s)"
     )
     parser.add_argument("--until", metavar="STAGE", help="stop after this stage, named as in the table")
     options = parser.parse_args()
-    # Relative paths mean the same to us, to the commands and to who copies them.
+    # Relative to the repository root if inside it, so that printed command lines can be copied.
     work = options.work.resolve()
     work = work.relative_to(ROOT) if work.is_relative_to(ROOT) else work
     os.chdir(ROOT)
     work.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-    os.environ["HF_HUB_OFFLINE"] = "1"  # every byte comes from here
+    os.environ["HF_HUB_OFFLINE"] = "1"  # no downloads
     for told in (signal.SIGTERM, signal.SIGINT):
         signal.signal(told, lambda *_: sys.exit(75))
     every = stages(work)
@@ -111,7 +111,7 @@ def table(every: list[Stage], record: measure.Record) -> str:
 
 
 def verdict(work: Path) -> int:
-    """The two measures of every checkpoint, and whether they did what they must."""
+    """Print both metrics of every checkpoint, and whether they meet the targets."""
     unigram = json.loads((work / "unigram.json").read_text(encoding="utf-8"))
     scores = {name: metrics.bits_per_byte(work / "scores" / name) for name in SCORED}
     rates = {name: metrics.parse_rate(work / "scores" / name) for name in SCORED}

@@ -1,4 +1,4 @@
-"""Running a stage: its time and the memory of its whole process tree, kept across kills. Standard library only (Linux)."""
+"""Runs a stage; measures time and memory of its process tree, across interrupted runs. Standard library only (Linux)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
-PERIOD = 0.25  # seconds between two looks at the process tree
+PERIOD = 0.25  # seconds between two samples of the process tree
 SPOKEN = 5.0  # seconds between two writes of the record while a stage runs
 
 
 @dataclass(kw_only=True)
 class Measured:
-    """What a stage took, all its runs together: a killed one counts, one that had nothing to do does not."""
+    """Cost of a stage, summed over its runs: interrupted runs count, runs of a finished stage do not."""
 
     seconds: float = 0.0
     peak_bytes: int = 0
-    """Largest sum of the resident memory of its processes; pages they share count for each."""
+    """Peak sum of the processes' resident memory; shared pages count once per process."""
     finished: bool = False
 
 
 class Record:
-    """`demo.json`: what each stage took, written while it runs."""
+    """`demo.json`: the cost of each stage, updated while it runs."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -37,14 +37,14 @@ class Record:
         self.stages = {name: Measured(**values) for name, values in content.get("stages", {}).items()}
 
     def write(self, running: list[int] | None = None) -> None:
-        """Replace the file whole."""
+        """Replace the file atomically."""
         stages = {name: asdict(measured) for name, measured in self.stages.items()}
         beside = self._path.with_name(self._path.name + ".new")
         beside.write_text(json.dumps({"stages": stages, "running": running}, indent=1) + "\n", encoding="utf-8")
         beside.replace(self._path)
 
     def wait_for_earlier(self) -> None:
-        """A killed demo's last stage is told to stop by the kernel; give it the time to save and go."""
+        """Wait for the last stage of a killed demo: the kernel sent it SIGTERM, and it may still be saving."""
         if self._running is None:
             return
         pid, started = self._running
@@ -56,9 +56,9 @@ class Record:
 
 
 def run(name: str, command: Sequence[str], record: Record) -> int:
-    """Run a stage and note what it took; returns its exit code.
+    """Run a stage and record its cost. Returns its exit code.
 
-    A finished stage that is run again answers at once that it is done: its numbers stay those of the run that did it.
+    A finished stage exits at once when run again; its recorded cost is unchanged.
     """
     earlier = record.stages.get(name, Measured())
     process = subprocess.Popen(command, start_new_session=True, preexec_fn=stop_with_parent)  # noqa: PLW1509 -- no threads here
@@ -73,7 +73,7 @@ def run(name: str, command: Sequence[str], record: Record) -> int:
                 record.stages[name] = _added(earlier, now - began, peak, finished=False)
                 record.write(running=[process.pid, _started(process.pid)])
             time.sleep(PERIOD)
-    finally:  # interrupted: the stage saves what it can and goes, then we do
+    finally:  # interrupted: let the stage save first
         stop(process)
         if not earlier.finished:
             finished = process.returncode == 0
@@ -83,7 +83,7 @@ def run(name: str, command: Sequence[str], record: Record) -> int:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process as a person would: SIGTERM, and a minute to save."""
+    """Stop a process: SIGTERM, and a minute to save."""
     if process.poll() is not None:
         return
     process.send_signal(signal.SIGTERM)
@@ -95,13 +95,13 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def tree_bytes(root: int) -> int:
-    """Resident memory of a process and all that it started, [bytes]."""
+    """Resident memory of a process tree in bytes."""
     children: dict[int, list[int]] = {}
     session: list[int] = []
     for entry in os.listdir("/proc"):
         if entry.isdigit() and (fields := _stat(int(entry))):
             children.setdefault(int(fields[1]), []).append(int(entry))
-            if int(fields[3]) == root:  # left behind by a parent that ended, but of the same session
+            if int(fields[3]) == root:  # an orphan of the same session
                 session.append(int(entry))
     found: set[int] = set()
     waiting = [root, *session]
@@ -126,7 +126,7 @@ def _stat(pid: int) -> list[str] | None:
 
 
 def _started(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot: a pid alone may be somebody else by now."""
+    """Start time of a process in clock ticks since boot: a pid alone may be reused."""
     fields = _stat(pid)
     return int(fields[19]) if fields and fields[0] != "Z" else None
 
@@ -139,5 +139,5 @@ def _resident(pid: int) -> int:
 
 
 def stop_with_parent() -> None:
-    """In the child: have the kernel send SIGTERM when this demo is killed (Linux: PR_SET_PDEATHSIG)."""
+    """In the child: have the kernel send SIGTERM when the parent dies (Linux: PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)

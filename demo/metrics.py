@@ -1,4 +1,4 @@
-"""Numbers of the demo, read from what the stages published. Standard library only."""
+"""Metrics of the demo, read from the published directories. Standard library only."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ def parse_rate(directory: Path) -> float:
 
 
 def bits_per_byte(directory: Path) -> float:
-    """Of held-out text."""
+    """Bits per byte of held-out text."""
     return _score(directory, "heldout", "bits_per_byte,none")
 
 
 def _score(directory: Path, task: str, metric: str) -> float:
-    """A number in what `infer evaluate` published."""
+    """A metric in the results of `infer evaluate`."""
     results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
     return float(results["results"][task][metric])
 
 
 def curve(directory: Path, key: str) -> list[float]:
-    """One number of every line of a run's metrics.jsonl that has it."""
+    """The values of one key in a run's metrics.jsonl; lines without it are skipped."""
     return [float(row[key]) for row in _rows(directory / "metrics.jsonl") if isinstance(row.get(key), int | float)]
 
 
@@ -35,7 +35,7 @@ def size_on_disk(path: Path) -> int:
 
 
 def facts(directory: Path) -> dict[str, Any]:
-    """What a stage says of its output."""
+    """Manifest entries of a stage's output."""
     manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
     return dict(manifest["facts"])
 

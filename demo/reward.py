@@ -11,7 +11,7 @@ import warnings
 from typing import Any
 
 REQUEST = "Complete this function.\n\n"
-HEADER = re.compile(r'def [^\n]*:\n    """[^\n]*"""')  # the last thing that is asked, in plain or rendered prompts
+HEADER = re.compile(r'def [^\n]*:\n    """[^\n]*"""')  # of raw and rendered prompts; the last match is the request
 INDENT = "    "
 
 
@@ -21,7 +21,7 @@ def parses(prompts: list[str], completions: list[str], **columns: Any) -> list[f
     Args:
         prompts: the requests, plain or as the chat template renders them.
         completions: the replies, without special tokens.
-        columns: other columns of the prompts; not needed.
+        columns: other columns of the prompts; unused.
 
     Returns:
         one reward per completion.
@@ -37,7 +37,7 @@ def share_that_parses(doc: dict[str, Any], results: list[list[str]]) -> dict[str
 
 
 def header_of(prompt: str) -> str:
-    """The signature and docstring that the prompt asks to complete; ValueError when there is none."""
+    """Signature and docstring of the function to complete; ValueError if there is none."""
     found = HEADER.findall(prompt)
     if not found:
         raise ValueError(f"no function to complete in the prompt {prompt[:80]!r}")
@@ -45,14 +45,14 @@ def header_of(prompt: str) -> str:
 
 
 def is_body(header: str, reply: str) -> bool:
-    """Whether header and reply together are one function that does something.
+    """Whether header + reply is one non-trivial function.
 
-    What an optimiser would find instead of a function does not count: nothing at all, `pass`, `...`, a bare constant,
-    the same statement over and over, code that uses none of the parameters, or text after the function.
+    Reward hacks do not count: an empty body, `pass`, `...`, a bare constant, repeated statements, code that uses none of
+    the parameters, text after the function.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # SyntaxWarning about odd escapes in a reply is of no interest
+            warnings.simplefilter("ignore")  # SyntaxWarning about escapes in a reply
             module = ast.parse(f"{header}\n{reply}\n")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
@@ -69,14 +69,14 @@ def is_body(header: str, reply: str) -> bool:
 
 
 def _idle(statement: ast.stmt) -> bool:
-    """`pass`, `...`, a string or another constant, a name alone: statements that do nothing."""
+    """Whether a statement has no effect: `pass`, `...`, a constant, a bare name."""
     if isinstance(statement, ast.Expr):
         return isinstance(statement.value, ast.Constant | ast.Name)
     return isinstance(statement, ast.Pass)
 
 
 def _names(statement: ast.stmt) -> set[str]:
-    """Names, attributes and constants in the statement: what it is about."""
+    """Names, attributes and constants in the statement."""
     found = set()
     for node in ast.walk(statement):
         if isinstance(node, ast.Name):

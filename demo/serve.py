@@ -1,4 +1,4 @@
-"""Start `infer serve` on a directory, ask the model one question over HTTP, write the answer, stop the server.
+"""Start `infer serve`, send one request over HTTP, write the reply, stop the server.
 
     python3 demo/serve.py SERVER_COMMAND_AND_FLAGS... -- PROMPTS.jsonl TARGET.json
 
@@ -39,7 +39,7 @@ def main(command: list[str], prompts: Path, target: Path) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     try:
         assert server.stdout is not None
-        for line in server.stdout:  # `ready URL NAME` is printed once requests are answered
+        for line in server.stdout:  # `ready URL NAME` is printed when the server accepts requests
             if line.startswith("ready "):
                 _, url, name = line.split(maxsplit=2)
                 break

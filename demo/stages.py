@@ -1,4 +1,4 @@
-"""The stages of the demo, in order: each one command on directories, and what there is to say of its result.
+"""The stages of the demo, in order: each is one command on directories, with a one-line summary of its result.
 
 Paths in the commands are relative to the repository root. Standard library only.
 """
@@ -13,14 +13,14 @@ from pathlib import Path
 import metrics
 from data import MAX_NEW_TOKENS, TEMPERATURE
 
-# Sized for two cores and a quarter of an hour. With so little arithmetic many small updates of a small model learn most.
+# Sized for two cores and a quarter of an hour. With so little compute, many small updates of a small model work best.
 VOCAB_SIZE = 4096
 SEQUENCE_LENGTH = 512
 PRETRAIN_STEPS = 800
 SFT_EPOCHS = 5
 PPO_STEPS = 30
 CONTROL_STEPS = 20  # of PPO at learning rate 0
-SCORED = ("init", "pretrained", "sft", "ppo")  # the models that are measured, in order
+SCORED = ("init", "pretrained", "sft", "ppo")  # the evaluated models, in order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,11 @@ class Stage:
     command: tuple[str, ...]
     output: Path
     says: Callable[[], str]
-    """The result in a few words, read from the output."""
+    """One-line summary of the result, read from the output."""
 
 
 def precision() -> str:
-    """bf16 where the processor multiplies it in hardware; elsewhere it is slower than fp32."""
+    """bf16 if the processor has bf16 instructions, else fp32, which is then faster."""
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
@@ -46,9 +46,9 @@ def tool(name: str, *words: object) -> tuple[str, ...]:
 
 
 def script(name: str, *words: object) -> tuple[str, ...]:
-    """A script of the demo, by the interpreter that runs the demo."""
+    """A demo script's command line, with the interpreter of this process."""
     root = Path(__file__).resolve().parents[1]
-    python = Path(sys.executable)  # not resolved: an environment's interpreter is a link
+    python = Path(sys.executable)  # not resolved: a virtual environment's interpreter is a link
     python = python.relative_to(root) if python.is_relative_to(root) else python
     return (str(python), f"demo/{name}.py", *map(str, words))
 
@@ -203,7 +203,7 @@ def _alignment(work: Path, data: Path) -> list[Stage]:
 
 
 def _ppo(work: Path, data: Path, name: str, window: int, *words: object) -> Stage:
-    """PPO on the reward model and on whether the reply parses; at learning rate 0 a control that must stay flat."""
+    """PPO on the reward model and the verifiable reward; with learning rate 0 a control, whose reward must stay flat."""
     return Stage(
         name="rlhf ppo" if name == "ppo" else "rlhf ppo (control)",
         command=tool(
@@ -240,19 +240,19 @@ def _evaluate(work: Path, data: Path, name: str) -> Stage:
 
 
 def loss_fell(run: Path) -> str:
-    """The training loss of a run's first update, and the mean of its last twenty."""
+    """Training loss of the first update, and mean of the last twenty."""
     losses = metrics.curve(run, "loss")
     return f"loss {losses[0]:.2f} -> {sum(losses[-20:]) / len(losses[-20:]):.2f}"
 
 
 def reward_accuracy(directory: Path) -> str:
-    """How often the reward model prefers the real body, before and after training, on pairs held out."""
+    """Accuracy of the reward model on held-out pairs, before and after training."""
     facts = metrics.facts(directory)
     return f"accuracy {facts['accuracy_before']:.2f} -> {facts['accuracy_after']:.2f} on pairs held out"
 
 
 def reward_moved(directory: Path, window: int) -> str:
-    """The verifiable reward of the roll-outs at both ends of a run, over `window` iterations each."""
+    """Mean verifiable reward of the first and the last `window` iterations."""
     parsed, drift = metrics.curve(directory, "reward/parses"), metrics.curve(directory, "kl_reply")
     first, last = sum(parsed[:window]) / window, sum(parsed[-window:]) / window
     return f"roll-outs that parse {first:.1%} -> {last:.1%}, KL a reply {drift[-1]:.2f}"

@@ -1,10 +1,9 @@
-"""What a model has to beat: unigram models of the training text, measured on the held-out text.
+"""Baselines: unigram models of the training text, in bits per byte of the held-out text.
 
     python3 demo/unigram.py DATASET TRAIN_DIR HELDOUT_JSONL TARGET.json
 
 Over tokens: frequencies in DATASET's train.bin, code length of its validation.bin. Over bytes: frequencies in the files
-of TRAIN_DIR, code length of the texts in HELDOUT_JSONL. Each possible symbol is counted once more than it occurs, so that
-none costs infinitely many bits. Standard library only.
+of TRAIN_DIR, code length of the texts in HELDOUT_JSONL. Frequencies are add-one smoothed. Standard library only.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from pathlib import Path
 
 
 def code_length(train: Counter[int], symbols: int, held_out: Counter[int]) -> float:
-    """Bits that the held-out symbols cost under add-one-smoothed frequencies of the training symbols."""
+    """Code length in bits of the held-out symbols under add-one smoothed training frequencies."""
     total = train.total() + symbols
     return sum(count * math.log2(total / (train[symbol] + 1)) for symbol, count in held_out.items())
 
 
 def token_bits_per_byte(dataset: Path) -> float:
-    """Under token frequencies; the token that ends documents is not part of the text and costs nothing."""
+    """Bits per byte under token frequencies; end-of-document tokens are not counted."""
     facts = json.loads((dataset / "manifest.json").read_text(encoding="utf-8"))["facts"]
     train, held_out = (_tokens(dataset / f"{split}.bin", facts["dtype"]) for split in ("train", "validation"))
     del held_out[facts["eos_token_id"]]
@@ -33,7 +32,7 @@ def token_bits_per_byte(dataset: Path) -> float:
 
 
 def byte_bits_per_byte(train: Iterable[bytes], held_out: Iterable[bytes]) -> float:
-    """Under byte frequencies."""
+    """Bits per byte under byte frequencies."""
     seen, unseen = Counter[int](), Counter[int]()
     for content in train:
         seen.update(content)

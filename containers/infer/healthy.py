@@ -1,4 +1,4 @@
-"""The health of an `infer` container: the server among its processes, if there is one, answers /health."""
+"""Health check of an `infer` container: its server process, if any, answers /health."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 DEFAULTS = {"--host": "127.0.0.1", "--port": "8000"}
-EVERYWHERE = ("0.0.0.0", "::", "")  # such a server answers on the loopback, too
+EVERYWHERE = ("0.0.0.0", "::", "")  # wildcard addresses include the loopback
 
 
 def command_lines() -> Iterator[list[str]]:
-    """The words of every process of this container."""
+    """Command lines of all processes in the container."""
     for place in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             yield place.read_bytes().decode(errors="replace").rstrip("\0").split("\0")
-        except OSError:  # it has ended since
+        except OSError:  # the process has ended
             continue
 
 
 def address(words: list[str]) -> str | None:
-    """`host:port` of the server that this command line starts; None if it starts none."""
+    """`host:port` of the server that the command line starts, or None."""
     for index, word in enumerate(words[:-1]):
         if Path(word).name == "infer" and words[index + 1] == "serve":
             break
@@ -38,7 +38,7 @@ def address(words: list[str]) -> str | None:
 
 
 def main() -> int:
-    """0 unless a server is there that does not answer."""
+    """1 if a server runs and does not answer, else 0."""
     for server in filter(None, map(address, command_lines())):
         try:
             urllib.request.urlopen(f"http://{server}/health", timeout=4).close()

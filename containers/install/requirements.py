@@ -1,9 +1,9 @@
-"""Which lines of a requirements.lock an image has to install: those that its base image does not bring.
+"""Selects the lines of a requirements.lock that an image must install: those not provided by the base image.
 
-`requirements.py LOCK` runs under the base image's Python and leaves out what that has of PyTorch and of what is built
-against it: NVIDIA's and vLLM's images carry builds of their own, fitted to each other, that an index does not have.
-`requirements.py LOCK PATTERN ...` keeps only the distributions that a pattern matches, such as `nvidia-*`; one written
-`!triton` is left out. Standard library only.
+`requirements.py LOCK` runs under the base image's Python. It leaves out PyTorch and packages built against it if the base has
+them: NVIDIA's and vLLM's images have their own matching builds, which are not on an index.
+`requirements.py LOCK PATTERN ...` keeps only distributions that match a pattern, such as `nvidia-*`; `!triton` excludes one.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 
-# With torch in the base, these are the base's or are not needed. CUDA comes with the base's torch.
+# Left out if the base has torch: provided by the base, or not needed. CUDA comes with the base's torch.
 WITH_TORCH = ("torch", "torchvision", "torchaudio", "torchcodec", "triton", "pytorch-triton", "nvidia-*", "cuda-*")
-# Compiled against one very torch; left to the base only where the base has the distribution itself.
+# Compiled against one exact torch version; left out only if the base has the distribution.
 BUILT_AGAINST_TORCH = (
     *(
         "vllm",
@@ -47,7 +47,7 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def left_to_base(names: Sequence[str], present: dict[str, str]) -> set[str]:
-    """Those of `names` that a base image with the distributions `present` is to keep as it has them."""
+    """The subset of `names` that is left to a base image with the distributions `present`."""
     if "torch" not in present:
         return set()
     return {
@@ -56,7 +56,7 @@ def left_to_base(names: Sequence[str], present: dict[str, str]) -> set[str]:
 
 
 def installed() -> dict[str, str]:
-    """Distributions of the interpreter that runs this, by normalised name."""
+    """Distributions of this interpreter: normalised name -> version."""
     found = {}
     for distribution in metadata.distributions():
         if distribution.metadata["Name"]:
@@ -65,7 +65,7 @@ def installed() -> dict[str, str]:
 
 
 def main(lock: str, *patterns: str) -> None:
-    """Print the requirements to install; say on stderr what is left out, and for what."""
+    """Print the requirements to install; report on stderr what is left out and why."""
     requirements = dict(entries(Path(lock).read_text(encoding="utf-8")))
     if patterns:
         out = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
