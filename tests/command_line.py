@@ -1,7 +1,6 @@
-"""The command lines of all tools as text: `make command-line` records them in tests/golden/command_line.txt.
+"""The command lines of all tools as text; `make command-line` records them in tests/golden/command_line.txt.
 
-A flag that appears, disappears, or changes its type, its default or its part in the run's fingerprint changes that file, where a
-reviewer sees it.
+The file changes, visibly for a reviewer, with every new or removed flag, type, default, or part in the run's fingerprint.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What tests prove of families, recorded as JSON lines where PROOFS names a folder: `make proofs`."""
+"""Records test results of families as JSON lines in the folder PROOFS: `make proofs`."""
 
 from __future__ import annotations
 

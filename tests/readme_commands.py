@@ -1,6 +1,6 @@
 """Check command lines of one tool without running them: `python readme_commands.py TOOL FOLDER`, lines on stdin.
 
-A line passes when the tool's own parser accepts it. Paths that must exist are replaced by ones that do.
+A line passes if the tool's parser accepts it. Paths that must exist are replaced by existing ones.
 """
 
 from __future__ import annotations

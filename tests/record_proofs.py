@@ -1,6 +1,6 @@
-"""Merge what tests recorded into the record of proofs: `record_proofs.py FOLDER`.
+"""Merge recorded test results into proofs.json: `record_proofs.py FOLDER`.
 
-Families that were run are replaced, others stay as they were recorded.
+Tested families are replaced; other families keep their record.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The family of docs/add-a-family.md works: its diff applies to a copy of the tree, and the family's tests pass there."""
+"""The example of docs/add-a-family.md works: its diff applies to a copy of the tree, and the new family's tests pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command lines of all tools are those recorded in tests/golden/command_line.txt; `make command-line` records them anew."""
+"""The command lines of all tools equal tests/golden/command_line.txt; `make command-line` records them again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/contract.md says what the code of the contract says: kinds, fields, names on disk, exit codes, version."""
+"""docs/contract.md agrees with the code: kinds, fields, file names, exit codes, version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/architecture.md has every folder of shared; every decision is listed and has its parts."""
+"""docs/architecture.md lists every folder of shared; every decision record is listed and complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every command of every README: accepted by its tool's parser, known to make, or at least shell."""
+"""README commands: shell syntax, tools' flags, make targets, paths; every tool command is shown."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def commands(document: Path) -> list[str]:
 
 
 def in_container(line: str, tool: str) -> str | None:
-    """The tool's own command line in `docker run ... TOOL[:TAG] ...` or `baton ... TOOL ...`; None in any other."""
+    """The tool's command line within `docker run ... TOOL[:TAG] ...` or `baton ... TOOL ...`, else None."""
     if not re.match(r"(\w+=\S* )*(docker run|baton) ", line) or "--entrypoint" in line:
         return None
     words = shlex.split(line, comments=True)
@@ -81,7 +81,7 @@ def test_every_command_is_shown_in_a_container(tool: str) -> None:
 
 
 def test_the_function_that_the_pages_use_is_written_down() -> None:
-    """`baton` hands its words to docker run as they are, behind its own flags."""
+    """`baton` passes its arguments to docker run unchanged, after its own flags."""
     (block,) = [block for block in blocks(ROOT / "README.md") if "baton() {" in block]
     definition = block[: block.index("\n}\n") + 3]
     called = f'docker() {{ printf "%s\\n" "$@"; }}\n{definition}baton --gpus all convert verify --target "a b"'

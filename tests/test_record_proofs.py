@@ -1,4 +1,4 @@
-"""How proofs are recorded: each as it ended, whatever the others did."""
+"""Recording of proofs: each outcome independent of the others."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """No duplicated code: no six consecutive lines occur twice.
 
-White space, blank lines, comments, imports and lines of punctuation do not count. Not checked: tests, where each example is
-complete; families, which are read one at a time; Dockerfiles, which cannot share lines.
+Ignored: white space, blank lines, comments, imports, lines of punctuation. Not checked: tests (examples are self-contained),
+families (one file is read at a time), Dockerfiles (no way to share lines).
 """
 
 from __future__ import annotations

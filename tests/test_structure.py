@@ -1,7 +1,6 @@
-"""What the folder tree promises: imports point down, tests mirror sources, files stay readable, a name stands for one thing.
+"""Rules of the source tree: imports point down, tests mirror sources, files stay short, file names are unique.
 
-Imports are read from the sources and followed from module to module. Those under `if TYPE_CHECKING` are left out:
-they do not run.
+Imports are read from the sources and followed transitively. Imports under `if TYPE_CHECKING` are ignored.
 """
 
 from __future__ import annotations
@@ -93,8 +92,8 @@ MODULES = {module_name(path): path for path in SOURCES if path.parts[0] in ("sha
 
 @cache
 def imports(module: str) -> dict[str, bool]:
-    """What a module imports: a module of this repository by its full name, a library by its first. True: on import of
-    the module itself; False: only inside a function."""
+    """Imports of a module: full name for this repository's modules, top-level name for libraries. True: at import time;
+    False: only inside functions."""
     found: dict[str, bool] = {}
 
     def note(name: str, at_once: bool) -> None:
@@ -129,7 +128,7 @@ def within(module: str, entry: str) -> bool:
 
 
 def layer(module: str) -> tuple[int, str] | None:
-    """(row, entry) of the longest entry that the module begins with."""
+    """(row, entry) of the longest entry that is a prefix of the module name."""
     fitting = [
         (max(len(part) for part in entry.split(" | ") if within(module, part)), row, entry)
         for row, entries in enumerate(LAYERS)
@@ -140,7 +139,7 @@ def layer(module: str) -> tuple[int, str] | None:
 
 
 def chains(start: str) -> Iterator[list[str]]:
-    """The shortest chain of imports that run on import of `start`, to every module and library that it reaches."""
+    """The shortest import chain from `start` to every module and library imported with it."""
     paths = {start: [start]}
     queue = [start]
     for module in queue:
@@ -152,7 +151,7 @@ def chains(start: str) -> Iterator[list[str]]:
 
 
 def test_imports_point_down() -> None:
-    """shared imports no tool, no tool another, and no folder of shared one above it: not inside functions either."""
+    """shared imports no tool, a tool no other tool, a folder of shared none above it; also inside functions."""
     modules = {module for module, path in MODULES.items() if path.name != "__init__.py"}
     offenders = [
         f"{module} has no row in LAYERS of {Path(__file__).name}" for module in sorted(modules) if layer(module) is None
@@ -181,7 +180,7 @@ def test_what_no_chain_of_imports_reaches() -> None:
 
 
 def test_tests_mirror_sources() -> None:
-    """tests/shared/x/test_y.py stands for shared/x/y.py, or for a folder where several files act together."""
+    """tests/shared/x/test_y.py tests shared/x/y.py, or a folder of files that are tested together."""
     offenders = []
     for path in (p for p in SOURCES if p.parts[0] == "tests" and p.name.startswith("test_")):
         folder = Path(*path.parts[1:-1])

@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md quotes messages as the code has them."""
+"""docs/troubleshooting.md quotes the code's messages verbatim."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/upstream.md: its versions are installed, and its rows and the tests of reach-ins are the same."""
+"""docs/upstream.md: its versions are installed, and its rows match the tests of upstream internals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""For tests of docs/upstream.md: what an upstream's source says, and the page itself."""
+"""Helpers for tests of docs/upstream.md: upstream sources, and the page."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""How fast a conversion is beside copying the same bytes: `make bench-convert`.
+"""Throughput of conversions relative to copying the same bytes: `make bench-convert`.
 
-Every piece of work is done once in each round, so that what else the machine does falls on all alike; ratios are of the
-same round. Outputs are removed between; the source stays in the page cache, as it is after a download. Other programs
-that do this work (`make peers` installs them) are run after that, once.
+Each round runs every task once, so background load affects all tasks alike; ratios are within a round. Outputs are removed
+after each task; the source stays in the page cache. Other converters (`make peers` installs them) run once, afterwards.
 """
 
 from __future__ import annotations

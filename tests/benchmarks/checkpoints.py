@@ -1,4 +1,4 @@
-"""Checkpoints of real shapes with generated weights, written at the speed of the disk and in little memory."""
+"""Checkpoints with real shapes and generated weights, written at disk speed in little memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One command, measured: wall time, processor time, and the most memory that its processes held together."""
+"""Measures a command: wall time, CPU time, peak memory of its process tree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark runs, and measures what it says; its figures are for `make bench-convert`."""
+"""The benchmark runs and measures correctly; `make bench-convert` gives the figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pieces of work that are compared, each a process of its own: `python work.py NAME SOURCE TARGET`."""
+"""The compared tasks, each run in its own process: `python work.py NAME SOURCE TARGET`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images built from this tree, and containers of them under the strictest settings that they are meant for."""
+"""Images built from this tree, and containers with the strictest supported sandbox settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""compose.yaml: the demo's stages and no others, one after the other, each locked up. Needs no engine."""
+"""compose.yaml: exactly the demo's stages, in order, each sandboxed. Needs no Docker engine."""
 
 from __future__ import annotations
 

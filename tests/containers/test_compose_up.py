@@ -1,4 +1,4 @@
-"""compose.yaml for real: the demo's first stages as services, by a user who is not root."""
+"""compose.yaml with a Docker engine: the demo's first stages as services, as a non-root user."""
 
 from __future__ import annotations
 

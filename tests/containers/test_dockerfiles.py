@@ -1,4 +1,4 @@
-"""What can be told of the images without an engine: their recipes, and the scripts that run inside a build."""
+"""Dockerfiles and build scripts; needs no Docker engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The images as they are built and run: small rights, no secrets, the same results as outside."""
+"""Built images: minimal privileges, no secrets, the same results as outside a container."""
 
 from __future__ import annotations
 

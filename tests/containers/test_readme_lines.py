@@ -1,4 +1,4 @@
-"""What README.md says of containers, typed as it stands there, in a directory of the caller's."""
+"""The container commands of README.md, run verbatim in a user's directory."""
 
 from __future__ import annotations
 

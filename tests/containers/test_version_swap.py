@@ -1,4 +1,4 @@
-"""Tools are exchanged one at a time: directories pass between versions, and a newer contract is refused by name."""
+"""One tool of another version: directories pass between versions; a newer contract version is refused with a clear message."""
 
 from __future__ import annotations
 

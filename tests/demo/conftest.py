@@ -1,4 +1,4 @@
-"""The demo's scripts import each other by their bare names, as they do when they run."""
+"""Puts demo/ on the path: its scripts import each other by bare names."""
 
 import sys
 from pathlib import Path

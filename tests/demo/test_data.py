@@ -1,4 +1,4 @@
-"""The demo's data, made from a small library: modules apart, real bodies, damaged bodies, nothing left to chance."""
+"""The demo's data from a small library: held-out modules, real and damaged bodies, determinism."""
 
 import json
 import random

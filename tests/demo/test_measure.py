@@ -1,4 +1,4 @@
-"""Time and memory of a process tree, kept across kills; and the numbers that a model has to beat."""
+"""Time and memory of a process tree, across interrupted runs; unigram baselines."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The verifiable reward: real bodies count, and none of the short cuts an optimiser would find."""
+"""The verifiable reward: real bodies count, reward hacks do not."""
 
 import pytest
 from reward import header_of, parses, share_that_parses

@@ -1,11 +1,11 @@
-"""Golden curves: the numbers of tiny training runs, kept as text in tests/golden/curves.
+"""Golden curves: metrics of tiny training runs, recorded as text in tests/golden/curves.
 
     python3 tests/golden/curves.py check [--work DIR]     run every curve and compare it with its file
     python3 tests/golden/curves.py record [--work DIR]    run every curve and write its file
 
-Runs go through the tools' commands and directories only. On the kind of CPU that a curve was recorded on, a check
-compares to the last digit; on another kind, within a tolerance. A refactoring changes no digit. Whoever records anew says
-in the commit why the numbers moved. Standard library only.
+Runs use the tools' commands and directories only. On the CPU model of the recording, values must be equal to the last digit;
+on another, within a tolerance. A refactoring changes no digit. A commit that records new curves says why the values changed.
+Standard library only.
 """
 
 from __future__ import annotations

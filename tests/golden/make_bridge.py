@@ -1,8 +1,8 @@
 """Makes tests/golden/megatron-bridge: `tools/convert/.venv/bin/python tests/golden/make_bridge.py`.
 
-`make peers` installs Megatron-Bridge. What is there was written by megatron-bridge 0.3.1 with
-megatron-core 0.16.1, transformers 4.57.6 and torch 2.13.0, on a CPU without TransformerEngine; how is in
-tests/peers/by_bridge.py. `hf` is the source that it was given, `megatron` what it made of it.
+`make peers` installs Megatron-Bridge. The files were written by megatron-bridge 0.3.1 with megatron-core 0.16.1,
+transformers 4.57.6 and torch 2.13.0, on a CPU without TransformerEngine, by tests/peers/by_bridge.py. `hf` is the source,
+`megatron` the result.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The golden curves: every run gives the recorded numbers, and the comparison sees the last digit."""
+"""The golden curves: every run gives the recorded values; the comparison detects a change of the last digit."""
 
 from __future__ import annotations
 

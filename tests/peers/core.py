@@ -1,7 +1,7 @@
-"""Megatron-Core for programs that import TransformerEngine wherever they go, on a CPU that has none.
+"""Megatron-Core without TransformerEngine, for programs that import TransformerEngine unconditionally.
 
-Modules that hold nothing answer those imports; a model is made of Megatron-Core's own layers, with the names that
-TransformerEngine's have. What is done with weights and files is all Megatron-Core's and that of the program.
+Empty stub modules satisfy the imports. Models consist of Megatron-Core's local layers under TransformerEngine's parameter
+names. Weights and files are handled by Megatron-Core and the program, unchanged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tools as a user has them: console scripts in their own environments, and directories between them."""
+"""The installed tools: console scripts in their own environments, connected by directories."""
 
 from __future__ import annotations
 

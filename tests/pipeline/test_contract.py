@@ -1,4 +1,4 @@
-"""What every stage promises of its directories, seen from outside: kills, full disks, damage, repeats."""
+"""The contract of directories, tested through commands: kills, full disks, damaged files, repeated runs."""
 
 from __future__ import annotations
 

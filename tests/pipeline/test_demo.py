@@ -1,4 +1,4 @@
-"""The demo's driver on its light stages: killed anywhere, the same command finishes."""
+"""The demo's driver on its cheap stages: killed anywhere, the same command resumes."""
 
 from __future__ import annotations
 

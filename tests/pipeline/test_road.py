@@ -1,4 +1,4 @@
-"""The whole road on a model of a few thousand parameters: every stage a command, every hand-over a directory."""
+"""The whole pipeline on a model of a few thousand parameters: every stage is a command on directories."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Baichuan 1 and 2 (Yang et al., 2023; modelling code of Baichuan-7B and Baichuan2-13B): what is compared with.
+"""Baichuan 1 and 2 (Yang et al., 2023; modelling code of Baichuan-7B and Baichuan2-13B): reference for the converted model.
 
-Written from the published description; no line of it is shared with the code under test.
+Written from the published description; shares no code with the code under test.
 """
 
 import math

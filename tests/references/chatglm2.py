@@ -1,6 +1,6 @@
-"""ChatGLM2, ChatGLM3 and GLM-4-9B (Team GLM, 2024): what the converted model is compared with.
+"""ChatGLM2, ChatGLM3 and GLM-4-9B (Team GLM, 2024): reference for the converted model.
 
-Written from the published description; no line of it is shared with the code under test.
+Written from the published description; shares no code with the code under test.
 """
 
 import torch

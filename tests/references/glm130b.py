@@ -1,6 +1,6 @@
-"""GLM-130B (Zeng et al., 2022): what the converted model is compared with.
+"""GLM-130B (Zeng et al., 2022): reference for the converted model.
 
-Written from the published description; no line of it is shared with the code under test.
+Written from the published description; shares no code with the code under test.
 """
 
 import torch

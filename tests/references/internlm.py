@@ -1,6 +1,6 @@
-"""InternLM 1 (InternLM Team, 2023; the arithmetic of LLaMA): what the converted model is compared with.
+"""InternLM 1 (InternLM Team, 2023; the arithmetic of LLaMA): reference for the converted model.
 
-Written from the published description; no line of it is shared with the code under test.
+Written from the published description; shares no code with the code under test.
 """
 
 import torch

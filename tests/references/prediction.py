@@ -1,10 +1,10 @@
-"""Layers for tokens further ahead in plain torch, around transformers' own decoder layers; transformers ignores them.
+"""Multi-token prediction (MTP) in plain torch, with transformers' decoder layers; transformers itself ignores MTP.
 
-DeepSeek V3 (arXiv:2412.19437), section 2.2: `h' = M [norm(h) ; norm(embedding of the next token)]`, a decoder layer, and the
-model's head on what its norm makes of it. Published weights have the embedding's half of M first, and h is what the model's
-final norm gave: so the source of vLLM 0.32 has it in `deepseek_mtp.py`, `glm4_moe_mtp.py` and `qwen3_next_mtp.py`
-(`torch.cat([inputs_embeds, previous_hidden_states], dim=-1)`; the model gives `self.norm(hidden_states, residual)`). vLLM's
-first two also zero the embedding at position 0; neither the report nor Megatron-Core does, and so neither does this.
+DeepSeek V3 (arXiv:2412.19437), section 2.2: `h' = M [norm(h) ; norm(embedding of the next token)]`, a decoder layer, a norm,
+the model's head. Published weights differ in two points: the embedding's half of M is first, and h is the output of the final
+norm. Source: `deepseek_mtp.py`, `glm4_moe_mtp.py` and `qwen3_next_mtp.py` of vLLM 0.32
+(`torch.cat([inputs_embeds, previous_hidden_states], dim=-1)`; the model returns `self.norm(hidden_states, residual)`). The
+first two also zero the embedding at position 0; the paper, Megatron-Core and this module do not.
 """
 
 from __future__ import annotations

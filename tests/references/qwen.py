@@ -1,6 +1,6 @@
-"""Qwen 1 (Bai et al., 2023), up to the length it was trained at: what the converted model is compared with.
+"""Qwen 1 (Bai et al., 2023), up to the length it was trained at: reference for the converted model.
 
-Written from the published description; no line of it is shared with the code under test.
+Written from the published description; shares no code with the code under test.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""A language model of TransformerEngine's layers, built from a directory of kind te and nothing else.
+"""A language model of TransformerEngine layers, built from a directory of kind te only.
 
-`layers.json` says how each module is made and called, the safetensors files hold the weights, loaded strictly. Which
-classes the layers are is the caller's to say: TransformerEngine's own, or those of `transformer_engine.py` beside this.
+`layers.json` has the modules' arguments, the safetensors files the weights, loaded strictly. The caller chooses the layer
+classes: TransformerEngine's, or those of `transformer_engine.py` in this folder.
 """
 
 import json

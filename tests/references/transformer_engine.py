@@ -1,8 +1,8 @@
-"""TransformerEngine's TransformerLayer in plain torch: what the converted layers are computed with where there is no GPU.
+"""TransformerEngine's TransformerLayer in plain torch: the reference for converted layers without a GPU.
 
 Written from the documented arithmetic of transformer_engine 2.9 to 2.20 (docstrings of TransformerLayer,
-MultiheadAttention, LayerNormMLP and DotProductAttention); no line of it is shared with the code under test. Parameters,
-and the states that strict loading asks for, have TransformerEngine's names. Activations are `[positions, batch, hidden]`.
+MultiheadAttention, LayerNormMLP and DotProductAttention); it shares no code with the code under test. Parameters
+and the extra states required by a strict load have TransformerEngine's names. Activations are `[positions, batch, hidden]`.
 """
 
 import math

@@ -1,6 +1,6 @@
-"""Yi as first published (01.AI, 2024; the arithmetic of LLaMA): what the converted model is compared with.
+"""Yi as first published (01.AI, 2024; the arithmetic of LLaMA): reference for the converted model.
 
-Written from the published description; no line of it is shared with the code under test.
+Written from the published description; shares no code with the code under test.
 """
 
 import torch

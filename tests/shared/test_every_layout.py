@@ -1,6 +1,6 @@
-"""Every size of every family in many layouts: accepted, or refused in one line whose advice is good.
+"""Every size of every family in many layouts: accepted, or refused in one line with correct advice.
 
-What is accepted and refused is compared with what Megatron-Core does in tests/shared/model/test_every_layout.py.
+tests/shared/model/test_every_layout.py compares acceptance with Megatron-Core.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""What shared relies on inside of fire, torch, Megatron-Core and transformers, without a model: docs/upstream.md."""
+"""Internals of fire, torch, Megatron-Core and transformers that shared relies on, without a model: docs/upstream.md."""
 
 from __future__ import annotations
 

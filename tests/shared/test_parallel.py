@@ -1,4 +1,4 @@
-"""Each rule of a layout: by itself, with a model, and with the sizes of an update. The answer names a value that fits."""
+"""Rules of ParallelConfig: alone, with a model, with batch sizes. Error messages name a valid value."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""A Slurm cluster of two nodes on this machine, the tools on its PATH, and a tiny model to run them on."""
+"""A two-node Slurm cluster on this machine, with the tools on its PATH and a tiny model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""stage.sbatch on a cluster: exit codes, requeues, arrays, refusals. Commands of a moment stand in for long ones."""
+"""stage.sbatch on a cluster: exit codes, requeues, arrays, refusals. Short commands stand in for long ones."""
 
 from __future__ import annotations
 

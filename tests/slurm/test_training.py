@@ -1,4 +1,4 @@
-"""Training runs over nodes, preempted and taken up again, and the road as a chain of jobs."""
+"""Multi-node training runs, preempted and resumed; the pipeline as a chain of jobs."""
 
 from __future__ import annotations
 

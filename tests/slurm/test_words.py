@@ -1,4 +1,4 @@
-"""What the scripts say to Slurm, recorded by programs that pose as it: needs no cluster, and no pyxis."""
+"""Slurm command lines of the scripts, recorded by fake Slurm programs: needs no cluster and no pyxis."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Try every command-line mistake on every command of one tool, in one process; print what happened as JSON.
 
 Run by test_every_command.py in the tool's environment: `python command_table.py TOOL FOLDER`. Commands are replaced
-by a function that only notes that it was called.
+by a function that records the call.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Values of an Architecture: what is impossible is refused, what is derived is right, counts are counted by hand."""
+"""Architecture: impossible values are refused, derived values are right, parameter counts equal counts by hand."""
 
 from __future__ import annotations
 

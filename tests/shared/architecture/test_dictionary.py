@@ -1,4 +1,4 @@
-"""An Architecture's dictionary: what any tool wrote stays readable, what a newer one wrote is refused by name."""
+"""An Architecture's dictionary: every older version is readable, a newer version is refused with a clear message."""
 
 from __future__ import annotations
 

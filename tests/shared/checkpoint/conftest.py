@@ -1,4 +1,4 @@
-"""Small published directories, and a command to be running while they are published."""
+"""Small published directories, and a command that publishes them."""
 
 from __future__ import annotations
 

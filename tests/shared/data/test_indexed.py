@@ -1,4 +1,4 @@
-"""The indexed dataset, read back by Megatron-Core's own reader and compared with its own writer."""
+"""The indexed dataset against Megatron-Core's reader and writer."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Work over processes: results in order, errors raised here, and no process left when the parent is killed."""
+"""The worker pool: results in order, errors raised in the parent, no process left when the parent is killed."""
 
 import os
 import signal

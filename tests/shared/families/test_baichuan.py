@@ -1,4 +1,4 @@
-"""Baichuan's four kinds of models have one model_type: what tells them apart."""
+"""Baichuan's four models share one model_type and are distinguished by other fields."""
 
 from __future__ import annotations
 

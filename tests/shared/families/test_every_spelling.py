@@ -1,4 +1,4 @@
-"""Configurations as models first came out, and as their mirrors still have them: read as today's of the same model."""
+"""Legacy config.json files, as first released and still mirrored: read like the current ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No tensor of any family may be absent, on either side: a layer's, an expert's or the head's, the last of each rule."""
+"""A missing tensor is an error for every family, in both directions: of a layer, an expert or the head."""
 
 from __future__ import annotations
 

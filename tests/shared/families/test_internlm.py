@@ -1,4 +1,4 @@
-"""InternLM 1's rotary embedding, which its configuration spells in its own way."""
+"""InternLM 1's rotary embedding and its legacy config fields."""
 
 from __future__ import annotations
 

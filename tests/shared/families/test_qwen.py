@@ -1,4 +1,4 @@
-"""Qwen 1's configuration: how long its sequences may be, and what would change the model."""
+"""Qwen 1's configuration: maximum sequence length, and fields that change the model."""
 
 from __future__ import annotations
 

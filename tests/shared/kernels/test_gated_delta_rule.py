@@ -1,4 +1,4 @@
-"""The gated delta rule against its recurrence in float64 and transformers' own, and packed rows against single ones."""
+"""The gated delta rule against its recurrence in float64 and transformers; packed rows against single sequences."""
 
 from __future__ import annotations
 

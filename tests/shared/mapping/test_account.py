@@ -1,4 +1,4 @@
-"""Nothing is lost, nothing is made up."""
+"""The account of tensors: none lost, none invented."""
 
 from __future__ import annotations
 

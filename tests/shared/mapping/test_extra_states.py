@@ -1,4 +1,4 @@
-"""Extra states under the very names that Megatron-Core's modules ask for."""
+"""Extra states have the names that Megatron-Core's modules require."""
 
 from __future__ import annotations
 

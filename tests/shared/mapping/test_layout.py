@@ -1,4 +1,4 @@
-"""Layouts tile their target and each source exactly once, and run backwards."""
+"""Layouts cover their target and every source exactly once, and are invertible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names and shapes of TransformerEngine's form, and what is said of layers that TransformerLayer does not compute."""
+"""TransformerEngine parameter names and shapes, and reasons for layers that TransformerLayer does not support."""
 
 from __future__ import annotations
 

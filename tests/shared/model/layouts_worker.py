@@ -1,4 +1,4 @@
-"""One process of a two-process world, or all of a world of one: trains a tiny model in several layouts.
+"""One rank of a world of one or two: trains a tiny model in several layouts.
 
 Run as `python layouts_worker.py DIRECTORY`: loads `DIRECTORY/weights`, writes `DIRECTORY/results.json` from rank 0.
 """

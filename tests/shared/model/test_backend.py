@@ -1,4 +1,4 @@
-"""A model's linear layers, norms and attention products are its backend's."""
+"""A model's linear layers, norms and core attention come from its backend."""
 
 import inspect
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Losses are the same in every layout of two processes, and our layout rules refuse what Megatron-Core cannot run."""
+"""Losses are equal in every layout of two processes; our layout rules refuse what Megatron-Core cannot run."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What shared/model relies on inside of Megatron-Core: docs/upstream.md."""
+"""Internals of Megatron-Core that shared/model relies on: docs/upstream.md."""
 
 from __future__ import annotations
 

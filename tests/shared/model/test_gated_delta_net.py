@@ -1,4 +1,4 @@
-"""Our gated delta net against Megatron-Core's own module, and packed rows against single ones."""
+"""Our gated delta net against Megatron-Core's module; packed rows against single sequences."""
 
 from __future__ import annotations
 

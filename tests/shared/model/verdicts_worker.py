@@ -1,4 +1,4 @@
-"""What Megatron-Core does with a layout when our rules are not asked first.
+"""Runs layouts in Megatron-Core without our layout rules.
 
 Run as `python verdicts_worker.py DIRECTORY`: reads `DIRECTORY/cases.json`, cases by name: an architecture, the fields of
 a layout, tokens of a row, micro batches of an update. Writes `DIRECTORY/results.json`: the error of each case, or null.

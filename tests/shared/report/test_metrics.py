@@ -1,4 +1,4 @@
-"""The record of a run."""
+"""metrics.jsonl of a run."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Two gloo ranks for what ranks do together."""
+"""Two gloo ranks, for tests of collectives."""
 
 from __future__ import annotations
 

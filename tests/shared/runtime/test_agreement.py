@@ -1,4 +1,4 @@
-"""Rank 0 decides: its value, or its refusal, is every rank's."""
+"""Rank 0 decides: all ranks get its value or its error."""
 
 from __future__ import annotations
 

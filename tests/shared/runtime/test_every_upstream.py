@@ -1,4 +1,4 @@
-"""What the CPU host layer relies on inside of torch and Megatron-Core: docs/upstream.md."""
+"""Internals of torch and Megatron-Core that the CPU host layer relies on: docs/upstream.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A child ends with its parent, and at once when the parent was gone before it asked."""
+"""A child ends with its parent, also if the parent died before the child's request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A signal to one rank stops every rank, at the same place."""
+"""A signal to one rank stops all ranks at the same step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One process of a world of two: resumes a run of one process in every layout, and each layout's own again.
+"""One rank of a world of two: resumes a one-process run in every layout, then each layout's own checkpoint.
 
 Run as `python layouts_worker.py DIRECTORY`: for each of two models, reads `DIRECTORY/<model>/one`, saved by one process
 after update 3, and writes `DIRECTORY/<model>/<layout>` after update 5 and, from rank 0, `DIRECTORY/results.json`.

@@ -1,4 +1,4 @@
-"""Datasets: every token where it belongs, exactly as often as it should be."""
+"""Datasets: every token in its position, with the right multiplicity."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""What shared/training relies on inside of Megatron-Core: docs/upstream.md."""
+"""Internals of Megatron-Core that shared/training relies on: docs/upstream.md."""
 
 from __future__ import annotations
 

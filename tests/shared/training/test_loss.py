@@ -1,4 +1,4 @@
-"""The loss is a mean over the target tokens of the global batch, however the batch is cut and packed."""
+"""The loss is the mean over the global batch's target tokens: invariant to micro-batching, DP size and packing."""
 
 import numpy as np
 import pytest

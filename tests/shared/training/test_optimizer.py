@@ -1,4 +1,4 @@
-"""AdamW as configured, and as restored, against torch's own on the whole model."""
+"""AdamW, as configured and after a resume, against torch's AdamW on the unsharded model."""
 
 import math
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""The order of samples: a function of seed and step, whatever the layout."""
+"""The sample order: a function of seed and step, independent of the layout."""
 
 import numpy as np
 

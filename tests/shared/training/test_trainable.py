@@ -1,4 +1,4 @@
-"""Frozen weights stay to the bit, and the gradients of the others are those of a model trained as a whole."""
+"""Frozen weights are bitwise unchanged; gradients of the others equal those of full training."""
 
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of every kind that matters, and the tool called as a person calls it."""
+"""Tiny checkpoints of every kind, and the tool's command line."""
 
 from __future__ import annotations
 

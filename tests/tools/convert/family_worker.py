@@ -1,8 +1,8 @@
-"""One of two processes that run and train every family's model, at TP=2 and then at PP=2.
+"""One of two ranks that run and train every family's model, at TP=2, then at PP=2.
 
 Run as `family_worker.py WORK RANK PORT`: for each WORK/<size>.megatron, the logits of WORK/<size>.ids.pt, and one
-training step on it with Megatron-Core's data-parallel wrapper and pipeline schedule. The gradients are saved as a
-checkpoint of their own, WORK/<size>.<layout>.gradients, each where its weight would be.
+training step on it with Megatron-Core's data-parallel wrapper and pipeline schedule. The gradients are saved
+as a checkpoint, WORK/<size>.<layout>.gradients, under the keys of their weights.
 """
 
 from __future__ import annotations

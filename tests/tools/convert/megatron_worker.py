@@ -1,8 +1,8 @@
-"""One of two processes that use plain Megatron-Core on what `convert` made, on a machine without a GPU.
+"""One of two ranks that load converted checkpoints in plain Megatron-Core, without a GPU.
 
-Run as `megatron_worker.py WORK`: for each model in WORK, at TP=2 and then at PP=2, its own GPTModel with its own
-local layer spec loads WORK/<model>.megatron/release by `dist_checkpointing.load`, computes logits, continues greedily,
-and saves with `dist_checkpointing.save` what a training run would.
+Run as `megatron_worker.py WORK`. For each model in WORK, at TP=2, then at PP=2: Megatron-Core's GPTModel with its local layer
+spec loads WORK/<model>.megatron/release by `dist_checkpointing.load`, computes logits, decodes greedily, and saves by
+`dist_checkpointing.save` like a training run.
 """
 
 from __future__ import annotations

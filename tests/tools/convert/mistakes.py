@@ -1,10 +1,9 @@
-"""Deliberate mistakes in a family: in its table, in its reading of config.json, in the modules that compute it.
+"""Deliberate mistakes in a family: in its tensor table, in parsing config.json, in its modules.
 
-All of them undo themselves on the way back, so a round trip does not see them; logits do. Nothing here names a family.
+Every mistake is its own inverse in the other direction: a round trip does not detect it, logits do. No family is named here.
 
-Every mistake has a kind: what is mistaken for what, and the structure that holds it (layout classes of the rules that
-change, mixer and value of a field). `spread` tries a kind on the first size that has it, and a mistake of one kind only on
-a second family where there is one.
+A mistake's kind is the exchanged pair and its structure (layout classes of the changed rules, mixer and value of a field).
+`spread` tries a kind on the first size that has it; a mistake with one kind only also on a second family, if there is one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Adapters made and merged by PEFT, in the environment of rlhf, which has it: `python peft_worker.py CASES.json`.
+"""Adapters created and merged by PEFT, in rlhf's environment: `python peft_worker.py CASES.json`.
 
-Each case is {base, out, lora: LoraConfig's arguments, and what else is asked for}; `out` gets `adapter/`, and `merged/`
-as `merge_and_unload` leaves the model, or logits of the model with its adapter beside it.
+A case is {base, out, lora: LoraConfig's arguments, further options}. Writes `out/adapter/`, and `out/merged/` by
+`merge_and_unload` or logits of the model with the unmerged adapter.
 """
 
 from __future__ import annotations

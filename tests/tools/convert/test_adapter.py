@@ -1,4 +1,4 @@
-"""Adapters under other names, of other versions of PEFT and without numbers: merged as meant, or refused by name."""
+"""Adapters with other tensor names, of other PEFT versions and with empty tensors: merged, or refused with a clear message."""
 
 from __future__ import annotations
 

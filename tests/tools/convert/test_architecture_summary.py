@@ -1,4 +1,4 @@
-"""What `inspect` prints of an architecture: sizes, and every difference from the plain decoder."""
+"""The architecture in `inspect`: sizes, and every difference from the plain decoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The number of workers and of shards changes nothing in the result."""
+"""The result does not depend on the number of workers and shards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory that a plan states is held, also by a checkpoint of twenty times as much."""
+"""A conversion stays within the logged memory, also for a checkpoint of twenty times that size."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Every family against transformers, on tiny models of every size that is named so: nothing here names a family.
+"""Every family against transformers, on its tiny sizes. No family is named here.
 
-A size's checkpoint goes to Megatron form and back bit for bit; both implementations' logits agree over hundreds of
-positions, alone, at TP=2 with sequence parallelism and at PP=2; a step of training gives the same loss and gradients.
+Hugging Face -> Megatron -> Hugging Face is bitwise identical. Logits agree over hundreds of positions: on one process, at
+TP=2 with sequence parallelism, at PP=2. One training step gives the same loss and gradients.
 """
 
 from __future__ import annotations

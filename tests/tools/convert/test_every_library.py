@@ -1,4 +1,4 @@
-"""Which libraries a conversion needs, of every family: none where rows change their order, numpy where numbers are moved."""
+"""Libraries imported by a conversion, per family: none if only rows are reordered, numpy for transposes and casts."""
 
 from __future__ import annotations
 

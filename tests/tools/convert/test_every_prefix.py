@@ -1,4 +1,4 @@
-"""Files whose names lack the prefix that some programs leave out, of every family that has such files."""
+"""Tensor names without the model prefix, which some programs omit, for every family with such files."""
 
 from __future__ import annotations
 

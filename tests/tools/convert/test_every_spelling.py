@@ -1,4 +1,4 @@
-"""Models whose configuration is spelt as their first uploads': converted as they are, and given back to the byte."""
+"""Models with legacy config.json fields: converted unchanged, and returned byte for byte."""
 
 from __future__ import annotations
 

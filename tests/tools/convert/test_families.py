@@ -1,4 +1,4 @@
-"""The table of families, and what is said of their proofs."""
+"""The table of families and their proofs."""
 
 from __future__ import annotations
 

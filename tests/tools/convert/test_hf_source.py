@@ -1,6 +1,6 @@
-"""SwissArmyTransformer's ranks: what GLM-130B's `convert_tp.py` would write for them is read as the one model it was cut from.
+"""SwissArmyTransformer rank files, as of GLM-130B's `convert_tp.py`, are read as the model before sharding.
 
-The shards are cut here by torch's own `chunk`, as that program cuts them.
+The shards are cut by torch's `chunk`, as in that program.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `inspect` says of directories, whole and damaged."""
+"""`inspect` of complete and damaged directories."""
 
 from __future__ import annotations
 

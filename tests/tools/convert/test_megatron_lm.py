@@ -1,7 +1,7 @@
-"""Checkpoints of a file for each rank, written here as Megatron-LM wrote them at any age, come back as the Hugging Face source.
+"""Per-rank checkpoints, written as by every Megatron-LM version, are exported as the original Hugging Face source.
 
-The shards are cut by torch's own `chunk`, `view` and `permute`, as Megatron-LM's checkpoint tools do; Megatron-Core's own
-state dicts are in test_every_family.py.
+The shards are cut by torch's `chunk`, `view` and `permute`, as in Megatron-LM's checkpoint tools. Megatron-Core's state dicts
+are in test_every_family.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A merged adapter against PEFT's own merge of it, and against the model with the adapter beside it."""
+"""A merged adapter against PEFT's merge and against the model with the unmerged adapter."""
 
 from __future__ import annotations
 

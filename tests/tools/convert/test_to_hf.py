@@ -1,4 +1,4 @@
-"""The round trip Hugging Face -> Megatron -> Hugging Face gives every byte back."""
+"""The round trip Hugging Face -> Megatron -> Hugging Face is byte for byte identical."""
 
 from __future__ import annotations
 

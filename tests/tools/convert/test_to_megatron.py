@@ -1,4 +1,4 @@
-"""What a Hugging Face directory may not be missing, and what the conversion leaves in the Megatron one."""
+"""Required content of the Hugging Face directory, and content of the Megatron directory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""TransformerEngine's form: every family there and back, and what its layers compute.
+"""TransformerEngine directories: round trip of every family, and logits of the layers.
 
-TransformerEngine needs a GPU to be imported; `tests/references/transformer_engine.py` is its arithmetic in plain torch. A
-model is built from the directory alone, loaded strictly, and compared with transformers.
+Importing TransformerEngine needs a GPU; `tests/references/transformer_engine.py` reimplements it in plain torch. The model is
+built from the directory only, loaded strictly, and compared with transformers.
 """
 
 from __future__ import annotations

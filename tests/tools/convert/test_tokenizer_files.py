@@ -1,4 +1,4 @@
-"""Vocabulary sizes and special tokens out of a tokenizer's files."""
+"""Vocabulary sizes and special tokens from tokenizer files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The certificate: passes on what was converted, and fails on every way in which a checkpoint can be subtly wrong."""
+"""The certificate: passes for a conversion, fails for every kind of subtle damage."""
 
 from __future__ import annotations
 

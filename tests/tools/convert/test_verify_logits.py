@@ -1,4 +1,4 @@
-"""Logits catch what a round trip cannot: a table that is wrong the same way in both directions."""
+"""Logits detect what a round trip cannot: a table with the same error in both directions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Norms without weights: what Megatron-Core's form holds in their place, and what files have though the model does not."""
+"""Norms without weights: constants in the Megatron directory, and stored tensors that the model does not use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a released contract wrote stays readable: directories that older tools made, kept in tests/golden."""
+"""Directories of every released contract version, in tests/golden, stay readable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that see images: the language model is converted, what surrounds it is kept, and none of it is ever lost unsaid."""
+"""Multimodal models: the language model is converted, pass-through tensors are kept, a loss of tensors is an error."""
 
 from __future__ import annotations
 

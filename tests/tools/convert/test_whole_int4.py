@@ -1,4 +1,4 @@
-"""Checkpoints whose experts are published in int4 (Kimi K2 Thinking): as plain numbers, and back into the bytes they were."""
+"""Checkpoints with int4 experts (Kimi K2 Thinking): dequantised to Megatron, requantised to the original bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain Megatron-Core reads what `convert` writes, computes what transformers does, and is read back bit for bit."""
+"""Plain Megatron-Core loads converted checkpoints, gives transformers' logits, and its checkpoints are exported bit for bit."""
 
 from __future__ import annotations
 

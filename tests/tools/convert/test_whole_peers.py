@@ -1,4 +1,4 @@
-"""Directories that Megatron-Bridge and mbridge write come back as their source; those of `to-megatron` are read by them."""
+"""Directories of Megatron-Bridge and mbridge are exported as their source; both read directories of `to-megatron`."""
 
 from __future__ import annotations
 

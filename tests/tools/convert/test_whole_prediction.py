@@ -1,6 +1,6 @@
-"""Layers for tokens further ahead: weights like any others, or absent; and what computes them.
+"""Multi-token prediction (MTP): weights present or absent, and the MTP modules.
 
-`test_every_family` has their logits and gradients at TP=2, PP=2 and EP=2, and their way there and back.
+`test_every_family` has MTP logits and gradients at TP=2, PP=2 and EP=2, and the round trip.
 """
 
 from __future__ import annotations

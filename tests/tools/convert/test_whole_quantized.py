@@ -1,4 +1,4 @@
-"""Checkpoints that are published quantised: into Megatron form as plain numbers, and back into the bytes they were."""
+"""Quantised checkpoints: dequantised to Megatron, requantised to the original bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny random models, and a launcher that runs `infer` commands without importing vLLM anew for each."""
+"""Tiny random models, and a launcher that imports vLLM once for all `infer` commands."""
 
 from __future__ import annotations
 

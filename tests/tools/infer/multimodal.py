@@ -1,4 +1,4 @@
-"""Tiny multimodal models: their image processor, and log-probabilities behind an image in transformers and in vLLM."""
+"""Tiny multimodal models: image processor, and log-probabilities after an image in transformers and vLLM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What infer relies on inside of vLLM, lm-evaluation-harness and transformers: docs/upstream.md."""
+"""Internals of vLLM, lm-evaluation-harness and transformers that infer relies on: docs/upstream.md."""
 
 from __future__ import annotations
 

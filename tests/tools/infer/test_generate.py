@@ -1,4 +1,4 @@
-"""`infer generate` against transformers, on a double, and its refusals."""
+"""`infer generate` against transformers, on the fake engine, and its errors."""
 
 from __future__ import annotations
 

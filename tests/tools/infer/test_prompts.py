@@ -1,4 +1,4 @@
-"""Reading prompts: what a line may hold, and how each mistake is named."""
+"""Reading prompts: valid rows, and the error for each mistake."""
 
 from __future__ import annotations
 

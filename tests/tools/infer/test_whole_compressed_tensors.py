@@ -1,4 +1,4 @@
-"""int4 groups as `convert` reads and writes them, against the library compressed-tensors, which vLLM loads them with."""
+"""int4 groups read and written by `convert`, against the compressed-tensors library, which vLLM uses."""
 
 from __future__ import annotations
 

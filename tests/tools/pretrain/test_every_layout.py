@@ -1,4 +1,4 @@
-"""`pretrain train` answers a layout that the model cannot have at once, with nothing written, whatever the family."""
+"""`pretrain train` refuses an unsupported layout at once and writes nothing, for every family."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`pretrain train` through its command line: exact resume, signals, other layouts, and what it refuses."""
+"""`pretrain train` through its command line: exact resume, signals, other layouts, errors."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Prompts and preferences: ids are those a roll-out has, and every bad row is named."""
+"""Prompts and preferences: token ids equal a roll-out's; errors have file and line."""
 
 import json
 

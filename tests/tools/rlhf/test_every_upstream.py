@@ -1,4 +1,4 @@
-"""What rlhf relies on inside of DeepSpeed, TRL and transformers: docs/upstream.md."""
+"""Internals of DeepSpeed, TRL and transformers that rlhf relies on: docs/upstream.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loaded models: every tensor is accounted for; a critic's head reads what the body gives, whatever its layers' width."""
+"""Loaded models: every tensor is accounted for; the critic's head has the width of the body's output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that `sft prepare` meets."""
+"""Small tokenizers of the supported kinds."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Rows of three forms become one list of messages; anything else is named by file and line."""
+"""Rows of three formats become lists of messages; errors have file and line."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What sft relies on inside of transformers: docs/upstream.md."""
+"""Internals of transformers that sft relies on: docs/upstream.md."""
 
 from __future__ import annotations
 

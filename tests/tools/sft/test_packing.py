@@ -1,4 +1,4 @@
-"""Packing: nothing lost, nothing over the brim, and just the rows that the definition gives."""
+"""Packing: nothing lost, no row above capacity, exactly the rows of best-fit decreasing."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Packed rows against an independent account of the same conversations."""
+"""Packed rows against an independent implementation."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Which tokens the assistant said, for templates with marks and without, against the messages themselves."""
+"""Assistant masks against the messages, for templates with and without generation marks."""
 
 from collections.abc import Callable
 from pathlib import Path

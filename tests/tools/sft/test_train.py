@@ -1,4 +1,4 @@
-"""`sft train` through its command line: the loss is on targets only, a resume is exact, two processes agree with one."""
+"""`sft train` through its command line: loss on targets only, exact resume, two processes equal one."""
 
 import json
 import os

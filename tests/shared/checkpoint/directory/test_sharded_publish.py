@@ -1,4 +1,4 @@
-"""Sharded publishing: several processes write one directory, one publishes it, or names the shard at fault."""
+"""Sharded publishing: several processes write one directory; one publishes it, or names the faulty shard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sharded checkpoints: read by index, written back alike, and refused when something is missing."""
+"""Sharded checkpoints: read by index, written back identically, refused if incomplete."""
 
 from __future__ import annotations
 

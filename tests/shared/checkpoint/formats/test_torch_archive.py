@@ -1,4 +1,4 @@
-"""Archives that torch.load and zip programs read, and torch.save's found again."""
+"""Archives readable by torch.load and zip programs; archives of torch.save are located."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pickles are data here: what runs is refused, what we write is what torch reads."""
+"""Pickles as data: code is refused; torch reads the pickles that we write."""
 
 from __future__ import annotations
 

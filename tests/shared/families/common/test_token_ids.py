@@ -1,4 +1,4 @@
-"""Tokens' ids as transformers' tokenizers give them, of the files that each kind is published as."""
+"""Token ids against transformers' tokenizers, for every kind of published tokenizer files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every engine must do, as JSON: `contract.py ENGINE DIRECTORY REQUESTS [PRECISION]`. Run in a fork of the launcher.
+"""Results of an engine as JSON: `contract.py ENGINE DIRECTORY REQUESTS [PRECISION]`. Run in a fork of the launcher.
 
 REQUESTS.json holds token ids of prompts, pairs of texts to score and the number of tokens to generate. Writes REQUESTS.out.json.
 """

@@ -1,4 +1,4 @@
-"""An engine without a model: completes a prompt with its last token again and again, scores every byte with one bit."""
+"""A fake engine: repeats the prompt's last token, scores every byte with one bit."""
 
 from __future__ import annotations
 

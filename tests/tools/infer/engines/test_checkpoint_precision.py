@@ -1,4 +1,4 @@
-"""The precision that a model computes in is the checkpoint's, wherever the checkpoint says it."""
+"""The default precision is the checkpoint's, from config.json or the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The seam itself: which engine settings open, which they refuse, and text in pieces."""
+"""The engine interface: choice of the engine, refused settings, streamed text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract of an engine, on vLLM and on transformers, against a computation in float64."""
+"""The engine interface on vLLM and transformers, against float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM's arguments without a GPU: the size of the KV cache, and what is refused."""
+"""vLLM's arguments without a GPU: size of the KV cache, refused settings."""
 
 from __future__ import annotations
 

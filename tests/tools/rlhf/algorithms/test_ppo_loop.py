@@ -1,4 +1,4 @@
-"""PPO's loop on doubles: engines of plain torch, scripted replies, a publisher that records versions."""
+"""The PPO loop with fakes: engines of plain torch, scripted replies, a publisher that records versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text of --reward."""
+"""Parsing of --reward."""
 
 import subprocess
 import sys

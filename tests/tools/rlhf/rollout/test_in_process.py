@@ -1,4 +1,4 @@
-"""Roll-outs: columns, masks and log-probabilities against a plain computation reply by reply."""
+"""Roll-outs: columns, masks and log-probabilities against a computation per reply."""
 
 import pytest
 import torch
