@@ -23,13 +23,13 @@ def table_rows(path: Path) -> Iterator[dict[str, Any]]:
             f"{path}: this tool's environment has no pyarrow to read {path.suffix} with; write it as JSON lines "
             "(datasets: to_json)"
         ) from None
-    try:
-        with path.open("rb") as file:
+    with path.open("rb") as file:
+        try:
             for batch in _batches(pyarrow, file, path.suffix.lower()):
                 for row in batch.to_pylist():
                     yield {name: value for name, value in row.items() if value is not None}
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
-        raise UserError(f"{path}: damaged, or not {path.suffix[1:]} ({str(error).splitlines()[0]})") from None
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:  # OSError: a truncated file
+            raise UserError(f"{path}: damaged, or not {path.suffix[1:]} ({str(error).splitlines()[0]})") from None
 
 
 def _batches(pyarrow: Any, file: Any, suffix: str) -> Iterator[Any]:

@@ -1,10 +1,6 @@
 """Models and weights for the tests of this folder."""
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -18,6 +14,7 @@ from shared.model import weights  # noqa: E402
 from shared.model.gpt import build  # noqa: E402
 from shared.parallel import ParallelConfig  # noqa: E402
 from shared.runtime.process_groups import initialize  # noqa: E402
+from tests.workers import results_of  # noqa: E402
 
 ONE = ParallelConfig()
 
@@ -67,14 +64,4 @@ def saved(worker, tmp_path_factory):
 @pytest.fixture(scope="session")
 def two_processes(saved):
     """What `layouts_worker.py` found out in a world of two processes; one spawn serves all tests."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("layouts_worker.py")), str(saved)],
-        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((saved / "results.json").read_text())
+    return results_of(Path(__file__).with_name("layouts_worker.py"), saved)

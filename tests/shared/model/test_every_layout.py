@@ -1,9 +1,6 @@
 """Losses are equal in every layout of two processes; our layout rules refuse what Megatron-Core cannot run."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from shared.architecture.architecture import Architecture
 from shared.errors import UserError
 from shared.families import registry
 from shared.parallel import ParallelConfig
+from tests.workers import results_of
 
 
 @pytest.fixture(scope="module")
@@ -111,17 +109,7 @@ def errors(tmp_path_factory) -> dict[str, str | None]:
     directory = tmp_path_factory.mktemp("verdicts")
     (directory / "cases.json").write_text(json.dumps(CASES))
     worker = Path(__file__).with_name("verdicts_worker.py")
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [sys.executable, str(worker), str(directory)],
-        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parents[3])},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((directory / "results.json").read_text())
+    return results_of(worker, directory)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from shared.families import registry
 from shared.parallel import ParallelConfig
 from shared.runtime.quiet import silence
 from shared.training.config import TrainingConfig
+from tests.workers import results_of
 
 silence()
 
@@ -129,18 +128,7 @@ def run_cases(tmp_path_factory) -> Callable[..., tuple[Path, dict]]:
         for name in cases:
             (directory / name).mkdir()
         (directory / "cases.json").write_text(json.dumps(cases))
-        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-        worker = Path(__file__).with_name("cases_worker.py")
-        done = subprocess.run(
-            [sys.executable, str(worker), str(directory)],
-            env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parents[3])},
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return directory, json.loads((directory / "results.json").read_text())
+        return directory, results_of(Path(__file__).with_name("cases_worker.py"), directory)
 
     return run
 

@@ -2,13 +2,12 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+
+from tests.workers import results_of
 
 WORKER = Path(__file__).with_name("layouts_worker.py")
 specification = importlib.util.spec_from_file_location("training_layouts_worker", WORKER)
@@ -37,17 +36,7 @@ def runs(start, tiny_run, start_mtp, mtp_run, tmp_path_factory):
             "resumed_from_one_process": one.train(3, 5),
             "continued": one.train(5, 7),
         }
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(directory)],
-        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[3])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return directory, alone, json.loads((directory / "results.json").read_text())
+    return directory, alone, results_of(WORKER, directory)
 
 
 CASES = [(model, layout) for model in ("plain", "mtp") for layout in worker.layouts_of(model)]
