@@ -77,7 +77,7 @@ def load_policy(source: Source, dtype: torch.dtype) -> Any:
     """The causal language model, in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
-    return load_transformers_model(AutoModelForCausalLM, source.path, flag="--source", dtype=dtype)
+    return load_transformers_model(AutoModelForCausalLM, source.path, place=f"--source {source.path}", dtype=dtype)
 
 
 class Critic(nn.Module):
@@ -107,14 +107,14 @@ def load_critic(path: Path, dtype: torch.dtype, *, vocab_size: int) -> Critic:
             "give a critic of the policy's tokenizer"
         )
     if any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
-        model = load_transformers_model(AutoModelForSequenceClassification, path, flag="--critic", dtype=dtype)
+        model = load_transformers_model(AutoModelForSequenceClassification, path, place=f"--critic {path}", dtype=dtype)
         head = getattr(model, "score", None)
         if not isinstance(head, nn.Linear) or head.out_features != 1:
             raise UserError(f"--critic {path}: {type(model).__name__} has no one-label head to start a critic from")
         return Critic(model.base_model, head).eval()
     causal = any(name.endswith("ForCausalLM") for name in config.architectures or [])
     auto_class = AutoModelForCausalLM if causal else AutoModel
-    body = load_transformers_model(auto_class, path, flag="--critic", dtype=dtype).base_model
+    body = load_transformers_model(auto_class, path, place=f"--critic {path}", dtype=dtype).base_model
     width = body.get_input_embeddings().embedding_dim  # width of the output; OPT 350M's layers are wider
     head = nn.Linear(width, 1, bias=False, dtype=dtype)
     nn.init.zeros_(head.weight)

@@ -10,22 +10,30 @@ from shared.families.common.transformers_workarounds import with_workarounds
 
 
 def load_transformers_model(
-    auto_class: Any, path: Path, *, flag: str, other_head: bool = False, **arguments: Any
+    auto_class: Any, path: Path, *, place: str, other_head: bool = False, **arguments: Any
 ) -> Any:
-    """The model, in evaluation mode. transformers fills a tensor that is absent with random numbers; here it is an error.
+    """The model, in evaluation mode. transformers initialises missing tensors randomly; here they are an error.
 
     Args:
         auto_class: AutoModelForCausalLM or another of the Auto classes.
         path: a Hugging Face directory.
-        flag: that names it in errors.
-        other_head: the class has another head than the directory's: what lies outside the body may differ.
+        place: flag and path, for errors.
+        other_head: the class has a new head: tensors outside the body may be missing or unknown.
         arguments: of `from_pretrained`.
 
-    Raises UserError, naming the tensor, if one is missing, unknown or of another shape than the class wants.
+    Raises:
+        UserError: a tensor is missing, unknown or misshapen; the message names it.
     """
-    model, info = auto_class.from_pretrained(
-        path, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
-    )
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of several lines, and a warning of the new head
+    try:
+        model, info = auto_class.from_pretrained(
+            path, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+        )
+    finally:
+        logging.set_verbosity(verbosity)
 
     def accounted(names: Any) -> list[str]:
         body = f"{model.base_model_prefix}."
@@ -41,7 +49,5 @@ def load_transformers_model(
     ]
     if found:
         others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise UserError(
-            f"{flag} {path}: {found[0]}{others}; give a directory whose weights are those of its config.json"
-        )
+        raise UserError(f"{place}: {found[0]}{others}; give a directory whose weights are those of its config.json")
     return with_workarounds(model).eval()

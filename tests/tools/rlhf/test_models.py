@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,27 @@ def _loaders(directory: Path, kind: str) -> list[Callable[[], Any]]:
         ]
     causal, classifier = transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification
     return [
-        lambda: load_transformers_model(causal, directory, flag="--source", dtype=torch.float32),
-        lambda: load_transformers_model(classifier, directory, flag="--source", other_head=True, num_labels=1),
+        lambda: load_transformers_model(causal, directory, place="--source", dtype=torch.float32),
+        lambda: load_transformers_model(classifier, directory, place="--source", other_head=True, num_labels=1),
         lambda: load_critic(directory, torch.float32, vocab_size=32),
     ]
 
 
+@pytest.fixture
+def reports() -> Iterator[list[logging.LogRecord]]:
+    """What transformers logs; its logger does not propagate to pytest's."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+
+
 @pytest.mark.parametrize("kind", ["policy", "reward"])
 @pytest.mark.parametrize("fault", ["none", "missing", "no tensor of", "shape"])
-def test_every_tensor_is_accounted_for(tmp_path: Path, kind: str, fault: str) -> None:
+def test_every_tensor_is_accounted_for(tmp_path: Path, kind: str, fault: str, reports: list[logging.LogRecord]) -> None:
     config = transformers.LlamaConfig(**LLAMA, num_labels=1, pad_token_id=0)
     made = {"policy": transformers.LlamaForCausalLM, "reward": transformers.LlamaForSequenceClassification}[kind]
     made(config).save_pretrained(tmp_path)
@@ -79,8 +92,9 @@ def test_every_tensor_is_accounted_for(tmp_path: Path, kind: str, fault: str) ->
             load()
             continue
         name = "mlp.other.weight" if fault == "no tensor of" else CUT
-        with pytest.raises(UserError, match=f"{name}.* {fault}"):
+        with pytest.raises(UserError, match=f"^--(source|reward model:|critic)[^\\n]*{name}.* {fault}"):
             load()
+        assert not reports  # the error is the one line
 
 
 def test_a_head_that_is_missing_is_not_made_up(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def _model(options: RewardOptions, source: Source) -> Any:
     model = load_transformers_model(
         AutoModelForSequenceClassification,
         source.path,
-        flag="--source",
+        place=f"--source {source.path}",
         other_head=True,
         num_labels=1,
         dtype=torch.float32,

@@ -25,7 +25,9 @@ def load_reward_model(path: Path, dtype: torch.dtype) -> Any:
         raise UserError(f"--reward model:{path} is no reward model ({', '.join(names)}); make one with `rlhf reward`")
     if config.pad_token_id is None:
         raise UserError(f"--reward model:{path}: config.json has no pad_token_id to find the last token by; add it")
-    return load_transformers_model(AutoModelForSequenceClassification, path, flag="--reward", dtype=dtype)
+    return load_transformers_model(
+        AutoModelForSequenceClassification, path, place=f"--reward model:{path}", dtype=dtype
+    )
 
 
 class ModelReward:
