@@ -89,7 +89,7 @@ async def _serve(listener: socket.socket, host: str, arguments: dict[str, Any], 
     base = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     options = _server_options(arguments, host, port, name)
     announce(arguments)
-    async with _engine(arguments) as engine:
+    async with _engine(arguments, listener) as engine:
         died = False
         stop = engine.shutdown
 
@@ -128,7 +128,7 @@ def _server_options(arguments: dict[str, Any], host: str, port: int, name: str) 
 
 
 @contextlib.asynccontextmanager
-async def _engine(arguments: dict[str, Any]) -> AsyncIterator[AsyncLLM]:
+async def _engine(arguments: dict[str, Any], listener: socket.socket) -> AsyncIterator[AsyncLLM]:
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -139,6 +139,9 @@ async def _engine(arguments: dict[str, Any]) -> AsyncIterator[AsyncLLM]:
         # this process. A fork is safe here: no torch thread runs yet.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
         os.register_at_fork(after_in_child=_die_with_parent)
+        # The engine must not hold the port: vLLM, at its end, looks up the command line of another holder, and fails with
+        # `ZombieProcess` where the engine has just ended.
+        os.register_at_fork(after_in_child=listener.close)
     try:
         engine = AsyncLLM.from_vllm_config(config)
     except RuntimeError as error:

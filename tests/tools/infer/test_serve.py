@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 
 INFER = Path(sys.executable).with_name("infer")
@@ -79,6 +80,17 @@ def test_it_answers_the_api_and_ends_on_sigterm(models, greedy, tmp_path):
         )
         assert second.returncode == 2
         assert f"--port {port}: Address already in use" in second.stderr
+
+        own = psutil.Process(server.pid)
+        engines = own.children(recursive=True)
+        assert engines
+        listening = {
+            process.pid
+            for process in (own, *engines)
+            for connection in process.net_connections()
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == int(port)
+        }
+        assert listening == {server.pid}, "the engine holds the port too"
 
         began = time.monotonic()
         server.send_signal(signal.SIGTERM)
