@@ -119,12 +119,12 @@ class Pipeline:
         terminal = sys.stdout.isatty()
         self._console = Console(highlight=False, soft_wrap=True, width=None if terminal else 160)
         self._container: Container | None = None
-        self._told = 0
+        self._signals = 0
 
     def run(self, chosen: list[Job]) -> int:
         """Returns 0, 75 after a stop signal, or the exit code of the failed stage."""
         for told in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(told, self._hear)
+            signal.signal(told, self._on_signal)
         self._stop_leftovers()
         results = []
         with self._progress(chosen) as progress:
@@ -134,8 +134,8 @@ class Pipeline:
                 self._say(f"\n=== {job.name} ({place} of {len(chosen)})\n$ {command_line(job)}")
                 began = time.monotonic()
                 code, last = self._stage(job)
-                if self._told:
-                    return fail(f"stopped in `{job.name}`; the same command goes on from here", code=EXIT_INTERRUPTED)
+                if self._signals:
+                    return fail(f"stopped in `{job.name}`; run the same command again to resume", code=EXIT_INTERRUPTED)
                 if code:
                     return fail(f"`{job.name}` ended with exit code {code}: {last}", code=code)
                 seconds = time.monotonic() - began
@@ -151,11 +151,11 @@ class Pipeline:
         self._container = container
         last = ""
         try:
-            if self._told:
+            if self._signals:
                 return EXIT_INTERRUPTED, ""
             output = container.attach(stream=True, logs=True, demux=True)  # before the start: no line is lost
             container.start()
-            if self._told:  # the signal came before the start
+            if self._signals:  # the signal came before the start
                 self._stop(container)
             for line in lines(output):
                 self._say(f"{job.name} | {line}")
@@ -169,9 +169,9 @@ class Pipeline:
             self._container = None
             container.remove(force=True)
 
-    def _hear(self, signum: int, frame: object) -> None:
+    def _on_signal(self, signum: int, frame: object) -> None:
         """Signal handler: stop the stage with time to save, at a second signal at once. The log continues."""
-        self._told += 1
+        self._signals += 1
         if self._container is not None:
             threading.Thread(target=self._stop, args=(self._container,), daemon=True).start()
 
@@ -181,7 +181,7 @@ class Pipeline:
 
         own = docker.from_env().containers  # a second client: the first is reading the log
         with suppress(NotFound):  # it has already ended
-            own.get(container.id).stop(timeout=SAVING if self._told == 1 else 0)
+            own.get(container.id).stop(timeout=SAVING if self._signals == 1 else 0)
 
     def _stop_leftovers(self) -> None:
         """Stop the stage of a killed pipeline: two must not write to the same directory."""

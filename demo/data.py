@@ -32,7 +32,7 @@ from damage import damaged
 from reward import INDENT, REQUEST, is_body
 
 # Atypical modules: tests, tables, long documents as strings, bundled wheels, whole programs.
-LEFT_OUT = {
+EXCLUDED = {
     *("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data"),
     *("encodings", "ensurepip", "_pyrepl", "__pycache__", "this.py", "antigravity.py"),
 }
@@ -113,7 +113,7 @@ def modules(library: Path) -> Iterator[tuple[str, Path]]:
     """(relative name, file) of every UTF-8 source file of the library that parses, sorted by name."""
     for file in sorted(library.rglob("*.py"), key=lambda f: f.relative_to(library).parts):
         relative = file.relative_to(library)
-        if LEFT_OUT.intersection(relative.parts) or relative.parts[0].startswith(("config-", "_sysconfigdata")):
+        if EXCLUDED.intersection(relative.parts) or relative.parts[0].startswith(("config-", "_sysconfigdata")):
             continue
         try:
             _parse(file.read_text(encoding="utf-8"))

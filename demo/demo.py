@@ -59,7 +59,7 @@ def main() -> int:
             code = run(stage, record)
             if code:
                 print(
-                    f"demo: `{stage.name}` ended with exit code {code}; the same command goes on from here",
+                    f"demo: `{stage.name}` ended with exit code {code}; run the same command again to resume",
                     file=sys.stderr,
                 )
                 if code == 2:

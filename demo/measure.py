@@ -14,7 +14,7 @@ from pathlib import Path
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 PERIOD = 0.25  # seconds between two samples of the process tree
-SPOKEN = 5.0  # seconds between two writes of the record while a stage runs
+LINE_EVERY = 5.0  # seconds between two writes of the record while a stage runs
 
 
 @dataclass(kw_only=True)
@@ -62,14 +62,14 @@ def run(name: str, command: Sequence[str], record: Record) -> int:
     """
     earlier = record.stages.get(name, Measured())
     process = subprocess.Popen(command, start_new_session=True, preexec_fn=stop_with_parent)  # noqa: PLW1509 -- no threads here
-    began = spoken = time.monotonic()
+    began = last_line = time.monotonic()
     peak = 0
     try:
         while process.poll() is None:
             peak = max(peak, tree_bytes(process.pid))
             now = time.monotonic()
-            if now - spoken > SPOKEN and not earlier.finished:
-                spoken = now
+            if now - last_line > LINE_EVERY and not earlier.finished:
+                last_line = now
                 record.stages[name] = _added(earlier, now - began, peak, finished=False)
                 record.write(running=[process.pid, _started(process.pid)])
             time.sleep(PERIOD)

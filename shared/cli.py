@@ -178,16 +178,16 @@ class Tool:
         label = self.name
         try:
             if argv and argv[0] == "--version":
-                _answer(self.version)
+                _print_and_exit(self.version)
             command = self._select(argv)
             if command is None:
-                _answer(tool_help(self))
+                _print_and_exit(tool_help(self))
             label = f"{self.name} {command.name}"
             if {"--help", "-h"} & set(argv[1:]):
-                _answer(command_help(self, command))
+                _print_and_exit(command_help(self, command))
             arguments = _validate(command, _bind(command, _words(command, argv[1:])))
         except UserError as error:
-            _complain(label, str(error))
+            _print_error(label, str(error))
             raise SystemExit(EXIT_USAGE) from None
         except OSError as error:  # a path without read permission
             raise SystemExit(_os_error(label, error)) from None
@@ -216,34 +216,34 @@ class Tool:
             log(str(done))
             return EXIT_DONE
         except UserError as error:
-            _complain(label, str(error))
+            _print_error(label, str(error))
             return EXIT_USAGE
         except Interrupted as error:
             log(str(error))
             return EXIT_INTERRUPTED
         except StageError as error:
-            _complain(label, str(error))
+            _print_error(label, str(error))
             return EXIT_FAILED
         except KeyboardInterrupt:
-            _complain(label, "interrupted")
+            _print_error(label, "interrupted")
             return 128 + signal.SIGINT
         except BrokenPipeError:
-            _reader_left()
+            _exit_on_closed_pipe()
             return EXIT_DONE
         except OSError as error:
             return _os_error(label, error)
 
 
-def _answer(text: str) -> NoReturn:
+def _print_and_exit(text: str) -> NoReturn:
     """Print to stdout and exit."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        _reader_left()
+        _exit_on_closed_pipe()
     raise SystemExit(EXIT_DONE)
 
 
-def _reader_left() -> None:
+def _exit_on_closed_pipe() -> None:
     """Redirect stdout to /dev/null after its reader has gone (`| head`): the interpreter's last flush would fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -254,35 +254,37 @@ def _install_signals() -> None:
     The defaults: PID 1 of a container ignores SIGTERM; SIGUSR1, Slurm's warning before the time limit, kills.
     """
 
-    def leave(signum: int, frame: FrameType | None) -> NoReturn:
+    def exit_on_signal(signum: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(EXIT_INTERRUPTED)
 
     with contextlib.suppress(ValueError):  # outside the main thread, in tests
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, leave)
+            signal.signal(number, exit_on_signal)
 
 
 def _os_error(label: str, error: OSError) -> int:
     """Report an OSError: one line if the cause is known, else a traceback. Returns the exit code."""
     place = f"{error.filename}: " if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        _complain(label, f"{place}the disk is full; free some space and run the same command again")
+        _print_error(label, f"{place}the disk is full; free some space and run the same command again")
         return EXIT_FAILED
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         uid = os.getuid()
-        _complain(label, f"{place}permission denied for uid {uid}; give a path this user may use, or change its owner")
+        _print_error(
+            label, f"{place}permission denied for uid {uid}; give a path this user may use, or change its owner"
+        )
         return EXIT_USAGE
     if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-        _complain(label, f"{place}{os.strerror(error.errno).lower()}; give another path")
+        _print_error(label, f"{place}{os.strerror(error.errno).lower()}; give another path")
         return EXIT_USAGE
     if error.errno in (errno.EIO, errno.ESTALE):
-        _complain(label, f"{place}the disk failed: {os.strerror(error.errno).lower()}")
+        _print_error(label, f"{place}the disk failed: {os.strerror(error.errno).lower()}")
         return EXIT_FAILED
     traceback.print_exception(error)
     return EXIT_FAILED
 
 
-def _complain(label: str, message: str) -> None:
+def _print_error(label: str, message: str) -> None:
     rank = os.environ.get("RANK", "0")
     where = f" (rank {rank})" if rank != "0" else ""
     print(f"{label}: error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)

@@ -46,13 +46,13 @@ def _bar(total: int, unit: str, description: str) -> Iterator[Callable[[int], No
 
 
 def _lines(total: int, unit: str, description: str) -> Callable[[int], None]:
-    done, spoken = 0, time.monotonic()
+    done, last_line = 0, time.monotonic()
 
     def advance(amount: int) -> None:
-        nonlocal done, spoken
+        nonlocal done, last_line
         done += amount
-        if time.monotonic() - spoken >= _LINE_EVERY:
-            spoken = time.monotonic()
+        if time.monotonic() - last_line >= _LINE_EVERY:
+            last_line = time.monotonic()
             log(f"{description}: {quantity(done, unit)} of {quantity(total, unit)} ({done / max(total, 1):.0%})")
 
     return advance

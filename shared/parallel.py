@@ -82,9 +82,9 @@ class ParallelConfig:
 
     def check_model(self, architecture: Architecture) -> None:
         """Check the layout against the model. UserError suggests a flag and a valid value."""
-        broken = next(self._broken(architecture), None)
-        if broken:
-            raise UserError(f"{broken.complaint}; give {self._fitting(broken.field, architecture)}")
+        violation = next(self._violations(architecture), None)
+        if violation:
+            raise UserError(f"{violation.message}; give {self._fitting(violation.field, architecture)}")
 
     def check_batch(self, *, sequence_length: int, micro_batch_size: int, global_batch_size: int) -> None:
         """Check the layout against the batch sizes. UserError suggests a valid value.
@@ -131,7 +131,7 @@ class ParallelConfig:
             f"--pipeline-parallel {self.pipeline}"
         )
 
-    def _broken(self, architecture: Architecture) -> Iterator[Broken]:
+    def _violations(self, architecture: Architecture) -> Iterator[Violation]:
         for rule in MODEL_RULES:
             yield from rule(self, architecture)
 
@@ -144,7 +144,7 @@ class ParallelConfig:
         while size > 1:
             sizes: dict[str, Any] = {field: size, "processes": size * world}  # divisible by the changed layout
             other = replace(self, **sizes)
-            if all(broken.field != field for broken in other._broken(architecture)):
+            if all(violation.field != field for violation in other._violations(architecture)):
                 break
             size -= 1
         wanted = f"{_FLAGS[field]} {size}"
@@ -165,31 +165,31 @@ _FLAGS = {
 
 
 @dataclass(frozen=True)
-class Broken:
+class Violation:
     """A violated rule."""
 
     field: str
     """The field of `ParallelConfig` to change."""
-    complaint: str
+    message: str
 
 
-type Rule = Callable[[ParallelConfig, Architecture], Iterator[Broken]]
+type Rule = Callable[[ParallelConfig, Architecture], Iterator[Violation]]
 
 
-def _attention(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Broken]:
+def _attention(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Violation]:
     """TP divides the query heads. TP divides the key/value heads, or is their multiple: Megatron-Core gathers split heads."""
     for attention in _mixers(architecture, Attention):
         yield from _divides(parallel, "attention heads", attention.heads)
         groups = attention.groups
         if groups % parallel.tensor and parallel.tensor % groups:
-            yield Broken(
+            yield Violation(
                 "tensor",
                 f"--tensor-parallel {parallel.tensor} neither divides nor is a multiple of the model's {groups} "
                 "key/value heads",
             )
 
 
-def _mla(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Broken]:
+def _mla(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Violation]:
     """TP divides heads and rows of the down-projections. Their norms' gradients are all-reduced over TP only under SP."""
     for mla in _mixers(architecture, LatentAttention):
         yield from _divides(parallel, "attention heads", mla.heads)
@@ -198,33 +198,33 @@ def _mla(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Broke
         yield from _needs_sequence_parallel(parallel, "MLA")
 
 
-def _delta_net(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Broken]:
+def _delta_net(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Violation]:
     """TP divides the key heads, and so the value heads. The norm's gradient is all-reduced over TP only under SP."""
     for net in _mixers(architecture, GatedDeltaNet):
         yield from _divides(parallel, "key heads of gated delta nets", net.key_heads)
         yield from _needs_sequence_parallel(parallel, "a gated delta net")
 
 
-def _mlp(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Broken]:
+def _mlp(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Violation]:
     for layer in _kinds(architecture):
         if isinstance(layer.mlp, MLP):
             yield from _divides(parallel, "rows of an MLP's up_proj", layer.mlp.ffn_hidden_size)
 
 
-def _moe(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Broken]:
+def _moe(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Violation]:
     """EP divides the experts, ETP the rows of an expert's up_proj, TP those of the shared experts."""
     layers = [layer.mlp for layer in _kinds(architecture) if isinstance(layer.mlp, MoE)]
     if not layers and parallel.expert > 1:
-        yield Broken("expert", f"--expert-parallel {parallel.expert} is for MoE, and the model has no experts")
+        yield Violation("expert", f"--expert-parallel {parallel.expert} is for MoE, and the model has no experts")
     for moe in layers:
         if moe.experts % parallel.expert:
-            yield Broken(
+            yield Violation(
                 "expert", f"--expert-parallel {parallel.expert} does not divide the model's {moe.experts} experts"
             )
         rows = moe.expert.ffn_hidden_size
         if rows % parallel.etp:
             field = "tensor" if parallel.expert_tensor is None else "expert_tensor"
-            yield Broken(
+            yield Violation(
                 field, f"{_FLAGS[field]} {parallel.etp} does not divide the {rows} rows of an expert's up_proj"
             )
         if moe.shared:
@@ -232,13 +232,15 @@ def _moe(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Broke
         yield from _needs_sequence_parallel(parallel, "MoE")
 
 
-def _pipeline(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Broken]:
+def _pipeline(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Violation]:
     """PP x VPP divides the layers."""
     layers, chunks = architecture.num_layers, parallel.pipeline * parallel.virtual_pipeline
     if layers % parallel.pipeline:
-        yield Broken("pipeline", f"--pipeline-parallel {parallel.pipeline} does not divide the model's {layers} layers")
+        yield Violation(
+            "pipeline", f"--pipeline-parallel {parallel.pipeline} does not divide the model's {layers} layers"
+        )
     elif layers % chunks:
-        yield Broken(
+        yield Violation(
             "virtual_pipeline",
             f"--pipeline-parallel {parallel.pipeline} x --virtual-pipeline {parallel.virtual_pipeline} does not divide "
             f"the model's {layers} layers",
@@ -258,11 +260,13 @@ def _mixers[T](architecture: Architecture, kind: type[T]) -> Iterator[T]:
     yield from (layer.mixer for layer in _kinds(architecture) if isinstance(layer.mixer, kind))
 
 
-def _divides(parallel: ParallelConfig, what: str, size: int) -> Iterator[Broken]:
+def _divides(parallel: ParallelConfig, what: str, size: int) -> Iterator[Violation]:
     if size % parallel.tensor:
-        yield Broken("tensor", f"--tensor-parallel {parallel.tensor} does not divide the model's {size} {what}")
+        yield Violation("tensor", f"--tensor-parallel {parallel.tensor} does not divide the model's {size} {what}")
 
 
-def _needs_sequence_parallel(parallel: ParallelConfig, what: str) -> Iterator[Broken]:
+def _needs_sequence_parallel(parallel: ParallelConfig, what: str) -> Iterator[Violation]:
     if parallel.tensor > 1 and not parallel.sequence_parallel:
-        yield Broken("sequence_parallel", f"{what} with --tensor-parallel {parallel.tensor} needs sequence parallelism")
+        yield Violation(
+            "sequence_parallel", f"{what} with --tensor-parallel {parallel.tensor} needs sequence parallelism"
+        )

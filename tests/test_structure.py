@@ -188,7 +188,7 @@ def test_tests_mirror_sources() -> None:
             continue
         subject = path.stem.removeprefix("test_")
         known = {p.stem.replace("-", "_") for p in (ROOT / folder).glob("*")}
-        if subject not in known and not subject.startswith(("every_", "whole_")):
+        if subject not in known and not subject.startswith(("every_", "end_to_end_")):
             offenders.append(f"{path} stands for no file of {folder}")
     assert not offenders, "\n".join(offenders)
 

@@ -99,11 +99,11 @@ def plan(files: Iterable[Path]) -> list[Part]:
     return parts
 
 
-_worker: dict[str, Any] = {}  # what `set_up` prepared in this process
+_worker: dict[str, Any] = {}  # what `init_worker` prepared in this process
 
 
-def set_up(recipe: Recipe, folder: Path) -> None:
-    """Prepare this process for `finish`."""
+def init_worker(recipe: Recipe, folder: Path) -> None:
+    """Prepare this process for `tokenize_part`."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from tokenizers import Tokenizer
 
@@ -115,8 +115,8 @@ def set_up(recipe: Recipe, folder: Path) -> None:
     _worker.update(recipe=recipe, folder=folder, tokenizer=tokenizer, cuts=_may_cut(tokenizer))
 
 
-def finish(part: Part) -> FinishedPart:
-    """Tokenise a part into the folder of `set_up`, or reuse a finished one."""
+def tokenize_part(part: Part) -> FinishedPart:
+    """Tokenise a part into the folder of `init_worker`, or reuse a finished one."""
     recipe: Recipe = _worker["recipe"]
     prefix = _worker["folder"] / _name(part, recipe)
     reused = _index_path(prefix).is_file()

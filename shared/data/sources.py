@@ -94,7 +94,7 @@ def expand(paths: Iterable[Path], *, flag: str) -> list[Path]:
         else:
             raise UserError(f"{flag} {path}: no such file or directory")
     if not files:
-        raise UserError(f"{flag} {','.join(map(str, paths))}: no file in it")
+        raise UserError(f"{flag} {','.join(map(str, paths))}: contains no files")
     seen: set[Path] = set()
     for file in files:
         if _inner_suffix(file) in FOREIGN_SUFFIXES:
@@ -102,7 +102,7 @@ def expand(paths: Iterable[Path], *, flag: str) -> list[Path]:
                 f"{flag} {file}: {file.suffix} is not supported; give text, JSON lines (also .gz, .zst) or parquet"
             )
         if (resolved := file.resolve()) in seen:
-            raise UserError(f"{flag} {file}: named twice")
+            raise UserError(f"{flag} {file}: given twice")
         seen.add(resolved)
     return files
 

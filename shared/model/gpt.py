@@ -34,7 +34,7 @@ from shared.model.rope import PrefixRotaryAngles, RotaryAngles
 from shared.model.spec import block_spec, model_rotary, mtp_spec
 from shared.model.support import check_supported
 from shared.parallel import ParallelConfig
-from shared.runtime.device import prepare
+from shared.runtime.device import select_device
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -182,7 +182,7 @@ def transformer_config(
 
     Dropout comes from the architecture. Fusions that need Apex, TransformerEngine or a compiler are off.
     """
-    on_cpu = prepare().type == "cpu"
+    on_cpu = select_device().type == "cpu"
     attention, mlp, moe = architecture.attention, architecture.feed_forward, architecture.moe
     plain = attention if isinstance(attention, Attention) else None
     norm, rotary = architecture.layers[0].norm, model_rotary(architecture)
@@ -264,7 +264,7 @@ def build(
     layout.check_model(architecture)
     config = transformer_config(architecture, layout, dtype, recompute=recompute, **overrides)
     stages: list[int | None] = list(range(layout.virtual_pipeline)) if layout.virtual_pipeline > 1 else [None]
-    chunks = [LanguageModel(architecture, config, stage, backend).to(prepare()) for stage in stages]
+    chunks = [LanguageModel(architecture, config, stage, backend).to(select_device()) for stage in stages]
     if not config.perform_initialization:
         with torch.no_grad():
             for chunk in chunks:

@@ -115,7 +115,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if not line.endswith("\n"):
-            print(f"{path}: the last line was cut short and is left out", file=sys.stderr)
+            print(f"{path}: the last line is incomplete and ignored", file=sys.stderr)
             break
         rows.append(json.loads(line))
     return rows

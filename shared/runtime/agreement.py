@@ -9,7 +9,7 @@ import torch
 from shared.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, AlreadyDone, Interrupted, UserError
 
 
-def on_first_rank[T](function: Callable[[], T]) -> T:
+def on_rank_0[T](function: Callable[[], T]) -> T:
     """Call `function` on rank 0 and broadcast its result, which must be picklable.
 
     An exception propagates on rank 0; the other ranks exit silently with its exit code.

@@ -1,4 +1,4 @@
-"""The device of a process: its GPU, or the CPU with `cpu_host`."""
+"""The device of a process: its GPU, or the CPU with `cuda_on_cpu`."""
 
 from __future__ import annotations
 
@@ -6,22 +6,17 @@ import os
 
 import torch
 
-from shared.runtime import cpu_host
+from shared.runtime import cuda_on_cpu
 
 
-def prepare() -> torch.device:
+def select_device() -> torch.device:
     """The device of this process; call it before building a Megatron-Core model.
 
-    With CUDA: the GPU of `LOCAL_RANK`; torch stays unmodified. Without CUDA: the CPU; `cpu_host` is installed.
+    With CUDA: the GPU of `LOCAL_RANK`; torch stays unmodified. Without CUDA: the CPU; `cuda_on_cpu` is installed.
     """
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         return device
-    cpu_host.install()
+    cuda_on_cpu.install()
     return torch.device("cpu")
-
-
-def backend() -> str:
-    """The torch.distributed backend of `prepare()`'s device."""
-    return "nccl" if torch.cuda.is_available() else "gloo"

@@ -153,7 +153,7 @@ def _report(rank: int, code: int | None, output: Path) -> None:
         sys.stderr.write(f"worker {rank} did not end after the others had saved and stopped\n")
     elif code < 0:
         sys.stderr.write(
-            f"worker {rank} was killed by {signal.Signals(-code).name}; if nobody sent that, memory ran out: "
+            f"worker {rank} was killed by {signal.Signals(-code).name}; if nobody sent it, memory ran out: "
             "use a smaller --micro-batch-size\n"
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 
 import numpy
@@ -11,7 +10,8 @@ from megatron.core import parallel_state, tensor_parallel
 
 from shared.errors import UserError
 from shared.parallel import ParallelConfig
-from shared.runtime.device import backend, prepare
+from shared.runtime.device import select_device
+from shared.runtime.world import join_world
 
 _layout: ParallelConfig | None = None  # of the current Megatron-Core groups
 
@@ -25,13 +25,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> torch.device:
     Raises:
         UserError: the world size is not `parallel.processes`.
     """
-    device = prepare()
-    if not torch.distributed.is_initialized():
-        if "RANK" in os.environ:
-            torch.distributed.init_process_group(backend())
-        else:
-            store = torch.distributed.HashStore()
-            torch.distributed.init_process_group(backend(), store=store, rank=0, world_size=1)
+    device = select_device()
+    join_world()
     started = torch.distributed.get_world_size()
     if started != parallel.processes:
         raise UserError(f"--processes {parallel.processes}, but this job has {started}; give --processes {started}")
@@ -67,7 +62,7 @@ def _make_groups(parallel: ParallelConfig) -> None:
     _layout = parallel
 
 
-def leave() -> None:
+def destroy() -> None:
     """Destroy all process groups after a barrier, at the end of the work.
 
     A process that exits with running group threads may abort. A world of one process is kept, for a later `initialize`.

@@ -1,6 +1,6 @@
 """The training loop of pretraining and fine-tuning, top to bottom.
 
-Every rank runs all of it. Work of rank 0 only (run directory, metrics, log lines) goes through `on_first_rank` or
+Every rank runs all of it. Work of rank 0 only (run directory, metrics, log lines) goes through `on_rank_0` or
 `recorder`.
 """
 
@@ -61,7 +61,7 @@ def train(run: Run) -> None:
         StageError: the loss or the gradient is not finite; the last checkpoint is kept.
     """
     config, architecture = run.config, run.inputs.architecture
-    device = shared.runtime.device.prepare()
+    device = shared.runtime.device.select_device()
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     process_groups.initialize(config.parallel, config.seed)
     stop = StopRequest()
@@ -110,12 +110,12 @@ def train(run: Run) -> None:
             state.save(directory.begin(step), model, optimizer, step=step)
             directory.commit(step, facts=recorder.facts(step), finished=finished, keep=config.keep)
         if stopping and not finished:
-            process_groups.leave()
+            process_groups.destroy()
             raise Interrupted(
-                f"stopped by a signal after update {step}, which is saved; the same command goes on from it"
+                f"stopped by a signal after update {step}, which is saved; run the same command again to resume"
             )
     directory.close()
-    process_groups.leave()
+    process_groups.destroy()
 
 
 def trainable_of(config: TrainingConfig, architecture: Architecture) -> Trainable:

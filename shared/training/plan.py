@@ -44,7 +44,7 @@ class Inputs:
                 f"--data {data} has token ids below {vocabulary} and the model of --source {source} only "
                 f"{architecture.vocab_size}; prepare the data with the model's tokenizer"
             )
-        if _differ(model.hf_files / "tokenizer.json", dataset.hf_files / "tokenizer.json"):
+        if _tokenizers_differ(model.hf_files / "tokenizer.json", dataset.hf_files / "tokenizer.json"):
             raise UserError(
                 f"--data {data} was made with another tokenizer than the model of --source {source} has; "
                 f"prepare it with --tokenizer {model.hf_files}"
@@ -62,7 +62,7 @@ class Inputs:
         return self.data.facts["splits"].get(name)
 
 
-def _differ(one: Path, other: Path) -> bool:
+def _tokenizers_differ(one: Path, other: Path) -> bool:
     """Whether both tokenizer.json exist and give different ids: vocabulary and rules are compared, not formatting."""
     if not (one.is_file() and other.is_file()) or one.read_bytes() == other.read_bytes():
         return False

@@ -12,7 +12,7 @@ from shared.console import log, quantity
 from shared.precision import DTYPES
 from shared.report import metrics, page
 from shared.report.metrics import Metrics, flops_per_token, peak_flops, peak_memory
-from shared.runtime.agreement import on_first_rank
+from shared.runtime.agreement import on_rank_0
 from shared.training.config import TrainingConfig
 from shared.training.loss import Loss
 from shared.training.plan import Inputs
@@ -30,12 +30,12 @@ class SharedRunDirectory:
 
     def begin(self, step: int) -> Path:
         """The partial directory of an iteration, the same on every rank."""
-        return on_first_rank(lambda: self._rank0().begin(step))
+        return on_rank_0(lambda: self._rank0().begin(step))
 
     def commit(self, step: int, *, facts: dict[str, Any], finished: bool, keep: int) -> None:
         """Publish the iteration after every rank has written its shards."""
         torch.distributed.barrier()
-        on_first_rank(lambda: self._rank0().commit(step, facts=facts, finished=finished, keep=keep))
+        on_rank_0(lambda: self._rank0().commit(step, facts=facts, finished=finished, keep=keep))
 
     def close(self) -> None:
         if self._directory is not None:
@@ -58,7 +58,7 @@ def open_run(target: Path, inputs: Inputs, *, overwrite: bool) -> SharedRunDirec
             directory.add_auxiliary_files(files)
         return directory.path, directory.iteration
 
-    path, iteration = on_first_rank(begin)
+    path, iteration = on_rank_0(begin)
     return SharedRunDirectory(path, iteration, directory)
 
 

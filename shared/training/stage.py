@@ -16,7 +16,7 @@ from shared.invocation import invocation
 from shared.model.support import check_supported
 from shared.parallel import ParallelConfig
 from shared.runtime.launch import launch
-from shared.runtime.quiet import silence
+from shared.runtime.silence_warnings import silence
 from shared.training.config import (
     MTP_LOSS_SCALING_FACTOR,
     TrainingConfig,

@@ -205,7 +205,7 @@ def test_a_signal_stops_the_stage_and_the_same_command_goes_on(work: Path, told:
     _, errors = process.communicate(timeout=150)
     assert process.returncode == 75, errors
     assert time.monotonic() - began < 60  # it went when it was told to: nobody had to kill it
-    assert errors == "pipeline: stopped in `pretrain tokenizer`; the same command goes on from here\n"
+    assert errors == "pipeline: stopped in `pretrain tokenizer`; run the same command again to resume\n"
     assert left(work) == []
     assert not (work / "tokenizer").exists()
     run(work, "--only", "pretrain tokenizer")

@@ -70,7 +70,7 @@ def prepare() -> None:
 
     import shared.runtime.device
 
-    shared.runtime.device.prepare()
+    shared.runtime.device.select_device()
     sys.modules.update(dict.fromkeys(ABSENT))  # type: ignore[arg-type]  # None: cannot be imported
     for name in ("dist_checkpointing", "distributed", "extensions.transformer_engine", "models.backends", "optimizer"):
         importlib.import_module(f"megatron.core.{name}")

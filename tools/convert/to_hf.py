@@ -81,7 +81,7 @@ def run(
             return
         write_index(out.path, plan.layout)
         own = read_config(files / "config.json")
-        if family and not _spelt_as(own, family):
+        if family and not _matches_family(own, family):
             _write_config(out.path / "config.json", plan.architecture, own)
         copy_auxiliary_files(files, out.path)
         if not quantized:
@@ -120,7 +120,7 @@ def _log_export(plan: ExportPlan, reader: MegatronReader, dtype: Precision | Non
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")  # same in every family's config.json
 
 
-def _spelt_as(config: Mapping[str, Any], family: str) -> bool:
+def _matches_family(config: Mapping[str, Any], family: str) -> bool:
     """Whether config.json is the family's, with current transformers field names."""
     wanted = registry.FAMILIES[family]
     named = (config.get("model_type"), config.get("architectures"))

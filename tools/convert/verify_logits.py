@@ -100,7 +100,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _megatron(architecture: Architecture, iteration: Path, ids: torch.Tensor) -> torch.Tensor:
-    shared.runtime.device.prepare()  # before any import of Megatron-Core
+    shared.runtime.device.select_device()  # before any import of Megatron-Core
     from shared.model import gpt, logits, weights
     from shared.parallel import ParallelConfig
     from shared.runtime.process_groups import initialize
@@ -155,7 +155,7 @@ def _transformers(source: Path, ids: torch.Tensor, trust_remote_code: bool) -> t
 
 
 def _logits(model: Any, ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-    model.eval().to(shared.runtime.device.prepare())
+    model.eval().to(shared.runtime.device.select_device())
     placed = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     result: torch.Tensor = model(ids.to(model.device), **placed).logits.float().cpu()
     return result

@@ -52,7 +52,7 @@ def prepare(
     """Tokenise text into a Megatron indexed dataset.
 
     A text file is one document, a JSON-lines file one document a line; each document is ended by the end-of-sequence
-    token. Killed, the same command goes on from the parts that were finished.
+    token. Killed, the same command reuses the finished parts.
 
     Args:
         source: text or JSON-lines files (also .gz, .zst) or folders of them, separated by commas.
@@ -82,7 +82,7 @@ def prepare(
 def train(options: TrainingOptions, sequence_length: Positive | None = None) -> int | None:
     """Pretrain a model of a Megatron checkpoint on an indexed dataset, into a run directory of checkpoints.
 
-    Killed or told to stop (SIGTERM, SIGUSR1: saved first, exit code 75), the same command goes on where it was, also
+    Killed or told to stop (SIGTERM, SIGUSR1: saved first, exit code 75), the same command resumes, also
     with other numbers of processes. The target has metrics.jsonl, TensorBoard events and report.html.
 
     Args:

@@ -22,7 +22,7 @@ from shared.checkpoint.directory.target import lock
 from shared.checkpoint.files import remove_tree
 from shared.cli import log, progress
 from shared.data.indexed import IndexedWriter, token_dtype
-from shared.data.parts import FinishedPart, Recipe, finish, plan, set_up
+from shared.data.parts import FinishedPart, Recipe, init_worker, plan, tokenize_part
 from shared.data.sources import expand
 from shared.data.tokenizer import copy_tokenizer, open_tokenizer, tokenizer_hash
 from shared.data.workers import ordered_map, usable_cores
@@ -140,7 +140,9 @@ def _tokenise(
     processes = min(workers or usable_cores(), len(every))
     finished: list[FinishedPart] = []
     with progress(sum(part.source_bytes for part in every), "bytes", "tokenising") as advance:
-        for done in ordered_map(finish, every, workers=processes, setup=set_up, setup_arguments=(recipe, work)):
+        for done in ordered_map(
+            tokenize_part, every, workers=processes, setup=init_worker, setup_arguments=(recipe, work)
+        ):
             finished.append(done)
             advance(done.source_bytes)
     if reused := sum(part.reused for part in finished):
@@ -157,13 +159,13 @@ def _merge(
     hashes: npt.NDArray[np.uint64] = np.zeros(0, np.uint64)
     if fraction or "validation" in finished:
         parts = finished.get("validation") or finished["train"]
-        side = Side(fraction=fraction if "validation" not in finished else 1.0, validation=True)
-        splits["validation"], hashes = _write(parts, side, recipe, folder / "validation")
+        selection = SplitFilter(fraction=fraction if "validation" not in finished else 1.0, validation=True)
+        splits["validation"], hashes = _write(parts, selection, recipe, folder / "validation")
         if not splits["validation"].documents:
             given = f"--validation-fraction {fraction} leaves" if fraction else "--validation has"
             raise UserError(f"{given} no document for validation; give more text or a larger share")
-    side = Side(fraction=fraction if "validation" not in finished else 0.0, validation=False)
-    splits["train"], train_hashes = _write(finished["train"], side, recipe, folder / "train")
+    selection = SplitFilter(fraction=fraction if "validation" not in finished else 0.0, validation=False)
+    splits["train"], train_hashes = _write(finished["train"], selection, recipe, folder / "train")
     if not splits["train"].documents:
         raise UserError("--source has no text for training: every document is empty or went to validation")
     duplicates = int(np.isin(hashes, train_hashes).sum())
@@ -173,7 +175,7 @@ def _merge(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Side:
+class SplitFilter:
     """Selects a split's documents by the hash of their text: equal texts are in the same split."""
 
     fraction: float
@@ -187,14 +189,16 @@ class Side:
         return chosen if self.validation else ~chosen
 
 
-def _write(parts: list[FinishedPart], side: Side, recipe: Recipe, prefix: Path) -> tuple[Split, npt.NDArray[np.uint64]]:
+def _write(
+    parts: list[FinishedPart], selection: SplitFilter, recipe: Recipe, prefix: Path
+) -> tuple[Split, npt.NDArray[np.uint64]]:
     dtype = token_dtype(recipe.vocab_size)
     hashes: list[npt.NDArray[np.uint64]] = []
     utf8_bytes = 0
     with IndexedWriter(prefix, dtype) as writer:
         for part in parts:
             documents = part.documents()
-            mask = side.mask(documents["hash"])
+            mask = selection.mask(documents["hash"])
             for tokens in _chosen(part.tokens(dtype), documents["tokens"], mask):
                 writer.add(*tokens)
             hashes.append(documents["hash"][mask])

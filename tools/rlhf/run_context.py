@@ -12,7 +12,7 @@ from shared.checkpoint.directory.manifest import Inputs
 from shared.checkpoint.directory.publish import Publication, publish
 from shared.report import page
 from shared.report.metrics import METRICS, read
-from shared.runtime.agreement import on_first_rank
+from shared.runtime.agreement import on_rank_0
 from tools.rlhf.state import State
 
 
@@ -61,7 +61,7 @@ def open_run(target: Path, inputs: Inputs, *, overwrite: bool) -> Iterator[RunCo
             out = stack.enter_context(publish(target, kind="hf", inputs=inputs, overwrite=overwrite))
             State.open(target, inputs, overwrite=overwrite)
 
-        on_first_rank(open_target)
+        on_rank_0(open_target)
         state = State.open(target, inputs, overwrite=True)  # rank 0 has checked it
         yield RunContext(out=out, state=state)
     if out is not None:

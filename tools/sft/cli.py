@@ -80,7 +80,7 @@ def train(options: FineTuningOptions, epochs: Positive | None = None) -> int | N
     """Fine-tune a model of a Megatron checkpoint on packed conversations, into a run directory of checkpoints.
 
     Only the tokens of the assistant have a loss, and attention stays within a conversation. Killed or told to stop
-    (SIGTERM, SIGUSR1: saved first, exit code 75), the same command goes on where it was, also with other numbers of
+    (SIGTERM, SIGUSR1: saved first, exit code 75), the same command resumes, also with other numbers of
     processes. The target has metrics.jsonl, TensorBoard events and report.html.
 
     Args:

@@ -58,7 +58,7 @@ def conversation(row: Row, form: Format) -> Conversation:
     if tools and not isinstance(tools, list):
         raise row.error("'tools' is not a list")
     if not any(message["role"] == "assistant" and _says_something(message) for message in messages):
-        raise row.error("no assistant message with content in this conversation: there is nothing to learn")
+        raise row.error("no assistant message with content in this conversation: no token has a loss")
     return Conversation(messages=messages, tools=tools or None)
 
 

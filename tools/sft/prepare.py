@@ -172,7 +172,7 @@ def _read(piece: Piece) -> Tokenised:
         except ValueError as error:
             raise row.error(str(error)) from error
         if not tokens.assistant.any():
-            raise row.error("the chat template renders none of the assistant's words; look at its generation marks")
+            raise row.error("the chat template marks no assistant tokens; check its {% generation %} blocks")
         ids.append(tokens.ids)
         assistant.append(tokens.assistant)
         lines.append(row.line)

@@ -95,8 +95,8 @@ class Renderer:
             prompt = self._prompt(conversation, index, text)
             if not text.startswith(prompt):
                 raise ValueError(
-                    f"message {index}: the chat template renders what comes before it differently once it is there, so "
-                    "the assistant's words cannot be told apart; add {% generation %} marks to the template"
+                    f"message {index}: the chat template is not prefix-stable: this message changes how earlier ones are "
+                    "rendered, so assistant tokens cannot be located; add {% generation %} blocks to the template"
                 )
             upto = self._render(conversation, index + 1)
             if text.startswith(upto):
@@ -107,7 +107,7 @@ class Renderer:
                 if found < 0:
                     raise ValueError(
                         f"message {index}: the chat template rewrites the assistant's content, so it cannot be found in "
-                        "the conversation; add {% generation %} marks to the template"
+                        "the conversation; add {% generation %} blocks to the template"
                     )
                 end = found + len(content)
             spans.append((len(prompt), end))

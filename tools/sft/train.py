@@ -32,7 +32,7 @@ def run(options: TrainingOptions, *, epochs: int | None) -> int | None:
     if training is None or not training["sequences"]:
         raise UserError(f"--data {options.data} has no train split; make one with `sft prepare`")
     if not training["target_tokens"]:
-        raise UserError(f"--data {options.data} has no tokens with a loss: no assistant speaks in it")
+        raise UserError(f"--data {options.data} has no tokens with a loss: no assistant message")
     sequences = training["sequences"]
     steps = options.steps or -(-sequences * (epochs or _EPOCHS) // options.global_batch_size)
     config = stage.plan(options, steps=steps, sequence_length=inputs.data.facts["seq_length"])

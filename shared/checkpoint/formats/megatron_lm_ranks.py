@@ -67,7 +67,7 @@ def read_ranks(iteration: Path) -> Ranks:
         if name not in read:
             raise UserError(f"{iteration / name} is missing: the checkpoint is {shown}; fetch it again")
     if unexpected := sorted(read.keys() - set(names.values())):
-        raise UserError(f"{iteration / unexpected[0]} is of no rank: the checkpoint is {shown}; move it away")
+        raise UserError(f"{iteration / unexpected[0]} belongs to no rank: the checkpoint is {shown}; move it away")
     first, state, _ = read[names[0, 0, 0]]
     for path, other, _ in read.values():
         for field in ("iteration", "checkpoint_version"):

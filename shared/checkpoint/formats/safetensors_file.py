@@ -148,6 +148,6 @@ def _tensors(path: Path, parsed: Mapping[str, Any], data: int, size: int) -> tup
             raise UserError(f"{path}: {tensor.name} does not begin at the end of the tensor before it; fetch it again")
         position += tensor.size
     if position != size:
-        kind = "is truncated" if size < position else "has bytes of no tensor"
+        kind = "is truncated" if size < position else "has trailing bytes"
         raise UserError(f"{path} {kind}: {size} bytes instead of {position}; fetch it again")
     return tuple(found)

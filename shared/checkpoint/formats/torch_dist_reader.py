@@ -102,14 +102,14 @@ class TorchDistReader:
             if file.parent != self.directory or not file.is_file():
                 raise UserError(f"{file} is missing, though .metadata names it; fetch the checkpoint again")
             if info.offset + info.length > file.stat().st_size:
-                raise UserError(f"{file} is truncated: {key} ends after it; fetch the checkpoint again")
+                raise UserError(f"{file} is truncated: {key} extends past its end; fetch the checkpoint again")
             chunks.append(
                 Chunk(offsets=chunk.offsets, sizes=chunk.sizes, file=file, start=info.offset, length=info.length)
             )
         covered = sum(prod(chunk.sizes) for chunk in chunks)
         if covered != prod(shape):
             raise UserError(
-                f"{self.directory}/.metadata: the chunks of {key} hold {covered} of {prod(shape)} numbers; "
+                f"{self.directory}/.metadata: the chunks of {key} hold {covered} of {prod(shape)} elements; "
                 "the file of a rank is missing, fetch or write the checkpoint again"
             )
         return DistTensor(key=key, dtype=dtype, shape=shape, chunks=tuple(chunks), place=str(self.directory))

@@ -124,8 +124,8 @@ class _Reader(pickle.Unpickler):
 
     def _refuse(self, module: str, name: str) -> NoReturn:
         raise UserError(
-            f"{self._place} names {module}.{name}, which no checkpoint of weights needs; "
-            "it was not run. Do not load this file with another program"
+            f"{self._place} names {module}.{name}, which is not allowed in a weight checkpoint; "
+            "it was not executed. Do not load this file with another program"
         )
 
     def persistent_load(self, pid: Any) -> Any:

@@ -25,7 +25,7 @@ def test_folders_are_walked_in_the_order_of_names(tmp_path: Path) -> None:
 
 def test_the_same_file_twice_and_foreign_formats_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(UserError, match=r"a\.txt: named twice"):
+    with pytest.raises(UserError, match=r"a\.txt: given twice"):
         expand([tmp_path, tmp_path / "a.txt"], flag="--source")
     (tmp_path / "b.npy").write_text("")
     with pytest.raises(UserError, match=r"b\.npy: \.npy is not supported"):
@@ -33,7 +33,7 @@ def test_the_same_file_twice_and_foreign_formats_are_refused(tmp_path: Path) -> 
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no file in it"):
+    with pytest.raises(UserError, match="contains no files"):
         expand([tmp_path], flag="--source")
 
 

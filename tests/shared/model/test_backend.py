@@ -10,9 +10,9 @@ import torch
 from shared.families import registry
 from shared.model import backend as backends
 from shared.model.backend import LocalBackend
-from shared.runtime.device import prepare
+from shared.runtime.device import select_device
 
-prepare()
+select_device()
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear  # noqa: E402
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from shared.runtime.device import prepare
+from shared.runtime.device import select_device
 
-prepare()
+select_device()
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402

@@ -8,7 +8,7 @@ from shared.errors import UserError
 from shared.kernels.attention import masks
 from shared.model.prefix_lm import prefix_inputs, with_blank
 from shared.model.rope import PrefixRotaryAngles
-from shared.runtime.device import prepare
+from shared.runtime.device import select_device
 
 START, GMASK, MASK = 91, 92, 93
 PREFIX = PrefixLM(start_token=START, blank_tokens=(GMASK, MASK))
@@ -111,7 +111,7 @@ def test_both_positions_have_a_table(model_of, worker):
 
 
 def test_residuals_are_what_norms_made(model_of, glm):
-    prepare()
+    select_device()
     layer = model_of(glm).decoder.layers[0].double()
     x, angles = torch.randn(9, 2, 64, dtype=torch.float64), torch.randn(9, 2, 1, 16, dtype=torch.float64)
     found, _ = layer(x, None, angles)

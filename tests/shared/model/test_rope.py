@@ -10,7 +10,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 from shared.architecture.architecture import RopeScaling, Rotary
 from shared.families.common.fields import Fields
 from shared.model.rope import RotaryAngles, concentration_factor, inverse_frequencies
-from shared.runtime.device import prepare
+from shared.runtime.device import select_device
 
 
 def test_plain_frequencies_are_transformers():
@@ -122,7 +122,7 @@ def test_longrope_is_transformers_on_both_sides_of_the_original_length(further, 
     theta, scaling = Fields(given).rope(1e4, 4096, partial=True)
     rotary = Rotary(theta=theta, scaling=scaling, dim=24)
     theirs = Phi3RotaryEmbedding(Phi3Config(hidden_size=128, num_attention_heads=4, **given))
-    prepare()
+    select_device()
     cosines, sines = theirs(torch.zeros(1), torch.arange(length)[None])
     angles = RotaryAngles(rotary, 24, 4096)(length)[:, 0, 0]
     # Angles grow to thousands of radians, of which fp32 keeps four decimals.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 warnings.simplefilter("ignore")
 
-from shared.runtime.quiet import silence  # noqa: E402
+from shared.runtime.silence_warnings import silence  # noqa: E402
 
 silence()
 
@@ -22,7 +22,7 @@ import torch  # noqa: E402
 
 import shared.runtime.device  # noqa: E402
 
-shared.runtime.device.prepare()
+shared.runtime.device.select_device()
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402

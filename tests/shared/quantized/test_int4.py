@@ -1,6 +1,6 @@
 """Int4 groups against torch's bf16 arithmetic, and the exact round trip of every code and scale.
 
-`tests/tools/infer/test_whole_compressed_tensors.py` compares with the compressed-tensors library.
+`tests/tools/infer/test_end_to_end_compressed_tensors.py` compares with the compressed-tensors library.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ _PROGRAM = """
 import os, signal, sys
 import torch, torch.distributed as dist
 from shared.errors import AlreadyDone, Interrupted, UserError
-from shared.runtime.agreement import on_first_rank
+from shared.runtime.agreement import on_rank_0
 from shared.runtime.stop_request import StopRequest
 
 def print(*words, flush=True):  # in one write, lest lines of two ranks mix

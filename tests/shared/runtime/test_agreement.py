@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 def test_rank_0s_value_or_exit_code_is_every_ranks(two_ranks: Callable[[str], list[str]]) -> None:
     lines = two_ranks("""
-print(rank, on_first_rank(lambda: {"rank": rank}), flush=True)
+print(rank, on_rank_0(lambda: {"rank": rank}), flush=True)
 for kind in (AlreadyDone, UserError, Interrupted, OSError):
     def refuse():
         raise kind("no")
     try:
-        on_first_rank(refuse)
+        on_rank_0(refuse)
     except BaseException as error:
         print(rank, type(error).__name__, error, flush=True)
 """)

@@ -14,11 +14,11 @@ from megatron.core.tensor_parallel import mappings, random
 from megatron.core.transformer.moe.moe_utils import maybe_move_tensor_to_cpu
 from torch.utils import _device
 
-from shared.runtime import cpu_host, device
+from shared.runtime import cuda_on_cpu, device
 from tests.upstream import calls, relies_on
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU host layer is for machines without CUDA")
-HOST = "shared/runtime/cpu_host.py"
+HOST = "shared/runtime/cuda_on_cpu.py"
 # Of Megatron-Core; what is left out is not run here: inference, FSDP, emerging optimizers.
 FOLDERS = ("datasets", "dist_checkpointing", "distributed", "fusions", "models/common", "models/gpt", "optimizer",
            "pipeline_parallel", "ssm", "tensor_parallel", "transformer")  # fmt: skip
@@ -26,7 +26,7 @@ FOLDERS = ("datasets", "dist_checkpointing", "distributed", "fusions", "models/c
 
 @pytest.fixture(autouse=True)
 def _installed() -> None:
-    device.prepare()
+    device.select_device()
 
 
 def test_device_contexts_know_functions_by_a_cached_table() -> None:
@@ -43,7 +43,7 @@ def test_factories_given_cuda_are_replaced() -> None:
             if "fsdp" not in path.parts:
                 asked |= _factories(path)
     assert {"empty", "zeros", "tensor"} <= asked
-    lacking = {name for name in asked if callable(getattr(torch, name))} - {*cpu_host.FACTORIES, "device"}
+    lacking = {name for name in asked if callable(getattr(torch, name))} - {*cuda_on_cpu.FACTORIES, "device"}
     assert not lacking, f"Megatron-Core calls {sorted(lacking)} with device=: re-read {HOST}"
 
 
@@ -62,7 +62,7 @@ def _factories(path: Path) -> set[str]:
 
 
 def test_names_of_torch_cuda_that_are_replaced() -> None:
-    own = {name for name, value in vars(torch.cuda).items() if inspect.getmodule(value) is cpu_host}
+    own = {name for name, value in vars(torch.cuda).items() if inspect.getmodule(value) is cuda_on_cpu}
     assert {"current_device", "Stream", "synchronize", "set_rng_state"} <= own
     assert own <= set(torch.cuda.__all__), f"torch.cuda lacks {own - set(torch.cuda.__all__)}: re-read {HOST}"
     for name in ("default_generators", "initial_seed"):

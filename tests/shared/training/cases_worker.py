@@ -17,7 +17,7 @@ from pathlib import Path
 
 from shared.runtime.launch import _free_port
 from shared.runtime.parent_death import die_with_parent
-from shared.runtime.quiet import silence
+from shared.runtime.silence_warnings import silence
 
 silence()
 

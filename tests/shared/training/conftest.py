@@ -15,7 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from shared.architecture.architecture import MTP, Architecture
 from shared.families import registry
 from shared.parallel import ParallelConfig
-from shared.runtime.quiet import silence
+from shared.runtime.silence_warnings import silence
 from shared.training.config import TrainingConfig
 from tests.workers import results_of
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from shared.runtime.launch import launch
-from shared.runtime.quiet import silence
+from shared.runtime.silence_warnings import silence
 
 _ALONE = ("tensor", "pipeline")  # of MTP they test nothing that the others do not
 LAYOUTS = {

@@ -96,7 +96,7 @@ def updates(
         learning_rate=1e-2,
         **changes,
     )
-    device = shared.runtime.device.prepare()
+    device = shared.runtime.device.select_device()
     layout = ParallelConfig()
     process_groups.initialize(layout, 1)
     chunks = gpt.build(architecture, layout, dtype=torch.float32, **model_overrides(config))

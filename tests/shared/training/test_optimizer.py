@@ -48,7 +48,7 @@ def made(make_config, architecture, start):
         def train(first: int, last: int, rate: float = 1e-2) -> list[tuple[float, float]]:
             rows = []
             for step in range(first, last):
-                loss = forward_backward(config, model, Words(), step, shared.runtime.device.prepare()).mean
+                loss = forward_backward(config, model, Words(), step, shared.runtime.device.select_device()).mean
                 set_learning_rate(optimizer, rate)
                 _, norm, _ = optimizer.step()
                 rows.append((loss, float(norm)))

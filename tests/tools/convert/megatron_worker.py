@@ -17,7 +17,7 @@ import torch
 
 import shared.runtime.device
 
-shared.runtime.device.prepare()  # CUDA, or its surface on the CPU, before Megatron-Core is imported
+shared.runtime.device.select_device()  # CUDA, or its surface on the CPU, before Megatron-Core is imported
 
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402

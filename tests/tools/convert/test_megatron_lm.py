@@ -310,7 +310,7 @@ BROKEN: dict[Callable[[Path], None], str] = {
     missing_stage: "mp_rank_00_001 is missing",
     other_iteration: "iteration is 8, in",
     cut_short: "is truncated",
-    harmful: "it was not run",
+    harmful: "it was not executed",
     other_heads: "num_attention_heads of the run is 8, config.json says 4",
     another_version: "checkpoint_version is 4.0",
     no_model: "has no `model`",

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 import shared.data.parts as parts
 from shared.checkpoint.directory.open import open_checkpoint
 from shared.cli import invoked
-from shared.data.parts import plan, set_up
+from shared.data.parts import init_worker, plan
 from shared.data.sources import Piece, expand, texts
 from shared.errors import AlreadyDone, UserError
 from tools.pretrain import prepare
@@ -194,14 +194,14 @@ parts.PART_BYTES = 500
 from pathlib import Path
 from shared.cli import invoked
 from tools.pretrain import prepare
-before, count = parts.finish, 0
-def finish(part):
+before, count = parts.tokenize_part, 0
+def counted(part):
     global count
     count += 1
     if count == 6:
         os.kill(os.getpid(), signal.SIGKILL)
     return before(part)
-prepare.finish = finish
+prepare.tokenize_part = counted
 with invoked("pretrain", "prepare", {{}}):
     prepare.run(source=(Path({str(source)!r}),), tokenizer=Path({str(tokenizer)!r}), target=Path({str(tmp_path / "out")!r}),
         validation=None, validation_fraction=0.0, text_key="text", workers=1, overwrite=False)
@@ -246,10 +246,10 @@ def test_the_recipe_names_the_parts(source: Path, tokenizer: Path, tmp_path: Pat
     part = plan(expand([source], flag=""))[0]
     recipe = prepare._recipe(tokenizer, "text")
     (tmp_path / "work").mkdir()
-    set_up(recipe, tmp_path / "work")
-    first = parts.finish(part)
-    assert parts.finish(part).reused
+    init_worker(recipe, tmp_path / "work")
+    first = parts.tokenize_part(part)
+    assert parts.tokenize_part(part).reused
     other = prepare.Recipe(**{**vars(recipe), "eos_token_id": recipe.eos_token_id + 1})
-    set_up(other, tmp_path / "work")
-    assert parts.finish(part).name != first.name
+    init_worker(other, tmp_path / "work")
+    assert parts.tokenize_part(part).name != first.name
     assert isinstance(part.pieces[0], Piece)

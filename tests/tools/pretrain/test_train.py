@@ -20,7 +20,7 @@ from shared.checkpoint.directory.publish import publish
 from shared.cli import invoked
 from shared.data.indexed import IndexedWriter
 from shared.families import registry
-from shared.runtime.quiet import silence
+from shared.runtime.silence_warnings import silence
 from shared.training.recorder import Recorder
 from tools.pretrain.cli import tool
 

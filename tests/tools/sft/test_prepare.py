@@ -195,7 +195,7 @@ def test_mistakes_name_their_line(tokenizers: Callable[..., Path], tmp_path: Pat
         with pytest.raises(UserError, match=rf"talks\.jsonl:2: {problem}"):
             _prepare(tmp_path, tokenizers("marked"))
     (tmp_path / "talks.jsonl").write_text(good + json.dumps({"instruction": "", "output": "\U0001f600"}))
-    with pytest.raises(UserError, match=r"talks\.jsonl:1: .*tell|apart"):
+    with pytest.raises(UserError, match=r"talks\.jsonl:1: .*not prefix-stable"):
         _prepare(tmp_path, tokenizers("backwards"))
 
 

@@ -58,7 +58,7 @@ def test_earlier_turns_may_be_rendered_otherwise_once_they_are_past(tokenizers: 
 @pytest.mark.parametrize(
     ("template", "problem"),
     [
-        ("backwards", "message 2: the chat template renders what comes before it differently"),
+        ("backwards", "message 2: the chat template is not prefix-stable"),
         ("shouting", "message 2: the chat template rewrites the assistant's content"),
     ],
 )

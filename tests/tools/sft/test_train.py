@@ -17,7 +17,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from shared.checkpoint.directory.publish import publish
 from shared.cli import invoked
 from shared.families import registry
-from shared.runtime.quiet import silence
+from shared.runtime.silence_warnings import silence
 from shared.training.recorder import Recorder
 from tools.sft.cli import tool
 

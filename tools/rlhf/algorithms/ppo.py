@@ -96,7 +96,7 @@ def _build(
             temperature=options.temperature,
             eos_ids=source.eos_ids,
             pad_id=source.pad_id,
-            synced=options.zero == 3 and distributed.world_size > 1,
+            synced_gpus=options.zero == 3 and distributed.world_size > 1,
         ),
         publisher=InProcessPublisher(),
         state=state,

@@ -19,7 +19,7 @@ from torch import Tensor
 from shared.console import log
 from shared.errors import Interrupted, StageError
 from shared.report.metrics import Metrics, peak_memory
-from shared.runtime.agreement import on_first_rank
+from shared.runtime.agreement import on_rank_0
 from shared.runtime.stop_request import StopRequest
 from shared.training.schedule import Schedule
 from tools.rlhf.algorithms import losses
@@ -187,7 +187,7 @@ class PPO:
 
     def _resume(self) -> tuple[int, float]:
         """The next iteration and its KL coefficient."""
-        step = on_first_rank(self.state.create)
+        step = on_rank_0(self.state.create)
         if step is None:
             return 1, self.options.kl_coefficient
         place = self.state.step_path(step)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shared.precision import TrainingPrecision
+from shared.runtime.world import join_world
 from tools.rlhf.engines.distributed import DistributedContext
 
 
@@ -38,12 +39,7 @@ def initialize_distributed() -> DistributedContext:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        backend = "nccl" if cuda else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    join_world()
     deepspeed.init_distributed(verbose=False)
     return DistributedContext(device=device, rank=dist.get_rank(), world_size=dist.get_world_size())
 

@@ -18,7 +18,7 @@ from shared.checkpoint.files import remove_tree, sync, sync_tree
 from shared.console import log
 from shared.errors import Interrupted, StageError
 from shared.report.metrics import Metrics, peak_memory
-from shared.runtime.agreement import on_first_rank
+from shared.runtime.agreement import on_rank_0
 from shared.runtime.stop_request import StopRequest
 from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.options import Options
@@ -40,7 +40,7 @@ def resume_point(context: RunContext) -> Path | None:
                 log(f"removed {path.name}: incomplete, the run was killed while saving it")
         return max(folder.glob(f"{_CHECKPOINT}*"), key=_step_of, default=None)
 
-    resumed = on_first_rank(newest)
+    resumed = on_rank_0(newest)
     if resumed is not None:
         log(f"resuming after update {_step_of(resumed)}")
     return resumed

@@ -51,7 +51,7 @@ class InProcessSampler:
     """Tokens that end a reply."""
     pad_id: int
     """Padding token; may be one of `eos_ids`."""
-    synced: bool
+    synced_gpus: bool
     """Whether all ranks take the same number of steps, as ZeRO-3 requires."""
 
     @torch.no_grad()
@@ -80,7 +80,7 @@ class InProcessSampler:
             attention_mask=mask,
             generation_config=settings,
             logits_processor=LogitsProcessorList([record]),
-            synced_gpus=self.synced,
+            synced_gpus=self.synced_gpus,
         )
         record.note(ids)
         reply_ids = ids[:, width:]

@@ -79,7 +79,7 @@ class Runs:
 
 def test_code_is_refused_and_not_run(tmp_path: Path) -> None:
     path = save(tmp_path / "w.bin", {"a": torch.zeros(2), "b": Runs(tmp_path / "proof")})
-    with pytest.raises(UserError, match=r"exec, which no checkpoint of weights needs; it was not run"):
+    with pytest.raises(UserError, match=r"exec, which is not allowed in a weight checkpoint; it was not executed"):
         read_pytorch_bin(path)
     assert not (tmp_path / "proof").exists()
 

@@ -53,7 +53,7 @@ def entry(start: int, stop: int, shape: list[int] | None = None) -> dict[str, An
     ("header", "size", "message"),
     [
         ({"a": entry(0, 8)}, 4, "is truncated"),
-        ({"a": entry(0, 8)}, 12, "has bytes of no tensor"),
+        ({"a": entry(0, 8)}, 12, "has trailing bytes"),
         ({"a": entry(0, 8), "b": entry(12, 16)}, 16, "b does not begin at"),
         ({"a": entry(0, 8), "b": entry(4, 12)}, 12, "b does not begin at"),
         ({"a": entry(0, 8, [3])}, 8, r"a is F32\[3\] in 8 bytes"),

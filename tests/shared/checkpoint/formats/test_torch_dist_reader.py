@@ -84,7 +84,7 @@ def test_optimizer_state_is_set_apart(tmp_path: Path) -> None:
 def test_missing_rank(tmp_path: Path) -> None:
     """Chunks that do not cover their tensor."""
     folder = write(tmp_path / "d", CHUNKINGS["rows"][:-1])
-    with pytest.raises(UserError, match="the chunks of w hold 90 of 144 numbers"):
+    with pytest.raises(UserError, match="the chunks of w hold 90 of 144 elements"):
         TorchDistReader(folder)
 
 

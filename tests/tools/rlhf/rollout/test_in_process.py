@@ -19,7 +19,7 @@ def roll_out(source, model, temperature=1.3, seed=5):
     prompts = [Prompt(text=text, ids=tuple(source.tokenizer(text)["input_ids"])) for text in texts] * 8
     sampler = InProcessSampler(
         model=model, tokenizer=source.tokenizer, max_new_tokens=11, temperature=temperature, eos_ids=source.eos_ids,
-        pad_id=source.pad_id, synced=False,
+        pad_id=source.pad_id, synced_gpus=False,
     )  # fmt: skip
     return sampler.sample(prompts, seed=seed)
 

@@ -57,7 +57,7 @@ def converted(convert: Any, source: Path, target: Path, *words: str, command: st
 
 def ahead(target: Path, a: Architecture) -> torch.Tensor:
     """Logits of the tokens after the next, `[1, POSITIONS - 1, vocabulary]`, from a Megatron directory."""
-    shared.runtime.device.prepare()
+    shared.runtime.device.select_device()
     from shared.model import gpt, weights
     from shared.parallel import ParallelConfig
     from shared.runtime.process_groups import initialize
@@ -223,7 +223,7 @@ def test_plain_megatron_core(write_architecture: Any, convert: Any, tmp_path: Pa
 
 
 def plain(a: Architecture) -> Any:
-    shared.runtime.device.prepare()
+    shared.runtime.device.select_device()
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
     from megatron.core.transformer import TransformerConfig

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from shared.runtime import cpu_host, device
+from shared.runtime import cuda_on_cpu, device
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU host layer is for machines without CUDA")
 
 
 @pytest.fixture(autouse=True)
 def installed():
-    assert device.prepare() == torch.device("cpu")
+    assert device.select_device() == torch.device("cpu")
 
 
 def test_factories_put_cuda_tensors_on_the_cpu():
@@ -36,7 +36,7 @@ def test_factories_put_cuda_tensors_on_the_cpu():
 
 
 def test_every_listed_factory_is_replaced():
-    for name in cpu_host.FACTORIES:
+    for name in cuda_on_cpu.FACTORIES:
         assert getattr(torch, name).__wrapped__ is not None
 
 
@@ -132,12 +132,11 @@ def test_nothing_is_touched_where_cuda_is_present():
         "before = dict(vars(torch)), dict(vars(torch.cuda)), dict(vars(torch.Tensor))\n"
         "from shared.runtime import device\n"
         "import os; os.environ['LOCAL_RANK'] = '3'\n"
-        "assert device.prepare() == torch.device('cuda', 3) and chosen == [torch.device('cuda', 3)]\n"
-        "assert device.backend() == 'nccl'\n"
+        "assert device.select_device() == torch.device('cuda', 3) and chosen == [torch.device('cuda', 3)]\n"
         "for owner, names in zip((torch, torch.cuda, torch.Tensor), before):\n"
         "    assert all(vars(owner)[name] is value for name, value in names.items())\n"
         "try:\n"
-        "    device.cpu_host.install()\n"
+        "    device.cuda_on_cpu.install()\n"
         "except RuntimeError as error:\n"
         "    print(error)\n"
     )
@@ -146,5 +145,5 @@ def test_nothing_is_touched_where_cuda_is_present():
 
 def test_a_second_call_changes_nothing():
     before = torch.zeros
-    device.prepare()
+    device.select_device()
     assert torch.zeros is before
