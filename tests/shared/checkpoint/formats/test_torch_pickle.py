@@ -26,7 +26,7 @@ class Runs:
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_pickle_that_runs_something_is_refused(tmp_path: Path, protocol: int) -> None:
     data = pickle.dumps({"a": Runs(tmp_path / "proof")}, protocol)
-    with pytest.raises(UserError, match=r"x names (__builtin__|builtins)\.exec.*was not run"):
+    with pytest.raises(UserError, match=r"x names (__builtin__|builtins)\.exec.*was not executed"):
         read_pickle(data, "x")
     assert not (tmp_path / "proof").exists()
     pickle.loads(data)
