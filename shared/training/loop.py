@@ -107,8 +107,9 @@ def train(run: Run) -> None:
             recorder.validated(step, validate(config, model, validation, device), run.bytes_per_token)
         if finished or stopping or step % config.save_every == 0:
             recorder.saving(step)
-            state.save(directory.begin(step), model, optimizer, step=step)
-            directory.commit(step, facts=recorder.facts(step), finished=finished, keep=config.keep)
+            written = directory.begin(step)
+            state.save(written, model, optimizer, step=step)
+            directory.commit(written, step, facts=recorder.facts(step), finished=finished, keep=config.keep)
         if stopping and not finished:
             process_groups.destroy()
             raise Interrupted(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from shared.checkpoint.directory.run_directory import RunDirectory
+from shared.checkpoint.directory.publish import file_entries
+from shared.checkpoint.directory.run_directory import RunDirectory, damage
+from shared.checkpoint.files import files_below
 from shared.console import log, quantity
 from shared.precision import DTYPES
 from shared.report import metrics, page
@@ -32,10 +36,30 @@ class SharedRunDirectory:
         """The partial directory of an iteration, the same on every rank."""
         return on_rank_0(lambda: self._rank0().begin(step))
 
-    def commit(self, step: int, *, facts: dict[str, Any], finished: bool, keep: int) -> None:
-        """Publish the iteration after every rank has written its shards."""
+    def commit(self, written: Path, step: int, *, facts: dict[str, Any], finished: bool, keep: int) -> None:
+        """Publish the iteration in `written` after every rank has written its shards. Each rank hashes its share of the files."""
         torch.distributed.barrier()
-        on_rank_0(lambda: self._rank0().commit(step, facts=facts, finished=finished, keep=keep))
+        names = on_rank_0(lambda: [path.relative_to(written).as_posix() for path in files_below(written)])
+        shares = _gathered(file_entries(written, [written / name for name in _share(names)]))
+        entries = {name: entry for share in shares for name, entry in share.items()}
+        on_rank_0(lambda: self._rank0().commit(step, facts=facts, entries=entries, finished=finished, keep=keep))
+
+    def check_resumed(self) -> None:
+        """Compare the iteration to resume from with its hashes, each rank a share; go back to an older one if it is damaged.
+
+        Raises:
+            StageError: on rank 0: no intact iteration is kept.
+        """
+        while self.resumed is not None:
+            entries = on_rank_0(lambda: self._rank0().recorded())
+            found = _gathered(damage(self.path, {name: entries[name] for name in _share(sorted(entries))}))
+            first = next((line for line in found if line), None)
+            if first is None:
+                return
+            self.resumed = on_rank_0(partial(self._fall_back, first))
+
+    def _fall_back(self, damage: str) -> int:
+        return self._rank0().fall_back(damage)
 
     def close(self) -> None:
         if self._directory is not None:
@@ -59,7 +83,21 @@ def open_run(target: Path, inputs: Inputs, *, overwrite: bool) -> SharedRunDirec
         return directory.path, directory.iteration
 
     path, iteration = on_rank_0(begin)
-    return SharedRunDirectory(path, iteration, directory)
+    shared = SharedRunDirectory(path, iteration, directory)
+    shared.check_resumed()
+    return shared
+
+
+def _share(names: Sequence[str]) -> Sequence[str]:
+    """This rank's share of files."""
+    return names[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
+
+
+def _gathered[T](value: T) -> list[T]:
+    """Every rank's value."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 class Recorder:

@@ -138,8 +138,10 @@ def _leave_if_done(options: TrainingOptions) -> None:
     if manifest is None or manifest.state != "finished":
         return
     inputs = {"source": options.source, "data": options.data}
+    parents = parents_of(inputs)
     check_target(
         options.target,
-        fingerprint=run_fingerprint(invocation(), inputs, parents_of(inputs)),
+        fingerprint=run_fingerprint(invocation(), inputs, parents),
+        parents=parents,
         overwrite=options.overwrite,
     )

@@ -34,6 +34,7 @@ from shared.checkpoint.directory.target import (
     check_overlap,
     check_target,
     clear_leftovers,
+    hold,
     lock,
 )
 from shared.checkpoint.files import exchange, files_below, hash_files, remove_tree, sync, sync_tree
@@ -161,8 +162,10 @@ def publish(
     fingerprint = run_fingerprint(invocation(), inputs, parents)
     check_no_shards(target)
     partial, lock_descriptor = clear_leftovers(target, resume=fingerprint if resumable else None)
+    held = None
     try:
-        check_target(target, fingerprint=fingerprint, overwrite=overwrite)
+        held = hold(target) if target.is_dir() else None
+        check_target(target, fingerprint=fingerprint, parents=parents, overwrite=overwrite)
         if partial is None:
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(f"{target.name}{PARTIAL}{secrets.token_hex(4)}")
@@ -181,8 +184,9 @@ def publish(
             remove_tree(partial)
         raise
     finally:
-        if lock_descriptor is not None:
-            os.close(lock_descriptor)
+        for descriptor in (lock_descriptor, held):
+            if descriptor is not None:
+                os.close(descriptor)
 
 
 def move_into_place(partial: Path, target: Path) -> None:

@@ -6,11 +6,13 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from shared.checkpoint.directory.manifest import (
     MANIFEST,
+    FileEntry,
     Inputs,
     Kind,
     Manifest,
@@ -21,19 +23,20 @@ from shared.checkpoint.directory.manifest import (
     run_fingerprint,
 )
 from shared.checkpoint.directory.open import TRACKER, iteration_name
-from shared.checkpoint.directory.publish import file_entries
+from shared.checkpoint.directory.publish import file_entries, move_into_place
 from shared.checkpoint.directory.target import (
     PARTIAL,
     RUN,
     check_overlap,
     check_target,
     clear_leftovers,
+    hold,
     lock,
     recorded_fingerprint,
 )
-from shared.checkpoint.files import commit_directory, files_below, remove_tree, write_atomically
+from shared.checkpoint.files import commit_directory, files_below, hash_files, remove_tree, write_atomically
 from shared.console import log
-from shared.errors import UserError
+from shared.errors import StageError, UserError
 from shared.invocation import invocation
 
 HF_FILES = "hf"  # folder of auxiliary files
@@ -43,8 +46,8 @@ class RunDirectory:
     """A run directory, locked by this process (rank 0 of a distributed run).
 
     An iteration is written to `iter_N.partial-<id>`, fsynced and renamed; then `manifest.json` and Megatron's tracker
-    file are replaced atomically. The manifest lists the newest iteration and the auxiliary files. Metrics and reports
-    change during the run and are not listed.
+    file are replaced atomically. The manifest lists the newest iteration and the auxiliary files; every iteration has its
+    own copy, `iter_N/manifest.json`. Metrics and reports change during the run and are not listed.
     """
 
     def __init__(self, path: Path, *, kind: Kind, fingerprint: str, parents: list[Parent], descriptor: int) -> None:
@@ -68,16 +71,20 @@ class RunDirectory:
         clear_leftovers(target)
         parents = parents_of(inputs)
         fingerprint = run_fingerprint(invocation(), inputs, parents)
-        if not _resumable(target, fingerprint):
-            check_target(target, fingerprint=fingerprint, overwrite=overwrite)
-            if target.exists():
-                remove_tree(target)
-            target.mkdir(parents=True)
-        descriptor = lock(target)
-        if descriptor is None:
-            raise UserError(f"--target {target}: another process is writing it; wait for it or stop it")
-        run = cls(target, kind=kind, fingerprint=fingerprint, parents=parents, descriptor=descriptor)
-        run._restore()
+        if target.is_file():
+            raise UserError(f"--target {target} is a file; a directory is published there")
+        target.mkdir(parents=True, exist_ok=True)
+        descriptor = hold(target)
+        try:
+            if not _resumable(target, fingerprint):
+                check_target(target, fingerprint=fingerprint, parents=parents, overwrite=overwrite)
+                if any(target.iterdir()):
+                    descriptor = _replace(target, descriptor)
+            run = cls(target, kind=kind, fingerprint=fingerprint, parents=parents, descriptor=descriptor)
+            run._restore()
+        except BaseException:
+            os.close(descriptor)
+            raise
         return run
 
     def _restore(self) -> None:
@@ -90,7 +97,7 @@ class RunDirectory:
         for leftover in sorted(self.path.glob(f"*{PARTIAL}*")):
             remove_tree(leftover)
             log(f"removed {leftover.name}, left by a killed run")
-        for folder in self.path.glob("iter_*"):
+        for folder in self._iterations():
             if self.iteration is None or int(folder.name.removeprefix("iter_")) > self.iteration:
                 remove_tree(folder)  # left by a kill between rename and manifest
         if self.iteration is not None:
@@ -112,27 +119,66 @@ class RunDirectory:
         self._partial = partial
         return partial
 
-    def commit(self, iteration: int, *, facts: dict[str, Any], finished: bool = False, keep: int = 2) -> None:
-        """Publish the iteration of the last `begin`; remove all but the newest `keep` iterations."""
-        final = self.path / iteration_name(iteration)
-        commit_directory(self._partial, final)
-        covered = [*files_below(final), *files_below(self.path / HF_FILES)]
-        entries = file_entries(self.path, covered)
-        self._record(
-            Manifest(
-                kind=self._kind,
-                state="finished" if finished else "running",
-                iteration=iteration,
-                identity=self._fingerprint,
-                parents=self._parents,
-                facts=facts,
-                files=entries,
-                bytes=sum(entry.size for entry in entries.values()),
-                **origin(invocation()),
-            )
+    def commit(
+        self,
+        iteration: int,
+        *,
+        facts: dict[str, Any],
+        entries: dict[str, FileEntry] | None = None,
+        finished: bool = False,
+        keep: int = 2,
+    ) -> None:
+        """Publish the iteration of the last `begin`; remove all but the newest `keep` iterations.
+
+        `entries`: sizes and hashes of the iteration's files, if they are known; else they are read here.
+        """
+        name = iteration_name(iteration)
+        if entries is None:
+            entries = file_entries(self._partial, list(files_below(self._partial)))
+        files = {f"{name}/{file}": entry for file, entry in entries.items()}
+        files |= file_entries(self.path, list(files_below(self.path / HF_FILES)))
+        manifest = Manifest(
+            kind=self._kind,
+            state="finished" if finished else "running",
+            iteration=iteration,
+            identity=self._fingerprint,
+            parents=self._parents,
+            facts=facts,
+            files=files,
+            bytes=sum(entry.size for entry in files.values()),
+            **origin(invocation()),
         )
-        for folder in sorted(self.path.glob("iter_*"))[: -max(keep, 1)]:
+        write_atomically(self._partial / MANIFEST, manifest.encode().encode())
+        commit_directory(self._partial, self.path / name)
+        self._record(manifest)
+        for folder in self._iterations()[: -max(keep, 1)]:
             remove_tree(folder)
+
+    def recorded(self) -> dict[str, FileEntry]:
+        """Sizes and hashes of the iteration to resume from and of the auxiliary files."""
+        return self._manifest.files if self._manifest else {}
+
+    def fall_back(self, damage: str) -> int:
+        """Make the iteration before the newest, which is damaged, the one to resume from. Returns it.
+
+        Raises:
+            StageError: there is none.
+        """
+        damaged = self.path / iteration_name(self.iteration or 0)
+        older = [folder for folder in self._iterations() if folder < damaged and (folder / MANIFEST).is_file()]
+        if not older:
+            raise StageError(f"--target {damage}, and no earlier iteration is kept; begin again with --overwrite")
+        manifest = read_manifest(older[-1], flag="--target")
+        assert manifest is not None
+        self._record(manifest)
+        log(f"{damage}; resuming from {older[-1].name}")
+        remove_tree(damaged)
+        assert self.iteration is not None
+        return self.iteration
+
+    def _iterations(self) -> list[Path]:
+        """The complete iterations, oldest first."""
+        return sorted(path for path in self.path.glob("iter_*") if PARTIAL not in path.name)
 
     def finish(self) -> None:
         """Mark the run as finished."""
@@ -147,6 +193,31 @@ class RunDirectory:
     def close(self) -> None:
         """Release the lock."""
         os.close(self._descriptor)
+
+
+def damage(directory: Path, entries: Mapping[str, FileEntry]) -> str | None:
+    """The first of these files that is missing or has another size or content, in words; None if all are intact."""
+    for name, entry in entries.items():
+        file = directory / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if (size := file.stat().st_size) != entry.size:
+            return f"{file} has {size} bytes instead of {entry.size}"
+    for name, digest in zip(entries, hash_files([directory / name for name in entries]), strict=True):
+        if digest != entries[name].hash:
+            return f"{directory / name} is damaged: its content has changed since it was saved"
+    return None
+
+
+def _replace(target: Path, descriptor: int) -> int:
+    """Exchange a held target for an empty directory, which is locked before it is visible, and remove the old one."""
+    fresh = target.with_name(f"{target.name}{PARTIAL}{secrets.token_hex(4)}")
+    fresh.mkdir()
+    held = lock(fresh)
+    assert held is not None, "no other process knows its name"
+    move_into_place(fresh, target)
+    os.close(descriptor)
+    return held
 
 
 def _resumable(target: Path, fingerprint: str) -> bool:

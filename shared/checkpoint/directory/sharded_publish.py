@@ -22,7 +22,7 @@ from shared.checkpoint.copy.operations import FilePlan
 from shared.checkpoint.copy.worker_pool import Advance
 from shared.checkpoint.directory.manifest import Inputs, Kind, Parent, parents_of, run_fingerprint
 from shared.checkpoint.directory.publish import Checks, Publication, move_into_place, publish
-from shared.checkpoint.directory.target import PARTIAL, SHARDS, check_no_shards, check_overlap, check_target, lock
+from shared.checkpoint.directory.target import PARTIAL, SHARDS, check_no_shards, check_overlap, check_target, hold, lock
 from shared.checkpoint.files import remove_tree, sync, sync_tree, write_atomically
 from shared.console import log
 from shared.errors import AlreadyDone, UserError
@@ -85,13 +85,15 @@ def publish_sharded(
     fingerprint = run_fingerprint(invocation(), inputs, parents)
     staging = target.with_name(f"{target.name}{SHARDS}{shard.count}")
     check_no_shards(target, own=staging)
-    check_target(target, fingerprint=fingerprint, overwrite=overwrite)
+    check_target(target, fingerprint=fingerprint, parents=parents, overwrite=overwrite)
     work = _ShardWork(fingerprint=fingerprint, options=invocation().fingerprinted_options(inputs), parents=parents)
-    with (
-        _write_shard(staging, shard, work)
-        if shard.index is not None
-        else _publish_shards(staging, shard, work, target, kind)
-    ) as out:
+    with contextlib.ExitStack() as stack:
+        if shard.index is not None:
+            out = stack.enter_context(_write_shard(staging, shard, work))
+        else:
+            if target.is_dir():
+                stack.callback(os.close, hold(target))
+            out = stack.enter_context(_publish_shards(staging, shard, work, target, kind))
         yield out
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from shared.checkpoint.copy.journal import is_attempt_at
-from shared.checkpoint.directory.manifest import MANIFEST, Inputs, Manifest, read_manifest
+from shared.checkpoint.directory.manifest import MANIFEST, Inputs, Manifest, Parent, read_manifest
 from shared.checkpoint.files import remove_tree
 from shared.console import log
 from shared.errors import AlreadyDone, UserError
+from shared.invocation import invocation
 
 PARTIAL = ".partial-"
 REPLACED = ".replaced-"
@@ -45,6 +48,21 @@ def lock(directory: Path) -> int | None:
     except BlockingIOError:
         os.close(descriptor)
         return None
+    return descriptor
+
+
+def hold(target: Path) -> int:
+    """Lock an existing target before its content is judged or replaced. Returns the descriptor.
+
+    Raises:
+        UserError: a living process holds the lock, or has just replaced the directory.
+    """
+    descriptor = lock(target)
+    if descriptor is None:
+        raise UserError(f"--target {target}: another process is writing it; wait for it or stop it")
+    if not os.path.samestat(os.fstat(descriptor), target.stat()):
+        os.close(descriptor)
+        raise UserError(f"--target {target}: another process has just replaced it; look at it, then run this again")
     return descriptor
 
 
@@ -98,8 +116,8 @@ def check_no_shards(target: Path, own: Path | None = None) -> None:
             )
 
 
-def check_target(target: Path, *, fingerprint: str, overwrite: bool) -> Manifest | None:
-    """Check by its content that the target may be written.
+def check_target(target: Path, *, fingerprint: str, parents: Sequence[Parent], overwrite: bool) -> Manifest | None:
+    """Check by its content that the target may be written. `parents`: the inputs of this command.
 
     Returns the manifest of the directory to replace, None without one.
 
@@ -125,10 +143,18 @@ def check_target(target: Path, *, fingerprint: str, overwrite: bool) -> Manifest
     if damaged:
         raise damaged
     if manifest is None:
-        raise UserError(f"--target {target} holds an unfinished run of another command; finish it, or use --overwrite")
-    if manifest.identity != fingerprint:
         raise UserError(
-            f"--target {target} holds the result of `{manifest.tool} {manifest.command}` with other inputs or options; "
+            f"--target {target} holds an unfinished run with {_difference(_run_record(target), parents)}; "
+            "repeat its command to finish it, or use --overwrite"
+        )
+    if manifest.identity != fingerprint:
+        held = (
+            "an unfinished run"
+            if manifest.state == "running"
+            else f"the result of `{manifest.tool} {manifest.command}`"
+        )
+        raise UserError(
+            f"--target {target} holds {held} with {_difference(manifest.model_dump(), parents)}; "
             "choose another directory or use --overwrite"
         )
     if manifest.state == "running":
@@ -140,6 +166,38 @@ def check_target(target: Path, *, fingerprint: str, overwrite: bool) -> Manifest
                 f"--target {target} is damaged ({name} is missing or truncated); use --overwrite to make it again"
             )
     raise AlreadyDone(f"already done: {target} ({MANIFEST} of {manifest.created})")
+
+
+def _run_record(target: Path) -> dict[str, Any]:
+    """Tool, command and options in a training run's run.json; empty if it is damaged."""
+    try:
+        record = json.loads((target / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _difference(record: Mapping[str, Any], parents: Sequence[Parent]) -> str:
+    """How a recorded run differs from the running command: its options, else its inputs."""
+    current = invocation()
+    inputs = {parent.flag for parent in parents}
+    if (record.get("tool"), record.get("command")) != (current.tool, current.command):
+        return "another command"
+    here = current.fingerprinted_options(dict.fromkeys(inputs))
+    there = record.get("options", {})
+    differ = [name for name in here if here[name] != there.get(name)]
+    if differ:
+        shown = [f"--{name.replace('_', '-')} {_shown(there.get(name))}, now {_shown(here[name])}" for name in differ]
+        return f"other options ({'; '.join(shown)})"
+    recorded = {(parent["flag"], parent["fingerprint"]) for parent in record.get("parents", [])}
+    changed = sorted(
+        {f"--{p.flag.replace('_', '-')}" for p in parents if recorded and (p.flag, p.fingerprint) not in recorded}
+    )
+    return f"another {' and '.join(changed)}, or its content has changed" if changed else "other inputs or options"
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else str(value)
 
 
 def _escaped(name: str) -> str:

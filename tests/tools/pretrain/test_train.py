@@ -272,6 +272,37 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(whole, stopped, source, 
     assert record(target) == record(whole)
 
 
+def test_a_damaged_save_is_named_and_the_one_before_it_is_used(whole, stopped, source, data, tmp_path, capsys):
+    """A flipped bit in the newest of two saves: the run resumes from the older one, and ends with the same numbers."""
+    target = tmp_path / "run"
+    shutil.copytree(stopped, target)
+    shard = max((target / "iter_0000006").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert run(source, data, target) == 0
+    told = capsys.readouterr().err
+    assert f"{shard} is damaged: its content has changed since it was saved; resuming from iter_0000004" in told
+    assert "resuming after update 4 of 12" in told
+    assert record(target) == record(whole)
+    ours, theirs = tensors(target), tensors(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_truncated_save_without_another_is_an_error(stopped, source, data, tmp_path, capsys):
+    target = tmp_path / "run"
+    shutil.copytree(stopped, target)
+    shutil.rmtree(target / "iter_0000004")
+    shard = min((target / "iter_0000006").glob("*.distcp"))
+    size = shard.stat().st_size
+    os.truncate(shard, size - 5)
+    assert run(source, data, target) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.endswith(
+        f"{shard} has {size - 5} bytes instead of {size}, and no earlier iteration is kept; begin again with --overwrite"
+    )
+
+
 def test_another_layout_takes_the_run_up(whole, stopped, source, data, tmp_path):
     """Two tensor-parallel processes go on where one stopped."""
     target = tmp_path / "run"

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 
 from shared.checkpoint.directory.open import open_checkpoint
-from shared.checkpoint.directory.run_directory import RunDirectory
-from shared.errors import AlreadyDone, UserError
+from shared.checkpoint.directory.publish import publish
+from shared.checkpoint.directory.run_directory import RunDirectory, damage
+from shared.errors import AlreadyDone, StageError, UserError
 from shared.invocation import invoked
 
 TRAINING = """
 import sys
 from pathlib import Path
+from shared.checkpoint.directory.publish import publish
 from shared.checkpoint.directory.run_directory import RunDirectory
 from shared.invocation import invoked
 with invoked("pretrain", "train", {}):
@@ -77,6 +79,86 @@ def test_an_unfinished_run_is_resumed_also_with_overwrite_and_kept_from_others(s
     resumed = RunDirectory.open(target, kind="megatron", inputs={"source": source}, overwrite=True)
     assert resumed.iteration == 10
     resumed.close()
+
+
+def test_a_run_in_progress_is_never_overwritten(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    run = RunDirectory.open(target, kind="megatron", inputs={"source": source})
+    _save(run, 10)
+    before = sorted(path.relative_to(target) for path in target.rglob("*"))
+    with invoked("pretrain", "train", {"steps": 5}):
+        with pytest.raises(UserError, match="another process is writing it"):
+            RunDirectory.open(target, kind="megatron", inputs={"source": source}, overwrite=True)
+        with (
+            pytest.raises(UserError, match="another process is writing it"),
+            publish(target, kind="megatron", inputs={"source": source}, overwrite=True),
+        ):
+            raise AssertionError("the block must not run")
+    assert sorted(path.relative_to(target) for path in target.rglob("*")) == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("run")] == ["run"]
+    _save(run, 20)
+    run.close()
+    with invoked("pretrain", "train", {"steps": 5}):
+        other = RunDirectory.open(target, kind="megatron", inputs={"source": source}, overwrite=True)
+        with pytest.raises(UserError, match="another process is writing it"):  # the new directory is locked, too
+            RunDirectory.open(target, kind="megatron", inputs={"source": source}, overwrite=True)
+        other.close()
+
+
+def test_a_refusal_names_what_differs(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    with invoked("pretrain", "train", {"steps": 5, "learning_rate": 0.1, "target": "run", "keep": 2}):
+        run = RunDirectory.open(target, kind="megatron", inputs={"source": source})
+        begun = "repeat its command"
+        for finished in (None, False, True):
+            if finished is not None:
+                begun = "choose another directory"
+                _save(run, 10, finished=finished)
+            run.close()
+            with (
+                invoked("pretrain", "train", {"steps": 6, "learning_rate": None, "target": "x", "keep": 2}),
+                pytest.raises(
+                    UserError,
+                    match=rf"\(--steps 5, now 6; --learning-rate 0.1, now unset\); {begun}",
+                ),
+            ):
+                RunDirectory.open(target, kind="megatron", inputs={"source": source})
+            if not finished:
+                run = RunDirectory.open(target, kind="megatron", inputs={"source": source})
+        (source / "new").write_text("x")
+        with pytest.raises(UserError, match="another --source, or its content has changed"):
+            RunDirectory.open(target, kind="megatron", inputs={"source": source})
+    with invoked("sft", "train", {}), pytest.raises(UserError, match="with another command"):
+        RunDirectory.open(target, kind="megatron", inputs={"source": source})
+
+
+def test_a_damaged_iteration_gives_way_to_the_one_before(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    run = RunDirectory.open(target, kind="megatron", inputs={"source": source})
+    run.add_auxiliary_files(source)
+    for iteration in (10, 20, 30):
+        _save(run, iteration, keep=3)
+    assert damage(target, run.recorded()) is None
+    file = target / "iter_0000030" / "0.distcp"
+    file.write_text("31")
+    found = damage(target, run.recorded())
+    assert found == f"{file} is damaged: its content has changed since it was saved"
+    assert run.fall_back(found) == 20
+    assert [path.name for path in sorted(target.glob("iter_*"))] == ["iter_0000010", "iter_0000020"]
+    assert damage(target, run.recorded()) is None
+    assert open_checkpoint(target, kinds=("megatron",), flag="--source").iteration_path.name == "iter_0000020"
+    for name, change in (("20", lambda file: file.write_text("2")), ("10", Path.unlink)):
+        file = target / f"iter_00000{name}" / "0.distcp"
+        change(file)
+        found = damage(target, run.recorded())
+        assert found is not None
+        if name == "20":
+            assert found == f"{file} has 1 bytes instead of 2"
+            assert run.fall_back(found) == 10
+    assert found == f"{file} is missing"
+    with pytest.raises(StageError, match="no earlier iteration is kept"):
+        run.fall_back(found)
+    run.close()
 
 
 def test_leftovers_of_a_kill_are_repaired(source: Path, tmp_path: Path) -> None:
