@@ -87,7 +87,9 @@ def _optimizer_state(
     """
     by_layer = {"non_homogeneous_layers": True} if partly_frozen([chunk.module for chunk in model]) else {}
     weights = _weights(model, **by_layer)
-    return sharded_state(optimizer, weights, step=step, is_loading=is_loading, metadata=dict(CONTENT))
+    # The optimizer's state is gathered on the host of one rank of each data-parallel group, not on every GPU.
+    metadata = CONTENT | {"distrib_optim_fully_reshardable_mem_efficient": True}
+    return sharded_state(optimizer, weights, step=step, is_loading=is_loading, metadata=metadata)
 
 
 def _layout() -> dict[str, int]:
