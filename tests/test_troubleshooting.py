@@ -53,5 +53,5 @@ def test_a_quoted_message_is_in_the_code(quote: str) -> None:
 
 
 def test_a_message_that_is_not_in_the_code_is_found_out() -> None:
-    assert not occurs("--target … holds the result of … with other inputs or options; choose another planet")
+    assert not occurs("--target … holds the result of … with other inputs; choose another planet")
     assert len(quoted()) > 25

@@ -89,6 +89,7 @@ def _private(tree: ast.Module) -> set[str]:
         parts = (node.module or "").split(".")
         if parts[0] not in ("shared", "tools", "tests", "__future__"):
             used |= {*parts, *(alias.name for alias in node.names)}
+    used.discard("_exit")  # os._exit is documented
     return {name for name in used if name.startswith("_") and not name.endswith("__")}
 
 

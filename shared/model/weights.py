@@ -11,6 +11,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from shared.checkpoint.formats.torch_dist_reader import NON_WEIGHT_PREFIXES
+from shared.checkpoint.formats.torch_pickle import read_pickle
 from shared.errors import UserError
 from shared.model.gpt import LanguageModel
 
@@ -27,9 +28,13 @@ def load(chunks: Sequence[LanguageModel], iteration_path: Path) -> None:
 
     Collective over all ranks. Optimizer state is not read. Vocabulary padding may differ; padding rows are set to zero.
 
+    `.metadata` is a pickle: it is read without running code before Megatron-Core unpickles it.
+
     Raises:
-        UserError: a tensor is missing, unknown to the model, or of another shape. Nothing is filled then.
+        UserError: a tensor is missing, unknown to the model, or of another shape; `.metadata` is no checkpoint's. Nothing is
+            filled then.
     """
+    read_pickle((iteration_path / ".metadata").read_bytes(), iteration_path / ".metadata")
     wanted = {
         name: {key: entry for key, entry in state.items() if not key.endswith("_extra_state")}
         for name, state in sharded_state_dict(chunks).items()
@@ -45,6 +50,16 @@ def load(chunks: Sequence[LanguageModel], iteration_path: Path) -> None:
     for name, chunk in zip(wanted, chunks, strict=True):
         chunk.load_state_dict(loaded[name], strict=False)  # extra states are missing; `_check` is strict
         _clear_padding(chunk)
+
+
+def check_finite(chunks: Sequence[LanguageModel], path: Path) -> None:
+    """UserError if a loaded weight has NaN or infinity. `path`: where the weights are from."""
+    for chunk in chunks:
+        for name, weight in chunk.named_parameters():
+            if not bool(weight.isfinite().all()):
+                raise UserError(
+                    f"--source {path}: {name} has NaN or infinity; `convert inspect --scan` lists all such tensors"
+                )
 
 
 def _all_shapes(wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:

@@ -29,8 +29,14 @@ SAVING_SECONDS = 60.0  # for the other workers after one has saved and stopped o
 SHOWN_LINES = 60  # of a failed worker's output
 
 
-def launch(processes: int) -> int | None:
-    """Run this command in `processes` worker processes and wait for them.
+_LAUNCHED = "BATON_LAUNCHED"
+
+# World sizes set by launchers that do not set RANK.
+_TASKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+def launch(processes: int | None) -> int | None:
+    """Run this command in `processes` worker processes and wait for them; None: the launcher's world size, else 1.
 
     SIGTERM, SIGINT, SIGUSR1 and SIGHUP are forwarded to every worker. After a failure the other workers are killed within
     seconds, and the failed worker's output is shown; the output of ranks above 0 is shown only then. Workers die with
@@ -43,14 +49,22 @@ def launch(processes: int) -> int | None:
     Raises:
         UserError: `processes` is below 1, or differs from the world size of a cluster's launcher.
     """
-    if processes < 1:
+    if processes is not None and processes < 1:
         raise UserError(f"--processes must be at least 1, not {processes}")
     if "RANK" in os.environ:
         started = os.environ.get("WORLD_SIZE")
-        if processes != 1 and started != str(processes):  # 1 is the flag's default: a cluster's launcher decides
-            raise UserError(f"--processes {processes}, but the launcher of this job started {started} workers")
+        if processes is not None and started != str(processes):
+            raise UserError(
+                f"--processes {processes}, but the launcher of this job started {started} workers; leave --processes out"
+            )
         return None
-    if processes == 1:
+    for name in _TASKS:
+        if (tasks := os.environ.get(name, "1")) != "1":
+            raise UserError(
+                f"{tasks} tasks of this job run the same command ({name}), and none has RANK; start it with torchrun, or "
+                "as containers/slurm does"
+            )
+    if processes is None or processes == 1:
         return None
     with tempfile.TemporaryDirectory(prefix="workers-") as directory:
         outputs = [Path(directory) / f"rank-{rank}.log" for rank in range(processes)]
@@ -66,6 +80,11 @@ def launch(processes: int) -> int | None:
                 signal.signal(number, handler)
 
 
+def started_by_launch() -> bool:
+    """Whether this process is a worker of `launch`, which has checked the command's inputs."""
+    return _LAUNCHED in os.environ
+
+
 def _start(processes: int, outputs: Sequence[Path]) -> list[subprocess.Popen[bytes]]:
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     common = {
@@ -77,6 +96,7 @@ def _start(processes: int, outputs: Sequence[Path]) -> list[subprocess.Popen[byt
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "GLOO_SOCKET_IFNAME": "lo",  # the host name may not resolve
+        _LAUNCHED: "1",
     }
     workers: list[subprocess.Popen[bytes]] = []
     try:

@@ -6,6 +6,7 @@ Every rank runs all of it. Work of rank 0 only (run directory, metrics, log line
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ from shared.training.data import Batch, Dataset
 from shared.training.loss import Loss, global_loss, mtp_labels, token_loss
 from shared.training.optimizer import build_optimizer, set_learning_rate, wrap
 from shared.training.plan import Inputs
-from shared.training.recorder import Recorder, open_run
+from shared.training.recorder import Recorder, SharedRunDirectory, open_run
 from shared.training.samplers import batch_positions
 from shared.training.trainable import FULL, Frozen, Trainable
 
@@ -60,19 +61,29 @@ def train(run: Run) -> None:
         Interrupted: stopped by a signal; the state is saved.
         StageError: the loss or the gradient is not finite; the last checkpoint is kept.
     """
+    process_groups.initialize(run.config.parallel, run.config.seed)
+    stop = StopRequest()
+    with contextlib.closing(open_run(run.target, run.inputs, overwrite=run.overwrite)) as directory:
+        stopped_after = _train(run, directory, stop)
+    process_groups.destroy()
+    if stopped_after is not None:
+        raise Interrupted(
+            f"stopped by a signal after update {stopped_after}, which is saved; run the same command again to resume"
+        )
+
+
+def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest) -> int | None:
+    """Train in an open run directory. Returns the last update if a signal stopped the run before its end."""
     config, architecture = run.config, run.inputs.architecture
     device = shared.runtime.device.select_device()
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    process_groups.initialize(config.parallel, config.seed)
-    stop = StopRequest()
-    directory = open_run(run.target, run.inputs, overwrite=run.overwrite)
     training, validation = run.datasets()
-
     chunks = gpt.build(
         architecture, config.parallel, dtype=dtype, recompute=config.recompute, **model_overrides(config)
     )
     resumed = None if directory.resumed is None else directory.path / iteration_name(directory.resumed)
     weights.load(chunks, resumed or run.inputs.source.iteration_path)
+    weights.check_finite(chunks, run.inputs.source.path)
     trainable_of(config, architecture).apply(chunks)
     model = wrap(chunks)
     optimizer = build_optimizer(config, model)
@@ -111,12 +122,8 @@ def train(run: Run) -> None:
             state.save(written, model, optimizer, step=step)
             directory.commit(written, step, facts=recorder.facts(step), finished=finished, keep=config.keep)
         if stopping and not finished:
-            process_groups.destroy()
-            raise Interrupted(
-                f"stopped by a signal after update {step}, which is saved; run the same command again to resume"
-            )
-    directory.close()
-    process_groups.destroy()
+            return step
+    return None
 
 
 def trainable_of(config: TrainingConfig, architecture: Architecture) -> Trainable:

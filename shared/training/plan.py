@@ -14,6 +14,7 @@ from shared.checkpoint.formats.torch_dist_reader import TorchDistReader
 from shared.console import log, quantity
 from shared.errors import UserError
 from shared.families import registry
+from shared.runtime.launch import started_by_launch
 from shared.training.config import TrainingConfig
 
 _BYTES = {"bf16": 2, "fp32": 4}
@@ -52,8 +53,8 @@ class Inputs:
         return cls(source=model, data=dataset, architecture=architecture)
 
     def verify(self) -> None:
-        """Compare every file with its hash, on rank 0. UserError names a damaged file."""
-        if os.environ.get("RANK", "0") == "0":
+        """Compare every file with its hash, once in a job: in the launcher, else on rank 0. UserError names a damaged file."""
+        if not started_by_launch() and os.environ.get("RANK", "0") == "0":
             verify_content(self.source, flag="--source")
             verify_content(self.data, flag="--data")
 

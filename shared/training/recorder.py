@@ -84,7 +84,11 @@ def open_run(target: Path, inputs: Inputs, *, overwrite: bool) -> SharedRunDirec
 
     path, iteration = on_rank_0(begin)
     shared = SharedRunDirectory(path, iteration, directory)
-    shared.check_resumed()
+    try:
+        shared.check_resumed()
+    except BaseException:
+        shared.close()
+        raise
     return shared
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from shared.checkpoint.directory.manifest import parents_of, read_manifest, run_fingerprint
 from shared.checkpoint.directory.target import check_target
 from shared.console import log
-from shared.errors import UserError
+from shared.errors import StageError, UserError
 from shared.invocation import invocation
 from shared.model.support import check_supported
 from shared.parallel import ParallelConfig
@@ -119,16 +119,21 @@ def run(
     silence()
     from shared.training import loop  # torch and Megatron-Core, in the workers only
 
-    loop.train(
-        loop.Run(
-            config=config,
-            inputs=inputs,
-            target=options.target,
-            overwrite=options.overwrite,
-            datasets=datasets,
-            bytes_per_token=bytes_per_token,
+    try:
+        loop.train(
+            loop.Run(
+                config=config,
+                inputs=inputs,
+                target=options.target,
+                overwrite=options.overwrite,
+                datasets=datasets,
+                bytes_per_token=bytes_per_token,
+            )
         )
-    )
+    except (OSError, StageError) as error:
+        if options.target.is_dir():
+            raise
+        raise StageError(f"--target {options.target} was removed or renamed during the run") from error
     return None
 
 

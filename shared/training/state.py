@@ -8,6 +8,7 @@ step is stored.
 from __future__ import annotations
 
 import queue
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,14 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
-from shared.console import log
+from shared.console import log, quantity
+from shared.errors import StageError
 from shared.training.optimizer import allocate_state, restore, sharded_state
 from shared.training.trainable import partly_frozen
+
+_FULL = 1 << 20  # bytes: a disk with less is full
 
 # Megatron-Core's content metadata of a checkpoint: conventions of its names and shards.
 CONTENT = {
@@ -32,7 +37,11 @@ CONTENT = {
 
 
 def save(directory: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer, *, step: int) -> None:
-    """Write the state after update `step` to an empty directory. Every rank calls this."""
+    """Write the state after update `step` to an empty directory. Every rank calls this.
+
+    Raises:
+        StageError: a rank could not write.
+    """
     sharded: dict[str, Any] = _weights(model)
     sharded["optimizer"] = _optimizer_state(model, optimizer, step=step, is_loading=False)
     sharded |= {
@@ -42,7 +51,24 @@ def save(directory: Path, model: list[DistributedDataParallel], optimizer: Megat
         "rng_state": _random_object(_random_state()),
     }
     write_from_threads()
-    dist_checkpointing.save(sharded, str(directory), content_metadata=dict(CONTENT))
+    try:
+        dist_checkpointing.save(sharded, str(directory), content_metadata=dict(CONTENT))
+    except CheckpointException as error:  # its causes have lost their errno
+        raise StageError(_why_not_saved(directory, step, error)) from None
+
+
+def _why_not_saved(directory: Path, step: int, error: CheckpointException) -> str:
+    run = directory.parent
+    if not directory.is_dir():
+        return f"update {step} was not saved: {directory} was removed during the run"
+    free = shutil.disk_usage(directory).free
+    if free < _FULL:
+        return f"update {step} was not saved: the disk of {run} is full; free some space and run the same command again"
+    rank, (failure, _) = min(error.failures.items())
+    reason = str(failure).splitlines()[-1]
+    return (
+        f"update {step} was not saved: rank {rank}: {reason}; {quantity(free, 'bytes')} are free on the disk of {run}"
+    )
 
 
 def load(directory: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> int:

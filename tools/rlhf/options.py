@@ -33,7 +33,7 @@ class Options:
         warmup_steps: steps of linear warm-up from 0.
         max_gradient_norm: gradients are clipped to this norm.
         precision: of the arithmetic; by default bf16 on a GPU and fp32 elsewhere. Weights are fp32.
-        processes: worker processes on this machine; one per GPU where there are GPUs.
+        processes: world size; by default the launcher's (torchrun, Slurm), else 1. One process per GPU where there are GPUs.
         seed: of every random choice.
         save_every: steps between two saves of the state.
         log_every: steps between two log lines; metrics.jsonl has every step.
@@ -48,7 +48,7 @@ class Options:
     warmup_steps: NonNegative = 0
     max_gradient_norm: Above = 1.0
     precision: TrainingPrecision | None = None
-    processes: Positive = 1
+    processes: Positive | None = None
     seed: NonNegative = 0
     save_every: Positive = 10
     log_every: Positive = 1

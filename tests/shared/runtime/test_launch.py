@@ -96,17 +96,32 @@ def test_one_process_is_the_caller_itself(start, tmp_path):
     assert (code, output) == (0, "None\n")
 
 
-def test_a_worker_launches_nothing(monkeypatch):
+@pytest.mark.parametrize("processes", [4, None])
+def test_a_worker_launches_nothing(monkeypatch, processes):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert launch(4) is None
+    assert launch(processes) is None
 
 
-def test_a_cluster_that_started_another_number_is_refused(monkeypatch):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_cluster_that_started_another_number_is_refused(monkeypatch, processes):
+    """With 1, every rank would train alone, on the same samples."""
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match="--processes 2, but the launcher of this job started 4"):
-        launch(2)
+    with pytest.raises(UserError, match=f"--processes {processes}, but the launcher of this job started 4"):
+        launch(processes)
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+@pytest.mark.parametrize("processes", [1, 2, None])
+def test_a_cluster_that_sets_no_rank_is_refused(monkeypatch, processes, name):
+    """Each task would be a run of its own."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(UserError, match=rf"2 tasks of this job run the same command \({name}\), and none has RANK"):
+        launch(processes)
+    monkeypatch.setenv(name, "1")
+    assert processes == 2 or launch(processes) is None
 
 
 def test_no_processes_is_a_mistake():

@@ -13,149 +13,25 @@ import numpy as np
 import pytest
 import torch
 
+from tests.tools.pretrain.runs import (
+    REPOSITORY,
+    TRAIN_TOKENS,
+    VOCAB,
+    random_model,
+    record,
+    run,
+    tensors,
+    words,
+    write_data,
+)
+
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from shared.architecture.architecture import Alibi, Architecture
-from shared.checkpoint.directory.publish import publish
-from shared.cli import invoked
-from shared.data.indexed import IndexedWriter
+from shared.architecture.architecture import Alibi
 from shared.families import registry
 from shared.runtime.silence_warnings import silence
-from shared.training.recorder import Recorder
-from tools.pretrain.cli import tool
 
 silence()
-
-REPOSITORY = Path(__file__).parents[3]
-TIMING = {"seconds", "tokens_per_second", "memory_bytes"}
-VOCAB = 300
-TRAIN_TOKENS = 6000
-MODEL = registry.from_config(
-    {
-        "model_type": "llama",
-        "num_hidden_layers": 2,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 128,
-        "rms_norm_eps": 1e-5,
-    }
-)
-OPTIONS = {
-    "steps": 12,
-    "sequence_length": 32,
-    "global_batch_size": 8,
-    "micro_batch_size": 4,
-    "learning_rate": 1e-2,
-    "precision": "fp32",
-    "save_every": 4,
-    "validate_every": 6,
-}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """A Megatron directory with random weights and no tokenizer."""
-    return random_model(tmp_path_factory.mktemp("source") / "model", MODEL)
-
-
-def random_model(directory: Path, model: Architecture) -> Path:
-    from megatron.core import dist_checkpointing
-
-    from shared.model import gpt, weights
-    from shared.parallel import ParallelConfig
-    from shared.runtime import process_groups
-    from shared.training.state import write_from_threads
-
-    (directory / "release").mkdir(parents=True)
-    (directory / "hf").mkdir()
-    process_groups.initialize(ParallelConfig(), 5)
-    chunks = gpt.build(model, ParallelConfig(), dtype=torch.float32, perform_initialization=True)
-    write_from_threads()
-    dist_checkpointing.save(weights.sharded_state_dict(chunks)["model"], str(directory / "release"))
-    (directory / "hf" / "config.json").write_text(json.dumps(registry.to_config(model)))
-    (directory / "latest_checkpointed_iteration.txt").write_text("release")
-    return directory
-
-
-def write_data(target: Path, vocab_size: int = VOCAB, data_format: str = "indexed") -> Path:
-    """Documents that count upwards: the next token can be learned."""
-    rng = np.random.default_rng(1)
-    with invoked("pretrain", "prepare", {}), publish(target, kind="dataset", inputs={}) as out:
-        splits = {}
-        for split, tokens in (("train", TRAIN_TOKENS), ("validation", 700)):
-            lengths = [100] * (tokens // 100)
-            starts = rng.integers(0, 40, len(lengths))
-            documents = [(start + np.arange(100)) % 40 for start in starts]
-            writer = IndexedWriter(out.path / split, np.dtype(np.uint16))
-            writer.add(np.concatenate(documents), lengths)
-            writer.close()
-            splits[split] = {"tokens": tokens, "documents": len(lengths), "utf8_bytes": 3 * tokens}
-        (out.path / "tokenizer").mkdir()
-        (out.path / "tokenizer" / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
-        out.describe(format=data_format, splits=splits, vocab_size=vocab_size, eos_token_id=0, dtype="uint16")
-    return target
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data") / "data")
-
-
-def words(source: Path, data: Path, target: Path, **options) -> list[str]:
-    """The command line."""
-    flags = {"source": source, "data": data, "target": target, **OPTIONS, **options}
-    return ["train", *(f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if value is not None)]
-
-
-def run(source: Path, data: Path, target: Path, **options) -> int:
-    """The command in this process; its exit code."""
-    with pytest.raises(SystemExit) as ended:
-        tool.run(words(source, data, target, **options))
-    return ended.value.code or 0
-
-
-def record(directory: Path) -> list[dict]:
-    """metrics.jsonl without what the clock and the machine decide."""
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
-
-
-def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the last iteration."""
-    from megatron.core import dist_checkpointing
-
-    tracker = (directory / "latest_checkpointed_iteration.txt").read_text()
-    name = tracker if tracker == "release" else f"iter_{int(tracker):07d}"
-    loaded = dist_checkpointing.load_plain_tensors(str(directory / name))
-    return {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
-
-
-@pytest.fixture(scope="module")
-def whole(source, data, tmp_path_factory) -> Path:
-    """A run that nothing disturbed."""
-    target = tmp_path_factory.mktemp("whole") / "run"
-    assert run(source, data, target) == 0
-    return target
-
-
-@pytest.fixture(scope="module")
-def stopped(source, data, tmp_path_factory) -> Path:
-    """The same run, told to stop after update 6 by a signal."""
-    target = tmp_path_factory.mktemp("stopped") / "run"
-    plain = Recorder.updated
-
-    def updated(self, step, *numbers):
-        plain(self, step, *numbers)
-        if step == 6:
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Recorder, "updated", updated)
-        assert run(source, data, target) == 75
-    return target
 
 
 def test_mtp_layers_learn_or_stay(data, tmp_path, capsys):
@@ -270,37 +146,6 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(whole, stopped, source, 
     shutil.copytree(stopped, target)
     assert run(source, data, target) == 0
     assert record(target) == record(whole)
-
-
-def test_a_damaged_save_is_named_and_the_one_before_it_is_used(whole, stopped, source, data, tmp_path, capsys):
-    """A flipped bit in the newest of two saves: the run resumes from the older one, and ends with the same numbers."""
-    target = tmp_path / "run"
-    shutil.copytree(stopped, target)
-    shard = max((target / "iter_0000006").glob("*.distcp"), key=lambda path: path.stat().st_size)
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
-    assert run(source, data, target) == 0
-    told = capsys.readouterr().err
-    assert f"{shard} is damaged: its content has changed since it was saved; resuming from iter_0000004" in told
-    assert "resuming after update 4 of 12" in told
-    assert record(target) == record(whole)
-    ours, theirs = tensors(target), tensors(whole)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_a_truncated_save_without_another_is_an_error(stopped, source, data, tmp_path, capsys):
-    target = tmp_path / "run"
-    shutil.copytree(stopped, target)
-    shutil.rmtree(target / "iter_0000004")
-    shard = min((target / "iter_0000006").glob("*.distcp"))
-    size = shard.stat().st_size
-    os.truncate(shard, size - 5)
-    assert run(source, data, target) == 1
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.endswith(
-        f"{shard} has {size - 5} bytes instead of {size}, and no earlier iteration is kept; begin again with --overwrite"
-    )
 
 
 def test_another_layout_takes_the_run_up(whole, stopped, source, data, tmp_path):
