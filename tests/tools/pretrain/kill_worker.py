@@ -1,0 +1,73 @@
+"""Runs `pretrain train` in forks of one process that has imported torch, and kills them at random moments.
+
+    kill_worker.py KILLS SEED TARGET WORDS...    # WORDS: the command line without --target
+
+A run that survives is compared by the caller: TARGET-0, TARGET-1, ... are finished runs, each killed and resumed many times.
+After every kill the directory must open, with the content that its manifest says. Prints a JSON object.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[3]))
+
+from shared.runtime.silence_warnings import silence
+
+silence()
+
+import shared.training.loop  # noqa: E402, F401 -- imported once, for all forks
+from shared.checkpoint.directory.open import open_checkpoint  # noqa: E402
+from tools.pretrain.cli import tool  # noqa: E402
+
+
+def start(words: list[str], output: Path) -> int:
+    """The command in a fork; its process id."""
+    child = os.fork()
+    if child:
+        return child
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    try:
+        tool.run(words)
+    except SystemExit as end:
+        os._exit(end.code or 0)
+    except BaseException:  # noqa: BLE001 -- no exception may reach the loop of `main`
+        os._exit(70)
+    os._exit(0)
+
+
+def main(kills: int, seed: int, target: Path, words: list[str]) -> None:
+    chance = random.Random(seed)
+    done, runs, saved, longest = 0, 0, [], 1.0
+    while done < kills:
+        run = target.with_name(f"{target.name}-{runs}")
+        output = run.with_suffix(".log")
+        child, began = start([*words, f"--target={run}"], output), time.monotonic()
+        deadline = began + chance.uniform(0, longest)
+        while (ended := os.waitpid(child, os.WNOHANG)[0] == child) is False and time.monotonic() < deadline:
+            time.sleep(0.002)
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            done += 1
+            if (run / "manifest.json").exists():
+                saved.append(open_checkpoint(run, kinds=("megatron",), flag="--source").manifest.iteration)
+            continue
+        manifest = json.loads((run / "manifest.json").read_text())
+        assert manifest["state"] == "finished", output.read_text()[-2000:]
+        longest = max(longest, 1.1 * (time.monotonic() - began))
+        runs += 1
+    child = start([*words, f"--target={target.with_name(f'{target.name}-{runs}')}"], target.with_suffix(".log"))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, target.with_suffix(".log").read_text()[-2000:]
+    print(json.dumps({"kills": done, "runs": runs + 1, "after a save": len(saved), "iterations": sorted(set(saved))}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
