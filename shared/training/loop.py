@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from shared.training.data import Batch, Dataset
 from shared.training.loss import Loss, global_loss, mtp_labels, token_loss
 from shared.training.optimizer import build_optimizer, set_learning_rate, wrap
 from shared.training.plan import Inputs
-from shared.training.recorder import Recorder, SharedRunDirectory, open_run
+from shared.training.recorder import Recorder, SharedRunDirectory, open_run, samples_before
 from shared.training.samplers import batch_positions
 from shared.training.trainable import FULL, Frozen, Trainable
 
@@ -49,6 +49,7 @@ class Run:
     inputs: Inputs
     target: Path
     overwrite: bool
+    extendable: Collection[str]  # options in which the target's run may differ and yet be resumed
     datasets: Callable[[], tuple[Dataset, Dataset | None]]  # training and validation
     bytes_per_token: float | None = None  # UTF-8 bytes of the validation split per token
 
@@ -63,7 +64,9 @@ def train(run: Run) -> None:
     """
     process_groups.initialize(run.config.parallel, run.config.seed)
     stop = StopRequest()
-    with contextlib.closing(open_run(run.target, run.inputs, overwrite=run.overwrite)) as directory:
+    with contextlib.closing(
+        open_run(run.target, run.inputs, overwrite=run.overwrite, extendable=run.extendable)
+    ) as directory:
         stopped_after = _train(run, directory, stop)
     process_groups.destroy()
     if stopped_after is not None:
@@ -93,12 +96,13 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest) -> int | 
         log(f"resuming after update {step} of {config.steps}")
 
     schedule = config.learning_rates()
+    earlier = samples_before(config, directory)
     recorder = Recorder(run.config, run.inputs, directory, epoch=len(training))
     if step == 0:
         recorder.validated(0, validate(config, model, validation, device), run.bytes_per_token)
     while step < config.steps:
         started = time.perf_counter()
-        loss = forward_backward(config, model, training, step, device)
+        loss = forward_backward(config, model, training, earlier + step * config.global_batch_size, device)
         if not math.isfinite(loss.mean):
             raise StageError(
                 f"the loss of update {step + 1} is {loss.mean}; {recorder.last_saved()}; lower --learning-rate"
@@ -143,17 +147,16 @@ def model_overrides(config: TrainingConfig) -> dict[str, Any]:
 
 
 def forward_backward(
-    config: TrainingConfig, model: list[DistributedDataParallel], data: Dataset, step: int, device: torch.device
+    config: TrainingConfig, model: list[DistributedDataParallel], data: Dataset, first: int, device: torch.device
 ) -> Loss:
-    """Compute the gradients of update `step`, counted from 0. Returns the loss over the global batch."""
+    """Compute the gradients of the global batch from sample `first` on. Returns its loss."""
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
     def micro_batches() -> Iterator[Batch]:
         for index in range(config.micro_batches):
             positions = batch_positions(
-                step=step,
+                first=first,
                 micro_batch=index,
-                global_batch_size=config.global_batch_size,
                 micro_batch_size=config.micro_batch_size,
                 rank=rank,
                 ranks=ranks,

@@ -17,7 +17,13 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 # Options of memory, speed and logging: not part of the run's fingerprint.
 NOT_FINGERPRINTED = (
     *("micro_batch_size", "tensor_parallel", "pipeline_parallel", "virtual_pipeline", "sequence_parallel"),
-    *("processes", "recompute", "save_every", "keep", "log_every"),
+    *("processes", "recompute", "save_every", "keep", "log_every", "extend"),
+)
+
+# Options that `extend` may change: from the resumed update on they are those of the command.
+EXTENDABLE = (
+    *("steps", "epochs", "global_batch_size", "learning_rate", "min_learning_rate", "schedule", "warmup_steps"),
+    *("decay_steps", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2", "validate_every", "validation_sequences"),
 )
 
 
@@ -58,6 +64,8 @@ class TrainingOptions:
         validate_every: updates between validations, 0 for only the first and the last; by default a tenth of the steps.
         validation_sequences: sequences per validation, at most; the same in every validation.
         overwrite: replace another run's result at the target.
+        extend: resume a run at the target, finished or not, with other updates, batch size, rates or validation.
+        iteration: a kept iteration of the source, a run directory; by default the newest.
     """
 
     source: ExistingDir
@@ -90,3 +98,5 @@ class TrainingOptions:
     validate_every: NonNegative | None = None
     validation_sequences: Positive = 1024
     overwrite: bool = False
+    extend: bool = False
+    iteration: NonNegative | None = None

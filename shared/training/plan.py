@@ -29,9 +29,14 @@ class Inputs:
     architecture: Architecture
 
     @classmethod
-    def open(cls, source: Path, data: Path, *, data_format: Literal["indexed", "packed"]) -> Inputs:
-        """Open both and check that they fit each other. `verify` checks their contents later: it takes long."""
-        model = open_checkpoint(source, kinds=("megatron",), flag="--source", verify="sizes")
+    def open(
+        cls, source: Path, data: Path, *, data_format: Literal["indexed", "packed"], iteration: int | None = None
+    ) -> Inputs:
+        """Open both and check that they fit each other. `verify` checks their contents later: it takes long.
+
+        `iteration`: of the source, a run directory; None: the newest.
+        """
+        model = open_checkpoint(source, kinds=("megatron",), flag="--source", verify="sizes", iteration=iteration)
         dataset = open_checkpoint(data, kinds=("dataset",), flag="--data", verify="sizes")
         if dataset.facts.get("format") != data_format:
             tool = {"indexed": "pretrain", "packed": "sft"}[data_format]

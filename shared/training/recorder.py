@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class SharedRunDirectory:
     def __init__(self, path: Path, resumed: int | None, directory: RunDirectory | None) -> None:
         self.path = path
         self.resumed = resumed  # iteration to resume from; None: a new run
+        self.consumed_tokens = 0  # up to that iteration
         self._directory = directory  # on rank 0
 
     def begin(self, step: int) -> Path:
@@ -55,6 +56,7 @@ class SharedRunDirectory:
             found = _gathered(damage(self.path, {name: entries[name] for name in _share(sorted(entries))}))
             first = next((line for line in found if line), None)
             if first is None:
+                self.consumed_tokens = on_rank_0(lambda: self._rank0().facts["consumed_tokens"])
                 return
             self.resumed = on_rank_0(partial(self._fall_back, first))
 
@@ -70,14 +72,16 @@ class SharedRunDirectory:
         return self._directory
 
 
-def open_run(target: Path, inputs: Inputs, *, overwrite: bool) -> SharedRunDirectory:
-    """Open a new or resumed run directory on rank 0; broadcast path and iteration."""
+def open_run(target: Path, inputs: Inputs, *, overwrite: bool, extendable: Collection[str] = ()) -> SharedRunDirectory:
+    """Open a new or resumed run directory on rank 0; broadcast path and iteration. Arguments: `RunDirectory.open`."""
     directory: RunDirectory | None = None
 
     def begin() -> tuple[Path, int | None]:
         nonlocal directory
         parents = {"source": inputs.source.path, "data": inputs.data.path}
-        directory = RunDirectory.open(target, kind="megatron", inputs=parents, overwrite=overwrite)
+        directory = RunDirectory.open(
+            target, kind="megatron", inputs=parents, overwrite=overwrite, extendable=extendable
+        )
         with run_hf_files(inputs) as files:
             directory.add_auxiliary_files(files)
         return directory.path, directory.iteration
@@ -90,6 +94,12 @@ def open_run(target: Path, inputs: Inputs, *, overwrite: bool) -> SharedRunDirec
         shared.close()
         raise
     return shared
+
+
+def samples_before(config: TrainingConfig, directory: SharedRunDirectory) -> int:
+    """`consumed - step * global_batch_size` of a resumed run, in samples: 0 unless `--extend` changed the batch size."""
+    consumed, step = directory.consumed_tokens // config.sequence_length, directory.resumed or 0
+    return consumed - step * config.global_batch_size
 
 
 def _share(names: Sequence[str]) -> Sequence[str]:
@@ -110,6 +120,7 @@ class Recorder:
     def __init__(self, config: TrainingConfig, inputs: Inputs, directory: SharedRunDirectory, *, epoch: int) -> None:
         self._config, self._inputs, self._directory = config, inputs, directory
         self._epoch = epoch  # sequences
+        self._earlier = samples_before(config, directory)
         self._saved = directory.resumed
         self._flops = flops_per_token(
             inputs.architecture, config.sequence_length, mtp=config.mtp_loss_scaling_factor > 0
@@ -132,8 +143,8 @@ class Recorder:
             "learning_rate": rate,
             "gradient_norm": gradient_norm,
             "targets": loss.targets,
-            "samples": step * config.global_batch_size,
-            "tokens": step * config.tokens_per_step,
+            "samples": self._earlier + step * config.global_batch_size,
+            "tokens": self._earlier * config.sequence_length + step * config.tokens_per_step,
             "seconds": round(seconds, 6),
             "tokens_per_second": round(speed, 1),
             "memory_bytes": peak_memory(),
@@ -180,7 +191,8 @@ class Recorder:
 
     def facts(self, step: int) -> dict[str, Any]:
         """The manifest's facts of the iteration."""
-        facts = self._facts() | {"step": step, "consumed_tokens": step * self._config.tokens_per_step}
+        tokens = self._earlier * self._config.sequence_length + step * self._config.tokens_per_step
+        facts = self._facts() | {"step": step, "consumed_tokens": tokens}
         if self._metrics is not None:
             for name in ("loss", "mtp_loss", "validation_loss", "validation_mtp_loss", "bits_per_byte"):
                 known = [row[name] for row in self._metrics.rows if name in row]

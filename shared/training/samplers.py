@@ -26,18 +26,15 @@ def permutation(seed: int, epoch: int, length: int, stream: int = 0) -> Indices:
     return order
 
 
-def batch_positions(
-    *, step: int, micro_batch: int, global_batch_size: int, micro_batch_size: int, rank: int, ranks: int
-) -> Indices:
+def batch_positions(*, first: int, micro_batch: int, micro_batch_size: int, rank: int, ranks: int) -> Indices:
     """Positions `[micro_batch_size]` in the endless stream of samples, for data-parallel `rank` of `ranks`.
 
     Args:
-        step: update, counted from 0.
+        first: the update's first sample.
         micro_batch: index of the micro batch within the update.
-        global_batch_size: samples per update over all ranks.
         micro_batch_size: samples per forward pass of one rank.
         rank: this data-parallel rank.
         ranks: number of data-parallel ranks.
     """
-    start = step * global_batch_size + (micro_batch * ranks + rank) * micro_batch_size
+    start = first + (micro_batch * ranks + rank) * micro_batch_size
     return np.arange(start, start + micro_batch_size, dtype=np.int64)

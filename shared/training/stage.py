@@ -24,7 +24,7 @@ from shared.training.config import (
     default_micro_batch_size,
     default_warmup_steps,
 )
-from shared.training.options import TrainingOptions
+from shared.training.options import EXTENDABLE, TrainingOptions
 from shared.training.plan import Inputs, announce, default_processes
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def run(
             "--mtp-loss-scaling-factor belongs to models with MTP (multi-token prediction) layers, "
             f"and the model of --source {options.source} has none; leave it out"
         )
-    _leave_if_done(options)
+    _leave_if_done(options, config)
     inputs.verify()
     code = launch(config.parallel.processes)
     if code is not None:
@@ -126,6 +126,7 @@ def run(
                 inputs=inputs,
                 target=options.target,
                 overwrite=options.overwrite,
+                extendable=EXTENDABLE if options.extend else (),
                 datasets=datasets,
                 bytes_per_token=bytes_per_token,
             )
@@ -137,16 +138,26 @@ def run(
     return None
 
 
-def _leave_if_done(options: TrainingOptions) -> None:
+def _leave_if_done(options: TrainingOptions, config: TrainingConfig) -> None:
     """Raise AlreadyDone for a finished run of the same fingerprint, before workers start."""
     manifest = read_manifest(options.target, flag="--target")
-    if manifest is None or manifest.state != "finished":
+    if manifest is None:
         return
     inputs = {"source": options.source, "data": options.data}
     parents = parents_of(inputs)
+    fingerprint = run_fingerprint(invocation(), inputs, parents)
+    if options.extend and manifest.identity != fingerprint:
+        if (manifest.iteration or 0) >= config.steps:
+            raise UserError(
+                f"--target {options.target} has {manifest.iteration} updates; --extend needs more --steps than that, not "
+                f"{config.steps}"
+            )
+        return
+    if manifest.state != "finished":
+        return
     check_target(
         options.target,
-        fingerprint=run_fingerprint(invocation(), inputs, parents),
+        fingerprint=fingerprint,
         parents=parents,
         overwrite=options.overwrite,
     )

@@ -25,7 +25,7 @@ def run(options: TrainingOptions, *, sequence_length: int | None) -> int | None:
     Raises:
         UserError: inputs or options are inconsistent.
     """
-    inputs = Inputs.open(options.source, options.data, data_format="indexed")
+    inputs = Inputs.open(options.source, options.data, data_format="indexed", iteration=options.iteration)
     length = sequence_length or min(inputs.architecture.max_position_embeddings, _SEQUENCE_LENGTH)
     training = inputs.split("train")
     if training is None:

@@ -27,7 +27,7 @@ def run(options: TrainingOptions, *, epochs: int | None) -> int | None:
     """
     if epochs is not None and options.steps is not None:
         raise UserError("--epochs and --steps both say how long to train; give one of them")
-    inputs = Inputs.open(options.source, options.data, data_format="packed")
+    inputs = Inputs.open(options.source, options.data, data_format="packed", iteration=options.iteration)
     training = inputs.split("train")
     if training is None or not training["sequences"]:
         raise UserError(f"--data {options.data} has no train split; make one with `sft prepare`")

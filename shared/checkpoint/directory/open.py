@@ -68,6 +68,7 @@ def open_checkpoint(
     flag: str,
     verify: Literal["content", "small", "sizes"] = "content",
     per_rank: Kind | None = None,
+    iteration: int | None = None,
 ) -> Checkpoint:
     """A complete directory of one of `kinds`.
 
@@ -81,15 +82,18 @@ def open_checkpoint(
             weights, left to `content_checks`. "sizes": none. Ranks above 0 compare sizes only.
         per_rank: also accept per-rank checkpoints of this kind: legacy Megatron-LM ("megatron"), SwissArmyTransformer
             ("hf").
+        iteration: of a run directory, instead of the newest.
 
     Raises:
-        UserError: not of these kinds, incomplete or damaged.
+        UserError: not of these kinds, incomplete or damaged; the iteration is not kept.
     """
     if not path.is_dir():
         raise UserError(f"{flag} {path} is not a directory")
     if PARTIAL in path.name:
         raise UserError(f"{flag} {path} is incomplete, left by a killed run; run that command again")
     manifest = read_manifest(path, flag=flag)
+    if iteration is not None:
+        manifest = _iteration_manifest(path, manifest, iteration, flag)
     if manifest is None:
         kind = _foreign_kind(path, flag, per_rank)
     else:
@@ -101,6 +105,19 @@ def open_checkpoint(
         lacks = " (config.json is missing)" if kind == "tokenizer" else ""
         raise UserError(f"{flag} {path} is a {kind} directory{lacks}; wanted: {' or '.join(kinds)}")
     return Checkpoint(path=path, kind=kind, manifest=manifest)
+
+
+def _iteration_manifest(path: Path, newest: Manifest | None, iteration: int, flag: str) -> Manifest:
+    if newest is not None and newest.iteration == iteration:
+        return newest
+    manifest = read_manifest(path / iteration_name(iteration), flag=flag)
+    if manifest is None:
+        kept = sorted(int(file.parent.name.removeprefix("iter_")) for file in path.glob(f"iter_*[0-9]/{MANIFEST}"))
+        raise UserError(
+            f"--iteration {iteration} is not in {flag} {path}, which has {', '.join(map(str, kept)) or 'none'}; give one of "
+            "these, or leave --iteration out for the newest"
+        )
+    return manifest
 
 
 def _verify(path: Path, manifest: Manifest, flag: str, verify: str) -> None:

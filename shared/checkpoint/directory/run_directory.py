@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,6 +27,7 @@ from shared.checkpoint.directory.publish import file_entries, move_into_place
 from shared.checkpoint.directory.target import (
     PARTIAL,
     RUN,
+    Difference,
     check_overlap,
     check_target,
     clear_leftovers,
@@ -60,8 +61,18 @@ class RunDirectory:
         self._manifest: Manifest | None = None
 
     @classmethod
-    def open(cls, target: Path, *, kind: Kind, inputs: Inputs, overwrite: bool = False) -> Self:
+    def open(
+        cls,
+        target: Path,
+        *,
+        kind: Kind,
+        inputs: Inputs,
+        overwrite: bool = False,
+        extendable: Collection[str] = (),
+    ) -> Self:
         """Begin a run, or resume an unfinished run with the same fingerprint (even with `overwrite`).
+
+        `extendable`: options in which a saved run may differ and yet be resumed, finished or not, as this run.
 
         Raises:
             AlreadyDone: the run is finished.
@@ -76,7 +87,9 @@ class RunDirectory:
         target.mkdir(parents=True, exist_ok=True)
         descriptor = hold(target)
         try:
-            if not _resumable(target, fingerprint):
+            if extendable and _extends(target, fingerprint, parents, extendable):
+                _write_record(target, fingerprint)
+            elif not _resumable(target, fingerprint):
                 check_target(target, fingerprint=fingerprint, parents=parents, overwrite=overwrite)
                 if any(target.iterdir()):
                     descriptor = _replace(target, descriptor)
@@ -90,8 +103,7 @@ class RunDirectory:
     def _restore(self) -> None:
         """Restore the manifest's state: remove partial and newer iterations, rewrite the tracker."""
         if not (self.path / RUN).exists():
-            record = {"identity": self._fingerprint, **origin(invocation())}
-            write_atomically(self.path / RUN, (json.dumps(record, indent=1) + "\n").encode())
+            _write_record(self.path, self._fingerprint)
         self._manifest = read_manifest(self.path, flag="--target")
         self.iteration = self._manifest.iteration if self._manifest else None
         for leftover in sorted(self.path.glob(f"*{PARTIAL}*")):
@@ -153,6 +165,11 @@ class RunDirectory:
         self._record(manifest)
         for folder in self._iterations()[: -max(keep, 1)]:
             remove_tree(folder)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The manifest's facts of the iteration to resume from."""
+        return self._manifest.facts if self._manifest else {}
 
     def recorded(self) -> dict[str, FileEntry]:
         """Sizes and hashes of the iteration to resume from and of the auxiliary files."""
@@ -218,6 +235,22 @@ def _replace(target: Path, descriptor: int) -> int:
     move_into_place(fresh, target)
     os.close(descriptor)
     return held
+
+
+def _write_record(target: Path, fingerprint: str) -> None:
+    record = {"identity": fingerprint, **origin(invocation())}
+    write_atomically(target / RUN, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def _extends(target: Path, fingerprint: str, parents: list[Parent], extendable: Collection[str]) -> bool:
+    """Whether the target holds saved iterations of a run that differs from this one in `extendable` options only."""
+    manifest = read_manifest(target, flag="--target")
+    if manifest is None or manifest.identity == fingerprint:
+        return False
+    difference = Difference.of(manifest.model_dump(), parents)
+    if difference.elsewhere or not set(difference.options) <= set(extendable):
+        raise UserError(f"--target {target} holds a run with {difference}; --extend cannot change that")
+    return True
 
 
 def _resumable(target: Path, fingerprint: str) -> bool:

@@ -6,8 +6,9 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from shared.checkpoint.copy.journal import is_attempt_at
 from shared.checkpoint.directory.manifest import MANIFEST, Inputs, Manifest, Parent, read_manifest
@@ -144,7 +145,7 @@ def check_target(target: Path, *, fingerprint: str, parents: Sequence[Parent], o
         raise damaged
     if manifest is None:
         raise UserError(
-            f"--target {target} holds an unfinished run with {_difference(_run_record(target), parents)}; "
+            f"--target {target} holds an unfinished run with {Difference.of(_run_record(target), parents)}; "
             "repeat its command to finish it, or use --overwrite"
         )
     if manifest.identity != fingerprint:
@@ -154,7 +155,7 @@ def check_target(target: Path, *, fingerprint: str, parents: Sequence[Parent], o
             else f"the result of `{manifest.tool} {manifest.command}`"
         )
         raise UserError(
-            f"--target {target} holds {held} with {_difference(manifest.model_dump(), parents)}; "
+            f"--target {target} holds {held} with {Difference.of(manifest.model_dump(), parents)}; "
             "choose another directory or use --overwrite"
         )
     if manifest.state == "running":
@@ -177,23 +178,37 @@ def _run_record(target: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _difference(record: Mapping[str, Any], parents: Sequence[Parent]) -> str:
-    """How a recorded run differs from the running command: its options, else its inputs."""
-    current = invocation()
-    inputs = {parent.flag for parent in parents}
-    if (record.get("tool"), record.get("command")) != (current.tool, current.command):
-        return "another command"
-    here = current.fingerprinted_options(dict.fromkeys(inputs))
-    there = record.get("options", {})
-    differ = [name for name in here if here[name] != there.get(name)]
-    if differ:
-        shown = [f"--{name.replace('_', '-')} {_shown(there.get(name))}, now {_shown(here[name])}" for name in differ]
+@dataclass(frozen=True)
+class Difference:
+    """How a recorded run differs from the running command. As text: the end of "holds a run with ..."."""
+
+    options: dict[str, tuple[Any, Any]]  # name -> recorded value, value now
+    elsewhere: str  # in words: another command, other inputs; empty if only options differ
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], parents: Sequence[Parent]) -> Self:
+        """From a manifest or run.json. `parents`: the inputs of the running command."""
+        current = invocation()
+        if (record.get("tool"), record.get("command")) != (current.tool, current.command):
+            return cls({}, "another command")
+        here = current.fingerprinted_options(dict.fromkeys(parent.flag for parent in parents))
+        there = record.get("options", {})
+        options = {name: (there.get(name), here[name]) for name in here if here[name] != there.get(name)}
+        recorded = {(parent["flag"], parent["fingerprint"]) for parent in record.get("parents", [])}
+        flags = sorted({p.flag for p in parents if recorded and (p.flag, p.fingerprint) not in recorded})
+        shown = " and ".join(f"--{flag.replace('_', '-')}" for flag in flags)
+        return cls(options, f"another {shown}, or its content has changed" if flags else "")
+
+    def __str__(self) -> str:
+        if self.elsewhere:
+            return self.elsewhere
+        if not self.options:
+            return "other inputs or options"
+        shown = [
+            f"--{name.replace('_', '-')} {_shown(there)}, now {_shown(here)}"
+            for name, (there, here) in self.options.items()
+        ]
         return f"other options ({'; '.join(shown)})"
-    recorded = {(parent["flag"], parent["fingerprint"]) for parent in record.get("parents", [])}
-    changed = sorted(
-        {f"--{p.flag.replace('_', '-')}" for p in parents if recorded and (p.flag, p.fingerprint) not in recorded}
-    )
-    return f"another {' and '.join(changed)}, or its content has changed" if changed else "other inputs or options"
 
 
 def _shown(value: Any) -> str:

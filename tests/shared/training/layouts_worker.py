@@ -57,7 +57,7 @@ class Session:
 
         rows = []
         for step in range(first, last):
-            loss = forward_backward(self.config, self.model, Words(), step, self.device)
+            loss = forward_backward(self.config, self.model, Words(), step * self.config.global_batch_size, self.device)
             set_learning_rate(self.optimizer, 1e-2)
             _, norm, _ = self.optimizer.step()
             rows.append([loss.mean, loss.mtp or 0.0, float(norm)])

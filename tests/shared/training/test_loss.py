@@ -108,7 +108,7 @@ def updates(
     before = validate(config, model, data, device)
     losses = []
     for step in range(3):
-        loss = forward_backward(config, model, data, step, device)
+        loss = forward_backward(config, model, data, step * config.global_batch_size, device)
         set_learning_rate(optimizer, 1e-2)
         optimizer.step()
         losses.append(loss)

@@ -6,7 +6,6 @@ from dataclasses import asdict
 import pytest
 import torch
 
-import shared.runtime.device
 from shared.families import registry
 from shared.model import gpt, weights
 from shared.parallel import ParallelConfig
@@ -38,7 +37,7 @@ def made(make_config, architecture, start):
     def make(directory=None, precision="fp32", **changes):
         config = make_config(sequence_length=24, precision=precision, **changes)
         layout = ParallelConfig()
-        process_groups.initialize(layout, 1)
+        device = process_groups.initialize(layout, 1)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         chunks = gpt.build(architecture, layout, dtype=dtype, **model_overrides(config))
         weights.load(chunks, directory or start)
@@ -48,7 +47,7 @@ def made(make_config, architecture, start):
         def train(first: int, last: int, rate: float = 1e-2) -> list[tuple[float, float]]:
             rows = []
             for step in range(first, last):
-                loss = forward_backward(config, model, Words(), step, shared.runtime.device.select_device()).mean
+                loss = forward_backward(config, model, Words(), step * config.global_batch_size, device).mean
                 set_learning_rate(optimizer, rate)
                 _, norm, _ = optimizer.step()
                 rows.append((loss, float(norm)))

@@ -12,9 +12,8 @@ def positions_of_a_step(step: int, *, global_batch_size: int, micro_batch_size: 
         for rank in range(ranks)
         for micro_batch in range(micro_batches)
         for position in batch_positions(
-            step=step,
+            first=step * global_batch_size,
             micro_batch=micro_batch,
-            global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
             rank=rank,
             ranks=ranks,

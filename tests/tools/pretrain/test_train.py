@@ -260,3 +260,60 @@ def test_data_of_another_tokenizer_is_refused(source, data, tmp_path, capsys):
     (other / "hf" / "tokenizer.json").write_text('{"model": {"vocab": {"b": 0}}}')
     assert run(other, data, tmp_path / "run") == 2
     assert "another tokenizer" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_extended(whole, source, data, tmp_path, capsys):
+    """12 updates at a constant rate, then 4 more with another rate and batch: as one run whose options change there."""
+    target, more = (
+        tmp_path / "run",
+        {"steps": 16, "learning_rate": 5e-3, "schedule": "constant", "global_batch_size": 4},
+    )
+    shutil.copytree(whole, target)
+    assert run(source, data, target, **more) == 2
+    told = capsys.readouterr().err
+    assert "--steps 12, now 16" in told
+    assert "--global-batch-size 8, now 4" in told
+    assert run(source, data, target, extend=True, **more | {"steps": 12}) == 2
+    assert "--extend needs more --steps than that, not 12" in capsys.readouterr().err
+    assert run(source, data, target, extend=True, seed=1, **more) == 2
+    assert "--seed 0, now 1" in capsys.readouterr().err
+    assert record(target) == record(whole)  # nothing was written
+
+    assert run(source, data, target, extend=True, **more) == 0
+    assert "resuming after update 12 of 16" in capsys.readouterr().err
+    rows = record(target)
+    added = [row for row in rows if row["step"] > 12 and "loss" in row]
+    assert rows[: len(record(whole))] == record(whole)
+    assert [row["step"] for row in added] == [13, 14, 15, 16]
+    assert {row["learning_rate"] for row in added} == {5e-3}
+    assert [row["samples"] for row in added] == [12 * 8 + 4 * count for count in (1, 2, 3, 4)]
+    manifest = json.loads((target / "manifest.json").read_text())
+    assert (manifest["state"], manifest["facts"]["consumed_tokens"]) == ("finished", (12 * 8 + 4 * 4) * 32)
+    assert max(row["loss"] for row in added) < record(whole)[0]["validation_loss"] - 1  # optimizer and weights are kept
+    assert run(source, data, target, **more) == 0  # it is now that run
+    assert "already done" in capsys.readouterr().err
+
+
+def test_an_extended_run_equals_a_longer_one(source, data, tmp_path):
+    """At a constant rate 8 updates, extended to 12, are 12 updates, bit for bit."""
+    constant = {"schedule": "constant", "validate_every": 0}
+    assert run(source, data, tmp_path / "long", **constant) == 0
+    assert run(source, data, tmp_path / "short", steps=8, **constant) == 0
+    assert run(source, data, tmp_path / "short", steps=12, extend=True, **constant) == 0
+    ours, theirs = tensors(tmp_path / "short"), tensors(tmp_path / "long")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_kept_iteration_is_a_source(whole, data, tmp_path, capsys):
+    """Learning rate 0 shows which weights a run started from."""
+    from megatron.core import dist_checkpointing
+
+    assert run(whole, data, tmp_path / "run", iteration=8, learning_rate=0.0, steps=1) == 0
+    weights = dist_checkpointing.load_plain_tensors(str(whole / "iter_0000008"))
+    started, last = tensors(tmp_path / "run"), tensors(whole)
+    name = "decoder.layers.mlp.linear_fc2.weight"
+    assert torch.equal(started[name], weights[name])
+    assert not torch.equal(started[name], last[name])
+    assert run(whole, data, tmp_path / "other", iteration=4, steps=1) == 2
+    assert "--iteration 4 is not in --source" in capsys.readouterr().err
