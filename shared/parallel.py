@@ -57,7 +57,13 @@ class ParallelConfig:
             raise UserError(
                 f"--virtual-pipeline {self.virtual_pipeline} needs --pipeline-parallel 2 or more, or give --virtual-pipeline 1"
             )
-        needed = math.lcm(self.model_parallel, self.etp * self.expert * self.pipeline)
+        needed = ranks_needed(
+            tensor=self.tensor,
+            pipeline=self.pipeline,
+            context=self.context,
+            expert=self.expert,
+            expert_tensor=self.expert_tensor,
+        )
         if self.processes % needed:
             experts = f" and of {self._expert_flags()}" if needed != self.model_parallel else ""
             raise UserError(
@@ -153,6 +159,11 @@ class ParallelConfig:
         if size == 1 and field == "pipeline" and self.virtual_pipeline > 1:
             wanted += " and --virtual-pipeline 1"
         return wanted
+
+
+def ranks_needed(*, tensor: int, pipeline: int, context: int = 1, expert: int, expert_tensor: int | None) -> int:
+    """The number of ranks that the world size is a multiple of: whole replicas of dense layers and of experts."""
+    return math.lcm(tensor * context * pipeline, (expert_tensor or tensor) * expert * pipeline)
 
 
 _FLAGS = {

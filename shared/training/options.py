@@ -17,6 +17,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 # Options of memory, speed and logging: not part of the run's fingerprint.
 NOT_FINGERPRINTED = (
     *("micro_batch_size", "tensor_parallel", "pipeline_parallel", "virtual_pipeline", "sequence_parallel"),
+    *("expert_parallel", "expert_tensor_parallel"),
     *("processes", "recompute", "save_every", "keep", "log_every", "extend"),
 )
 
@@ -56,6 +57,8 @@ class TrainingOptions:
         pipeline_parallel: pipeline parallel size.
         virtual_pipeline: model chunks per pipeline rank; above 1 the schedule is interleaved.
         sequence_parallel: split norms and residuals along the sequence over the tensor-parallel ranks.
+        expert_parallel: expert parallel size, for MoE: the experts of a layer are spread over so many data-parallel ranks.
+        expert_tensor_parallel: tensor parallel size of experts; by default --tensor-parallel. 1 keeps every expert whole.
         processes: world size; by default one process per GPU, without GPUs as many as the layout needs. Data parallel
             size is processes / (tensor x pipeline).
         save_every: updates between checkpoints; the last update is always saved.
@@ -91,6 +94,8 @@ class TrainingOptions:
     pipeline_parallel: Positive = 1
     virtual_pipeline: Positive = 1
     sequence_parallel: bool = False
+    expert_parallel: Positive = 1
+    expert_tensor_parallel: Positive | None = None
     processes: Positive | None = None
     save_every: Positive = 500
     keep: Positive = 2

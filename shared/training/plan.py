@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.architecture.architecture import Architecture
+from shared.architecture.architecture import Architecture, MoE
 from shared.checkpoint.directory.open import Checkpoint, open_checkpoint, verify_content
 from shared.checkpoint.formats.torch_dist_reader import TorchDistReader
 from shared.console import log, quantity
@@ -88,11 +88,11 @@ def _architecture(model: Checkpoint) -> Architecture:
     return registry.drop_missing_mtp(architecture, TorchDistReader(model.iteration_path).tensors)
 
 
-def default_processes(model_parallel: int) -> int:
-    """One per GPU of this machine; without GPUs, as many as the layout needs. Under torchrun or Slurm, WORLD_SIZE."""
+def default_processes(needed: int) -> int:
+    """One per GPU of this machine; without GPUs, the `needed` of the layout. Under torchrun or Slurm, WORLD_SIZE."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    return visible_gpus() or model_parallel
+    return visible_gpus() or needed
 
 
 def visible_gpus() -> int:
@@ -109,19 +109,26 @@ def memory_estimate(config: TrainingConfig, architecture: Architecture) -> int:
     `34 s b h` bytes per layer without attention scores. Full recomputation: `2 s b h` per layer, and one whole layer.
     """
     width = _BYTES[config.precision]
-    weights = (architecture.parameter_count() + architecture.mtp_parameter_count()) / config.parallel.model_parallel
+    parallel = config.parallel
+    experts = sum(
+        layer.mlp.experts * layer.mlp.expert.parameter_count(architecture.hidden_size)
+        for layer in architecture.layers
+        if isinstance(layer.mlp, MoE)
+    )
+    dense = architecture.parameter_count() + architecture.mtp_parameter_count() - experts
+    weights = dense / parallel.model_parallel + experts / (parallel.etp * parallel.expert * parallel.pipeline)
     main = 4 if config.precision == "bf16" else 0  # fp32 weights are their own main copy
-    states = weights * (width + 4 + (8 + main) / config.parallel.data)
+    states = weights * (width + 4 + (8 + main) / parallel.data)
     tokens = config.micro_batch_size * config.sequence_length
-    layers = architecture.num_layers / config.parallel.pipeline
-    in_flight = config.parallel.pipeline  # micro batches of the first stage
-    layer = 34 * tokens * architecture.hidden_size * width / 2 / config.parallel.tensor
+    layers = architecture.num_layers / parallel.pipeline
+    in_flight = parallel.pipeline  # micro batches of the first stage
+    layer = 34 * tokens * architecture.hidden_size * width / 2 / parallel.tensor
     kept = (
         2 * tokens * architecture.hidden_size * width / 2 * layers + layer
         if config.recompute == "full"
         else layer * layers
     )
-    logits = 3 * 4 * tokens * architecture.padded_vocab_size(config.parallel.tensor) / config.parallel.tensor
+    logits = 3 * 4 * tokens * architecture.padded_vocab_size(parallel.tensor) / parallel.tensor
     return int(states + kept * in_flight + logits)
 
 

@@ -14,7 +14,7 @@ from shared.console import log
 from shared.errors import StageError, UserError
 from shared.invocation import invocation
 from shared.model.support import check_supported
-from shared.parallel import ParallelConfig
+from shared.parallel import ParallelConfig, ranks_needed
 from shared.runtime.launch import launch
 from shared.runtime.silence_warnings import silence
 from shared.training.config import (
@@ -71,12 +71,20 @@ def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> Train
 
 def parallel_config(options: TrainingOptions) -> ParallelConfig:
     """The parallel layout of the options."""
+    needed = ranks_needed(
+        tensor=options.tensor_parallel,
+        pipeline=options.pipeline_parallel,
+        expert=options.expert_parallel,
+        expert_tensor=options.expert_tensor_parallel,
+    )
     return ParallelConfig(
-        processes=options.processes or default_processes(options.tensor_parallel * options.pipeline_parallel),
+        processes=options.processes or default_processes(needed),
         tensor=options.tensor_parallel,
         pipeline=options.pipeline_parallel,
         virtual_pipeline=options.virtual_pipeline,
         sequence_parallel=options.sequence_parallel,
+        expert=options.expert_parallel,
+        expert_tensor=options.expert_tensor_parallel,
     )
 
 

@@ -2,7 +2,8 @@
 
     kill_worker.py KILLS SEED TARGET WORDS...    # WORDS: the command line without --target
 
-A run that survives is compared by the caller: TARGET-0, TARGET-1, ... are finished runs, each killed and resumed many times.
+TARGET-0 is not killed, and gives the time of a run. TARGET-1, TARGET-2, ... are finished runs, each killed and resumed several
+times; the caller compares them.
 After every kill the directory must open, with the content that its manifest says. Prints a JSON object.
 """
 
@@ -43,14 +44,22 @@ def start(words: list[str], output: Path) -> int:
     os._exit(0)
 
 
+def finish(words: list[str], output: Path) -> None:
+    """The command to its end."""
+    assert os.waitstatus_to_exitcode(os.waitpid(start(words, output), 0)[1]) == 0, output.read_text()[-3000:]
+
+
 def main(kills: int, seed: int, target: Path, words: list[str]) -> None:
     chance = random.Random(seed)
-    done, runs, saved, longest = 0, 0, [], 1.0
+    done, runs, saved = 0, 1, []
+    began = time.monotonic()
+    finish([*words, f"--target={target}-0"], target.with_suffix(".log"))
+    longest = time.monotonic() - began  # of a run that nothing disturbs
     while done < kills:
         run = target.with_name(f"{target.name}-{runs}")
         output = run.with_suffix(".log")
         child, began = start([*words, f"--target={run}"], output), time.monotonic()
-        deadline = began + chance.uniform(0, longest)
+        deadline = began + chance.uniform(0.1, 1.1) * longest
         ended, status = os.waitpid(child, os.WNOHANG)
         while not ended and time.monotonic() < deadline:
             time.sleep(0.002)
@@ -63,11 +72,8 @@ def main(kills: int, seed: int, target: Path, words: list[str]) -> None:
                 saved.append(open_checkpoint(run, kinds=("megatron",), flag="--source").manifest.iteration)
             continue
         assert os.waitstatus_to_exitcode(status) == 0, output.read_text()[-3000:]
-        longest = max(longest, 1.1 * (time.monotonic() - began))
         runs += 1
-    output = target.with_suffix(".log")
-    child = start([*words, f"--target={target.with_name(f'{target.name}-{runs}')}"], output)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, output.read_text()[-3000:]
+    finish([*words, f"--target={target}-{runs}"], target.with_suffix(".log"))
     print(json.dumps({"kills": done, "runs": runs + 1, "after a save": len(saved), "iterations": sorted(set(saved))}))
 
 

@@ -33,6 +33,7 @@ def test_sigkill_at_random_moments_loses_nothing(whole, source, data, tmp_path):
     told = json.loads(done.stdout.splitlines()[-1])
     print(told)
     assert told["kills"] == KILLS
+    assert told["after a save"] >= KILLS // 4
     expected = tensors(whole)
     for index in range(told["runs"]):
         run = tmp_path / f"run-{index}"

@@ -15,7 +15,7 @@ from shared.checkpoint.directory.publish import publish
 from shared.cli import invoked
 from shared.errors import UserError
 from shared.families import registry
-from shared.parallel import ParallelConfig
+from shared.parallel import ParallelConfig, ranks_needed
 from shared.training import stage
 from tools.pretrain.cli import tool
 
@@ -28,8 +28,12 @@ LAYOUTS = [
     {"pipeline": 2},
     {"pipeline": 3},
     {"pipeline": 2, "virtual_pipeline": 2},
+    {"expert": 2},
+    {"expert": 3},
+    {"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor": 1},
 ]
 FLAGS = {"tensor": "--tensor-parallel", "pipeline": "--pipeline-parallel", "virtual_pipeline": "--virtual-pipeline"}
+FLAGS |= {"expert": "--expert-parallel", "expert_tensor": "--expert-tensor-parallel"}
 SECONDS = 1.0
 REPOSITORY = Path(__file__).parents[3]
 
@@ -73,7 +77,7 @@ def source(tmp_path):
 
 def words(source: Path, data: Path, target: Path, layout: dict, **changes: int) -> list[str]:
     """The command line."""
-    sizes = {"--sequence-length": 16, "--global-batch-size": 8, "--micro-batch-size": 1}
+    sizes = {"--sequence-length": 16, "--global-batch-size": 24, "--micro-batch-size": 1}
     sizes |= {f"--{name.replace('_', '-')}": size for name, size in changes.items()}
     sizes |= {FLAGS[name]: size for name, size in layout.items() if name in FLAGS}
     sequence = ["--sequence-parallel"] if layout.get("sequence_parallel") else []
@@ -87,7 +91,9 @@ def test_each_layout_is_trained_or_refused_with_nothing_written(size, source, da
     monkeypatch.setattr(stage, "launch", lambda processes: started.append(processes) or 0)
     directory, target = source(size), tmp_path / "run"
     for layout in LAYOUTS:
-        parallel = ParallelConfig(processes=layout.get("tensor", 1) * layout.get("pipeline", 1), **layout)
+        sizes = {"tensor": 1, "pipeline": 1, "expert": 1, "expert_tensor": None} | layout
+        sizes = {name: sizes[name] for name in ("tensor", "pipeline", "expert", "expert_tensor")}
+        parallel = ParallelConfig(processes=ranks_needed(**sizes), **layout)
         try:
             parallel.check_model(SIZES[size])
             expected = 0
@@ -111,8 +117,10 @@ def test_each_layout_is_trained_or_refused_with_nothing_written(size, source, da
         ("qwen3-next-tiny", {"tensor": 2}, {}, "give --sequence-parallel"),
         ("yi-tiny", {"tensor": 8}, {}, "give --tensor-parallel 4"),
         ("yi-tiny", {"pipeline": 3}, {}, "give --pipeline-parallel 2"),
+        ("yi-tiny", {"expert": 2}, {}, "give --expert-parallel 1"),
+        ("qwen3-moe-tiny", {"expert": 3}, {}, "give --expert-parallel 2"),
         ("yi-tiny", {"tensor": 2, "sequence_parallel": True}, {"sequence_length": 15}, "--sequence-length 16"),
-        ("yi-tiny", {}, {"processes": 2, "micro_batch_size": 3}, "give --global-batch-size 12"),
+        ("yi-tiny", {}, {"processes": 2, "micro_batch_size": 9}, "give --global-batch-size 36"),
     ],
 )
 def test_the_answer_comes_before_torch(size, layout, changes, answer, source, data, tmp_path):

@@ -170,6 +170,63 @@ def test_another_layout_takes_the_run_up(whole, stopped, source, data, tmp_path)
         assert ours == pytest.approx([row[name] for row in expected if name in row], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"processes": 2, "expert_parallel": 2},
+        {
+            "processes": 2,
+            "tensor_parallel": 2,
+            "sequence_parallel": True,
+            "expert_parallel": 2,
+            "expert_tensor_parallel": 1,
+        },
+    ],
+    ids=["EP 2", "TP 2, EP 2, ETP 1"],
+)
+def test_experts_are_spread_over_processes(moe, data, tmp_path, layout):
+    """Against one process: the first update; and one process resumes what two have saved, with the numbers of two."""
+    source, alone = moe
+    command = Path(sys.executable).with_name("pretrain")
+    target = tmp_path / "run"
+    done = subprocess.run(
+        [str(command), *words(source, data, target, **MOE_OPTIONS, **layout)],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "expert 2" in done.stderr
+    first, expected = (next(row for row in record(path) if "loss" in row) for path in (target, alone))
+    for name in ("loss", "gradient_norm"):
+        assert first[name] == pytest.approx(expected[name], rel=1e-6)  # fp32 sums in another order
+    ours, theirs = tensors(target), tensors(alone)
+    assert ours.keys() == theirs.keys()  # one name for an expert's weights, whichever rank has them
+
+    more = {**MOE_OPTIONS, "steps": 4, "extend": True}
+    resumed, onwards = tmp_path / "resumed", tmp_path / "onwards"
+    shutil.copytree(target, resumed)
+    shutil.copytree(target, onwards)
+    assert run(source, data, resumed, **more) == 0
+    done = subprocess.run([str(command), *words(source, data, onwards, **more, **layout)], timeout=180, check=False)
+    assert done.returncode == 0
+    one, two = ([row["loss"] for row in record(path) if "loss" in row] for path in (resumed, onwards))
+    assert one[2] == pytest.approx(two[2], rel=1e-5)
+
+
+MOE_OPTIONS = {"steps": 2, "save_every": 2, "validate_every": 0, "micro_batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def moe(data, tmp_path_factory):
+    """An MoE model with the balancing loss, and a run of it in one process."""
+    folder = tmp_path_factory.mktemp("moe")
+    source = random_model(folder / "source", replace(registry.sizes()["qwen3-moe-tiny"], vocab_size=VOCAB))
+    assert run(source, data, folder / "alone", **MOE_OPTIONS) == 0
+    return source, folder / "alone"
+
+
 def test_learning_rate_zero_leaves_the_weights(source, data, tmp_path):
     assert run(source, data, tmp_path / "run", learning_rate=0.0, steps=2) == 0
     before, after = tensors(source), tensors(tmp_path / "run")
