@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from shared.architecture.architecture import Attention, LatentAttention
 from shared.kernels.attention import alibi, eager, masks, sdpa
+from shared.kernels.attention.segments import within_segments, within_window
 from shared.model.rope import RotaryAngles
 
 
@@ -177,44 +179,62 @@ class CoreAttention(torch.nn.Module):
         dropout: float,
     ) -> torch.Tensor:
         q_BHSD, k_BGSD, v_BGSV = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        mask = self._mask(query, segments)
-        if self.softcap is None and self.softmax_offset is None:
-            attended_BHSV = sdpa.attend(q_BHSD, k_BGSD, v_BGSV, mask, scale=self.softmax_scale, dropout=dropout)
-        else:
-            attended_BHSV = eager.attend(
-                q_BHSD,
-                k_BGSD,
-                v_BGSV,
-                mask,
-                scale=self.softmax_scale,
-                softcap=self.softcap,
-                sinks_H=self.softmax_offset,
-                dropout=dropout,
-            )
+        causal = partial(self._causal, dropout=dropout)
+        if segments is None:
+            attended_BHSV = causal(q_BHSD, k_BGSD, v_BGSV)
+        elif segments.ndim == 2:
+            attended_BHSV = within_segments(causal, q_BHSD, k_BGSD, v_BGSV, segments)
+        else:  # prefix LM
+            assert self.window is None
+            assert self.slopes is None
+            mask = masks.shared_dense(segments)
+            attended_BHSV = self._masked(q_BHSD, k_BGSD, v_BGSV, mask, dropout=dropout)
         return attended_BHSV.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
 
-    def _mask(self, query: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor | None:
-        """None (causal), a dense bool mask, or with ALiBi an additive bias."""
-        length = query.shape[0]
-        window = self.window if self.window is not None and self.window < length else None
-        mask = None
-        if segments is not None:
-            mask = masks.shared_dense(segments, window)
-        elif window is not None:
-            mask = masks.window(length, window, query.device)
-        return mask if self.slopes is None else self._alibi_bias(query, segments, mask)
-
-    def _alibi_bias(
-        self, query: torch.Tensor, segments: torch.Tensor | None, mask: torch.Tensor | None
+    def _causal(
+        self, q_BHSD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSV: torch.Tensor, *, dropout: float
     ) -> torch.Tensor:
+        """Causal attention of whole rows, with this layer's window or ALiBi."""
+        masked = partial(self._masked, dropout=dropout)
+        if self.slopes is not None:
+            return masked(q_BHSD, k_BGSD, v_BGSV, self._alibi_bias(q_BHSD))
+        if self.window is not None:
+            return within_window(masked, q_BHSD, k_BGSD, v_BGSV, self.window)
+        return masked(q_BHSD, k_BGSD, v_BGSV, None)
+
+    def _masked(
+        self,
+        q_BHSD: torch.Tensor,
+        k_BGSD: torch.Tensor,
+        v_BGSV: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        dropout: float,
+    ) -> torch.Tensor:
+        """Attention with a mask: bool, an additive bias, or None for causal."""
+        if self.softcap is None and self.softmax_offset is None:
+            return sdpa.attend(q_BHSD, k_BGSD, v_BGSV, mask, scale=self.softmax_scale, dropout=dropout)
+        return eager.attend(
+            q_BHSD,
+            k_BGSD,
+            v_BGSV,
+            mask,
+            scale=self.softmax_scale,
+            softcap=self.softcap,
+            sinks_H=self.softmax_offset,
+            dropout=dropout,
+        )
+
+    def _alibi_bias(self, q_BHSD: torch.Tensor) -> torch.Tensor:
+        """Additive bias `[1, H, S, S]`, -inf above the diagonal; positions start at 0 in every segment."""
         assert self.slopes is not None
-        length, slopes = query.shape[0], self.slopes.to(query.device)
-        allowed = masks.causal(length, query.device) if mask is None else mask
+        length, slopes = q_BHSD.shape[2], self.slopes.to(q_BHSD.device)
+        allowed = masks.causal(length, q_BHSD.device)
+        if self.window is not None:
+            allowed = masks.window(length, self.window, q_BHSD.device)
         if self.alibi_scale is None:
             bias = alibi.bias(slopes, length)
         else:
-            positions = torch.arange(length, device=query.device)[None]
-            if segments is not None:  # positions start at 0 in every segment
-                positions = masks.segment_positions(segments)
+            positions = torch.arange(length, device=q_BHSD.device)[None]
             bias = alibi.rounded_bias(slopes, positions) * self.alibi_scale
-        return bias.masked_fill(~allowed, -torch.inf).to(query.dtype)
+        return bias.masked_fill(~allowed, -torch.inf).to(q_BHSD.dtype)

@@ -1,10 +1,11 @@
 """Attention masks from segments (packed sequences, prefix LM).
 
 Shapes: B batch, S sequence. A dense mask `[B, 1, S, S]` is bool, True where query (axis 2) attends to key (axis 3). The
-model passes `segments` instead; core attention makes the dense mask:
+model passes `segments` instead:
 
-- `[B, S]` integers: causal attention within each run of equal numbers. Padding is segment 0.
-- `[B, 2, S]` integers: prefix LM (`prefix_segments`).
+- `[B, S]` integers: causal attention within each run of equal numbers (`segments.within_segments`, without a mask). Padding
+  is segment 0.
+- `[B, 2, S]` integers: prefix LM (`prefix_segments`); core attention makes the dense mask.
 """
 
 from __future__ import annotations
@@ -64,14 +65,12 @@ def dense(segments: torch.Tensor) -> torch.Tensor:
 _dense: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def shared_dense(segments: torch.Tensor, size: int | None = None) -> torch.Tensor:
-    """`dense(segments)`, with a window of `size` keys, cached by the segments tensor.
+def shared_dense(segments: torch.Tensor) -> torch.Tensor:
+    """`dense(segments)`, cached by the segments tensor.
 
     All layers of a micro batch get the same segments tensor, so the mask is built and kept by autograd once.
     """
-    made = _dense.setdefault(segments, {})
-    if size not in made:
-        length = segments.shape[-1]
-        made[size] = dense(segments) if size is None else window(length, size, segments.device) & dense(segments)
-    mask: torch.Tensor = made[size]
+    if segments not in _dense:
+        _dense[segments] = dense(segments)
+    mask: torch.Tensor = _dense[segments]
     return mask

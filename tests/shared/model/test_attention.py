@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from shared.architecture.architecture import Alibi
-from shared.kernels.attention import masks
+from shared.kernels.attention import masks, segments
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])
@@ -43,17 +43,19 @@ def test_rounded_bias_counts_from_the_start_of_each_text(model_of, worker):
     torch.testing.assert_close(packed[:, 350:], alone, atol=1e-5, rtol=0)  # fp32, numbers of size 1
 
 
-def test_layers_share_one_mask_of_a_micro_batch(model_of, worker, monkeypatch):
-    """A dense mask is made once for all layers that have the same window, and not kept longer than the segments."""
-    made = []
-    dense = masks.dense
-    monkeypatch.setattr(masks, "dense", lambda segments: made.append(tuple(segments.shape)) or dense(segments))
+def test_packed_rows_have_no_mask_and_read_their_borders_once(model_of, worker, monkeypatch):
+    """Borders are read from the device once for all layers, and not kept longer than the segments."""
+    monkeypatch.setattr(masks, "dense", lambda segments: pytest.fail("a mask of whole rows"))
     model = model_of(worker.architecture())
-    ids, segments = torch.randint(64, (2, 16)), torch.tensor([[1] * 9 + [2] * 7, [1] * 16])
-    before = len(masks._dense)
+    ids, packed = torch.randint(64, (2, 16)), torch.tensor([[1] * 9 + [2] * 7, [1] * 16])
+    read = []
+    split = segments._borders
+    monkeypatch.setattr(segments, "_borders", lambda tensor: read.append(tensor in segments._cache) or split(tensor))
+    before = len(segments._cache)
     with torch.no_grad():
-        model(ids, torch.arange(16)[None], segments)
-    assert made == [(2, 16)]
-    assert len(masks._dense) == before + 1
-    del segments
-    assert len(masks._dense) == before
+        model(ids, torch.arange(16)[None], packed)
+    assert len(read) > 1
+    assert read == [False] + [True] * (len(read) - 1)
+    assert len(segments._cache) == before + 1
+    del packed
+    assert len(segments._cache) == before
