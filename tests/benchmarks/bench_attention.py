@@ -49,7 +49,9 @@ def measure(tokens: int, way: str) -> dict[str, float]:
 
 
 def main(sizes: list[int]) -> None:
-    print("| tokens | dense mask, s | by segments, s | ratio | dense mask, MiB | by segments, MiB |\n|---|---|---|---|---|---|")
+    print(
+        "| tokens | dense mask, s | by segments, s | ratio | dense mask, MiB | by segments, MiB |\n|---|---|---|---|---|---|"
+    )
     for tokens in sizes:
         found = {}
         for way in ("segments", "dense") if tokens <= DENSE_LIMIT else ("segments",):
