@@ -44,7 +44,7 @@ def launch(processes: int | None) -> int | None:
 
     Returns:
         None in a worker or with one process: the caller does the work itself. Otherwise the exit code of the job: 0, or
-        that of the first failed worker (1 if killed by a signal).
+        that of the first failed worker (1 if killed by a signal). Workers that had ended with 0 before it are named.
 
     Raises:
         UserError: `processes` is below 1, or differs from the world size of a cluster's launcher.
@@ -149,6 +149,7 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]], outputs: Sequence[Path]) -
 
     first = failed[0]
     code = workers[first].returncode
+    left = [rank for rank, code in enumerate(codes) if code == 0]
     deadline = time.monotonic() + (SAVING_SECONDS if code == EXIT_INTERRUPTED else GRACE_SECONDS)
     while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
@@ -162,6 +163,8 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]], outputs: Sequence[Path]) -
     if code == EXIT_USAGE and workers[0].returncode == code:
         first = 0  # the same UserError on every rank; rank 0 has printed it
     _report(first, code, outputs[first])
+    for rank in left:  # the failed one may only have waited for it
+        _report(rank, 0, outputs[rank])
     return EXIT_FAILED if code is None or code < 0 else code
 
 
@@ -171,6 +174,11 @@ def _report(rank: int, code: int | None, output: Path) -> None:
         sys.stderr.write("".join(f"[rank {rank}] {line}\n" for line in lines))
     if code is None:
         sys.stderr.write(f"worker {rank} did not end after the others had saved and stopped\n")
+    elif code == 0:
+        sys.stderr.write(
+            f"worker {rank} had ended before that with exit code 0: if it was not at its end, something called sys.exit() "
+            "or os._exit() in it\n"
+        )
     elif code < 0:
         sys.stderr.write(
             f"worker {rank} was killed by {signal.Signals(-code).name}; if nobody sent it, memory ran out: "

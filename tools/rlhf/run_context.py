@@ -10,6 +10,7 @@ from typing import Any
 
 from shared.checkpoint.directory.manifest import Inputs
 from shared.checkpoint.directory.publish import Publication, publish
+from shared.errors import StageError
 from shared.report import page
 from shared.report.metrics import METRICS, read
 from shared.runtime.agreement import on_rank_0
@@ -52,6 +53,9 @@ def open_run(target: Path, inputs: Inputs, *, overwrite: bool) -> Iterator[RunCo
     """Open `target` and its state. When the block succeeds: publish, then remove the state.
 
     Rank 0 does the checks. If one fails, the other ranks exit silently with rank 0's exit code.
+
+    Raises:
+        StageError: the block ended with `sys.exit(0)`, which would look like a run that is done.
     """
     out: Publication | None = None
     with ExitStack() as stack:
@@ -63,6 +67,11 @@ def open_run(target: Path, inputs: Inputs, *, overwrite: bool) -> Iterator[RunCo
 
         on_rank_0(open_target)
         state = State.open(target, inputs, overwrite=True)  # rank 0 has checked it
-        yield RunContext(out=out, state=state)
+        try:
+            yield RunContext(out=out, state=state)
+        except SystemExit as end:
+            if end.code:
+                raise
+            raise StageError("something in the run called sys.exit() before the end; nothing is published") from end
     if out is not None:
         state.remove()

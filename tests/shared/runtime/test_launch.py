@@ -197,3 +197,12 @@ def test_workers_die_with_a_launcher_that_is_killed(start, tmp_path):
             time.sleep(0.05)
         else:
             pytest.fail(f"worker {rank} outlived its launcher")
+
+
+def test_a_worker_that_left_with_0_before_the_others_is_named(start):
+    body = "if rank == 1:\n    print('bye')\n    sys.exit()\ntime.sleep(1)\nraise RuntimeError('connection closed by peer')"
+    code, _, errors, _ = finish(start(body, **SHORT))
+    assert code == 1
+    assert "connection closed by peer" in errors
+    assert "[rank 1] bye" in errors
+    assert "worker 1 had ended before that with exit code 0" in errors

@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on a busy machine w
 
 COLOURS = ("red", "blue", "green", "yellow", "purple", "orange", "brown", "black", "white", "pink")
 REWARDS = '''
-import os, signal
+import os, signal, sys
 from pathlib import Path
 
 def red(prompts, completions, **columns):
@@ -45,6 +45,9 @@ def not_finite(prompts, completions, **columns):
 
 def broken(prompts, completions, **columns):
     return 1 / 0
+
+def leaves(prompts, completions, **columns):
+    sys.exit()
 '''
 
 

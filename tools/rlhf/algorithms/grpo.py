@@ -31,7 +31,7 @@ def run(options: GRPOOptions) -> None:
     options.check(distributed.world_size)
     with open_run(options.target, options.inputs, overwrite=options.overwrite) as context:
         source, prompts = open_policy(options)
-        _check_uniform(prompts, options)
+        _check_prompts(prompts, options)
         reward = weighted_sum.load(
             options.rewards,
             source.tokenizer,
@@ -40,9 +40,9 @@ def run(options: GRPOOptions) -> None:
             batch_size=options.micro_batch_size,
         )
         _print_plan(options, source, prompts, distributed)
-        trained = _train(options, source, prompts, reward, context, distributed)
+        trained, updates = _train(options, source, prompts, reward, context, distributed)
         if context.out is not None:
-            facts = save_hf(trained, context.out.path, source) | {"updates": options.steps, "prompts": len(prompts)}
+            facts = save_hf(trained, context.out.path, source) | {"updates": updates, "prompts": len(prompts)}
             context.out.describe(**facts)
             context.add_report(title=f"GRPO run {options.target.name}", facts=facts, charts=_charts(reward))
         distributed.barrier()
@@ -60,7 +60,14 @@ def _charts(reward: weighted_sum.Reward) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _check_uniform(prompts: Sequence[Prompt], options: GRPOOptions) -> None:
+def _check_prompts(prompts: Sequence[Prompt], options: GRPOOptions) -> None:
+    groups = options.global_batch_size // options.generations
+    if len(prompts) < groups:  # TRL drops an incomplete batch: there would be no update
+        raise UserError(
+            f"--prompts {options.prompts} has {len(prompts)} prompt(s) and an update takes {groups} (--global-batch-size "
+            f"{options.global_batch_size} / --generations {options.generations}); add prompts, lower --global-batch-size "
+            "or raise --generations"
+        )
     if len({isinstance(prompt.raw, str) for prompt in prompts}) > 1:
         raise UserError(f"--prompts {options.prompts} has texts and messages; TRL takes one kind: use one of them")
 
@@ -86,7 +93,8 @@ def _train(
     reward: weighted_sum.Reward,
     context: RunContext,
     distributed: DistributedContext,
-) -> torch.nn.Module:
+) -> tuple[torch.nn.Module, int]:
+    """The trained policy and the updates made."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -118,8 +126,8 @@ def _train(
         line=_line,
         period=options.epochs,
     )
-    train(trainer, callback, resumed)
-    return unwrapped_model(trainer)
+    updates = train(trainer, callback, resumed)
+    return unwrapped_model(trainer), updates
 
 
 def _line(row: Mapping[str, float]) -> str:

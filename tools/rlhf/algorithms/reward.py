@@ -45,14 +45,14 @@ def run(options: RewardOptions) -> None:
         before = accuracy(model, pairs.validation, options.micro_batch_size, distributed)
         if before is not None:
             log(f"accuracy on held-out pairs before training: {before:.3f}")
-        trained = _train(options, source, pairs, model, context, distributed)
+        trained, updates = _train(options, source, pairs, model, context, distributed)
         if context.out is not None:
             after = accuracy(trained.to(distributed.device), pairs.validation, options.micro_batch_size, distributed)
             counts = {"pairs": len(pairs.train), "held_out": len(pairs.validation), "dropped": pairs.dropped}
             result = {"accuracy_before": before, "accuracy_after": after, **counts}
             if after is not None:
                 log(f"accuracy on held-out pairs after training: {after:.3f}")
-            facts = save_hf(trained.to("cpu"), context.out.path, source, new_config=True) | result
+            facts = save_hf(trained.to("cpu"), context.out.path, source, new_config=True) | result | {"updates": updates}
             context.out.describe(**facts)
             context.add_report(title=f"Reward model {options.target.name}", facts=facts, charts=_CHARTS)
             print(json.dumps(result), flush=True)
@@ -133,7 +133,8 @@ def _train(
     model: Any,
     context: RunContext,
     distributed: DistributedContext,
-) -> torch.nn.Module:
+) -> tuple[torch.nn.Module, int]:
+    """The trained model and the updates made."""
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
@@ -155,5 +156,5 @@ def _train(
         log_every=options.log_every,
         line=lambda row: f"loss {row['loss']:.4f}, accuracy {row['accuracy']:.3f}, margin {row['margin']:.3f}",
     )
-    train(trainer, callback, resumed)
-    return unwrapped_model(trainer).eval()
+    updates = train(trainer, callback, resumed)
+    return unwrapped_model(trainer).eval(), updates

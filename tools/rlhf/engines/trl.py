@@ -153,12 +153,24 @@ class StageCallback(TrainerCallback):
             )
 
 
-def train(trainer: Any, callback: StageCallback, resumed: Path | None) -> None:
-    """Run the Trainer, from a checkpoint if there is one. Interrupted if a signal stopped it."""
+def train(trainer: Any, callback: StageCallback, resumed: Path | None) -> int:
+    """Run the Trainer, from a checkpoint if there is one.
+
+    Returns:
+        the updates made, those before a resume included.
+
+    Raises:
+        Interrupted: a signal stopped it.
+        StageError: the Trainer ended before its last update, as it does without a word where its data runs out.
+    """
     trainer.remove_callback(PrinterCallback)  # prints every update to stdout, which is for results
     trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     callback.finish(trainer.state.max_steps)
+    made, asked = trainer.state.global_step, trainer.state.max_steps
+    if made != asked or asked < 1:
+        raise StageError(f"training ended after {made} of {asked} updates; nothing is published")
+    return made
 
 
 def unwrapped_model(trainer: Any) -> torch.nn.Module:

@@ -23,7 +23,9 @@ class FunctionReward:
         module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit, too: with code 0 the run would end as if it were done
             raise UserError(f"{self._where}: the file does not load: {type(error).__name__}: {error}") from error
         found = getattr(module, function, None)
         if not callable(found):
@@ -37,7 +39,9 @@ class FunctionReward:
         try:
             answer = self._function(texts, [reply.text for reply in replies], **columns)
             scores = [float(value) for value in answer]
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise StageError(f"{self._where} failed: {type(error).__name__}: {error}") from error
         if len(scores) != len(replies):
             raise StageError(f"{self._where} gave {len(scores)} rewards for {len(replies)} completions")

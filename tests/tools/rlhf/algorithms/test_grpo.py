@@ -6,6 +6,9 @@ import signal
 import pytest
 from transformers import AutoModelForCausalLM
 
+from shared.checkpoint.directory.open import open_checkpoint
+from tools.rlhf.algorithms import grpo
+
 STEPS = 14
 
 
@@ -85,3 +88,26 @@ def test_mistakes_are_named(world, rlhf, capsys, changes, names):
     message = capsys.readouterr().err
     assert all(name in message for name in names), message
     assert not (world.root / "grpo-refused.state").exists()
+
+
+def test_fewer_prompts_than_an_update_needs_are_refused(world, rlhf, capsys, tmp_path):
+    """TRL drops the incomplete batch and makes no update."""
+    prompts = tmp_path / "three.jsonl"
+    prompts.write_text("".join(world.prompts.read_text().splitlines(keepends=True)[:3]))
+    assert rlhf("grpo", **flags(world, tmp_path / "out", prompts=prompts)) == 2
+    assert "3 prompt(s) and an update takes 4" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["three.jsonl"]
+
+
+def test_a_trainer_that_ends_before_its_last_update_publishes_nothing(world, rlhf, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(grpo, "_check_prompts", lambda prompts, options: None)
+    prompts = tmp_path / "three.jsonl"
+    prompts.write_text("".join(world.prompts.read_text().splitlines(keepends=True)[:3]))
+    target = tmp_path / "out"
+    assert rlhf("grpo", **flags(world, target, prompts=prompts)) == 1
+    assert f"after 0 of {STEPS} updates" in capsys.readouterr().err
+    assert not target.exists()
+
+
+def test_the_manifest_has_the_updates_made(trained):
+    assert open_checkpoint(trained, kinds=("hf",), flag="--source").facts["updates"] == STEPS

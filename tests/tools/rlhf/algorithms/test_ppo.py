@@ -129,6 +129,7 @@ def test_two_processes_with_zero_2(world, process, reward_model, metrics):
         ({"reward": "wrong_count"}, 1, ["rewards.py:wrong_count", "1 rewards for 32"]),
         ({"reward": "not_finite"}, 1, ["rewards.py:not_finite", "nan"]),
         ({"reward": "broken"}, 1, ["rewards.py:broken", "ZeroDivisionError"]),
+        ({"reward": "leaves"}, 1, ["rewards.py:leaves", "SystemExit"]),
         ({"reward": "missing"}, 2, ["rewards.py:missing", "no such function", "disturbed"]),
         ({"learning_rate": 1e30}, 1, ["at iteration", "--learning-rate"]),
     ],
