@@ -74,10 +74,30 @@ def open_policy(options: PolicyOptions) -> tuple[Source, list[Prompt]]:
 
 
 def load_policy(source: Source, dtype: torch.dtype) -> Any:
-    """The causal language model, in evaluation mode."""
-    from transformers import AutoModelForCausalLM
+    """The causal language model, in evaluation mode, for sampling from softmax(logits / temperature).
 
-    return load_transformers_model(AutoModelForCausalLM, source.path, place=f"--source {source.path}", dtype=dtype)
+    `generate` takes what a caller leaves open from the model's generation config: penalties, bans and cut-offs of the source's
+    generation_config.json would shape the roll-outs and be unknown to the trainer. Here that config is neutral.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    model = load_transformers_model(AutoModelForCausalLM, source.path, place=f"--source {source.path}", dtype=dtype)
+    model.generation_config = GenerationConfig(eos_token_id=list(source.eos_ids), pad_token_id=source.pad_id)
+    return model
+
+
+def keep_in_evaluation_mode(model: nn.Module) -> None:
+    """Keep the layers in evaluation mode under `model.train()`; only the model's own flag follows it.
+
+    With dropout, the noise of a router or dropped layers, trainer and sampler would be different distributions.
+    """
+
+    def train(mode: bool = True) -> nn.Module:
+        nn.Module.train(model, False)
+        model.training = mode  # TRL reads the phase from it
+        return model
+
+    model.train = train  # type: ignore[method-assign, assignment]
 
 
 class Critic(nn.Module):

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from shared.errors import UserError
-from tools.rlhf.models import load_critic
+from tools.rlhf.models import keep_in_evaluation_mode, load_critic
 from tools.rlhf.rewards.reward_model import load_reward_model
 from tools.rlhf.transformers_model import load_transformers_model
 
@@ -106,3 +106,13 @@ def test_a_head_that_is_missing_is_not_made_up(tmp_path: Path) -> None:
     for load in _loaders(tmp_path, "reward"):
         with pytest.raises(UserError, match=r"score\.weight is missing"):
             load()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_kept_in_evaluation_mode_has_no_dropout(training: bool) -> None:
+    sizes = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, resid_pdrop=0.5))
+    keep_in_evaluation_mode(model)
+    model.train(training)
+    assert model.training == training
+    assert not any(module.training for name, module in model.named_modules() if name)

@@ -17,11 +17,12 @@ from tools.rlhf.data import Prompt
 from tools.rlhf.engines.deepspeed import initialize_distributed
 from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.engines.trl import StageCallback, common_arguments, resume_point, train, unwrapped_model
-from tools.rlhf.models import Source, load_policy, open_policy, save_hf
+from tools.rlhf.models import Source, keep_in_evaluation_mode, load_policy, open_policy, save_hf
 from tools.rlhf.options import GRPOOptions
 from tools.rlhf.rewards import weighted_sum
 from tools.rlhf.rewards.spec import RewardSpec
 from tools.rlhf.rollout.rollout import Reply
+from tools.rlhf.rollout.log_prob_gap import log_prob_gap_limit
 from tools.rlhf.run_context import RunContext, open_run
 
 
@@ -96,7 +97,9 @@ def _train(
 ) -> tuple[torch.nn.Module, int]:
     """The trained policy and the updates made."""
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig
+
+    from tools.rlhf.engines.grpo_trainer import CheckedGRPOTrainer
 
     resumed = resume_point(context)
     arguments = GRPOConfig(
@@ -111,8 +114,12 @@ def _train(
         epsilon=options.clip_range,
         reward_weights=[spec.weight for spec in options.rewards],
     )
-    trainer = GRPOTrainer(
-        model=load_policy(source, torch.float32),
+    policy = load_policy(source, torch.float32)
+    keep_in_evaluation_mode(policy)
+    trainer = CheckedGRPOTrainer(
+        distributed=distributed,
+        log_prob_gap_limit=log_prob_gap_limit(options.precision_on(distributed.device.type)),
+        model=policy,
         reward_funcs=[_reward_function(spec, scorer, prompts, source) for spec, scorer in reward.components],
         args=arguments,
         train_dataset=Dataset.from_list([{"prompt": p.raw, "row": row} for row, p in enumerate(prompts)]),

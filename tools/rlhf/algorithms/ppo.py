@@ -18,6 +18,7 @@ from tools.rlhf.options import PPOOptions
 from tools.rlhf.rewards import weighted_sum
 from tools.rlhf.rollout.in_process import InProcessSampler
 from tools.rlhf.rollout.publisher import InProcessPublisher
+from tools.rlhf.rollout.log_prob_gap import log_prob_gap_limit
 from tools.rlhf.run_context import open_run
 from tools.rlhf.state import State
 
@@ -99,6 +100,7 @@ def _build(
             synced_gpus=options.zero == 3 and distributed.world_size > 1,
         ),
         publisher=InProcessPublisher(),
+        log_prob_gap_limit=log_prob_gap_limit(precision),
         state=state,
         distributed=distributed,
     )

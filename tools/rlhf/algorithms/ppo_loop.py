@@ -29,6 +29,7 @@ from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.engines.engine import Engine
 from tools.rlhf.options import PPOOptions
 from tools.rlhf.rewards.weighted_sum import Reward
+from tools.rlhf.rollout.log_prob_gap import check_log_prob_gap
 from tools.rlhf.rollout.publisher import Publisher
 from tools.rlhf.rollout.sampler import Sampler
 from tools.rlhf.state import State
@@ -51,13 +52,15 @@ class PPO:
     publisher: Publisher
     state: State
     distributed: DistributedContext
+    log_prob_gap_limit: float = math.inf
+    """Largest mean gap of the first iteration between sampler and trainer, nats."""
 
     def train(self) -> None:
         """Train to the last iteration; resumes from a saved state.
 
         Raises:
             Interrupted: stopped by a signal, after saving the state.
-            StageError: a metric is not finite; the last saved state is kept.
+            StageError: a metric is not finite, or the sampler's distribution is not the trainer's; the last saved state is kept.
         """
         options, distributed = self.options, self.distributed
         stop = StopRequest()
@@ -71,6 +74,8 @@ class PPO:
             self.actor.set_learning_rate(learning_rate)
             self.critic.set_learning_rate(_rate(options, critic_rate, step))
             experience, row = self._experience(step, kl_coefficient)
+            if step == first:
+                check_log_prob_gap(row["log_prob_gap"], self.log_prob_gap_limit)
             collected = time.perf_counter()
             row |= self._update(experience, step)
             now = time.perf_counter()

@@ -13,7 +13,7 @@ from tools.rlhf.data import Prompt
 from tools.rlhf.rollout.rollout import Reply, Rollout, Sequences
 
 
-class _SampledLogProbs:
+class SampledLogProbs:
     """A logits processor that records the log-probabilities of the sampled tokens; logits are unchanged.
 
     Each call looks up the previously sampled token. `output_logits` of `generate` would keep [T, B, vocabulary].
@@ -74,7 +74,7 @@ class InProcessSampler:
             pad_token_id=pad,
             use_cache=True,
         )
-        record = _SampledLogProbs(self.temperature)
+        record = SampledLogProbs(self.temperature)
         ids = self.model.generate(
             ids,
             attention_mask=mask,

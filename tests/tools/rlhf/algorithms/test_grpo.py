@@ -1,13 +1,17 @@
 """`rlhf grpo`: a learnable reward rises, a control stays flat, the published policy samples it, a stopped run resumes."""
 
+import json
 import os
+import shutil
 import signal
 
 import pytest
-from transformers import AutoModelForCausalLM
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from shared.checkpoint.directory.open import open_checkpoint
-from tools.rlhf.algorithms import grpo
+from tools.rlhf.algorithms import grpo, ppo
+from tools.rlhf.models import load_policy
 
 STEPS = 14
 
@@ -111,3 +115,61 @@ def test_a_trainer_that_ends_before_its_last_update_publishes_nothing(world, rlh
 
 def test_the_manifest_has_the_updates_made(trained):
     assert open_checkpoint(trained, kinds=("hf",), flag="--source").facts["updates"] == STEPS
+
+
+# Every kind of setting with which `generate` changes the distribution.
+SHAPED = {
+    "repetition_penalty": 1.5, "no_repeat_ngram_size": 1, "top_k": 3, "top_p": 0.5, "min_p": 0.3, "typical_p": 0.4,
+    "epsilon_cutoff": 0.2, "eta_cutoff": 0.2, "suppress_tokens": [5, 6], "begin_suppress_tokens": [7],
+    "bad_words_ids": [[8]], "min_new_tokens": 14, "exponential_decay_length_penalty": [1, 2.0],
+    "sequence_bias": [[[9], -5.0]], "forced_eos_token_id": 1, "temperature": 0.3, "do_sample": True,
+    "encoder_repetition_penalty": 1.5, "top_h": 0.3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["ppo", "grpo"])
+def test_settings_of_generation_config_do_not_shape_the_roll_outs(world, rlhf, metrics, tmp_path, command):
+    source = tmp_path / "policy"
+    shutil.copytree(world.policy, source)
+    file = source / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | SHAPED))
+    runs = []
+    for policy, target in ((world.policy, tmp_path / "plain"), (source, tmp_path / "shaped")):
+        changes = {"source": policy, "steps": 1, "save_every": 1, "learning_rate": 0.0, "reward": world.reward("red")}
+        changes |= {"rollout_batch_size": 32, "micro_batch_size": 16} if command == "ppo" else {"kl_coefficient": 0.1}
+        assert rlhf(command, **flags(world, target, **changes)) == 0
+        runs.append(metrics(target))
+    assert runs[0] == runs[1]
+    assert (tmp_path / "shaped" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_dropout_is_off(world, rlhf, metrics, tmp_path):
+    """OPT has dropout by its configuration. At learning rate 0 the policy is the source: its KL from it is 0."""
+    source = tmp_path / "policy"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "word_embed_proj_dim": 32}
+    OPTForCausalLM(
+        OPTConfig(
+            **sizes, vocab_size=200, max_position_embeddings=96, dropout=0.1, attention_dropout=0.1, init_std=0.5,
+            eos_token_id=1, pad_token_id=0, bos_token_id=None,
+        )
+    ).save_pretrained(source)  # fmt: skip
+    AutoTokenizer.from_pretrained(world.policy).save_pretrained(source)
+    target = tmp_path / "out"
+    changes = {"source": source, "steps": 2, "learning_rate": 0.0, "kl_coefficient": 0.1, "reward": world.reward("red")}
+    assert rlhf("grpo", **flags(world, target, **changes)) == 0
+    assert [row["kl"] for row in metrics(target)] == pytest.approx([0, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("command", ["ppo", "grpo"])
+def test_a_sampler_of_another_distribution_is_an_error(world, rlhf, capsys, monkeypatch, tmp_path, command):
+    def penalized(source, dtype):
+        model = load_policy(source, dtype)
+        model.generation_config.no_repeat_ngram_size = 1
+        return model
+
+    monkeypatch.setattr(grpo if command == "grpo" else ppo, "load_policy", penalized)
+    changes = {"reward": world.reward("red")} | ({"rollout_batch_size": 32} if command == "ppo" else {})
+    assert rlhf(command, **flags(world, tmp_path / "out", **changes)) == 1
+    assert "nats a token before the first update (limit 1e-03 in fp32)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
