@@ -77,7 +77,7 @@ def read_preferences(path: Path, tokenizer: Any, *, max_length: int) -> tuple[li
     """Pairs of a file with `{"prompt", "chosen", "rejected"}` rows, and the number of pairs dropped as too long.
 
     `prompt` is text or messages; `chosen` and `rejected` are text or one assistant message. A sequence is
-    `[prompt, reply, EOS]`, as in a roll-out.
+    `[prompt, reply, end]`, as the reward model is shown a roll-out; see `end_token_id`.
 
     Args:
         path: the JSON-lines file.
@@ -88,6 +88,7 @@ def read_preferences(path: Path, tokenizer: Any, *, max_length: int) -> tuple[li
         UserError: a row is invalid; the message has file and line.
     """
     pairs, dropped = [], 0
+    end = end_token_id(tokenizer)
     for row in _rows(path):
         for key in ("prompt", "chosen", "rejected"):
             if key not in row.value:
@@ -95,8 +96,7 @@ def read_preferences(path: Path, tokenizer: Any, *, max_length: int) -> tuple[li
         text = _prompt_text(row, "prompt", tokenizer)
         prompt = _encode(tokenizer, text, templated=not isinstance(row.value["prompt"], str))
         chosen, rejected = (
-            (*prompt, *_encode(tokenizer, _reply_text(row, key), templated=True), tokenizer.eos_token_id)
-            for key in ("chosen", "rejected")
+            (*prompt, *encode_reply(tokenizer, _reply_text(row, key)), end) for key in ("chosen", "rejected")
         )
         if chosen == rejected:
             raise row.error("'chosen' and 'rejected' are the same; remove the row")
@@ -146,6 +146,34 @@ def _is_messages(value: Any) -> bool:
             isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
         )
     )
+
+
+def end_token_id(tokenizer: Any) -> int:
+    """The token that ends a reply: the special token that the chat template writes after one, else the EOS token."""
+    if tokenizer.chat_template is None:
+        return tokenizer.eos_token_id
+    reply = "a reply"
+    messages = [{"role": "user", "content": "a prompt"}, {"role": "assistant", "content": reply}]
+    try:
+        _, found, rest = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(reply)
+    except Exception:  # noqa: BLE001 -- a template may raise any exception, and may refuse these messages
+        return tokenizer.eos_token_id
+    special = {added.content: number for number, added in tokenizer.added_tokens_decoder.items() if added.special}
+    written = [name for name in special if found and rest.lstrip().startswith(name)]
+    return special[max(written, key=len)] if written else tokenizer.eos_token_id
+
+
+def encode_prompt(tokenizer: Any, raw: str | list[dict[str, Any]]) -> tuple[int, ...]:
+    """Token ids of a prompt, text or messages, by a tokenizer and its chat template, which may raise any exception."""
+    if isinstance(raw, str):
+        return _encode(tokenizer, raw, templated=False)
+    text = tokenizer.apply_chat_template(raw, tokenize=False, add_generation_prompt=True)
+    return _encode(tokenizer, text, templated=True)
+
+
+def encode_reply(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Token ids of a reply, without the token that ends it."""
+    return _encode(tokenizer, text, templated=True)
 
 
 def _encode(tokenizer: Any, text: str, *, templated: bool) -> tuple[int, ...]:

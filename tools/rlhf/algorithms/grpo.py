@@ -36,6 +36,7 @@ def run(options: GRPOOptions) -> None:
         reward = weighted_sum.load(
             options.rewards,
             source.tokenizer,
+            prompts,
             device=distributed.device,
             dtype=torch.float32,
             batch_size=options.micro_batch_size,

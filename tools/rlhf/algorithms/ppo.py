@@ -74,6 +74,7 @@ def _build(
     reward = weighted_sum.load(
         options.rewards,
         source.tokenizer,
+        prompts,
         device=distributed.device,
         dtype=dtype,
         batch_size=options.micro_batch_size,

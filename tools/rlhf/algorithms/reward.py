@@ -17,6 +17,7 @@ from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.engines.trl import StageCallback, common_arguments, resume_point, train, unwrapped_model
 from tools.rlhf.models import Source, open_source, save_hf
 from tools.rlhf.options import RewardOptions
+from tools.rlhf.padding import with_padding_token
 from tools.rlhf.rewards.reward_model import score
 from tools.rlhf.run_context import RunContext, open_run
 from tools.rlhf.transformers_model import load_transformers_model
@@ -38,7 +39,9 @@ def run(options: RewardOptions) -> None:
     options.check(distributed.world_size)
     inputs = {"source": options.source, "data": options.data}
     with open_run(options.target, inputs, overwrite=options.overwrite) as context:
-        source = open_source(options.source)
+        opened = open_source(options.source)
+        own_padding = opened.tokenizer.pad_token
+        source = with_padding_token(opened)
         pairs = _split(options, source)
         model = _model(options, source)
         _print_plan(options, source, pairs, distributed)
@@ -52,6 +55,8 @@ def run(options: RewardOptions) -> None:
             result = {"accuracy_before": before, "accuracy_after": after, **counts}
             if after is not None:
                 log(f"accuracy on held-out pairs after training: {after:.3f}")
+            if source.tokenizer.pad_token != own_padding:
+                source.tokenizer.save_pretrained(context.out.path)
             facts = save_hf(trained.to("cpu"), context.out.path, source, new_config=True) | result | {"updates": updates}
             context.out.describe(**facts)
             context.add_report(title=f"Reward model {options.target.name}", facts=facts, charts=_CHARTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import StageError, UserError
-from tools.rlhf.data import Prompt
+from tools.rlhf.data import Prompt, encode_prompt, encode_reply, end_token_id
 from tools.rlhf.rollout.rollout import Reply
 from tools.rlhf.transformers_model import load_transformers_model
 
@@ -31,14 +32,41 @@ def load_reward_model(path: Path, dtype: torch.dtype) -> Any:
 
 
 class ModelReward:
-    """The `Scorer` of a reward model; its input is prompt + reply."""
+    """The `Scorer` of a reward model.
 
-    def __init__(self, path: Path, model: Any, tokenizer: Any | None, *, device: torch.device, batch_size: int) -> None:
-        """`tokenizer` re-tokenises the text; None if policy and reward model share a vocabulary."""
+    Its input is `[prompt, reply, end]` as `rlhf reward` trains on it: by the reward model's own tokenizer and chat template,
+    an ended reply with the reward model's end token, whichever token ended it. Token ids of the policy are taken where the
+    tokenizers agree.
+    """
+
+    def __init__(
+        self, path: Path, model: Any, tokenizer: Any, policy_tokenizer: Any, *, device: torch.device, batch_size: int
+    ) -> None:
         self._path, self._model, self._tokenizer = path, model, tokenizer
+        self._end = end_token_id(tokenizer)
+        both = (tokenizer, policy_tokenizer)
+        split, policy_split = (_parts(each, "normalizer", "pre_tokenizer", "model") for each in both)
+        around, policy_around = (_parts(each, "post_processor") for each in both)
+        known = policy_tokenizer.get_vocab().items() <= tokenizer.get_vocab().items()
+        self._same_tokens = split == policy_split and known
+        self._same_text = self._same_tokens and around == policy_around
+        self._same_template = self._same_text and tokenizer.chat_template == policy_tokenizer.chat_template
         self._device, self._batch_size = device, batch_size
         config = getattr(model, "module", model).config
         self._pad, self._context = config.pad_token_id, config.max_position_embeddings
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """UserError for a prompt that the reward model's chat template does not render."""
+        for prompt in prompts:
+            if isinstance(prompt.raw, str) or self._same_template:
+                continue
+            try:
+                encode_prompt(self._tokenizer, prompt.raw)
+            except Exception as error:  # a template may raise any exception
+                raise UserError(
+                    f"--reward model:{self._path}: its chat template does not render the messages of --prompts "
+                    f"({str(error).splitlines()[0]}); give it the template it was trained with"
+                ) from error
 
     def __call__(self, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> list[float]:
         sequences = [self._ids(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
@@ -56,10 +84,20 @@ class ModelReward:
         return scores.tolist()
 
     def _ids(self, prompt: Prompt, reply: Reply) -> Sequence[int]:
-        if self._tokenizer is None:
-            return (*prompt.ids, *reply.ids)
-        ids = self._tokenizer(prompt.text + reply.text)["input_ids"]
-        return [*ids, self._tokenizer.eos_token_id] if reply.ended else ids
+        text = isinstance(prompt.raw, str)
+        if self._same_text if text else self._same_template:
+            ids = prompt.ids
+        else:
+            ids = encode_prompt(self._tokenizer, prompt.text if text else prompt.raw)
+        sampled = reply.ids[:-1] if reply.ended else reply.ids
+        said = sampled if self._same_tokens else encode_reply(self._tokenizer, reply.text)
+        return (*ids, *said, self._end) if reply.ended else (*ids, *said)
+
+
+def _parts(tokenizer: Any, *names: str) -> list[Any]:
+    """Parts of a tokenizer.json: `normalizer`, `pre_tokenizer` and `model` split text, `post_processor` adds special tokens."""
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    return [core[name] for name in names]
 
 
 @torch.no_grad()

@@ -44,6 +44,7 @@ class Reward:
 def load(
     specs: Sequence[RewardSpec],
     tokenizer: Any,
+    prompts: Sequence[Prompt],
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -54,7 +55,8 @@ def load(
 
     Args:
         specs: result of `spec.parse`.
-        tokenizer: the policy's; a reward model with the same vocabulary uses the policy's token ids.
+        tokenizer: the policy's; a reward model with an equal one uses the policy's token ids.
+        prompts: the run's; every component is checked against them.
         device: device of reward models.
         dtype: dtype of reward models' weights.
         batch_size: replies per forward pass.
@@ -68,8 +70,7 @@ def load(
         open_checkpoint(spec.path, kinds=("hf",), flag="--reward")
         model = wrap(load_reward_model(spec.path, dtype).to(device))
         own = open_tokenizer(spec.path, flag="--reward")
-        same = own.get_vocab() == tokenizer.get_vocab()
-        components.append(
-            (spec, ModelReward(spec.path, model, None if same else own, device=device, batch_size=batch_size))
-        )
+        scorer = ModelReward(spec.path, model, own, tokenizer, device=device, batch_size=batch_size)
+        scorer.check(prompts)
+        components.append((spec, scorer))
     return Reward(components)
