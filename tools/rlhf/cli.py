@@ -28,7 +28,7 @@ def reward(options: RewardOptions) -> int | None:
     return code
 
 
-@tool.command(not_fingerprinted=_NOT_FINGERPRINTED)
+@tool.command(not_fingerprinted=(*_NOT_FINGERPRINTED, "reward_timeout"))
 def ppo(options: PPOOptions) -> int | None:
     """Train a policy on rewards by PPO, on DeepSpeed engines.
 
@@ -45,7 +45,7 @@ def ppo(options: PPOOptions) -> int | None:
     return code
 
 
-@tool.command(not_fingerprinted=_NOT_FINGERPRINTED)
+@tool.command(not_fingerprinted=(*_NOT_FINGERPRINTED, "reward_timeout"))
 def grpo(options: GRPOOptions) -> int | None:
     """Train a policy on rewards by GRPO, with TRL's GRPOTrainer: no critic, advantages are relative to a prompt's replies.
 

@@ -98,6 +98,7 @@ class PolicyOptions(Options):
         source: the Hugging Face directory of the initial policy.
         prompts: one JSON object a line, with prompt or messages; other columns are arguments of reward functions.
         reward: model:DIR (of `rlhf reward`) or py:FILE:FUNCTION; a weighted sum as in 0.5*model:DIR,py:FILE:f.
+        reward_timeout: seconds that a Python file may take to load, and a call of a reward function; then the run ends.
         steps: updates of the run.
         max_new_tokens: maximum tokens of a reply.
         temperature: of sampling, and of the trained distribution.
@@ -109,6 +110,7 @@ class PolicyOptions(Options):
 
     prompts: ExistingFile
     reward: str
+    reward_timeout: Above = 600.0
     steps: Positive = 100
     max_new_tokens: Positive = 128
     temperature: Above = 1.0
@@ -125,8 +127,9 @@ class PolicyOptions(Options):
 
     @property
     def inputs(self) -> dict[str, Path | list[Path]]:
-        """Input files and directories, those in `reward` included."""
-        return {"source": self.source, "prompts": self.prompts, "reward_source": [spec.path for spec in self.rewards]}
+        """Input files and directories, those in `reward` included, with the modules beside a Python file that it imports."""
+        rewards = [path for spec in self.rewards for path in spec.files]
+        return {"source": self.source, "prompts": self.prompts, "reward_source": rewards}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,7 +65,7 @@ def collect(
 
     Args:
         rollout: B sampled replies.
-        scores: [B] rewards of the replies.
+        scores: [B] rewards of the replies; NaN for a reply without one, which policy and critic do not learn from.
         options: KL estimator, discount, gae_lambda, ...
         kl_coefficient: weight of the KL penalty in this iteration.
         actor: the policy.
@@ -89,12 +89,16 @@ def collect(
 
     kl = losses.kl_divergence(log_probs, reference_log_probs, options.kl_estimator)
     ended = torch.tensor([reply.ended for reply in rollout.replies], dtype=torch.float32, device=mask.device)
-    scores = scores.to(mask.device) - options.missing_eos_penalty * (1 - ended)
+    scores = scores.to(mask.device)
+    learned = mask * (~scores.isnan()).unsqueeze(-1)
+    scores = scores.nan_to_num() - options.missing_eos_penalty * (1 - ended)
     rewards = losses.token_rewards(scores, kl, mask, kl_coefficient)
     advantages, returns = losses.generalized_advantages(rewards, values, mask, options.discount, options.gae_lambda)
-    explained = losses.explained_variance(values, returns, mask, distributed.sum)
+    returns = torch.where(learned.bool(), returns, values)
+    explained = losses.explained_variance(values, returns, learned, distributed.sum)
     if options.whiten_advantages:
-        advantages = losses.whiten(advantages, mask, distributed.sum)
+        advantages = losses.whiten(advantages, learned, distributed.sum)
+    advantages = advantages * learned
 
     gap = (rollout.sampler_log_probs - log_probs).abs() * mask
     replies = torch.ones_like(ended)

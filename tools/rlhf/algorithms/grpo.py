@@ -21,8 +21,8 @@ from tools.rlhf.models import Source, keep_in_evaluation_mode, load_policy, open
 from tools.rlhf.options import GRPOOptions
 from tools.rlhf.rewards import weighted_sum
 from tools.rlhf.rewards.spec import RewardSpec
-from tools.rlhf.rollout.rollout import Reply
 from tools.rlhf.rollout.log_prob_gap import log_prob_gap_limit
+from tools.rlhf.rollout.rollout import Reply
 from tools.rlhf.run_context import RunContext, open_run
 
 
@@ -40,6 +40,7 @@ def run(options: GRPOOptions) -> None:
             device=distributed.device,
             dtype=torch.float32,
             batch_size=options.micro_batch_size,
+            timeout=options.reward_timeout,
         )
         _print_plan(options, source, prompts, distributed)
         trained, updates = _train(options, source, prompts, reward, context, distributed)

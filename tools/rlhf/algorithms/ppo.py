@@ -17,8 +17,8 @@ from tools.rlhf.models import Source, load_critic, load_policy, open_policy, sav
 from tools.rlhf.options import PPOOptions
 from tools.rlhf.rewards import weighted_sum
 from tools.rlhf.rollout.in_process import InProcessSampler
-from tools.rlhf.rollout.publisher import InProcessPublisher
 from tools.rlhf.rollout.log_prob_gap import log_prob_gap_limit
+from tools.rlhf.rollout.publisher import InProcessPublisher
 from tools.rlhf.run_context import open_run
 from tools.rlhf.state import State
 
@@ -78,6 +78,7 @@ def _build(
         device=distributed.device,
         dtype=dtype,
         batch_size=options.micro_batch_size,
+        timeout=options.reward_timeout,
         wrap=lambda model: frozen_model(model, engine),
     )
     if options.critic is not None:

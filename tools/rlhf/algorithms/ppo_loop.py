@@ -126,7 +126,10 @@ class PPO:
             distributed=self.distributed,
         )
         rewards = {"reward": scores} | {f"reward/{name}": values for name, values in components.items()}
-        row = {name: self._mean(values) for name, values in rewards.items()} | row
+        means = {name: self._mean(values) for name, values in rewards.items()}
+        if math.isnan(means["reward"]):
+            raise StageError(f"no reward function had an opinion on a reply of iteration {step}; nothing is published")
+        row = {name: mean for name, mean in means.items() if not math.isnan(mean)} | row
         row["reward_deviation"] = math.sqrt(self._mean((scores.double() - row["reward"]) ** 2))
         row["seconds_rollout"] = sampled - started
         return experience, row
@@ -178,8 +181,10 @@ class PPO:
         return [self.prompts[i] for place, i in enumerate(order) if place % world.world_size == world.rank]
 
     def _mean(self, values: Tensor) -> float:
+        """Mean over the values of all ranks that are not NaN; NaN without any."""
         values = values.to(self.distributed.device, torch.float64)
-        return losses.masked_mean(values, torch.ones_like(values), self.distributed.sum).item()
+        total, count = self.distributed.sum(torch.stack([values.nansum(), (~values.isnan()).double().sum()]))
+        return (total / count).item()
 
     def _save(self, step: int, kl_coefficient: float) -> None:
         place = self.state.begin(step)
@@ -232,7 +237,7 @@ def _check_finite(step: int, row: dict[str, float]) -> None:
 
 def _line(step: int, steps: int, row: dict[str, float], names: Sequence[str]) -> str:
     parts = [f"reward {row['reward']:.4f}"]
-    parts += [f"{name} {row[f'reward/{name}']:.4f}" for name in names if len(names) > 1]
+    parts += [f"{name} {row[f'reward/{name}']:.4f}" for name in names if len(names) > 1 and f"reward/{name}" in row]
     parts += [f"KL {row['kl_reply']:.3f}", f"gap {row['log_prob_gap']:.1e}", f"entropy {row['entropy']:.3f}"]
     parts += [f"clipped {row['clip_fraction']:.3f}", f"value loss {row['value_loss']:.4f}"]
     parts += [f"explained {row['explained_variance']:.2f}", f"{row['reply_tokens']:.1f} tokens"]

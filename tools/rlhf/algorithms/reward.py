@@ -57,7 +57,9 @@ def run(options: RewardOptions) -> None:
                 log(f"accuracy on held-out pairs after training: {after:.3f}")
             if source.tokenizer.pad_token != own_padding:
                 source.tokenizer.save_pretrained(context.out.path)
-            facts = save_hf(trained.to("cpu"), context.out.path, source, new_config=True) | result | {"updates": updates}
+            facts = (
+                save_hf(trained.to("cpu"), context.out.path, source, new_config=True) | result | {"updates": updates}
+            )
             context.out.describe(**facts)
             context.add_report(title=f"Reward model {options.target.name}", facts=facts, charts=_CHARTS)
             print(json.dumps(result), flush=True)

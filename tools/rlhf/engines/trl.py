@@ -129,6 +129,9 @@ class StageCallback(TrainerCallback):
                 raise StageError(
                     f"{name} is {row[name]} at update {state.global_step}; nothing is published. Lower --learning-rate"
                 )
+        row = {
+            name: value for name, value in row.items() if math.isfinite(value)
+        }  # NaN: no reward function had an opinion
         if self._metrics is not None:
             self._metrics.append(step=state.global_step, **row, peak_memory_bytes=peak_memory())
         if state.global_step % self._log_every == 0 or state.global_step == state.max_steps:

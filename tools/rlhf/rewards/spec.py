@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import UserError
+from tools.rlhf.rewards.imported_files import imported_files
 
 _FORM = re.compile(r"(?:(?P<weight>[^*]*)\*)?(?P<kind>model|py):(?P<rest>.+)")
 
@@ -26,6 +27,11 @@ class RewardSpec:
     def name(self) -> str:
         """Name in logs and metrics."""
         return self.function or self.path.resolve().name
+
+    @property
+    def files(self) -> list[Path]:
+        """What the component is made of: the directory, or the Python file and those it imports from its folder."""
+        return [self.path] if self.function is None else [self.path, *imported_files(self.path)]
 
 
 def parse(text: str) -> tuple[RewardSpec, ...]:

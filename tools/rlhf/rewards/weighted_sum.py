@@ -18,7 +18,7 @@ from tools.rlhf.rollout.rollout import Reply
 
 
 class Scorer(Protocol):
-    """A component of the reward: one finite number per reply."""
+    """A component of the reward: one number per reply, NaN for no opinion."""
 
     def __call__(self, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> list[float]: ...
 
@@ -35,10 +35,15 @@ class Reward:
         return tuple(spec.name for spec, _ in self.components)
 
     def __call__(self, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted sums [B], and unweighted scores [B] by component name; float32 on the CPU."""
-        scores = {spec.name: torch.tensor(scorer(prompts, replies)) for spec, scorer in self.components}
-        total = torch.stack([spec.weight * scores[spec.name] for spec, _ in self.components]).sum(0)
-        return total, scores
+        """Weighted sums [B], and unweighted scores [B] by component name; float32 on the CPU.
+
+        As in TRL, the sum leaves out a component without an opinion (NaN); it is NaN where none has one.
+        """
+        scores = {
+            spec.name: torch.tensor(scorer(prompts, replies), dtype=torch.float32) for spec, scorer in self.components
+        }
+        parts = torch.stack([spec.weight * scores[spec.name] for spec, _ in self.components])
+        return parts.nansum(0).masked_fill(parts.isnan().all(0), torch.nan), scores
 
 
 def load(
@@ -49,6 +54,7 @@ def load(
     device: torch.device,
     dtype: torch.dtype,
     batch_size: int,
+    timeout: float,
     wrap: Callable[[nn.Module], Any] = lambda model: model,
 ) -> Reward:
     """Load the components of `--reward`.
@@ -60,12 +66,15 @@ def load(
         device: device of reward models.
         dtype: dtype of reward models' weights.
         batch_size: replies per forward pass.
+        timeout: limit of a Python function's call, seconds.
         wrap: prepares a reward model for distributed evaluation.
     """
     components: list[tuple[RewardSpec, Scorer]] = []
     for spec in specs:
         if spec.function is not None:
-            components.append((spec, FunctionReward(spec.path, spec.function)))
+            function = FunctionReward(spec.path, spec.function, seconds=timeout)
+            function.check(prompts)
+            components.append((spec, function))
             continue
         open_checkpoint(spec.path, kinds=("hf",), flag="--reward")
         model = wrap(load_reward_model(spec.path, dtype).to(device))

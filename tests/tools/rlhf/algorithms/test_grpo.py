@@ -147,7 +147,13 @@ def test_dropout_is_off(world, rlhf, metrics, tmp_path):
     """OPT has dropout by its configuration. At learning rate 0 the policy is the source: its KL from it is 0."""
     source = tmp_path / "policy"
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "word_embed_proj_dim": 32}
+    sizes = {
+        "hidden_size": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "word_embed_proj_dim": 32,
+    }
     OPTForCausalLM(
         OPTConfig(
             **sizes, vocab_size=200, max_position_embeddings=96, dropout=0.1, attention_dropout=0.1, init_std=0.5,
