@@ -97,7 +97,7 @@ def keep_in_evaluation_mode(model: nn.Module) -> None:
         model.training = mode  # TRL reads the phase from it
         return model
 
-    model.train = train  # type: ignore[method-assign, assignment]
+    model.train = train
 
 
 class Critic(nn.Module):

@@ -106,8 +106,13 @@ def _load(path: Path) -> ModuleType:
     path = path.resolve()
     name, folder = path.stem, str(path.parent)
     known = sys.modules.get(name)
-    taken = getattr(known, "__file__", None) != str(path) if known else importlib.util.find_spec(name) is not None
-    name = f"reward_{abs(hash(path)):x}_{name}" if taken else name
+    if not name.isidentifier():
+        taken = True
+    elif known is not None:
+        taken = getattr(known, "__file__", None) != str(path)
+    else:
+        taken = importlib.util.find_spec(name) is not None
+    name = f"reward_file_{abs(hash(path)):x}" if taken else name
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file (.py)")

@@ -90,9 +90,10 @@ def test_modules_beside_the_file_are_imported_also_in_the_call(reward, tmp_path)
         assert reward(text)(PROMPTS, REPLIES) == [2.0, 1.0]
 
 
-def test_a_file_with_the_name_of_a_library_does_not_replace_it(tmp_path):
-    (tmp_path / "json.py").write_text("def f(completions): return [0.0] * len(completions)")
-    assert FunctionReward(tmp_path / "json.py", "f")(PROMPTS, REPLIES) == [0.0, 0.0]
+@pytest.mark.parametrize("name", ["json.py", "my.reward-2.py"])
+def test_a_file_with_the_name_of_a_library_or_of_no_module(tmp_path, name):
+    (tmp_path / name).write_text("def f(completions): return [0.0] * len(completions)")
+    assert FunctionReward(tmp_path / name, "f")(PROMPTS, REPLIES) == [0.0, 0.0]
     import json
 
     assert json.loads("1") == 1
