@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from shared.errors import StageError
 from tools.rlhf.algorithms.experience import policy_log_probs
 from tools.rlhf.algorithms.ppo_loop import PPO
 from tools.rlhf.data import Prompt, read_prompts
@@ -199,3 +201,26 @@ def test_a_resumed_run_is_the_same_run(plain, build, metrics, tmp_path):
     assert [version for kind, version in record.events if kind == "publish"] == [2, 3]
     assert rows(second, metrics) == rows(plain[0], metrics)
     assert second.state.facts(4) == plain[0].state.facts(4)
+
+
+def test_a_reply_without_an_opinion_is_not_learned_from(build, tmp_path):
+    ppo, _ = build(PlainEngine, tmp_path / "state")
+    spec = ppo.options.rewards[0]
+
+    def some(_: Sequence[Prompt], replies: Sequence[Reply]) -> list[float]:
+        return [1.0 if "red" in reply.text else math.nan for reply in replies]
+
+    experience, row = replace(ppo, reward=Reward([(spec, some)]))._experience(1, 0.05)
+    assert row["reward"] == row["reward/red"] == 1.0  # the mean over those with one
+    assert not experience.advantages[1::2].any()
+    assert torch.equal(experience.returns[1::2], experience.values[1::2])
+    assert experience.advantages[0::2].any()
+    silent = replace(ppo, reward=Reward([(spec, lambda prompts, replies: [math.nan] * len(replies))]))
+    with pytest.raises(StageError, match="no reward function had an opinion on a reply of iteration 1"):
+        silent._experience(1, 0.05)
+
+
+def test_a_gap_before_the_first_update_is_an_error(build, tmp_path):
+    ppo, _ = build(PlainEngine, tmp_path / "state")
+    with pytest.raises(StageError, match="before the first update"):
+        replace(ppo, log_prob_gap_limit=1e-3).train()
