@@ -10,13 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shared.checkpoint.directory.auxiliary_files import finish_hf_directory
 from shared.checkpoint.directory.open import open_checkpoint
 from shared.data.tokenizer import open_tokenizer
-from shared.errors import StageError, UserError
+from shared.errors import UserError
+from shared.weight_account import account_for_weights, tensors_aside
 from tools.rlhf.data import Prompt, read_prompts
 from tools.rlhf.options import PolicyOptions
-from tools.rlhf.transformers_model import load_transformers_model
+from tools.rlhf.transformers_model import (
+    accepted,
+    causal_class,
+    classifier_class,
+    context_length,
+    load_config,
+    load_transformers_model,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,33 +38,54 @@ class Source:
     """End-of-sequence tokens of the tokenizer and of generation_config.json."""
     pad_id: int
     dtype: torch.dtype
-    """Dtype of the weights, in this and in the published directory."""
+    """Dtype of the weights."""
+    kind: Any
+    """The class of transformers that is trained."""
+    aside: tuple[str, ...]
+    """Tensors that the trained class does not hold (MTP layers); they are published unchanged."""
 
     @property
     def context_length(self) -> int:
         """Context length in tokens."""
-        return self.config.max_position_embeddings
+        return context_length(self.config, self.tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return self.config.get_text_config().vocab_size
 
 
-def open_source(path: Path, *, flag: str = "--source") -> Source:
-    """Open a Hugging Face directory of a causal language model and check that it is complete."""
-    from transformers import AutoConfig
+def open_source(path: Path, *, flag: str = "--source", classifier: bool = False) -> Source:
+    """Open a Hugging Face directory of a causal language model and account for its tensors.
 
+    Args:
+        path: the directory.
+        flag: for errors.
+        classifier: a sequence classifier is trained, from the language model's body.
+    """
+    place = f"{flag} {path}"
     open_checkpoint(path, kinds=("hf",), flag=flag)
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    if not any(name.endswith("ForCausalLM") for name in config.architectures or []):
-        raise UserError(f"{flag} {path} is no causal language model: its architectures are {config.architectures}")
+    config = load_config(path, place=place)
+    causal = causal_class(config, place=place)
+    kind = classifier_class(config, place=place) if classifier else causal
     tokenizer = open_tokenizer(path, flag=flag)
     generation = path / "generation_config.json"
     listed = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
     eos_ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [] if listed is None else [listed])}
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     for token in (*eos_ids, pad_id):
-        if not 0 <= token < config.vocab_size:
-            raise UserError(f"{flag} {path}: special token {token} is outside the vocabulary of {config.vocab_size}")
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        if not 0 <= token < (rows := config.get_text_config().vocab_size):
+            raise UserError(f"{place}: special token {token} is outside the vocabulary of {rows}")
+    account_for_weights(path, place)
     return Source(
-        path=path, config=config, tokenizer=tokenizer, eos_ids=tuple(sorted(eos_ids)), pad_id=pad_id, dtype=dtype
+        path=path,
+        config=config,
+        tokenizer=tokenizer,
+        eos_ids=tuple(sorted(eos_ids)),
+        pad_id=pad_id,
+        dtype=config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32,
+        kind=kind,
+        aside=tensors_aside(path, place, causal, kind),
     )
 
 
@@ -79,9 +107,9 @@ def load_policy(source: Source, dtype: torch.dtype) -> Any:
     `generate` takes what a caller leaves open from the model's generation config: penalties, bans and cut-offs of the source's
     generation_config.json would shape the roll-outs and be unknown to the trainer. Here that config is neutral.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
-    model = load_transformers_model(AutoModelForCausalLM, source.path, place=f"--source {source.path}", dtype=dtype)
+    model = load_transformers_model(source.kind, source.path, place=f"--source {source.path}", dtype=dtype)
     model.generation_config = GenerationConfig(eos_token_id=list(source.eos_ids), pad_token_id=source.pad_id)
     return model
 
@@ -110,31 +138,34 @@ class Critic(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
         """Values [B, S]. Inputs are [B, S] each."""
-        hidden = self.body(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
+        hidden = self.body(input_ids=input_ids, **accepted(self.body, inputs)).last_hidden_state
         return self.head(hidden).squeeze(-1)
 
 
 def load_critic(path: Path, dtype: torch.dtype, *, vocab_size: int) -> Critic:
     """A critic from a reward model (body and head, as in InstructGPT) or a language model (body, zero-initialised head)."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModel
 
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    if config.vocab_size != vocab_size:
+    place = f"--critic {path}"
+    config = load_config(path, place=place)
+    rows = config.get_text_config().vocab_size
+    if rows != vocab_size:
         raise UserError(
-            f"--critic {path} has a vocabulary of {config.vocab_size} and the policy one of {vocab_size}; "
+            f"{place} has a vocabulary of {rows} and the policy one of {vocab_size}; "
             "give a critic of the policy's tokenizer"
         )
-    if any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
-        model = load_transformers_model(AutoModelForSequenceClassification, path, place=f"--critic {path}", dtype=dtype)
+    account_for_weights(path, place)
+    names = config.architectures or []
+    if any(name.endswith("ForSequenceClassification") for name in names):
+        model = load_transformers_model(classifier_class(config, place=place), path, place=place, dtype=dtype)
         head = getattr(model, "score", None)
         if not isinstance(head, nn.Linear) or head.out_features != 1:
-            raise UserError(f"--critic {path}: {type(model).__name__} has no one-label head to start a critic from")
+            raise UserError(f"{place}: {type(model).__name__} has no one-label head to start a critic from")
         return Critic(model.base_model, head).eval()
-    causal = any(name.endswith("ForCausalLM") for name in config.architectures or [])
-    auto_class = AutoModelForCausalLM if causal else AutoModel
-    body = load_transformers_model(auto_class, path, place=f"--critic {path}", dtype=dtype).base_model
+    only_a_body = any(name.endswith("Model") and not name.endswith("HeadModel") for name in names)
+    kind = AutoModel if only_a_body else causal_class(config, place=place)
+    body = load_transformers_model(kind, path, place=place, dtype=dtype).base_model
     width = body.get_input_embeddings().embedding_dim  # width of the output; OPT 350M's layers are wider
     head = nn.Linear(width, 1, bias=False, dtype=dtype)
     nn.init.zeros_(head.weight)
@@ -144,44 +175,3 @@ def load_critic(path: Path, dtype: torch.dtype, *, vocab_size: int) -> Critic:
 def parameter_count(model: nn.Module) -> int:
     """Number of parameters; tied ones count once."""
     return sum(p.numel() for p in model.parameters())
-
-
-def save_hf(
-    model: Any, directory: Path, source: Source, *, weights: dict[str, Tensor] | None = None, new_config: bool = False
-) -> dict[str, Any]:
-    """Write a Hugging Face directory with the source's auxiliary files.
-
-    Args:
-        model: a transformers model; its weights are written unless `weights` is given.
-        directory: the output directory.
-        source: the initial model's directory.
-        weights: unsharded tensors by name; by default the model's state dict.
-        new_config: write the model's config.json; by default the source's is copied.
-
-    Returns:
-        manifest entries.
-    """
-    weights = model.state_dict() if weights is None else weights
-    weights = {name: t.to(source.dtype) if t.is_floating_point() else t for name, t in weights.items()}
-    for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            raise StageError(f"{name} is not finite after training; nothing is published. Lower --learning-rate")
-    model.config.dtype = source.dtype
-    model.save_pretrained(directory, state_dict=weights)
-    # It has training's sampling settings; the source's file is copied instead.
-    (directory / "generation_config.json").unlink(missing_ok=True)
-    if not new_config:
-        (directory / "config.json").unlink()
-    finish_hf_directory(directory, source.path)
-    return {
-        "family": model.config.model_type,
-        "architecture": type(model).__name__,
-        "dtype": str(source.dtype).removeprefix("torch."),
-        "tensors": len(weights),
-        "parameters": parameter_count_of(weights),
-    }
-
-
-def parameter_count_of(weights: dict[str, Tensor]) -> int:
-    """Number of parameters in a state dict; tied tensors count once."""
-    return sum({t.data_ptr(): t.numel() for t in weights.values()}.values())

@@ -13,7 +13,15 @@ from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, Trainer
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    Trainer,
+    core_model_loading,
+)
 from transformers.generation.utils import GenerationMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
@@ -92,3 +100,27 @@ def test_the_head_of_a_reward_model_is_its_score() -> None:
     model = LlamaForSequenceClassification(LlamaConfig(**TINY, num_labels=1))
     assert isinstance(model.score, nn.Linear), "re-read load_critic of tools/rlhf/models.py"
     assert model.base_model is model.model
+
+
+def test_a_tensor_that_a_class_holds_is_read_by_an_index() -> None:
+    relies_on("shared/weight_account.py", core_model_loading._materialize_copy, "tensor = tensor[...]")
+    relies_on(
+        "shared/weight_account.py",
+        core_model_loading.convert_and_load_state_dict_in_model,
+        "renamed_key in meta_model_state_dict",
+    )
+
+
+def test_a_model_knows_its_tied_and_its_ignored_names() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**TINY, tie_word_embeddings=True))
+    assert model.all_tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"}, "shared/weight_account.py"
+    assert isinstance(model._keys_to_ignore_on_load_unexpected, set), "shared/weight_account.py"
+
+
+def test_saving_removes_tied_tensors_then_renames() -> None:
+    relies_on(
+        "tools/rlhf/published_directory.py",
+        PreTrainedModel.save_pretrained,
+        "state_dict = remove_tied_weights_from_state_dict(state_dict, model_to_save)",
+        "state_dict = revert_weight_conversion(model_to_save, state_dict)",
+    )

@@ -11,11 +11,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 
 from shared.errors import UserError
-from tools.rlhf.models import keep_in_evaluation_mode, load_critic
+from tools.rlhf.algorithms.reward import new_reward_model
+from tools.rlhf.models import keep_in_evaluation_mode, load_critic, load_policy, open_source
 from tools.rlhf.rewards.reward_model import load_reward_model
-from tools.rlhf.transformers_model import load_transformers_model
+from tools.rlhf.transformers_model import context_length
 
 OPT = {"ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32, "max_position_embeddings": 16}
 
@@ -43,20 +45,36 @@ def test_the_head_is_as_wide_as_what_the_body_gives(tmp_path: Path, sizes: dict[
 
 
 LLAMA = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-CUT = "model.layers.0.mlp.up_proj.weight"
+GPT2 = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 1, "eos_token_id": 1}
+CUT = {"policy": "model.layers.0.mlp.up_proj.weight", "gpt2": "h.0.mlp.c_fc.weight"}
+CUT["reward"] = CUT["policy"]
+
+
+def _write(directory: Path, kind: str) -> dict[str, torch.Tensor]:
+    """A model as published: GPT-2's names are without the body's prefix."""
+    llama = transformers.LlamaConfig(**LLAMA, num_labels=1, pad_token_id=0)
+    made = {
+        "policy": lambda: transformers.LlamaForCausalLM(llama),
+        "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)),
+        "reward": lambda: transformers.LlamaForSequenceClassification(llama),
+    }
+    made[kind]().save_pretrained(directory)
+    core = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "red": 2}, unk_token="<pad>"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>").save_pretrained(directory)
+    weights = load_file(directory / "model.safetensors")
+    return {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
 
 
 def _loaders(directory: Path, kind: str) -> list[Callable[[], Any]]:
-    """Every way a command loads a directory of this kind."""
+    """Every way a command opens a directory of this kind."""
     if kind == "reward":
         return [
             lambda: load_reward_model(directory, torch.float32),
             lambda: load_critic(directory, torch.float32, vocab_size=32),
         ]
-    causal, classifier = transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification
     return [
-        lambda: load_transformers_model(causal, directory, place="--source", dtype=torch.float32),
-        lambda: load_transformers_model(classifier, directory, place="--source", other_head=True, num_labels=1),
+        lambda: load_policy(open_source(directory), torch.float32),
+        lambda: new_reward_model(open_source(directory, classifier=True), 0),
         lambda: load_critic(directory, torch.float32, vocab_size=32),
     ]
 
@@ -73,34 +91,48 @@ def reports() -> Iterator[list[logging.LogRecord]]:
     logger.removeHandler(handler)
 
 
-@pytest.mark.parametrize("kind", ["policy", "reward"])
-@pytest.mark.parametrize("fault", ["none", "missing", "no tensor of", "shape"])
+@pytest.mark.parametrize("kind", ["policy", "gpt2", "reward"])
+@pytest.mark.parametrize("fault", ["none", "is missing", "is unknown to", "config.json asks for"])
 def test_every_tensor_is_accounted_for(tmp_path: Path, kind: str, fault: str, reports: list[logging.LogRecord]) -> None:
-    config = transformers.LlamaConfig(**LLAMA, num_labels=1, pad_token_id=0)
-    made = {"policy": transformers.LlamaForCausalLM, "reward": transformers.LlamaForSequenceClassification}[kind]
-    made(config).save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    if fault == "missing":
-        del weights[CUT]
-    elif fault == "shape":
-        weights[CUT] = weights[CUT][1:].contiguous()
-    elif fault == "no tensor of":
-        weights["model.layers.0.mlp.other.weight"] = torch.zeros(2)
+    weights = _write(tmp_path, kind)
+    name = CUT[kind]
+    if fault == "is missing":
+        del weights[name]
+    elif fault == "config.json asks for":
+        weights[name] = weights[name][1:].contiguous()
+    elif fault == "is unknown to":
+        name = name.replace("mlp.", "mlp.other.")
+        weights[name] = torch.zeros(2)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     for load in _loaders(tmp_path, kind):
         if fault == "none":
             load()
             continue
-        name = "mlp.other.weight" if fault == "no tensor of" else CUT
-        with pytest.raises(UserError, match=f"^--(source|reward model:|critic)[^\\n]*{name}.* {fault}"):
+        with pytest.raises(UserError, match=f"^[^\\n]*{name}[^\\n]*{fault}[^\\n]*$"):
             load()
         assert not reports  # the error is the one line
 
 
-def test_a_head_that_is_missing_is_not_made_up(tmp_path: Path) -> None:
-    config = transformers.LlamaConfig(**LLAMA, num_labels=1, pad_token_id=0)
-    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+def test_a_tied_embedding_is_missing_under_its_own_name(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.embed_tokens.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight is missing"):
+        load_critic(tmp_path, torch.float32, vocab_size=32)
+
+
+@pytest.mark.parametrize(("fields", "context"), [({"max_seq_len": 24}, 24), ({}, 64)])
+def test_the_context_is_the_configs_or_the_tokenizers(fields: dict[str, int], context: int) -> None:
+    config = transformers.MptConfig(**fields) if fields else transformers.BloomConfig()
+    assert context_length(config, transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0})), model_max_length=64
+    )) == context  # fmt: skip
+
+
+def test_a_head_that_is_missing_is_not_made_up(tmp_path: Path) -> None:
+    weights = _write(tmp_path, "reward")
     del weights["score.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     for load in _loaders(tmp_path, "reward"):

@@ -17,7 +17,7 @@ from tools.infer.engines.checkpoint_precision import chosen_precision
 from tools.infer.engines.engine import Completion, EngineSettings, Request, pieces
 from tools.infer.engines.scoring import CheckedRequests
 from tools.infer.environment import on_gpu
-from tools.infer.weight_account import account_for_weights
+from tools.infer.source import check_weights
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -35,7 +35,7 @@ class TransformersEngine:
         self._settings = settings
         self._given = settings.max_model_len or read_config(source / "config.json").get("max_position_embeddings")
         self._lm: HFLM | None = None
-        account_for_weights(source)
+        check_weights(source)
 
     @property
     def context_length(self) -> int:

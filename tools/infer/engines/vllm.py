@@ -13,7 +13,7 @@ from tools.infer.engines.scoring import CheckedRequests
 from tools.infer.engines.vllm_arguments import engine_arguments
 from tools.infer.engines.vllm_support import check_supported, model_config, refusals
 from tools.infer.environment import on_gpu
-from tools.infer.weight_account import account_for_weights
+from tools.infer.source import check_weights
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -103,7 +103,7 @@ def checked_arguments(source: Path, settings: EngineSettings) -> tuple[dict[str,
     check_supported(source)
     arguments = engine_arguments(source, settings)
     context_length = model_config(arguments).max_model_len
-    account_for_weights(source)
+    check_weights(source)
     return arguments, context_length
 
 

@@ -16,6 +16,7 @@ from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.engines.engine import Engine
 from tools.rlhf.options import PPOOptions
 from tools.rlhf.rollout.rollout import Rollout, Sequences
+from tools.rlhf.transformers_model import accepted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,8 @@ class Experience:
 def reply_logits(model: Any, sequences: Sequences) -> Tensor:
     """Logits [B, T, vocabulary] of the reply tokens; prompt logits are not computed."""
     columns = sequences.reply_mask.shape[1]
-    return model(**sequences.inputs, use_cache=False, logits_to_keep=columns + 1).logits[:, :-1]
+    inputs = accepted(model, {**sequences.inputs, "use_cache": False, "logits_to_keep": columns + 1})
+    return model(**inputs).logits[:, -columns - 1 : -1]
 
 
 def policy_log_probs(model: Any, sequences: Sequences, temperature: float) -> Tensor:

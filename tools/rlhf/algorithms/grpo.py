@@ -17,8 +17,9 @@ from tools.rlhf.data import Prompt
 from tools.rlhf.engines.deepspeed import initialize_distributed
 from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.engines.trl import StageCallback, common_arguments, resume_point, train, unwrapped_model
-from tools.rlhf.models import Source, keep_in_evaluation_mode, load_policy, open_policy, save_hf
+from tools.rlhf.models import Source, keep_in_evaluation_mode, load_policy, open_policy
 from tools.rlhf.options import GRPOOptions
+from tools.rlhf.published_directory import log_aside, save_hf
 from tools.rlhf.rewards import weighted_sum
 from tools.rlhf.rewards.spec import RewardSpec
 from tools.rlhf.rollout.log_prob_gap import log_prob_gap_limit
@@ -80,6 +81,7 @@ def _print_plan(
 ) -> None:
     groups = options.global_batch_size // options.generations
     log(f"policy    {source.path}, context {source.context_length}")
+    log_aside(source)
     log(f"reward    {' + '.join(f'{spec.weight:g} * {spec.name}' for spec in options.rewards)}")
     log(f"prompts   {len(prompts)} used, none dropped")
     log(

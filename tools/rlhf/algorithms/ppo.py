@@ -13,8 +13,9 @@ from tools.rlhf.algorithms.ppo_loop import PPO
 from tools.rlhf.data import Prompt
 from tools.rlhf.engines.deepspeed import DeepSpeedEngine, EngineOptions, frozen_model, initialize_distributed
 from tools.rlhf.engines.distributed import DistributedContext
-from tools.rlhf.models import Source, load_critic, load_policy, open_policy, save_hf
+from tools.rlhf.models import Source, load_critic, load_policy, open_policy
 from tools.rlhf.options import PPOOptions
+from tools.rlhf.published_directory import log_aside, save_hf
 from tools.rlhf.rewards import weighted_sum
 from tools.rlhf.rollout.in_process import InProcessSampler
 from tools.rlhf.rollout.log_prob_gap import log_prob_gap_limit
@@ -83,7 +84,7 @@ def _build(
     )
     if options.critic is not None:
         open_checkpoint(options.critic, kinds=("hf",), flag="--critic")
-    critic = load_critic(options.critic_path, dtype, vocab_size=source.config.vocab_size)
+    critic = load_critic(options.critic_path, dtype, vocab_size=source.vocab_size)
     actor = DeepSpeedEngine(load_policy(source, dtype), engine, distributed)
     return PPO(
         options=options,
@@ -113,6 +114,7 @@ def _print_plan(ppo: PPO, source: Source) -> None:
     replies = options.steps * options.rollout_batch_size
     updates = options.epochs * options.rollout_batch_size // options.global_batch_size
     log(f"policy    {source.path} ({type(ppo.actor.module).__name__}, context {source.context_length})")
+    log_aside(source)
     log(f"critic    from {options.critic_path}")
     log(f"reward    {' + '.join(f'{spec.weight:g} * {spec.name}' for spec in options.rewards)}")
     log(f"prompts   {prompts} used, none dropped; {replies / prompts:.1f} replies to each over the run")

@@ -15,9 +15,10 @@ from tools.rlhf.data import Pair, read_preferences
 from tools.rlhf.engines.deepspeed import initialize_distributed
 from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.engines.trl import StageCallback, common_arguments, resume_point, train, unwrapped_model
-from tools.rlhf.models import Source, open_source, save_hf
+from tools.rlhf.models import Source, open_source
 from tools.rlhf.options import RewardOptions
 from tools.rlhf.padding import with_padding_token
+from tools.rlhf.published_directory import log_aside, save_hf
 from tools.rlhf.rewards.reward_model import score
 from tools.rlhf.run_context import RunContext, open_run
 from tools.rlhf.transformers_model import load_transformers_model
@@ -39,11 +40,11 @@ def run(options: RewardOptions) -> None:
     options.check(distributed.world_size)
     inputs = {"source": options.source, "data": options.data}
     with open_run(options.target, inputs, overwrite=options.overwrite) as context:
-        opened = open_source(options.source)
+        opened = open_source(options.source, classifier=True)
         own_padding = opened.tokenizer.pad_token
         source = with_padding_token(opened)
         pairs = _split(options, source)
-        model = _model(options, source)
+        model = new_reward_model(source, options.seed)
         _print_plan(options, source, pairs, distributed)
         before = accuracy(model, pairs.validation, options.micro_batch_size, distributed)
         if before is not None:
@@ -58,7 +59,7 @@ def run(options: RewardOptions) -> None:
             if source.tokenizer.pad_token != own_padding:
                 source.tokenizer.save_pretrained(context.out.path)
             facts = (
-                save_hf(trained.to("cpu"), context.out.path, source, new_config=True) | result | {"updates": updates}
+                save_hf(trained.to("cpu"), context.out.path, source, classifier=True) | result | {"updates": updates}
             )
             context.out.describe(**facts)
             context.add_report(title=f"Reward model {options.target.name}", facts=facts, charts=_CHARTS)
@@ -88,20 +89,19 @@ def _split(options: RewardOptions, source: Source) -> Preferences:
     return split
 
 
-def _model(options: RewardOptions, source: Source) -> Any:
-    """The source's body with a new one-label head."""
-    from transformers import AutoModelForSequenceClassification
-
-    torch.manual_seed(options.seed)
+def new_reward_model(source: Source, seed: int) -> Any:
+    """The source's body with a new one-label head; `source` is opened for a classifier."""
+    torch.manual_seed(seed)
     model = load_transformers_model(
-        AutoModelForSequenceClassification,
+        source.kind,
         source.path,
         place=f"--source {source.path}",
         other_head=True,
         num_labels=1,
         dtype=torch.float32,
     )
-    model.config.pad_token_id = source.pad_id
+    for config in (model.config, model.config.get_text_config()):  # one object, unless the model reads images too
+        config.pad_token_id = source.pad_id
     return model
 
 
@@ -109,6 +109,7 @@ def _print_plan(options: RewardOptions, source: Source, pairs: Preferences, dist
     longest = max(max(len(pair.chosen), len(pair.rejected)) for pair in pairs.train)
     updates = math.ceil(options.epochs * len(pairs.train) / options.global_batch_size)
     log(f"model     {source.path}, context {source.context_length}")
+    log_aside(source)
     log(
         f"pairs     {len(pairs.train)} to train on, {len(pairs.validation)} held out, {pairs.dropped} dropped as too long; "
         f"the longest sequence has {longest} tokens"

@@ -11,24 +11,28 @@ import torch
 from torch import Tensor
 
 from shared.errors import StageError, UserError
+from shared.weight_account import account_for_weights
 from tools.rlhf.data import Prompt, encode_prompt, encode_reply, end_token_id
 from tools.rlhf.rollout.rollout import Reply
-from tools.rlhf.transformers_model import load_transformers_model
+from tools.rlhf.transformers_model import (
+    accepted,
+    classifier_class,
+    load_config,
+    load_transformers_model,
+)
 
 
 def load_reward_model(path: Path, dtype: torch.dtype) -> Any:
     """A sequence-classification model with one label, in evaluation mode. UserError for any other model."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    place = f"--reward model:{path}"
+    config = load_config(path, place=place)
     names = config.architectures or []
     if not any(name.endswith("ForSequenceClassification") for name in names) or config.num_labels != 1:
-        raise UserError(f"--reward model:{path} is no reward model ({', '.join(names)}); make one with `rlhf reward`")
-    if config.pad_token_id is None:
-        raise UserError(f"--reward model:{path}: config.json has no pad_token_id to find the last token by; add it")
-    return load_transformers_model(
-        AutoModelForSequenceClassification, path, place=f"--reward model:{path}", dtype=dtype
-    )
+        raise UserError(f"{place} is no reward model ({', '.join(names)}); make one with `rlhf reward`")
+    if config.get_text_config().pad_token_id is None:
+        raise UserError(f"{place}: config.json has no pad_token_id to find the last token by; add it")
+    account_for_weights(path, place)
+    return load_transformers_model(classifier_class(config, place=place), path, place=place, dtype=dtype)
 
 
 class ModelReward:
@@ -40,8 +44,17 @@ class ModelReward:
     """
 
     def __init__(
-        self, path: Path, model: Any, tokenizer: Any, policy_tokenizer: Any, *, device: torch.device, batch_size: int
+        self,
+        path: Path,
+        model: Any,
+        tokenizer: Any,
+        policy_tokenizer: Any,
+        *,
+        context: int,
+        device: torch.device,
+        batch_size: int,
     ) -> None:
+        """`context`: tokens."""
         self._path, self._model, self._tokenizer = path, model, tokenizer
         self._end = end_token_id(tokenizer)
         both = (tokenizer, policy_tokenizer)
@@ -52,8 +65,8 @@ class ModelReward:
         self._same_text = self._same_tokens and around == policy_around
         self._same_template = self._same_text and tokenizer.chat_template == policy_tokenizer.chat_template
         self._device, self._batch_size = device, batch_size
-        config = getattr(model, "module", model).config
-        self._pad, self._context = config.pad_token_id, config.max_position_embeddings
+        config = getattr(model, "module", model).config.get_text_config()
+        self._pad, self._context = config.pad_token_id, context
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """UserError for a prompt that the reward model's chat template does not render."""
@@ -106,4 +119,5 @@ def score(model: Any, sequences: Sequence[Sequence[int]], pad_id: int, device: t
     longest = max(map(len, sequences))
     ids = torch.tensor([[*s, *[pad_id] * (longest - len(s))] for s in sequences], device=device)
     mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences], device=device)
-    return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0].float().cpu()
+    inputs = accepted(model, {"input_ids": ids, "attention_mask": mask, "use_cache": False})
+    return model(**inputs).logits[:, 0].float().cpu()

@@ -15,6 +15,7 @@ from tools.rlhf.rewards.python_function import FunctionReward
 from tools.rlhf.rewards.reward_model import ModelReward, load_reward_model
 from tools.rlhf.rewards.spec import RewardSpec
 from tools.rlhf.rollout.rollout import Reply
+from tools.rlhf.transformers_model import context_length
 
 
 class Scorer(Protocol):
@@ -77,9 +78,17 @@ def load(
             components.append((spec, function))
             continue
         open_checkpoint(spec.path, kinds=("hf",), flag="--reward")
-        model = wrap(load_reward_model(spec.path, dtype).to(device))
+        model = load_reward_model(spec.path, dtype)
         own = open_tokenizer(spec.path, flag="--reward")
-        scorer = ModelReward(spec.path, model, own, tokenizer, device=device, batch_size=batch_size)
+        scorer = ModelReward(
+            spec.path,
+            wrap(model.to(device)),
+            own,
+            tokenizer,
+            context=context_length(model.config, own),
+            device=device,
+            batch_size=batch_size,
+        )
         scorer.check(prompts)
         components.append((spec, scorer))
     return Reward(components)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from shared.errors import UserError
 from shared.families import registry
-from tools.infer.weight_account import account_for_weights
+from shared.weight_account import account_for_weights as account
 
 SIZES = [name for name in registry.sizes() if name.endswith("-tiny")]
 CONFIG = {
@@ -31,6 +31,10 @@ def write(directory: Path, weights: dict[str, torch.Tensor], config: dict | None
     if config is not None:
         (directory / "config.json").write_text(json.dumps(config))
     return directory
+
+
+def account_for_weights(source: Path) -> bool:
+    return account(source, f"--source {source}")
 
 
 def refused_without_one(source: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -64,34 +68,6 @@ def test_the_class_accounts_for_a_family_without_a_table(family, tmp_path):
     assert family not in registry.FAMILIES
     AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **CONFIG)).save_pretrained(tmp_path)
     refused_without_one(tmp_path, load_file(tmp_path / "model.safetensors"))
-
-
-@pytest.mark.parametrize("engine", ["vllm", "hf"])
-def test_every_command_asks(engine, launcher, models, tmp_path):
-    source = write(tmp_path / "model", load_file(models("llama") / "model.safetensors"))
-    for file in models("llama").iterdir():
-        (source / file.name).write_bytes(file.read_bytes())
-    weights = load_file(source / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    write(source, weights)
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "fox"}\n')
-    (tmp_path / "task.yaml").write_text(
-        "task: t\ndataset_path: json\ndataset_kwargs: {data_files: prompts.jsonl}\noutput_type: loglikelihood_rolling\n"
-        'test_split: train\ndoc_to_text: ""\ndoc_to_target: "{{prompt}}"\nmetric_list: [{metric: bits_per_byte}]\n'
-    )
-    out = tmp_path / "out"
-    commands = [("evaluate", "--tasks", tmp_path / "task.yaml", "--target", out, "--engine", engine)]
-    if engine == "vllm":
-        commands += [
-            ("generate", "--prompts", tmp_path / "prompts.jsonl", "--target", out),
-            ("chat",),
-            ("serve", "--port", 0),
-        ]
-    for command in commands:
-        done = launcher(*command, "--source", source)
-        assert done.code == 2, done.stderr
-        assert "model.layers.1.mlp.up_proj.weight is missing" in done.stderr
-        assert not out.exists()
 
 
 def test_experts_in_one_tensor_are_left_to_the_class(tmp_path):
