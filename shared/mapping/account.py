@@ -68,7 +68,13 @@ def account_sources(table: Table, found: Mapping[str, Found], where: str) -> Acc
             f"{found[unknown[0]].place}: {_some(unknown)} unknown to this family and would be lost"
             f"{f' (nearest: {near[0]})' if near else ''}; remove it, or correct config.json"
         )
-    for name, shape in wanted.items() | {(a.name, wanted[a.tied_to]) for a in tied_tensors}:
+    wanted |= {tied.name: wanted[tied.tied_to] for tied in tied_tensors}
+    if empty := [name for name, shape in wanted.items() if 0 in found[name].shape and 0 not in shape]:
+        raise UserError(
+            f"{found[empty[0]].place}: {_some(empty)} empty, as ZeRO-3 and FSDP save weights that are not gathered; gather "
+            "them when saving (DeepSpeed: stage3_gather_16bit_weights_on_model_save), or join the ranks"
+        )
+    for name, shape in wanted.items():
         if found[name].shape != shape:
             raise UserError(
                 f"{found[name].place}: {name} is {list(found[name].shape)}, config.json asks for {list(shape)}"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -330,3 +333,24 @@ def test_facts_that_only_the_tokenizer_has(write_architecture: Any, convert: Any
     assert convert("to-hf", "--source", target, "--target", back).code == 0
     for name in ("config.json", "added_tokens.json", "model.safetensors"):
         assert (back / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_empty_tensors_of_zero3_are_named_the_same_each_time(make_hf: Make, tmp_path: Path) -> None:
+    """Sets of names have another order in every process."""
+    source = make_hf()
+
+    def empty(tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> None:
+        tensors |= {name: (tensors[name][0], (0,), b"") for name in tensors if "norm" not in name}
+
+    rewrite(source, empty)
+    command = [sys.executable, "-m", "tools.convert.cli", "to-megatron", "--source", source, "--target", tmp_path / "m"]
+    lines = set()
+    for seed in range(4):
+        done = subprocess.run(
+            command, env=os.environ | {"PYTHONHASHSEED": str(seed)}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2, done.stderr
+        lines.add(done.stderr)
+    (line,) = lines
+    assert "are empty, as ZeRO-3 and FSDP save weights that are not gathered" in line
+    assert line.count("\n") == 1
