@@ -41,6 +41,7 @@ from shared.errors import (
     StageError,
     UserError,
 )
+from shared.foreign_formats import absent, not_a_directory
 from shared.help import command_help, flag_name, tool_help
 from shared.invocation import Invocation, invocation, invoked
 
@@ -61,19 +62,19 @@ __all__ = [
 
 def _existing(path: Path) -> Path:
     if not path.exists():
-        raise ValueError(f"{path} does not exist")
+        raise ValueError(absent(path))
     return path
 
 
 def _existing_dir(path: Path) -> Path:
     if not _existing(path).is_dir():
-        raise ValueError(f"{path} is a file, a directory is required")
+        raise ValueError(not_a_directory(path))
     return path
 
 
 def _existing_file(path: Path) -> Path:
     if not _existing(path).is_file():
-        raise ValueError(f"{path} is a directory, a file is required")
+        raise ValueError("is a directory, a file is required")
     return path
 
 

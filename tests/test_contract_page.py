@@ -11,7 +11,8 @@ import pytest
 from shared import errors
 from shared.checkpoint.copy.journal import JOURNAL
 from shared.checkpoint.directory.manifest import CONTRACT_VERSION, MANIFEST, FileEntry, Kind, Manifest
-from shared.checkpoint.directory.open import TRACKER, Checkpoint, iteration_name
+from shared.checkpoint.directory.open import Checkpoint
+from shared.checkpoint.directory.recognition import TRACKER, iteration_name
 from shared.checkpoint.directory.run_directory import HF_FILES
 from shared.checkpoint.directory.target import PARTIAL, REPLACED, RUN, SHARDS
 from shared.checkpoint.formats.hugging_face import LAYOUT

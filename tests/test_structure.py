@@ -23,7 +23,7 @@ SOURCES = sorted(
 # entries of one row do not know each other.
 LAYERS = (
     ("shared.errors",),
-    ("shared.console", "shared.invocation", "shared.precision"),
+    ("shared.console", "shared.foreign_formats", "shared.invocation", "shared.precision"),
     ("shared.cli | shared.help", "shared.architecture", "shared.kernels"),
     ("shared.mapping", "shared.parallel"),
     ("shared.checkpoint.dtypes | shared.checkpoint.files",),

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -20,6 +21,13 @@ _BLOCK = 1 << 20  # bytes read at a time while hashing
 _HASH_WORKERS = 4  # xxhash releases the interpreter lock, so threads are enough
 _WRITE_OUT = 2  # SYNC_FILE_RANGE_WRITE, linux/fs.h
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+_LFS_BYTES = 1024  # a pointer is smaller: docs/spec.md of git-lfs
+_LFS_POINTER = re.compile(rb"version https://(git-lfs|hawser)\.github\.com/spec/v\d")  # hawser: its first name
+# Answers of a server saved under a file's name, as `curl` and `wget` do: a page, or the hub's error in plain text.
+_ANSWER = re.compile(
+    rb"\s*<(!doctype )?html\b|(entry|repository|revision) not found|invalid username or password", re.I
+)
+_NEVER_A_PAGE = (".json", ".model", ".tiktoken", ".safetensors", ".bin")
 
 
 @contextlib.contextmanager
@@ -55,6 +63,19 @@ def hash_files(paths: Iterable[Path], advance: Callable[[int], None] = lambda am
     """`hash_file` of each path, on several threads, in order."""
     with small_stacks(), ThreadPoolExecutor(_HASH_WORKERS) as pool:
         return list(pool.map(lambda path: hash_file(path, advance), paths))
+
+
+def check_not_stand_in(path: Path, flag: str = "") -> None:
+    """UserError if a file holds something else in its place: a git-lfs pointer, or a server's error page."""
+    named = f"{flag} {path}".lstrip()
+    with path.open("rb") as file:
+        start = file.read(_LFS_BYTES)
+    if len(start) < _LFS_BYTES and _LFS_POINTER.match(start):
+        raise UserError(
+            f"{named} is a git-lfs pointer, not the file; run `git lfs pull` in its repository, or fetch it again"
+        )
+    if path.suffix in _NEVER_A_PAGE and _ANSWER.match(start):
+        raise UserError(f"{named} is the answer of a web server, not the file; fetch it again")
 
 
 def files_below(root: Path, without: Collection[str] = ()) -> Iterator[Path]:

@@ -23,7 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 import shared.runtime.device
 from shared.architecture.architecture import Architecture
-from shared.checkpoint.directory.open import iteration_name
+from shared.checkpoint.directory.recognition import iteration_name
 from shared.console import log
 from shared.data.labels import IGNORE
 from shared.errors import Interrupted, StageError

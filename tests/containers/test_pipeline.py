@@ -156,7 +156,7 @@ def test_a_failing_stage_hands_on_its_code_and_its_last_line(place: Path, tmp_pa
     done = run(tmp_path, "--only", "convert init", code=2)
     assert complaint(done) == (
         "pipeline: `convert init` ended with exit code 2: convert init: error: "
-        "--tokenizer /data/tokenizer: /data/tokenizer does not exist"
+        "--tokenizer /data/tokenizer: does not exist"
     )
     assert "convert init | convert init: error: --tokenizer" in done.stdout
     assert left(tmp_path) == []

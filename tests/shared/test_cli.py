@@ -193,7 +193,7 @@ def test_false_is_false(run: Run, tmp_path: Path, words: list[str], value: bool)
         (["word"], "unexpected word 'word'"),
         (["--overwrite", "yes"], "unexpected word 'yes'"),
         (["--", "--bogus"], "'--'"),
-        (["--table", "/nowhere"], "--table /nowhere: /nowhere does not exist"),
+        (["--table", "/nowhere"], "--table /nowhere: does not exist"),
         (["--table", "/"], "a file is required"),
         (["--config", "/nowhere.yaml"], "cannot be read"),
     ],

@@ -38,7 +38,7 @@ def test_a_mistake_keeps_its_exit_code_and_its_line(cluster: Any) -> None:
     job = cluster.submit("", "convert", "to-megatron", "--source", "missing", "--target", "x")
     (record,) = cluster.wait(job)
     assert (record["JobState"], record["ExitCode"], record["Restarts"]) == ("FAILED", "2:0", "0")
-    assert "convert to-megatron: error: --source missing: missing does not exist" in cluster.log(job)
+    assert "convert to-megatron: error: --source missing: does not exist" in cluster.log(job)
 
 
 def test_a_job_that_is_always_interrupted_comes_to_an_end(cluster: Any) -> None:

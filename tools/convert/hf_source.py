@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.checkpoint.directory.auxiliary_files import read_config
+from shared.checkpoint.directory.auxiliary_files import check_auxiliary_files, read_config
 from shared.checkpoint.directory.open import Checkpoint, open_checkpoint
 from shared.checkpoint.formats.hugging_face import LAYOUT, HfReader
 from shared.checkpoint.formats.swiss_army_transformer import (
@@ -16,7 +16,6 @@ from shared.checkpoint.formats.swiss_army_transformer import (
     SatReader,
     head_dims,
     join_ranks,
-    rank_states,
 )
 from shared.cli import log
 from shared.errors import UserError
@@ -36,14 +35,15 @@ def open_hf_source(
         UserError: the checkpoint is incomplete, or neither --source nor --hf-files has a config.json.
     """
     checkpoint = open_checkpoint(source, kinds=("hf",), flag="--source", verify=verify, per_rank="hf")
-    ranks = rank_states(source) if checkpoint.manifest is None else []
     if hf_files and (source / _CONFIG).is_file():
         raise UserError(f"--hf-files: the source has a {source / _CONFIG}; leave the flag out, or move that file away")
     if checkpoint.manifest is None:
         _check_names([source, *filter(None, [hf_files])])
-    if not ranks:
+    if hf_files:
+        check_auxiliary_files(hf_files, "--hf-files")
+    if not checkpoint.rank_files:
         return checkpoint, HfReader(source)
-    joined = join_ranks(ranks)
+    joined = join_ranks(checkpoint.rank_files)
     return checkpoint, SatReader(source, joined, _config(source, hf_files, joined), hf_files)
 
 

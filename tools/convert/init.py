@@ -16,7 +16,12 @@ import numpy as np
 from shared.architecture.architecture import Architecture
 from shared.checkpoint.copy.blocks import BLOCK
 from shared.checkpoint.copy.worker_pool import Advance
-from shared.checkpoint.directory.auxiliary_files import copy_auxiliary_files, for_transformers_4_and_5, read_config
+from shared.checkpoint.directory.auxiliary_files import (
+    check_auxiliary_files,
+    copy_auxiliary_files,
+    for_transformers_4_and_5,
+    read_config,
+)
 from shared.checkpoint.directory.publish import publish
 from shared.checkpoint.dtypes import BY_FLAG, FP32, Dtype, from_float32
 from shared.checkpoint.formats.hugging_face import default_layout, write_weights
@@ -48,6 +53,7 @@ def run(
     changes: dict[str, Any] = {"max_position_embeddings": max_position_embeddings} if max_position_embeddings else {}
     tokens: dict[str, Any] = {}
     if tokenizer is not None:
+        check_auxiliary_files(tokenizer, "--tokenizer")
         tokens = tokenizer_fields(tokenizer)
         changes["vocab_size"] = tokens.pop("vocab_size")
     types = {"dtype": kind.name, "torch_dtype": kind.name}

@@ -13,7 +13,7 @@ from shared.checkpoint.copy.blocks import BLOCK
 from shared.checkpoint.copy.byte_view import view_of
 from shared.checkpoint.copy.operations import CopyOperation, cast_operation, copy_rows
 from shared.checkpoint.copy.worker_pool import Task
-from shared.checkpoint.directory.auxiliary_files import copy_auxiliary_files, read_config
+from shared.checkpoint.directory.auxiliary_files import check_auxiliary_files, copy_auxiliary_files, read_config
 from shared.checkpoint.directory.open import content_checks, open_checkpoint
 from shared.checkpoint.directory.publish import publish
 from shared.checkpoint.dtypes import weight_dtype
@@ -41,6 +41,7 @@ def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int
     inputs = {"source": source, "adapter": adapter}
     with publish(target, kind="hf", inputs=inputs, overwrite=overwrite, resumable=True) as out:
         checkpoint = open_checkpoint(source, kinds=("hf",), flag="--source", verify="small")
+        check_auxiliary_files(adapter, "--adapter")
         reader, config = HfReader(source), AdapterConfig(adapter)
         if quantization_scheme(reader.config):
             raise UserError(

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from shared.architecture.architecture import Architecture
 from shared.checkpoint.copy.worker_pool import Task
-from shared.checkpoint.directory.auxiliary_files import unread_weights
 from shared.checkpoint.directory.open import Checkpoint, content_checks
 from shared.checkpoint.directory.publish import Checks, Publication
 from shared.checkpoint.directory.sharded_publish import ShardSpec
@@ -89,7 +88,7 @@ def plan_import(reader: HfReader, architecture: Architecture, table: Table) -> I
 
 
 def log_import(plan: ImportPlan, reader: HfReader) -> None:
-    """Log upcasts, dequantisation, pass-through tensors, and files that are not copied."""
+    """Log upcasts, dequantisation and pass-through tensors."""
     if plan.upcast:
         names = ", ".join(plan.upcast)
         log(f"{names}: slices of different dtypes, upcast to float32; to-hf writes the original dtypes")
@@ -97,8 +96,6 @@ def log_import(plan: ImportPlan, reader: HfReader) -> None:
         log(f"{abbreviated(pass_through)}: pass-through tensors, kept in hf/ and not trained")
     if quantized := [weight.quantized for weight in reader.weights.values() if weight.quantized]:
         log(f"{len(quantized)} weights dequantised from {quantized[0].scheme.title} to bfloat16; scales kept in hf/")
-    if others := unread_weights(reader.path, set(reader.files)):
-        log(f"not copied, weights in other formats: {', '.join(others)}")
 
 
 def import_checks(checkpoint: Checkpoint, plan: ImportPlan, reader: HfReader, shard: ShardSpec | None) -> Checks:
@@ -111,8 +108,10 @@ def import_checks(checkpoint: Checkpoint, plan: ImportPlan, reader: HfReader, sh
     return checks
 
 
-def describe_import(out: Publication, plan: ImportPlan) -> None:
-    """Record the model in the manifest."""
+def describe_import(out: Publication, plan: ImportPlan, checkpoint: Checkpoint) -> None:
+    """Record the model in the manifest, and which of the source's weights were not read."""
+    if checkpoint.ignored:
+        out.describe(ignored=list(checkpoint.ignored))
     out.describe(
         family=plan.architecture.family,
         architecture=plan.architecture.to_dict(),

@@ -11,7 +11,7 @@ from typing import Any
 
 from shared.architecture.architecture import Architecture
 from shared.checkpoint.copy.worker_pool import Task
-from shared.checkpoint.directory.auxiliary_files import copy_auxiliary_files, read_config
+from shared.checkpoint.directory.auxiliary_files import check_auxiliary_files, copy_auxiliary_files, read_config
 from shared.checkpoint.directory.open import Checkpoint, content_checks, open_checkpoint
 from shared.checkpoint.directory.sharded_publish import ShardSpec, publish_sharded
 from shared.checkpoint.dtypes import BY_FLAG, Dtype
@@ -55,6 +55,8 @@ def run(
         checkpoint = open_checkpoint(
             source, kinds=("megatron", "te"), flag="--source", verify="small", per_rank="megatron"
         )
+        if hf_files:
+            check_auxiliary_files(hf_files, "--hf-files")
         files = hf_files or checkpoint.hf_files
         reader, plan = open_export(checkpoint, files, dtype, family, quantized=quantized)
         _log_export(plan, reader, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from shared.checkpoint.directory.open import TRACKER
+from shared.checkpoint.directory.recognition import TRACKER
 from shared.checkpoint.directory.sharded_publish import ShardSpec, publish_sharded
 from shared.families import registry
 from tools.convert.conversion import run_conversion
@@ -50,4 +50,4 @@ def run(
         layout.finish(out.path / RELEASE, COMMON)
         (out.path / TRACKER).write_text(RELEASE, encoding="utf-8")
         write_hf_files(out, plan, reader)
-        describe_import(out, plan)
+        describe_import(out, plan, checkpoint)

@@ -54,7 +54,7 @@ def run(
         write_index(out.path, layout)
         (out.path / LAYERS).write_text(json.dumps(form.modules, indent=1) + "\n", encoding="utf-8")
         write_hf_files(out, plan, reader)
-        describe_import(out, plan)
+        describe_import(out, plan, checkpoint)
 
 
 def layer_lines(layers: list[dict[str, Any]]) -> list[str]:

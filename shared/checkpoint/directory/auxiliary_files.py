@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from shared.checkpoint.directory.manifest import MANIFEST
-from shared.checkpoint.files import files_below
+from shared.checkpoint.files import check_not_stand_in, files_below
 from shared.console import log
 from shared.errors import UserError
 
@@ -22,6 +23,9 @@ _INDEX_SUFFIXES = (".index.json",)
 _BATON_FILES = {MANIFEST, "weights.json", "asides.safetensors"}  # valid for one directory only: never copied
 _RUN_FILES = ("metrics.jsonl", "report.html", "run.json", "state/", "runs/", "tensorboard/")  # of a training run
 _DOWNLOAD_FOLDERS = {".git", ".cache"}  # of git and huggingface_hub
+# Checkpoints of a trainer beside the weights: Trainer's, DeepSpeed's and Megatron-LM's.
+_TRAINER_FOLDER = re.compile(r"checkpoint-\d+|global_step\d+|iter_\d{7}")
+_POINTERS = {"latest", "latest_checkpointed_iteration.txt"}  # name one of these folders
 
 
 def auxiliary_files(directory: Path) -> Iterator[Path]:
@@ -29,7 +33,7 @@ def auxiliary_files(directory: Path) -> Iterator[Path]:
     if (directory / MANIFEST).is_file():
         names = [n for n in read_config(directory / MANIFEST)["files"] if not n.startswith(_RUN_FILES)]
     else:
-        names = _relative_names(directory)
+        names = [n for n in _relative_names(directory) if not _TRAINER_FOLDER.fullmatch(n.partition("/")[0])]
     for name in sorted(names):
         if (
             not name.endswith((*WEIGHT_SUFFIXES, *_INDEX_SUFFIXES))
@@ -40,10 +44,11 @@ def auxiliary_files(directory: Path) -> Iterator[Path]:
 
 
 def _is_latest_pointer(path: Path) -> bool:
-    """Whether the file is the `latest` of DeepSpeed or SwissArmyTransformer: the name of a folder of weights."""
-    if path.name != "latest":
+    """Whether the file names a folder of weights: `latest` of DeepSpeed and SwissArmyTransformer, Megatron-LM's tracker."""
+    if path.name not in _POINTERS:
         return False
-    folder = path.read_bytes()[:256].decode(errors="replace").strip()
+    named = path.read_bytes()[:256].decode(errors="replace").strip()
+    folder = f"iter_{named:0>7}" if named.isdigit() and path.name != "latest" else named
     return folder.isprintable() and bool(folder) and (path.parent / folder).is_dir()
 
 
@@ -51,24 +56,39 @@ def _relative_names(directory: Path) -> list[str]:
     return [path.relative_to(directory).as_posix() for path in files_below(directory, _DOWNLOAD_FOLDERS)]
 
 
-def unread_weights(directory: Path, used: set[str]) -> list[str]:
-    """Unread weight files of the directory: the same weights in another format, or another model's."""
-    return sorted(
-        name for name in {*_relative_names(directory)} - used - _BATON_FILES if name.endswith(WEIGHT_SUFFIXES)
-    )
+def unread_weights(directory: Path, used: Collection[str]) -> list[str]:
+    """What of a directory's weights is not read: files and indexes at its top, and folders, with a slash at the end.
+
+    They are the same weights in another format, another model's, or a trainer's.
+    """
+    unread = set()
+    for name in {*_relative_names(directory)} - {*used} - _BATON_FILES:
+        folder, slash, _ = name.partition("/")
+        if name.endswith((*WEIGHT_SUFFIXES, *_INDEX_SUFFIXES)) or (slash and _TRAINER_FOLDER.fullmatch(folder)):
+            unread.add(f"{folder}{slash}")
+    return sorted(unread)
+
+
+def check_auxiliary_files(directory: Path, flag: str) -> None:
+    """UserError if a file that would be copied is a git-lfs pointer or a server's error page."""
+    for relative in auxiliary_files(directory):
+        check_not_stand_in(directory / relative, flag)
 
 
 def copy_auxiliary_files(source: Path, target: Path) -> None:
-    """Copy the auxiliary files that are missing in the target; links are followed."""
+    """Copy the auxiliary files that are missing in the target; links are followed. UserError as `check_auxiliary_files`."""
     for relative in auxiliary_files(source):
         place = target / relative
         if not place.exists():
+            check_not_stand_in(source / relative)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / relative, place)
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """A config.json as a dict; UserError if the file is missing or no JSON object."""
+    if path.is_file():
+        check_not_stand_in(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

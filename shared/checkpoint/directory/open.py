@@ -9,17 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from shared.checkpoint.directory.auxiliary_files import check_auxiliary_files
 from shared.checkpoint.directory.manifest import MANIFEST, Kind, Manifest, read_manifest
-from shared.checkpoint.directory.target import PARTIAL, RUN
-from shared.checkpoint.files import hash_file, hash_files
-from shared.checkpoint.formats.megatron_lm_ranks import rank_files
-from shared.checkpoint.formats.safetensors_file import weight_map_of
-from shared.checkpoint.formats.swiss_army_transformer import rank_states
-from shared.checkpoint.formats.transformer_engine_reader import LAYERS
+from shared.checkpoint.directory.recognition import Recognition, iteration_name, recognize, tracked_iteration
+from shared.checkpoint.directory.target import PARTIAL
+from shared.checkpoint.files import check_not_stand_in, files_below, hash_file, hash_files
 from shared.console import log, progress
 from shared.errors import UserError
 
-TRACKER = "latest_checkpointed_iteration.txt"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
 _ANNOUNCE = 4 << 30  # bytes above which verification shows its progress
 
@@ -31,6 +28,8 @@ class Checkpoint:
     path: Path
     kind: Kind
     manifest: Manifest | None = field(repr=False)  # None: a foreign directory, not published by Baton
+    rank_files: tuple[Path, ...] = ()  # of a SwissArmyTransformer checkpoint
+    ignored: tuple[str, ...] = ()  # of a foreign directory: weights that are not read; folders end in a slash
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -48,17 +47,6 @@ class Checkpoint:
     def hf_files(self) -> Path:
         """The directory of auxiliary files: config.json, tokenizer ..."""
         return self.path / {"megatron": "hf", "te": "hf", "dataset": "tokenizer"}.get(self.kind, ".")
-
-
-def iteration_name(iteration: int) -> str:
-    """`iter_0000100`, as in Megatron-LM."""
-    return f"iter_{iteration:07d}"
-
-
-def tracked_iteration(directory: Path) -> str:
-    """The iteration folder in Megatron's tracker file."""
-    text = (directory / TRACKER).read_text(encoding="utf-8").strip()
-    return text if text == "release" else iteration_name(int(text))
 
 
 def open_checkpoint(
@@ -91,20 +79,60 @@ def open_checkpoint(
         raise UserError(f"{flag} {path} is not a directory")
     if PARTIAL in path.name:
         raise UserError(f"{flag} {path} is incomplete, left by a killed run; run that command again")
+    _check_top(path, flag)
     manifest = read_manifest(path, flag=flag)
     if iteration is not None:
         manifest = _iteration_manifest(path, manifest, iteration, flag)
     if manifest is None:
-        kind = _foreign_kind(path, flag, per_rank)
+        found = recognize(path, kinds=kinds, flag=flag, per_rank=per_rank)
     else:
-        kind = manifest.kind
+        found = Recognition(kind=manifest.kind)
         _verify(path, manifest, flag, verify)
         if manifest.state == "running":
             log(f"{path} is an unfinished training run; reading iteration {manifest.iteration}")
-    if kind not in kinds:
-        lacks = " (config.json is missing)" if kind == "tokenizer" else ""
-        raise UserError(f"{flag} {path} is a {kind} directory{lacks}; wanted: {' or '.join(kinds)}")
-    return Checkpoint(path=path, kind=kind, manifest=manifest)
+    if found.kind not in kinds:
+        lacks = " (config.json is missing)" if found.kind == "tokenizer" else ""
+        fix = next((f"; {_CONVERSIONS[pair]}" for kind in kinds if (pair := (found.kind, kind)) in _CONVERSIONS), "")
+        raise UserError(f"{flag} {path} is a {found.kind} directory{lacks}; wanted: {' or '.join(kinds)}{fix}")
+    checkpoint = Checkpoint(
+        path=path, kind=found.kind, manifest=manifest, rank_files=found.rank_files, ignored=found.ignored
+    )
+    if manifest is None:
+        _check_foreign_files(checkpoint, found, kinds, flag)
+    if found.ignored:
+        held = f"{found.weights[0]}{' and others' if len(found.weights) > 1 else ''}" if found.weights else "its ranks"
+        log(f"{flag} {path}: weights are read from {held}; ignored: {', '.join(found.ignored)}")
+    return checkpoint
+
+
+# (kind that is there, kind that is wanted) -> the command that makes it
+_CONVERSIONS: dict[tuple[Kind, Kind], str] = {
+    ("hf", "megatron"): "`convert to-megatron` makes one of it",
+    ("megatron", "hf"): "`convert to-hf` makes one of it",
+    ("te", "hf"): "`convert to-hf` makes one of it",
+}
+
+
+def _check_top(directory: Path, flag: str) -> None:
+    for file in sorted(directory.iterdir()) if directory.is_dir() else ():
+        if file.is_file() and file.suffix not in WEIGHTS:
+            check_not_stand_in(file, flag)
+
+
+def _check_foreign_files(checkpoint: Checkpoint, found: Recognition, kinds: Sequence[Kind], flag: str) -> None:
+    """UserError if a file that is read or copied is a git-lfs pointer or a server's error page."""
+    if "tokenizer" in kinds:  # nothing else is read
+        _check_top(checkpoint.hf_files, flag)
+        return
+    if checkpoint.hf_files.is_dir():
+        check_auxiliary_files(checkpoint.hf_files, flag)
+    files = [*(checkpoint.path / name for name in found.weights), *found.rank_files]
+    if checkpoint.kind == "megatron":
+        files += files_below(checkpoint.iteration_path)
+    elif checkpoint.kind == "te":
+        files += checkpoint.path.glob("*.safetensors")
+    for file in sorted(files):
+        check_not_stand_in(file, flag)
 
 
 def _iteration_manifest(path: Path, newest: Manifest | None, iteration: int, flag: str) -> Manifest:
@@ -125,6 +153,7 @@ def _verify(path: Path, manifest: Manifest, flag: str, verify: str) -> None:
         file = path / name
         if not file.is_file():
             raise UserError(f"{flag} {file} is missing, though {MANIFEST} lists it; publish the directory again")
+        check_not_stand_in(file, flag)
         if (size := file.stat().st_size) != entry.size:
             raise UserError(f"{flag} {file} has {size} bytes instead of {entry.size}; publish the directory again")
     if manifest.iteration is None:  # older iterations of a run directory are not in the manifest
@@ -171,50 +200,3 @@ def content_checks(checkpoint: Checkpoint, sources: Iterable[Path], *, flag: str
 
     entries = {checkpoint.path / name: entry for name, entry in checkpoint.manifest.files.items()}
     return [partial(check, path, entries[path].hash) for path in sorted(sources) if path in entries]
-
-
-def _foreign_kind(path: Path, flag: str, per_rank: Kind | None) -> Kind:
-    if (path / RUN).exists():
-        raise UserError(f"{flag} {path} is a training run that has not saved an iteration yet; run its command again")
-    if (path / TRACKER).is_file():
-        return _check_foreign_megatron(path, flag, per_rank)
-    if rank_states(path):
-        if per_rank != "hf":
-            raise UserError(
-                f"{flag} {path} is a SwissArmyTransformer checkpoint, one file per rank; `convert to-megatron` reads it"
-            )
-        return "hf"
-    if (path / "config.json").is_file():
-        return _check_foreign_hf(path, flag)
-    if (path / LAYERS).is_file():
-        return "te"  # its weights are checked on reading
-    if (path / "tokenizer.json").is_file():
-        return "tokenizer"
-    raise UserError(f"{flag} {path} holds no checkpoint: neither {MANIFEST}, config.json nor {TRACKER}")
-
-
-def _check_foreign_megatron(path: Path, flag: str, per_rank: Kind | None) -> Kind:
-    try:
-        iteration = path / tracked_iteration(path)
-    except ValueError:
-        raise UserError(f"{flag} {path / TRACKER} names no iteration; write its number or 'release' there") from None
-    if rank_files(iteration):
-        if per_rank != "megatron":
-            raise UserError(
-                f"{flag} {iteration} is a legacy Megatron-LM checkpoint, one file per rank; "
-                "`convert to-hf --hf-files DIR` reads it"
-            )
-    elif not (iteration / ".metadata").is_file():
-        raise UserError(f"{flag} {iteration}/.metadata is missing: not a complete torch_dist checkpoint")
-    return "megatron"
-
-
-def _check_foreign_hf(path: Path, flag: str) -> Kind:
-    for index in sorted(path.glob("*.index.json")):
-        for name in sorted({*weight_map_of(index, flag).values()}):
-            if not (path / name).is_file():
-                raise UserError(f"{flag} {path / name} is missing, though {index.name} names it; fetch it again")
-        return "hf"
-    if not any(file.suffix in WEIGHTS for file in path.iterdir()):
-        raise UserError(f"{flag} {path} has a config.json and no weights; fetch the model again")
-    return "hf"

@@ -22,8 +22,8 @@ from shared.checkpoint.directory.manifest import (
     read_manifest,
     run_fingerprint,
 )
-from shared.checkpoint.directory.open import TRACKER, iteration_name
 from shared.checkpoint.directory.publish import file_entries, move_into_place
+from shared.checkpoint.directory.recognition import TRACKER, iteration_name
 from shared.checkpoint.directory.target import (
     PARTIAL,
     RUN,

@@ -6,6 +6,7 @@ Shapes are the stored ones, `[out, in]` for linear weights; a row is one index o
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -162,22 +163,76 @@ class HfReader:
         return sum(prod(tensor.shape) for tensor in self.tensors.values())
 
 
-def stored_weights(path: Path, flag: str) -> WeightLayout:
-    """The shards of a directory from its index and the files' headers; UserError if they disagree."""
-    for pattern, single, index, read in (
-        ("model*.safetensors", SINGLE, INDEX, read_header),
-        ("pytorch_model*.bin", TORCH_SINGLE, TORCH_INDEX, read_pytorch_bin),
-    ):
-        there = sorted(file.name for file in path.glob(pattern))
+@dataclass(frozen=True, kw_only=True)
+class WeightFiles:
+    """The files that hold a directory's weights."""
+
+    files: tuple[str, ...]
+    index: str | None  # None for a single file
+    weight_map: Mapping[str, str]  # of the index: tensor -> file
+    read: Callable[[Path], Header]
+
+
+# In the order of transformers' `_get_resolved_checkpoint_files` (modeling_utils.py): safetensors first, and of each format the
+# whole file, whose index is then stale. vLLM's `_prepare_weights` (default_loader.py) prefers safetensors too, but among them
+# follows the index; `infer` shows it the files chosen here only.
+_FORMS: tuple[tuple[str, str, str, Callable[[Path], Header]], ...] = (
+    (SINGLE, INDEX, "model-*.safetensors", read_header),
+    (TORCH_SINGLE, TORCH_INDEX, "pytorch_model-*.bin", read_pytorch_bin),
+)
+_NUMBERED = re.compile(r"(.+)-\d+-of-(\d+)\.\w+")
+
+
+def holds_weights(path: Path) -> bool:
+    """Whether a directory has a file that `choose_weights` looks at."""
+    return any((path / single).is_file() or (path / index).is_file() for single, index, _, _ in _FORMS) or any(
+        any(path.glob(pattern)) for _, _, pattern, _ in _FORMS
+    )
+
+
+def choose_weights(path: Path, flag: str) -> WeightFiles:
+    """The files that are read of all those in a directory, as transformers chooses them.
+
+    Raises:
+        UserError: there are none, or the index that would be followed names a missing file, or not all of its shards.
+    """
+    for single, index, pattern, read in _FORMS:
+        if (path / single).is_file():
+            return WeightFiles(files=(single,), index=None, weight_map={}, read=read)
         if (path / index).is_file():
-            return _sharded(path, flag, there, index, read)
-        if single in there:
-            if others := [name for name in there if name != single]:
-                raise UserError(f"{flag} {path} holds {single} and {others[0]} without {index}; remove the wrong one")
-            return WeightLayout(shards=(Shard(file=single, header=read(path / single)),), index=None)
-        if there:
+            weight_map = weight_map_of(path / index, flag)
+            files = tuple(sorted(set(weight_map.values())))
+            _check_named(path, flag, index, files, pattern)
+            return WeightFiles(files=files, index=index, weight_map=weight_map, read=read)
+        if there := sorted(file.name for file in path.glob(pattern)):
             raise UserError(f"{flag} {path / index} is missing, though {there[0]} is there; fetch it again")
     raise UserError(f"{flag} {path} holds no {SINGLE} and no {INDEX}, nor {TORCH_SINGLE}")
+
+
+def _check_named(path: Path, flag: str, index: str, files: Sequence[str], pattern: str) -> None:
+    """UserError if a file of the index is outside the directory or missing, or a shard beside them is not in the index.
+
+    Shards numbered for another count are left over from another save.
+    """
+    if outside := [name for name in files if Path(name).name != name]:
+        raise UserError(f"{flag} {path / index} names {outside[0]!r}, which is outside this directory; fetch it again")
+    for name in files:
+        if not (path / name).is_file():
+            other = f", or remove {index} to read {TORCH_SINGLE}" if (path / TORCH_SINGLE).is_file() else ""
+            raise UserError(f"{flag} {path / name} is missing, though {index} names it; fetch it again{other}")
+    saves = {match.groups() for name in files if (match := _NUMBERED.fullmatch(name))}
+    for name in sorted(file.name for file in path.glob(pattern)):
+        if name not in files and (match := _NUMBERED.fullmatch(name)) and match.groups() in saves:
+            raise UserError(f"{flag} {path / name} is not in {index}; its tensors would be lost; fetch both again")
+
+
+def stored_weights(path: Path, flag: str) -> WeightLayout:
+    """The shards of a directory from its index and the files' headers; UserError if they disagree."""
+    chosen = choose_weights(path, flag)
+    if chosen.index is not None:
+        return _sharded(path, flag, chosen, chosen.index)
+    (single,) = chosen.files
+    return WeightLayout(shards=(Shard(file=single, header=chosen.read(path / single)),), index=None)
 
 
 def _as_safetensors(stored: WeightLayout) -> WeightLayout:
@@ -190,22 +245,12 @@ def _as_safetensors(stored: WeightLayout) -> WeightLayout:
     return WeightLayout(shards=tuple(shards), index=_index(shards) if stored.index is not None else None)
 
 
-def _sharded(
-    path: Path, flag: str, shards_there: Sequence[str], index: str, read: Callable[[Path], Header]
-) -> WeightLayout:
-    weight_map = weight_map_of(path / index, flag)
-    files = sorted(set(weight_map.values()))
-    if outside := [name for name in files if Path(name).name != name]:
-        raise UserError(f"{flag} {path / index} names {outside[0]!r}, which is outside this directory; fetch it again")
-    for name in files:
-        if not (path / name).is_file():
-            raise UserError(f"{flag} {path / name} is missing, though {index} names it; fetch it again")
-    if unnamed := [name for name in shards_there if name not in files]:
-        raise UserError(f"{flag} {path / unnamed[0]} is not in {index}; its tensors would be lost; fetch both again")
+def _sharded(path: Path, flag: str, chosen: WeightFiles, index: str) -> WeightLayout:
+    weight_map = chosen.weight_map
     shards: list[Shard] = []
     seen: dict[str, str] = {}
-    for name in files:
-        header = read(path / name)
+    for name in chosen.files:
+        header = chosen.read(path / name)
         shards.append(Shard(file=name, header=header))
         for tensor in header.tensors:
             if tensor.name in seen:

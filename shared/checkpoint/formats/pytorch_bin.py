@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.checkpoint.copy.blocks import OpenFiles
+from shared.checkpoint.files import check_not_stand_in
 from shared.checkpoint.formats.safetensors_file import Header, TensorInfo, tensor_bytes
 from shared.checkpoint.formats.torch_pickle import StorageType, read_pickle
 from shared.errors import UserError
@@ -40,6 +41,7 @@ class TorchFile:
 
     def __init__(self, path: Path, *, training: bool = False) -> None:
         self.path = path
+        check_not_stand_in(path)
         try:
             archive = zipfile.ZipFile(path)
         except zipfile.BadZipFile:

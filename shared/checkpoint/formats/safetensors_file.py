@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.checkpoint.dtypes import SAFETENSORS_BITS
+from shared.checkpoint.files import check_not_stand_in
 from shared.errors import UserError
 from shared.mapping.layout import Shape
 
@@ -52,6 +53,7 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """The header of a file; UserError if it is damaged or disagrees with the file's size."""
+    check_not_stand_in(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH), "little")
@@ -94,6 +96,7 @@ def parse_header(text: str, path: Path) -> Header:
 
 def weight_map_of(index: Path, flag: str) -> dict[str, str]:
     """The `weight_map` of an index, tensor name -> file name; UserError if the index is damaged."""
+    check_not_stand_in(index, flag)
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -48,7 +48,7 @@ def rank_states(directory: Path) -> list[Path]:
     if not (directory / LATEST).is_file():
         return []
     name = (directory / LATEST).read_text(encoding="utf-8", errors="replace").strip()
-    if not re.fullmatch(r"[\w.-]+", name):
+    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("global_step"):  # DeepSpeed's own tags
         return []
     return sorted(path for path in (directory / name).glob("mp_rank_*") if _RANK.fullmatch(path.name))
 

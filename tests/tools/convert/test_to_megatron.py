@@ -261,14 +261,14 @@ def test_configuration_that_is_not_understood(
     assert words in refused(convert, source, tmp_path / "m")
 
 
-def test_weights_in_another_form_are_named(make_hf: Make, convert: Any, tmp_path: Path) -> None:
+def test_ignored_weights_are_named_and_recorded(make_hf: Make, convert: Any, tmp_path: Path) -> None:
     source = make_hf()
     (source / "original").mkdir()
     (source / "original" / "consolidated.00.pth").write_bytes(b"x")
     answer = convert("to-megatron", "--source", source, "--target", tmp_path / "m")
     assert answer.code == 0
-    assert "not copied, weights in other formats: " in answer.err
-    assert "original/consolidated.00.pth" in answer.err
+    assert "weights are read from model.safetensors; ignored: original/" in answer.err
+    assert json.loads((tmp_path / "m/manifest.json").read_text())["facts"]["ignored"] == ["original/"]
 
 
 @pytest.mark.parametrize("name", ["weights.json", "asides.safetensors"])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from shared.errors import UserError
 from tools.rlhf.rewards.imported_files import imported_files
+from shared.foreign_formats import absent, not_a_directory
 
 _FORM = re.compile(r"(?:(?P<weight>[^*]*)\*)?(?P<kind>model|py):(?P<rest>.+)")
 
@@ -63,7 +64,8 @@ def _component(text: str) -> RewardSpec:
     if match["kind"] == "model":
         path = Path(match["rest"])
         if not path.is_dir():
-            raise UserError(f"--reward {text!r}: {path} is not a directory; give what `rlhf reward` published")
+            what = not_a_directory(path) if path.exists() else absent(path)
+            raise UserError(f"--reward {text!r}: {path} {what} (wanted: what `rlhf reward` published)")
         return RewardSpec(weight=weight, path=path, function=None)
     file, colon, function = match["rest"].rpartition(":")
     if not colon or not function.isidentifier():

@@ -31,11 +31,20 @@ def test_everything_but_weights_is_auxiliary(tmp_path: Path) -> None:
     left = ["model.safetensors", "model.safetensors.index.json", "original/a.pth", "weights.json", ".cache/x"]
     folder = make(tmp_path / "a", *kept, *left)
     assert [path.as_posix() for path in auxiliary_files(folder)] == sorted(kept)
-    assert unread_weights(folder, {"model.safetensors"}) == ["original/a.pth"]
+    assert unread_weights(folder, {"model.safetensors", "model.safetensors.index.json"}) == ["original/"]
     copy_auxiliary_files(folder, tmp_path / "b")
     assert sorted(
         p.relative_to(tmp_path / "b").as_posix() for p in (tmp_path / "b").rglob("*") if p.is_file()
     ) == sorted(kept)
+
+
+def test_what_a_trainer_left_is_neither_auxiliary_nor_read(tmp_path: Path) -> None:
+    trainers = ["checkpoint-5/trainer_state.json", "global_step7/a.pt", "iter_0000009/common.pt"]
+    folder = make(tmp_path / "a", "config.json", "checkpoints.md", *trainers)
+    (folder / "latest").write_text("global_step7")
+    (folder / "latest_checkpointed_iteration.txt").write_text("9")
+    assert [path.as_posix() for path in auxiliary_files(folder)] == ["checkpoints.md", "config.json"]
+    assert unread_weights(folder, set()) == ["checkpoint-5/", "global_step7/", "iter_0000009/"]
 
 
 def test_of_a_published_directory_what_its_manifest_lists(tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ def test_the_wrong_kind_is_named(published: Callable[..., Path]) -> None:
 
 def test_foreign_hf_directory_must_have_the_shards_its_index_names(source: Path) -> None:
     assert open_checkpoint(source, kinds=("hf",), flag="--source").manifest is None
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (source / "model.safetensors").rename(source / "model-1.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="model-2.safetensors is missing"):
         open_checkpoint(source, kinds=("hf",), flag="--source")
@@ -106,3 +107,58 @@ def test_foreign_megatron_directory_follows_its_tracker(tmp_path: Path, tracker:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("soon")
     with pytest.raises(UserError, match="names no iteration"):
         open_checkpoint(tmp_path, kinds=("megatron",), flag="--source")
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\nsize 17209961\n"
+PAGE = "<!DOCTYPE html>\n<html><head><title>Log in</title></head></html>\n"
+
+
+@pytest.mark.parametrize(
+    "content", [POINTER, POINTER.replace("git-lfs.github.com", "hawser.github.com"), PAGE, "Entry not found"]
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "vocab.json",
+        "model.safetensors",
+        "deep/notes.json",
+        "generation_config.json",
+    ],
+)
+def test_a_file_that_stands_for_another_is_named(source: Path, name: str, content: str) -> None:
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).write_text(content)
+    what = "git-lfs pointer.*git lfs pull" if "oid" in content else "answer of a web server"
+    with pytest.raises(UserError, match=f"^--source {source / name} is .*{what}"):
+        open_checkpoint(source, kinds=("hf",), flag="--source")
+
+
+@pytest.mark.parametrize("name", ["nested/a.txt", "model.safetensors", "manifest.json"])
+def test_a_pointer_in_a_published_directory_is_named_not_its_size(published: Callable[..., Path], name: str) -> None:
+    file = published() / name
+    file.write_text(POINTER)
+    with pytest.raises(UserError, match=f"{name} is a git-lfs pointer"):
+        open_checkpoint(file.parents[name.count("/")], kinds=("hf",), flag="--source", verify="sizes")
+
+
+@pytest.mark.parametrize("name", ["hf/tokenizer.json", "iter_0000100/.metadata", "iter_0000100/__0_0.distcp"])
+def test_a_pointer_in_a_megatron_directory_is_named(tmp_path: Path, name: str) -> None:
+    for made in ("hf/tokenizer.json", "iter_0000100/.metadata", "iter_0000100/__0_0.distcp"):
+        (tmp_path / made).parent.mkdir(exist_ok=True)
+        (tmp_path / made).write_text("{}" if made != name else POINTER)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("100")
+    with pytest.raises(UserError, match=f"{name} is a git-lfs pointer"):
+        open_checkpoint(tmp_path, kinds=("megatron",), flag="--source")
+
+
+def test_weights_that_are_not_read_may_be_pointers(source: Path) -> None:
+    (source / "pytorch_model.bin").write_text(POINTER)
+    open_checkpoint(source, kinds=("hf",), flag="--source")
+    (source / "model.safetensors").write_text(POINTER)
+    open_checkpoint(source, kinds=("tokenizer", "hf", "megatron"), flag="--tokenizer")
+    (source / "tokenizer.json").write_text(POINTER)
+    with pytest.raises(UserError, match="tokenizer.json is a git-lfs pointer"):
+        open_checkpoint(source, kinds=("tokenizer", "hf", "megatron"), flag="--tokenizer")
