@@ -11,6 +11,7 @@ from shared.console import log
 from tools.infer.engines.engine import Completion, EngineSettings, Request, Sampling, pieces
 from tools.infer.engines.scoring import CheckedRequests
 from tools.infer.engines.vllm_arguments import engine_arguments
+from tools.infer.engines.vllm_directory import directory_for_vllm, shown
 from tools.infer.engines.vllm_support import check_supported, model_config, refusals
 from tools.infer.environment import on_gpu
 from tools.infer.source import check_weights
@@ -101,7 +102,7 @@ class VllmEngine:
 def checked_arguments(source: Path, settings: EngineSettings) -> tuple[dict[str, Any], int]:
     """vLLM's keyword arguments and the context length. UserError if vLLM does not support the model on this machine."""
     check_supported(source)
-    arguments = engine_arguments(source, settings)
+    arguments = engine_arguments(source, settings) | {"model": str(directory_for_vllm(source))}
     context_length = model_config(arguments).max_model_len
     check_weights(source)
     return arguments, context_length
@@ -122,7 +123,7 @@ def sampling_params(sampling: Sampling, **further: Any) -> SamplingParams:
 
 def announce(arguments: Mapping[str, Any]) -> None:
     """Log model and device."""
-    log(f"loading {arguments['model']} with vLLM on {'GPU' if on_gpu() else 'CPU'}")
+    log(f"loading {shown(arguments['model'])} with vLLM on {'GPU' if on_gpu() else 'CPU'}")
 
 
 def load(arguments: Mapping[str, Any]) -> LLM:

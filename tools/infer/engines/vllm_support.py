@@ -10,6 +10,7 @@ from typing import Any
 from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.errors import UserError
 from shared.families import registry
+from tools.infer.engines.vllm_directory import shown
 from tools.infer.environment import on_gpu
 
 # architecture -> (field of config.json, its only supported value): vLLM's class ignores the field or asserts it without a
@@ -82,7 +83,7 @@ def model_config(arguments: Mapping[str, Any]) -> Any:
     with refusals(arguments["model"]):
         config = EngineArgs(**arguments).create_model_config()
     if not on_gpu():
-        _check_cpu_kernels(arguments["model"], config)
+        _check_cpu_kernels(shown(arguments["model"]), config)
     return config
 
 
@@ -114,7 +115,7 @@ def refusals(source: object) -> Iterator[None]:
     except (ValueError, AssertionError) as error:
         if isinstance(error, AssertionError) and not str(error):
             raise
-        raise UserError(f"--source {source}: {reason(error)}") from None
+        raise UserError(f"--source {shown(source)}: {reason(error)}") from None
 
 
 def reason(error: Exception) -> str:
