@@ -61,7 +61,6 @@ from shared.families.common.decoder import with_mixer
 from shared.families.common.mtp import mtp_part
 from shared.families.family import Family
 from shared.mapping.rule import Table
-from shared.quantized.scheme import quantization_scheme
 
 _MODULES = (
     llama,
@@ -159,7 +158,7 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
         UserError: an unsupported field, by name.
     """
     family = family_of(config)
-    quantization_scheme(config)  # UserError if unsupported; storage only, so not part of the architecture
+    # quantization_config says how weights are stored, if they still are: readers of weights check it.
     given = family.without_legacy_names(config)
     return family.architecture({name: value for name, value in given.items() if name != "quantization_config"})
 

@@ -8,12 +8,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from shared.checkpoint.directory.auxiliary_files import copy_auxiliary_files
+from shared.checkpoint.directory.auxiliary_files import copy_auxiliary_files, read_config
 from shared.checkpoint.directory.publish import Publication
-from shared.checkpoint.formats.hugging_face import LAYOUT, HfReader, WeightLayout, default_layout, write_weights
+from shared.checkpoint.formats.hugging_face import (
+    LAYOUT,
+    HfReader,
+    WeightLayout,
+    default_layout,
+    scheme_of,
+    write_weights,
+)
 from shared.checkpoint.formats.safetensors_file import TensorInfo, read_header
+from shared.cli import log
 from shared.errors import UserError
 from shared.mapping.rule import Table
+from shared.quantized.scheme import QuantizationScheme
 from tools.convert.conversion_report import abbreviated
 from tools.convert.plan_import import ImportPlan
 
@@ -24,6 +33,22 @@ def pass_through_tensors(files: Path) -> dict[str, TensorInfo]:
     """Pass-through tensors stored in `files`, the directory of config.json."""
     path = files / PASS_THROUGH_FILE
     return {tensor.name: tensor for tensor in read_header(path).tensors} if path.is_file() else {}
+
+
+def original_scheme(files: Path) -> QuantizationScheme | None:
+    """The quantisation scheme of the checkpoint that hf/weights.json describes; None if its weights were plain."""
+    layout = WeightLayout.read(files / LAYOUT).tensors() if (files / LAYOUT).is_file() else {}
+    return scheme_of(read_config(files / "config.json"), layout)
+
+
+def remove_quantization_config(path: Path) -> None:
+    """Remove quantization_config from a config.json whose weights are not quantised, or no more."""
+    config = read_config(path)
+    if config.pop("quantization_config", None) is not None:
+        log(
+            "config.json: quantization_config removed, the weights are not quantised (to-hf --quantized quantises again)"
+        )
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def match_pass_through(table: Table, files: Path) -> tuple[Table, dict[str, TensorInfo]]:

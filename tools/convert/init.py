@@ -60,6 +60,8 @@ def run(
     if model_config is not None:
         given_config = registry.with_auxiliary_fields(read_config(model_config), tokenizer or model_config.parent)
         registry.from_config(given_config)
+        if given_config.pop("quantization_config", None) is not None:
+            log("config.json: quantization_config left out, the new weights are not quantised")
         config = for_transformers_4_and_5(given_config | changes | tokens | types)
     else:
         config = registry.to_config(replace(_named(str(size)), **changes), **tokens, **types)

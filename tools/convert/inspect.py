@@ -24,9 +24,8 @@ from shared.families import registry
 from shared.mapping.account import account_sources, account_targets
 from shared.mapping.layout import Shape
 from shared.mapping.transformer_engine import te_form
-from shared.quantized.scheme import quantization_scheme
 from tools.convert.architecture_summary import architecture_lines
-from tools.convert.hf_files import match_pass_through
+from tools.convert.hf_files import match_pass_through, original_scheme
 from tools.convert.to_te import layer_lines
 
 Reader = HfReader | TorchDistReader | TeReader
@@ -109,7 +108,7 @@ def _family(checkpoint: Checkpoint, reader: Reader) -> dict[str, Any]:
     config = read_config(path)
     result: dict[str, Any] = {"family": config.get("model_type")}
     try:
-        if form := quantization_scheme(config):
+        if form := reader.scheme if isinstance(reader, HfReader) else original_scheme(path.parent):
             result["quantization"] = form.title
             if isinstance(reader, HfReader):
                 result["quantized_weights"] = sum(weight.quantized is not None for weight in reader.weights.values())

@@ -24,10 +24,10 @@ from shared.errors import UserError
 from shared.families import registry
 from shared.families.common.multimodal_wrapper import untied as untied_config
 from shared.mapping.rule import Table
-from shared.quantized.scheme import quantization_scheme
 from tools.convert.adapter import Changes, match, read_adapter
 from tools.convert.adapter_config import AdapterConfig
 from tools.convert.conversion import run_conversion
+from tools.convert.hf_files import remove_quantization_config
 from tools.convert.lora import Matrix, merged
 from tools.convert.plan_import import plan_import, tied_checks
 from tools.convert.tokenizer_files import FILES, check_same_vocabulary
@@ -43,7 +43,7 @@ def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int
         checkpoint = open_checkpoint(source, kinds=("hf",), flag="--source", verify="small")
         check_auxiliary_files(adapter, "--adapter")
         reader, config = HfReader(source), AdapterConfig(adapter)
-        if quantization_scheme(reader.config):
+        if reader.scheme:
             raise UserError(
                 f"--source {source} is quantised; dequantise it first with `convert to-megatron` and `to-hf`"
             )
@@ -77,6 +77,7 @@ def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int
             for name in own:
                 shutil.copyfile(adapter / name, out.path / name)
         copy_auxiliary_files(source, out.path)
+        remove_quantization_config(out.path / "config.json")
         if merge.untied:
             _untie(out.path / "config.json")
         architecture = registry.from_files(out.path)

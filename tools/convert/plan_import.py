@@ -94,6 +94,8 @@ def log_import(plan: ImportPlan, reader: HfReader) -> None:
         log(f"{names}: slices of different dtypes, upcast to float32; to-hf writes the original dtypes")
     if pass_through := plan.account.pass_through:
         log(f"{abbreviated(pass_through)}: pass-through tensors, kept in hf/ and not trained")
+    if reader.leftover:
+        log(f"config.json: quantization_config ({reader.leftover}) ignored, no weight is quantised")
     if quantized := [weight.quantized for weight in reader.weights.values() if weight.quantized]:
         log(f"{len(quantized)} weights dequantised from {quantized[0].scheme.title} to bfloat16; scales kept in hf/")
 

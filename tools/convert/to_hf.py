@@ -24,10 +24,15 @@ from shared.errors import UserError
 from shared.families import registry
 from shared.mapping.transformer_engine import te_form
 from shared.precision import Precision
-from shared.quantized.scheme import quantization_scheme
 from tools.convert.conversion import run_conversion
 from tools.convert.conversion_report import abbreviated
-from tools.convert.hf_files import PASS_THROUGH_FILE, match_pass_through, pass_through_tensors
+from tools.convert.hf_files import (
+    PASS_THROUGH_FILE,
+    match_pass_through,
+    original_scheme,
+    pass_through_tensors,
+    remove_quantization_config,
+)
 from tools.convert.megatron_lm import MegatronLmReader
 from tools.convert.megatron_lm_names import HEAD
 from tools.convert.plan_export import ExportPlan, constant_checks, export_files, plan_export
@@ -87,7 +92,7 @@ def run(
             _write_config(out.path / "config.json", plan.architecture, own)
         copy_auxiliary_files(files, out.path)
         if not quantized:
-            _remove_quantization(out.path / "config.json")
+            remove_quantization_config(out.path / "config.json")
         if dtype:
             _set_dtype(out.path / "config.json", BY_FLAG[dtype].name)
         tensors = plan.layout.tensors()
@@ -157,14 +162,6 @@ def _set_dtype(path: Path, name: str) -> None:
         path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _remove_quantization(path: Path) -> None:
-    """Remove quantization_config: the weights are dequantised."""
-    config = read_config(path)
-    if config.pop("quantization_config", None) is not None:
-        log("config.json: quantization_config removed, the weights are dequantised (--quantized quantises them again)")
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def open_export(
     checkpoint: Checkpoint,
     files: Path,
@@ -184,12 +181,14 @@ def open_export(
     """
     if not (files / "config.json").is_file():
         raise UserError(f"{files / 'config.json'} is missing; give --hf-files DIR with config.json and tokenizer")
-    config = read_config(files / "config.json")
-    architecture, scheme = registry.from_files(files), quantization_scheme(config)
-    if quantized and scheme is None:
+    config, architecture = read_config(files / "config.json"), registry.from_files(files)
+    if quantized and config.get("quantization_config") is None:
         raise UserError(f"--quantized: {files / 'config.json'} has no quantization_config; leave the flag out")
     if quantized and not (files / LAYOUT).is_file():
         raise UserError(f"--quantized: {files / LAYOUT}, the list of quantised weights, is missing; leave the flag out")
+    scheme = original_scheme(files)
+    if quantized and scheme is None:
+        raise UserError("--quantized: no weight of the original checkpoint is quantised; leave the flag out")
     layout = WeightLayout.read(files / LAYOUT) if (files / LAYOUT).is_file() else None
     pass_through = pass_through_tensors(files)
     own, wanted = architecture, BY_FLAG[dtype] if dtype else None

@@ -24,7 +24,6 @@ from shared.errors import StageError, UserError
 from shared.families import registry
 from shared.mapping.transformer_engine import te_form
 from shared.model.support import check_supported
-from shared.quantized.scheme import quantization_scheme
 from tools.convert.hf_source import open_hf_source
 from tools.convert.plan_export import ExportPlan, changed_constant, exported_rows, rows_to_quantize
 from tools.convert.planning import MegatronReader
@@ -76,7 +75,7 @@ def run(
     _, reader = open_hf_source(source, hf_files, verify="content")
     made = open_checkpoint(target, kinds=("megatron", "te"), flag="--target")
     if logits:
-        _require_class(reader.config, source, trust_remote_code)
+        _require_class(reader, source, trust_remote_code)
     findings = Findings()
     _compare_config(reader.config, read_config(made.hf_files / "config.json"), findings)
     if not findings.differences:  # a different config.json may imply other shapes
@@ -86,7 +85,8 @@ def run(
             check_supported(plan.architecture, fix="give --no-logits to compare the tensors alone")
         _compare_layout(reader, plan, made.hf_files / LAYOUT, findings)
         with progress(reader.bytes, "bytes", "comparing") as advance:
-            for name in reader.tensors.keys() & plan.layout.tensors().keys():
+            exported = plan.layout.tensors()
+            for name in (name for name in reader.tensors if name in exported):
                 _compare_tensor(name, reader, held, plan, findings)
                 advance(reader.tensors[name].size)
             if quantized:
@@ -136,10 +136,10 @@ def _require_models() -> None:
         )
 
 
-def _require_class(config: dict[str, Any], source: Path, trust_remote_code: bool) -> None:
+def _require_class(reader: HfReader, source: Path, trust_remote_code: bool) -> None:
     """UserError if no class can compute the logits: neither transformers nor modelling code with --trust-remote-code."""
-    family = registry.family_of(config)
-    if (trust_remote_code or family.remote) and quantization_scheme(config):
+    config, family = reader.config, registry.family_of(reader.config)
+    if (trust_remote_code or family.remote) and config.get("quantization_config") is not None:
         raise UserError("logits of quantised models need a class of transformers: give --no-logits")
     if trust_remote_code:
         if not remote_class(config):

@@ -23,7 +23,6 @@ from shared.families import registry
 from shared.families.common.transformers_workarounds import with_workarounds
 from shared.kernels.attention import masks
 from shared.model.prefix_lm import prefix_inputs, with_blank
-from shared.quantized.scheme import quantization_scheme
 from tools.convert.remote import remote_class
 
 # Both models compute in fp32 from the same bits; only the order of sums differs. A layer has about a dozen roundings of
@@ -140,7 +139,7 @@ def _transformers(source: Path, ids: torch.Tensor, trust_remote_code: bool) -> t
     disable_progress_bar()
     config, architecture = read_config(source / "config.json"), registry.from_files(source)
     options = {"dtype": torch.float32, "attn_implementation": attention_of(architecture)}
-    if quantization_scheme(config):
+    if config.get("quantization_config") is not None:  # also one that is left over: transformers would follow it
         model = _dequantized_model(source, **options)
     elif trust_remote_code and (name := remote_class(config)):
         with _modelling_code(source):

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from shared.checkpoint.directory.open import open_checkpoint
+from shared.checkpoint.formats.hugging_face import check_not_left_over
 from shared.console import log
 from shared.weight_account import account_for_weights
 
 
 def open_hf_directory(source: Path) -> Path:
-    """The directory with the model's files. UserError if a file differs from the manifest."""
-    return open_checkpoint(source, kinds=("hf",), flag="--source").hf_files
+    """The directory with the model's files. UserError if it is not read as it is."""
+    directory = open_checkpoint(source, kinds=("hf",), flag="--source").hf_files
+    check_not_left_over(directory, f"--source {source}")
+    return directory
 
 
 def check_weights(source: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from shared.checkpoint.formats.hugging_face import check_not_left_over
 from shared.errors import UserError
 from shared.families.common.transformers_workarounds import with_workarounds
 
@@ -89,6 +90,7 @@ def load_transformers_model(kind: Any, path: Path, *, place: str, other_head: bo
     """
     from transformers.utils import logging
 
+    check_not_left_over(path, place)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of several lines, and a warning of the new head
     try:

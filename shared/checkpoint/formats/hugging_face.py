@@ -40,6 +40,7 @@ TORCH_SINGLE = "pytorch_model.bin"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 LAYOUT = "weights.json"  # in `hf/` of a Megatron directory: the source's shards, for a byte-identical export
 SHARD_BYTES = 5_000_000_000  # transformers' default
+_PLAIN = {"F64", "F32", "F16", "BF16", "BOOL", "I64"}  # dtypes of weights, and of masks and positions in old files
 RecordHash = Callable[[str, str], None]  # (relative name, content hash)
 
 
@@ -143,9 +144,22 @@ class HfReader:
         return self._files.blocks(tensor.file, tensor.start + first * tensor.row_bytes, size, tensor.row_bytes)
 
     @cached_property
+    def scheme(self) -> QuantizationScheme | None:
+        """The weights' quantisation scheme; UserError if it is not supported."""
+        return scheme_of(self.config, self.tensors)
+
+    @property
+    def leftover(self) -> str | None:
+        """The method of a quantization_config whose weights are not quantised: of a merged or dequantised model."""
+        given = self.config.get("quantization_config")
+        if given is None or self.scheme is not None:
+            return None
+        return str(given.get("quant_method")) if isinstance(given, Mapping) else repr(given)
+
+    @cached_property
     def weights(self) -> dict[str, Weight]:
         """Weights by name, dequantised on read. UserError if the quantisation scheme is not supported."""
-        weights = assemble_weights(quantization_scheme(self.config), self.tensors)
+        weights = assemble_weights(self.scheme, self.tensors)
         check_stored_shapes(weights, self._files)
         return weights
 
@@ -233,6 +247,28 @@ def stored_weights(path: Path, flag: str) -> WeightLayout:
         return _sharded(path, flag, chosen, chosen.index)
     (single,) = chosen.files
     return WeightLayout(shards=(Shard(file=single, header=chosen.read(path / single)),), index=None)
+
+
+def scheme_of(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> QuantizationScheme | None:
+    """The quantisation scheme of stored tensors; None if all are plain numbers, whatever quantization_config says.
+
+    Raises:
+        UserError: the scheme of quantised tensors is not supported.
+    """
+    return None if all(tensor.dtype in _PLAIN for tensor in tensors.values()) else quantization_scheme(config)
+
+
+def check_not_left_over(path: Path, place: str) -> None:
+    """UserError if transformers and vLLM would quantise plain weights, for the quantization_config of another state of them.
+
+    `place`: flag and path, for the message.
+    """
+    if read_config(path / "config.json").get("quantization_config") is None:
+        return
+    if method := HfReader(path).leftover:
+        raise UserError(
+            f"{place}: config.json has a quantization_config ({method}) and no weight is quantised; remove it from config.json"
+        )
 
 
 def _as_safetensors(stored: WeightLayout) -> WeightLayout:

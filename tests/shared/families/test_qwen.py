@@ -26,7 +26,7 @@ def test_the_model_ends_where_inference_would_differ_from_training(changes: dict
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("kv_channels", 64), ("rope_theta", 1e6), ("quantization_config", {"bits": 4}), ("visual", {"layers": 48})],
+    [("kv_channels", 64), ("rope_theta", 1e6), ("visual", {"layers": 48})],
 )
 def test_what_would_change_the_model_is_refused_by_name(name: str, value: Any) -> None:
     config = registry.to_config(registry.sizes()["qwen-7b"])

@@ -287,6 +287,41 @@ def test_other_forms_are_refused_by_name(
     assert not (tmp_path / "megatron").exists()
 
 
+@pytest.mark.parametrize(
+    "left",
+    [
+        FP8,
+        {"quant_method": "mxfp4"},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "awq"},
+        {"quant_method": "one_of_tomorrow", "surprise": 1},
+        {"load_in_8bit": True},
+    ],
+    ids=lambda left: str(left.get("quant_method")),
+)
+def test_a_configuration_left_over_is_ignored_whatever_its_method(
+    source: Path, convert: Any, tmp_path: Path, left: dict[str, Any]
+) -> None:
+    """A merged or dequantised model often keeps its quantization_config; the stored dtypes say that nothing is quantised."""
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": left}))
+    target = tmp_path / "megatron"
+    assert f"quantization_config ({left.get('quant_method')}) ignored" in done(
+        convert("to-megatron", "--source", source, "--target", target)
+    )
+    done(convert("verify", "--source", source, "--target", target, "--no-logits"))
+    for place in (source, target):
+        found = json.loads(convert("inspect", place, "--json").out)
+        assert {"problem", "quantization"}.isdisjoint(found)
+    assert "quantization_config removed" in done(convert("to-hf", "--source", target, "--target", tmp_path / "back"))
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    answer = convert("to-hf", "--source", target, "--target", tmp_path / "again", "--quantized")
+    assert (answer.code, "no weight of the original checkpoint is quantised" in answer.err) == (2, True)
+
+
 def test_scales_are_asked_for(source: Path, convert: Any, tmp_path: Path) -> None:
     as_fp8(source)
     name = "model.layers.1.self_attn.o_proj.weight"

@@ -381,6 +381,13 @@ def test_numbers_that_are_not_finite_are_refused(base: Path, adapter: Path, conv
 def test_a_quantised_base_is_refused(base: Path, adapter: Path, convert: Any, tmp_path: Path) -> None:
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    reader, name = HfReader(base), "model.layers.0.self_attn.q_proj.weight"
+    tensors = {n: (t.dtype, t.shape, b"".join(map(bytes, reader.rows(n)))) for n, t in reader.tensors.items()}
+    tensors[name] = ("F8_E4M3", tensors[name][1], tensors[name][2][::2])
+    for file in base.glob("model*"):
+        file.unlink()
+    layout = default_layout([(n, d, s) for n, (d, s, _) in tensors.items()])
+    write_weights(base, layout, lambda t: [memoryview(tensors[t.name][2])], lambda name, digest: None)
     answer = convert("merge-lora", "--source", base, "--adapter", adapter, "--target", tmp_path / "out")
     assert (answer.code, answer.err.count("\n")) == (2, 1), answer.err
     assert "quantised" in answer.err

@@ -243,7 +243,6 @@ def test_shard_and_its_lines_of_the_index_missing(make_hf: Make, convert: Any, t
         ({"rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"residual_multiplier": 0.22}, "residual_multiplier"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"num_key_value_heads": 3}, "4 attention heads are not divisible by 3 key/value heads"),
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0; a positive number is required"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
