@@ -11,7 +11,14 @@ from typing import Any, Literal
 
 from shared.checkpoint.directory.auxiliary_files import check_auxiliary_files
 from shared.checkpoint.directory.manifest import MANIFEST, Kind, Manifest, read_manifest
-from shared.checkpoint.directory.recognition import Recognition, iteration_name, recognize, tracked_iteration
+from shared.checkpoint.directory.recognition import (
+    Recognition,
+    directory_above,
+    is_iteration_folder,
+    iteration_name,
+    recognize,
+    tracked_iteration,
+)
 from shared.checkpoint.directory.target import PARTIAL
 from shared.checkpoint.files import check_not_stand_in, files_below, hash_file, hash_files
 from shared.console import log, progress
@@ -81,6 +88,11 @@ def open_checkpoint(
         raise UserError(f"{flag} {path} is incomplete, left by a killed run; run that command again")
     _check_top(path, flag)
     manifest = read_manifest(path, flag=flag)
+    if manifest is not None and manifest.iteration is not None and is_iteration_folder(path):
+        raise UserError(
+            f"{flag} {path} is one iteration of a training run; give the directory above it, {directory_above(path)} (and "
+            f"--iteration {manifest.iteration}, if it is not the newest)"
+        )
     if iteration is not None:
         manifest = _iteration_manifest(path, manifest, iteration, flag)
     if manifest is None:

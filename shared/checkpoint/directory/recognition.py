@@ -138,13 +138,13 @@ def _snapshot(model: Path) -> str:
 def _is_iteration(path: Path, names: Sequence[str]) -> bool:
     if rank_files(path):
         return True
-    named = bool(_ITERATION.fullmatch(path.resolve().name)) or (path.resolve().parent / TRACKER).is_file()
+    named = is_iteration_folder(path) or (path.resolve().parent / TRACKER).is_file()
     return ".metadata" in names and (named or "common.pt" in names)
 
 
 def _named_iteration(path: Path) -> str:
     """The directory above an iteration, and what its tracker file must say."""
-    above = path.parent if path.name not in ("", "..") else path / ".."
+    above = directory_above(path)
     name = path.resolve().name
     try:
         if tracked_iteration(above) == name:
@@ -153,6 +153,16 @@ def _named_iteration(path: Path) -> str:
         pass
     number = name.removeprefix("iter_").lstrip("0") or "0"
     return f"{above}, with {number} in {above / TRACKER}"
+
+
+def is_iteration_folder(path: Path) -> bool:
+    """Whether a directory is named as an iteration of Megatron-LM."""
+    return bool(_ITERATION.fullmatch(path.resolve().name))
+
+
+def directory_above(path: Path) -> Path:
+    """The parent, spelt as the path was."""
+    return path.parent if path.name not in ("", "..") else path / ".."
 
 
 def _is_checkpoint(path: Path) -> bool:

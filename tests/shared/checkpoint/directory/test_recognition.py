@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.checkpoint.directory.manifest import Kind
+from shared.checkpoint.directory.manifest import Kind, Manifest
 from shared.checkpoint.directory.open import open_checkpoint
 from shared.checkpoint.directory.recognition import TRACKER, recognize
 from shared.checkpoint.formats.hugging_face import choose_weights
@@ -160,6 +160,17 @@ def test_an_iteration_instead_of_its_parent(
     assert reason(run / "iter_0000200").endswith(f"{fix}{run}")
     monkeypatch.chdir(run)  # paths are printed as they were typed
     assert reason(Path("iter_0000200")) == f"--source iter_0000200 {fix}."
+
+
+def test_a_published_iteration_instead_of_its_run(tmp_path: Path) -> None:
+    """Each iteration of a run has a manifest of its own, whose files are named from the run's directory."""
+    folder = put(tmp_path / "run", "iter_0000200/") / "iter_0000200"
+    manifest = Manifest(
+        kind="megatron", iteration=200, tool="sft", version="0", command="train", options={}, identity="x", revision=None,
+        image=None, parents=[], created="x", facts={}, bytes=0, files={},
+    )  # fmt: skip
+    (folder / "manifest.json").write_text(manifest.encode())
+    assert f"give the directory above it, {tmp_path / 'run'} (and --iteration 200" in reason(folder)
 
 
 def test_checkpoints_one_level_below(tmp_path: Path) -> None:
