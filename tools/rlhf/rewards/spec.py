@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import UserError
-from tools.rlhf.rewards.imported_files import imported_files
 from shared.foreign_formats import absent, not_a_directory
+from tools.rlhf.rewards.imported_files import imported_files
 
 _FORM = re.compile(r"(?:(?P<weight>[^*]*)\*)?(?P<kind>model|py):(?P<rest>.+)")
 
