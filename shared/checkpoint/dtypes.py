@@ -67,16 +67,22 @@ def scalar_bytes(value: Literal[0, 1], dtype: Dtype) -> bytes:
 
 
 def to_float32(data: memoryview, dtype: Dtype) -> np.ndarray:
-    """Upcast a block to flat float32. Exact; float64 is rounded to nearest."""
+    """Upcast a block to flat float32. Exact, hence not of float64: see `to_float64`."""
     import numpy as np
 
-    if dtype is FP64:
-        return np.frombuffer(data, dtype=np.float64).astype(np.float32)
+    assert dtype is not FP64, "float32 is narrower"
     if dtype is FP32:
         return np.frombuffer(data, dtype=np.float32)
     if dtype is FP16:
         return np.frombuffer(data, dtype=np.float16).astype(np.float32)
     return (np.frombuffer(data, dtype=np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def to_float64(data: memoryview, dtype: Dtype) -> np.ndarray:
+    """Upcast a block to flat float64. Exact."""
+    import numpy as np
+
+    return np.frombuffer(data, dtype=np.float64) if dtype is FP64 else to_float32(data, dtype).astype(np.float64)
 
 
 def from_float32(values: np.ndarray, dtype: Dtype) -> memoryview:
@@ -96,33 +102,55 @@ def from_float32(values: np.ndarray, dtype: Dtype) -> memoryview:
     return memoryview(rounded).cast("B")
 
 
+def from_float64(values: np.ndarray, dtype: Dtype) -> memoryview:
+    """Downcast flat float64 values: one rounding to nearest, ties to even.
+
+    Through float32, which is rounded to odd on the way to 16 bits: of the two neighbours of a number the one whose last bit is
+    1. That bit remembers on which side of a 16-bit tie the number is (Boldo and Melquiond, "Emulation of a FMA and correctly
+    rounded sums", 2008); rounded to nearest twice, a number just beside a tie would go the wrong way.
+    """
+    import numpy as np
+
+    if dtype is FP64:
+        return memoryview(np.ascontiguousarray(values)).cast("B")
+    with np.errstate(over="ignore", invalid="ignore"):  # overflow gives infinity; a signalling NaN stays a NaN
+        nearest = values.astype(np.float32)
+        if dtype is not FP32:
+            bits, wide = nearest.view(np.int32), nearest.astype(np.float64)
+            # Sign and magnitude: the next bit pattern is further from zero. NaN: no step.
+            step = (wide < values).view(np.int8) - (wide > values).view(np.int8)
+            np.negative(step, out=step, where=np.signbit(values))
+            bits += step * (bits & 1 == 0)
+    return from_float32(nearest, dtype)
+
+
 def cast(data: memoryview, source: Dtype, target: Dtype) -> memoryview:
-    """Cast a block. An upcast is exact; a downcast after an upcast restores the bits."""
-    return data if source is target else from_float32(to_float32(data, source), target)
+    """Cast a block, rounding once. An upcast is exact; a downcast after an upcast restores the bits."""
+    if source is target:
+        return data
+    if FP64 in (source, target):
+        return from_float64(to_float64(data, source), target)
+    return from_float32(to_float32(data, source), target)
 
 
 def add(data: memoryview, constant: float, source: Dtype, target: Dtype) -> memoryview:
-    """`cast(block + constant)`. The sum is float64; a narrower target is rounded through float32."""
+    """`cast(block + constant)`, the sum in float64."""
     import numpy as np
 
-    wide = source is FP64
-    values = np.frombuffer(data, dtype=np.float64) if wide else to_float32(data, source).astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
-        summed = values + constant
-        return memoryview(summed).cast("B") if target is FP64 else from_float32(summed.astype(np.float32), target)
+        return from_float64(to_float64(data, source) + constant, target)
 
 
 def normalize_row(row: memoryview, source: Dtype, target: Dtype) -> memoryview:
-    """`cast(row / max(||row||_2, 1e-12))`, in float64, rounded through float32.
+    """`cast(row / max(||row||_2, 1e-12))`, in float64.
 
     The lower bound is that of `torch.nn.functional.normalize`: a zero row stays zero.
     """
     import numpy as np
 
-    values = to_float32(row, source).astype(np.float64)
+    values = to_float64(row, source)
     with np.errstate(invalid="ignore"):  # infinity by infinity is NaN, as in torch
-        divided = values / np.maximum(np.sqrt(values @ values), 1e-12)
-    return from_float32(divided.astype(np.float32), target)
+        return from_float64(values / np.maximum(np.sqrt(values @ values), 1e-12), target)
 
 
 def count_not_finite(data: memoryview, dtype: Dtype) -> tuple[int, int]:

@@ -242,7 +242,6 @@ class _Match:
         rank = self.config.rank(module)
         wanted = [(a, (rank, columns)), (b, (rows, rank))] + ([(magnitude, (rows,))] if magnitude else [])
         self._check_shapes(name, wanted)
-        downcast_first = embedded or self.config.parameter(f"{module}.weight")
         return {
             name: Delta(
                 a=a,
@@ -250,7 +249,6 @@ class _Match:
                 rank=rank,
                 scale=self.config.scale(module),
                 transposed=transposed,
-                downcast_first=downcast_first and magnitude is None,
                 magnitude=magnitude,
             )
         }
@@ -312,7 +310,6 @@ class _Match:
                     rank=rank,
                     scale=scale,
                     transposed=swapped,
-                    downcast_first=True,
                     expert=number,
                     experts=len(listed),
                     first_row=first,

@@ -1,4 +1,4 @@
-"""Casts between dtypes against torch, bit for bit."""
+"""Casts between dtypes against torch and against tables of all 16-bit numbers, bit for bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from shared.checkpoint.dtypes import (
     cast,
     common,
     count_not_finite,
+    from_float64,
     normalize_row,
+    to_float64,
     weight_dtype,
 )
 from shared.errors import UserError
@@ -108,14 +110,49 @@ def test_quantised_weight_is_named() -> None:
         weight_dtype("F8_E4M3", "w", "a.safetensors")
 
 
+def all_16_bit_numbers(dtype: Dtype) -> np.ndarray:
+    """Positive numbers in order of their bit patterns, and where infinity begins."""
+    patterns = np.arange({BF16: 0x7F80, FP16: 0x7C00}[dtype], dtype=np.uint16)
+    return np.append(to_float64(memoryview(patterns).cast("B"), dtype), {BF16: 2.0**128, FP16: 2.0**16}[dtype])
+
+
+def rounded(values: np.ndarray, dtype: Dtype) -> np.ndarray:
+    """Bit patterns of the nearest 16-bit numbers, found in the table of all."""
+    table, sizes = all_16_bit_numbers(dtype), np.abs(values)
+    place = np.clip(np.searchsorted(table, sizes, side="right") - 1, 0, len(table) - 2)
+    middle = (table[place] + table[place + 1]) / 2  # exact
+    place += (sizes > middle) | ((sizes == middle) & (place % 2 == 1))
+    return (place | np.signbit(values) << 15).astype(np.uint16)
+
+
+@pytest.mark.parametrize("target", [BF16, FP16], ids=lambda d: d.name)
+def test_float64_is_rounded_once(target: Dtype) -> None:
+    """A number just beside a tie: float32 would put it on the tie, and the second rounding to the even neighbour."""
+    table = all_16_bit_numbers(target)
+    ties = (table[1:] + table[:-1]) / 2
+    beside = [np.nextafter(ties, np.inf), np.nextafter(ties, 0), ties * (1 + 2.0**-30), ties * (1 - 2.0**-30)]
+    values = np.concatenate([table, ties, *beside, np.geomspace(1e-300, 1e300, 10_000), [np.inf]])
+    values = np.concatenate([values, -values])
+    data = memoryview(values).cast("B")
+    wanted = rounded(values, target)
+    for made in (from_float64(values, target), cast(data, FP64, target), add(data, 0.0, FP64, target)):
+        assert np.array_equal(np.frombuffer(made, np.uint16) & 0x7FFF, wanted & 0x7FFF)  # -0 + 0 is 0
+    assert np.array_equal(np.frombuffer(from_float64(values, target), np.uint16), wanted)
+    assert np.isnan(to_float64(from_float64(np.array([np.nan]), target), target)).all()
+
+
 @pytest.mark.parametrize("target", TORCH, ids=lambda dtype: dtype.name)
 @pytest.mark.parametrize("source", TORCH, ids=lambda dtype: dtype.name)
 def test_rows_of_unit_length_are_torch_s_of_float64(source: Dtype, target: Dtype) -> None:
-    """Rounded once; a row of zeros stays one, where torch's own in half precision, which has no 1e-12, is NaN."""
+    """Within an ulp: the order of the squares' sum is each library's own. A row of zeros stays one, where torch's own in half
+    precision, which has no 1e-12, is NaN.
+    """
     rows = torch.randn(40, 300, generator=torch.Generator().manual_seed(0)).to(TORCH[source])
     rows[3], rows[4, 5], rows[6, 7] = 0, torch.nan, torch.inf
     for row in rows:
         made = normalize_row(memoryview(row.view(torch.uint8).numpy()), source, target)
-        wanted = torch.nn.functional.normalize(row.double(), dim=0).to(TORCH[target])
-        found = torch.frombuffer(bytearray(made), dtype=TORCH[target])
-        assert torch.equal(found.nan_to_num(nan=7), wanted.nan_to_num(nan=7))
+        wanted = torch.nn.functional.normalize(row.double(), dim=0)
+        found = torch.frombuffer(bytearray(made), dtype=TORCH[target]).double()
+        assert torch.equal(found.isnan(), wanted.isnan())
+        ulp = wanted.abs().clamp(min=torch.finfo(TORCH[target]).tiny) * torch.finfo(TORCH[target]).eps
+        assert ((found - wanted).abs() <= ulp)[~wanted.isnan()].all()
