@@ -33,7 +33,7 @@ from shared.runtime.stop_request import StopRequest
 from shared.training import state
 from shared.training.config import TrainingConfig
 from shared.training.data import Batch, Dataset
-from shared.training.loss import Loss, global_loss, mtp_labels, token_loss
+from shared.training.loss import Loss, balancing_scale, global_loss, mtp_labels, token_loss
 from shared.training.optimizer import build_optimizer, set_learning_rate, wrap
 from shared.training.plan import Inputs
 from shared.training.recorder import Recorder, SharedRunDirectory, open_run, samples_before
@@ -163,6 +163,10 @@ def forward_backward(
             )
             yield data.batch(positions).to(device)
 
+    if model[0].module.architecture.moe:
+        scale = balancing_scale((batch.labels for batch in micro_batches()), device)
+        for chunk in model:
+            chunk.config.moe_grad_scale_func = lambda: scale
     for chunk in model:
         chunk.zero_grad_buffer()
     reports = run_schedule(config, model, micro_batches, config.micro_batches, forward_only=False)

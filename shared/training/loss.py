@@ -9,12 +9,19 @@ The MTP loss is DeepSeek V3's (arXiv:2412.19437, equations 24 and 25):
 
     MTP loss = weight x mean over MTP layers of the sum of negative log-likelihoods / number of *next-token* targets
 
-It has the same invariance. Megatron-Core's `process_mtp_loss` divides by the MTP targets of each micro batch instead. The
+It has the same invariance. The load-balancing loss of MoE is no sum over targets: its gradient is
+
+    coefficient x mean over micro batches of the loss of a micro batch, which is over all its tokens
+
+whatever the number of targets (`balancing_scale`).
+
+For the MTP loss, Megatron-Core's `process_mtp_loss` divides by the MTP targets of each micro batch instead. The
 difference is small (each segment has fewer MTP targets), but depends on the micro batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +74,23 @@ def token_loss(
     total = sums[0] + mtp_loss_scaling_factor * sums[1:].mean() if depth else sums[0]
     both = [sums[0], counts[0], sums[1:].sum(), counts[1:].sum()]
     return total, counts[0].int(), {"loss": torch.stack([each.detach().double() for each in both])}
+
+
+def balancing_scale(labels: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Scale of the gradients of MoE's load-balancing loss: targets / tokens of the global batch, fp32 `[1]`.
+
+    Megatron-Core multiplies the loss by the tokens of the micro batch, in order that the division of all gradients leaves a
+    mean. The division is by the number of targets: where few tokens are targets, the loss would count tokens / targets times.
+
+    Args:
+        labels: of this rank's micro batches, `[batch, sequence]` each.
+        device: of the result.
+    """
+    counts = torch.zeros(2, dtype=torch.float64, device=device)
+    for each in labels:
+        counts += torch.tensor([int((each != IGNORE).sum()), each.numel()], device=device)
+    torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+    return (counts[:1] / counts[1:]).float()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 import shared.runtime.device
 from shared.data.labels import IGNORE
+from shared.families import registry
 from shared.model import gpt, weights
 from shared.parallel import ParallelConfig
 from shared.runtime import process_groups
@@ -224,3 +226,53 @@ def test_validation_counts_every_sequence_once(trained):
     mean = sum(loss * count for loss, count in zip(each, counts, strict=True)) / sum(counts)
     found, _, _ = trained([row([part]) for part in parts], 2, validation_sequences=3)
     assert found == pytest.approx(mean, rel=ROUNDING)
+
+
+def balancing_gradient(weight: torch.Tensor, rows: torch.Tensor, sequence: int, top_k: int, over: str) -> torch.Tensor:
+    """Gradient of the balancing loss of one micro batch with coefficient 1, in float64.
+
+    Args:
+        weight: of the router, `[experts, hidden]`.
+        rows: its inputs, `[sequence x batch, hidden]`, the batch innermost.
+        sequence: tokens of a row.
+        top_k: experts of a token.
+        over: tokens over which the load is balanced: "batch" or "sequence", the mean over rows.
+    """
+    weight = weight.detach().double().requires_grad_()
+    parts = [rows] if over == "batch" else rows.view(sequence, -1, rows.shape[-1]).unbind(1)
+    losses = []
+    for part in parts:
+        probabilities = torch.softmax(part.double() @ weight.T, dim=-1)
+        chosen = functional.one_hot(probabilities.topk(top_k).indices, len(weight)).sum((0, 1)).double()
+        losses.append(len(weight) * (chosen / (len(part) * top_k) * probabilities.mean(0)).sum())
+    (gradient,) = torch.autograd.grad(torch.stack(losses).mean(), weight)
+    return gradient
+
+
+@pytest.mark.parametrize("over", ["batch", "sequence"])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_the_balancing_loss_of_experts_does_not_depend_on_the_number_of_targets(
+    make_config, make_weights, tmp_path, over, micro_batch_size
+):
+    """Gradient of a router with the balancing loss, less that without, where 23 of 96 tokens are targets."""
+    rows = [row([part]) for part in conversations()]
+    config = make_config(sequence_length=24, micro_batch_size=micro_batch_size, global_batch_size=len(rows))
+    size = registry.sizes()["qwen3-moe-tiny"].with_values(num_layers=1)
+    start = make_weights(tmp_path / "release", size)
+    found, inputs = {}, []
+    for coefficient in (0.0, 2.0):
+        architecture = size.with_values(moe={"auxiliary_loss": coefficient, "auxiliary_loss_over": over})
+        process_groups.initialize(ParallelConfig(), 1)
+        chunks = gpt.build(architecture, ParallelConfig(), dtype=torch.float32, **model_overrides(config))
+        weights.load(chunks, start)
+        model = wrap(chunks)
+        router = chunks[0].decoder.layers[0].mlp.router
+        inputs.clear()
+        router.register_forward_hook(lambda module, given, made: inputs.append(given[0].detach().flatten(0, 1)))
+        forward_backward(config, model, Rows(rows), 0, shared.runtime.device.prepare())
+        found[coefficient] = router.weight.main_grad.double().clone()
+    each = [balancing_gradient(router.weight, x, 24, size.moe.top_k, over) for x in inputs]
+    wanted = 2.0 * torch.stack(each).mean(0)
+    # Differences of two fp32 gradients, that of the loss being the larger part of one.
+    assert (found[2.0] - found[0.0] - wanted).abs().max() < 1e-5 * found[2.0].abs().max()
+    assert wanted.abs().max() > 0.01 * found[0.0].abs().max()
