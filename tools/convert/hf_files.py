@@ -25,6 +25,7 @@ from shared.mapping.rule import Table
 from shared.quantized.scheme import QuantizationScheme
 from tools.convert.conversion_report import abbreviated
 from tools.convert.plan_import import ImportPlan
+from tools.convert.quantization_fields import without_quantization
 
 PASS_THROUGH_FILE = "asides.safetensors"
 
@@ -43,11 +44,10 @@ def original_scheme(files: Path) -> QuantizationScheme | None:
 
 def remove_quantization_config(path: Path) -> None:
     """Remove quantization_config from a config.json whose weights are not quantised, or no more."""
-    config = read_config(path)
-    if config.pop("quantization_config", None) is not None:
-        log(
-            "config.json: quantization_config removed, the weights are not quantised (to-hf --quantized quantises again)"
-        )
+    config, removed = without_quantization(read_config(path))
+    if removed:
+        fields = ", ".join(removed)
+        log(f"config.json: {fields} removed, the weights are not quantised (to-hf --quantized quantises again)")
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

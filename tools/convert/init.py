@@ -31,6 +31,7 @@ from shared.errors import UserError
 from shared.families import registry
 from shared.precision import Precision
 from tools.convert.conversion_report import peak_memory, plan_line, result_line
+from tools.convert.quantization_fields import without_quantization
 from tools.convert.tokenizer_files import tokenizer_fields
 
 
@@ -52,16 +53,16 @@ def run(
     kind = BY_FLAG[dtype]
     changes: dict[str, Any] = {"max_position_embeddings": max_position_embeddings} if max_position_embeddings else {}
     tokens: dict[str, Any] = {}
+    quantization: list[str] = []
     if tokenizer is not None:
         check_auxiliary_files(tokenizer, "--tokenizer")
         tokens = tokenizer_fields(tokenizer)
         changes["vocab_size"] = tokens.pop("vocab_size")
     types = {"dtype": kind.name, "torch_dtype": kind.name}
     if model_config is not None:
-        given_config = registry.with_auxiliary_fields(read_config(model_config), tokenizer or model_config.parent)
+        read, quantization = without_quantization(read_config(model_config))
+        given_config = registry.with_auxiliary_fields(read, tokenizer or model_config.parent)
         registry.from_config(given_config)
-        if given_config.pop("quantization_config", None) is not None:
-            log("config.json: quantization_config left out, the new weights are not quantised")
         config = for_transformers_4_and_5(given_config | changes | tokens | types)
     else:
         config = registry.to_config(replace(_named(str(size)), **changes), **tokens, **types)
@@ -81,6 +82,8 @@ def run(
     )
     total = sum(tensor.size for tensor in layout.tensors().values())
     with publish(target, kind="hf", inputs=inputs, overwrite=overwrite) as out:
+        if quantization:
+            log(f"config.json: {', '.join(quantization)} left out, the weights are {kind.name}, not quantised")
         log(plan_line("init", architecture, len(layout.shards), total, 1, peak_memory(1, transposes=False, casts=True)))
         started = time.monotonic()
         with progress(total, "bytes", "initialising weights") as advance:
