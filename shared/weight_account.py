@@ -111,7 +111,7 @@ def transformers_class(config: Mapping[str, Any]) -> Any:
 
 def _table(source: Path, reader: HfReader) -> Table | None:
     """The table of the directory's family; of a reward model, that of its language model. None without one."""
-    language_model = {} if _names_a_class_of_its_family(reader.config) else {"architectures": None}
+    language_model: dict[str, Any] = {} if _names_a_class_of_its_family(reader.config) else {"architectures": None}
     architecture: Architecture | None = None
     with contextlib.suppress(UserError):  # an unknown family or field
         architecture = registry.from_files(source, **language_model)

@@ -60,7 +60,6 @@ def read(fields: Fields) -> Architecture:
     fields.expect("pre_seq_len", why="P-tuning (prefix tuning) is not supported")
     for name, (expected, why) in _FIXED.items():
         fields.expect(name, expected, why=why)
-    fields.expect("hidden_dropout", 0, 0.0, why="train without dropout, or set it to 0.0")
     if not fields.get("multi_query_attention", bool, False):
         raise UserError("config.json: multi_query_attention must be true; no published model has another value")
     # Numerical range only: scores are divided by the layer number, then multiplied by it in fp32.

@@ -48,7 +48,6 @@ def read(fields: Fields) -> Architecture:
     fields.expect(
         "apply_residual_connection_post_layernorm", False, why="only residuals of the layer input are supported"
     )
-    fields.expect("hidden_dropout", 0, 0.0, why="train without dropout, or set it to 0.0")
     fields.ignore("parallel_attn", "multi_query", "num_ln_in_parallel_attn", "num_kv_heads", "ff_factor")
     decoder = read_decoder(
         fields,

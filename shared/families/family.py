@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -70,14 +70,26 @@ class Family:
         """The named sizes."""
         return {name: self.architecture(config) for name, config in self.size_configs.items()}
 
-    def architecture(self, config: Mapping[str, Any]) -> Architecture:
-        """The architecture of a config.json with current field names; UserError for an unsupported field."""
+    def architecture(self, config: Mapping[str, Any], ignored: Collection[str] = ()) -> Architecture:
+        """The architecture of a config.json with current field names; UserError for an unsupported field.
+
+        `ignored`: unknown fields that are passed over.
+        """
+        given = Fields(config, ignored)
+        architecture = self._read(given)
+        given.finish(self.name)
+        return architecture
+
+    def unread_rates(self, config: Mapping[str, Any]) -> dict[str, float]:
+        """Dropout rates of a config.json that the family does not read."""
         given = Fields(config)
+        self._read(given)
+        return given.unread_rates()
+
+    def _read(self, given: Fields) -> Architecture:
         try:
-            architecture = self.read(given)
+            return self.read(given)
         except UserError:
             raise
         except (ValueError, ArithmeticError) as error:  # Architecture's checks; division by zero
             raise UserError(f"config.json: {error}") from None
-        given.finish(self.name)
-        return architecture

@@ -28,11 +28,6 @@ _SPELLING = Spelling(groups=None, head_dim=None, epsilon="layer_norm_eps", hidde
 
 def read(fields: Fields) -> Architecture:
     """`rotary_pct`, `rotary_emb_base`: RoPE fields in transformers 4."""
-    for name in (
-        "attention_probs_dropout_prob",
-        "hidden_dropout_prob",
-    ):  # in the 20B's config.json; no class reads them
-        fields.expect(name, 0, 0.0, why="set attention_dropout and hidden_dropout instead")
     fields.ignore("classifier_dropout", "rotary_pct", "rotary_emb_base", "partial_rotary_factor")
     decoder = read_decoder(
         fields, _SPELLING, rotary=False, default_epsilon=1e-5, activations=GELU, default_activation="gelu", dropout=0.0

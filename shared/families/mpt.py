@@ -51,8 +51,6 @@ def read(fields: Fields) -> Architecture:
     """Attention fields are in `attn_config`; `learned_pos_emb` has no effect with ALiBi."""
     fields.expect("no_bias", True, why="transformers builds no biases")
     fields.expect("logit_scale", why="transformers ignores it")
-    for name in ("resid_pdrop", "emb_pdrop"):
-        fields.expect(name, 0, 0.0, why="train without dropout, or set it to 0.0")
     # Fields of the training framework.
     fields.ignore("attn_config", "embedding_fraction", "init_config", "init_device", "learned_pos_emb", "norm_type")
     fields.ignore("tokenizer_name", "verbose")

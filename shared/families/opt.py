@@ -47,7 +47,6 @@ def read(fields: Fields) -> Architecture:
     removed = fields.get("_remove_final_layer_norm", bool, False)
     fields.expect("learned_embeddings", True, why="this family has learned positions")
     fields.expect("scale_embeddings", False, why="transformers ignores it")
-    fields.expect("layerdrop", 0, 0.0, why="LayerDrop is not supported")
     fields.ignore("activation_dropout", "output_projection")  # read by no version of the class
     decoder = read_decoder(
         fields,

@@ -28,8 +28,6 @@ def read(fields: Fields) -> Architecture:
     """The 128k models have longrope."""
     window = fields.optional("sliding_window", int)
     decoder = read_decoder(fields, default_epsilon=1e-5, rotary_fraction=1.0)
-    for name in ("resid_pdrop", "embd_pdrop"):
-        fields.expect(name, 0, 0.0, why="train without dropout, or set it to 0.0")
     fields.expect("attention_bias", False, why="transformers ignores it")
     fields.expect("mlp_bias", False, why="transformers ignores it")
     fields.expect("lm_head_bias", False, why="transformers ignores it")

@@ -10,6 +10,7 @@ from typing import Any
 
 from shared.architecture.architecture import Architecture, Attention, LatentAttention, Layer
 from shared.checkpoint.directory.auxiliary_files import read_config
+from shared.checkpoint.directory.manifest import MANIFEST
 from shared.errors import UserError
 from shared.families import (
     baichuan,
@@ -151,8 +152,12 @@ def family_of(config: Mapping[str, Any]) -> Family:
     return family
 
 
-def from_config(config: Mapping[str, Any]) -> Architecture:
+def from_config(config: Mapping[str, Any], ignored: Collection[str] = ()) -> Architecture:
     """The architecture of a config.json written by transformers 4 or 5.
+
+    Args:
+        config: its fields.
+        ignored: unknown fields that are passed over.
 
     Raises:
         UserError: an unsupported field, by name.
@@ -160,7 +165,31 @@ def from_config(config: Mapping[str, Any]) -> Architecture:
     family = family_of(config)
     # quantization_config says how weights are stored, if they still are: readers of weights check it.
     given = family.without_legacy_names(config)
-    return family.architecture({name: value for name, value in given.items() if name != "quantization_config"})
+    return family.architecture({name: value for name, value in given.items() if name != "quantization_config"}, ignored)
+
+
+def unread_rates(config: Mapping[str, Any]) -> dict[str, float]:
+    """Dropout rates of a config.json that its family does not read, and training does not use."""
+    family = family_of(config)
+    return family.unread_rates(family.without_legacy_names(config))
+
+
+def check_ignored(config: Mapping[str, Any], ignored: Collection[str]) -> None:
+    """UserError for a name of --ignore-config-field that config.json lacks."""
+    inside = [f"{name}.{field}" for name, part in config.items() if isinstance(part, dict) for field in part]
+    for name in ignored:
+        if name not in config and name not in inside:
+            raise UserError(f"--ignore-config-field {name}: config.json has no such field; leave it out")
+
+
+def recorded_ignored(directory: Path) -> tuple[str, ...]:
+    """Fields that were passed over when the directory of config.json was made, from its manifest."""
+    places = (directory, directory.parent) if directory.name == "hf" else (directory,)
+    manifest = next((place / MANIFEST for place in places if (place / MANIFEST).is_file()), None)
+    if manifest is None:
+        return ()
+    facts = read_config(manifest).get("facts") or {}
+    return tuple(facts.get("ignored_config_fields", ()))
 
 
 def with_auxiliary_fields(config: Mapping[str, Any], directory: Path) -> dict[str, Any]:
@@ -169,13 +198,16 @@ def with_auxiliary_fields(config: Mapping[str, Any], directory: Path) -> dict[st
     return {**config, **{name: value for name, value in found.items() if config.get(name) is None}}
 
 
-def from_files(directory: Path, **changes: Any) -> Architecture:
+def from_files(directory: Path, ignored: Collection[str] = (), **changes: Any) -> Architecture:
     """The architecture of a Hugging Face directory: config.json updated by `changes`, and auxiliary files.
+
+    Fields that the directory's manifest says were passed over are passed over again, and those in `ignored`.
 
     Raises:
         UserError: as `from_config`; config.json is missing.
     """
-    return from_config(with_auxiliary_fields(read_config(directory / "config.json") | changes, directory))
+    config = with_auxiliary_fields(read_config(directory / "config.json") | changes, directory)
+    return from_config(config, {*ignored, *recorded_ignored(directory)})
 
 
 def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -25,7 +25,6 @@ _SPELLING = Spelling(epsilon="layer_norm_eps")
 
 def read(fields: Fields) -> Architecture:
     """`use_parallel_residual`: parallel residual with one norm."""
-    fields.expect("hidden_dropout", 0, 0.0, why="train without dropout, or set it to 0.0")
     fields.expect("rotary_scaling_factor", 1, 1.0, why="RoPE scaling is not supported for this family")
     parallel = fields.get("use_parallel_residual", bool, False)
     return read_decoder(fields, _SPELLING, default_epsilon=1e-5, rotary_fraction=0.25).build(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shared.architecture.architecture import Architecture, MoE
+from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.checkpoint.directory.open import Checkpoint, open_checkpoint, verify_content
 from shared.checkpoint.formats.torch_dist_reader import TorchDistReader
 from shared.console import log, quantity
@@ -158,6 +159,9 @@ def announce(config: TrainingConfig, inputs: Inputs, *, sequences: int) -> None:
         log(f"mtp         {count} layer{'s' * (count > 1)}, {how}")
     elif registry.from_files(inputs.source.hf_files).mtp:
         log("mtp         off (config.json declares MTP layers, the checkpoint has none)")
+    if rates := registry.unread_rates(read_config(inputs.source.hf_files / "config.json")):
+        named = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+        log(f"dropout     not used: {named} of config.json, the model here has none there")
     log(
         f"needs       about {quantity(memory_estimate(config, architecture), 'bytes')} of memory per process, "
         f"{quantity(parameters * (width + 12), 'bytes')} of disk per checkpoint, {config.keep} kept"

@@ -13,6 +13,7 @@ from shared.checkpoint.directory.publish import file_entries
 from shared.checkpoint.directory.run_directory import RunDirectory, damage
 from shared.checkpoint.files import files_below
 from shared.console import log, quantity
+from shared.families.registry import recorded_ignored
 from shared.precision import DTYPES
 from shared.report import metrics, page
 from shared.report.metrics import Metrics, flops_per_token, peak_flops, peak_memory
@@ -201,11 +202,13 @@ class Recorder:
 
     def _facts(self) -> dict[str, Any]:
         architecture = self._inputs.architecture
+        ignored = recorded_ignored(self._inputs.source.hf_files)
         return {
             "family": architecture.family,
             "dtype": DTYPES[self._config.precision],
             "parameters": architecture.parameter_count(),
             "architecture": architecture.to_dict(),
+            **({"ignored_config_fields": list(ignored)} if ignored else {}),
         }
 
 

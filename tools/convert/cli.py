@@ -17,6 +17,8 @@ tool = Tool(
 
 Workers = Annotated[int, Field(ge=1, le=256)]  # threads; each holds its own blocks
 
+Names = tuple[str, ...]
+
 
 @tool.command
 def init(
@@ -25,6 +27,7 @@ def init(
     model_config: ExistingFile | None = None,
     tokenizer: ExistingDir | None = None,
     max_position_embeddings: Positive | None = None,
+    ignore_config_field: Names = (),
     dtype: Precision = "bf16",
     seed: NonNegative = 0,
     overwrite: bool = False,
@@ -40,13 +43,15 @@ def init(
         model_config: a config.json, instead of a named size.
         tokenizer: a directory with tokenizer.json; copied, and vocabulary size and special tokens taken from it.
         max_position_embeddings: context length in tokens; the size's by default.
+        ignore_config_field: fields of config.json, separated by commas, that are unknown here and change nothing; they are
+            carried and recorded in the manifest. Other unknown fields are errors.
         dtype: dtype of the weights.
         seed: seed of the initialisation.
         overwrite: replace the target of an earlier run.
     """
     from tools.convert.init import run
 
-    run(target, size, model_config, tokenizer, max_position_embeddings, dtype, seed, overwrite)
+    run(target, size, model_config, tokenizer, max_position_embeddings, ignore_config_field, dtype, seed, overwrite)
 
 
 @tool.command(not_fingerprinted=("workers", "shard"))
@@ -54,6 +59,7 @@ def to_megatron(
     source: ExistingDir,
     target: Path,
     hf_files: ExistingDir | None = None,
+    ignore_config_field: Names = (),
     overwrite: bool = False,
     workers: Workers | None = None,
     shard: str | None = None,
@@ -68,6 +74,8 @@ def to_megatron(
         source: a Hugging Face directory, or GLM-130B's SwissArmyTransformer checkpoint (a file per rank).
         target: the directory to publish.
         hf_files: a directory with config.json and tokenizer, for a SwissArmyTransformer source.
+        ignore_config_field: fields of config.json, separated by commas, that are unknown here and change nothing; they are
+            carried and recorded in the manifest. Other unknown fields are errors.
         overwrite: replace the target of an earlier run.
         workers: threads; by default one per processor, at most 8. The result does not depend on it.
         shard: one of several processes on a shared file system: 1/4 to 4/4 each write their share of the files, publish/4
@@ -76,7 +84,7 @@ def to_megatron(
     from shared.checkpoint.directory.sharded_publish import ShardSpec
     from tools.convert.to_megatron import run
 
-    run(source, target, hf_files, overwrite, workers, ShardSpec.parse(shard) if shard else None)
+    run(source, target, hf_files, ignore_config_field, overwrite, workers, ShardSpec.parse(shard) if shard else None)
 
 
 @tool.command(not_fingerprinted=("workers", "shard"))
@@ -84,6 +92,7 @@ def to_te(
     source: ExistingDir,
     target: Path,
     hf_files: ExistingDir | None = None,
+    ignore_config_field: Names = (),
     overwrite: bool = False,
     workers: Workers | None = None,
     shard: str | None = None,
@@ -98,6 +107,8 @@ def to_te(
         source: a Hugging Face directory, or GLM-130B's SwissArmyTransformer checkpoint (a file per rank).
         target: the directory to publish.
         hf_files: a directory with config.json and tokenizer, for a SwissArmyTransformer source.
+        ignore_config_field: fields of config.json, separated by commas, that are unknown here and change nothing; they are
+            carried and recorded in the manifest. Other unknown fields are errors.
         overwrite: replace the target of an earlier run.
         workers: threads; by default one per processor, at most 8. The result does not depend on it.
         shard: one of several processes on a shared file system: 1/4 to 4/4 each write their share of the files, publish/4
@@ -106,7 +117,7 @@ def to_te(
     from shared.checkpoint.directory.sharded_publish import ShardSpec
     from tools.convert.to_te import run
 
-    run(source, target, hf_files, overwrite, workers, ShardSpec.parse(shard) if shard else None)
+    run(source, target, hf_files, ignore_config_field, overwrite, workers, ShardSpec.parse(shard) if shard else None)
 
 
 @tool.command(not_fingerprinted=("workers", "shard"))
@@ -117,6 +128,7 @@ def to_hf(
     hf_files: ExistingDir | None = None,
     family: str | None = None,
     quantized: bool = False,
+    ignore_config_field: Names = (),
     overwrite: bool = False,
     workers: Workers | None = None,
     shard: str | None = None,
@@ -138,6 +150,8 @@ def to_hf(
             today's transformers names.
         quantized: quantise the weights that the original checkpoint stored quantised: unchanged blocks byte for byte,
             changed blocks with new scales.
+        ignore_config_field: fields of config.json, separated by commas, that are unknown here and change nothing; they are
+            carried and recorded in the manifest. Other unknown fields are errors.
         overwrite: replace the target of an earlier run.
         workers: threads; by default one per processor, at most 8. The result does not depend on it.
         shard: one of several processes on a shared file system: 1/4 to 4/4 each write their share of the files, publish/4
@@ -147,7 +161,7 @@ def to_hf(
     from tools.convert.to_hf import run
 
     part = ShardSpec.parse(shard) if shard else None
-    run(source, target, dtype, hf_files, family, overwrite, workers, part, quantized)
+    run(source, target, dtype, hf_files, family, ignore_config_field, overwrite, workers, part, quantized)
 
 
 @tool.command(not_fingerprinted=("workers",))
@@ -155,6 +169,7 @@ def merge_lora(
     source: ExistingDir,
     adapter: ExistingDir,
     target: Path,
+    ignore_config_field: Names = (),
     overwrite: bool = False,
     workers: Workers | None = None,
 ) -> None:
@@ -167,12 +182,14 @@ def merge_lora(
         source: the base model: a Hugging Face directory.
         adapter: a directory with adapter_config.json and adapter_model.safetensors (or .bin).
         target: the directory to publish.
+        ignore_config_field: fields of config.json, separated by commas, that are unknown here and change nothing; they are
+            carried and recorded in the manifest. Other unknown fields are errors.
         overwrite: replace the target of an earlier run.
         workers: threads; by default one per processor, at most 8. The result does not depend on it.
     """
     from tools.convert.merge_lora import run
 
-    run(source, adapter, target, overwrite, workers)
+    run(source, adapter, target, ignore_config_field, overwrite, workers)
 
 
 @tool.command(positional=("source",))

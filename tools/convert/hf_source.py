@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from shared.architecture.architecture import Architecture
 from shared.checkpoint.directory.auxiliary_files import check_auxiliary_files, read_config
 from shared.checkpoint.directory.open import Checkpoint, open_checkpoint
 from shared.checkpoint.formats.hugging_face import LAYOUT, HfReader
@@ -45,6 +46,27 @@ def open_hf_source(
         return checkpoint, HfReader(source)
     joined = join_ranks(checkpoint.rank_files)
     return checkpoint, SatReader(source, joined, _config(source, hf_files, joined), hf_files)
+
+
+def source_architecture(
+    reader: HfReader, source: Path, ignored: tuple[str, ...]
+) -> tuple[Architecture, dict[str, Any]]:
+    """The architecture of a source's config.json, and the manifest's fact of the fields passed over.
+
+    `ignored`: --ignore-config-field; the names in the source's own manifest are added.
+    """
+    registry.check_ignored(reader.config, ignored)
+    names = sorted({*ignored, *registry.recorded_ignored(source)})
+    architecture = registry.from_config(registry.with_auxiliary_fields(reader.config, source), names)
+    return architecture, ignored_fact(names)
+
+
+def ignored_fact(names: Collection[str]) -> dict[str, Any]:
+    """The manifest's fact of --ignore-config-field; said in the log, too."""
+    if not names:
+        return {}
+    log(f"config.json: {', '.join(names)} passed over (--ignore-config-field); carried, without effect here")
+    return {"ignored_config_fields": list(names)}
 
 
 def _check_names(directories: list[Path]) -> None:

@@ -31,6 +31,7 @@ from shared.errors import UserError
 from shared.families import registry
 from shared.precision import Precision
 from tools.convert.conversion_report import peak_memory, plan_line, result_line
+from tools.convert.hf_source import ignored_fact
 from tools.convert.quantization_fields import without_quantization
 from tools.convert.tokenizer_files import tokenizer_fields
 
@@ -41,6 +42,7 @@ def run(
     model_config: Path | None,
     tokenizer: Path | None,
     max_position_embeddings: int | None,
+    ignore_config_field: tuple[str, ...],
     dtype: Precision,
     seed: int,
     overwrite: bool,
@@ -51,6 +53,8 @@ def run(
     given = {"model_config": model_config, "tokenizer": tokenizer}
     inputs = {name: path for name, path in given.items() if path is not None}
     kind = BY_FLAG[dtype]
+    if ignore_config_field and model_config is None:
+        raise UserError("--ignore-config-field belongs to --model-config; leave it out")
     changes: dict[str, Any] = {"max_position_embeddings": max_position_embeddings} if max_position_embeddings else {}
     tokens: dict[str, Any] = {}
     quantization: list[str] = []
@@ -62,11 +66,13 @@ def run(
     if model_config is not None:
         read, quantization = without_quantization(read_config(model_config))
         given_config = registry.with_auxiliary_fields(read, tokenizer or model_config.parent)
-        registry.from_config(given_config)
+        registry.check_ignored(given_config, ignore_config_field)
+        registry.from_config(given_config, ignore_config_field)
         config = for_transformers_4_and_5(given_config | changes | tokens | types)
     else:
         config = registry.to_config(replace(_named(str(size)), **changes), **tokens, **types)
-    architecture = registry.from_config(config)
+    architecture = registry.from_config(config, ignore_config_field)
+    ignored = ignored_fact(ignore_config_field)
 
     table = registry.table_of(architecture)
     if kept := table.required_pass_through():
@@ -96,6 +102,7 @@ def run(
             dtype=sorted({found.name for found in kinds.values()}),
             tensors=len(sources),
             parameters=architecture.parameter_count(),
+            **ignored,
         )
         log(result_line(target, total, time.monotonic() - started))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from tools.convert.adapter import Changes, match, read_adapter
 from tools.convert.adapter_config import AdapterConfig
 from tools.convert.conversion import run_conversion
 from tools.convert.hf_files import remove_quantization_config
+from tools.convert.hf_source import source_architecture
 from tools.convert.lora import Matrix, merged
 from tools.convert.plan_import import plan_import, tied_checks
 from tools.convert.tokenizer_files import FILES, check_same_vocabulary
@@ -35,7 +36,14 @@ from tools.convert.tokenizer_files import FILES, check_same_vocabulary
 _MATRIX_THREADS = "OPENBLAS_NUM_THREADS"  # BLAS threads per copy thread
 
 
-def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int | None) -> None:
+def run(
+    source: Path,
+    adapter: Path,
+    target: Path,
+    ignore_config_field: tuple[str, ...],
+    overwrite: bool,
+    workers: int | None,
+) -> None:
     """Merge; publishes `target` of kind hf."""
     os.environ.setdefault(_MATRIX_THREADS, "1")  # before numpy is imported
     inputs = {"source": source, "adapter": adapter}
@@ -47,12 +55,13 @@ def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int
             raise UserError(
                 f"--source {source} is quantised; dequantise it first with `convert to-megatron` and `to-hf`"
             )
-        architecture = registry.drop_missing_mtp(registry.from_files(source), reader.weights)
+        declared, ignored = source_architecture(reader, source, ignore_config_field)
+        architecture = registry.drop_missing_mtp(declared, reader.weights)
         table = registry.table_of(architecture)
         plan = plan_import(reader, architecture, table)
         prefix_variants, table = table.prefix_variants, table.with_prefixes_of(reader.tensors)
         changes = match(config, read_adapter(adapter), table, prefix_variants)
-        merge = _plan(reader, changes, table)
+        merge = _plan(reader, changes, table, ignored.get("ignored_config_fields", ()))
         _log_merge(config, changes, merge)
         check_same_vocabulary(adapter, source, plan.architecture.vocab_size)
 
@@ -80,7 +89,8 @@ def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int
         remove_quantization_config(out.path / "config.json")
         if merge.untied:
             _untie(out.path / "config.json")
-        architecture = registry.from_files(out.path)
+        config_json = registry.with_auxiliary_fields(read_config(out.path / "config.json"), out.path)
+        architecture = registry.from_config(config_json, ignored.get("ignored_config_fields", ()))
         out.describe(
             family=architecture.family,
             architecture=architecture.to_dict(),
@@ -89,10 +99,11 @@ def run(source: Path, adapter: Path, target: Path, overwrite: bool, workers: int
             parameters=architecture.parameter_count(),
             adapter_base=config.base,
             adapted=len(changes.names),
+            **ignored,
         )
 
 
-def _plan(reader: HfReader, changes: Changes, table: Table) -> Merge:
+def _plan(reader: HfReader, changes: Changes, table: Table, ignored: Collection[str]) -> Merge:
     layout, untied = reader.layout, None
     for tied in (tied for tied in table.tied_tensors if not tied.always):
         if (changes.names - changes.rows.keys()) & {tied.name, tied.tied_to}:
@@ -102,7 +113,7 @@ def _plan(reader: HfReader, changes: Changes, table: Table) -> Merge:
                 layout = layout.with_tensor(tied.name, embedding.dtype, embedding.shape)
     if untied:
         # UserError if the family cannot be untied
-        registry.from_config(registry.with_auxiliary_fields(untied_config(reader.config), reader.path))
+        registry.from_config(registry.with_auxiliary_fields(untied_config(reader.config), reader.path), ignored)
     copies = {tied.name: tied.tied_to for tied in table.tied_tensors if tied.always or tied.tied_to in changes.rows}
     return Merge(reader=reader, changes=changes, layout=layout, untied=untied, copies=copies)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from shared.architecture.architecture import Architecture
 from shared.checkpoint.copy.worker_pool import Task
@@ -110,8 +111,8 @@ def import_checks(checkpoint: Checkpoint, plan: ImportPlan, reader: HfReader, sh
     return checks
 
 
-def describe_import(out: Publication, plan: ImportPlan, checkpoint: Checkpoint) -> None:
-    """Record the model in the manifest, and which of the source's weights were not read."""
+def describe_import(out: Publication, plan: ImportPlan, checkpoint: Checkpoint, **facts: Any) -> None:
+    """Record the model in the manifest, and which of the source's weights were not read, with further facts."""
     if checkpoint.ignored:
         out.describe(ignored=list(checkpoint.ignored))
     out.describe(
@@ -120,6 +121,7 @@ def describe_import(out: Publication, plan: ImportPlan, checkpoint: Checkpoint) 
         dtype=sorted({dtype.name for dtype in plan.dtypes.values()}),
         tensors=len(plan.dtypes),
         parameters=plan.architecture.parameter_count(),
+        **facts,
     )
 
 

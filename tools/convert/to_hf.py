@@ -33,6 +33,7 @@ from tools.convert.hf_files import (
     pass_through_tensors,
     remove_quantization_config,
 )
+from tools.convert.hf_source import ignored_fact
 from tools.convert.megatron_lm import MegatronLmReader
 from tools.convert.megatron_lm_names import HEAD
 from tools.convert.plan_export import ExportPlan, constant_checks, export_files, plan_export
@@ -45,6 +46,7 @@ def run(
     dtype: Precision | None,
     hf_files: Path | None,
     family: str | None,
+    ignore_config_field: tuple[str, ...],
     overwrite: bool,
     workers: int | None,
     shard: ShardSpec | None,
@@ -63,7 +65,9 @@ def run(
         if hf_files:
             check_auxiliary_files(hf_files, "--hf-files")
         files = hf_files or checkpoint.hf_files
-        reader, plan = open_export(checkpoint, files, dtype, family, quantized=quantized)
+        names = sorted({*ignore_config_field, *registry.recorded_ignored(files)})
+        reader, plan = open_export(checkpoint, files, dtype, family, quantized=quantized, ignored=ignore_config_field)
+        ignored = ignored_fact(names)
         _log_export(plan, reader, dtype)
 
         def checks(sources: frozenset[Path]) -> list[Task]:
@@ -102,6 +106,7 @@ def run(
             dtype=sorted({tensor.dtype for tensor in tensors.values()}),
             tensors=len(tensors),
             parameters=plan.architecture.parameter_count(),
+            **ignored,
             **({"iteration": checkpoint.iteration_path.name} if checkpoint.kind == "megatron" else {}),
         )
 
@@ -169,6 +174,7 @@ def open_export(
     family: str | None = None,
     *,
     quantized: bool = False,
+    ignored: tuple[str, ...] = (),
 ) -> tuple[MegatronReader, ExportPlan]:
     """The reader of a checkpoint and the plan of its export.
 
@@ -178,10 +184,13 @@ def open_export(
         dtype: dtype of the weights; None for the original dtypes.
         family: output family of config.json and tensor names; None for the model's family.
         quantized: quantise the weights that the original checkpoint stored quantised.
+        ignored: unknown fields of config.json that are passed over, besides those recorded in the manifest.
     """
     if not (files / "config.json").is_file():
         raise UserError(f"{files / 'config.json'} is missing; give --hf-files DIR with config.json and tokenizer")
-    config, architecture = read_config(files / "config.json"), registry.from_files(files)
+    config = read_config(files / "config.json")
+    registry.check_ignored(config, ignored)
+    architecture = registry.from_files(files, ignored)
     if quantized and config.get("quantization_config") is None:
         raise UserError(f"--quantized: {files / 'config.json'} has no quantization_config; leave the flag out")
     if quantized and not (files / LAYOUT).is_file():

@@ -10,7 +10,7 @@ from shared.checkpoint.directory.sharded_publish import ShardSpec, publish_shard
 from shared.families import registry
 from tools.convert.conversion import run_conversion
 from tools.convert.hf_files import write_hf_files
-from tools.convert.hf_source import inputs_of, open_hf_source
+from tools.convert.hf_source import inputs_of, open_hf_source, source_architecture
 from tools.convert.plan_import import COMMON, describe_import, import_checks, log_import, plan_import, torch_dist_layout
 from tools.convert.planning import with_stored_mtp
 
@@ -21,6 +21,7 @@ def run(
     source: Path,
     target: Path,
     hf_files: Path | None,
+    ignore_config_field: tuple[str, ...],
     overwrite: bool,
     workers: int | None,
     shard: ShardSpec | None,
@@ -29,7 +30,7 @@ def run(
     inputs = inputs_of(source, hf_files)
     with publish_sharded(target, kind="megatron", inputs=inputs, overwrite=overwrite, shard=shard) as out:
         checkpoint, reader = open_hf_source(source, hf_files)
-        declared = registry.from_config(registry.with_auxiliary_fields(reader.config, source))
+        declared, ignored = source_architecture(reader, source, ignore_config_field)
         architecture = with_stored_mtp(declared, reader.weights, source)
         plan = plan_import(reader, architecture, registry.table_of(architecture))
         layout = torch_dist_layout(plan, reader)
@@ -50,4 +51,4 @@ def run(
         layout.finish(out.path / RELEASE, COMMON)
         (out.path / TRACKER).write_text(RELEASE, encoding="utf-8")
         write_hf_files(out, plan, reader)
-        describe_import(out, plan, checkpoint)
+        describe_import(out, plan, checkpoint, **ignored)

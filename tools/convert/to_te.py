@@ -14,7 +14,7 @@ from shared.families import registry
 from shared.mapping.transformer_engine import te_form
 from tools.convert.conversion import run_conversion
 from tools.convert.hf_files import write_hf_files
-from tools.convert.hf_source import inputs_of, open_hf_source
+from tools.convert.hf_source import inputs_of, open_hf_source, source_architecture
 from tools.convert.plan_import import describe_import, import_checks, log_import, plan_import
 from tools.convert.plan_te import te_layout
 
@@ -23,6 +23,7 @@ def run(
     source: Path,
     target: Path,
     hf_files: Path | None,
+    ignore_config_field: tuple[str, ...],
     overwrite: bool,
     workers: int | None,
     shard: ShardSpec | None,
@@ -31,7 +32,7 @@ def run(
     inputs = inputs_of(source, hf_files)
     with publish_sharded(target, kind="te", inputs=inputs, overwrite=overwrite, shard=shard) as out:
         checkpoint, reader = open_hf_source(source, hf_files)
-        architecture = registry.from_config(registry.with_auxiliary_fields(reader.config, source))
+        architecture, ignored = source_architecture(reader, source, ignore_config_field)
         form = te_form(registry.table_of(architecture), architecture)
         plan = plan_import(reader, architecture, form.table)
         layout, files = te_layout(plan, reader, form.extra_states)
@@ -54,7 +55,7 @@ def run(
         write_index(out.path, layout)
         (out.path / LAYERS).write_text(json.dumps(form.modules, indent=1) + "\n", encoding="utf-8")
         write_hf_files(out, plan, reader)
-        describe_import(out, plan, checkpoint)
+        describe_import(out, plan, checkpoint, **ignored)
 
 
 def layer_lines(layers: list[dict[str, Any]]) -> list[str]:

@@ -54,7 +54,7 @@ def compare_logits(
     ids = with_blank(ids, architecture)
     with _quiet():
         ours = _megatron(architecture, iteration, ids)
-        theirs = _transformers(source, ids, trust_remote_code)
+        theirs = _transformers(source, architecture, ids, trust_remote_code)
     spread = theirs.std().item()
     difference = (ours - theirs).abs().max().item()
     tolerance = RELATIVE_TOLERANCE * spread
@@ -132,12 +132,12 @@ def attention_of(architecture: Architecture) -> str:
 
 
 @torch.no_grad()
-def _transformers(source: Path, ids: torch.Tensor, trust_remote_code: bool) -> torch.Tensor:
+def _transformers(source: Path, architecture: Architecture, ids: torch.Tensor, trust_remote_code: bool) -> torch.Tensor:
     import transformers
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    config, architecture = read_config(source / "config.json"), registry.from_files(source)
+    config = read_config(source / "config.json")
     options = {"dtype": torch.float32, "attn_implementation": attention_of(architecture)}
     if config.get("quantization_config") is not None:  # also one that is left over: transformers would follow it
         model = _dequantized_model(source, **options)

@@ -126,18 +126,24 @@ def finish_hf_directory(directory: Path, source_files: Path) -> None:
 
 
 def for_transformers_4_and_5(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json with the RoPE and dtype fields of both transformers 4 and 5."""
+    """A config.json with the RoPE and dtype fields of both transformers 4 and 5. A null field counts as absent."""
     result = dict(config)
     new = result.get("rope_parameters")
-    if isinstance(new, dict) and "rope_theta" in new:
-        result.setdefault("rope_theta", new["rope_theta"])
-        if "rope_scaling" not in result:
-            scaling = {name: value for name, value in new.items() if name != "rope_theta"}
-            result["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
-    elif new is None and "rope_theta" in result:
+    if isinstance(new, dict) and new.get("rope_theta") is not None:
+        _fill(result, "rope_theta", new["rope_theta"])
+        scaling = {name: value for name, value in new.items() if name != "rope_theta"}
+        _fill(result, "rope_scaling", None if scaling.get("rope_type", "default") == "default" else scaling)
+    elif not new and result.get("rope_theta") is not None:
         scaling = dict(result.setdefault("rope_scaling", None) or {})
         kind = scaling.pop("type", "default")
         result["rope_parameters"] = {"rope_theta": result["rope_theta"], "rope_type": kind, **scaling}
-    if "dtype" in result:
-        result.setdefault("torch_dtype", result["dtype"])
+    if result.get("dtype") is not None:
+        _fill(result, "torch_dtype", result["dtype"])
+    elif "dtype" in result and result.get("torch_dtype") is not None:
+        result["dtype"] = result["torch_dtype"]
     return result
+
+
+def _fill(config: dict[str, Any], name: str, value: Any) -> None:
+    if config.get(name) is None:
+        config[name] = value

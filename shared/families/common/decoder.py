@@ -185,7 +185,7 @@ def read_decoder(
     default_activation: str = "silu",
     tied: bool = False,
     initializer_range: float = 0.02,
-    dropout: float | None = None,
+    dropout: float = 0.0,
 ) -> Decoder:
     """The common fields. Defaults for absent fields are those of the transformers class.
 
@@ -197,10 +197,8 @@ def read_decoder(
         interleaved: RoPE pairs are (0, 1), (2, 3)...
         rope_by_kind: sliding-window layers have their own RoPE.
         ffn_ratio: default of ffn / hidden.
-        dropout: default of attention, hidden and embedding dropout; None: attention dropout must be 0.
+        dropout: default of attention, hidden and embedding dropout.
     """
-    if dropout is None and spelling.attention_dropout:
-        fields.expect(spelling.attention_dropout, 0, 0.0, why="train without dropout, or set it to 0.0")
     hidden, heads = fields.get(spelling.hidden, int), fields.get(spelling.heads, int)
     positions = fields.get(spelling.positions, int, default_positions)
     head_dim = default_head_dim or hidden // heads
@@ -220,7 +218,7 @@ def read_decoder(
         attention["rotary"] = Rotary(theta=theta, scaling=scaling, dim=dim, interleaved=interleaved)
 
     def dropped(name: str | None) -> float:
-        return 0.0 if name is None or dropout is None else float(fields.get(name, float, dropout))
+        return 0.0 if name is None else float(fields.get(name, float, dropout))
 
     attention["dropout"] = dropped(spelling.attention_dropout)
     ffn = 4 * hidden

@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from shared.architecture.architecture import RopeScaling
 from shared.errors import UserError
+from shared.families.common.harmless_fields import harmless, is_rate
 
-# Fields without effect on the model's computation: tokenizer, generation, bookkeeping of transformers.
-_HARMLESS = """
-    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
-    _flash_attn_2_enabled _from_model_config _name_or_path _num_labels
-    architectures attn_implementation auto_map bos_token_id chunk_size_feed_forward custom_pipelines
-    decoder_start_token_id dtype
-    eos_token_id finetuning_task id2label is_decoder is_encoder_decoder keys_to_ignore_at_inference label2id
-    model_type name_or_path output_attentions output_hidden_states output_router_logits pad_token_id prefix
-    pretraining_tp problem_type return_dict return_dict_in_generate sep_token_id task_specific_params
-    tokenizer_class torch_dtype torchscript transformers_version unk_token_id unsloth_fixed unsloth_version
-    use_bfloat16 use_cache use_return_dict
-"""
-# Generation settings, which transformers before 4.39 wrote to config.json, too.
-_GENERATION = """
-    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
-    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length max_new_tokens
-    min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
-    repetition_penalty suppress_tokens temperature top_k top_p typical_p
-"""
 # Fields that must be positive.
 _POSITIVE = """
     d_model decoder_sparse_step expansion_ratio ffn_dim ffn_hidden_size full_attention_interval head_dim hidden_size
@@ -37,7 +19,6 @@ _POSITIVE = """
     n_positions no_rope_layer_interval num_attention_heads num_hidden_layers num_key_value_heads num_kv_heads
     num_layers padded_vocab_size seq_length sliding_window_pattern v_head_dim vocab_size word_embed_proj_dim
 """
-HARMLESS = frozenset(_HARMLESS.split() + _GENERATION.split())
 POSITIVE = frozenset(_POSITIVE.split())
 
 
@@ -60,12 +41,20 @@ def _check_finite(config: Mapping[str, Any], within: str) -> None:
 
 
 class Fields:
-    """A config.json whose every field must be read or ignored explicitly; `finish` refuses the rest."""
+    """A config.json whose every field must be read or ignored explicitly; `finish` refuses the rest.
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    Args:
+        config: its fields.
+        ignored: fields to pass over though the family does not read them (`--ignore-config-field`).
+        within: the part of config.json, for messages and for names in `ignored`: "text_config.".
+    """
+
+    def __init__(self, config: Mapping[str, Any], ignored: Collection[str] = (), within: str = "") -> None:
         _check_finite(config, "")
         self._config = dict(config)
         self._read: set[str] = set()
+        self._within = within
+        self.ignored = ignored
 
     def get(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         """The field's value; the default if absent or null; UserError for another type."""
@@ -108,14 +97,25 @@ class Fields:
         self._read.update(names)
 
     def finish(self, family: str) -> None:
-        """UserError for a field that was neither read nor ignored."""
+        """UserError for a field that was neither read nor ignored, and for one that was read and is to be ignored."""
         for name, value in self._config.items():
-            if name in self._read or name in HARMLESS or value in (None, {}, []) or value is False:
+            full = self._within + name
+            if full in self.ignored and name in self._read:
+                raise UserError(
+                    f"--ignore-config-field {full}: family {family} reads it (config.json: {value!r}), so it may change "
+                    "the result; leave it out"
+                )
+            if name in self._read or full in self.ignored or harmless(name, value):
                 continue
             raise UserError(
                 f"config.json: {name} = {value!r} is not a field of family {family} and would be ignored; "
-                "remove it if it changes nothing"
+                f"if it changes nothing, give --ignore-config-field {full}, or remove it"
             )
+
+    def unread_rates(self) -> dict[str, float]:
+        """Dropout rates above 0 that the family does not read."""
+        unread = {name: value for name, value in self._config.items() if name not in self._read}
+        return {self._within + name: value for name, value in unread.items() if value and is_rate(name, value)}
 
     def rope(
         self, default_theta: float, max_position_embeddings: int, *, partial: bool = False

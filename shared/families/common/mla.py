@@ -22,6 +22,7 @@ def read_mla(fields: Fields, heads: int, rotary: Rotary) -> LatentAttention:
         qk_rope_head_dim=fields.get("qk_rope_head_dim", int, 64),
         v_head_dim=fields.get("v_head_dim", int, 128),
         rotary=rotary,
+        dropout=fields.get("attention_dropout", float, 0.0),
     )
     # transformers 5 writes both; its head_dim is qk_rope_head_dim.
     fields.expect("head_dim", mla.qk_rope_head_dim, why="it must equal qk_rope_head_dim, or be absent")

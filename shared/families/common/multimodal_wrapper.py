@@ -52,7 +52,8 @@ class MultimodalWrapper:
             raise UserError(
                 f"config.json: {_TIED} is false, but true in {_TEXT}; runtimes read one or the other: keep the right one"
             )
-        inside = Fields(self.inner.without_legacy_names(self.language({_TEXT: text, _TIED: tied})))
+        language = self.inner.without_legacy_names(self.language({_TEXT: text, _TIED: tied}))
+        inside = Fields(language, given.ignored, within=f"{_TEXT}.")
         inside.expect("model_type", *self.inner.model_types, why=f"the language model must be {self.inner.name}")
         for field, why in self.refused.items():
             inside.expect(field, why=why)

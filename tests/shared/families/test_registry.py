@@ -194,7 +194,6 @@ def test_configuration_as_transformers_5_rewrites_it(size: str) -> None:
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"head_dim": 17}, "even head_dim"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
-        ({"attention_dropout": 0.1}, "attention_dropout"),
     ],
 )
 def test_what_cannot_be_represented_is_refused_by_name(changes: dict[str, Any], message: str) -> None:

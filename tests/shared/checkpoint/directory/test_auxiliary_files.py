@@ -79,6 +79,18 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
             {"rope_parameters": {"rope_theta": 5.0, **LINEAR}},
         ),
         ({"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}),
+        # null is no spelling
+        (
+            {"rope_theta": None, "rope_scaling": None, "rope_parameters": {"rope_theta": 5.0, **LINEAR}},
+            {"rope_theta": 5.0, "rope_scaling": LINEAR},
+        ),
+        ({"rope_theta": None}, {}),
+        (
+            {"rope_theta": 5.0, "rope_parameters": None},
+            {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}, "rope_scaling": None},
+        ),
+        ({"dtype": None, "torch_dtype": "float16"}, {"dtype": "float16"}),
+        ({"dtype": "float16", "torch_dtype": None}, {"torch_dtype": "float16"}),
         ({"vocab_size": 3}, {}),
     ],
 )

@@ -58,7 +58,7 @@ def ids_of(own, policy, prompt, reply):
     class Model:
         config = LlamaConfig(pad_token_id=0, max_position_embeddings=64)
 
-    scorer = ModelReward("rm", Model(), own, policy, device=torch.device("cpu"), batch_size=4)
+    scorer = ModelReward("rm", Model(), own, policy, context=64, device=torch.device("cpu"), batch_size=4)
     scorer.check([prompt])
     return list(scorer._ids(prompt, reply))
 
