@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
+from shared.data.chat_template import render_prompt
+from shared.data.messages import tool_definitions
 from shared.data.sources import Piece, Row, rows
 from shared.errors import UserError
 
@@ -71,13 +70,8 @@ def _checked(row: Row, reserved: tuple[str, ...]) -> Prompt:
     for name in reserved:
         if name in fields:
             raise UserError(f'{place}: the output adds a field "{name}"; rename the input\'s')
-    if isinstance(fields.get("tools"), str) and fields["tools"]:  # JSON text, as in parquet and arrow columns
-        try:
-            fields["tools"] = json.loads(fields["tools"])
-        except ValueError:
-            raise UserError(f'{place}: "tools" is not JSON') from None
-    if fields.get("tools") and not isinstance(fields["tools"], list):
-        raise UserError(f'{place}: "tools" is not a list')
+    if tools := tool_definitions(row):  # JSON text in table columns
+        fields["tools"] = tools
     try:
         json.dumps(fields)
     except TypeError as error:
@@ -123,23 +117,10 @@ def encode(
     if not tokenizer.chat_template:
         raise UserError(f"{place}: messages need a chat template and the tokenizer has none; give a raw prompt instead")
 
-    def rendered(tools: list[Any] | None) -> str:
-        return tokenizer.apply_chat_template(prompt, tools=tools, tokenize=False, add_generation_prompt=True)
-
-    refused = (jinja2.TemplateError, TypeError, ValueError, KeyError)
     try:
-        text = rendered(tools)
-    except refused as error:
-        raise UserError(f"{place}: the chat template refuses these messages: {error}") from None
-    without = None
-    if tools:
-        with contextlib.suppress(*refused):  # a template that fails without tools does render them
-            without = rendered(None)
-    if text == without:
-        raise UserError(
-            f'{place}: the chat template does not render "tools", so the model would not see them; leave them out, or describe '
-            "them in a message"
-        )
+        text = render_prompt(tokenizer, prompt, tools)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from None
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

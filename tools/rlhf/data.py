@@ -7,8 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from shared.data.chat_template import render_prompt
+from shared.data.messages import Message, tool_definitions
 from shared.data.sources import Piece, Row, rows
 from shared.errors import UserError
+from tools.rlhf.preferences import Reply, messages, preference
 
 _RESERVED = ("prompts", "completions")
 
@@ -49,6 +52,8 @@ def read_prompts(path: Path, tokenizer: Any, *, context_length: int, max_new_tok
     prompts = []
     for row in _rows(path):
         key = "prompt" if "prompt" in row.value else "messages"
+        if {"prompt", "messages"} <= row.value.keys():
+            raise row.error("both 'prompt' and 'messages'; leave one out or rename it")
         if key not in row.value:
             raise row.error(f"no column 'prompt' or 'messages' (the row has: {', '.join(row.value) or 'nothing'})")
         columns = {name: value for name, value in row.value.items() if name != key}
@@ -57,8 +62,9 @@ def read_prompts(path: Path, tokenizer: Any, *, context_length: int, max_new_tok
                 raise row.error(
                     f"a column may not be called {name!r}: it is an argument of every reward function; rename it"
                 )
-        text = _prompt_text(row, key, tokenizer)
-        ids = _encode(tokenizer, text, templated=not isinstance(row.value[key], str))
+        raw = row.value[key]
+        text = _prompt_text(row, raw if isinstance(raw, str) else messages(row, key), tokenizer)
+        ids = _encode(tokenizer, text, templated=not isinstance(raw, str))
         if not ids:
             raise row.error(f"{key!r} is empty")
         if len(ids) + max_new_tokens > context_length:
@@ -66,7 +72,7 @@ def read_prompts(path: Path, tokenizer: Any, *, context_length: int, max_new_tok
                 f"the prompt has {len(ids)} tokens and --max-new-tokens {max_new_tokens} more do not fit the "
                 f"model's context of {context_length}; shorten it or lower --max-new-tokens"
             )
-        prompts.append(Prompt(text=text, ids=ids, raw=row.value[key], columns=columns))
+        prompts.append(Prompt(text=text, ids=ids, raw=raw, columns=columns))
     if not prompts:
         raise UserError(f"--prompts {path}: no row in it")
     names = sorted({name for prompt in prompts for name in prompt.columns})
@@ -74,10 +80,9 @@ def read_prompts(path: Path, tokenizer: Any, *, context_length: int, max_new_tok
 
 
 def read_preferences(path: Path, tokenizer: Any, *, max_length: int) -> tuple[list[Pair], int]:
-    """Pairs of a file with `{"prompt", "chosen", "rejected"}` rows, and the number of pairs dropped as too long.
+    """Pairs of a file of preferences, in the forms of `preferences`, and the number of pairs dropped as too long.
 
-    `prompt` is text or messages; `chosen` and `rejected` are text or one assistant message. A sequence is
-    `[prompt, reply, end]`, as the reward model is shown a roll-out; see `end_token_id`.
+    A sequence is `[prompt, reply, end]`, as the reward model is shown a roll-out; see `end_token_id`.
 
     Args:
         path: the JSON-lines file.
@@ -90,14 +95,7 @@ def read_preferences(path: Path, tokenizer: Any, *, max_length: int) -> tuple[li
     pairs, dropped = [], 0
     end = end_token_id(tokenizer)
     for row in _rows(path):
-        for key in ("prompt", "chosen", "rejected"):
-            if key not in row.value:
-                raise row.error(f"no column {key!r} (the row has: {', '.join(row.value) or 'nothing'})")
-        text = _prompt_text(row, "prompt", tokenizer)
-        prompt = _encode(tokenizer, text, templated=not isinstance(row.value["prompt"], str))
-        chosen, rejected = (
-            (*prompt, *encode_reply(tokenizer, _reply_text(row, key)), end) for key in ("chosen", "rejected")
-        )
+        chosen, rejected = ((*_sequence(row, reply, tokenizer), end) for reply in preference(row))
         if chosen == rejected:
             raise row.error("'chosen' and 'rejected' are the same; remove the row")
         if max(len(chosen), len(rejected)) > max_length:
@@ -113,39 +111,29 @@ def _rows(path: Path) -> Iterator[Row]:
     return rows(Piece(path=path, start=0, end=path.stat().st_size))
 
 
-def _prompt_text(row: Row, key: str, tokenizer: Any) -> str:
-    value = row.value[key]
-    if isinstance(value, str):
-        return value
-    if not _is_messages(value):
-        raise row.error(f"{key!r} is neither a text nor a list of messages with 'role' and 'content'")
+def _sequence(row: Row, reply: Reply, tokenizer: Any) -> tuple[int, ...]:
+    """Token ids of prompt and reply, without the end token."""
+    text = _prompt_text(row, reply.prompt, tokenizer)
+    prompt = _encode(tokenizer, text, templated=not isinstance(reply.prompt, str))
+    if not text:  # the reply is the whole text, and begins as a text does
+        return _encode(tokenizer, reply.text, templated=False)
+    return (*prompt, *encode_reply(tokenizer, reply.text))
+
+
+def _prompt_text(row: Row, prompt: str | list[Message], tokenizer: Any) -> str:
+    tools = tool_definitions(row)
+    if isinstance(prompt, str):
+        if tools:
+            raise row.error("'tools' are rendered by the chat template; give messages instead of a text prompt")
+        return prompt
     if tokenizer.chat_template is None:
-        raise row.error(f"{key!r} holds messages and the model has no chat template; give texts")
-    if value[-1]["role"] == "assistant":
-        raise row.error(f"{key!r} ends with an assistant message; the reply comes next, so end with the user's")
+        raise row.error("the prompt is messages and the model has no chat template; give texts")
+    if prompt[-1]["role"] == "assistant":
+        raise row.error("the prompt ends with an assistant message; the reply comes next, so end with the user's")
     try:
-        return tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template may raise any exception
-        raise row.error(f"the chat template refuses {key!r}: {error}") from error
-
-
-def _reply_text(row: Row, key: str) -> str:
-    value = row.value[key]
-    if isinstance(value, str):
-        return value
-    if _is_messages(value) and len(value) == 1 and value[0]["role"] == "assistant":
-        return value[0]["content"]
-    raise row.error(f"{key!r} is neither a text nor a list of one assistant message")
-
-
-def _is_messages(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-        )
-    )
+        return render_prompt(tokenizer, prompt, tools)
+    except ValueError as error:
+        raise row.error(str(error)) from error
 
 
 def end_token_id(tokenizer: Any) -> int:

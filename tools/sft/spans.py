@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shared.data.chat_template import check_tools_rendered, render
 from shared.errors import UserError
 from tools.sft.conversations import Conversation
 
@@ -45,8 +46,10 @@ class Renderer:
         """Render and tokenise.
 
         Raises:
-            ValueError: the template rejects the conversation, or assistant turns cannot be located.
+            ValueError: the template rejects the conversation or drops its tools, or assistant turns cannot be located.
         """
+        messages, tools = conversation.messages, conversation.tools
+        check_tools_rendered(self._tokenizer, messages, tools, add_generation_prompt=False)
         text, spans = self._marked(conversation) if self.marked else self._by_prefix(conversation)
         ids, offsets = self._encode(text, [])
         # At inference the prompt ends where a turn starts, so no token crosses that position. If the tokenizer would merge
@@ -123,17 +126,8 @@ class Renderer:
         return text[: text.find(opening) + len(opening)] if opening in text else opening
 
     def _render(self, conversation: Conversation, count: int, *, add_generation_prompt: bool = False) -> str:
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    conversation.messages[:count],
-                    tools=conversation.tools,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                )
-            )
-        except Exception as error:  # templates raise jinja's errors and Python's
-            raise ValueError(f"the chat template refuses it ({_first_line(error)})") from error
+        messages = conversation.messages[:count]
+        return render(self._tokenizer, messages, conversation.tools, add_generation_prompt=add_generation_prompt)
 
     def _mark(
         self,

@@ -33,8 +33,8 @@ def test_rows_keep_their_fields_and_line_numbers(tmp_path):
         ('{"prompt": "a"', "not JSON"),
         ('["a"]', "a JSON object is expected"),
         ('{"prompt": "a", "note": "\\ud83d"}', "lone surrogate"),
-        ('{"messages": [{"role": "user", "content": "a"}], "tools": 3}', '"tools" is not a list'),
-        ('{"messages": [{"role": "user", "content": "a"}], "tools": "{"}', '"tools" is not JSON'),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": 3}', "'tools' is not a list"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": "{"}', "'tools' is not JSON"),
         ('{"text": "a"}', 'either "prompt" or "messages"'),
         ('{"prompt": "a", "messages": []}', 'either "prompt" or "messages"'),
         ('{"prompt": 3}', "not int"),
@@ -100,7 +100,7 @@ KNOWS_TOOLS = (
 
 def test_tools_are_rendered_where_the_template_knows_them_and_refused_where_not(models, tmp_path):
     messages, tokenizer = [{"role": "user", "content": "fox"}], load_tokenizer(models("llama"))
-    with pytest.raises(UserError, match='here: the chat template does not render "tools"'):
+    with pytest.raises(UserError, match="here: the chat template does not render 'tools'"):
         encode(tokenizer, messages, "here", TOOLS)
     with pytest.raises(UserError, match='here: "tools" are rendered by the chat template'):
         encode(tokenizer, "fox", "here", TOOLS)

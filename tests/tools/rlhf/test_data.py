@@ -63,8 +63,15 @@ def test_a_preference_is_prompt_reply_and_end(file, tokenizer):
         ({"text": "a"}, ":2: no column 'prompt' or 'messages' (the row has: text)"),
         ({"prompt": ""}, ":2: 'prompt' is empty"),
         ({"prompt": 3}, ":2: 'prompt' is neither"),
-        ({"messages": [{"role": "user"}]}, ":2: 'messages' is neither"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, ":2: 'messages' ends with an assistant"),
+        ({"prompt": "red", "messages": [{"role": "user", "content": "red"}]}, ":2: both 'prompt' and 'messages'"),
+        ({"prompt": "red", "tools": [{"name": "f"}]}, ":2: 'tools' are rendered by the chat template"),
+        (
+            {"messages": [{"role": "user", "content": "red"}], "tools": [{"name": "f"}]},
+            ":2: the chat template does not",
+        ),
+        ({"messages": [{"role": "user", "content": "red"}], "tools": "{"}, ":2: 'tools' is not JSON"),
+        ({"messages": [{"role": "user"}]}, ":2: 'messages', message 0 (user): content is NoneType"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, ":2: the prompt ends with an assistant"),
         ({"prompt": "red", "completions": 1}, ":2: a column may not be called 'completions'"),
         ({"prompt": " red" * 81}, "do not fit the model's context of 96"),
     ],
@@ -74,6 +81,18 @@ def test_bad_prompts_are_named(file, tokenizer, row, says):
     with pytest.raises(UserError, match="rows.jsonl:2") as error:
         prompts(path, tokenizer)
     assert says in str(error.value)
+
+
+def test_tools_are_rendered_where_the_template_knows_them(file, tokenizer, monkeypatch):
+    known = "{% for t in tools %}{{ t['name'] }}{% endfor %}" + tokenizer.chat_template
+    monkeypatch.setattr(tokenizer, "chat_template", known)
+    messages, tools = [{"role": "user", "content": "red"}], [{"name": "blue"}]
+    for given in (tools, json.dumps(tools)):
+        (prompt,) = prompts(file({"messages": messages, "tools": given}), tokenizer)
+        assert prompt.text == "bluecolors: red"
+        row = {"prompt": messages, "chosen": " red", "rejected": " pink", "tools": given}
+        ((pair,), _) = read_preferences(file(row), tokenizer, max_length=96)
+        assert pair.chosen[: len(prompt.ids)] == prompt.ids
 
 
 def test_an_empty_file_is_named(file, tokenizer):

@@ -73,5 +73,15 @@ def test_a_template_without_a_sure_answer_is_refused(
 def test_what_the_template_refuses_is_said(tokenizers: Callable[..., Path]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizers("chatml"))
     tokenizer.chat_template = "{{ raise_exception('no system message, please') }}"
-    with pytest.raises(ValueError, match="refuses it .*no system message, please"):
+    with pytest.raises(ValueError, match="refuses these messages: no system message, please"):
         Renderer(tokenizer).tokens(Conversation(messages=TALK))
+
+
+@pytest.mark.parametrize("template", ["marked", "chatml"])
+def test_tools_are_rendered_or_refused(tokenizers: Callable[..., Path], template: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers(template))
+    talk = Conversation(messages=TALK, tools=[{"type": "function", "function": {"name": "weather"}}])
+    with pytest.raises(ValueError, match="does not render 'tools'"):
+        Renderer(tokenizer).tokens(talk)
+    tokenizer.chat_template = "{% for t in tools %}{{ t.function.name }}\n{% endfor %}" + tokenizer.chat_template
+    assert tokenizer.decode(Renderer(tokenizer).tokens(talk).ids).startswith("weather\n")

@@ -126,9 +126,12 @@ def _train(
         model=policy,
         reward_funcs=[_reward_function(spec, scorer, prompts, source) for spec, scorer in reward.components],
         args=arguments,
-        train_dataset=Dataset.from_list([{"prompt": p.raw, "row": row} for row, p in enumerate(prompts)]),
+        train_dataset=Dataset.from_list([{"prompt": p.text, "row": row} for row, p in enumerate(prompts)]),
         processing_class=source.tokenizer,
     )
+    ids = {prompt.text: list(prompt.ids) for prompt in prompts}
+    # TRL's own rendering knows no tools of a row.
+    trainer._tokenize_prompts = lambda texts: ([ids[text] for text in texts], None, {})
     callback = StageCallback(
         context,
         distributed,
