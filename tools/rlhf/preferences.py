@@ -68,9 +68,10 @@ def preference(row: Row) -> tuple[Reply, Reply]:
         if isinstance(prompt, str) and prompt and all(reply.startswith(prompt) for reply in replies):
             raise row.error("'chosen' and 'rejected' both begin with 'prompt': is it part of them? Leave it out of one")
         return Reply(prompt=prompt, text=replies[0]), Reply(prompt=prompt, text=replies[1])
-    if isinstance(sides[0], str):
-        return _from_texts(row, prompt, *sides)
-    return _from_messages(row, prompt, *sides)
+    chosen, rejected = sides
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        return _from_texts(row, prompt, str(chosen), str(rejected))
+    return _from_messages(row, prompt, chosen, rejected)
 
 
 def _given_prompt(row: Row) -> str | list[Message]:
