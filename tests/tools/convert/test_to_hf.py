@@ -176,8 +176,8 @@ def test_a_family_that_transformers_lacks_as_one_that_it_has(
     for name in ("config.json", "model.safetensors"):
         assert (target / name).read_bytes() == (of_te / name).read_bytes()
     ids = torch.randint(architecture.vocab_size, (1, 256), generator=torch.Generator().manual_seed(2))
-    theirs = _transformers(source, ids, True)
-    difference = (_transformers(target, ids, False) - theirs).abs().max()
+    theirs = _transformers(source, architecture, ids, True)
+    difference = (_transformers(target, registry.from_files(target), ids, False) - theirs).abs().max()
     assert difference < 1e-4 * theirs.std()  # fp32 sums in another order
     assert (target / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert {tensor.dtype for tensor in HfReader(target).tensors.values()} == {BY_FLAG[dtype].safetensors}

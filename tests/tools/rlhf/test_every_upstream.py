@@ -124,3 +124,25 @@ def test_saving_removes_tied_tensors_then_renames() -> None:
         "state_dict = remove_tied_weights_from_state_dict(state_dict, model_to_save)",
         "state_dict = revert_weight_conversion(model_to_save, state_dict)",
     )
+
+
+def test_grpo_tokenises_prompts_in_a_method() -> None:
+    relies_on(
+        "tools/rlhf/algorithms/grpo.py",
+        GRPOTrainer._generate,
+        "prompt_ids, images, multimodal_fields = self._tokenize_prompts(prompts)",
+    )
+
+
+def test_grpo_samples_and_scores_in_these_methods() -> None:
+    place = "tools/rlhf/engines/grpo_trainer.py"
+    calls(place, GRPOTrainer._generate_single_turn, "unwrapped_model.generate")
+    calls(place, GRPOTrainer._generate, "self._generate_single_turn")
+    relies_on(
+        place,
+        GRPOTrainer._prepare_inputs,
+        "generation_batch = self._generate_and_score_completions(generation_batch)",
+    )
+    calls(place, GRPOTrainer._compute_loss, "self._get_per_token_logps_and_entropies")
+    named = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+    assert named[1:6] == ["model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"], place

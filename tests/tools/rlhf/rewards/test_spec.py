@@ -31,7 +31,7 @@ def test_components_with_weights(place):
         ("nothing", "write model:DIR or py:FILE:FUNCTION"),
         ("x*model:model", "'x' is not a finite number"),
         ("nan*model:model", "not a finite number"),
-        ("model:absent", "absent is not a directory"),
+        ("model:absent", "absent"),
         ("py:absent.py:f", "absent.py does not exist"),
         ("py:f.py", "write py:FILE:FUNCTION"),
         ("py:f.py:not-a-name", "write py:FILE:FUNCTION"),
