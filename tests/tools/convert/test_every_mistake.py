@@ -72,9 +72,9 @@ def test_a_mistake_is_found(
     right = verify_logits._transformers
     known: list[torch.Tensor] = []
 
-    def once(source: Path, architecture: Architecture, ids: torch.Tensor, remote: bool) -> torch.Tensor:
+    def once(source: Path, of: Any, ids: torch.Tensor, remote: bool) -> torch.Tensor:
         if not known:  # the same ids each time: one seed
-            known.append(right(source, architecture, ids, remote))
+            known.append(right(source, of, ids, remote))
         return known[0]
 
     monkeypatch.setattr(verify_logits, "_transformers", once)
