@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from shared.checkpoint.directory.adapter_directory import refuse_adapter
 from shared.checkpoint.directory.auxiliary_files import check_auxiliary_files
 from shared.checkpoint.directory.manifest import MANIFEST, Kind, Manifest, read_manifest
 from shared.checkpoint.directory.recognition import (
@@ -96,6 +97,8 @@ def open_checkpoint(
     if iteration is not None:
         manifest = _iteration_manifest(path, manifest, iteration, flag)
     if manifest is None:
+        if "tokenizer" not in kinds:  # an adapter may hold one
+            refuse_adapter(path, flag)
         found = recognize(path, kinds=kinds, flag=flag, per_rank=per_rank)
     else:
         found = Recognition(kind=manifest.kind)
