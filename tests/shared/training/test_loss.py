@@ -269,7 +269,7 @@ def test_the_balancing_loss_of_experts_does_not_depend_on_the_number_of_targets(
         router = chunks[0].decoder.layers[0].mlp.router
         inputs.clear()
         router.register_forward_hook(lambda module, given, made: inputs.append(given[0].detach().flatten(0, 1)))
-        forward_backward(config, model, Rows(rows), 0, shared.runtime.device.prepare())
+        forward_backward(config, model, Rows(rows), 0, shared.runtime.device.select_device())
         found[coefficient] = router.weight.main_grad.double().clone()
     each = [balancing_gradient(router.weight, x, 24, size.moe.top_k, over) for x in inputs]
     wanted = 2.0 * torch.stack(each).mean(0)
