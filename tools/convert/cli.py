@@ -127,6 +127,7 @@ def to_hf(
     dtype: Precision | None = None,
     hf_files: ExistingDir | None = None,
     family: str | None = None,
+    iteration: NonNegative | None = None,
     quantized: bool = False,
     ignore_config_field: Names = (),
     overwrite: bool = False,
@@ -148,6 +149,7 @@ def to_hf(
             for Baichuan-7B, Baichuan2-7B (head rows divided by their L2 norms), InternLM, InternLM2 and Yi; qwen2 for
             Qwen 1. A feature that the other family lacks is an error. With the model's own family: config.json in
             today's transformers names.
+        iteration: a kept iteration of a training run; by default the newest.
         quantized: quantise the weights that the original checkpoint stored quantised: unchanged blocks byte for byte,
             changed blocks with new scales.
         ignore_config_field: fields of config.json, separated by commas, that are unknown here and change nothing; they are
@@ -161,7 +163,7 @@ def to_hf(
     from tools.convert.to_hf import run
 
     part = ShardSpec.parse(shard) if shard else None
-    run(source, target, dtype, hf_files, family, ignore_config_field, overwrite, workers, part, quantized)
+    run(source, target, dtype, hf_files, family, ignore_config_field, overwrite, workers, part, quantized, iteration)
 
 
 @tool.command(not_fingerprinted=("workers",))

@@ -51,6 +51,7 @@ def run(
     workers: int | None,
     shard: ShardSpec | None,
     quantized: bool = False,
+    iteration: int | None = None,
 ) -> None:
     """Convert; publishes `target` of kind hf."""
     if quantized and dtype:
@@ -60,7 +61,7 @@ def run(
     inputs = {"source": source} | ({"hf_files": hf_files} if hf_files else {})
     with publish_sharded(target, kind="hf", inputs=inputs, overwrite=overwrite, shard=shard) as out:
         checkpoint = open_checkpoint(
-            source, kinds=("megatron", "te"), flag="--source", verify="small", per_rank="megatron"
+            source, kinds=("megatron", "te"), flag="--source", verify="small", per_rank="megatron", iteration=iteration
         )
         if hf_files:
             check_auxiliary_files(hf_files, "--hf-files")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.tools.pretrain.runs import (
     REPOSITORY,
@@ -372,5 +373,11 @@ def test_a_kept_iteration_is_a_source(whole, data, tmp_path, capsys):
     name = "decoder.layers.mlp.linear_fc2.weight"
     assert torch.equal(started[name], weights[name])
     assert not torch.equal(started[name], last[name])
+
+    convert, exported = REPOSITORY / "tools/convert/.venv/bin/convert", tmp_path / "hf"
+    subprocess.run([convert, "to-hf", f"--source={whole}", "--iteration=8", f"--target={exported}"], check=True)
+    written = load_file(exported / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    assert torch.equal(written.float(), weights[name][0].float())
+
     assert run(whole, data, tmp_path / "other", iteration=4, steps=1) == 2
     assert "--iteration 4 is not in --source" in capsys.readouterr().err
