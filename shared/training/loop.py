@@ -152,19 +152,24 @@ def forward_backward(
     """Compute the gradients of the global batch from sample `first` on. Returns its loss."""
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
-    def micro_batches() -> Iterator[Batch]:
-        for index in range(config.micro_batches):
-            positions = batch_positions(
+    batches = [
+        data.batch(
+            batch_positions(
                 first=first,
                 micro_batch=index,
                 micro_batch_size=config.micro_batch_size,
                 rank=rank,
                 ranks=ranks,
             )
-            yield data.batch(positions).to(device)
+        )
+        for index in range(config.micro_batches)
+    ]
+
+    def micro_batches() -> Iterator[Batch]:
+        return (batch.to(device) for batch in batches)
 
     if model[0].module.architecture.moe:
-        scale = balancing_scale((batch.labels for batch in micro_batches()), device)
+        scale = balancing_scale([batch.labels for batch in batches], device)
         for chunk in model:
             chunk.config.moe_grad_scale_func = lambda: scale
     for chunk in model:

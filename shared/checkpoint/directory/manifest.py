@@ -104,6 +104,17 @@ def read_manifest(directory: Path, *, flag: str) -> Manifest | None:
         raise UserError(f"{flag} {path} is damaged at {where}: {first['msg']}; publish the directory again") from None
 
 
+def misfit(directory: Path, entries: Mapping[str, FileEntry]) -> str | None:
+    """The first of these files that is missing or has another size, in words; None if there is none."""
+    for name, entry in entries.items():
+        file = directory / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if (size := file.stat().st_size) != entry.size:
+            return f"{file} has {size} bytes instead of {entry.size}"
+    return None
+
+
 def input_fingerprint(path: Path) -> str:
     """Hash of an input: a file's content, a published directory's manifest, or a foreign directory's file list.
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from shared.checkpoint.directory.adapter_directory import refuse_adapter
 from shared.checkpoint.directory.auxiliary_files import check_auxiliary_files
-from shared.checkpoint.directory.manifest import MANIFEST, Kind, Manifest, read_manifest
+from shared.checkpoint.directory.manifest import MANIFEST, Kind, Manifest, misfit, read_manifest
 from shared.checkpoint.directory.recognition import (
     Recognition,
     directory_above,
@@ -91,8 +91,8 @@ def open_checkpoint(
     manifest = read_manifest(path, flag=flag)
     if manifest is not None and manifest.iteration is not None and is_iteration_folder(path):
         raise UserError(
-            f"{flag} {path} is one iteration of a training run; give the directory above it, {directory_above(path)} (and "
-            f"--iteration {manifest.iteration}, if it is not the newest)"
+            f"{flag} {path} is one iteration of a training run; give the directory above it, {directory_above(path)} (with "
+            f"--iteration {manifest.iteration} for `convert to-hf`, `pretrain train` and `sft train`)"
         )
     if iteration is not None:
         manifest = _iteration_manifest(path, manifest, iteration, flag)
@@ -164,13 +164,10 @@ def _iteration_manifest(path: Path, newest: Manifest | None, iteration: int, fla
 
 
 def _verify(path: Path, manifest: Manifest, flag: str, verify: str) -> None:
-    for name, entry in manifest.files.items():
-        file = path / name
-        if not file.is_file():
-            raise UserError(f"{flag} {file} is missing, though {MANIFEST} lists it; publish the directory again")
+    for file in (path / name for name in manifest.files if (path / name).is_file()):
         check_not_stand_in(file, flag)
-        if (size := file.stat().st_size) != entry.size:
-            raise UserError(f"{flag} {file} has {size} bytes instead of {entry.size}; publish the directory again")
+    if found := misfit(path, manifest.files):
+        raise UserError(f"{flag} {found}, though {MANIFEST} lists it; publish the directory again")
     if manifest.iteration is None:  # older iterations of a run directory are not in the manifest
         for file in path.iterdir():
             if file.suffix in WEIGHTS and file.name not in manifest.files:

@@ -17,6 +17,7 @@ from shared.checkpoint.directory.manifest import (
     Kind,
     Manifest,
     Parent,
+    misfit,
     origin,
     parents_of,
     read_manifest,
@@ -214,12 +215,8 @@ class RunDirectory:
 
 def damage(directory: Path, entries: Mapping[str, FileEntry]) -> str | None:
     """The first of these files that is missing or has another size or content, in words; None if all are intact."""
-    for name, entry in entries.items():
-        file = directory / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if (size := file.stat().st_size) != entry.size:
-            return f"{file} has {size} bytes instead of {entry.size}"
+    if found := misfit(directory, entries):
+        return found
     for name, digest in zip(entries, hash_files([directory / name for name in entries]), strict=True):
         if digest != entries[name].hash:
             return f"{directory / name} is damaged: its content has changed since it was saved"

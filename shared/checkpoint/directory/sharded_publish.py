@@ -22,7 +22,16 @@ from shared.checkpoint.copy.operations import FilePlan
 from shared.checkpoint.copy.worker_pool import Advance
 from shared.checkpoint.directory.manifest import Inputs, Kind, Parent, parents_of, run_fingerprint
 from shared.checkpoint.directory.publish import Checks, Publication, move_into_place, publish
-from shared.checkpoint.directory.target import PARTIAL, SHARDS, check_no_shards, check_overlap, check_target, hold, lock
+from shared.checkpoint.directory.target import (
+    PARTIAL,
+    SHARDS,
+    Difference,
+    check_no_shards,
+    check_overlap,
+    check_target,
+    hold,
+    lock,
+)
 from shared.checkpoint.files import remove_tree, sync, sync_tree, write_atomically
 from shared.console import log
 from shared.errors import AlreadyDone, UserError
@@ -118,22 +127,14 @@ class _ShardWork:
 
     def difference(self, record: dict[str, Any]) -> str:
         """How a shard's run differs from this one, for messages; empty if it does not."""
-        ours = self.record(ShardSpec(index=1, count=1), "", {})
-        for name in sorted(ours["options"].keys() | record["options"].keys()):
-            here, there = ours["options"].get(name), record["options"].get(name)
-            if here != there:
-                flag = name.replace("_", "-")
-                return f"was written with --{flag} {_shown(there)}, not {_shown(here)}"
-        for here, there in zip(ours["inputs"], record["inputs"], strict=False):
-            if here != there:
-                return f"was written from another --{here[0].replace('_', '-')}, or it has changed since"
-        if ours["version"] != record["version"]:
-            return f"was written by version {record['version']}, this is {ours['version']}"
-        return "" if ours["identity"] == record["identity"] else "was written by another command"
-
-
-def _shown(value: Any) -> str:
-    return "unset" if value is None else str(value)
+        parents = [{"flag": flag, "fingerprint": fingerprint} for flag, fingerprint in record["inputs"]]
+        here = invocation()
+        found = Difference.of({"tool": here.tool, "command": here.command, "parents": parents} | record, self.parents)
+        if found:
+            return f"was written with {found}"
+        if here.version != record["version"]:
+            return f"was written by version {record['version']}, this is {here.version}"
+        return "" if self.fingerprint == record["identity"] else "was written by another command"
 
 
 class _ShardPublication(Publication):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from shared.checkpoint.copy.journal import is_attempt_at
-from shared.checkpoint.directory.manifest import MANIFEST, Inputs, Manifest, Parent, read_manifest
+from shared.checkpoint.directory.manifest import MANIFEST, Inputs, Manifest, Parent, misfit, read_manifest
 from shared.checkpoint.files import remove_tree
 from shared.console import log
 from shared.errors import AlreadyDone, UserError
@@ -160,12 +160,8 @@ def check_target(target: Path, *, fingerprint: str, parents: Sequence[Parent], o
         )
     if manifest.state == "running":
         raise UserError(f"--target {target} holds an unfinished run; finish it, or use --overwrite")
-    for name, entry in manifest.files.items():
-        file = target / name
-        if not file.is_file() or file.stat().st_size != entry.size:
-            raise UserError(
-                f"--target {target} is damaged ({name} is missing or truncated); use --overwrite to make it again"
-            )
+    if found := misfit(target, manifest.files):
+        raise UserError(f"--target {target} is damaged ({found}); use --overwrite to make it again")
     raise AlreadyDone(f"already done: {target} ({MANIFEST} of {manifest.created})")
 
 
@@ -198,6 +194,9 @@ class Difference:
         flags = sorted({p.flag for p in parents if recorded and (p.flag, p.fingerprint) not in recorded})
         shown = " and ".join(f"--{flag.replace('_', '-')}" for flag in flags)
         return cls(options, f"another {shown}, or its content has changed" if flags else "")
+
+    def __bool__(self) -> bool:
+        return bool(self.options or self.elsewhere)
 
     def __str__(self) -> str:
         if self.elsewhere:

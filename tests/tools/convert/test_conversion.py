@@ -71,7 +71,7 @@ def test_shards_of_other_options_are_not_published(make_hf: Make, convert: Any, 
     assert convert(*words, "--shard", "2/2", "--dtype", "fp32").code == 0
     answer = convert(*words, "--shard", "publish/2")
     assert answer.code == 2
-    assert "shard 2 of 2 was written with --dtype fp32, not unset" in answer.err
+    assert "shard 2 of 2 was written with other options (--dtype fp32, now unset)" in answer.err
     assert not (tmp_path / "back").exists()
     answer = convert(*words)
     assert answer.code == 2

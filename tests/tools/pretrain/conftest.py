@@ -1,13 +1,12 @@
 """Runs that several tests compare with."""
 
-import os
 import signal
 from pathlib import Path
 
 import pytest
 
-from shared.training.recorder import Recorder
-from tests.tools.pretrain.runs import MODEL, random_model, run, write_data
+from tests.tools.pretrain.runs import MODEL, run, write_data
+from tests.training_runs import random_model, signalled
 
 
 @pytest.fixture(scope="session")
@@ -33,14 +32,6 @@ def whole(source, data, tmp_path_factory) -> Path:
 def stopped(source, data, tmp_path_factory) -> Path:
     """The same run, told to stop after update 6 by a signal."""
     target = tmp_path_factory.mktemp("stopped") / "run"
-    plain = Recorder.updated
-
-    def updated(self, step, *numbers):
-        plain(self, step, *numbers)
-        if step == 6:
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Recorder, "updated", updated)
+    with signalled(signal.SIGUSR1, after=6):
         assert run(source, data, target) == 75
     return target

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from tests.tools.pretrain.runs import record, tensors, words
+from tests.tools.pretrain.runs import words
+from tests.training_runs import record, tensors
 
 KILLS = int(os.environ.get("BATON_KILLS", "12"))
 

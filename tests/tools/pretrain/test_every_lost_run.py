@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from shared.training.recorder import Recorder
-from tests.tools.pretrain.runs import MODEL, REPOSITORY, random_model, record, run, tensors, words
+from tests.tools.pretrain.runs import MODEL, REPOSITORY, run, words
+from tests.training_runs import random_model, record, tensors
 
 
 def test_a_damaged_save_is_named_and_the_one_before_it_is_used(whole, stopped, source, data, tmp_path, capsys):

@@ -14,17 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tools.pretrain.runs import (
-    REPOSITORY,
-    TRAIN_TOKENS,
-    VOCAB,
-    random_model,
-    record,
-    run,
-    tensors,
-    words,
-    write_data,
-)
+from tests.tools.pretrain.runs import REPOSITORY, TRAIN_TOKENS, VOCAB, run, words, write_data
+from tests.training_runs import random_model, record, tensors
 
 os.environ["OMP_NUM_THREADS"] = "1"
 

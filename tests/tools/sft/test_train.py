@@ -18,12 +18,12 @@ from shared.checkpoint.directory.publish import publish
 from shared.cli import invoked
 from shared.families import registry
 from shared.runtime.silence_warnings import silence
-from shared.training.recorder import Recorder
+from tests import training_runs
+from tests.training_runs import random_model, record, signalled
 from tools.sft.cli import tool
 
 silence()
 
-TIMING = {"seconds", "tokens_per_second", "memory_bytes"}
 VOCAB, LENGTH = 200, 24
 MODEL = registry.from_config(
     {
@@ -45,23 +45,7 @@ OPTIONS = {"epochs": 2, "global_batch_size": 4, "learning_rate": 5e-3, "precisio
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     """A Megatron directory with random weights."""
-    from megatron.core import dist_checkpointing
-
-    from shared.model import gpt, weights
-    from shared.parallel import ParallelConfig
-    from shared.runtime import process_groups
-    from shared.training.state import write_from_threads
-
-    directory = tmp_path_factory.mktemp("source") / "model"
-    (directory / "release").mkdir(parents=True)
-    (directory / "hf").mkdir()
-    process_groups.initialize(ParallelConfig(), 5)
-    chunks = gpt.build(MODEL, ParallelConfig(), dtype=torch.float32, perform_initialization=True)
-    write_from_threads()
-    dist_checkpointing.save(weights.sharded_state_dict(chunks)["model"], str(directory / "release"))
-    (directory / "hf" / "config.json").write_text(json.dumps(registry.to_config(MODEL)))
-    (directory / "latest_checkpointed_iteration.txt").write_text("release")
-    return directory
+    return random_model(tmp_path_factory.mktemp("source") / "model", MODEL)
 
 
 def write_data(target: Path, *, noise: int | None = None) -> Path:
@@ -105,21 +89,12 @@ def data(tmp_path_factory) -> Path:
 
 def words(source: Path, data: Path, target: Path, **options) -> list[str]:
     """The command line."""
-    flags = {"source": source, "data": data, "target": target, **OPTIONS, **options}
-    return ["train", *(f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if value is not None)]
+    return training_runs.words("train", **{"source": source, "data": data, "target": target, **OPTIONS, **options})
 
 
 def run(source: Path, data: Path, target: Path, **options) -> int:
     """The command in this process; its exit code."""
-    with pytest.raises(SystemExit) as ended:
-        tool.run(words(source, data, target, **options))
-    return ended.value.code or 0
-
-
-def record(directory: Path) -> list[dict]:
-    """metrics.jsonl without what the clock and the machine decide."""
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
+    return training_runs.exit_code(tool, words(source, data, target, **options))
 
 
 @pytest.fixture(scope="module")
@@ -134,15 +109,7 @@ def whole(source, data, tmp_path_factory) -> Path:
 def stopped(source, data, tmp_path_factory) -> Path:
     """The same run, stopped by a signal after update 5, so that the data is in the middle of its first epoch."""
     target = tmp_path_factory.mktemp("stopped") / "run"
-    plain = Recorder.updated
-
-    def updated(self, step, *numbers):
-        plain(self, step, *numbers)
-        if step == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Recorder, "updated", updated)
+    with signalled(signal.SIGTERM, after=5):
         assert run(source, data, target) == 75
     return target
 

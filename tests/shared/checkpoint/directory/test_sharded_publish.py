@@ -145,7 +145,7 @@ def test_a_shard_of_other_options_is_named_and_can_be_written_again(write: Write
     write("1/3", dtype="bf16")
     write("2/3", dtype="fp32", content=other)
     write("3/3", dtype="bf16")
-    assert "shard 2 of 3 was written with --dtype fp32, not bf16; run --shard 2/3 again" in refused(
+    assert "shard 2 of 3 was written with other options (--dtype fp32, now bf16); run --shard 2/3 again" in refused(
         write, tmp_path, dtype="bf16"
     )
     write("2/3", dtype="bf16")
@@ -156,7 +156,7 @@ def test_a_shard_of_another_source_is_named(write: Write, source: Path, tmp_path
     write("1/2")
     (source / "config.json").write_text('{"model_type": "qwen2"}')
     write("2/2")
-    assert "shard 1 of 2 was written from another --source" in refused(write, tmp_path, "publish/2")
+    assert "shard 1 of 2 was written with another --source" in refused(write, tmp_path, "publish/2")
 
 
 def test_a_shard_of_another_plan_is_named(write: Write, tmp_path: Path) -> None:
