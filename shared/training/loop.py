@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,7 @@ class Run:
     inputs: Inputs
     target: Path
     overwrite: bool
-    extendable: Collection[str]  # options in which the target's run may differ and yet be resumed
+    extend: bool  # resume the target's run though some options differ
     datasets: Callable[[], tuple[Dataset, Dataset | None]]  # training and validation
     bytes_per_token: float | None = None  # UTF-8 bytes of the validation split per token
 
@@ -64,9 +64,7 @@ def train(run: Run) -> None:
     """
     process_groups.initialize(run.config.parallel, run.config.seed)
     stop = StopRequest()
-    with contextlib.closing(
-        open_run(run.target, run.inputs, overwrite=run.overwrite, extendable=run.extendable)
-    ) as directory:
+    with contextlib.closing(open_run(run.target, run.inputs, overwrite=run.overwrite, extend=run.extend)) as directory:
         stopped_after = _train(run, directory, stop)
     process_groups.destroy()
     if stopped_after is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from shared.report.metrics import Metrics, flops_per_token, peak_flops, peak_mem
 from shared.runtime.agreement import on_rank_0
 from shared.training.config import TrainingConfig
 from shared.training.loss import Loss
+from shared.training.options import EXTENDABLE
 from shared.training.plan import Inputs
 from shared.training.report import render
 from shared.training.run_hf_files import run_hf_files
@@ -73,7 +74,7 @@ class SharedRunDirectory:
         return self._directory
 
 
-def open_run(target: Path, inputs: Inputs, *, overwrite: bool, extendable: Collection[str] = ()) -> SharedRunDirectory:
+def open_run(target: Path, inputs: Inputs, *, overwrite: bool, extend: bool = False) -> SharedRunDirectory:
     """Open a new or resumed run directory on rank 0; broadcast path and iteration. Arguments: `RunDirectory.open`."""
     directory: RunDirectory | None = None
 
@@ -81,7 +82,7 @@ def open_run(target: Path, inputs: Inputs, *, overwrite: bool, extendable: Colle
         nonlocal directory
         parents = {"source": inputs.source.path, "data": inputs.data.path}
         directory = RunDirectory.open(
-            target, kind="megatron", inputs=parents, overwrite=overwrite, extendable=extendable
+            target, kind="megatron", inputs=parents, overwrite=overwrite, extend=extend, extendable=EXTENDABLE
         )
         with run_hf_files(inputs) as files:
             directory.add_auxiliary_files(files)

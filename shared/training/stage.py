@@ -134,7 +134,7 @@ def run(
                 inputs=inputs,
                 target=options.target,
                 overwrite=options.overwrite,
-                extendable=EXTENDABLE if options.extend else (),
+                extend=options.extend,
                 datasets=datasets,
                 bytes_per_token=bytes_per_token,
             )
@@ -168,4 +168,5 @@ def _leave_if_done(options: TrainingOptions, config: TrainingConfig) -> None:
         fingerprint=fingerprint,
         parents=parents,
         overwrite=options.overwrite,
+        extendable=EXTENDABLE,
     )

@@ -69,11 +69,12 @@ class RunDirectory:
         kind: Kind,
         inputs: Inputs,
         overwrite: bool = False,
+        extend: bool = False,
         extendable: Collection[str] = (),
     ) -> Self:
         """Begin a run, or resume an unfinished run with the same fingerprint (even with `overwrite`).
 
-        `extendable`: options in which a saved run may differ and yet be resumed, finished or not, as this run.
+        With `extend`, a saved run that differs in options of `extendable` only is resumed as this run, finished or not.
 
         Raises:
             AlreadyDone: the run is finished.
@@ -88,10 +89,12 @@ class RunDirectory:
         target.mkdir(parents=True, exist_ok=True)
         descriptor = hold(target)
         try:
-            if extendable and _extends(target, fingerprint, parents, extendable):
+            if extend and _extends(target, fingerprint, parents, extendable):
                 _write_record(target, fingerprint)
             elif not _resumable(target, fingerprint):
-                check_target(target, fingerprint=fingerprint, parents=parents, overwrite=overwrite)
+                check_target(
+                    target, fingerprint=fingerprint, parents=parents, overwrite=overwrite, extendable=extendable
+                )
                 if any(target.iterdir()):
                     descriptor = _replace(target, descriptor)
             run = cls(target, kind=kind, fingerprint=fingerprint, parents=parents, descriptor=descriptor)
@@ -245,7 +248,7 @@ def _extends(target: Path, fingerprint: str, parents: list[Parent], extendable: 
     if manifest is None or manifest.identity == fingerprint:
         return False
     difference = Difference.of(manifest.model_dump(), parents)
-    if difference.elsewhere or not set(difference.options) <= set(extendable):
+    if not difference.within(extendable):
         raise UserError(f"--target {target} holds a run with {difference}; --extend cannot change that")
     return True
 

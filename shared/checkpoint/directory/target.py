@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -117,8 +117,22 @@ def check_no_shards(target: Path, own: Path | None = None) -> None:
             )
 
 
-def check_target(target: Path, *, fingerprint: str, parents: Sequence[Parent], overwrite: bool) -> Manifest | None:
-    """Check by its content that the target may be written. `parents`: the inputs of this command.
+def check_target(
+    target: Path,
+    *,
+    fingerprint: str,
+    parents: Sequence[Parent],
+    overwrite: bool,
+    extendable: Collection[str] = (),
+) -> Manifest | None:
+    """Check by its content that the target may be written.
+
+    Args:
+        target: the directory.
+        fingerprint: of this command.
+        parents: its inputs.
+        overwrite: whether a directory of Baton's may be replaced.
+        extendable: options that `--extend` may change, for the message.
 
     Returns the manifest of the directory to replace, None without one.
 
@@ -154,9 +168,10 @@ def check_target(target: Path, *, fingerprint: str, parents: Sequence[Parent], o
             if manifest.state == "running"
             else f"the result of `{manifest.tool} {manifest.command}`"
         )
+        difference = Difference.of(manifest.model_dump(), parents)
+        extend = ", or --extend to go on from it" if difference.within(extendable) else ""
         raise UserError(
-            f"--target {target} holds {held} with {Difference.of(manifest.model_dump(), parents)}; "
-            "choose another directory or use --overwrite"
+            f"--target {target} holds {held} with {difference}; choose another directory or use --overwrite{extend}"
         )
     if manifest.state == "running":
         raise UserError(f"--target {target} holds an unfinished run; finish it, or use --overwrite")
@@ -197,6 +212,10 @@ class Difference:
 
     def __bool__(self) -> bool:
         return bool(self.options or self.elsewhere)
+
+    def within(self, names: Collection[str]) -> bool:
+        """Whether the runs differ in some of these options, and in nothing else."""
+        return bool(self.options) and not self.elsewhere and set(self.options) <= set(names)
 
     def __str__(self) -> str:
         if self.elsewhere:

@@ -322,6 +322,9 @@ def test_a_finished_run_is_extended(whole, source, data, tmp_path, capsys):
     told = capsys.readouterr().err
     assert "--steps 12, now 16" in told
     assert "--global-batch-size 8, now 4" in told
+    assert told.endswith("use --overwrite, or --extend to go on from it\n")
+    assert run(source, data, target, seed=1) == 2
+    assert "--extend" not in capsys.readouterr().err
     assert run(source, data, target, extend=True, **more | {"steps": 12}) == 2
     assert "--extend needs more --steps than that, not 12" in capsys.readouterr().err
     assert run(source, data, target, extend=True, seed=1, **more) == 2
