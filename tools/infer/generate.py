@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import closing
+import traceback
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from shared.checkpoint.copy.journal import JOURNAL
 from shared.checkpoint.directory.manifest import Inputs
 from shared.checkpoint.directory.publish import publish
 from shared.cli import log, progress
+from shared.errors import StageError, UserError
 from tools.infer.engines.engine import Completion, EngineSettings, Request, Sampling, open_engine
 from tools.infer.environment import prepare_environment
 from tools.infer.prompts import check_length, encode, load_tokenizer, read_prompts
@@ -49,13 +52,13 @@ def run(
             if left:
                 engine.load()
                 began = time.monotonic()
-            with progress(len(left), "prompts", "generating") as advance:
+            with kept(finished, len(rows)), progress(len(left), "prompts", "generating") as advance:
                 for number, samples in engine.generate([requests[index] for index in left]) if left else ():
                     finished.add(left[number], samples)
                     new += sum(len(sample.tokens) for sample in samples)
                     advance(1)
             seconds = time.monotonic() - began
-        with (out.path / OUTPUT).open("w", encoding="utf-8") as file:
+        with kept(finished, len(rows)), (out.path / OUTPUT).open("w", encoding="utf-8") as file:
             for index, (row, request) in enumerate(zip(rows, requests, strict=True)):
                 answer = _answer(len(request.prompt), completions[index])
                 file.write(json.dumps(row.fields | answer, ensure_ascii=False) + "\n")
@@ -102,6 +105,22 @@ class Finished:
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
+
+
+@contextmanager
+def kept(finished: Finished, prompts: int) -> Iterator[None]:
+    """An engine's crash, or a full disk, is a StageError: what is finished stays, and the same command resumes."""
+    try:
+        yield
+    except (UserError, StageError):
+        raise
+    except Exception as error:  # engines raise anything
+        traceback.print_exc()
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise StageError(
+            f"stopped by {type(error).__name__}{f' ({reason})' if reason else ''}; {len(finished.completions)} of {prompts} "
+            "prompts are finished and kept; the same command does the rest"
+        ) from error
 
 
 def output_fields(samples: int) -> tuple[str, ...]:

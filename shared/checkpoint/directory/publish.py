@@ -150,8 +150,8 @@ def publish(
         kind: its kind.
         inputs: flag -> input path(s). Part of the run's fingerprint, as the options are.
         overwrite: replace a published or unfinished directory of Baton's.
-        resumable: keep the partial directory on a kill or a stop; the next run with the same work key resumes it. Large
-            files must be written by `Publication.write`.
+        resumable: keep the partial directory on a kill, a stop or a StageError; the next run with the same work key resumes it.
+            Large files must be written by `Publication.write`.
 
     Raises:
         AlreadyDone: the target holds the result of a run with the same fingerprint.
@@ -175,7 +175,7 @@ def publish(
         yield out
         out.finalize(kind, fingerprint, parents)
         move_into_place(partial, target)
-    except (SystemExit, KeyboardInterrupt):
+    except (SystemExit, KeyboardInterrupt, StageError):
         if partial is not None and not resumable:
             remove_tree(partial)
         raise

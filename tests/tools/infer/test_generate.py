@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,7 @@ import pytest
 from shared.checkpoint.directory.open import open_checkpoint
 from shared.checkpoint.directory.publish import publish
 from shared.cli import invoked
-from shared.errors import UserError
+from shared.errors import StageError, UserError
 from shared.families import registry
 from tests.tools.infer.engines.double import EngineDouble
 from tools.infer import generate
@@ -225,6 +229,48 @@ def test_what_is_finished_is_kept_and_the_rest_is_done_after_a_stop(models, monk
     assert [request.prompt for request in rest.requests] == [request.prompt for request in whole.requests[:2]]
     assert read(tmp_path / "out") == read(tmp_path / "whole")
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["generations.jsonl", "manifest.json"]
+
+
+def test_what_is_finished_is_kept_when_the_engine_crashes(models, monkeypatch, tmp_path):
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": text} for text in ("fox", "dog", "lazy", "quick")])
+
+    class Crashing(EngineDouble):
+        """Dies after two prompts, in the middle of a batch."""
+
+        def generate(self, requests):
+            finished = super().generate(requests)
+            yield next(finished)
+            yield next(finished)
+            raise RuntimeError("EngineCore died\nsee above")
+
+    crashing, rest = Crashing(), EngineDouble()
+    monkeypatch.setattr(generate, "open_engine", crashing.open)
+    with pytest.raises(StageError, match=r"^stopped by RuntimeError \(EngineCore died\); 2 of 4 prompts are finished"):
+        generate_with_double(models("llama"), prompts, tmp_path / "out", 2)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(generate, "open_engine", rest.open)
+    generate_with_double(models("llama"), prompts, tmp_path / "out", 2)
+    assert len(rest.requests) == 2
+    assert len(read(tmp_path / "out")) == 4
+
+
+def test_after_kill_9_the_same_command_gives_the_same_rows(models, tmp_path):
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"fox {n}"} for n in range(60)])
+    worker = [sys.executable, "-m", "tests.tools.infer.generate_worker", models("llama"), prompts]
+    killed = subprocess.Popen([*worker, tmp_path / "out"], stderr=subprocess.DEVNULL)
+    finished: list[str] = []
+    while len(finished) < 4:  # the journal's head and three prompts
+        assert killed.poll() is None
+        time.sleep(0.01)
+        finished = [line for file in tmp_path.glob("out.partial-*/.journal") for line in file.read_text().splitlines()]
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    for target in ("out", "whole"):
+        done = subprocess.run([*worker, tmp_path / target], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert ("resuming: " in done.stderr) == (target == "out")
+    assert read(tmp_path / "out") == read(tmp_path / "whole")
 
 
 def test_a_prompt_that_does_not_fit_is_found_before_the_model_is_loaded(double, models, tmp_path):
