@@ -52,6 +52,7 @@ __all__ = [
     "Invocation",
     "NonNegative",
     "Positive",
+    "Seed",
     "Tool",
     "invocation",
     "invoked",
@@ -81,8 +82,10 @@ def _existing_file(path: Path) -> Path:
 Existing = Annotated[Path, AfterValidator(_existing)]
 ExistingDir = Annotated[Path, AfterValidator(_existing_dir)]
 ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+_LARGEST = 2**31 - 1  # counts and sizes reach C integers of torch and numpy
+Positive = Annotated[int, Field(gt=0, le=_LARGEST)]
+NonNegative = Annotated[int, Field(ge=0, le=_LARGEST)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy's range
 
 _TRUE, _FALSE = {"true", "yes", "1"}, {"false", "no", "0"}
 

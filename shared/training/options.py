@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from shared.cli import ExistingDir, NonNegative, Positive
+from shared.cli import ExistingDir, NonNegative, Positive, Seed
 from shared.precision import TrainingPrecision
 
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -87,7 +87,7 @@ class TrainingOptions:
     clip_grad: Rate = 1.0
     adam_beta1: Decay = 0.9
     adam_beta2: Decay = 0.95
-    seed: NonNegative = 0
+    seed: Seed = 0
     precision: TrainingPrecision = "bf16"
     recompute: Literal["none", "selective", "full"] = "none"
     tensor_parallel: Positive = 1

@@ -16,7 +16,7 @@ import sys
 from typing import Annotated, Any, get_args, get_origin
 
 from shared.cli import Command, Tool, flags_of
-from shared.help import documentation, flag_name
+from shared.help import documentation, flag_name, type_text
 
 HEAVY = {"torch", "transformers", "megatron", "vllm", "deepspeed", "trl", "datasets"}
 
@@ -35,6 +35,27 @@ def plausible(hint: object, here: str) -> str:
 
 def is_int(hint: object) -> bool:
     return hint is int or (get_origin(hint) is Annotated and get_args(hint)[0] is int)
+
+
+def numbers(command: Command, here: str) -> list[tuple[str, list[str]]]:
+    """(row, words) of values at and beyond the bounds of every numeric flag."""
+    required = [name for name, spec in command.parameters.items() if spec.default is inspect.Parameter.empty]
+    whole = {flag_name(name): plausible(command.hints[name], here) for name in required}
+    found = []
+    for name, hint in command.hints.items():
+        kind = type_text(hint)
+        if kind not in ("INT", "NUMBER"):
+            continue
+        tried = [(text, False) for text in ("-1", "nan", "inf", "-inf", "1e400")]
+        tried += [(str(10**20), False)] if kind == "INT" else []
+        if name == "seed":
+            tried += [(str(2**32 - 1), True), (str(2**32), False)]
+        if name == "temperature":
+            tried += [("1", True), ("1e30", False)]
+        for text, valid in tried:
+            values = whole | {flag_name(name): text}
+            found.append(("in range" if valid else "out of range", [f"{f}={v}" for f, v in values.items()]))
+    return found
 
 
 def cases(command: Command, here: str) -> dict[str, list[str]]:
@@ -98,7 +119,7 @@ def main(name: str, here: str) -> None:
 
         note.__doc__ = command.function.__doc__
         tool.commands[label] = dataclasses.replace(command, function=note, groups={})
-        for row, words in cases(command, here).items():
+        for row, words in [*cases(command, here).items(), *numbers(command, here)]:
             rows.append({"command": label, "row": row, "words": words, **attempt(tool, [label, *words], ran)})
         prose, arguments = documentation(command)
         required = [p for p in command.parameters.values() if p.default is inspect.Parameter.empty]

@@ -15,6 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("convert", "pretrain", "sft", "rlhf", "infer")
 
+BEYOND = ("=-1", "nan", "inf", "1e400", "=100000000000000000000", "=1e30", f"={2**32}")
+
 USAGE_ERRORS = (
     "unknown flag",
     "abbreviated flag",
@@ -58,6 +60,17 @@ def test_usage_errors_exit_2_with_one_line_and_run_nothing(tool: str, row: str, 
         assert result["err"].count("\n") == 1, result
         if row == "abbreviated flag":
             assert "did you mean --" in result["err"], result
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_numbers_beyond_their_range_exit_2_and_name_the_flag(tool: str, place: Path) -> None:
+    for result in rows(tool, place, "out of range"):
+        wrong = {word.partition("=")[0] for word in result["words"] if word.endswith(BEYOND)}
+        assert (result["code"], result["out"], result["ran"]) == (2, "", False), result
+        assert any(f"error: {name} " in result["err"] for name in wrong), result
+        assert result["err"].count("\n") == 1, result
+    for result in rows(tool, place, "in range"):
+        assert (result["code"], result["ran"]) == (0, True), result
 
 
 @pytest.mark.parametrize("tool", TOOLS)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from shared.cli import ExistingDir, ExistingFile, NonNegative, Positive, Tool
+from shared.cli import ExistingDir, ExistingFile, Positive, Seed, Tool
 from shared.precision import Precision
 
 tool = Tool(
@@ -29,7 +29,7 @@ def init(
     max_position_embeddings: Positive | None = None,
     ignore_config_field: Names = (),
     dtype: Precision = "bf16",
-    seed: NonNegative = 0,
+    seed: Seed = 0,
     overwrite: bool = False,
 ) -> None:
     """Initialise a Hugging Face checkpoint with random weights.
@@ -217,8 +217,8 @@ def verify(
     target: ExistingDir,
     certificate: Path | None = None,
     logits: bool = True,
-    positions: Annotated[int, Field(ge=256)] = 512,
-    seed: NonNegative = 0,
+    positions: Annotated[int, Field(ge=256, le=2**31 - 1)] = 512,
+    seed: Seed = 0,
     trust_remote_code: bool = False,
     hf_files: ExistingDir | None = None,
 ) -> None:

@@ -8,13 +8,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from shared.cli import ExistingDir, ExistingFile, NonNegative, Positive, Tool
+from shared.cli import ExistingDir, ExistingFile, NonNegative, Positive, Seed, Tool
 from shared.precision import Precision
 from tools.infer.engines.engine import EngineName, EngineSettings, Sampling
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=2)]  # vLLM's range
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy's range; sample i of prompt j adds to it, within torch's 64 bits
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 tool = Tool("infer", summary="Serve, generate, chat and evaluate with vLLM, from a Hugging Face directory.")

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from shared.cli import ExistingDir, ExistingFile, NonNegative, Positive
+from shared.cli import ExistingDir, ExistingFile, NonNegative, Positive, Seed
 from shared.errors import UserError
 from shared.precision import TrainingPrecision
 from tools.rlhf.rewards.spec import RewardSpec, parse
@@ -17,6 +17,7 @@ from tools.rlhf.rewards.spec import RewardSpec, parse
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
 Above = Annotated[float, Field(gt=0)]
+Temperature = Annotated[float, Field(ge=0.01, le=100)]  # beyond, logits divided by it overflow or vanish
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class Options:
     max_gradient_norm: Above = 1.0
     precision: TrainingPrecision | None = None
     processes: Positive | None = None
-    seed: NonNegative = 0
+    seed: Seed = 0
     save_every: Positive = 10
     log_every: Positive = 1
 
@@ -113,7 +114,7 @@ class PolicyOptions(Options):
     reward_timeout: Above = 600.0
     steps: Positive = 100
     max_new_tokens: Positive = 128
-    temperature: Above = 1.0
+    temperature: Temperature = 1.0
     clip_range: Above = 0.2
 
     def __post_init__(self) -> None:
@@ -204,7 +205,7 @@ class GRPOOptions(PolicyOptions):
         kl_coefficient: weight of the KL divergence from the source in the loss; with 0 no reference model is loaded.
     """
 
-    generations: Annotated[int, Field(ge=2)] = 8
+    generations: Annotated[int, Field(ge=2, le=2**31 - 1)] = 8
     global_batch_size: Positive = 64
     epochs: Positive = 1
     kl_coefficient: Rate = 0.0

@@ -215,8 +215,8 @@ def _order(count: int, seed: int, begin: int, end: int) -> Iterator[int]:
 
 
 def _seed(seed: int, step: int, rank: int) -> int:
-    """A distinct seed per (seed, step, rank), by a multiplicative hash."""
-    return (seed * 1_000_003 + step) * 1_000_003 + rank + 1
+    """A distinct seed per (seed, step, rank), by a multiplicative hash within torch's 63 bits."""
+    return ((seed * 1_000_003 + step) * 1_000_003 + rank + 1) % 2**63
 
 
 def _rate(options: PPOOptions, peak: float, step: int) -> float:
