@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from shared.cli import ExistingDir, ExistingFile, Positive, Seed, Tool
+from shared.cli import ExistingDir, ExistingFile, NonNegative, Positive, Seed, Tool
 from shared.precision import Precision
 
 tool = Tool(
