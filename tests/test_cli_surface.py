@@ -35,7 +35,7 @@ def test_every_part_of_a_flag_is_recorded() -> None:
         "tool work [SOURCE]",
         "  --source PATH existing_file required",
         "  --share NUMBER ge=0 lt=1 = 0.5, not in the fingerprint",
-        "  --names INT,... ge=0 = ()",
+        "  --names INT,... ge=0 le=2147483647 = ()",
         "",
     ]
 

@@ -79,7 +79,7 @@ def test_options_outside_the_fingerprint_are_the_same_run(published: Callable[..
 def test_damaged_result_is_not_called_done(published: Callable[..., Path]) -> None:
     target = published()
     (target / "model.safetensors").write_bytes(b"0" * 4999)
-    with pytest.raises(UserError, match="model.safetensors is missing or truncated"):
+    with pytest.raises(UserError, match="model.safetensors has 4999 bytes instead of 5000"):
         published()
 
 
