@@ -41,7 +41,7 @@ image-%: ## image-convert: convert:0.1.0 and convert:latest
 pipeline-docker: containers/.venv/.ready ## the demo in containers, one for each stage
 	containers/.venv/bin/python containers/pipeline.py --work $(WORK)
 
-test: lint $(TOOLS:%=test-%) test-pipeline test-golden ## every test, each in its tool's environment
+test: lint $(TOOLS:%=test-%) test-pipeline ## every test, each in its tool's environment
 
 test-convert: setup ## the contract, families, mapping, convert and the command lines
 	OMP_NUM_THREADS=1 tools/convert/.venv/bin/python $(PYTEST) tests/test_*.py \
@@ -62,8 +62,8 @@ test-rlhf: setup ## reward model, PPO, GRPO
 test-infer: setup ## vLLM and lm-evaluation-harness
 	OMP_NUM_THREADS=1 tools/infer/.venv/bin/python $(PYTEST) tests/tools/infer
 
-test-pipeline: setup ## the stages, through their commands and directories only
-	tools/convert/.venv/bin/python -m pytest -q tests/pipeline
+test-pipeline: setup ## the stages, through their commands and directories only, and test-golden
+	tools/convert/.venv/bin/python $(PYTEST) tests/pipeline tests/golden
 
 test-golden: setup ## losses of tiny runs, equal to those recorded in tests/golden/curves
 	tools/convert/.venv/bin/python -m pytest -q --durations 3 tests/golden

