@@ -39,7 +39,7 @@ def test_reset_starts_anew_and_exit_leaves(capsys):
 @pytest.mark.parametrize("family", ["llama"])
 def test_a_pipe_is_answered_line_by_line(family, launcher, models, greedy):
     source = models(family)
-    done = launcher("chat", "--source", source, "--precision", "fp32", "--max-tokens", 8, stdin="fox?\n/reset\ndog?\n")
+    done = launcher("chat", "--source", source, "--max-tokens", 8, stdin="fox?\n/reset\ndog?\n")
     assert done.code == 0, done.stderr
     wanted = [greedy(source, [{"role": "user", "content": text}], 8) for text in ("fox?", "dog?")]
     assert done.stdout == "".join(text + "\n" for text in wanted)

@@ -47,7 +47,8 @@ def ready(path: Path, alive) -> str:
 
 def test_it_answers_the_api_and_ends_on_sigterm(models, greedy, tmp_path):
     source, out = models("llama"), tmp_path / "out"
-    command = [INFER, "serve", "--source", source, "--port", "0", "--precision", "fp32", "--served-model-name", "tiny"]
+    # without --precision: fp32, as the checkpoint
+    command = [INFER, "serve", "--source", source, "--port", "0", "--served-model-name", "tiny"]
     with out.open("w") as stdout, (tmp_path / "err").open("w") as stderr:
         server = subprocess.Popen(command, stdout=stdout, stderr=stderr)
     try:
