@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from shared.architecture.architecture import MLP, Architecture, Attention, GatedDeltaNet, LatentAttention, Layer, MoE
 from shared.errors import UserError
+
+ContextExchange = Literal["gather", "heads"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,8 @@ class ParallelConfig:
     """Split norms and residuals along the sequence over the TP ranks (SP)."""
     context: int = 1
     """Context parallel size (CP)."""
+    context_exchange: ContextExchange = "gather"
+    """What attention exchanges over the CP ranks: all keys and values, or heads (`shared.model.context_parallel`)."""
     expert: int = 1
     """Expert parallel size (EP)."""
     expert_tensor: int | None = None
@@ -49,8 +53,8 @@ class ParallelConfig:
         ):
             if size < 1:
                 raise UserError(f"{flag} must be at least 1, not {size}")
-        if self.context != 1:
-            raise UserError(f"context parallelism over {self.context} ranks is not supported; use --tensor-parallel")
+        if self.context == 1 and self.context_exchange != "gather":
+            raise UserError(f"--context-parallel-exchange {self.context_exchange} needs --context-parallel 2 or more")
         if self.sequence_parallel and self.tensor == 1:
             raise UserError("--sequence-parallel needs --tensor-parallel 2 or more")
         if self.virtual_pipeline > 1 and self.pipeline == 1:
@@ -65,10 +69,11 @@ class ParallelConfig:
             expert_tensor=self.expert_tensor,
         )
         if self.processes % needed:
+            context = f" x --context-parallel {self.context}" if self.context > 1 else ""
             experts = f" and of {self._expert_flags()}" if needed != self.model_parallel else ""
             raise UserError(
-                f"--processes {self.processes} is not a multiple of --tensor-parallel {self.tensor} x "
-                f"--pipeline-parallel {self.pipeline}{experts}; give --processes {max(self.processes // needed, 1) * needed}"
+                f"--processes {self.processes} is not a multiple of --tensor-parallel {self.tensor} x --pipeline-parallel "
+                f"{self.pipeline}{context}{experts}; give --processes {max(self.processes // needed, 1) * needed}"
             )
 
     @property
@@ -100,11 +105,7 @@ class ParallelConfig:
             micro_batch_size: sequences per forward pass of one data-parallel rank.
             global_batch_size: sequences per update.
         """
-        if self.sequence_parallel and sequence_length % self.tensor:
-            raise UserError(
-                f"--sequence-parallel needs sequences of a multiple of --tensor-parallel {self.tensor} tokens, not "
-                f"{sequence_length}; give --sequence-length {-(-sequence_length // self.tensor) * self.tensor}"
-            )
+        self._check_length(sequence_length)
         share = micro_batch_size * self.data
         if global_batch_size % share:
             raise UserError(
@@ -120,6 +121,17 @@ class ParallelConfig:
                 f"--pipeline-parallel {self.pipeline}; give --global-batch-size {wanted * share}"
             )
 
+    def _check_length(self, length: int) -> None:
+        """CP splits a sequence into 2 x CP equal chunks, SP a CP rank's part over the TP ranks."""
+        shards = self.tensor if self.sequence_parallel else 1
+        unit, needs = shards, f"--sequence-parallel needs sequences of a multiple of --tensor-parallel {shards} tokens"
+        if self.context > 1:
+            unit = self.context * math.lcm(2, shards)
+            beside = f" with --sequence-parallel over {shards} ranks" if shards > 1 else ""
+            needs = f"--context-parallel {self.context}{beside} needs sequences of a multiple of {unit} tokens"
+        if length % unit:
+            raise UserError(f"{needs}, not {length}; give --sequence-length {-(-length // unit) * unit}")
+
     def __str__(self) -> str:
         sizes = {
             "tensor": self.tensor,
@@ -129,7 +141,8 @@ class ParallelConfig:
             "expert": self.expert,
             "data": self.data,
         }
-        return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+        by = " by heads" if self.context_exchange == "heads" else ""
+        return " x ".join(f"{name} {size}{by * (name == 'context')}" for name, size in sizes.items() if size > 1)
 
     def _expert_flags(self) -> str:
         return (
@@ -145,6 +158,8 @@ class ParallelConfig:
         """The flag of `field` with the largest valid value up to the current one."""
         if field == "sequence_parallel":
             return "--sequence-parallel"
+        if field == "context_exchange":
+            return "--context-parallel-exchange gather"
         world = self.model_parallel * self.etp * self.expert
         size = getattr(self, field)
         while size > 1:
@@ -170,6 +185,8 @@ _FLAGS = {
     "tensor": "--tensor-parallel",
     "pipeline": "--pipeline-parallel",
     "virtual_pipeline": "--virtual-pipeline",
+    "context": "--context-parallel",
+    "context_exchange": "--context-parallel-exchange",
     "expert": "--expert-parallel",
     "expert_tensor": "--expert-tensor-parallel",
 }
@@ -258,7 +275,39 @@ def _pipeline(parallel: ParallelConfig, architecture: Architecture) -> Iterator[
         )
 
 
-MODEL_RULES: tuple[Rule, ...] = (_attention, _mla, _delta_net, _mlp, _moe, _pipeline)
+def _context(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Violation]:
+    """CP computes attention over the whole sequence, and everything else by token."""
+    if parallel.context == 1:
+        return
+    flag, cannot = f"--context-parallel {parallel.context}", "is not supported with context parallelism"
+    if architecture.delta_net:
+        yield Violation("context", f"{flag}: a gated delta net {cannot}: its state runs along the whole sequence")
+    if architecture.prefix:
+        yield Violation(
+            "context", f"{flag}: a prefix LM {cannot}: its mask and positions follow from the whole sequence"
+        )
+    rates = [architecture.embedding.dropout, *(layer.residual.dropout for layer in _kinds(architecture))]
+    rates += [attention.dropout for attention in _attentions(architecture)]
+    if any(rates):
+        yield Violation("context", f"{flag}: dropout {cannot}: all its ranks would drop the same elements")
+    if parallel.context_exchange == "heads":
+        yield from _head_exchange(parallel, architecture)
+
+
+def _head_exchange(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Violation]:
+    """TP x CP divides query and key/value heads."""
+    ranks = parallel.tensor * parallel.context
+    for attention in _attentions(architecture):
+        for what, heads in (("attention heads", attention.heads), ("key/value heads", attention.groups)):
+            if heads % ranks:
+                yield Violation(
+                    "context_exchange",
+                    f"--context-parallel-exchange heads: --tensor-parallel {parallel.tensor} x --context-parallel "
+                    f"{parallel.context} does not divide the model's {heads} {what}",
+                )
+
+
+MODEL_RULES: tuple[Rule, ...] = (_attention, _mla, _delta_net, _mlp, _moe, _pipeline, _context)
 
 
 def _kinds(architecture: Architecture) -> Iterator[Layer]:
@@ -269,6 +318,11 @@ def _kinds(architecture: Architecture) -> Iterator[Layer]:
 
 def _mixers[T](architecture: Architecture, kind: type[T]) -> Iterator[T]:
     yield from (layer.mixer for layer in _kinds(architecture) if isinstance(layer.mixer, kind))
+
+
+def _attentions(architecture: Architecture) -> Iterator[Attention | LatentAttention]:
+    yield from _mixers(architecture, Attention)
+    yield from _mixers(architecture, LatentAttention)
 
 
 def _divides(parallel: ParallelConfig, what: str, size: int) -> Iterator[Violation]:

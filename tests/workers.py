@@ -1,11 +1,15 @@
-"""Runs a test's worker script in a process of its own."""
+"""Processes of tests: a worker script, a world of forked ranks."""
 
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +29,34 @@ def results_of(worker: Path, directory: Path) -> Any:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((directory / "results.json").read_text())
+
+
+def forked_world(processes: int, work: Callable[..., None], *given: Any) -> bool:
+    """`work(rank, *given)` in a gloo world of forked processes: torch is imported once, by the caller. Whether all succeeded;
+    where one fails, the others are ended.
+    """
+    from shared.runtime.launch import _free_port
+
+    world = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    os.environ |= {name: str(value) for name, value in world.items()} | {"GLOO_SOCKET_IFNAME": "lo"}
+    # Megatron-Core collects garbage when it saves and loads: over everything that was imported, a second each time.
+    gc.collect()
+    gc.freeze()
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_rank, args=(rank, os.getpid(), work, *given)) for rank in range(processes)]
+    for rank in ranks:
+        rank.start()
+    while any(rank.exitcode is None for rank in ranks):
+        if any(rank.exitcode for rank in ranks):
+            for rank in ranks:
+                rank.kill()
+        time.sleep(0.02)
+    return not any(rank.exitcode for rank in ranks)
+
+
+def _rank(rank: int, parent: int, work: Callable[..., None], *given: Any) -> None:
+    from shared.runtime.parent_death import die_with_parent
+
+    die_with_parent(parent)
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+    work(rank, *given)

@@ -21,6 +21,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from shared.architecture.architecture import Attention, LatentAttention
 from shared.kernels.attention import alibi, eager, masks, sdpa
 from shared.kernels.attention.segments import within_segments, within_window
+from shared.model.context_parallel import exchange_of
 from shared.model.rope import RotaryAngles
 
 
@@ -58,7 +59,8 @@ class RotarySelfAttention(SelfAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As Megatron-Core's; `rotary_pos_emb` `[sequence, 1, 1, rotary_dim]` are the angles of the model."""
         if self.angles is not None and rotary_pos_emb is not None:
-            rotary_pos_emb = self.angles(len(rotary_pos_emb))
+            # Angles are this context-parallel rank's, made from the length of the whole sequence.
+            rotary_pos_emb = self.angles(len(rotary_pos_emb) * self.config.context_parallel_size)
         attended: tuple[torch.Tensor, torch.Tensor | None]
         attended = super().forward(*args, rotary_pos_emb=rotary_pos_emb, **others)
         return attended
@@ -113,7 +115,7 @@ class CoreAttention(torch.nn.Module):
         super().__init__()
         assert attn_mask_type == AttnMaskType.causal
         assert attention_type == "self"
-        assert config.context_parallel_size == 1
+        self.exchange = exchange_of(config)
         # None: 1 / sqrt(head_dim). Megatron-Core's MLA passes softmax_scale.
         self.softmax_scale = attention.scale if softmax_scale is None else softmax_scale
         self.dropout = attention.dropout
@@ -130,7 +132,7 @@ class CoreAttention(torch.nn.Module):
         if attention.alibi:
             self.alibi_scale = attention.head_dim**-0.5 if attention.alibi.rounded else None
             parts = alibi.slopes(attention.heads, attention.alibi.bias_max).chunk(config.tensor_model_parallel_size)
-            self.slopes = parts[parallel_state.get_tensor_model_parallel_rank()]
+            self.slopes = self.exchange.heads(parts[parallel_state.get_tensor_model_parallel_rank()])
         if attention.sinks:
             heads = attention.heads // config.tensor_model_parallel_size
             self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
@@ -161,14 +163,17 @@ class CoreAttention(torch.nn.Module):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """q `[sequence, batch, heads, head_dim]`, k and v with `groups` heads -> `[sequence, batch, heads * value_dim]`."""
+        """q `[sequence, batch, heads, head_dim]`, k and v with `groups` heads -> `[sequence, batch, heads * value_dim]`.
+
+        With context parallelism, q, k, v and the result are those of this rank's part of the sequence.
+        """
         assert attention_bias is None
         assert packed_seq_params is None
         if self.training and self.dropout > 0.0:
             # Tensor-parallel ranks hold different heads, so they need different dropout masks.
             with get_cuda_rng_tracker().fork():
-                return self._attend(query, key, value, segments, self.dropout)
-        return self._attend(query, key, value, segments, 0.0)
+                return self.exchange(partial(self._attend, dropout=self.dropout), query, key, value, segments)
+        return self.exchange(self._attend, query, key, value, segments)
 
     def _attend(
         self,
@@ -176,8 +181,9 @@ class CoreAttention(torch.nn.Module):
         key: torch.Tensor,
         value: torch.Tensor,
         segments: torch.Tensor | None,
-        dropout: float,
+        dropout: float = 0.0,
     ) -> torch.Tensor:
+        """Keys and values are the first of a row, queries the last of these positions."""
         q_BHSD, k_BGSD, v_BGSV = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         causal = partial(self._causal, dropout=dropout)
         if segments is None:
@@ -194,10 +200,10 @@ class CoreAttention(torch.nn.Module):
     def _causal(
         self, q_BHSD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSV: torch.Tensor, *, dropout: float
     ) -> torch.Tensor:
-        """Causal attention of whole rows, with this layer's window or ALiBi."""
+        """Causal attention of the last queries of a row or segment, with this layer's window or ALiBi."""
         masked = partial(self._masked, dropout=dropout)
         if self.slopes is not None:
-            return masked(q_BHSD, k_BGSD, v_BGSV, self._alibi_bias(q_BHSD))
+            return masked(q_BHSD, k_BGSD, v_BGSV, self._alibi_bias(q_BHSD, k_BGSD.shape[2]))
         if self.window is not None:
             return within_window(masked, q_BHSD, k_BGSD, v_BGSV, self.window)
         return masked(q_BHSD, k_BGSD, v_BGSV, None)
@@ -221,20 +227,18 @@ class CoreAttention(torch.nn.Module):
             mask,
             scale=self.softmax_scale,
             softcap=self.softcap,
-            sinks_H=self.softmax_offset,
+            sinks_H=self.exchange.heads(self.softmax_offset) if self.softmax_offset is not None else None,
             dropout=dropout,
         )
 
-    def _alibi_bias(self, q_BHSD: torch.Tensor) -> torch.Tensor:
-        """Additive bias `[1, H, S, S]`, -inf above the diagonal; positions start at 0 in every segment."""
+    def _alibi_bias(self, q_BHSD: torch.Tensor, keys: int) -> torch.Tensor:
+        """Additive bias `[1, H, queries, keys]`, -inf for later keys; positions start at 0 in every segment."""
         assert self.slopes is not None
-        length, slopes = q_BHSD.shape[2], self.slopes.to(q_BHSD.device)
-        allowed = masks.causal(length, q_BHSD.device)
-        if self.window is not None:
-            allowed = masks.window(length, self.window, q_BHSD.device)
+        queries, slopes = q_BHSD.shape[2], self.slopes.to(q_BHSD.device)
+        allowed = masks.window(keys, self.window or keys, q_BHSD.device, queries)
         if self.alibi_scale is None:
-            bias = alibi.bias(slopes, length)
+            bias = alibi.bias(slopes, keys)
         else:
-            positions = torch.arange(length, device=q_BHSD.device)[None]
+            positions = torch.arange(keys, device=q_BHSD.device)[None]
             bias = alibi.rounded_bias(slopes, positions) * self.alibi_scale
-        return bias.masked_fill(~allowed, -torch.inf).to(q_BHSD.dtype)
+        return bias[:, :, keys - queries :].masked_fill(~allowed, -torch.inf).to(q_BHSD.dtype)

@@ -18,6 +18,7 @@ from torch.nn import functional
 from shared.architecture.architecture import Activation, Architecture, Attention, LatentAttention
 from shared.kernels.attention.masks import segment_positions
 from shared.model.backend import LOCAL, Backend
+from shared.model.context_parallel import COMMUNICATION, local_part
 from shared.model.cross_entropy import vocab_parallel_cross_entropy
 from shared.model.embedding_and_head import (
     adapt_embedding,
@@ -74,6 +75,7 @@ class LanguageModel(GPTModel):
 
     - input_ids, labels: `[batch, sequence]`. A prefix LM computes positions and mask from the ids, on every stage.
     - attention_mask: segments `[batch, sequence]` (`shared.kernels.attention.masks`); None: one segment per row.
+    - With context parallelism all but the segments are this rank's part of the sequence (`context_parallel.local_part`).
     - Last pipeline stage with labels: loss per token `[batch, sequence]`, fp32, nats; 0 for negative labels.
     - Last stage without labels: this rank's logits `[batch, sequence, padded_vocab / tensor_parallel]`.
     - Other stages: hidden states.
@@ -140,7 +142,7 @@ class LanguageModel(GPTModel):
             position_ids = streams[: self.architecture.prefix.position_streams]
         elif positions := self.architecture.embedding.positions:
             if attention_mask is not None:  # packed rows: positions start at 0 in every segment
-                position_ids = segment_positions(attention_mask)
+                position_ids = local_part(segment_positions(attention_mask))
             position_ids = position_ids + positions.offset
         return super().forward(input_ids, position_ids, attention_mask, **others)
 
@@ -216,6 +218,7 @@ def transformer_config(
         "pipeline_model_parallel_size": layout.pipeline,
         "virtual_pipeline_model_parallel_size": layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         "context_parallel_size": layout.context,
+        "cp_comm_type": COMMUNICATION[layout.context_exchange],
         "expert_model_parallel_size": layout.expert,
         "expert_tensor_parallel_size": layout.etp,
         "sequence_parallel": layout.sequence_parallel,

@@ -28,6 +28,7 @@ from shared.console import log
 from shared.data.labels import IGNORE
 from shared.errors import Interrupted, StageError
 from shared.model import gpt, weights
+from shared.model.context_parallel import local_part
 from shared.runtime import process_groups
 from shared.runtime.stop_request import StopRequest
 from shared.training import state
@@ -229,7 +230,8 @@ def forward_step(
 ) -> tuple[torch.Tensor, Callable[..., Any]]:
     """Forward pass of a micro batch through one model chunk.
 
-    The last stage returns losses `[batch, sequence]`, with an MTP loss `[1 + MTP layers, batch, sequence]`.
+    The last stage returns losses `[batch, sequence]`, with an MTP loss `[1 + MTP layers, batch, sequence]`; with context
+    parallelism of this rank's part of the sequence.
     """
     batch = next(batches)
     depth, labels = model.module.architecture.mtp_depth, batch.labels
@@ -237,9 +239,10 @@ def forward_step(
         labels = mtp_labels(labels, batch.segments, depth)
     rows, length = batch.tokens.shape
     positions = torch.arange(length, device=batch.tokens.device).expand(rows, length)
+    labels = local_part(labels)  # after mtp_labels, which looks at the next tokens of the row
     output = model(
-        input_ids=batch.tokens,
-        position_ids=positions,
+        input_ids=local_part(batch.tokens),
+        position_ids=local_part(positions),
         attention_mask=batch.segments,
         labels=labels,
     )

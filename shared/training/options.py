@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from shared.cli import ExistingDir, NonNegative, Positive, Seed
+from shared.parallel import ContextExchange
 from shared.precision import TrainingPrecision
 
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -17,7 +18,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 # Options of memory, speed and logging: not part of the run's fingerprint.
 NOT_FINGERPRINTED = (
     *("micro_batch_size", "tensor_parallel", "pipeline_parallel", "virtual_pipeline", "sequence_parallel"),
-    *("expert_parallel", "expert_tensor_parallel"),
+    *("expert_parallel", "expert_tensor_parallel", "context_parallel", "context_parallel_exchange"),
     *("processes", "recompute", "save_every", "keep", "log_every", "extend"),
 )
 
@@ -57,10 +58,13 @@ class TrainingOptions:
         pipeline_parallel: pipeline parallel size.
         virtual_pipeline: model chunks per pipeline rank; above 1 the schedule is interleaved.
         sequence_parallel: split norms and residuals along the sequence over the tensor-parallel ranks.
+        context_parallel: context parallel size: so many ranks share each sequence.
+        context_parallel_exchange: how these ranks attend to each other's tokens: gather all keys and values, or exchange
+            heads, for models whose query and key/value heads --tensor-parallel x --context-parallel divides.
         expert_parallel: expert parallel size, for MoE: the experts of a layer are spread over so many data-parallel ranks.
         expert_tensor_parallel: tensor parallel size of experts; by default --tensor-parallel. 1 keeps every expert whole.
         processes: world size; by default one process per GPU, without GPUs as many as the layout needs. Data parallel
-            size is processes / (tensor x pipeline).
+            size is processes / (tensor x pipeline x context).
         save_every: updates between checkpoints; the last update is always saved.
         keep: newest checkpoints kept in the target.
         log_every: updates between log lines; metrics.jsonl has every update.
@@ -94,6 +98,8 @@ class TrainingOptions:
     pipeline_parallel: Positive = 1
     virtual_pipeline: Positive = 1
     sequence_parallel: bool = False
+    context_parallel: Positive = 1
+    context_parallel_exchange: ContextExchange = "gather"
     expert_parallel: Positive = 1
     expert_tensor_parallel: Positive | None = None
     processes: Positive | None = None

@@ -117,10 +117,12 @@ def memory_estimate(config: TrainingConfig, architecture: Architecture) -> int:
         if isinstance(layer.mlp, MoE)
     )
     dense = architecture.parameter_count() + architecture.mtp_parameter_count() - experts
-    weights = dense / parallel.model_parallel + experts / (parallel.etp * parallel.expert * parallel.pipeline)
+    weights = dense / parallel.tensor / parallel.pipeline + experts / (
+        parallel.etp * parallel.expert * parallel.pipeline
+    )
     main = 4 if config.precision == "bf16" else 0  # fp32 weights are their own main copy
-    states = weights * (width + 4 + (8 + main) / parallel.data)
-    tokens = config.micro_batch_size * config.sequence_length
+    states = weights * (width + 4 + (8 + main) / (parallel.data * parallel.context))
+    tokens = config.micro_batch_size * config.sequence_length / parallel.context
     layers = architecture.num_layers / parallel.pipeline
     in_flight = parallel.pipeline  # micro batches of the first stage
     layer = 34 * tokens * architecture.hidden_size * width / 2 / parallel.tensor

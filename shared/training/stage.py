@@ -74,6 +74,7 @@ def parallel_config(options: TrainingOptions) -> ParallelConfig:
     needed = ranks_needed(
         tensor=options.tensor_parallel,
         pipeline=options.pipeline_parallel,
+        context=options.context_parallel,
         expert=options.expert_parallel,
         expert_tensor=options.expert_tensor_parallel,
     )
@@ -83,6 +84,8 @@ def parallel_config(options: TrainingOptions) -> ParallelConfig:
         pipeline=options.pipeline_parallel,
         virtual_pipeline=options.virtual_pipeline,
         sequence_parallel=options.sequence_parallel,
+        context=options.context_parallel,
+        context_exchange=options.context_parallel_exchange,
         expert=options.expert_parallel,
         expert_tensor=options.expert_tensor_parallel,
     )

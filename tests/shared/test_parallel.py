@@ -16,6 +16,9 @@ def test_data_parallelism_is_what_the_layout_leaves_over():
     assert str(parallel) == "tensor 2 x pipeline 2 x virtual 2 x expert 4 x data 4"
     assert ParallelConfig(processes=8, tensor=4, expert=8, expert_tensor=1).etp == 1
     assert str(ParallelConfig()) == ""
+    parallel = ParallelConfig(processes=8, context=2, context_exchange="heads", expert=4)
+    assert (parallel.model_parallel, parallel.data) == (2, 4)
+    assert str(parallel) == "context 2 by heads x expert 4 x data 4"
 
 
 @pytest.mark.parametrize(
@@ -24,7 +27,12 @@ def test_data_parallelism_is_what_the_layout_leaves_over():
         ({"tensor": 0}, "--tensor-parallel must be at least 1, not 0"),
         ({"processes": 0}, "--processes must be at least 1, not 0"),
         ({"expert_tensor": -1}, "--expert-tensor-parallel must be at least 1, not -1"),
-        ({"processes": 2, "context": 2}, "context parallelism over 2 ranks is not supported; use --tensor-parallel"),
+        ({"context": 0}, "--context-parallel must be at least 1, not 0"),
+        ({"context_exchange": "heads"}, "--context-parallel-exchange heads needs --context-parallel 2 or more"),
+        (
+            {"processes": 6, "tensor": 2, "context": 2},
+            "not a multiple of --tensor-parallel 2 x --pipeline-parallel 1 x --context-parallel 2; give --processes 4",
+        ),
         ({"sequence_parallel": True}, "--sequence-parallel needs --tensor-parallel 2 or more"),
         (
             {"virtual_pipeline": 2},
@@ -48,11 +56,10 @@ def test_a_layout_that_contradicts_itself(fields, words):
         ParallelConfig(**fields)
 
 
-def layout(tensor=1, pipeline=1, expert=1, **others) -> ParallelConfig:
+def layout(tensor=1, pipeline=1, expert=1, context=1, **others) -> ParallelConfig:
     """In a world that is large enough."""
-    return ParallelConfig(
-        processes=tensor * pipeline * expert, tensor=tensor, pipeline=pipeline, expert=expert, **others
-    )
+    sizes = {"tensor": tensor, "pipeline": pipeline, "expert": expert, "context": context}
+    return ParallelConfig(processes=tensor * pipeline * expert * context, **sizes, **others)
 
 
 SEQUENCE = {"sequence_parallel": True}
@@ -83,6 +90,19 @@ SEQUENCE = {"sequence_parallel": True}
             "deepseek-v3-tiny",
             layout(8, **SEQUENCE),
             "--tensor-parallel 8 does not divide the model's 4 attention heads; give --tensor-parallel 4$",
+        ),
+        ("qwen3-next-tiny", layout(context=2), "--context-parallel 2: a gated delta net is not .*; give --context-parallel 1$"),
+        ("glm-10b-tiny", layout(context=2), "--context-parallel 2: a prefix LM is not .*; give --context-parallel 1$"),
+        (
+            "qwen3-tiny",
+            layout(2, context=2, context_exchange="heads"),
+            "--context-parallel-exchange heads: --tensor-parallel 2 x --context-parallel 2 does not divide the model's 2 "
+            "key/value heads; give --context-parallel-exchange gather$",
+        ),
+        (
+            "deepseek-v3-tiny",
+            layout(context=3, context_exchange="heads"),
+            "does not divide the model's 4 attention heads; give --context-parallel-exchange gather$",
         ),
     ],
 )  # fmt: skip
@@ -126,6 +146,16 @@ def test_an_mlp_that_cannot_be_cut(model, parallel, words):
         parallel.check_model(model)
 
 
+@pytest.mark.parametrize(
+    "values", [{"attention": {"dropout": 0.1}}, {"residual": {"dropout": 0.1}}, {"embedding": {"dropout": 0.1}}]
+)
+def test_dropout_under_context_parallelism(values):
+    model = registry.sizes()["qwen3-tiny"]
+    layout(context=2).check_model(model)
+    with pytest.raises(UserError, match="--context-parallel 2: dropout is not .*; give --context-parallel 1$"):
+        layout(context=2).check_model(model.with_values(**values))
+
+
 @pytest.mark.parametrize(("rank", "words"), [("q_lora_rank", "q_a_proj"), ("kv_lora_rank", "kv_a_proj")])
 def test_mla_ranks_that_cannot_be_cut(rank, words):
     model = changed("deepseek-v3-tiny", mixer={rank: 21})
@@ -160,6 +190,16 @@ def test_what_can_be_cut():
             layout(2, **SEQUENCE),
             {"sequence_length": 63},
             "multiple of --tensor-parallel 2 .* give --sequence-length 64$",
+        ),
+        (
+            layout(context=2),
+            {"sequence_length": 62},
+            "--context-parallel 2 needs sequences of a multiple of 4 tokens, not 62; give --sequence-length 64$",
+        ),
+        (
+            layout(4, context=2, **SEQUENCE),
+            {"sequence_length": 60},
+            "--context-parallel 2 with --sequence-parallel over 4 ranks needs .* of 8 tokens, not 60; give .* 64$",
         ),
     ],
 )

@@ -25,7 +25,7 @@ def attend(
 
     Args:
         q_BHSD, k_BGSD, v_BGSV, scale, dropout: as in `sdpa.attend`.
-        mask: bool (True: attend), `[1 or B, 1, S, S]`; None: causal.
+        mask: bool (True: attend), `[1 or B, 1, S, keys]`; None: causal, queries are the last of the keys.
         softcap: `cap` (Gemma 2); None: no soft cap.
         sinks_H: attention sinks, one extra logit per head without a value (gpt-oss).
     """
@@ -35,7 +35,7 @@ def attend(
     scores = q_BHSD @ k.transpose(-1, -2) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    allowed = masks.causal(q_BHSD.shape[2], q_BHSD.device) if mask is None else mask
+    allowed = masks.causal(k.shape[2], q_BHSD.device, q_BHSD.shape[2]) if mask is None else mask
     scores = scores.masked_fill(~allowed, -torch.inf)
     if sinks_H is not None:
         sinks = sinks_H.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)

@@ -39,15 +39,16 @@ def prefix_segments(starts: torch.Tensor, prefix_ends: torch.Tensor) -> torch.Te
     return torch.stack((starts, prefix_ends), 1)
 
 
-def causal(length: int, device: torch.device) -> torch.Tensor:
-    """Causal mask, `[1, 1, S, S]`."""
-    return window(length, length, device)
+def causal(keys: int, device: torch.device, queries: int | None = None) -> torch.Tensor:
+    """Causal mask of the last `queries` of `keys` positions (None: of all), `[1, 1, queries, keys]`."""
+    return window(keys, keys, device, queries)
 
 
-def window(length: int, size: int, device: torch.device) -> torch.Tensor:
-    """Causal mask with a sliding window of `size` keys, `[1, 1, S, S]`."""
-    allowed = torch.ones(length, length, dtype=torch.bool, device=device).tril_()
-    return allowed.triu_(1 - size)[None, None]
+def window(keys: int, size: int, device: torch.device, queries: int | None = None) -> torch.Tensor:
+    """Causal mask with a sliding window of `size` keys, of the last `queries` positions, `[1, 1, queries, keys]`."""
+    queries = keys if queries is None else queries
+    allowed = torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(keys - queries)
+    return allowed.triu_(keys - queries + 1 - size)[None, None]
 
 
 def dense(segments: torch.Tensor) -> torch.Tensor:

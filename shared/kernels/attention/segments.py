@@ -21,7 +21,11 @@ type Borders = tuple[tuple[int, int], ...]  # first token of each segment, first
 def within_segments(
     attend: Attend, q_BHSD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSV: torch.Tensor, segments_BS: torch.Tensor
 ) -> torch.Tensor:
-    """`attend` on each segment by itself, `[B, H, S, V]`. Rows with the same borders are one batch."""
+    """`attend` on each segment by itself, `[B, H, queries, V]`. Rows with the same borders are one batch.
+
+    `segments_BS`: of whole rows. k and v are of the first positions of a row, q of the last of these: `attend` gets the keys
+    of a segment from its start on.
+    """
     rows = _borders(segments_BS)
     if len(set(rows)) > 1:
         each = zip(*(x.split(1) for x in (q_BHSD, k_BGSD, v_BGSV, segments_BS)), strict=True)
@@ -32,25 +36,33 @@ def within_segments(
 def within_window(
     attend: MaskedAttend, q_BHSD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSV: torch.Tensor, size: int
 ) -> torch.Tensor:
-    """`attend` with each query's last `size` keys, its own included, `[B, H, S, V]`; blocks of `size` queries.
+    """`attend` with each query's last `size` keys, its own included, `[B, H, queries, V]`; blocks of `size` queries.
 
-    `attend` gets a mask, bool `[1, 1, queries, keys]` (True: attend); None for the whole row, causal.
+    Queries are the last of the keys' positions. `attend` gets a mask, bool `[1, 1, queries, keys]` (True: attend); None for
+    all keys, causal.
     """
-    length = q_BHSD.shape[2]
-    if size >= length:
+    queries, keys = q_BHSD.shape[2], k_BGSD.shape[2]
+    if size >= keys:
         return attend(q_BHSD, k_BGSD, v_BGSV, None)
-    blocks = []
-    for begin in range(0, length, size):
-        end, first = min(begin + size, length), max(begin - size + 1, 0)
-        allowed = masks.window(end - first, size, q_BHSD.device)[:, :, begin - first :]
-        blocks.append(attend(q_BHSD[:, :, begin:end], k_BGSD[:, :, first:end], v_BGSV[:, :, first:end], allowed))
+    blocks, offset = [], keys - queries
+    for begin in range(offset, keys, size):
+        end, first = min(begin + size, keys), max(begin - size + 1, 0)
+        allowed = masks.window(end - first, size, q_BHSD.device, end - begin)
+        block = q_BHSD[:, :, begin - offset : end - offset]
+        blocks.append(attend(block, k_BGSD[:, :, first:end], v_BGSV[:, :, first:end], allowed))
     return torch.cat(blocks, 2)
 
 
 def _cut(attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, borders: Borders) -> torch.Tensor:
     if len(borders) == 1:
         return attend(q, k, v)
-    return torch.cat([attend(*(x[:, :, begin:end] for x in (q, k, v))) for begin, end in borders], 2)
+    keys, attended = k.shape[2], []
+    offset = keys - q.shape[2]
+    for begin, end in borders:
+        if end > offset and begin < keys:
+            part = q[:, :, max(begin - offset, 0) : end - offset]
+            attended.append(attend(part, k[:, :, begin:end], v[:, :, begin:end]))
+    return torch.cat(attended, 2)
 
 
 _cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+from unittest.mock import Mock
+
 import torch
 from megatron.core import recompute
 from megatron.core.distributed.finalize_model_grads import _allreduce_non_tensor_model_parallel_grads
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer import multi_token_prediction
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe import moe_utils
@@ -20,14 +25,17 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from shared.model.context_parallel import chunks_of_rank
 from shared.model.gated_delta_net import TorchGatedDeltaNet
 from shared.model.mla import _RESOLVED, LatentSelfAttention
 from shared.model.moe import _GroupTopK
 from shared.model.rope import PrefixRotaryAngles
 from shared.model.transformer_layer import GeneralTransformerLayer
+from shared.runtime.device import select_device
 from tests.upstream import attributes_read, attributes_set, binds, calls, parameters, relies_on
 
 ATTENTION = "shared/model/attention.py"
+CONTEXT = "shared/model/context_parallel.py"
 DELTA_NET = "shared/model/gated_delta_net.py"
 EMBEDDING = "shared/model/embedding_and_head.py"
 GPT = "shared/model/gpt.py"
@@ -248,3 +256,40 @@ def test_layers_are_called_by_keyword() -> None:
     )
     parts = {"input_layernorm", "self_attention", "pre_mlp_layernorm", "mlp", "hidden_dropout"}
     assert parts <= attributes_set(TransformerLayer.__init__), LAYER
+
+
+class _Group:
+    """A context-parallel group as far as its rank and size."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._size
+
+
+def _received(given: dict[int, torch.Tensor], tensor: torch.Tensor, src: int) -> Mock:
+    tensor.copy_(given[src])
+    return Mock()
+
+
+def test_rope_and_mtp_cut_a_sequence_as_we_do(monkeypatch) -> None:
+    select_device()
+    size, chunks = 3, torch.arange(24).chunk(6)
+    for rank in range(size):
+        first, last = chunks_of_rank(rank, size)
+        mine = torch.cat((chunks[first], chunks[last]))
+        assert torch.equal(get_pos_emb_on_this_cp_rank(torch.arange(24), 0, _Group(rank, size)), mine), CONTEXT
+        neighbours = {
+            (rank + 1) % size: chunks[first + 1][0],  # the next rank's first chunk follows this one's
+            (rank - 1) % size: chunks[(last + 1) % 6][0],  # the previous rank's last chunk follows this one's
+        }
+        monkeypatch.setattr(torch.distributed, "get_process_group_ranks", lambda group: list(range(size)))
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda group, rank=rank: rank)
+        monkeypatch.setattr(torch.distributed, "isend", lambda tensor, dst: Mock())
+        monkeypatch.setattr(torch.distributed, "irecv", partial(_received, neighbours))
+        expected = torch.where(mine + 1 < 24, mine + 1, 0)
+        assert torch.equal(multi_token_prediction.roll_tensor(mine, cp_group=_Group(rank, size))[0], expected), CONTEXT

@@ -10,13 +10,10 @@ Worlds are forked from this process: torch and Megatron-Core are imported once.
 
 import importlib.util
 import json
-import multiprocessing
 import os
 import sys
 from pathlib import Path
 
-from shared.runtime.launch import _free_port
-from shared.runtime.parent_death import die_with_parent
 from shared.runtime.silence_warnings import silence
 
 silence()
@@ -28,6 +25,7 @@ from shared.parallel import ParallelConfig  # noqa: E402
 from shared.training import loop  # noqa: E402, F401 -- imported before the fork
 from shared.training.config import TrainingConfig  # noqa: E402
 from shared.training.trainable import FULL, Frozen  # noqa: E402
+from tests.workers import forked_world  # noqa: E402
 
 specification = importlib.util.spec_from_file_location("session", Path(__file__).with_name("layouts_worker.py"))
 session = importlib.util.module_from_spec(specification)
@@ -69,10 +67,8 @@ def run(directory: Path, case: dict) -> dict:
     return {**results, "ranks": ranks}
 
 
-def worker(rank: int, parent: int, directory: Path, cases: dict) -> None:
+def worker(rank: int, directory: Path, cases: dict) -> None:
     """One rank of a world: its cases, one after another."""
-    die_with_parent(parent)
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
     results = {name: run(directory / name, case) for name, case in cases.items()}
     if rank == 0:
         (directory / f"{os.environ['WORLD_SIZE']}.json").write_text(json.dumps(results))
@@ -83,17 +79,7 @@ def main(directory: Path) -> None:
     results = {}
     for processes in sorted({case["processes"] for case in cases.values()}):
         chosen = {name: case for name, case in cases.items() if case["processes"] == processes}
-        world = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-        os.environ |= {name: str(value) for name, value in world.items()} | {"GLOO_SOCKET_IFNAME": "lo"}
-        context = multiprocessing.get_context("fork")
-        ranks = [
-            context.Process(target=worker, args=(rank, os.getpid(), directory, chosen)) for rank in range(processes)
-        ]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join()
-        if any(rank.exitcode for rank in ranks):
+        if not forked_world(processes, worker, directory, chosen):
             sys.exit(1)
         results |= json.loads((directory / f"{processes}.json").read_text())
     (directory / "results.json").write_text(json.dumps(results))

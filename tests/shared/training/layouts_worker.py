@@ -29,7 +29,7 @@ def layouts_of(model: str) -> list[str]:
 class Session:
     """A model in a layout, from a saved state."""
 
-    def __init__(self, config, architecture, directory: Path, restore: bool = True, trainable=None) -> None:
+    def __init__(self, config, architecture, directory: Path, restore=True, trainable=None, data=None) -> None:
         import torch
 
         from shared.model import gpt, weights
@@ -40,6 +40,7 @@ class Session:
         from shared.training.trainable import FULL
 
         self.config = config
+        self.data = Words() if data is None else data
         self.device = process_groups.initialize(config.parallel, 1)
         overrides = model_overrides(config)
         chunks = gpt.build(architecture, config.parallel, dtype=torch.float32, recompute=config.recompute, **overrides)
@@ -57,7 +58,8 @@ class Session:
 
         rows = []
         for step in range(first, last):
-            loss = forward_backward(self.config, self.model, Words(), step * self.config.global_batch_size, self.device)
+            first_sample = step * self.config.global_batch_size
+            loss = forward_backward(self.config, self.model, self.data, first_sample, self.device)
             set_learning_rate(self.optimizer, 1e-2)
             _, norm, _ = self.optimizer.step()
             rows.append([loss.mean, loss.mtp or 0.0, float(norm)])
@@ -67,7 +69,7 @@ class Session:
         """Mean loss over eleven samples: no multiple of any batch."""
         from shared.training.loop import validate
 
-        return validate(self.config, self.model, Words(), self.device).mean
+        return validate(self.config, self.model, self.data, self.device).mean
 
     def save(self, directory: Path, step: int) -> None:
         """The state, in an empty directory."""

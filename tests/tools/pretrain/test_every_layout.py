@@ -30,10 +30,14 @@ LAYOUTS = [
     {"pipeline": 2, "virtual_pipeline": 2},
     {"expert": 2},
     {"expert": 3},
+    {"context": 2},
+    {"context": 2, "context_exchange": "heads"},
+    {"context": 4, "context_exchange": "heads"},
     {"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor": 1},
 ]
 FLAGS = {"tensor": "--tensor-parallel", "pipeline": "--pipeline-parallel", "virtual_pipeline": "--virtual-pipeline"}
 FLAGS |= {"expert": "--expert-parallel", "expert_tensor": "--expert-tensor-parallel"}
+FLAGS |= {"context": "--context-parallel", "context_exchange": "--context-parallel-exchange"}
 SECONDS = 1.0
 REPOSITORY = Path(__file__).parents[3]
 
@@ -91,8 +95,8 @@ def test_each_layout_is_trained_or_refused_with_nothing_written(size, source, da
     monkeypatch.setattr(stage, "launch", lambda processes: started.append(processes) or 0)
     directory, target = source(size), tmp_path / "run"
     for layout in LAYOUTS:
-        sizes = {"tensor": 1, "pipeline": 1, "expert": 1, "expert_tensor": None} | layout
-        sizes = {name: sizes[name] for name in ("tensor", "pipeline", "expert", "expert_tensor")}
+        sizes = {"tensor": 1, "pipeline": 1, "context": 1, "expert": 1, "expert_tensor": None}
+        sizes |= {name: size for name, size in layout.items() if name in sizes}
         parallel = ParallelConfig(processes=ranks_needed(**sizes), **layout)
         try:
             parallel.check_model(SIZES[size])
@@ -120,6 +124,11 @@ def test_each_layout_is_trained_or_refused_with_nothing_written(size, source, da
         ("yi-tiny", {"expert": 2}, {}, "give --expert-parallel 1"),
         ("qwen3-moe-tiny", {"expert": 3}, {}, "give --expert-parallel 2"),
         ("yi-tiny", {"tensor": 2, "sequence_parallel": True}, {"sequence_length": 15}, "--sequence-length 16"),
+        ("qwen3-next-tiny", {"context": 2}, {}, "give --context-parallel 1"),
+        ("glm-10b-tiny", {"context": 2}, {}, "give --context-parallel 1"),
+        ("yi-tiny", {"context_exchange": "heads"}, {}, "needs --context-parallel 2 or more"),
+        ("yi-tiny", {"context": 4, "context_exchange": "heads"}, {}, "give --context-parallel-exchange gather"),
+        ("yi-tiny", {"context": 2}, {"sequence_length": 18}, "--sequence-length 20"),
         ("yi-tiny", {}, {"processes": 2, "micro_batch_size": 9}, "give --global-batch-size 36"),
     ],
 )

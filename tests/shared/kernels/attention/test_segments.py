@@ -57,6 +57,22 @@ def test_gradients_are_those_of_a_dense_mask(seed):
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("further", [{}, {"softcap": 1.5, "sinks_H": SINKS}])
+@pytest.mark.parametrize("window", [None, 1, 3, 7])
+def test_the_last_queries_attend_as_in_the_whole_row(window, further):
+    """Keys up to any position, and any number of queries before it."""
+    q, k, v = inputs(2)
+    masked = partial(eager.attend if further else sdpa.attend, scale=0.3, **further)
+    attend = partial(blockwise, masked, window)
+    for segments in (SEGMENTS, torch.zeros_like(SEGMENTS)):
+        whole = within_segments(attend, q, k, v, segments)
+        for end in range(1, 8):
+            for begin in range(end):
+                found = within_segments(attend, q[:, :, begin:end], k[:, :, :end], v[:, :, :end], segments)
+                # The eager softmax is in fp32.
+                torch.testing.assert_close(found, whole[:, :, begin:end], atol=1e-6 if further else 1e-12, rtol=0)
+
+
 def test_no_call_sees_more_than_a_segment_and_a_window():
     """Queries x keys of all calls: their number grows with the row, not with its square."""
     sizes = []
