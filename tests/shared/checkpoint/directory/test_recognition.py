@@ -170,7 +170,9 @@ def test_a_published_iteration_instead_of_its_run(tmp_path: Path) -> None:
         image=None, parents=[], created="x", facts={}, bytes=0, files={},
     )  # fmt: skip
     (folder / "manifest.json").write_text(manifest.encode())
-    assert f"give the directory above it, {tmp_path / 'run'} (with --iteration 200 for `convert to-hf`" in reason(folder)
+    assert f"give the directory above it, {tmp_path / 'run'} (with --iteration 200 for `convert to-hf`" in reason(
+        folder
+    )
 
 
 def test_checkpoints_one_level_below(tmp_path: Path) -> None:
