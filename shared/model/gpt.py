@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -31,21 +31,12 @@ from shared.model.gated_delta_net import delta_net_config
 from shared.model.mla import mla_config
 from shared.model.moe import moe_config
 from shared.model.prefix_lm import prefix_inputs
+from shared.model.recompute import Recompute, recompute_fields
 from shared.model.rope import PrefixRotaryAngles, RotaryAngles
 from shared.model.spec import block_spec, model_rotary, mtp_spec
 from shared.model.support import check_supported
 from shared.parallel import ParallelConfig
 from shared.runtime.device import select_device
-
-Recompute = Literal["none", "selective", "full"]
-
-_RECOMPUTE: dict[Recompute, dict[str, Any]] = {
-    "none": {},
-    # Core attention only: most of the activation memory of long sequences, little of the compute.
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    # Every layer: stores one hidden state per layer, about a third more compute.
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
 
 _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     "swiglu": functional.silu,
@@ -177,7 +168,7 @@ def transformer_config(
     layout: ParallelConfig,
     dtype: torch.dtype,
     *,
-    recompute: Recompute = "none",
+    recompute: Recompute | tuple[Recompute, ...] = "none",
     **overrides: Any,
 ) -> TransformerConfig:
     """`TransformerConfig` of `architecture`; `overrides` are further fields of it.
@@ -237,7 +228,7 @@ def transformer_config(
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
         "apply_rope_fusion": False,
-        **_RECOMPUTE[recompute],
+        **recompute_fields(recompute),
         **(moe_config(architecture, moe) if moe else {}),
         **(delta_net_config(architecture, architecture.delta_net) if architecture.delta_net else {}),
     }
@@ -251,7 +242,7 @@ def build(
     layout: ParallelConfig,
     *,
     dtype: torch.dtype,
-    recompute: Recompute = "none",
+    recompute: Recompute | tuple[Recompute, ...] = "none",
     backend: Backend = LOCAL,
     **overrides: Any,
 ) -> list[LanguageModel]:

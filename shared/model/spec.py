@@ -37,7 +37,8 @@ from shared.model.gated_delta_net import DELTA_NET_CHECKPOINT_KEYS, delta_net_sp
 from shared.model.mla import MLA_CHECKPOINT_KEYS, mla_spec
 from shared.model.moe import moe_spec
 from shared.model.rope import RotaryAngles, concentration_factor
-from shared.model.transformer_layer import GeneralTransformerLayer, needs_general_transformer_layer
+from shared.model.support import needs_general_transformer_layer
+from shared.model.transformer_layer import GeneralTransformerLayer
 
 # Checkpoints have the names of TransformerEngine's LayerNormLinear: the norm is part of the linear layer.
 _ATTENTION_KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}

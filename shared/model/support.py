@@ -257,3 +257,9 @@ def _mtp(a: Architecture) -> Iterator[str]:
 
 def _mixer(layer: Layer) -> Any:
     return _global_fields(layer.mixer) if isinstance(layer.mixer, Attention) else layer.mixer
+
+
+def needs_general_transformer_layer(layer: Layer) -> bool:
+    """Whether Megatron-Core's TransformerLayer cannot compute `layer`, and `GeneralTransformerLayer` does."""
+    plain = (layer.residual.kind, layer.norm_placement) == ("sequential", "pre")
+    return not plain or (layer.residual.multiplier, layer.residual.input_multiplier) != (1.0, 1.0)

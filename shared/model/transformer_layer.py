@@ -12,12 +12,6 @@ from shared.architecture.architecture import Layer
 from shared.model.norm import NormBuilder
 
 
-def needs_general_transformer_layer(layer: Layer) -> bool:
-    """Whether Megatron-Core's TransformerLayer cannot compute `layer`."""
-    plain = (layer.residual.kind, layer.norm_placement) == ("sequential", "pre")
-    return not plain or (layer.residual.multiplier, layer.residual.input_multiplier) != (1.0, 1.0)
-
-
 class GeneralTransformerLayer(TransformerLayer):
     """TransformerLayer with any residual kind and norm placement.
 

@@ -1,31 +1,45 @@
-"""Metrics of a run: metrics.jsonl, one row per update and per validation, and the same values for TensorBoard."""
+"""Metrics of a run: metrics.jsonl, one row per update and per validation, and the same values for trackers."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from shared.architecture.architecture import Architecture, GatedDeltaNet
+from shared.report.track import Track, Trackers
 
 METRICS = "metrics.jsonl"
-EVENTS = "tensorboard"
 
-# Dense bf16 tensor-core peak in FLOP/s, without sparsity, from the vendor's data sheets.
+# Dense bf16 peak of matrix units in FLOP/s, without sparsity, from the vendors' data sheets. By words of the device's name.
 _PEAK_FLOPS = {
+    "A10": 125e12,
+    "A30": 165e12,
+    "A40": 150e12,
     "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
+    "A800": 312e12,
+    "L4": 121e12,
+    "L40": 181e12,
     "L40S": 362e12,
+    "H20": 148e12,
+    "H100": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H800": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+    "MI300X": 1307e12,
+    "MI325X": 1307e12,
 }
 
 
@@ -58,12 +72,19 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     return loss / math.log(2.0) / bytes_per_token
 
 
-def peak_flops() -> float | None:
-    """Peak of this rank's device in FLOP/s; None if unknown: no MFU is reported."""
-    if not torch.cuda.is_available():
-        return None
-    device = torch.cuda.get_device_name()
-    return next((peak for name, peak in _PEAK_FLOPS.items() if name in device), None)
+def device_name() -> str:
+    """The name of this rank's GPU, or CPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def peak_flops(device: str) -> float | None:
+    """Peak of a device in FLOP/s; None if unknown: no MFU is reported.
+
+    `device`: from `device_name`, such as NVIDIA H100 80GB HBM3 or NVIDIA A100-SXM4-80GB.
+    """
+    words = set(re.split(r"[^0-9A-Za-z]+", device))
+    fitting = [name for name in _PEAK_FLOPS if words.issuperset(name.split())]
+    return _PEAK_FLOPS[max(fitting, key=len)] if fitting else None
 
 
 def peak_memory() -> int:
@@ -77,8 +98,18 @@ def peak_memory() -> int:
 class Metrics:
     """Append-only metrics of a run."""
 
-    def __init__(self, directory: Path, *, resumed_step: int | None) -> None:
-        """Open the metrics in `directory`; a resume drops rows after `resumed_step`, None drops all."""
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        resumed_step: int | None,
+        track: Sequence[Track] = ("tensorboard",),
+        name: str | None = None,
+    ) -> None:
+        """Open the metrics in `directory`; a resume drops rows after `resumed_step`, None drops all.
+
+        `track`: trackers that get the same values, for a run called `name` (by default as its directory).
+        """
         self.path = directory / METRICS
         kept = [row for row in read(self.path) if resumed_step is not None and row["step"] <= resumed_step]
         self.rows = kept
@@ -86,26 +117,23 @@ class Metrics:
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(partial, self.path)
         self._file = self.path.open("a", encoding="utf-8")
-        # TensorBoard hides events from purge_step on, written by the interrupted run.
-        self._events = SummaryWriter(str(directory / EVENTS), purge_step=(resumed_step or 0) + 1)
+        self._trackers = Trackers(track, directory, name=name or directory.name, resumed_step=resumed_step)
 
     def append(self, **row: Any) -> None:
         """Record one row. It must have a `step`."""
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float):
-                self._events.add_scalar(name, value, row["step"])
+        self._trackers.log(row["step"], {name: value for name, value in row.items() if name != "step"})
 
     def sync(self) -> None:
         """fsync all rows; called before a checkpoint is published."""
         os.fsync(self._file.fileno())
-        self._events.flush()
+        self._trackers.flush()
 
     def close(self) -> None:
         self._file.close()
-        self._events.close()
+        self._trackers.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

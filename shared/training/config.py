@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from shared.architecture.architecture import Architecture
 from shared.errors import UserError
+from shared.model.recompute import Recompute, check_recompute
 from shared.parallel import ParallelConfig
 from shared.precision import TrainingPrecision
 from shared.training.schedule import Schedule, ScheduleName
 
-Recompute = Literal["none", "selective", "full"]
 MTP_LOSS_SCALING_FACTOR = 0.1  # Megatron-Core's default
 _MICRO_BATCH_TOKENS = 8192  # per forward pass: enough to keep a GPU busy, with moderate activations
 
@@ -36,13 +35,14 @@ class TrainingConfig:
     adam_beta2: float
     seed: int
     precision: TrainingPrecision
-    recompute: Recompute  # activation recomputation: attention (selective) or whole layers (full)
+    recompute: tuple[Recompute, ...]  # activation recomputation: modules, or whole layers (full)
     parallel: ParallelConfig
     save_every: int  # updates
     keep: int  # newest iterations kept in the run directory
     log_every: int  # updates between log lines; metrics.jsonl has every update
     validate_every: int  # updates; 0: only before the first and after the last
     validation_sequences: int  # at most; the same in every validation
+    overlap: bool = True  # reduce gradients and gather weights during computation, where there are data-parallel ranks
 
     @property
     def micro_batches(self) -> int:
@@ -86,6 +86,7 @@ class TrainingConfig:
     def check_model(self, architecture: Architecture) -> None:
         """Check the run against its model. UserError names the flag to change."""
         self.parallel.check_model(architecture)
+        check_recompute(self.recompute, architecture)
         if self.sequence_length > architecture.max_position_embeddings:
             raise UserError(
                 f"sequences of {self.sequence_length} tokens are longer than the model's max_position_embeddings "

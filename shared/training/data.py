@@ -31,10 +31,11 @@ class Batch:
     segments: torch.Tensor | None = None  # int64; attention only within equal values; None: one segment per row
 
     def to(self, device: torch.device) -> Batch:
+        """The batch on a device. From pinned memory the copy does not block."""
         return Batch(
-            tokens=self.tokens.to(device),
-            labels=self.labels.to(device),
-            segments=self.segments.to(device) if self.segments is not None else None,
+            tokens=self.tokens.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            segments=self.segments.to(device, non_blocking=True) if self.segments is not None else None,
         )
 
 

@@ -29,6 +29,7 @@ from shared.data.labels import IGNORE
 from shared.errors import Interrupted, StageError
 from shared.model import gpt, weights
 from shared.model.context_parallel import local_part
+from shared.report.track import Track
 from shared.runtime import process_groups
 from shared.runtime.stop_request import StopRequest
 from shared.training import state
@@ -37,6 +38,7 @@ from shared.training.data import Batch, Dataset
 from shared.training.loss import Loss, balancing_scale, global_loss, mtp_labels, token_loss
 from shared.training.optimizer import build_optimizer, set_learning_rate, wrap
 from shared.training.plan import Inputs
+from shared.training.read_ahead import ReadAhead
 from shared.training.recorder import Recorder, SharedRunDirectory, open_run, samples_before
 from shared.training.samplers import batch_positions
 from shared.training.trainable import FULL, Frozen, Trainable
@@ -53,6 +55,7 @@ class Run:
     extend: bool  # resume the target's run though some options differ
     datasets: Callable[[], tuple[Dataset, Dataset | None]]  # training and validation
     bytes_per_token: float | None = None  # UTF-8 bytes of the validation split per token
+    track: tuple[Track, ...] = ("tensorboard",)
 
 
 def train(run: Run) -> None:
@@ -65,8 +68,10 @@ def train(run: Run) -> None:
     """
     process_groups.initialize(run.config.parallel, run.config.seed)
     stop = StopRequest()
-    with contextlib.closing(open_run(run.target, run.inputs, overwrite=run.overwrite, extend=run.extend)) as directory:
-        stopped_after = _train(run, directory, stop)
+    with contextlib.ExitStack() as stack:
+        directory = open_run(run.target, run.inputs, overwrite=run.overwrite, extend=run.extend)
+        stack.callback(directory.close)
+        stopped_after = _train(run, directory, stop, stack)
     process_groups.destroy()
     if stopped_after is not None:
         raise Interrupted(
@@ -74,12 +79,17 @@ def train(run: Run) -> None:
         )
 
 
-def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest) -> int | None:
-    """Train in an open run directory. Returns the last update if a signal stopped the run before its end."""
+def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: contextlib.ExitStack) -> int | None:
+    """Train in an open run directory. Returns the last update if a signal stopped the run before its end.
+
+    `stack`: closes what is opened here.
+    """
     config, architecture = run.config, run.inputs.architecture
     device = shared.runtime.device.select_device()
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    training, validation = run.datasets()
+    stored, validation = run.datasets()
+    training = ReadAhead(stored, ahead=config.global_batch_size, pin=device.type == "cuda")
+    stack.callback(training.close)
     chunks = gpt.build(
         architecture, config.parallel, dtype=dtype, recompute=config.recompute, **model_overrides(config)
     )
@@ -87,7 +97,7 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest) -> int | 
     weights.load(chunks, resumed or run.inputs.source.iteration_path)
     weights.check_finite(chunks, run.inputs.source.path)
     trainable_of(config, architecture).apply(chunks)
-    model = wrap(chunks)
+    model = wrap(chunks, overlap=config.overlap)
     optimizer = build_optimizer(config, model)
     step = 0
     if resumed is not None:
@@ -96,7 +106,8 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest) -> int | 
 
     schedule = config.learning_rates()
     earlier = samples_before(config, directory)
-    recorder = Recorder(run.config, run.inputs, directory, epoch=len(training))
+    recorder = Recorder(run.config, run.inputs, directory, epoch=len(training), track=run.track)
+    stack.callback(recorder.close)
     if step == 0:
         recorder.validated(0, validate(config, model, validation, device), run.bytes_per_token)
     while step < config.steps:

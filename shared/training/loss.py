@@ -21,7 +21,7 @@ difference is small (each segment has fewer MTP targets), but depends on the mic
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +76,7 @@ def token_loss(
     return total, counts[0].int(), {"loss": torch.stack([each.detach().double() for each in both])}
 
 
-def balancing_scale(labels: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:
+def balancing_scale(labels: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     """Scale of the gradients of MoE's load-balancing loss: targets / tokens of the global batch, fp32 `[1]`.
 
     Megatron-Core multiplies the loss by the tokens of the micro batch, in order that the division of all gradients leaves a
@@ -86,9 +86,9 @@ def balancing_scale(labels: Iterable[torch.Tensor], device: torch.device) -> tor
         labels: of this rank's micro batches, `[batch, sequence]` each.
         device: of the result.
     """
-    counts = torch.zeros(2, dtype=torch.float64, device=device)
-    for each in labels:
-        counts += torch.tensor([int((each != IGNORE).sum()), each.numel()], device=device)
+    targets, tokens = sum(int((each != IGNORE).sum()) for each in labels), sum(each.numel() for each in labels)
+    # Not made on the device: that would wait for the update before.
+    counts = torch.tensor([targets, tokens], dtype=torch.float64).to(device, non_blocking=True)
     torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
     return (counts[:1] / counts[1:]).float()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,34 +11,87 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
 from shared.training.config import TrainingConfig
 
 _SHARDING = "fully_reshardable"  # each parameter's state in the parameter's own shape
 
 
-def wrap(chunks: list[GPTModel]) -> list[DistributedDataParallel]:
-    """Data-parallel wrappers of this rank's model chunks, with gradient reduction in fp32."""
+def wrap(
+    chunks: list[GPTModel], *, overlap: bool = True, bucket_size: int | None = None
+) -> list[DistributedDataParallel]:
+    """Data-parallel wrappers of this rank's model chunks, with gradient reduction in fp32.
+
+    With overlap, and more than one data-parallel rank, gradients are reduced in buckets during the backward pass, and weights
+    are gathered in buckets during the next forward pass: between `optimizer.step` and that pass they are old. Who reads them
+    in between calls `gather_weights`.
+
+    Args:
+        chunks: of this rank.
+        overlap: communicate during computation.
+        bucket_size: parameters per bucket; None: 40 million, or a million per data-parallel rank.
+    """
+    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    overlap = overlap and ranks > 1
+    first_stage = parallel_state.get_pipeline_model_parallel_rank() == 0
     wrapped = []
     for index, chunk in enumerate(chunks):
         config = chunk.config
         # Losses are sums over tokens (loss.py): Megatron-Core divides the gradients by the number of targets.
         assert config.calculate_per_token_loss
         ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap,
+            bucket_size=bucket_size or max(40_000_000, 1_000_000 * ranks),
         )
+        # One bucket where Megatron-Core has one: without overlap, and where the pipeline hides the communication.
+        buckets = overlap and first_stage and index == 0
         places = DistributedOptimizer.compute_full_param_layout(
             [parameter for parameter in chunk.parameters() if parameter.requires_grad],
-            None,  # one bucket: reduction starts after the last gradient
-            parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+            ddp_config.bucket_size if buckets else None,
+            ranks,
             ddp_config,
             expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_world_size(),
         )
         wrapped.append(
             DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0, full_param_layout=places)
         )
-    chunks[0].config.finalize_model_grads_func = finalize_model_grads
+        if overlap:
+            _gather_before_layers(wrapped[-1])
+    shared_config = chunks[0].config
+    shared_config.finalize_model_grads_func = finalize_model_grads
+    if overlap:  # gradients of all but the last micro batch are only added up
+        shared_config.no_sync_func = wrapped[0].no_sync if len(wrapped) == 1 else [each.no_sync for each in wrapped]
     return wrapped
+
+
+def gather_weights(model: list[DistributedDataParallel]) -> None:
+    """Make every rank's weights those after the last update, with overlap too. Collective."""
+    for chunk in model:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
+def _gather_before_layers(model: DistributedDataParallel) -> None:
+    """Wait for all weights of a layer before it runs.
+
+    Megatron-Core waits for a module's own weights when the module is called. Modules that read the weights of others, and do
+    not call them, would read old ones: grouped experts, the convolution of a gated delta net.
+    """
+    for layer in model.module.modules():
+        if isinstance(layer, BaseTransformerLayer):
+            groups = dict.fromkeys(
+                model.param_to_bucket_group[each] for each in layer.parameters() if each.requires_grad
+            )
+            layer.register_forward_pre_hook(partial(_finish_gathering, list(groups)))
+
+
+def _finish_gathering(groups: list[Any], layer: torch.nn.Module, inputs: Any) -> None:
+    for group in groups:
+        group.finish_param_sync()
 
 
 def build_optimizer(config: TrainingConfig, model: list[DistributedDataParallel]) -> MegatronOptimizer:
@@ -59,6 +113,7 @@ def build_optimizer(config: TrainingConfig, model: list[DistributedDataParallel]
             bf16=config.precision == "bf16",
             params_dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
             use_distributed_optimizer=True,
+            overlap_param_gather=model[0].ddp_config.overlap_param_gather,
             clip_grad=config.clip_grad,
         ),
         model,

@@ -9,8 +9,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from shared.cli import ExistingDir, NonNegative, Positive, Seed
+from shared.model.recompute import Recompute
 from shared.parallel import ContextExchange
 from shared.precision import TrainingPrecision
+from shared.report.track import Track
 
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -19,7 +21,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 NOT_FINGERPRINTED = (
     *("micro_batch_size", "tensor_parallel", "pipeline_parallel", "virtual_pipeline", "sequence_parallel"),
     *("expert_parallel", "expert_tensor_parallel", "context_parallel", "context_parallel_exchange"),
-    *("processes", "recompute", "save_every", "keep", "log_every", "extend"),
+    *("processes", "recompute", "overlap", "save_every", "keep", "log_every", "track", "extend"),
 )
 
 # Options that `extend` may change: from the resumed update on they are those of the command.
@@ -53,7 +55,8 @@ class TrainingOptions:
         adam_beta2: AdamW's beta2, decay of the mean of squared gradients.
         seed: of the order of the data.
         precision: bf16 with fp32 main weights, or fp32.
-        recompute: activation recomputation, of attention (selective) or of whole layers (full).
+        recompute: activation recomputation: of whole layers (full), of core attention (selective), or of modules, separated by
+            commas: core_attn, mlp, moe, shared_experts, mla_up_proj.
         tensor_parallel: tensor parallel size.
         pipeline_parallel: pipeline parallel size.
         virtual_pipeline: model chunks per pipeline rank; above 1 the schedule is interleaved.
@@ -63,11 +66,15 @@ class TrainingOptions:
             heads, for models whose query and key/value heads --tensor-parallel x --context-parallel divides.
         expert_parallel: expert parallel size, for MoE: the experts of a layer are spread over so many data-parallel ranks.
         expert_tensor_parallel: tensor parallel size of experts; by default --tensor-parallel. 1 keeps every expert whole.
+        overlap: reduce gradients during the backward pass and gather weights during the next forward pass, with several
+            data-parallel ranks.
         processes: world size; by default one process per GPU, without GPUs as many as the layout needs. Data parallel
             size is processes / (tensor x pipeline x context).
         save_every: updates between checkpoints; the last update is always saved.
         keep: newest checkpoints kept in the target.
         log_every: updates between log lines; metrics.jsonl has every update.
+        track: where the numbers of metrics.jsonl go, too: tensorboard, wandb, mlflow, trackio, separated by commas, or none. All
+            write to the target unless their own environment variables name a server.
         validate_every: updates between validations, 0 for only the first and the last; by default a tenth of the steps.
         validation_sequences: sequences per validation, at most; the same in every validation.
         overwrite: replace another run's result at the target.
@@ -93,7 +100,7 @@ class TrainingOptions:
     adam_beta2: Decay = 0.95
     seed: Seed = 0
     precision: TrainingPrecision = "bf16"
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: tuple[Recompute, ...] = ("none",)
     tensor_parallel: Positive = 1
     pipeline_parallel: Positive = 1
     virtual_pipeline: Positive = 1
@@ -102,10 +109,12 @@ class TrainingOptions:
     context_parallel_exchange: ContextExchange = "gather"
     expert_parallel: Positive = 1
     expert_tensor_parallel: Positive | None = None
+    overlap: bool = True
     processes: Positive | None = None
     save_every: Positive = 500
     keep: Positive = 2
     log_every: Positive = 10
+    track: tuple[Track, ...] = ("tensorboard",)
     validate_every: NonNegative | None = None
     validation_sequences: Positive = 1024
     overwrite: bool = False

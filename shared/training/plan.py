@@ -128,7 +128,7 @@ def memory_estimate(config: TrainingConfig, architecture: Architecture) -> int:
     layer = 34 * tokens * architecture.hidden_size * width / 2 / parallel.tensor
     kept = (
         2 * tokens * architecture.hidden_size * width / 2 * layers + layer
-        if config.recompute == "full"
+        if "full" in config.recompute
         else layer * layers
     )
     logits = 3 * 4 * tokens * architecture.padded_vocab_size(parallel.tensor) / parallel.tensor

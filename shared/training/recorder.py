@@ -16,7 +16,8 @@ from shared.console import log, quantity
 from shared.families.registry import recorded_ignored
 from shared.precision import DTYPES
 from shared.report import metrics, page
-from shared.report.metrics import Metrics, flops_per_token, peak_flops, peak_memory
+from shared.report.metrics import Metrics, device_name, flops_per_token, peak_flops, peak_memory
+from shared.report.track import Track
 from shared.runtime.agreement import on_rank_0
 from shared.training.config import TrainingConfig
 from shared.training.loss import Loss
@@ -117,9 +118,17 @@ def _gathered[T](value: T) -> list[T]:
 
 
 class Recorder:
-    """Metrics of each update, to metrics.jsonl, TensorBoard, the terminal and report.html. No-op except on rank 0."""
+    """Metrics of each update, to metrics.jsonl, trackers, the terminal and report.html. No-op except on rank 0."""
 
-    def __init__(self, config: TrainingConfig, inputs: Inputs, directory: SharedRunDirectory, *, epoch: int) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        inputs: Inputs,
+        directory: SharedRunDirectory,
+        *,
+        epoch: int,
+        track: Sequence[Track],
+    ) -> None:
         self._config, self._inputs, self._directory = config, inputs, directory
         self._epoch = epoch  # sequences
         self._earlier = samples_before(config, directory)
@@ -127,9 +136,12 @@ class Recorder:
         self._flops = flops_per_token(
             inputs.architecture, config.sequence_length, mtp=config.mtp_loss_scaling_factor > 0
         )
-        self._peak = peak_flops()
+        self._device = device_name()
+        self._peak = peak_flops(self._device)
         self._metrics = (
-            Metrics(directory.path, resumed_step=directory.resumed) if torch.distributed.get_rank() == 0 else None
+            Metrics(directory.path, resumed_step=directory.resumed, track=track)
+            if torch.distributed.get_rank() == 0
+            else None
         )
 
     def updated(self, step: int, loss: Loss, rate: float, gradient_norm: float, seconds: float) -> None:
@@ -157,10 +169,11 @@ class Recorder:
         if step % config.log_every == 0 or step == config.steps:
             recent = [row["seconds"] for row in self._metrics.rows[-50:] if "seconds" in row]
             mtp = "" if loss.mtp is None else f"  mtp {loss.mtp:.4f}"
+            mfu = f"  MFU {row['mfu']:.1%}" if "mfu" in row else ""
             left = sum(recent) / len(recent) * (config.steps - step)
             log(
                 f"update {step}/{config.steps}  loss {loss.mean:.4f}{mtp}  lr {rate:.2e}  grad {gradient_norm:.2f}  "
-                f"{speed:,.0f} tokens/s  {quantity(row['memory_bytes'], 'bytes')}  "
+                f"{speed:,.0f} tokens/s{mfu}  {quantity(row['memory_bytes'], 'bytes')}  "
                 f"epoch {row['samples'] / self._epoch:.2f}  {_duration(left)} left"
             )
 
@@ -185,7 +198,13 @@ class Recorder:
         if self._metrics is not None:
             self._metrics.sync()
             path = self._directory.path
-            page.write(path / page.REPORT, render(self._metrics.rows, self._facts(), title=path.name))
+            device = f"{self._config.parallel.processes} x {self._device}"
+            page.write(path / page.REPORT, render(self._metrics.rows, self._facts(), title=path.name, device=device))
+
+    def close(self) -> None:
+        """End the record; trackers write what they hold."""
+        if self._metrics is not None:
+            self._metrics.close()
 
     def last_saved(self) -> str:
         """The last saved update, for error messages."""

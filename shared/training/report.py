@@ -1,4 +1,4 @@
-"""The report of a training run: loss, learning rate, gradient norm and throughput over the updates."""
+"""The report of a training run: loss, learning rate, gradient norm, throughput, memory and MoE over the updates."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from shared.report import page
 from shared.report.charts import Line, chart, number, smoothed
 from shared.report.page import curve
 
+_GIB = 1 << 30
+_MOE = "moe_"  # prefix of the metrics of MoE layers
 
-def render(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], *, title: str) -> str:
+
+def render(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], *, title: str, device: str) -> str:
     """report.html as text.
 
     Args:
-        rows: of metrics.jsonl.
+        rows: of metrics.jsonl. Every metric called `moe_*` has a chart of its own.
         facts: `family`, `parameters` and `dtype` of the model.
         title: the heading.
+        device: number and name of the devices.
     """
     loss = curve(rows, "loss")
+    memory = [(step, size / _GIB) for step, size in curve(rows, "memory_bytes")]
     tiles = {
         "updates": f"{rows[-1]['step']:,}" if rows else "0",
         "tokens": number(_last(rows, "tokens") or 0),
@@ -27,6 +32,7 @@ def render(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], *, title
         "bits per byte": _shown(_last(rows, "bits_per_byte")),
         "tokens per second": _shown(_last(rows, "tokens_per_second")),
         "MFU": _shown(_last(rows, "mfu")),
+        "peak memory": "" if not memory else f"{number(memory[-1][1])} GiB",
     }
     charts = [
         chart(
@@ -65,9 +71,22 @@ def render(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], *, title
             from_zero=True,
         ),
         chart("Model FLOPs utilisation", [Line(name="MFU", points=curve(rows, "mfu"), style="one")], from_zero=True),
+        chart("Peak memory of rank 0", [Line(name="memory", points=memory, style="one")], unit=" GiB", from_zero=True),
+        *page.line_charts(rows, {_moe_title(name): [name] for name in _moe_metrics(rows)}),
     ]
-    model = f"{facts['family']}, {number(facts['parameters'])} parameters, {facts['dtype']}"
+    model = f"{facts['family']}, {number(facts['parameters'])} parameters, {facts['dtype']}, on {device}"
+    if rows and _last(rows, "mfu") is None:
+        model += "; no MFU: the peak of this device is not known"
     return page.render(title=title, subtitle=model, tiles=tiles, figures=charts)
+
+
+def _moe_metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names in the order of their first row."""
+    return list(dict.fromkeys(name for row in rows for name in row if name.startswith(_MOE)))
+
+
+def _moe_title(metric: str) -> str:
+    return f"MoE {metric.removeprefix(_MOE).replace('_', ' ')}"
 
 
 def _last(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:

@@ -15,6 +15,7 @@ from shared.errors import StageError, UserError
 from shared.invocation import invocation
 from shared.model.support import check_supported
 from shared.parallel import ParallelConfig, ranks_needed
+from shared.report.track import check_installed
 from shared.runtime.launch import launch
 from shared.runtime.silence_warnings import silence
 from shared.training.config import (
@@ -61,6 +62,7 @@ def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> Train
         precision=options.precision,
         recompute=options.recompute,
         parallel=parallel,
+        overlap=options.overlap,
         save_every=options.save_every,
         keep=options.keep,
         log_every=options.log_every,
@@ -119,6 +121,7 @@ def run(
             "--mtp-loss-scaling-factor belongs to models with MTP (multi-token prediction) layers, "
             f"and the model of --source {options.source} has none; leave it out"
         )
+    check_installed(options.track)
     _leave_if_done(options, config)
     inputs.verify()
     code = launch(config.parallel.processes)
@@ -140,6 +143,7 @@ def run(
                 extend=options.extend,
                 datasets=datasets,
                 bytes_per_token=bytes_per_token,
+                track=options.track,
             )
         )
     except (OSError, StageError) as error:

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from shared.console import log, quantity
 from shared.errors import StageError
-from shared.training.optimizer import allocate_state, restore, sharded_state
+from shared.training.optimizer import allocate_state, gather_weights, restore, sharded_state
 from shared.training.trainable import partly_frozen
 
 _FULL = 1 << 20  # bytes: a disk with less is full
@@ -42,6 +42,7 @@ def save(directory: Path, model: list[DistributedDataParallel], optimizer: Megat
     Raises:
         StageError: a rank could not write.
     """
+    gather_weights(model)
     sharded: dict[str, Any] = _weights(model)
     sharded["optimizer"] = _optimizer_state(model, optimizer, step=step, is_loading=False)
     sharded |= {

@@ -83,7 +83,7 @@ def train(options: TrainingOptions, sequence_length: Positive | None = None) -> 
     """Pretrain a model of a Megatron checkpoint on an indexed dataset, into a run directory of checkpoints.
 
     Killed or told to stop (SIGTERM, SIGUSR1: saved first, exit code 75), the same command resumes, also
-    with other numbers of processes. The target has metrics.jsonl, TensorBoard events and report.html.
+    with other numbers of processes. The target has metrics.jsonl, report.html and the folders of trackers.
 
     Args:
         data: a dataset of `pretrain prepare`.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from shared.cli import Tool
-from tools.rlhf.options import GRPOOptions, PPOOptions, RewardOptions
+from tools.rlhf.options import GRPOOptions, Options, PPOOptions, RewardOptions
 
 tool = Tool("rlhf", summary="Train a reward model, and a policy on rewards, from and to Hugging Face directories.")
 
-_NOT_FINGERPRINTED = ("save_every", "log_every")
+_NOT_FINGERPRINTED = ("save_every", "log_every", "track")
 
 
 @tool.command(not_fingerprinted=_NOT_FINGERPRINTED)
@@ -18,9 +18,7 @@ def reward(options: RewardOptions) -> int | None:
     Face directory of a sequence-classification model with one label, and prints its accuracy on held-out pairs before
     and after training. Killed or stopped, the same command resumes from TARGET.state.
     """
-    from shared.runtime.launch import launch
-
-    code = launch(options.processes)
+    code = _launch(options)
     if code is None:
         from tools.rlhf.algorithms.reward import run
 
@@ -35,9 +33,7 @@ def ppo(options: PPOOptions) -> int | None:
     Reads a Hugging Face causal language model and JSON lines of {"prompt"} or {"messages"}; publishes a Hugging Face
     directory of the trained policy. Killed or stopped, the same command resumes from TARGET.state.
     """
-    from shared.runtime.launch import launch
-
-    code = launch(options.processes)
+    code = _launch(options)
     if code is None:
         from tools.rlhf.algorithms.ppo import run
 
@@ -51,14 +47,21 @@ def grpo(options: GRPOOptions) -> int | None:
 
     Inputs and output are those of `rlhf ppo`. Killed or stopped, the same command resumes from TARGET.state.
     """
-    from shared.runtime.launch import launch
-
-    code = launch(options.processes)
+    code = _launch(options)
     if code is None:
         from tools.rlhf.algorithms.grpo import run
 
         run(options)
     return code
+
+
+def _launch(options: Options) -> int | None:
+    """Start the ranks, after the checks that need no imports; None: this process is one."""
+    from shared.report.track import check_installed
+    from shared.runtime.launch import launch
+
+    check_installed(options.track)
+    return launch(options.processes)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from pydantic import Field
 from shared.cli import ExistingDir, ExistingFile, NonNegative, Positive, Seed
 from shared.errors import UserError
 from shared.precision import TrainingPrecision
+from shared.report.track import Track
 from tools.rlhf.rewards.spec import RewardSpec, parse
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -38,6 +39,8 @@ class Options:
         seed: of every random choice.
         save_every: steps between two saves of the state.
         log_every: steps between two log lines; metrics.jsonl has every step.
+        track: where the numbers of metrics.jsonl go, too: tensorboard, wandb, mlflow, trackio, separated by commas, or none. All
+            write to the target unless their own environment variables name a server.
     """
 
     source: ExistingDir
@@ -53,6 +56,7 @@ class Options:
     seed: Seed = 0
     save_every: Positive = 10
     log_every: Positive = 1
+    track: tuple[Track, ...] = ("tensorboard",)
 
     def precision_on(self, device_type: str) -> TrainingPrecision:
         """The precision on a device of this type: `--precision`, by default bf16 on a GPU and fp32 elsewhere."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from shared.checkpoint.directory.publish import Publication, publish
 from shared.errors import StageError
 from shared.report import page
 from shared.report.metrics import METRICS, read
+from shared.report.track import FOLDERS
 from shared.runtime.agreement import on_rank_0
 from tools.rlhf.state import State
 
@@ -26,7 +28,7 @@ class RunContext:
     state: State
 
     def add_report(self, *, title: str, facts: Mapping[str, Any], charts: Mapping[str, Sequence[str]]) -> None:
-        """Put the run's metrics.jsonl and report.html into the directory to publish; rank 0 only.
+        """Put the run's metrics.jsonl, report.html and folders of trackers into the directory to publish; rank 0 only.
 
         Args:
             title: heading.
@@ -36,11 +38,18 @@ class RunContext:
         assert self.out is not None, "rank 0 has the directory in the making"
         metrics = self.state.path / METRICS
         (self.out.path / METRICS).write_bytes(metrics.read_bytes())
+        for folder in FOLDERS:
+            if (self.state.path / folder).is_dir():
+                shutil.copytree(self.state.path / folder, self.out.path / folder, ignore=_links)
         tiles = {name.replace("_", " "): shown(value) for name, value in facts.items()}
         page.write(
             self.out.path / page.REPORT,
             page.render(title=title, tiles=tiles, figures=page.line_charts(read(metrics), charts)),
         )
+
+
+def _links(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if Path(folder, name).is_symlink()]
 
 
 def shown(value: Any) -> str:

@@ -1,13 +1,14 @@
 """State of an unfinished run: `TARGET.state`, from the first save until the target is published.
 
 TARGET.state/run.json          fingerprint of the command; only the same command resumes
-TARGET.state/metrics.jsonl     one line per iteration
+TARGET.state/metrics.jsonl     one line per iteration; beside it the folders of trackers
 TARGET.state/step_0000020/     a checkpoint of the loop; complete, because it is renamed last
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +18,8 @@ from shared.checkpoint.files import commit_directory, remove_tree, write_atomica
 from shared.console import log
 from shared.errors import UserError
 from shared.invocation import invocation
+from shared.report.metrics import Metrics
+from shared.report.track import Track
 
 _PARTIAL = ".partial"
 
@@ -83,6 +86,10 @@ class State:
     def facts(self, step: int) -> dict[str, Any]:
         """The `facts` of `commit`."""
         return json.loads((self.step_path(step) / "facts.json").read_text(encoding="utf-8"))
+
+    def metrics(self, resumed_step: int | None, track: Sequence[Track]) -> Metrics:
+        """The metrics of the run, for the trackers under the target's name; on rank 0 only."""
+        return Metrics(self.path, resumed_step=resumed_step, track=track, name=self.path.stem)
 
     def remove(self) -> None:
         """Remove the state after publication."""

@@ -81,7 +81,7 @@ def train(options: FineTuningOptions, epochs: Positive | None = None) -> int | N
 
     Only the tokens of the assistant have a loss, and attention stays within a conversation. Killed or told to stop
     (SIGTERM, SIGUSR1: saved first, exit code 75), the same command resumes, also with other numbers of
-    processes. The target has metrics.jsonl, TensorBoard events and report.html.
+    processes. The target has metrics.jsonl, report.html and the folders of trackers.
 
     Args:
         epochs: passes over the data; by default 3, unless --steps says how long.

@@ -7,7 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shared.families import registry
-from shared.report.metrics import Metrics, bits_per_byte, flops_per_token, read
+from shared.report.metrics import Metrics, bits_per_byte, flops_per_token, peak_flops, read
 
 
 def test_a_resumed_run_forgets_what_it_repeats(tmp_path):
@@ -80,3 +80,25 @@ def test_flops_of_a_model_with_states():
 
 def test_bits_per_byte():
     assert bits_per_byte(math.log(2), 4.0) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", None),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H20", 148e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA L40S", 362e12),
+        ("AMD Instinct MI300X", 1307e12),
+        ("CPU", None),
+    ],
+)
+def test_the_peak_is_that_of_the_device_with_all_its_words(device, peak):
+    assert peak_flops(device) == peak

@@ -40,7 +40,7 @@ def tiny_config(**changes) -> TrainingConfig:
         adam_beta2=0.95,
         seed=1,
         precision="fp32",
-        recompute="none",
+        recompute=("none",),
         parallel=ParallelConfig(),
         save_every=10,
         keep=2,
@@ -121,14 +121,14 @@ def sessions() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def run_cases(tmp_path_factory) -> Callable[..., tuple[Path, dict]]:
-    """A function that runs the cases of `cases_worker.py` and returns the directory and the results."""
+    """A function that runs the cases of `cases_worker.py`, or of another worker, and returns the directory and the results."""
 
-    def run(cases: dict[str, dict]) -> tuple[Path, dict]:
+    def run(cases: dict[str, dict], worker: str = "cases_worker.py") -> tuple[Path, dict]:
         directory = tmp_path_factory.mktemp("cases")
         for name in cases:
             (directory / name).mkdir()
         (directory / "cases.json").write_text(json.dumps(cases))
-        return directory, results_of(Path(__file__).with_name("cases_worker.py"), directory)
+        return directory, results_of(Path(__file__).with_name(worker), directory)
 
     return run
 

@@ -8,7 +8,9 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from megatron.core.optimizer import DistributedOptimizer, _get_param_groups, get_standard_config_overrides
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -54,6 +56,20 @@ def test_parameter_state_is_loaded_by_number() -> None:
         "self._set_main_param_and_optimizer_states(model_param, src_tensors)",
     )
     relies_on(OPTIMIZER, DistributedOptimizer.load_state_dict, "'param_state' in state_dict")
+
+
+def test_gathered_weights_are_waited_for_by_the_module_called() -> None:
+    relies_on(OPTIMIZER, DistributedDataParallel.__init__, "self.param_to_bucket_group[param] = bucket_group")
+    relies_on(
+        OPTIMIZER, DistributedDataParallel._make_forward_pre_hook, "module.parameters(recurse=False)", "return hook"
+    )
+    waits = _ParamAndGradBucketGroup.finish_param_sync
+    binds(OPTIMIZER, waits, None)
+    # A second call of an update waits for nothing.
+    relies_on(OPTIMIZER, waits, "not self.param_gather_dispatched", "self.param_gather_handle = None")
+    # `gather_weights` leaves nothing to wait for, until the next update's gradients are reduced.
+    relies_on(OPTIMIZER, _ParamAndGradBucketGroup.start_param_sync, "self.param_gather_dispatched = True")
+    relies_on(OPTIMIZER, _ParamAndGradBucketGroup.finish_grad_sync, "self.param_gather_dispatched = False")
 
 
 def test_groups_carry_the_step() -> None:

@@ -197,3 +197,51 @@ def test_one_optimizer_resumes_what_two_saved(expert_runs, sessions, tiny_run, n
     architecture = registry.sizes()[EXPERTS[name][0]]
     (loss, *_), *_ = sessions.Session(tiny_run[0], architecture, directory / name / "3").train(3, 4)
     assert loss == pytest.approx(results[name]["continued"][0][0], rel=1e-5)
+
+
+# Modules that read the weights of others are in the first.
+OVERLAPPING = {
+    "data": ("qwen3-next-tiny", {}, 2),
+    "experts": ("qwen3-moe-tiny", {"expert": 2}, 2),
+    "data_and_virtual_pipeline": ("tiny", {"pipeline": 2, "virtual_pipeline": 2}, 4),
+}
+
+
+@pytest.fixture(scope="module")
+def overlapping(tmp_path_factory, run_cases, make_weights, tiny_run):
+    """Results of `overlap_worker.py`."""
+    start, (config, tiny) = tmp_path_factory.mktemp("overlap"), tiny_run
+    cases = {}
+    for name, (size, layout, processes) in OVERLAPPING.items():
+        architecture = tiny if size == "tiny" else registry.sizes()[size]
+        if not (start / size).exists():
+            make_weights(start / size, architecture)
+        cases[name] = {
+            "processes": processes,
+            "config": asdict(config),
+            "architecture": architecture.to_dict(),
+            "layout": layout,
+            "start": str(start / size),
+        }
+    return run_cases(cases, worker="overlap_worker.py")[1]
+
+
+@pytest.mark.parametrize("name", OVERLAPPING)
+def test_overlap_makes_the_same_updates(overlapping, name):
+    plain, overlap = (overlapping[name][way] for way in ("plain", "overlap"))
+    assert plain["buckets"] <= 2  # a tied embedding has one of its own in a pipeline
+    assert overlap["buckets"] > 3
+    assert overlap["rows"][0][:2] == plain["rows"][0][:2]
+    # Buckets cut the parameters elsewhere over the ranks: the norm is another sum, and fused AdamW rounds the end of a shard as
+    # a scalar and the rest as a vector.
+    assert overlap["validation"] == pytest.approx(plain["validation"], rel=1e-6)
+    for one, other in zip(overlap["rows"], plain["rows"], strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", OVERLAPPING)
+def test_a_checkpoint_has_the_weights_after_the_update_though_ranks_have_old_ones(overlapping, name):
+    plain, overlap = (overlapping[name][way] for way in ("plain", "overlap"))
+    assert (plain["old_weights"], overlap["old_weights"] > 0) == (0, True)
+    for way in (plain, overlap):
+        assert way["resumed"] == way["rows"][1:]

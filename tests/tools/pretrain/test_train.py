@@ -274,6 +274,12 @@ def test_the_export_has_the_validation_loss_in_transformers(whole, data, tmp_pat
         ({"decay_steps": 3}, "--schedule wsd"),
         ({"warmup_steps": 13}, "--warmup-steps"),
         ({"tensor_parallel": 8, "micro_batch_size": 1}, "--tensor-parallel"),
+        ({"track": "tensorboard,wandb"}, "install wandb`"),
+        ({"track": "none,tensorboard"}, "none stands alone"),
+        ({"track": "neptune"}, "--track neptune"),
+        ({"recompute": "mlp,moe"}, "moe needs a model with MoE layers; leave moe out"),
+        ({"recompute": "full,mlp"}, "full stands alone"),
+        ({"recompute": ","}, "--recompute"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_nothing_written(source, data, tmp_path, capsys, options, flag):

@@ -137,6 +137,7 @@ def _train(
         distributed,
         resumed=resumed,
         log_every=options.log_every,
+        track=options.track,
         line=_line,
         period=options.epochs,
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shared.console import log
 from shared.errors import Interrupted, StageError
-from shared.report.metrics import Metrics, peak_memory
+from shared.report.metrics import peak_memory
 from shared.runtime.agreement import on_rank_0
 from shared.runtime.stop_request import StopRequest
 from shared.training.schedule import Schedule
@@ -66,7 +66,7 @@ class PPO:
         stop = StopRequest()
         first, kl_coefficient = self._resume()
         resumed = first - 1 if first > 1 else None
-        metrics = Metrics(self.state.path, resumed_step=resumed) if distributed.rank == 0 else None
+        metrics = self.state.metrics(resumed, options.track) if distributed.rank == 0 else None
         critic_rate = options.learning_rate if options.critic_learning_rate is None else options.critic_learning_rate
         for step in range(first, options.steps + 1):
             started = time.perf_counter()

@@ -162,6 +162,7 @@ def _train(
         distributed,
         resumed=resumed,
         log_every=options.log_every,
+        track=options.track,
         line=lambda row: f"loss {row['loss']:.4f}, accuracy {row['accuracy']:.3f}, margin {row['margin']:.3f}",
     )
     updates = train(trainer, callback, resumed)

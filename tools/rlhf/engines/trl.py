@@ -7,7 +7,7 @@ checkpoints from interrupted ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from transformers import PrinterCallback, TrainerCallback
 from shared.checkpoint.files import remove_tree, sync, sync_tree
 from shared.console import log
 from shared.errors import Interrupted, StageError
-from shared.report.metrics import Metrics, peak_memory
+from shared.report.metrics import peak_memory
+from shared.report.track import Track
 from shared.runtime.agreement import on_rank_0
 from shared.runtime.stop_request import StopRequest
 from tools.rlhf.engines.distributed import DistributedContext
@@ -93,6 +94,7 @@ class StageCallback(TrainerCallback):
         *,
         resumed: Path | None,
         log_every: int,
+        track: Sequence[Track],
         line: Callable[[Mapping[str, float]], str],
         period: int = 1,
     ) -> None:
@@ -102,6 +104,7 @@ class StageCallback(TrainerCallback):
             distributed: the ranks.
             resumed: the checkpoint to resume from.
             log_every: updates between two log lines.
+            track: trackers.
             line: formats an update's metrics as a log line.
             period: updates per roll-out; a run resumes only at a multiple.
         """
@@ -110,7 +113,7 @@ class StageCallback(TrainerCallback):
         self._distributed, self._log_every, self._line = distributed, log_every, line
         self._stop = StopRequest()
         step = _step_of(resumed) if resumed else None
-        self._metrics = Metrics(context.state.path, resumed_step=step) if distributed.rank == 0 else None
+        self._metrics = context.state.metrics(step, track) if distributed.rank == 0 else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         between = state.global_step == state.max_steps or state.global_step % self._period

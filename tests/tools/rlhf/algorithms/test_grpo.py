@@ -84,6 +84,7 @@ def test_reward_models_and_messages(world, rlhf, reward_model, metrics, tmp_path
     [
         ({"generations": 5}, ["--global-batch-size 32", "--generations 5"]),
         ({"epochs": 3}, ["--save-every 2", "--epochs 3"]),
+        ({"track": "mlflow"}, ["--track mlflow", "install mlflow`"]),
         ({"global_batch_size": 40}, ["--global-batch-size 40", "--micro-batch-size 32"]),
     ],
 )

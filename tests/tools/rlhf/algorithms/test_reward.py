@@ -22,7 +22,8 @@ def test_the_directory_loads_exactly_and_scores_the_reward(world, reward_model, 
     texts = ["colors: red red red blue red<eos>", "colors: blue pink pink blue green<eos>"]
     good, bad = model(**tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)).logits[:, 0]
     assert good > bad + 1
-    assert {"report.html", "metrics.jsonl", "manifest.json"} <= {path.name for path in reward_model.iterdir()}
+    made = {"report.html", "metrics.jsonl", "manifest.json", "tensorboard"}
+    assert made <= {path.name for path in reward_model.iterdir()}
     assert not reward_model.with_name("reward.state").exists()
 
 

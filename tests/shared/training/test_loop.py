@@ -1,0 +1,60 @@
+"""An update keeps the device busy: the host waits for it once, for the loss."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shared.model import gpt, weights
+from shared.parallel import ParallelConfig
+from shared.runtime import process_groups
+from shared.training.data import Batch
+from shared.training.loop import forward_backward, model_overrides
+from shared.training.optimizer import wrap
+
+# Operations whose result the host waits for on a GPU: `item`, `bool`, masks as an index, comparisons of whole tensors.
+WAITS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "unique_consecutive", "_unique2"}
+
+
+class Waits(TorchDispatchMode):
+    """Records operations that the host waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.__name__.partition(".")[0]
+        if name in WAITS:
+            self.found.append(name)
+        return operation(*args, **(kwargs or {}))
+
+
+class Rows:
+    """Rows of one word each."""
+
+    sequence_length = 24
+
+    def __len__(self) -> int:
+        return 64
+
+    def batch(self, positions) -> Batch:
+        rows = torch.from_numpy(positions % 11)[:, None].expand(-1, 24).contiguous()
+        return Batch(tokens=rows, labels=rows.clone())
+
+
+@pytest.mark.parametrize("recompute", ["none", "core_attn"])
+def test_the_host_waits_for_the_loss_only(make_config, architecture, start, recompute):
+    config = make_config(sequence_length=24, recompute=(recompute,))
+    layout = ParallelConfig()
+    device = process_groups.initialize(layout, 1)
+    chunks = gpt.build(architecture, layout, dtype=torch.float32, recompute=config.recompute, **model_overrides(config))
+    weights.load(chunks, start)
+    model = wrap(chunks)
+    with Waits() as waits:
+        loss = forward_backward(config, model, Rows(), 0, device)
+    assert waits.found == []
+    assert loss.targets == 8 * 24
+    with Waits() as control:
+        loss_of_a_tensor = torch.ones(3)[torch.tensor([True, False, True])].sum().item()
+    assert loss_of_a_tensor == 2
+    assert control.found == ["nonzero", "_local_scalar_dense"]
