@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 2
 # where it is set, every start of a tool compiles its libraries anew, for half a minute
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert proofs command-line
+.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train proofs command-line
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -79,6 +79,9 @@ peers: tests/peers/.venv/.ready ## Megatron-Bridge and mbridge, for test-convert
 
 bench-convert: setup ## how fast conversions are beside copying the same bytes (20 GB of disk at BENCH_WORK)
 	OMP_NUM_THREADS=1 tools/convert/.venv/bin/python tests/benchmarks/bench_convert.py --work $(BENCH_WORK)
+
+bench-train: setup ## tokens per second of training beside plain torch loops of Megatron-Core and of transformers
+	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/benchmarks/bench_train.py
 
 proofs: setup ## run what proves each family and record it for `convert families`; FAMILIES="gemma2 glm" for some
 	rm -rf $(PROOFS) && mkdir -p $(PROOFS)

@@ -1,0 +1,81 @@
+"""The benchmark makes the same update in each way and marks what is slower; `make bench-train` gives the figures."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.bench_train import RESULTS, SHAPES, WAYS, record_path, regressions, table
+
+BENCHMARK = Path(__file__).with_name("bench_train.py")
+PYTHON = Path(__file__).parents[2] / "tools/pretrain/.venv/bin/python"
+FOUND = {
+    "1m": {
+        **{way: {"seconds": 0.2, "tokens_per_second": 10_000.0, "last_loss": 3.0} for way in WAYS},
+        **{f"{way}/loop": 1.0 for way in WAYS[1:]},
+    }
+}
+
+
+def changed(**figures: float) -> dict:
+    """The results with other figures of the loop."""
+    found = copy.deepcopy(FOUND)
+    for name, value in figures.items():
+        if name == "tokens_per_second":
+            found["1m"]["loop"][name] = value
+        else:
+            found["1m"][f"{name}/loop"] = value
+    return found
+
+
+def test_each_way_trains_and_a_slower_one_is_marked(tmp_path: Path) -> None:
+    words = [PYTHON, BENCHMARK, "--size", "tiny", "--updates", "3", "--results", tmp_path]
+    recorded = subprocess.run([*words, "--record"], capture_output=True, text=True, check=False)
+    assert recorded.returncode == 0, recorded.stderr
+    (file,) = tmp_path.iterdir()
+    content = json.loads(file.read_text())
+    result = content["results"]["tiny"]
+    assert {"device", "cpu", "cores", "torch", "megatron-core", "transformers"} <= content["machine"].keys()
+    # Untrained, so near the logarithm of the vocabulary in each way.
+    assert [result[way]["last_loss"] for way in WAYS] == [pytest.approx(4.85, abs=0.1)] * 3
+    assert re.search(r"^\| tiny \| [\d,]+ \| [\d,]+ \| [\d,]+ \| [+-][\d.]+% \| [+-][\d.]+% \|$", recorded.stdout, re.M)
+    result["loop"]["tokens_per_second"] *= 100
+    file.write_text(json.dumps(content))
+    slower = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert slower.returncode == 1
+    assert "REGRESSION tiny: tokens/s" in slower.stdout
+    assert json.loads(file.read_text()) == content
+
+
+@pytest.mark.parametrize(
+    ("figures", "same_machine", "marks"),
+    [
+        ({}, True, 0),
+        ({"tokens_per_second": 9_600.0, "megatron": 0.96}, True, 0),
+        ({"tokens_per_second": 9_400.0}, True, 1),
+        ({"tokens_per_second": 9_400.0}, False, 0),
+        ({"megatron": 0.94, "transformers": 0.94}, False, 2),
+        ({"tokens_per_second": 20_000.0, "megatron": 2.0}, True, 0),
+    ],
+)
+def test_what_is_five_percent_worse_is_marked(figures: dict, same_machine: bool, marks: int) -> None:
+    assert len(regressions(changed(**figures), FOUND, same_machine=same_machine)) == marks
+    assert regressions({"new": FOUND["1m"]}, FOUND, same_machine=True) == []
+
+
+def test_the_table_says_how_much_longer_the_loop_takes() -> None:
+    last = table(changed(megatron=0.8, transformers=1.25)).splitlines()[-1]
+    assert last == "| 1m | 10,000 | 10,000 | 10,000 | +25.0% | -20.0% |"
+
+
+def test_records_are_kept_by_device() -> None:
+    assert record_path({"device": "NVIDIA H100 80GB HBM3"}).name == "train-nvidia-h100-80gb-hbm3.json"
+    for path in RESULTS.glob("train-*.json"):
+        content = json.loads(path.read_text())
+        assert record_path(content["machine"]) == path
+        assert content["results"].keys() <= SHAPES.keys()
