@@ -121,12 +121,33 @@ def build_optimizer(config: TrainingConfig, model: list[DistributedDataParallel]
     chunks_config = model[0].config
     chunks_config.grad_scale_func = optimizer.scale_loss
     for part in optimizer.chained_optimizers:
+        part.get_parameter_state_dp_zero = partial(_state_at_places, part)
         for group in part.param_groups:
             # Megatron-Core computes this product in its scheduler, which is not used here.
             group["weight_decay"] = config.weight_decay * group["wd_mult"]
             if isinstance(part.optimizer, torch.optim.AdamW):
                 group["fused"] = True  # one pass over memory instead of a dozen
     return optimizer
+
+
+def _state_at_places(part: DistributedOptimizer, *given: Any, **named: Any) -> dict[Any, Any] | None:
+    """The state of all parameters, at the parameters' places in the buffer.
+
+    Megatron-Core's `get_parameter_state_dp_zero` leaves out the padding between buckets, and its caller cuts by places that count
+    the padding: with several buckets, every parameter after the first padding would be saved with its neighbour's values.
+    """
+    state: dict[Any, Any] | None = DistributedOptimizer.get_parameter_state_dp_zero(part, *given, **named)
+    if state is None:  # gathered on another rank
+        return None
+    for index, buffer in enumerate(part.buffers):
+        for tensors in state[index].values():
+            for key, joined in tensors.items():
+                if isinstance(joined, torch.Tensor) and len(buffer.buckets) > 1:
+                    tensors[key] = torch.zeros(buffer.numel, dtype=joined.dtype)
+                    parts = joined.split([bucket.numel_unpadded for bucket in buffer.buckets])
+                    for bucket, values in zip(buffer.buckets, parts, strict=True):
+                        tensors[key][bucket.offset : bucket.offset + len(values)] = values
+    return state
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:

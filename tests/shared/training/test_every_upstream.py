@@ -72,6 +72,22 @@ def test_gathered_weights_are_waited_for_by_the_module_called() -> None:
     relies_on(OPTIMIZER, _ParamAndGradBucketGroup.finish_grad_sync, "self.param_gather_dispatched = False")
 
 
+def test_state_of_several_buckets_is_joined_without_their_padding() -> None:
+    joins = DistributedOptimizer.get_parameter_state_dp_zero
+    relies_on(
+        OPTIMIZER,
+        joins,
+        "torch.zeros((buffer_numel_unpadded,), dtype=torch.float32, device='cpu')",
+        "offset_in_world_tensors += gbuf_world_numel_unpadded",
+    )
+    relies_on(
+        OPTIMIZER,
+        DistributedOptimizer.sharded_param_state_fully_reshardable,
+        "state_ten = world_tensors[state_key][param_world_start:param_world_end]",
+        "world_tensors = dp_zero_state_dict[gbuf_idx][dtype]",
+    )
+
+
 def test_groups_carry_the_step() -> None:
     relies_on(
         OPTIMIZER,
