@@ -32,19 +32,19 @@ class Waits(TorchDispatchMode):
 class Rows:
     """Rows of one word each."""
 
-    sequence_length = 24
+    sequence_length = 20
 
     def __len__(self) -> int:
-        return 64
+        return 40
 
     def batch(self, positions) -> Batch:
-        rows = torch.from_numpy(positions % 11)[:, None].expand(-1, 24).contiguous()
+        rows = torch.from_numpy(positions % 11)[:, None].expand(-1, 20).contiguous()
         return Batch(tokens=rows, labels=rows.clone())
 
 
 @pytest.mark.parametrize("recompute", ["none", "core_attn"])
 def test_the_host_waits_for_the_loss_only(make_config, architecture, start, recompute):
-    config = make_config(sequence_length=24, recompute=(recompute,))
+    config = make_config(sequence_length=20, recompute=(recompute,))
     layout = ParallelConfig()
     device = process_groups.initialize(layout, 1)
     chunks = gpt.build(architecture, layout, dtype=torch.float32, recompute=config.recompute, **model_overrides(config))
@@ -53,7 +53,7 @@ def test_the_host_waits_for_the_loss_only(make_config, architecture, start, reco
     with Waits() as waits:
         loss = forward_backward(config, model, Rows(), 0, device)
     assert waits.found == []
-    assert loss.targets == 8 * 24
+    assert loss.targets == 8 * 20
     with Waits() as control:
         loss_of_a_tensor = torch.ones(3)[torch.tensor([True, False, True])].sum().item()
     assert loss_of_a_tensor == 2
