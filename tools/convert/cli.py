@@ -60,6 +60,7 @@ def to_megatron(
     target: Path,
     hf_files: ExistingDir | None = None,
     ignore_config_field: Names = (),
+    strip_prefix: str | None = None,
     overwrite: bool = False,
     workers: Workers | None = None,
     shard: str | None = None,
@@ -76,6 +77,8 @@ def to_megatron(
         hf_files: a directory with config.json and tokenizer, for a SwissArmyTransformer source.
         ignore_config_field: fields of config.json, separated by commas, that are unknown here and change nothing; they are
             carried and recorded in the manifest. Other unknown fields are errors.
+        strip_prefix: a prefix of every tensor name that a wrapper left (module., _orig_mod., pretrained_model.); the result and
+            to-hf have the plain names. TRL's value head (v_head.) beside the model is left out.
         overwrite: replace the target of an earlier run.
         workers: threads; by default one per processor, at most 8. The result does not depend on it.
         shard: one of several processes on a shared file system: 1/4 to 4/4 each write their share of the files, publish/4
@@ -84,7 +87,16 @@ def to_megatron(
     from shared.checkpoint.directory.sharded_publish import ShardSpec
     from tools.convert.to_megatron import run
 
-    run(source, target, hf_files, ignore_config_field, overwrite, workers, ShardSpec.parse(shard) if shard else None)
+    run(
+        source,
+        target,
+        hf_files,
+        ignore_config_field,
+        strip_prefix,
+        overwrite,
+        workers,
+        ShardSpec.parse(shard) if shard else None,
+    )
 
 
 @tool.command(not_fingerprinted=("workers", "shard"))
@@ -93,6 +105,7 @@ def to_te(
     target: Path,
     hf_files: ExistingDir | None = None,
     ignore_config_field: Names = (),
+    strip_prefix: str | None = None,
     overwrite: bool = False,
     workers: Workers | None = None,
     shard: str | None = None,
@@ -109,6 +122,8 @@ def to_te(
         hf_files: a directory with config.json and tokenizer, for a SwissArmyTransformer source.
         ignore_config_field: fields of config.json, separated by commas, that are unknown here and change nothing; they are
             carried and recorded in the manifest. Other unknown fields are errors.
+        strip_prefix: a prefix of every tensor name that a wrapper left (module., _orig_mod., pretrained_model.); the result and
+            to-hf have the plain names. TRL's value head (v_head.) beside the model is left out.
         overwrite: replace the target of an earlier run.
         workers: threads; by default one per processor, at most 8. The result does not depend on it.
         shard: one of several processes on a shared file system: 1/4 to 4/4 each write their share of the files, publish/4
@@ -117,7 +132,16 @@ def to_te(
     from shared.checkpoint.directory.sharded_publish import ShardSpec
     from tools.convert.to_te import run
 
-    run(source, target, hf_files, ignore_config_field, overwrite, workers, ShardSpec.parse(shard) if shard else None)
+    run(
+        source,
+        target,
+        hf_files,
+        ignore_config_field,
+        strip_prefix,
+        overwrite,
+        workers,
+        ShardSpec.parse(shard) if shard else None,
+    )
 
 
 @tool.command(not_fingerprinted=("workers", "shard"))

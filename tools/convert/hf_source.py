@@ -28,7 +28,7 @@ _FAMILY = "glm130b"  # the one family whose rank files can be joined
 
 
 def open_hf_source(
-    source: Path, hf_files: Path | None, verify: Literal["content", "small"] = "small"
+    source: Path, hf_files: Path | None, verify: Literal["content", "small"] = "small", strip_prefix: str | None = None
 ) -> tuple[Checkpoint, HfReader]:
     """The checkpoint at --source and the reader of its tensors.
 
@@ -43,7 +43,9 @@ def open_hf_source(
     if hf_files:
         check_auxiliary_files(hf_files, "--hf-files")
     if not checkpoint.rank_files:
-        return checkpoint, HfReader(source)
+        return checkpoint, HfReader(source, strip_prefix=strip_prefix or "")
+    if strip_prefix:
+        raise UserError("--strip-prefix belongs to Hugging Face directories; leave it out")
     joined = join_ranks(checkpoint.rank_files)
     return checkpoint, SatReader(source, joined, _config(source, hf_files, joined), hf_files)
 

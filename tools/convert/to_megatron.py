@@ -11,6 +11,7 @@ from shared.families import registry
 from tools.convert.conversion import run_conversion
 from tools.convert.hf_files import write_hf_files
 from tools.convert.hf_source import inputs_of, open_hf_source, source_architecture
+from tools.convert.name_prefix import check_prefix, stripped_fact
 from tools.convert.plan_import import COMMON, describe_import, import_checks, log_import, plan_import, torch_dist_layout
 from tools.convert.planning import with_stored_mtp
 
@@ -22,6 +23,7 @@ def run(
     target: Path,
     hf_files: Path | None,
     ignore_config_field: tuple[str, ...],
+    strip_prefix: str | None,
     overwrite: bool,
     workers: int | None,
     shard: ShardSpec | None,
@@ -29,10 +31,12 @@ def run(
     """Convert; publishes `target` of kind megatron."""
     inputs = inputs_of(source, hf_files)
     with publish_sharded(target, kind="megatron", inputs=inputs, overwrite=overwrite, shard=shard) as out:
-        checkpoint, reader = open_hf_source(source, hf_files)
+        checkpoint, reader = open_hf_source(source, hf_files, strip_prefix=strip_prefix)
         declared, ignored = source_architecture(reader, source, ignore_config_field)
         architecture = with_stored_mtp(declared, reader.weights, source)
-        plan = plan_import(reader, architecture, registry.table_of(architecture))
+        table = registry.table_of(architecture)
+        check_prefix(reader, table, strip_prefix)
+        plan = plan_import(reader, architecture, table)
         layout = torch_dist_layout(plan, reader)
         log_import(plan, reader)
         run_conversion(
@@ -51,4 +55,4 @@ def run(
         layout.finish(out.path / RELEASE, COMMON)
         (out.path / TRACKER).write_text(RELEASE, encoding="utf-8")
         write_hf_files(out, plan, reader)
-        describe_import(out, plan, checkpoint, **ignored)
+        describe_import(out, plan, checkpoint, **ignored, **stripped_fact(strip_prefix))

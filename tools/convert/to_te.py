@@ -15,6 +15,7 @@ from shared.mapping.transformer_engine import te_form
 from tools.convert.conversion import run_conversion
 from tools.convert.hf_files import write_hf_files
 from tools.convert.hf_source import inputs_of, open_hf_source, source_architecture
+from tools.convert.name_prefix import check_prefix, stripped_fact
 from tools.convert.plan_import import describe_import, import_checks, log_import, plan_import
 from tools.convert.plan_te import te_layout
 
@@ -24,6 +25,7 @@ def run(
     target: Path,
     hf_files: Path | None,
     ignore_config_field: tuple[str, ...],
+    strip_prefix: str | None,
     overwrite: bool,
     workers: int | None,
     shard: ShardSpec | None,
@@ -31,8 +33,9 @@ def run(
     """Convert; publishes `target` of kind te."""
     inputs = inputs_of(source, hf_files)
     with publish_sharded(target, kind="te", inputs=inputs, overwrite=overwrite, shard=shard) as out:
-        checkpoint, reader = open_hf_source(source, hf_files)
+        checkpoint, reader = open_hf_source(source, hf_files, strip_prefix=strip_prefix)
         architecture, ignored = source_architecture(reader, source, ignore_config_field)
+        check_prefix(reader, registry.table_of(architecture), strip_prefix)
         form = te_form(registry.table_of(architecture), architecture)
         plan = plan_import(reader, architecture, form.table)
         layout, files = te_layout(plan, reader, form.extra_states)
@@ -55,7 +58,7 @@ def run(
         write_index(out.path, layout)
         (out.path / LAYERS).write_text(json.dumps(form.modules, indent=1) + "\n", encoding="utf-8")
         write_hf_files(out, plan, reader)
-        describe_import(out, plan, checkpoint, **ignored)
+        describe_import(out, plan, checkpoint, **ignored, **stripped_fact(strip_prefix))
 
 
 def layer_lines(layers: list[dict[str, Any]]) -> list[str]:

@@ -72,8 +72,9 @@ def run(
             )
     if certificate.is_dir():
         raise UserError(f"--certificate {certificate} is a directory; name a file")
-    _, reader = open_hf_source(source, hf_files, verify="content")
     made = open_checkpoint(target, kinds=("megatron", "te"), flag="--target")
+    prefix = made.facts.get("stripped_prefix")
+    _, reader = open_hf_source(source, hf_files, verify="content", strip_prefix=prefix)
     if logits:
         _require_class(reader, source, trust_remote_code)
     findings = Findings()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from math import prod
@@ -41,6 +41,7 @@ TORCH_INDEX = "pytorch_model.bin.index.json"
 LAYOUT = "weights.json"  # in `hf/` of a Megatron directory: the source's shards, for a byte-identical export
 SHARD_BYTES = 5_000_000_000  # transformers' default
 _PLAIN = {"F64", "F32", "F16", "BF16", "BOOL", "I64"}  # dtypes of weights, and of masks and positions in old files
+_VALUE_HEAD = "v_head."  # of TRL, beside the wrapped model: no part of it
 RecordHash = Callable[[str, str], None]  # (relative name, content hash)
 
 
@@ -107,6 +108,15 @@ class WeightLayout:
             shards.append(Shard(file=shard.file, header=header))
         return WeightLayout(shards=tuple(shards), index=_index(shards) if self.index is not None else None)
 
+    def without_prefix(self, prefix: str, left_out: str) -> WeightLayout:
+        """The same shards with names without `prefix`; tensors under the prefix `left_out` are left out."""
+        shards = []
+        for shard in self.shards:
+            kept = [t for t in shard.header.tensors if not t.name.startswith(left_out)]
+            named = tuple(replace(t, name=t.name.removeprefix(prefix)) for t in kept)
+            shards.append(Shard(file=shard.file, header=replace(shard.header, tensors=named, text="")))
+        return WeightLayout(shards=tuple(shards), index=self.index)
+
     def with_tensor(self, name: str, dtype: str, shape: Shape) -> WeightLayout:
         """The same shards with one more tensor at the end of the last shard."""
         *shards, last = self.shards
@@ -127,11 +137,13 @@ class HfReader:
 
     splits_columns = False  # whether a row is split over files, as in row-parallel weights of per-rank checkpoints
 
-    def __init__(self, path: Path, flag: str = "--source") -> None:
+    def __init__(self, path: Path, flag: str = "--source", strip_prefix: str = "") -> None:
         self.path = path
         self.auxiliary_directories: tuple[Path, ...] = (path,)
         self.config = read_config(path / "config.json")
         stored = stored_weights(path, flag)
+        if strip_prefix:
+            stored = stored.without_prefix(strip_prefix, _VALUE_HEAD)
         self.files = [shard.file for shard in stored.shards]
         self.tensors: dict[str, TensorInfo] = stored.tensors()
         self.layout = stored if all(shard.header.text for shard in stored.shards) else _as_safetensors(stored)
