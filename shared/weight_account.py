@@ -95,7 +95,7 @@ def tied_copies(source: Path) -> dict[str, str]:
     table = _table(source, reader)
     if table is None:
         return {}
-    tied = table.with_prefixes_of(reader.weights).tied_tensors
+    tied = table.with_names_of(reader.weights).tied_tensors
     return {each.name: each.tied_to for each in tied if each.name in reader.weights}
 
 
@@ -135,14 +135,14 @@ def _further_names(table: Table | None, reader: HfReader) -> set[str]:
     """Tensors that a family has beside those of its class: MTP layers, pass-through tensors."""
     if table is None:
         return set()
-    table = table.with_prefixes_of(reader.tensors)
+    table = table.with_names_of(reader.tensors)
     mtp = {source.name for entry in mtp_part(table).entries() for source in entry.sources}
     return mtp | {tied.name for tied in table.tied_tensors if tied.always} | table.pass_through_names()
 
 
 def _another_layout(table: Table, found: Collection[str]) -> bool:
     """Whether tensors are both missing and unknown, e.g. experts stacked into one tensor."""
-    wanted = {source.name for entry in table.with_prefixes_of(found).entries() for source in entry.sources}
+    wanted = {source.name for entry in table.with_names_of(found).entries() for source in entry.sources}
     known = wanted | {tied.name for tied in table.tied_tensors} | table.pass_through_names()
     return bool(wanted - set(found)) and bool(set(found) - known)
 

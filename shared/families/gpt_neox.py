@@ -20,6 +20,7 @@ _NAMES = Names(
     fc2="mlp.dense_4h_to_h",
     final_norm="gpt_neox.final_layer_norm",
     head="embed_out",
+    class_head="lm_head",
     pass_through=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
 )
 

@@ -12,6 +12,7 @@ from shared.families.family import TINY, Family
 
 _NAMES = Names(
     router="block_sparse_moe.gate",
+    class_router="mlp.gate",
     expert_fc1=("block_sparse_moe.experts.{expert}.w1", "block_sparse_moe.experts.{expert}.w3"),
     expert_fc2="block_sparse_moe.experts.{expert}.w2",
 )

@@ -47,7 +47,7 @@ def account_sources(table: Table, found: Mapping[str, Found], where: str) -> Acc
                 f"{where}: {len(found)} tensors in all, though config.json asks for {size} {axis.replace('_', ' ')}s; "
                 "correct config.json, or fetch the model again"
             )
-    table = table.with_prefixes_of(found)
+    table = table.with_names_of(found)
     entries = tuple(table.entries())
     wanted = {source.name: source.stored_shape for entry in entries for source in entry.sources}
     _check_rows(entries, wanted)

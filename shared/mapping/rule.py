@@ -95,10 +95,27 @@ class Table:
     tied_tensors: tuple[TiedTensor, ...] = ()
     pass_through: tuple[PassThroughTensor, ...] = ()
     prefix_variants: PrefixVariants = field(default_factory=dict)
+    # The same Megatron tensors made of other sources, as some files store them: experts fused into one tensor.
+    alternatives: tuple[Rule, ...] = ()
     sizes: Mapping[Axis, int]
 
-    def with_prefixes_of(self, found: Collection[str]) -> Table:
-        """The table renamed to the prefix variants of the stored names: for each prefix, the first variant found."""
+    def with_names_of(self, found: Collection[str]) -> Table:
+        """The table as the stored names have it: for each prefix the first variant found, and alternatives that are found."""
+        table = self._with_prefixes_of(found)
+        used = {rule.megatron: rule for rule in table.alternatives if any(name in found for name in table._names(rule))}
+        if not used:
+            return table
+        return replace(table, rules=tuple(used.get(rule.megatron, rule) for rule in table.rules), alternatives=())
+
+    def names(self) -> set[str]:
+        """Source names of all rules and alternatives."""
+        return {name for rule in (*self.rules, *self.alternatives) for name in self._names(rule)}
+
+    def _names(self, rule: Rule) -> Iterator[str]:
+        for index in self._indices(rule.axes, rule.layers):
+            yield from (source.name.format(**index) for source in rule.sources)
+
+    def _with_prefixes_of(self, found: Collection[str]) -> Table:
         given: dict[str, str] = {}
         for prefix, others in self.prefix_variants.items():
             forms = (prefix, *others)
@@ -121,6 +138,7 @@ class Table:
         return replace(
             self,
             rules=tuple(map(renamed, self.rules)),
+            alternatives=tuple(map(renamed, self.alternatives)),
             tied_tensors=tuple(
                 replace(tied, name=called(tied.name), tied_to=called(tied.tied_to)) for tied in self.tied_tensors
             ),

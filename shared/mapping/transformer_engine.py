@@ -83,7 +83,13 @@ def te_form(table: Table, a: Architecture) -> Form:
     assert all(name.endswith("bias") for name in absent), f"weights that the model lacks: {absent[:3]}"
     rules = [replace(rule, zero_centered_gamma=False) for rule in renamed]
     rules += [Rule(megatron=name, sources=(), layout=Constant(shape=wanted[name])) for name in absent]
-    table = replace(table, rules=tuple(rules), pass_through=(*table.pass_through, *pass_through))
+    alternatives = [rule for rule in table.alternatives if not rule.megatron.startswith(_FURTHER)]
+    table = replace(
+        table,
+        rules=tuple(rules),
+        alternatives=tuple(_renamed(rule, own) for rule in alternatives),
+        pass_through=(*table.pass_through, *pass_through),
+    )
     return Form(table=table, modules=modules, extra_states=tuple(states))
 
 

@@ -243,7 +243,10 @@ def _fp8_weight(
             "with quant_method fp8; fetch config.json again"
         )
     if len(codes.shape) != 2:
-        raise UserError(f"{codes.place}: {codes.name} is {codes.dtype}{list(codes.shape)}; a matrix is required")
+        raise UserError(
+            f"{codes.place}: {codes.name} is {codes.dtype}{list(codes.shape)}; a matrix is required: save experts one by one, as "
+            "save_pretrained does by default"
+        )
     name = f"{codes.name}_scale_inv"
     scales = tensors.get(name)
     if scales is None:

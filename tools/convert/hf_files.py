@@ -61,11 +61,11 @@ def match_pass_through(table: Table, files: Path) -> tuple[Table, dict[str, Tens
     """
     tensors = pass_through_tensors(files)
     if (files / LAYOUT).is_file():
-        table = table.with_prefixes_of(WeightLayout.read(files / LAYOUT).tensors())
+        table = table.with_names_of(WeightLayout.read(files / LAYOUT).tensors())
     elif table.required_pass_through():
         if not tensors:
             tensors = _of_model(table, files)
-        table = table.with_prefixes_of(tensors)
+        table = table.with_names_of(tensors)
         tensors = {name: tensor for name, tensor in tensors.items() if name in table.pass_through_names()}
     kept = table.required_pass_through()
     if missing := sorted(kept.keys() - tensors.keys()):

@@ -59,7 +59,7 @@ def run(
         architecture = registry.drop_missing_mtp(declared, reader.weights)
         table = registry.table_of(architecture)
         plan = plan_import(reader, architecture, table)
-        prefix_variants, table = table.prefix_variants, table.with_prefixes_of(reader.tensors)
+        prefix_variants, table = table.prefix_variants, table.with_names_of(reader.tensors)
         changes = match(config, read_adapter(adapter), table, prefix_variants)
         merge = _plan(reader, changes, table, ignored.get("ignored_config_fields", ()))
         _log_merge(config, changes, merge)

@@ -1,4 +1,4 @@
-"""Wrappers' prefixes of tensor names (DDP, torch.compile, FSDP, TRL, PEFT), and experts stored together."""
+"""Wrappers' prefixes of tensor names (DDP, torch.compile, FSDP, TRL, PEFT)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from shared.cli import log
 from shared.errors import UserError
 from shared.mapping.rule import Table, name_variants
 
-_FUSED = re.compile(r".+\.experts\.(gate_up_proj|down_proj)")  # as transformers 5's classes hold them
-
 
 def check_prefix(reader: HfReader, table: Table, stripped: str | None) -> None:
-    """UserError, with the mend, if the names lie under a wrapper's prefix, or the experts are stored fused."""
-    wanted = {source.name for entry in table.entries() for source in entry.sources}
-    known = {form for name in wanted for form in name_variants(name, table.prefix_variants)}
+    """UserError, with the mend, if the names lie under a wrapper's prefix."""
+    known = {form for name in table.names() for form in name_variants(name, table.prefix_variants)}
     found = reader.weights.keys()
     if stripped and not known & found:
         raise UserError(
@@ -31,12 +28,6 @@ def check_prefix(reader: HfReader, table: Table, stripped: str | None) -> None:
         raise UserError(
             f"{reader.path}: the tensor names begin with {prefix}, which a wrapper left; "
             f"give --strip-prefix {stripped or ''}{prefix}"
-        )
-    fused = min((name for name in found - known if _FUSED.fullmatch(name)), default=None)
-    if fused and any(f"{fused.rpartition('.')[0]}.0." in name for name in known - found):
-        raise UserError(
-            f"{reader.weights[fused].place}: {fused} holds all experts of a layer, as transformers 5's classes do; one tensor "
-            "per expert is read: load the model in transformers 5 and save it with save_pretrained, whose default writes them so"
         )
 
 

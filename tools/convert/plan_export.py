@@ -105,7 +105,7 @@ def plan_export(
     stored = layout
     if layout is not None:
         layout = layout.dequantized(scheme)
-        table = table.with_prefixes_of(layout.tensors())
+        table = table.with_names_of(layout.tensors())
     entries = account_targets(table, reader.tensors, str(reader.directory), NON_WEIGHT_PREFIXES)
     origin = _origins(entries)
     shapes = {name: entry.sources[place].stored_shape for name, ((entry, place), *_) in origin.items()}

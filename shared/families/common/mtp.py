@@ -70,13 +70,18 @@ def mtp_rules(a: Architecture, index: int, names: MTPNames, layer: Iterable[Rule
         ("eh_proj", names.projection, (hidden, 2 * hidden)),  # [embedding | hidden]
     ):
         yield Rule(megatron=f"{key}.{part}.weight", sources=(Source(name=f"{name}.weight", shape=shape),))
-    for rule in layer:
-        if rule.megatron.startswith(_LAYERS):
-            own = f"{key}.transformer_layer.{rule.megatron.removeprefix(_LAYERS)}"
-            axes = tuple(axis for axis in rule.axes if axis != "layer")
-            yield replace(rule, megatron=own, axes=axes, layers=None)
+    yield from mtp_layer_rules(index, layer)
     norm = Source(name=f"{names.final_norm}.weight", shape=(hidden,))
     yield Rule(megatron=f"{key}.final_layernorm.weight", sources=(norm,))
+
+
+def mtp_layer_rules(index: int, layer: Iterable[Rule]) -> Iterator[Rule]:
+    """Rules of the decoder layer of MTP layer `index`, from those of `a.mtp_decoder`."""
+    for rule in layer:
+        if rule.megatron.startswith(_LAYERS):
+            own = f"{_KEY}layers.{index}.transformer_layer.{rule.megatron.removeprefix(_LAYERS)}"
+            axes = tuple(axis for axis in rule.axes if axis != "layer")
+            yield replace(rule, megatron=own, axes=axes, layers=None)
 
 
 def mtp_tied_tensors(names: MTPNames, embedding: str, head: str) -> Iterator[TiedTensor]:

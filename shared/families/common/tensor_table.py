@@ -10,7 +10,7 @@ from shared.architecture.architecture import MLP, Architecture, Attention, Gated
 from shared.errors import UserError
 from shared.families.common.gated_delta_net import gated_delta_net_rules
 from shared.families.common.mla import mla_norms, mla_projections
-from shared.families.common.mtp import DEEPSEEK_MTP, MTPNames, mtp_rules, mtp_tied_tensors
+from shared.families.common.mtp import DEEPSEEK_MTP, MTPNames, mtp_layer_rules, mtp_rules, mtp_tied_tensors
 from shared.mapping.layout import (
     CONCAT,
     COPY,
@@ -63,6 +63,12 @@ class Names:
     sinks: str = "self_attn.sinks"  # tensor name, no suffix
     expert_fc1: tuple[str, ...] = ("mlp.experts.{expert}.gate_proj", "mlp.experts.{expert}.up_proj")
     expert_fc2: str = "mlp.experts.{expert}.down_proj"
+    # One tensor for all experts, `[experts, out, in]`, rows of fc1 `[gate ; up]`: in the state dict of transformers 5's classes.
+    fused_expert_fc1: str = "mlp.experts.gate_up_proj"  # tensor name, no suffix
+    fused_expert_fc2: str = "mlp.experts.down_proj"  # tensor name, no suffix
+    # Other names in that state dict; empty: the same.
+    class_router: str = ""
+    class_head: str = ""
     shared_fc1: tuple[str, ...] = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
     shared_fc2: str = "mlp.shared_expert.down_proj"
     shared_gate: str = "mlp.shared_expert_gate"
@@ -83,22 +89,29 @@ DEEPSEEK_NAMES = Names(
 
 def decoder_table(a: Architecture, names: Names, further_pass_through: Iterable[PassThroughTensor] = ()) -> Table:
     """Tensor table of an architecture."""
-    rules = list(_Decoder(a, names).rules())
+    decoder = _Decoder(a, names)
+    rules, alternatives = list(decoder.rules()), list(decoder.alternatives())
     tied = [TiedTensor(name=f"{names.head}.weight", tied_to=f"{names.embedding}.weight")] if a.head.tied else []
     if names.mtp and a.mtp:
         head = names.embedding if a.head.tied else names.head
         for index in range(a.mtp.depth):
             own = names.mtp.at(a, index)
-            rules += mtp_rules(a, index, own, _Decoder(a.mtp_decoder, replace(names, layer=own.layer)).rules())
+            decoder = _Decoder(a.mtp_decoder, replace(names, layer=own.layer))
+            rules += mtp_rules(a, index, own, decoder.rules())
+            alternatives += mtp_layer_rules(index, decoder.alternatives())
             tied += mtp_tied_tensors(own, names.embedding, head)
+    prefix_variants: dict[str, tuple[str, ...]] = {names.prefix: ("",)} if names.prefix else {}
+    if names.class_head:
+        prefix_variants[f"{names.head}."] = (f"{names.class_head}.",)
     return Table(
         rules=tuple(rules),
+        alternatives=tuple(alternatives),
         tied_tensors=tuple(tied),
         pass_through=(
             *(PassThroughTensor(name=names.layer + name) for name in names.pass_through),
             *further_pass_through,
         ),
-        prefix_variants={names.prefix: ("",)} if names.prefix else {},
+        prefix_variants=prefix_variants,
         sizes={
             "layer": a.num_layers,
             "expert": a.moe.experts if a.moe else 0,
@@ -124,6 +137,25 @@ class _Decoder:
         yield from self.mixer_rules()
         yield from self.mlp_rules()
         yield from self.head_rules()
+
+    def alternatives(self) -> Iterator[Rule]:
+        """Rules of tensors that transformers' class holds in another form than the files."""
+        names, moe = self.names, self.a.moe
+        if moe is None or names.stacked_experts:
+            return
+        layers, sparse = names.layer, self.a.layers_of(MoE)
+        if names.class_router:
+            assert not moe.router_bias
+            router = Source(name=f"{layers}{names.class_router}.weight", shape=(moe.experts, self.hidden))
+            yield Rule(megatron=f"{self.mlp}.router.weight", axes=("layer",), layers=sparse, sources=(router,))
+        size = moe.expert.ffn_hidden_size
+        for fc, name, shape in (
+            ("linear_fc1", names.fused_expert_fc1, (2 * size, self.hidden)),
+            ("linear_fc2", names.fused_expert_fc2, (self.hidden, size)),
+        ):
+            source = Source(name=layers + name, shape=shape, stacked_axes=("expert",))
+            key = f"{self.mlp}.experts.experts.{fc}.weight"
+            yield Rule(megatron=key, axes=("layer", "expert"), layers=sparse, sources=(source,))
 
     def named(self, key: str, *names: str) -> None:
         """UserError if the family has no name for a tensor of the architecture."""

@@ -71,8 +71,8 @@ def test_a_prefix_that_no_name_has_is_left_out() -> None:
         prefix_variants={"model.": ("",)},
         sizes={"layer": 1},
     )
-    assert table.with_prefixes_of({"model.h.0.fc", "head"}) is table
-    bare = table.with_prefixes_of({"h.0.fc", "head"})
+    assert table.with_names_of({"model.h.0.fc", "head"}) is table
+    bare = table.with_names_of({"h.0.fc", "head"})
     assert [source.name for entry in bare.entries() for source in entry.sources] == ["h.0.fc"]
     assert (bare.tied_tensors[0].name, bare.tied_tensors[0].tied_to) == ("head", "wte")
     assert bare.pass_through_names() == {"h.0.mask"}

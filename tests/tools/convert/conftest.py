@@ -78,7 +78,7 @@ def write_hf(
     kinds: dict[str, tuple[Dtype, tuple[int, ...]]] = {}
     around_one: set[str] = set()  # weights of norms, unless the family stores them less one
     table = registry.table_of(architecture)
-    for entry in (table.with_prefixes_of({""}) if without_prefix else table).entries():
+    for entry in (table.with_names_of({""}) if without_prefix else table).entries():
         for source in entry.sources:
             kinds[source.name] = (FP32 if source.fp32 or fp32(source.name) else BY_FLAG[dtype], source.stored_shape)
             stored_whole = not architecture.layers[0].norm.zero_centered_gamma or entry.zero_centered_gamma
