@@ -10,6 +10,7 @@ from math import prod
 from typing import Protocol
 
 from shared.errors import UserError
+from shared.mapping.key_form import KeyForm
 from shared.mapping.layout import Shape, segments_of_source
 from shared.mapping.rule import Entry, Table, TiedTensor
 
@@ -108,12 +109,14 @@ def _check_rows(entries: Iterable[Entry], shapes: Mapping[str, Shape]) -> None:
 def account_targets(
     table: Table, found: Mapping[str, Found], where: str, ignored: Sequence[str] = ()
 ) -> tuple[Entry, ...]:
-    """Match a Megatron checkpoint's tensors with the table; `ignored`: prefixes of keys that are not weights.
+    """Match a Megatron checkpoint's tensors with the table, in the form of its keys.
+
+    `ignored`: prefixes of keys that are not weights.
 
     Raises:
         UserError: naming the tensor, both shapes, and the directory.
     """
-    entries = tuple(table.entries())
+    entries = tuple(KeyForm.of(found).table(table).entries())
     wanted = {entry.key: entry for entry in entries}
     if missing := [key for key in wanted if key not in found]:
         raise UserError(

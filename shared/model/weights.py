@@ -13,18 +13,24 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from shared.checkpoint.formats.torch_dist_reader import NON_WEIGHT_PREFIXES
 from shared.checkpoint.formats.torch_pickle import read_pickle
 from shared.errors import UserError
+from shared.mapping.key_form import STACKED, KeyForm
 from shared.model.gpt import LanguageModel
 
 
-def sharded_state_dict(chunks: Sequence[LanguageModel]) -> dict[str, dict[str, Any]]:
-    """Sharded state dict for `dist_checkpointing`, keyed as in Megatron-LM: `model`, or `model0`, `model1`..."""
-    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+def sharded_state_dict(chunks: Sequence[LanguageModel], form: KeyForm = STACKED) -> dict[str, dict[str, Any]]:
+    """Sharded state dict for `dist_checkpointing`, keyed as in Megatron-LM: `model`, or `model0`, `model1`...
+
+    `form`: the form of the tensors' keys.
+    """
+    metadata = form.metadata | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
     return {name: chunk.sharded_state_dict(metadata=dict(metadata)) for name, chunk in zip(names, chunks, strict=True)}
 
 
 def load(chunks: Sequence[LanguageModel], iteration_path: Path) -> None:
     """Fill every weight of `chunks` from the torch_dist directory `iteration_path`, cast to the model's dtype.
+
+    The directory may have its layers and experts stacked, or under keys of their own.
 
     Collective over all ranks. Optimizer state is not read. Vocabulary padding may differ; padding rows are set to zero.
 
@@ -35,15 +41,15 @@ def load(chunks: Sequence[LanguageModel], iteration_path: Path) -> None:
             filled then.
     """
     read_pickle((iteration_path / ".metadata").read_bytes(), iteration_path / ".metadata")
-    wanted = {
-        name: {key: entry for key, entry in state.items() if not key.endswith("_extra_state")}
-        for name, state in sharded_state_dict(chunks).items()
-    }
-    # Tensors only: extra states are empty without FP8.
     saved = {
         key: tuple(entry.global_shape)
         for key, entry in dist_checkpointing.load_tensors_metadata(str(iteration_path)).items()
         if not key.startswith(NON_WEIGHT_PREFIXES)
+    }
+    # Tensors only: extra states are empty without FP8.
+    wanted = {
+        name: {key: entry for key, entry in state.items() if not key.endswith("_extra_state")}
+        for name, state in sharded_state_dict(chunks, KeyForm.of(saved)).items()
     }
     _check(_all_shapes(wanted), saved, chunks[0], iteration_path)
     loaded = dist_checkpointing.load(wanted, str(iteration_path))

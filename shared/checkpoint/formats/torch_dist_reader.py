@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -27,6 +27,7 @@ Places = dict[tuple[str, Shape | None], Any]  # (key, chunk offsets) -> storage 
 
 # Entries of a training checkpoint other than weights.
 NON_WEIGHT_PREFIXES = ("optimizer", "rng_state", "opt_param_scheduler", "rerun_state_machine", "common_state", "scaler")
+_GATE, _UP = "_w", "_v"  # key suffixes of the halves of a gated fc1
 
 
 @dataclass(kw_only=True)
@@ -91,6 +92,19 @@ class TorchDistReader:
                 raise UserError(f"{path}: {key} is {dtype}; bfloat16, float16, float32 or float64 is required")
             else:
                 self.tensors[key] = self._tensor(key, state, places)
+        for key in [key for key in self.tensors if key.endswith(_GATE) and key[: -len(_GATE)] + _UP in self.tensors]:
+            self._join(key[: -len(_GATE)])
+
+    def _join(self, key: str) -> None:
+        """Join the halves of a gated fc1, `[gate ; up]`, that `singleton_local_shards` stores under two keys."""
+        gate, up = (self.tensors.pop(key + half) for half in (_GATE, _UP))
+        if (gate.dtype, gate.shape) != (up.dtype, up.shape):
+            raise UserError(
+                f"{gate.place}: {gate.key} and {up.key} differ in dtype or shape; write the checkpoint again"
+            )
+        rows, *columns = gate.shape
+        shifted = (replace(chunk, offsets=(chunk.offsets[0] + rows, *chunk.offsets[1:])) for chunk in up.chunks)
+        self.tensors[key] = replace(gate, key=key, shape=(2 * rows, *columns), chunks=(*gate.chunks, *shifted))
 
     def _tensor(self, key: str, state: Any, places: Places) -> DistTensor:
         dtype, shape, chunks = BY_NAME[state.properties.state[0]], tuple(state.size), []

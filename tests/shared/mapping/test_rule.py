@@ -6,7 +6,7 @@ import pytest
 
 from shared.errors import UserError
 from shared.mapping.layout import CONCAT, Interleave, PadRows
-from shared.mapping.rule import PassThroughTensor, Rule, Source, Table, TiedTensor
+from shared.mapping.rule import Axis, PassThroughTensor, Rule, Source, Table, TiedTensor
 
 QKV = Rule(
     megatron="layers.qkv.weight",
@@ -85,3 +85,25 @@ def test_a_source_may_hold_all_experts() -> None:
     assert entries[5].global_shape == (2, 3, 3, 2)
     (last,) = entries[5].sources
     assert (last.name, last.stored_shape, last.index) == ("h.1.experts", (3, 3, 2), (2,))
+
+
+def test_alternatives_are_taken_where_their_tensors_are_found() -> None:
+    """Experts one by one, or as one tensor; each rule by itself, also under another prefix."""
+    axes: tuple[Axis, ...] = ("layer", "expert")
+    single = Source(name="model.h.{layer}.{expert}.fc", shape=(3, 2))
+    together = Source(name="model.h.{layer}.fc", shape=(3, 2), stacked_axes=("expert",))
+    table = Table(
+        rules=(
+            Rule(megatron="fc", axes=axes, sources=(single,)),
+            Rule(megatron="end", sources=(Source(name="end", shape=(2,)),)),
+        ),
+        alternatives=(Rule(megatron="fc", axes=axes, sources=(together,)),),
+        prefix_variants={"model.": ("",)},
+        sizes={"layer": 2, "expert": 2},
+    )
+    assert table.with_names_of({"model.h.0.0.fc"}) is table
+    assert table.names() >= {"model.h.1.fc", "model.h.1.1.fc"}
+    for prefix in ("model.", ""):
+        chosen = table.with_names_of({f"{prefix}h.1.fc"})
+        assert [rule.megatron for rule in chosen.rules] == ["fc", "end"]
+        assert [source.name for source in chosen.rules[0].sources] == [f"{prefix}h.{{layer}}.fc"]

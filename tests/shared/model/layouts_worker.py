@@ -50,15 +50,15 @@ def delta_net():
     return size.with_layers(lambda layer: replace(layer, mlp=MLP(ffn_hidden_size=96)))
 
 
-def save(chunks, directory):
-    """The weights as a torch_dist iteration, by Megatron-Core."""
+def save(chunks, directory, *form):
+    """The weights as a torch_dist iteration, by Megatron-Core; `form`: a KeyForm, stacked by default."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from shared.model import weights
 
     filesystem_async._process_memory = lambda: 0  # asks psutil, no dependency of anything here, for a debugging line
-    state = weights.sharded_state_dict(chunks)["model"] if isinstance(chunks, list) else chunks
+    state = weights.sharded_state_dict(chunks, *form)["model"] if isinstance(chunks, list) else chunks
     dist_checkpointing.save(state, str(directory))
 
 

@@ -4,6 +4,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
 from shared.errors import UserError
+from shared.families import registry
+from shared.mapping.key_form import KeyForm
 from shared.model import weights
 from shared.model.gpt import build
 from shared.model.logits import logits
@@ -109,6 +111,25 @@ def test_optimizer_state_is_left_alone(saved, worker, tmp_path):
     state["moment"] = ShardedTensor.from_rank_offsets("optimizer.state.exp_avg.x", torch.ones(3))
     worker.save(state, tmp_path)
     again = blank(worker.architecture())
+    weights.load(again, tmp_path)
+    for one, other in zip(chunks[0].parameters(), again[0].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("form", [KeyForm(by_layer=True, by_expert=False), KeyForm(by_layer=True, by_expert=True)])
+@pytest.mark.parametrize("size", ["tiny", "qwen3-moe-tiny"])
+def test_layers_and_experts_under_keys_of_their_own_are_loaded(worker, tmp_path, size, form):
+    """As Megatron-Core saves with `non_homogeneous_layers` or a list `moe_layer_freq`, and with `singleton_local_shards`."""
+    architecture = registry.sizes()[size]
+    initialize(ONE, 1)
+    chunks = build(architecture, ONE, dtype=torch.float32, perform_initialization=True)
+    weights._clear_padding(chunks[0])
+    worker.save(chunks, tmp_path, form)
+    keys = dist_checkpointing.load_tensors_metadata(str(tmp_path)).keys()
+    fc1 = "mlp.experts.experts.{expert}linear_fc1.weight" if architecture.moe else "mlp.linear_fc1.weight"
+    halves, expert = (("_w", "_v"), "0.") if form.by_expert else (("",), "")
+    assert {f"decoder.layers.1.{fc1.format(expert=expert)}{half}" for half in halves} <= keys
+    again = blank(architecture)
     weights.load(again, tmp_path)
     for one, other in zip(chunks[0].parameters(), again[0].parameters(), strict=True):
         assert torch.equal(one, other)

@@ -136,3 +136,27 @@ def test_malicious_metadata_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="builtins.exec"):
         TorchDistReader(folder)
     assert not (tmp_path / "proof").exists()
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6,)])
+def test_the_halves_of_a_gated_fc1_are_one_tensor(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """As with Megatron-Core's `singleton_local_shards`; each half is split over two tensor-parallel ranks."""
+    whole = np.arange(2 * np.prod(shape), dtype=np.float32).reshape(12, *shape[1:])
+    layout = TorchDistLayout()
+    for suffix, half in (("_w", whole[:6]), ("_v", whole[6:])):
+        layout.declare(f"fc1.weight{suffix}", FP32, shape)
+        for first in (0, 3):
+            part = half[first : first + 3]
+            offsets = (first, *(0 for _ in shape[1:]))
+            layout.add_chunk(f"fc1.weight{suffix}", offsets, part.shape, partial(list, [WriteBytes(part.tobytes())]))
+    layout.declare("lone_w", FP32, (1,))
+    layout.add_chunk("lone_w", (0,), (1,), partial(list, [WriteBytes(bytes(4))]))
+    layout.finish(tmp_path, {"iteration": 3})
+    write_files(tmp_path, layout.files(), workers=1)
+    reader = TorchDistReader(tmp_path)
+    assert {key: tensor.shape for key, tensor in reader.tensors.items()} == {
+        "fc1.weight": whole.shape,
+        "lone_w": (1,),
+    }
+    for first, count in ((0, 12), (2, 3), (5, 4), (7, 5)):
+        assert b"".join(reader.rows("fc1.weight", (), first, count)) == whole[first : first + count].tobytes()
