@@ -77,8 +77,8 @@ def to_megatron(
         hf_files: a directory with config.json and tokenizer, for a SwissArmyTransformer source.
         ignore_config_field: fields of config.json, separated by commas, that are unknown here and change nothing; they are
             carried and recorded in the manifest. Other unknown fields are errors.
-        strip_prefix: a prefix of every tensor name that a wrapper left (module., _orig_mod., pretrained_model.); the result and
-            to-hf have the plain names. TRL's value head (v_head.) beside the model is left out.
+        strip_prefix: what a wrapper left in front of tensor names or of a part of them (module., _orig_mod., pretrained_model.);
+            the result and to-hf have the plain names. TRL's value head (v_head.) beside the model is left out.
         overwrite: replace the target of an earlier run.
         workers: threads; by default one per processor, at most 8. The result does not depend on it.
         shard: one of several processes on a shared file system: 1/4 to 4/4 each write their share of the files, publish/4
@@ -122,8 +122,8 @@ def to_te(
         hf_files: a directory with config.json and tokenizer, for a SwissArmyTransformer source.
         ignore_config_field: fields of config.json, separated by commas, that are unknown here and change nothing; they are
             carried and recorded in the manifest. Other unknown fields are errors.
-        strip_prefix: a prefix of every tensor name that a wrapper left (module., _orig_mod., pretrained_model.); the result and
-            to-hf have the plain names. TRL's value head (v_head.) beside the model is left out.
+        strip_prefix: what a wrapper left in front of tensor names or of a part of them (module., _orig_mod., pretrained_model.);
+            the result and to-hf have the plain names. TRL's value head (v_head.) beside the model is left out.
         overwrite: replace the target of an earlier run.
         workers: threads; by default one per processor, at most 8. The result does not depend on it.
         shard: one of several processes on a shared file system: 1/4 to 4/4 each write their share of the files, publish/4

@@ -45,6 +45,14 @@ _VALUE_HEAD = "v_head."  # of TRL, beside the wrapped model: no part of it
 RecordHash = Callable[[str, str], None]  # (relative name, content hash)
 
 
+def without_prefix(name: str, prefix: str) -> str:
+    """A tensor name without what a wrapper put in front of it, or of a part of it: `model.PREFIXlayers.0...`.
+
+    Attributes that begin with _ (`_fsdp_wrapped_module.`) may be wrapped in each other: all of them are removed.
+    """
+    return re.sub(rf"(?:^|(?<=\.)){re.escape(prefix)}", "", name, count=0 if prefix.startswith("_") else 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shard:
     """One safetensors file of a layout."""
@@ -101,21 +109,28 @@ class WeightLayout:
         """The same shards with other dtypes by tensor name. If no dtype changes, the headers stay verbatim."""
         if all(dtypes.get(name, tensor.dtype) == tensor.dtype for name, tensor in self.tensors().items()):
             return self
-        shards = []
-        for shard in self.shards:
-            triples = [(t.name, dtypes.get(t.name, t.dtype), t.shape) for t in shard.header.tensors]
-            header = parse_header(encode_header(triples, shard.header.metadata), Path(shard.file))
-            shards.append(Shard(file=shard.file, header=header))
-        return WeightLayout(shards=tuple(shards), index=_index(shards) if self.index is not None else None)
+        return self._each(lambda t: (t.name, dtypes.get(t.name, t.dtype), t.shape))
 
     def without_prefix(self, prefix: str, left_out: str) -> WeightLayout:
-        """The same shards with names without `prefix`; tensors under the prefix `left_out` are left out."""
+        """The same shards with names as `without_prefix` has them; tensors under the prefix `left_out` are left out."""
         shards = []
         for shard in self.shards:
             kept = [t for t in shard.header.tensors if not t.name.startswith(left_out)]
-            named = tuple(replace(t, name=t.name.removeprefix(prefix)) for t in kept)
+            named = tuple(replace(t, name=without_prefix(t.name, prefix)) for t in kept)
             shards.append(Shard(file=shard.file, header=replace(shard.header, tensors=named, text="")))
         return WeightLayout(shards=tuple(shards), index=self.index)
+
+    def with_shapes(self, shapes: Mapping[str, Shape]) -> WeightLayout:
+        """The same shards with other shapes by tensor name."""
+        return self._each(lambda t: (t.name, t.dtype, shapes.get(t.name, t.shape)))
+
+    def _each(self, change: Callable[[TensorInfo], tuple[str, str, Shape]]) -> WeightLayout:
+        """The same shards, with each tensor's name, dtype and shape changed."""
+        shards = []
+        for shard in self.shards:
+            header = encode_header([change(t) for t in shard.header.tensors], shard.header.metadata)
+            shards.append(Shard(file=shard.file, header=parse_header(header, Path(shard.file))))
+        return WeightLayout(shards=tuple(shards), index=_index(shards) if self.index is not None else None)
 
     def with_tensor(self, name: str, dtype: str, shape: Shape) -> WeightLayout:
         """The same shards with one more tensor at the end of the last shard."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +50,38 @@ def test_prefix_is_named_and_stripped(convert: Any, tmp_path: Path, size: str, p
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert back.keys() == weights.keys()
     assert all(np.array_equal(back[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "prefix"),
+    [
+        (r"^model\.", "_orig_mod."),  # the inner model was compiled
+        (r"^model\.layers\.\d+\.", "_checkpoint_wrapped_module."),
+        (r"^model\.layers\.\d+\.|^", "_fsdp_wrapped_module."),  # and the whole model
+    ],
+)
+def test_wrapper_within_names_is_named_and_stripped(convert: Any, tmp_path: Path, pattern: str, prefix: str) -> None:
+    weights = model(convert, tmp_path / "hf", "tiny")
+    within = {re.sub(pattern, rf"\g<0>{prefix}", name, count=1): tensor for name, tensor in weights.items()}
+    if pattern.endswith("^"):
+        within = {prefix + name.removeprefix(prefix): tensor for name, tensor in within.items()}
+    save_file(within, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    command = ("to-megatron", "--source", tmp_path / "hf", "--target", tmp_path / "mg")
+    refused = convert(*command)
+    assert refused.code == 2
+    assert refused.err.strip().endswith(f"--strip-prefix {prefix}")
+    assert convert(*command, "--strip-prefix", prefix).code == 0
+    assert convert("to-hf", "--source", tmp_path / "mg", "--target", tmp_path / "back").code == 0
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == weights.keys()
+    assert all(np.array_equal(back[name], tensor) for name, tensor in weights.items())
+
+
+def test_adapter_that_is_not_merged_is_named(convert: Any, tmp_path: Path) -> None:
+    weights = model(convert, tmp_path / "hf", "tiny")
+    wrapped = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    save_file(wrapped | {name: np.ones((4, 64), np.float32)}, tmp_path / "hf" / "model.safetensors")
+    refused = convert("to-megatron", "--source", tmp_path / "hf", "--target", tmp_path / "mg")
+    assert refused.code == 2
+    assert f"{name} is of an adapter that is not merged into its base" in refused.err
