@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -24,6 +24,8 @@ _PART = re.compile(
     r"|token_adapter\.trainable_tokens_delta)(\.(?P<adapter>(?!weight$)[^.]+))?(\.weight)?"
 )
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save(\.(?P<adapter>[^.]+))?\.(?P<rest>.+)")
+# The wrapped module's own tensor, before the adapter: saved with adapted embeddings and with a resized vocabulary.
+_WRAPPED = re.compile(r"(?P<module>.+?)\.(token_adapter\.)?(base_layer|original_module)\.(?P<rest>.+)")
 _ROWS = "token_adapter.trainable_tokens_delta"
 _EXPERTS = re.compile(r"(?:.*\.)?(\d+)\.(?:[^.\d]+\.)*experts((?:\.base_layer)*)")
 
@@ -32,13 +34,14 @@ _EXPERTS = re.compile(r"(?:.*\.)?(\d+)\.(?:[^.\d]+\.)*experts((?:\.base_layer)*)
 class Changes:
     """An adapter's changes, by name of the base tensor."""
 
-    deltas: Mapping[str, Delta]
+    deltas: Mapping[str, tuple[Delta, ...]]  # one; of experts stored as one tensor, one per expert
     replaced: Mapping[str, TensorInfo]  # replaced by an adapter tensor: modules_to_save, biases
+    wrapped: Mapping[str, TensorInfo]  # the base's tensors that the adapter holds, without its changes
     rows: Mapping[str, tuple[Mapping[int, int], TensorInfo]]  # base row -> adapter row
 
     @property
     def names(self) -> set[str]:
-        return {*self.deltas, *self.replaced, *self.rows}
+        return {*self.deltas, *self.replaced, *self.wrapped, *self.rows}
 
 
 def read_adapter(directory: Path) -> Header:
@@ -64,11 +67,42 @@ def match(config: AdapterConfig, stored: Header, table: Table, prefix_variants: 
     return _Match(config, table, prefix_variants).changes(stored.tensors)
 
 
+def vocabulary_rows(config: AdapterConfig, stored: Header, table: Table, prefix_variants: PrefixVariants) -> int | None:
+    """Rows of the embedding and head that the adapter holds whole; None if it holds neither.
+
+    PEFT saves both where the vocabulary was resized.
+
+    Raises:
+        UserError: they differ, or have other rows than an embedding or head that only the base has.
+    """
+    found = _Match(config, table, prefix_variants).vocabulary(stored.tensors)
+    if not found:
+        return None
+    name, first = next(iter(found.items()))
+    for other, tensor in found.items():
+        if tensor.shape[:1] != first.shape[:1]:
+            raise UserError(
+                f"{tensor.place}: {other} has {tensor.shape[0]} rows and {name} {first.shape[0]}; resize both, and save the "
+                "adapter again"
+            )
+    for entry in table.entries():
+        lacking = entry.sources[0].name
+        if entry.padded and lacking not in found and entry.sources[0].shape[0] != first.shape[0]:
+            raise UserError(
+                f"{first.place}: {name} was resized to {first.shape[0]} rows, {lacking} of the base has "
+                f"{entry.sources[0].shape[0]} and is not in the adapter; resize the base's embeddings, save the base, and merge "
+                "into that"
+            )
+    return first.shape[0]
+
+
 class _Match:
     def __init__(self, config: AdapterConfig, table: Table, prefix_variants: PrefixVariants) -> None:
         self.config, self.prefix_variants = config, prefix_variants
+        entries = list(table.entries())
+        self.experts = [entry for entry in entries if ".mlp.experts.experts." in entry.key]
         self.places: dict[str, tuple[Entry, int]] = {
-            source.name: (entry, place) for entry in table.entries() for place, source in enumerate(entry.sources)
+            source.name: (entry, place) for entry in entries for place, source in enumerate(entry.sources)
         }
         for name, shape in table.required_pass_through().items():
             source = Source(name=name, shape=shape)
@@ -82,9 +116,21 @@ class _Match:
             self.places[tied.name] = self.places[tied.tied_to]
         self.tied = {tied.name: tied.tied_to for tied in table.tied_tensors}
 
+    def vocabulary(self, tensors: Iterable[TensorInfo]) -> dict[str, TensorInfo]:
+        """Whole tensors of embedding and head by base name, a tied head under the embedding's."""
+        found: dict[str, TensorInfo] = {}
+        for tensor in tensors:
+            name = tensor.name.removeprefix(_PREFIX)
+            if tensor.shape and not _PART.fullmatch(name):
+                plain = self._resolve(self._plain(name)[0])
+                if plain and self.places[plain][0].padded:
+                    found[self.tied.get(plain, plain)] = tensor
+        return found
+
     def changes(self, tensors: Iterable[TensorInfo]) -> Changes:
         parts: dict[str, dict[str, TensorInfo]] = {}
         replaced: dict[str, TensorInfo] = {}
+        wrapped: dict[str, TensorInfo] = {}
         adapters: dict[str, TensorInfo] = {}
         for tensor in tensors:
             if not tensor.name.startswith(_PREFIX):
@@ -100,11 +146,16 @@ class _Match:
             name = tensor.name.removeprefix(_PREFIX)
             found = _PART.fullmatch(name)
             if found is None:
-                saved = _SAVED.fullmatch(name)
-                found_name, named = self._replacement(name, saved, tensor)
-                if found_name in replaced:
-                    self._twice(tensor, replaced[found_name])
-                replaced[found_name] = tensor
+                found_name, named = self._whole(name, tensor)
+                places = wrapped if self._untrained(name, found_name) else replaced
+                other = places.get(found_name)
+                # A resized vocabulary is saved twice: `embed_tokens.weight` and `embed_tokens.modules_to_save.weight`.
+                again = other and (".modules_to_save.weight" in tensor.name) != (
+                    ".modules_to_save.weight" in other.name
+                )
+                if other and not again:
+                    self._twice(tensor, other)
+                places[found_name] = tensor
             else:
                 named = found["adapter"]
                 if other := parts.setdefault(found["module"], {}).get(found["part"]):
@@ -118,13 +169,13 @@ class _Match:
                 f"{adapters[two].place} holds several adapters ({one}, {two}); save one of them with peft's save_pretrained"
             )
         rows = dict(self._rows(module, own.pop(_ROWS)) for module, own in sorted(parts.items()) if _ROWS in own)
-        deltas: dict[str, Delta] = {}
+        deltas: dict[str, tuple[Delta, ...]] = {}
         for module, own in sorted(parts.items()):
             if own:
                 deltas |= self._experts(module, own) if _EXPERTS.fullmatch(module) else self._module(module, own)
         self._check_complete(deltas, replaced)
-        self._check_rows(rows, {**{name: delta.a for name, delta in deltas.items()}, **replaced})
-        return Changes(deltas=deltas, replaced=replaced, rows=rows)
+        self._check_rows(rows, {**{name: each[0].a for name, each in deltas.items()}, **replaced})
+        return Changes(deltas=deltas, replaced=replaced, wrapped=wrapped, rows=rows)
 
     @staticmethod
     def _twice(tensor: TensorInfo, other: TensorInfo) -> None:
@@ -190,26 +241,43 @@ class _Match:
         entry, place = self.places[name]
         return entry.sources[place].shape
 
-    def _replacement(self, name: str, saved: re.Match[str] | None, tensor: TensorInfo) -> tuple[str, str | None]:
-        """The replaced base tensor, and the adapter name if the tensor name contains it."""
-        plain, named = name.replace(".base_layer.", "."), None
-        if saved:
-            plain = f"{saved['module']}.{saved['rest']}"
-            if saved["adapter"]:
-                inner = f"{saved['module']}.{saved['adapter']}.{saved['rest']}"  # a submodule, not an adapter name
-                plain, named = (inner, None) if self._resolve(inner) else (plain, saved["adapter"])
+    def _plain(self, name: str) -> tuple[str, str | None]:
+        """Name without the wrapper of PEFT, and the adapter name if the tensor name contains it."""
+        if wrapped := _WRAPPED.fullmatch(name):
+            return f"{wrapped['module']}.{wrapped['rest']}", None
+        saved = _SAVED.fullmatch(name)
+        if saved is None:
+            return name, None
+        plain = f"{saved['module']}.{saved['rest']}"
+        if saved["adapter"]:
+            inner = f"{saved['module']}.{saved['adapter']}.{saved['rest']}"  # a submodule, not an adapter name
+            return (inner, None) if self._resolve(inner) else (plain, saved["adapter"])
+        return plain, None
+
+    def _whole(self, name: str, tensor: TensorInfo) -> tuple[str, str | None]:
+        """The base tensor of a whole adapter tensor, and the adapter name if the tensor name contains it."""
+        plain, named = self._plain(name)
         found = self._resolve(plain)
         if found is None:
             raise UserError(f"{tensor.place}: {tensor.name} is for {plain}, which the base lacks")
         if tensor.shape != self._shape(found):
-            fix = "merge into the base that it was trained on"
-            if self.places[found][0].padded:
-                fix = "the vocabulary was resized: resize the base's embeddings too, save the base, and merge into that"
             raise UserError(
                 f"{tensor.place}: {tensor.name} is {list(tensor.shape)}, {found} of the base is "
-                f"{list(self._shape(found))}; {fix}"
+                f"{list(self._shape(found))}; merge into the base that it was trained on"
             )
         return found, named
+
+    def _untrained(self, name: str, found: str) -> bool:
+        """Whether a whole adapter tensor is the base's: of a wrapped module, or of an embedding that is saved along."""
+        if found.endswith(".bias") and self.config.bias != "none":
+            return False
+        if _WRAPPED.fullmatch(name):
+            return True
+        if _SAVED.fullmatch(name) or not self.places[found][0].padded:
+            return False
+        forms = name_variants(found, self.prefix_variants)
+        saved = [re.compile(rf"(^|.*\.){re.escape(module)}\.") for module in self.config.modules_to_save]
+        return not any(module.match(form) for module in saved for form in forms)
 
     def _pair(
         self, module: str, own: Mapping[str, TensorInfo], names: tuple[str, str]
@@ -225,7 +293,7 @@ class _Match:
             )
         return own[names[0]], own[names[1]]
 
-    def _module(self, module: str, own: Mapping[str, TensorInfo]) -> dict[str, Delta]:
+    def _module(self, module: str, own: Mapping[str, TensorInfo]) -> dict[str, tuple[Delta, ...]]:
         """LoRA of a linear layer or an embedding."""
         embedded = any(name.startswith("lora_embedding") for name in own)
         a, b = self._pair(module, own, ("lora_embedding_A", "lora_embedding_B") if embedded else ("lora_A", "lora_B"))
@@ -242,22 +310,15 @@ class _Match:
         rank = self.config.rank(module)
         wanted = [(a, (rank, columns)), (b, (rows, rank))] + ([(magnitude, (rows,))] if magnitude else [])
         self._check_shapes(name, wanted)
-        return {
-            name: Delta(
-                a=a,
-                b=b,
-                rank=rank,
-                scale=self.config.scale(module),
-                transposed=transposed,
-                magnitude=magnitude,
-            )
-        }
+        scale = self.config.scale(module)
+        return {name: (Delta(a=a, b=b, rank=rank, scale=scale, transposed=transposed, magnitude=magnitude),)}
 
-    def _experts(self, module: str, own: Mapping[str, TensorInfo]) -> dict[str, Delta]:
+    def _experts(self, module: str, own: Mapping[str, TensorInfo]) -> dict[str, tuple[Delta, ...]]:
         """LoRA of a layer's experts. The shapes of A and B decide between gate_up_proj and down_proj.
 
-        PEFT before 0.19 reads the stored `[experts, out, in]` as `[experts, in, out]`: A is `[experts * rank, out]`, B is
-        `[in, rank * experts]`. Shapes decide between the two; for a square matrix peft_version does.
+        PEFT before 0.19 reads the class's `[experts, out, in]` as `[experts, in, out]`: A is `[experts * rank, out]`, B is
+        `[in, rank * experts]`. Shapes decide between the two; for a square matrix peft_version does. gpt-oss's class has
+        `[experts, in, out]`.
         """
         a, b = self._pair(module, own, ("lora_A", "lora_B"))
         found = _EXPERTS.fullmatch(module)
@@ -268,14 +329,10 @@ class _Match:
             entries = sorted(self._of_experts(int(found[1]), part), key=lambda entry: entry.index)
             if not entries or not self.config.parameter(f"{module}.{parameter}"):
                 continue
-            if whole := [source.name for source in entries[0].sources if source.stacked_axes]:
-                raise UserError(
-                    f"{a.place}: {a.name} is for experts that the base stores as one tensor ({whole[0]}), which is not merged "
-                    "here; merge it with peft"
-                )
             (rows, columns), count = entries[0].shape, len(entries)
             rank = self.config.rank(f"{module}.{parameter}")
-            for swapped, (outputs, inputs) in ((False, (rows, columns)), (True, (columns, rows))):
+            sides = [(False, (rows, columns))] + ([] if entries[0].transposed else [(True, (columns, rows))])
+            for swapped, (outputs, inputs) in sides:
                 if (a.shape, b.shape) == ((count * rank, inputs), (outputs, count * rank)):
                     fits.append((parameter, swapped, entries))
         if len(fits) > 1:
@@ -291,29 +348,30 @@ class _Match:
         return self._each_expert(entries, a, b, rank, scale, swapped)
 
     def _of_experts(self, layer: int, part: str) -> Iterator[Entry]:
-        for entry in {id(entry): entry for entry, _ in self.places.values()}.values():
+        for entry in self.experts:
             if entry.key.endswith(f".mlp.experts.experts.{part}.weight"):
                 named = re.search(r"\.layers\.(\d+)\.", entry.key)
                 if (int(named[1]) if named else entry.index[0]) == layer:
                     yield entry
 
     def _each_expert(
-        self, entries: Iterable[Entry], a: TensorInfo, b: TensorInfo, rank: int, scale: float, swapped: bool
-    ) -> dict[str, Delta]:
-        deltas, listed = {}, list(entries)
-        for number, entry in enumerate(listed):
+        self, entries: Sequence[Entry], a: TensorInfo, b: TensorInfo, rank: int, scale: float, swapped: bool
+    ) -> dict[str, tuple[Delta, ...]]:
+        deltas: dict[str, tuple[Delta, ...]] = {}
+        for number, entry in enumerate(entries):
             first = 0
             for source in entry.sources:
-                deltas[source.name] = Delta(
+                delta = Delta(
                     a=a,
                     b=b,
                     rank=rank,
                     scale=scale,
-                    transposed=swapped,
+                    transposed=swapped or entry.transposed,
                     expert=number,
-                    experts=len(listed),
+                    experts=len(entries),
                     first_row=first,
                 )
+                deltas[source.name] = (*deltas.get(source.name, ()), delta)
                 first += source.shape[0]
         return deltas
 
@@ -325,7 +383,7 @@ class _Match:
                     f"{self.config.path.name} ask for {list(shape)}"
                 )
 
-    def _check_complete(self, deltas: Mapping[str, Delta], replaced: Mapping[str, TensorInfo]) -> None:
+    def _check_complete(self, deltas: Collection[str], replaced: Mapping[str, TensorInfo]) -> None:
         """UserError if a targeted module has no adapter tensors: a partial adapter is not merged."""
         missing = []
         for name in self.places:
@@ -337,7 +395,7 @@ class _Match:
         experts = {
             source.name for entry, _ in self.places.values() if ".experts." in entry.key for source in entry.sources
         }
-        if not experts & deltas.keys():
+        if not experts & set(deltas):
             missing = [name for name in missing if name not in experts]
         for name in self.places:
             changed = self.config.bias == "all" or name.removesuffix("bias") + "weight" in deltas

@@ -82,7 +82,9 @@ class Delta:
     b: TensorInfo
     rank: int
     scale: float
-    transposed: bool  # W is `[in, out]` (Conv1D, experts of PEFT before 0.19) or an embedding `[tokens, hidden]`
+    transposed: (
+        bool  # W is `[in, out]` (Conv1D, gpt-oss, experts of PEFT before 0.19) or an embedding `[tokens, hidden]`
+    )
     magnitude: TensorInfo | None = None  # DoRA: a norm per output
     expert: int = 0
     experts: int = 1

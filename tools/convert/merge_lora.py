@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from shared.checkpoint.copy.blocks import BLOCK
+from shared.architecture.architecture import Architecture
+from shared.checkpoint.copy.blocks import BLOCK, OpenFiles
 from shared.checkpoint.copy.byte_view import view_of
 from shared.checkpoint.copy.operations import CopyOperation, cast_operation, copy_rows
 from shared.checkpoint.copy.worker_pool import Task
 from shared.checkpoint.directory.auxiliary_files import check_auxiliary_files, copy_auxiliary_files, read_config
 from shared.checkpoint.directory.open import content_checks, open_checkpoint
 from shared.checkpoint.directory.publish import publish
-from shared.checkpoint.dtypes import weight_dtype
+from shared.checkpoint.dtypes import Dtype, weight_dtype
 from shared.checkpoint.formats.hugging_face import HfReader, WeightLayout, weight_files, write_index
 from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.cli import log
@@ -24,7 +27,8 @@ from shared.errors import UserError
 from shared.families import registry
 from shared.families.common.multimodal_wrapper import untied as untied_config
 from shared.mapping.rule import Table
-from tools.convert.adapter import Changes, match, read_adapter
+from shared.quantized.stored_weight import sliced
+from tools.convert.adapter import Changes, match, read_adapter, vocabulary_rows
 from tools.convert.adapter_config import AdapterConfig
 from tools.convert.conversion import run_conversion
 from tools.convert.hf_files import remove_quantization_config
@@ -57,20 +61,28 @@ def run(
             )
         declared, ignored = source_architecture(reader, source, ignore_config_field)
         architecture = registry.drop_missing_mtp(declared, reader.weights)
-        table = registry.table_of(architecture)
-        plan = plan_import(reader, architecture, table)
-        prefix_variants, table = table.prefix_variants, table.with_names_of(reader.tensors)
-        changes = match(config, read_adapter(adapter), table, prefix_variants)
-        merge = _plan(reader, changes, table, ignored.get("ignored_config_fields", ()))
+        base = registry.table_of(architecture)
+        plan = plan_import(reader, architecture, base)
+        stored, passed_over = read_adapter(adapter), ignored.get("ignored_config_fields", ())
+        prefix_variants, table = base.prefix_variants, base.with_names_of(reader.tensors)
+        rows = vocabulary_rows(config, stored, table, prefix_variants) or architecture.vocab_size
+        resized = rows != architecture.vocab_size
+        if resized:
+            log(f"vocab_size: {rows}, as the adapter's embedding; the base's is {architecture.vocab_size}")
+            architecture = _resized_architecture(reader, architecture, rows, passed_over)
+            table = registry.table_of(architecture).with_names_of(reader.tensors)
+        changes = match(config, stored, table, prefix_variants)
+        merge = _plan(reader, changes, table, passed_over)
         _log_merge(config, changes, merge)
-        check_same_vocabulary(adapter, source, plan.architecture.vocab_size)
+        check_same_vocabulary(adapter, source, rows)
 
         def checks(sources: frozenset[Path]) -> list[Task]:
-            return [*content_checks(checkpoint, sources, flag="--source"), *tied_checks(plan, reader)]
+            tied = [*tied_checks(plan, reader), *merge.tied_checks()]
+            return [*content_checks(checkpoint, sources, flag="--source"), *tied]
 
         run_conversion(
             "merge-lora",
-            plan.architecture,
+            architecture,
             out,
             weight_files(merge.layout, merge.operations, merge.sources),
             target,
@@ -78,7 +90,8 @@ def run(
             transposes=False,
             casts=True,
             checks=checks,
-            memory_per_worker=8 * BLOCK + max((delta.bytes_held for delta in changes.deltas.values()), default=0),
+            memory_per_worker=8 * BLOCK
+            + max((delta.bytes_held for each in changes.deltas.values() for delta in each), default=0),
         )
         write_index(out.path, merge.layout)
         if own := [name for name in FILES if (adapter / name).is_file()]:
@@ -88,9 +101,11 @@ def run(
         copy_auxiliary_files(source, out.path)
         remove_quantization_config(out.path / "config.json")
         if merge.untied:
-            _untie(out.path / "config.json")
+            _rewrite(out.path / "config.json", untied_config)
+        if resized:
+            _rewrite(out.path / "config.json", partial(_resized_config, rows=rows))
         config_json = registry.with_auxiliary_fields(read_config(out.path / "config.json"), out.path)
-        architecture = registry.from_config(config_json, ignored.get("ignored_config_fields", ()))
+        architecture = registry.from_config(config_json, passed_over)
         out.describe(
             family=architecture.family,
             architecture=architecture.to_dict(),
@@ -98,40 +113,71 @@ def run(
             tensors=len(merge.layout.tensors()),
             parameters=architecture.parameter_count(),
             adapter_base=config.base,
-            adapted=len(changes.names),
+            adapted=len(merge.changed),
             **ignored,
         )
 
 
 def _plan(reader: HfReader, changes: Changes, table: Table, ignored: Collection[str]) -> Merge:
+    shapes = {source.name: source.shape for entry in table.entries() if entry.padded for source in entry.sources}
+    shapes |= {tied.name: shapes[tied.tied_to] for tied in table.tied_tensors if tied.tied_to in shapes}
     layout, untied = reader.layout, None
+    if any(tensor.shape != shapes.get(name, tensor.shape) for name, tensor in layout.tensors().items()):
+        layout = layout.with_shapes(shapes)
+    partners: dict[str, str] = {}
     for tied in (tied for tied in table.tied_tensors if not tied.always):
-        if (changes.names - changes.rows.keys()) & {tied.name, tied.tied_to}:
+        partners |= {tied.name: tied.tied_to, tied.tied_to: tied.name}
+        if {*changes.deltas, *changes.replaced} & {tied.name, tied.tied_to}:
             untied = tied.name, tied.tied_to
             if tied.name not in layout.tensors():
-                embedding = reader.tensors[tied.tied_to]
+                embedding = layout.tensors()[tied.tied_to]
                 layout = layout.with_tensor(tied.name, embedding.dtype, embedding.shape)
     if untied:
         # UserError if the family cannot be untied
         registry.from_config(registry.with_auxiliary_fields(untied_config(reader.config), reader.path), ignored)
-    copies = {tied.name: tied.tied_to for tied in table.tied_tensors if tied.always or tied.tied_to in changes.rows}
-    return Merge(reader=reader, changes=changes, layout=layout, untied=untied, copies=copies)
+    apart = untied[0] if untied else None
+    copies = {tied.name: tied.tied_to for tied in table.tied_tensors if tied.name != apart}
+    return Merge(reader=reader, changes=changes, layout=layout, untied=untied, copies=copies, partners=partners)
+
+
+def _resized_config(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """config.json with another number of tokens, in `text_config` of a multimodal one."""
+    if "text_config" in config:
+        return {**config, "text_config": _resized_config(config["text_config"], rows)}
+    return {
+        **config,
+        **{name: rows for name in ("vocab_size", "padded_vocab_size") if name in config},
+        "vocab_size": rows,
+    }
+
+
+def _resized_architecture(
+    reader: HfReader, architecture: Architecture, rows: int, ignored: Collection[str]
+) -> Architecture:
+    """The architecture with another number of tokens; UserError if the family's config.json does not have it."""
+    config = registry.with_auxiliary_fields(_resized_config(reader.config, rows), reader.path)
+    found = registry.from_config(config, ignored).vocab_size
+    if found != rows:
+        raise UserError(
+            f"--source {reader.path}: the adapter has {rows} tokens, which this family's config.json cannot say; merge it with "
+            "peft"
+        )
+    return replace(architecture, vocab_size=rows)
 
 
 def _log_merge(config: AdapterConfig, changes: Changes, merge: Merge) -> None:
-    log(f"adapter of {config.base or 'an unnamed base'}; changes {len(changes.names)} tensors")
+    log(f"adapter of {config.base or 'an unnamed base'}; changes {len(merge.changed)} tensors")
     if merge.untied:
         head, embedding = merge.untied
         log(f"{head} and {embedding}: untied, as in the adapter's training; config.json: tie_word_embeddings is false")
-    for name, tensor in changes.replaced.items():
-        wanted = merge.layout.tensors()[name].dtype
+    for name, tensor in {**changes.wrapped, **changes.replaced}.items():
+        wanted = merge.layout.tensors()[merge.copies.get(name, name)].dtype
         if tensor.dtype != wanted:
             log(f"{name}: cast from the adapter's {tensor.dtype} to the base's {wanted}")
 
 
-def _untie(path: Path) -> None:
-    config = untied_config(read_config(path))
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _rewrite(path: Path, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
+    path.write_text(json.dumps(change(read_config(path)), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,51 +189,73 @@ class Merge:
     layout: WeightLayout
     untied: tuple[str, str] | None  # (head, embedding), stored separately after the merge
     copies: Mapping[str, str]  # stored tied tensors: name -> original
+    partners: Mapping[str, str]  # head and embedding that config.json of the base ties: each other's name
+
+    @property
+    def changed(self) -> set[str]:
+        """Names of the tensors that differ from the base's."""
+        return {self.copies.get(name, name) for name in self.changes.names}
 
     def operations(self, tensor: TensorInfo) -> Iterator[CopyOperation]:
         """Copy operations of a tensor."""
         name = self.copies.get(tensor.name, tensor.name)
-        base = self._base(name)
-        if name not in self.changes.names:
-            view = view_of(base)
-            yield from copy_rows(view, 0, view.rows)
-            return
-        replacement = self.changes.replaced.get(name, base)
-        held, dtype = (weight_dtype(t.dtype, t.name, t.place) for t in (replacement, base))
+        whole = self._whole(name)
+        held, dtype = (weight_dtype(t.dtype, t.name, t.place) for t in (whole, tensor))
         if trained := self.changes.rows.get(name):
-            yield from _with_rows(base, *trained)
-        elif delta := self.changes.deltas.get(name):
-            yield from merged(Matrix(view=view_of(replacement), stored=held, dtype=dtype), delta)
+            yield from _with_rows(whole, *trained, dtype)
+        elif deltas := self.changes.deltas.get(name):
+            for number, delta in enumerate(deltas):
+                part = sliced(whole, (number,)) if len(whole.shape) > 2 else whole
+                yield from merged(Matrix(view=view_of(part), stored=held, dtype=dtype), delta)
         else:
-            limit = BLOCK * held.size // max(held.size, dtype.size)
-            for operation in copy_rows(view_of(replacement), 0, replacement.shape[0], limit):
-                yield cast_operation(operation, held, dtype)
+            yield from _cast_rows(whole, 0, view_of(whole).rows, held, dtype)
 
     def sources(self, tensor: TensorInfo) -> Iterator[Path]:
         """Source files of a tensor."""
         name = self.copies.get(tensor.name, tensor.name)
-        yield self._base(name).file
-        if replacement := self.changes.replaced.get(name):
-            yield replacement.file
-        if delta := self.changes.deltas.get(name):
+        yield self._whole(name).file
+        for delta in self.changes.deltas.get(name, ()):
             yield delta.a.file
         if trained := self.changes.rows.get(name):
             yield trained[1].file
 
-    def _base(self, name: str) -> TensorInfo:
-        if self.untied and name == self.untied[0] and name not in self.reader.tensors:
-            name = self.untied[1]
-        return self.reader.tensors[name]
+    def _whole(self, name: str) -> TensorInfo:
+        """The tensor that LoRA and trained rows are added to, or that replaces the base's."""
+        places = (name, self.partners[name]) if name in self.partners else (name,)
+        known = [self.changes.replaced.get(name), *map(self.changes.wrapped.get, places)]
+        found = next((tensor for tensor in known if tensor), None)
+        return found or next(self.reader.tensors[place] for place in places if place in self.reader.tensors)
+
+    def tied_checks(self) -> list[Task]:
+        """One check per tied pair that the adapter holds twice; UserError if they differ."""
+        pairs = [(name, of) for name, of in self.copies.items() if {name, of} <= self.changes.wrapped.keys()]
+        return [partial(_check_same, *(self.changes.wrapped[name] for name in pair)) for pair in pairs]
 
 
-def _with_rows(base: TensorInfo, rows: Mapping[int, int], trained: TensorInfo) -> Iterator[CopyOperation]:
+def _check_same(one: TensorInfo, other: TensorInfo) -> None:
+    with OpenFiles() as files:
+        blocks = (view_of(tensor).blocks(files, 0, tensor.shape[0]) for tensor in (one, other))
+        if one.dtype != other.dtype or any(a != b for a, b in zip(*blocks, strict=True)):
+            raise UserError(
+                f"{one.place}: {one.name} differs from {other.name}, but the base ties them; merge into the base that it was "
+                "trained on"
+            )
+
+
+def _cast_rows(tensor: TensorInfo, first: int, count: int, held: Dtype, dtype: Dtype) -> Iterator[CopyOperation]:
+    if held is dtype:
+        yield from copy_rows(view_of(tensor), first, count)
+        return
+    limit = BLOCK * held.size // max(held.size, dtype.size)
+    yield from (cast_operation(operation, held, dtype) for operation in copy_rows(view_of(tensor), first, count, limit))
+
+
+def _with_rows(base: TensorInfo, rows: Mapping[int, int], trained: TensorInfo, dtype: Dtype) -> Iterator[CopyOperation]:
     """Copy operations of the base tensor with rows replaced: base row -> row of `trained`."""
-    view, new = view_of(base), view_of(trained)
-    dtypes = [weight_dtype(tensor.dtype, tensor.name, tensor.place) for tensor in (trained, base)]
-    limit = BLOCK * dtypes[0].size // max(dtype.size for dtype in dtypes)
+    held, new = (weight_dtype(tensor.dtype, tensor.name, tensor.place) for tensor in (base, trained))
     first = 0
     for row, place in sorted(rows.items()):
-        yield from copy_rows(view, first, row - first)
-        yield from (cast_operation(operation, *dtypes) for operation in copy_rows(new, place, 1, limit))
+        yield from _cast_rows(base, first, row - first, held, dtype)
+        yield from _cast_rows(trained, place, 1, new, dtype)
         first = row + 1
-    yield from copy_rows(view, first, view.rows - first)
+    yield from _cast_rows(base, first, base.shape[0] - first, held, dtype)

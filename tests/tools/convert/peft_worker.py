@@ -25,7 +25,10 @@ def make(case: dict[str, Any]) -> None:
     base, out = case["base"], Path(case["out"])
 
     def load() -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, case["dtype"]))
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, case["dtype"]))
+        if rows := case.get("rows"):
+            model.resize_token_embeddings(rows)
+        return model
 
     torch.manual_seed(len(case["name"]))
     model = get_peft_model(load(), LoraConfig(task_type="CAUSAL_LM", **case["lora"]))
@@ -42,7 +45,8 @@ def make(case: dict[str, Any]) -> None:
                 parameter += 0.1 * torch.randn_like(parameter)
     if case.get("half"):
         model.half()
-    model.save_pretrained(out / "adapter", safe_serialization=not case.get("bin"))
+    ends = True if case.get("ends") else "auto"  # a multimodal config.json hides its vocab_size from PEFT
+    model.save_pretrained(out / "adapter", safe_serialization=not case.get("bin"), save_embedding_layers=ends)
     again = PeftModel.from_pretrained(load(), out / "adapter")
     if case.get("logits"):
         with torch.no_grad():

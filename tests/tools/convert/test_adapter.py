@@ -166,17 +166,72 @@ def test_a_square_expert_of_an_unknown_version_is_refused(
     assert f"peft_version is {version!r}" in answer.err
 
 
-def test_experts_stored_as_one_tensor_are_refused_by_name(
-    tmp_path: Path, write_architecture: Make, convert: Any
+@pytest.mark.parametrize("version", ["0.18.1", "0.21.2"])
+@pytest.mark.parametrize("parameter", ["gate_up_proj", "down_proj"])
+def test_experts_stored_as_one_tensor_are_merged_like_single_ones(
+    experts: Callable[[int], Path], convert: Any, tmp_path: Path, parameter: str, version: str
 ) -> None:
-    write_architecture(tmp_path / "base", registry.sizes()["gpt-oss-tiny"], dtype="fp32")
-    module = f"{PREFIX}model.layers.0.mlp.experts"
-    tensors = {f"{module}.lora_A.weight": numbers(0, 32, 64), f"{module}.lora_B.weight": numbers(1, 64, 32)}
-    fields = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]}
-    answer = merge(convert, tmp_path / "base", write_adapter(tmp_path / "adapter", tensors, **fields), tmp_path / "out")
+    """As transformers 5's classes hold them; gpt-oss, whose files hold them so, is in test_merge_lora.py."""
+    base = experts(48)
+    weights = load_file(base / "model.safetensors")
+    tensors, _ = of_experts(weights, parameter, swapped=version < "0.19")
+    fields = {"target_modules": [], "target_parameters": [f"mlp.experts.{parameter}"], "peft_version": version}
+    adapter = write_adapter(tmp_path / "adapter", tensors, **fields)
+    assert merge(convert, base, adapter, tmp_path / "single").code == 0
+    save_file(fused(weights), base / "model.safetensors", metadata={"format": "pt"})
+    answer = merge(convert, base, adapter, tmp_path / "one")
+    assert answer.code == 0, answer.err
+    wanted = fused(load_file(tmp_path / "single" / "model.safetensors"))
+    found = load_file(tmp_path / "one" / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+
+
+def fused(weights: Tensors) -> Tensors:
+    """The experts of a layer as one tensor: `[experts, gate and up, hidden]` and `[experts, hidden, inner]`."""
+    made = {name: tensor for name, tensor in weights.items() if ".experts." not in name}
+    for layer in {name.split(".experts.")[0] for name in weights if ".experts." in name}:
+        count = sum(name.startswith(f"{layer}.experts.") for name in weights) // 3
+        gate, up, down = (
+            np.stack([weights[f"{layer}.experts.{expert}.{part}_proj.weight"] for expert in range(count)])
+            for part in ("gate", "up", "down")
+        )
+        made |= {f"{layer}.experts.gate_up_proj": np.concatenate([gate, up], 1), f"{layer}.experts.down_proj": down}
+    return made
+
+
+EMBEDDING, HEAD = f"{PREFIX}model.embed_tokens.weight", f"{PREFIX}lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ({EMBEDDING: 600}, "resized to 600 rows, lm_head.weight of the base has 512 and is not in the adapter"),
+        ({EMBEDDING: 600, HEAD: 512}, "has 600 rows and lm_head.weight 512; resize both"),
+    ],
+)
+def test_a_resized_embedding_without_its_head_is_refused(
+    base: Path, convert: Any, tmp_path: Path, rows: dict[str, int], words: str
+) -> None:
+    tensors = {name: numbers(3, count, 64) for name, count in rows.items()}
+    adapter = write_adapter(tmp_path / "adapter", of_queries(load_file(base / "model.safetensors")) | tensors)
+    answer = merge(convert, base, adapter, tmp_path / "out")
     assert (answer.code, answer.err.count("\n")) == (2, 1), answer.err
-    assert "the base stores as one tensor (model.layers.0.mlp.experts.gate_up_proj" in answer.err
-    assert "merge it with peft" in answer.err
+    assert words in answer.err
+
+
+def test_two_values_of_a_tied_embedding_are_refused(tmp_path: Path, write_architecture: Make, convert: Any) -> None:
+    base = write_architecture(
+        tmp_path / "base", registry.sizes()["tiny"].with_values(head={"tied": True}), dtype="fp32"
+    )
+    tensors = of_queries(load_file(base / "model.safetensors"))
+    tensors |= {EMBEDDING: numbers(3, 600, 64), HEAD: numbers(4, 600, 64)}
+    answer = merge(convert, base, write_adapter(tmp_path / "adapter", tensors), tmp_path / "out")
+    assert answer.code == 2
+    assert (
+        "lm_head.weight differs from base_model.model.model.embed_tokens.weight, but the base ties them" in answer.err
+    )
+    assert not (tmp_path / "out").exists()
 
 
 TOKENS = [5, 250, 7]

@@ -35,6 +35,7 @@ BASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "gpt2-bare": (SIZES["gpt2-tiny"], {"without_prefix": True}),
     "mixtral": (SIZES["mixtral-tiny"], {}),
     "qwen2-moe": (SIZES["qwen2-moe-tiny"], {}),
+    "gpt-oss": (SIZES["gpt-oss-tiny"], {}),
     "gemma3-images": (SIZES["gemma3-images-tiny"], {}),
 }
 _QV = ["q_proj", "v_proj"]
@@ -69,6 +70,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
     "conv1d-without-prefix": ("gpt2-bare", {"r": 4, **_GPT2}, {}, 8),
     "conv1d-dora": ("gpt2", {"r": 4, **_GPT2, "use_dora": True}, {}, 8),
     "experts": ("mixtral", {"r": 4, "target_modules": _QV, "target_parameters": _EXPERTS}, {}, 4 + 2 * 4 * 3),
+    "experts-in-one": ("gpt-oss", {"r": 4, "target_modules": _QV, "target_parameters": _EXPERTS}, {}, 4 + 2 * 2),
     "shared-expert": (
         "qwen2-moe",
         {
@@ -100,17 +102,33 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
     "images": ("gemma3-images", {"r": 4, "target_modules": [*_QV, "down_proj", "fc1"]}, {}, 2 * 3 + 2 * 3),
     "images-text": ("gemma3-images", {"r": 4, "target_modules": r".*language_model.*\.(q|o)_proj"}, {}, 4),
 }
+# name -> base, arguments of LoraConfig, new rows. PEFT saves embedding and head whole, and what it wrapped under further names.
+RESIZED: dict[str, tuple[str, dict[str, Any], int]] = {
+    "resized": ("llama", {"r": 4, "target_modules": _QV}, 300),
+    "resized-shorter": ("llama-fp32", {"r": 4, "target_modules": _QV}, 500),
+    "resized-tied": ("llama-tied", {"r": 4, "target_modules": _QV}, 600),
+    "resized-saved": (
+        "llama-fp32",
+        {"r": 4, "target_modules": _QV, "modules_to_save": ["embed_tokens", "lm_head"]},
+        600,
+    ),
+    "resized-ends": ("llama-fp32", {"r": 4, "target_modules": ["embed_tokens", "lm_head"]}, 600),
+    "resized-tokens": ("llama-fp32", {"r": 4, "target_modules": _QV, "trainable_token_indices": [5, 570]}, 600),
+    "resized-tied-tokens": ("llama-tied", {"r": 4, "target_modules": _QV, "trainable_token_indices": [5, 570]}, 600),
+    "resized-images": ("gemma3-images", {"r": 4, "target_modules": ["q_proj"]}, 600),
+}
 TIED = {
     "tied-head": {"r": 4, "target_modules": ["lm_head", "q_proj"]},
     "tied-embedding": {"r": 4, "target_modules": ["embed_tokens", "q_proj"]},
     "tied-saved": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
 }
+TIED_RESIZED = {f"{name}-resized": lora for name, lora in TIED.items()}  # to 600 rows
 # Baton rounds the exact number once. PEFT computes in fp32, in the order of its BLAS, which depends on the processor, and rounds
 # that to 16 bits; of embeddings, parameters and experts first `scale * B @ A`, then the sum. In ulp of the larger of W and the
 # result:
 ONE_ROUNDING_EACH = 1  # half an ulp each; fp32's errors are 2^-13 of that
 TWO_ROUNDINGS = 2  # and half an ulp of `scale * B @ A`, which is up to twice as large
-TWICE = {"ends", "experts", "shared-expert"}
+TWICE = {"ends", "experts", "experts-in-one", "shared-expert"}
 # In fp32 ulp of the tensor's largest number: no partial sum is larger here.
 FP32_PRODUCT = 8  # half an ulp for each addition of the 8 products, and a few
 FP32_DORA = 16  # as many again for norm, quotient and product
@@ -136,7 +154,12 @@ def make_all(place: Path, write_architecture: Make) -> None:
         write_architecture(place / name, architecture, **options)
     names = {"fp32": "float32", "fp16": "float16"}
     cases = [(name, base, lora, more) for name, (base, lora, more, _) in CASES.items()]
+    cases += [
+        (name, base, lora, {"rows": rows, "ends": base == "gemma3-images"})
+        for name, (base, lora, rows) in RESIZED.items()
+    ]
     cases += [(name, "llama-tied", lora, {"logits": True}) for name, lora in TIED.items()]
+    cases += [(name, "llama-tied", lora, {"logits": True, "rows": 600}) for name, lora in TIED_RESIZED.items()]
     listed = [
         {
             "name": name,
@@ -218,7 +241,30 @@ def test_the_weights_are_those_that_peft_merges(made: Path, convert: Any, tmp_pa
     ]
 
 
-@pytest.mark.parametrize("case", TIED)
+@pytest.mark.parametrize("case", RESIZED)
+def test_a_resized_vocabulary_is_the_one_that_peft_merges(made: Path, convert: Any, tmp_path: Path, case: str) -> None:
+    base, lora, rows = RESIZED[case]
+    adapter, out = made / "of" / case / "adapter", tmp_path / "out"
+    answer = convert("merge-lora", "--source", made / base, "--adapter", adapter, "--target", out)
+    assert answer.code == 0, answer.err
+    assert f"vocab_size: {rows}, as the adapter's embedding" in answer.err
+    ours, theirs = weights(out), weights(made / "of" / case / "merged")
+    prefix_variants = registry.table_of(BASES[base][0]).prefix_variants
+    for name, tensor in ours.items():
+        wanted = next(theirs[other] for other in name_variants(name, prefix_variants) if other in theirs)
+        assert tensor[:-1] == wanted[:-1], name
+        one, other = (numbers(content, dtype) for dtype, _, content in (tensor, wanted))
+        assert in_ulp(one, other, other, tensor[0]) <= allowed(case, lora, tensor[0]), name
+    assert ours.keys() == weights(made / base).keys()
+    before, after = (json.loads((path / "config.json").read_text()) for path in (made / base, out))
+    place = (lambda config: config["text_config"]) if "text_config" in before else (lambda config: config)
+    assert place(after)["vocab_size"] == rows
+    place(after)["vocab_size"] = place(before)["vocab_size"]
+    assert before == after
+    assert convert("to-megatron", "--source", out, "--target", tmp_path / "megatron").code == 0
+
+
+@pytest.mark.parametrize("case", [*TIED, *TIED_RESIZED])
 def test_tied_embeddings_part_where_only_one_of_them_changes(
     made: Path, convert: Any, tmp_path: Path, case: str
 ) -> None:
