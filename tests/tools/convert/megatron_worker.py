@@ -1,8 +1,8 @@
 """One of two ranks that load converted checkpoints in plain Megatron-Core, without a GPU.
 
-Run as `megatron_worker.py WORK`. For each model in WORK, at TP=2, then at PP=2: Megatron-Core's GPTModel with its local layer
-spec loads WORK/<model>.megatron/release by `dist_checkpointing.load`, computes logits, decodes greedily, and saves by
-`dist_checkpointing.save` like a training run.
+Run as `megatron_worker.py WORK RANK PORT`. For each model in WORK, at TP=2, then at PP=2: Megatron-Core's GPTModel with its local
+layer spec loads WORK/<model>.megatron/release by `dist_checkpointing.load`, computes logits, decodes greedily, and saves by
+`dist_checkpointing.save` like a training run. MoE models are loaded, also at EP=2, and saved in every form of keys.
 """
 
 from __future__ import annotations
@@ -31,13 +31,28 @@ from shared.families import registry  # noqa: E402
 from shared.model.logits import logits  # noqa: E402
 
 CONTINUED = 32  # tokens
+# Metadata of `sharded_state_dict`: how layers and experts are named.
+FORMS: dict[str, dict[str, bool]] = {
+    "layer": {"non_homogeneous_layers": True},
+    "expert": {"singleton_local_shards": True},
+}
 
 
-def build(architecture: Any, tensor: int, pipeline: int) -> GPTModel:
+def build(architecture: Any, tensor: int, pipeline: int, expert: int = 1) -> GPTModel:
+    moe = architecture.moe
+    experts: dict[str, Any] = {}
+    if moe:
+        experts = {
+            "num_moe_experts": moe.experts,
+            "moe_ffn_hidden_size": moe.expert.ffn_hidden_size,
+            "moe_router_topk": moe.top_k,
+            "expert_model_parallel_size": expert,
+        }
     config = TransformerConfig(
+        **experts,
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
-        ffn_hidden_size=architecture.mlp.ffn_hidden_size,
+        ffn_hidden_size=architecture.feed_forward.ffn_hidden_size,
         num_attention_heads=architecture.attention.heads,
         num_query_groups=architecture.attention.groups,
         kv_channels=architecture.attention.head_dim,
@@ -57,9 +72,16 @@ def build(architecture: Any, tensor: int, pipeline: int) -> GPTModel:
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
     )
+    spec = get_gpt_layer_local_spec(
+        num_experts=moe.experts if moe else None,
+        qk_layernorm=architecture.attention.qk_norm is not None,
+        normalization="RMSNorm",
+    )
+    if moe:  # as the spec of TransformerEngine, which people train MoE with, has it
+        del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     model = GPTModel(
         config,
-        get_gpt_layer_local_spec(qk_layernorm=architecture.attention.qk_norm is not None, normalization="RMSNorm"),
+        spec,
         vocab_size=architecture.padded_vocab_size(tensor),
         max_sequence_length=architecture.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -75,35 +97,57 @@ def build(architecture: Any, tensor: int, pipeline: int) -> GPTModel:
     return model
 
 
+def load(source: Path, tensor: int, pipeline: int, expert: int) -> GPTModel:
+    architecture = registry.from_config(read_config(source / "hf" / "config.json"))
+    model = build(architecture, tensor, pipeline, expert)
+    loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(source / "release"))
+    model.load_state_dict(loaded["model"], strict=False)
+    return model
+
+
+def save(model: GPTModel, target: Path, metadata: dict[str, Any]) -> None:
+    saved = target / "iter_0000007"
+    if torch.distributed.get_rank() == 0:
+        saved.mkdir(parents=True)
+        (target / "latest_checkpointed_iteration.txt").write_text("7")
+    torch.distributed.barrier()
+    replicas = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    state = model.sharded_state_dict(metadata=metadata | replicas)
+    state = {"model": state, "checkpoint_version": 3.0, "iteration": 7}
+    dist_checkpointing.save(state, str(saved))
+
+
 def main(work: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     filesystem_async._results_queue = queue.Queue()  # no manager process that outlives this one
     filesystem_async._process_memory = lambda: 0  # asks for psutil, for a debugging line
     first = torch.distributed.get_rank() == 0
-    for layout, tensor, pipeline in (("tp2", 2, 1), ("pp2", 1, 2)):
-        parallel_state.initialize_model_parallel(tensor, pipeline)
+    for layout, tensor, pipeline, expert in (("tp2", 2, 1, 1), ("pp2", 1, 2, 1), ("ep2", 1, 1, 2)):
+        parallel_state.initialize_model_parallel(tensor, pipeline, expert_model_parallel_size=expert)
         model_parallel_cuda_manual_seed(0)
         for source in sorted(work.glob("*.megatron")):
             name = source.name.removesuffix(".megatron")
-            architecture = registry.from_config(read_config(source / "hf" / "config.json"))
-            model = build(architecture, tensor, pipeline)
-            loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(source / "release"))
-            model.load_state_dict(loaded["model"], strict=False)
+            model = load(source, tensor, pipeline, expert)
+            if model.architecture.moe:
+                for form, metadata in FORMS.items():
+                    save(model, work / f"{name}.{layout}.{form}", metadata)
+                model.config.moe_layer_freq = [1] * model.architecture.num_layers
+                save(model, work / f"{name}.{layout}.list", {})
+                continue
+            if layout == "ep2":
+                continue
             ids = torch.load(work / f"{name}.ids.pt")
             result = {"logits": logits([model], ids)}
             while ids.shape[1] < result["logits"].shape[1] + CONTINUED:
                 following = logits([model], ids)[:, -1:].argmax(-1)
                 ids = torch.cat([ids, following], dim=1)
             result["continued"] = ids[:, -CONTINUED:]
-            saved = work / f"{name}.{layout}" / "iter_0000007"
             if first:
                 torch.save(result, work / f"{name}.{layout}.pt")
-                saved.mkdir(parents=True)
-                (saved.parent / "latest_checkpointed_iteration.txt").write_text("7")
-            torch.distributed.barrier()
-            state = {"model": model.sharded_state_dict(), "checkpoint_version": 3.0, "iteration": 7}
-            dist_checkpointing.save(state, str(saved))
+            save(model, work / f"{name}.{layout}", {})
+            if layout == "tp2":
+                save(model, work / f"{name}.{layout}.expert", FORMS["expert"])
         parallel_state.destroy_model_parallel()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -14,21 +14,27 @@ import pytest
 import torch
 
 from shared.checkpoint.formats.hugging_face import HfReader
+from shared.checkpoint.formats.torch_dist_reader import TorchDistReader
+from shared.families import registry
 
 MODELS = ("llama-gqa", "qwen2-tied", "qwen3")
 LAYOUTS = ("tp2", "pp2")
+MOE = "mixtral"
+FORMS = ("layer", "expert", "list")  # of keys, in megatron_worker.py; list: `moe_layer_freq`
 POSITIONS = 288
 # fp32 sums in another order (ranks add their parts of a row): a few 1e-6 of logits that spread over about 10.
 TOLERANCE = 2e-4
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory, write_checkpoint: Any) -> Path:
+def work(tmp_path_factory: pytest.TempPathFactory, write_checkpoint: Any, write_architecture: Any) -> Path:
     """What the two processes made of each model, at each layout."""
     folder = tmp_path_factory.mktemp("work")
     convert = [sys.executable, "-m", "tools.convert.cli", "to-megatron"]
-    for name in MODELS:
-        source = write_checkpoint(folder / f"{name}.hf", name)
+    moe = registry.sizes()["mixtral-tiny"].with_values(vocab_size=259)
+    for name in (*MODELS, MOE):
+        path = folder / f"{name}.hf"
+        source = write_architecture(path, moe) if name == MOE else write_checkpoint(path, name)
         subprocess.run([*convert, "--source", source, "--target", folder / f"{name}.megatron"], check=True)
         ids = torch.randint(259, (1, POSITIONS), generator=torch.Generator().manual_seed(1))
         torch.save(ids, folder / f"{name}.ids.pt")
@@ -89,6 +95,14 @@ def test_plain_megatron_core_at_tp2_and_pp2(
             assert torch.equal(made["continued"], reference[name]["continued"])
         with subtests.test("what Megatron-Core saved exports bit for bit", name=name, layout=layout):
             check_export(work / f"{name}.{layout}", work / f"{name}.hf", tmp_path / f"{name}.{layout}", convert)
+    named = [(f"{MOE}.{layout}.{form}", MOE) for layout in (*LAYOUTS, "ep2") for form in FORMS]
+    for directory, name in (*named, *((f"{name}.tp2.expert", name) for name in MODELS)):
+        with subtests.test("layers and experts under keys of their own export bit for bit", name=directory):
+            keys = TorchDistReader(work / directory / "iter_0000007").tensors
+            assert "decoder.layers.1.self_attention.linear_proj.weight" in keys
+            single = "decoder.layers.1.mlp.experts.experts.3.linear_fc2.weight"
+            assert (single in keys) == (name == MOE and directory.endswith("expert"))
+            check_export(work / directory, work / f"{name}.hf", tmp_path / directory, convert)
 
 
 def check_export(saved: Path, source: Path, target: Path, convert: Any) -> None:
