@@ -75,7 +75,7 @@ test-containers: setup containers/.venv/.ready ## images built and run (Debian a
 	-containers/engine.sh
 	tools/convert/.venv/bin/python -m pytest -q --durations 5 tests/containers
 
-peers: tests/peers/.venv/.ready ## Megatron-Bridge and mbridge, for test-convert and bench-convert to compare with (6 GB)
+peers: tests/peers/.venv/.ready ## Megatron-Bridge, mbridge and mcore-bridge, for test-convert and bench-convert to compare with (6 GB)
 
 bench-convert: setup ## how fast conversions are beside copying the same bytes (20 GB of disk at BENCH_WORK)
 	OMP_NUM_THREADS=1 tools/convert/.venv/bin/python tests/benchmarks/bench_convert.py --work $(BENCH_WORK)

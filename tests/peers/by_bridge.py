@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ def to_megatron(hf: Path, target: Path) -> None:
     """What `AutoBridge.import_ckpt` does."""
     bridge, provider = bridge_of(hf, "bfloat16", load=True)
     model = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
-    bridge.save_megatron_model(model, target)
+    bridge.save_megatron_model(model, target, low_memory_save=True)
 
 
 def load(megatron: Path, hf: Path, dtype: str) -> tuple[Any, Any, Any]:
@@ -48,27 +47,8 @@ def load(megatron: Path, hf: Path, dtype: str) -> tuple[Any, Any, Any]:
 def to_hf(megatron: Path, hf: Path, target: Path) -> None:
     """What `AutoBridge.export_ckpt` does, less the tokenizer that a generated directory does not have."""
     bridge, _, model = load(megatron, hf, "bfloat16")
-    name_experts()
     bridge.hf_pretrained.config.save_pretrained(target)
     bridge.save_hf_weights(model, target, show_progress=False)
-
-
-def name_experts() -> None:
-    """On the way out Bridge 0.3.1 reads an expert's number off the name that TransformerEngine's grouped module has."""
-    from megatron.bridge.models.conversion.param_mapping import MegatronParamMapping
-
-    gather = MegatronParamMapping.gather_from_ep_ranks
-
-    def named(self: Any, *args: Any) -> Any:
-        own = self.megatron_param
-        if found := re.search(r"local_experts\.(\d+)\.", own):
-            self.megatron_param = own + found[1]
-        try:
-            return gather(self, *args)
-        finally:
-            self.megatron_param = own
-
-    MegatronParamMapping.gather_from_ep_ranks = named
 
 
 def compare(megatron: Path, hf: Path, target: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.peers.core import FUSIONS, layer, prepare
+from tests.peers.core import FUSIONS, layer, load, prepare, save
 
 EXPERT = r"experts\.local_experts\.(\d+)\.(linear_fc[12]\.weight)$"
 
@@ -18,9 +18,12 @@ def bridge_of(hf: Path) -> tuple[Any, Any]:
     """mbridge's bridge of a Hugging Face directory, and a model without weights on the CPU."""
     from mbridge import AutoBridge
     from megatron.core import parallel_state
+    from transformers import AutoConfig
 
     parallel_state.initialize_model_parallel()
-    bridge = AutoBridge.from_pretrained(hf)
+    config = AutoConfig.from_pretrained(hf)
+    config.rope_theta = config.rope_parameters["rope_theta"]  # mbridge 0.15.1 reads it where transformers 4 has it
+    bridge = AutoBridge.from_config(config)
     off = dict.fromkeys(FUSIONS, False)
     bridge.set_extra_args(use_cpu_initialization=True, perform_initialization=False, **off)
     spec = layer(bridge.config.num_moe_experts, bridge.config.qk_layernorm)
@@ -38,23 +41,15 @@ def bridge_of(hf: Path) -> tuple[Any, Any]:
 
 def to_megatron(hf: Path, target: Path) -> None:
     """mbridge fills a model; Megatron-Core saves it."""
-    from megatron.core import dist_checkpointing
-
     bridge, model = bridge_of(hf)
     bridge.load_weights([model], str(hf))
-    (target / "release").mkdir(parents=True)
-    dist_checkpointing.save(model.sharded_state_dict(), str(target / "release"))
-    (target / "latest_checkpointed_iteration.txt").write_text("release", encoding="utf-8")
+    save(model, target)
 
 
 def to_hf(megatron: Path, hf: Path, target: Path) -> None:
     """Megatron-Core fills a model from a directory of `convert to-megatron`; mbridge writes it out."""
-    from megatron.core import dist_checkpointing
-
     bridge, model = bridge_of(hf)
-    wanted = model.sharded_state_dict()
-    found = dist_checkpointing.load(wanted, str(megatron / "release"))
-    model.load_state_dict({name: found[name] for name in wanted})
+    load(model, megatron)
     bridge.safetensor_io = bridge._get_safetensor_io(str(hf))
     bridge.save_weights([model], str(target))
 

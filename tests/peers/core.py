@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-ABSENT = ("transformer_engine", "transformer_engine_torch", "mamba_ssm", "causal_conv1d", "fla", "mlflow", "modelopt")
+ABSENT = (
+    "transformer_engine",
+    "transformer_engine_torch",
+    "mamba_ssm",
+    "causal_conv1d",
+    "fla",
+    "mlflow",
+    "modelopt",
+    "nvidia_resiliency_ext",
+)
 FUSIONS = (
     "gradient_accumulation_fusion",
     "bias_activation_fusion",
@@ -64,8 +73,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def prepare() -> None:
-    """Megatron-Core as it is without TransformerEngine, then imports of that made possible, and a group of one."""
-    os.environ.update(CUDA_VISIBLE_DEVICES="", TORCHDYNAMO_DISABLE="1")
+    """Megatron-Core as it is without TransformerEngine, then imports of that made possible, and a group of one; no network."""
+    os.environ.update(CUDA_VISIBLE_DEVICES="", TORCHDYNAMO_DISABLE="1", HF_HUB_OFFLINE="1")
     import torch.distributed
 
     import shared.runtime.device
@@ -117,5 +126,23 @@ def layer(experts: int | None, qk_layernorm: bool) -> Any:
     spec.submodules.self_attention.submodules.linear_qkv = NormedLinear
     if not experts:
         spec.submodules.pre_mlp_layernorm = IdentityOp
-        spec.submodules.mlp.submodules.linear_fc1 = NormedLinear
+        spec.submodules.mlp.keywords["submodules"].linear_fc1 = NormedLinear
     return spec
+
+
+def save(model: Any, target: Path) -> None:
+    """Megatron-Core writes a model's weights, as `release`."""
+    from megatron.core import dist_checkpointing
+
+    (target / "release").mkdir(parents=True)
+    dist_checkpointing.save(model.sharded_state_dict(), str(target / "release"))
+    (target / "latest_checkpointed_iteration.txt").write_text("release", encoding="utf-8")
+
+
+def load(model: Any, megatron: Path) -> None:
+    """Megatron-Core fills a model from a directory of `convert to-megatron`."""
+    from megatron.core import dist_checkpointing
+
+    wanted = model.sharded_state_dict()
+    found = dist_checkpointing.load(wanted, str(megatron / "release"))
+    model.load_state_dict({name: found[name] for name in wanted})

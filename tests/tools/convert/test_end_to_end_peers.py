@@ -1,4 +1,4 @@
-"""Directories of Megatron-Bridge and mbridge are exported as their source; both read directories of `to-megatron`."""
+"""Directories of Megatron-Bridge, mbridge and mcore-bridge are exported as their source; they read those of `to-megatron`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "megatron-bridge"  # m
 FAMILIES = ("llama", "qwen3")
 PEERS = Path(__file__).resolve().parents[2] / "peers"
 PYTHON = PEERS / ".venv" / "bin" / "python"
-peers = pytest.mark.skipif(not PYTHON.exists(), reason="Megatron-Bridge and mbridge are not installed: make peers")
+peers = pytest.mark.skipif(
+    not PYTHON.exists(), reason="Megatron-Bridge, mbridge and mcore-bridge are not installed: make peers"
+)
 
 
 def peer(program: str, *words: str | Path) -> str:
@@ -49,7 +51,7 @@ def test_inspect_names_bridge(convert: Any) -> None:
 
 
 @peers
-@pytest.mark.parametrize("program", ["by_bridge.py", "by_mbridge.py"])
+@pytest.mark.parametrize("program", ["by_bridge.py", "by_mbridge.py", "by_mcore_bridge.py"])
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen3_moe"])
 def test_peers_as_they_are_installed(family: str, program: str, convert: Any, tmp_path: Path) -> None:
     hf = (
