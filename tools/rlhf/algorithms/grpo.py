@@ -132,15 +132,7 @@ def _train(
     ids = {prompt.text: list(prompt.ids) for prompt in prompts}
     # TRL's own rendering knows no tools of a row.
     trainer._tokenize_prompts = lambda texts: ([ids[text] for text in texts], None, {})
-    callback = StageCallback(
-        context,
-        distributed,
-        resumed=resumed,
-        log_every=options.log_every,
-        track=options.track,
-        line=_line,
-        period=options.epochs,
-    )
+    callback = StageCallback(context, options, distributed, resumed=resumed, line=_line, period=options.epochs)
     updates = train(trainer, callback, resumed)
     return unwrapped_model(trainer), updates
 

@@ -159,10 +159,9 @@ def _train(
     )
     callback = StageCallback(
         context,
+        options,
         distributed,
         resumed=resumed,
-        log_every=options.log_every,
-        track=options.track,
         line=lambda row: f"loss {row['loss']:.4f}, accuracy {row['accuracy']:.3f}, margin {row['margin']:.3f}",
     )
     updates = train(trainer, callback, resumed)

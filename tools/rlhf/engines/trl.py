@@ -7,7 +7,7 @@ checkpoints from interrupted ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from shared.checkpoint.files import remove_tree, sync, sync_tree
 from shared.console import log
 from shared.errors import Interrupted, StageError
 from shared.report.metrics import peak_memory
-from shared.report.track import Track
 from shared.runtime.agreement import on_rank_0
 from shared.runtime.stop_request import StopRequest
 from tools.rlhf.engines.distributed import DistributedContext
@@ -90,30 +89,28 @@ class StageCallback(TrainerCallback):
     def __init__(
         self,
         context: RunContext,
+        options: Options,
         distributed: DistributedContext,
         *,
         resumed: Path | None,
-        log_every: int,
-        track: Sequence[Track],
         line: Callable[[Mapping[str, float]], str],
         period: int = 1,
     ) -> None:
         """
         Args:
             context: the run.
+            options: the command's: how often to log, and the trackers.
             distributed: the ranks.
             resumed: the checkpoint to resume from.
-            log_every: updates between two log lines.
-            track: trackers.
             line: formats an update's metrics as a log line.
             period: updates per roll-out; a run resumes only at a multiple.
         """
         self.interrupted_at: int | None = None
         self._period = period
-        self._distributed, self._log_every, self._line = distributed, log_every, line
+        self._distributed, self._log_every, self._line = distributed, options.log_every, line
         self._stop = StopRequest()
         step = _step_of(resumed) if resumed else None
-        self._metrics = context.state.metrics(step, track) if distributed.rank == 0 else None
+        self._metrics = context.state.metrics(step, options.track) if distributed.rank == 0 else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         between = state.global_step == state.max_steps or state.global_step % self._period
