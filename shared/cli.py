@@ -101,6 +101,7 @@ class Command:
     function: Callable[..., int | None]
     positional: tuple[str, ...]  # parameters also accepted as bare words, in order
     not_fingerprinted: tuple[str, ...]  # parameters outside the run's fingerprint
+    added: tuple[str, ...]  # parameters outside it at their default
     parameters: dict[str, inspect.Parameter] = field(repr=False)
     hints: dict[str, Any] = field(repr=False)
     groups: dict[str, type] = field(repr=False)  # parameters annotated with a dataclass
@@ -153,6 +154,7 @@ class Tool:
         name: str | None = None,
         positional: Sequence[str] = (),
         not_fingerprinted: Sequence[str] = (),
+        added: Sequence[str] = (),
     ) -> Any:
         """Decorator, with or without arguments: register a function as a command.
 
@@ -161,6 +163,8 @@ class Tool:
             name: its name on the command line; default: the function's, with hyphens.
             positional: parameters also accepted as bare words.
             not_fingerprinted: parameters that do not change the result, left out of the run's fingerprint.
+            added: parameters that the first version did not have; at their default left out of the fingerprint, so a run or
+                result of that version is still this one.
         """
 
         def register(function: Callable[..., int | None]) -> Callable[..., int | None]:
@@ -170,6 +174,7 @@ class Tool:
                 function=function,
                 positional=tuple(positional),
                 not_fingerprinted=tuple(not_fingerprinted),
+                added=tuple(added),
                 **_flags(function),
             )
             return function
@@ -213,7 +218,12 @@ class Tool:
         _install_signals()
         try:
             with invoked(
-                self.name, command.name, arguments, version=self.version, not_fingerprinted=command.not_fingerprinted
+                self.name,
+                command.name,
+                arguments,
+                version=self.version,
+                not_fingerprinted=command.not_fingerprinted,
+                added={name: command.parameters[name].default for name in command.added},
             ):
                 return command.call(arguments) or EXIT_DONE
         except AlreadyDone as done:

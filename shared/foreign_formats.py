@@ -93,3 +93,11 @@ def not_a_directory(path: Path) -> str:
     if found := foreign_format([path.name]):
         return f"is a file in a format that is not read ({found[0].title}); {found[0].fix}"
     return f"is a file, a directory is required; give the one that holds it, {path.parent}"
+
+
+def indexed_prefix(path: Path) -> Path | None:
+    """The prefix of a Megatron pair `PREFIX.bin` and `PREFIX.idx`, named by the prefix or by either file; None without one."""
+    for prefix in (path, path.with_suffix("")) if path.suffix in (".bin", ".idx") else (path,):
+        if any(Path(f"{prefix}{suffix}").is_file() for suffix in (".bin", ".idx")):
+            return prefix
+    return None

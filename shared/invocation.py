@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,20 @@ class Invocation:
     version: str
     options: dict[str, Any]  # JSON values; paths as text
     not_fingerprinted: tuple[str, ...] = ()
+    # Options that earlier versions did not have -> defaults: at its default such an option is not fingerprinted, so a run of
+    # an earlier version is the same run.
+    added: dict[str, Any] = field(default_factory=dict)
 
     def fingerprinted_options(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The options in the run's fingerprint. Inputs are left out: they are fingerprinted by content, not by path."""
+        return {
+            name: value
+            for name, value in self.compared_options(inputs).items()
+            if name not in self.added or value != self.added[name]
+        }
+
+    def compared_options(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The same, with added options at their defaults."""
         ignored = {*_NEVER_FINGERPRINTED, *self.not_fingerprinted, *inputs}
         return {name: value for name, value in self.options.items() if name not in ignored}
 
@@ -38,7 +49,13 @@ def invocation() -> Invocation:
 
 @contextlib.contextmanager
 def invoked(
-    tool: str, command: str, options: Mapping[str, Any], *, version: str = "0", not_fingerprinted: Sequence[str] = ()
+    tool: str,
+    command: str,
+    options: Mapping[str, Any],
+    *,
+    version: str = "0",
+    not_fingerprinted: Sequence[str] = (),
+    added: Mapping[str, Any] | None = None,
 ) -> Iterator[Invocation]:
     """Context manager: declare the running command."""
     current = Invocation(
@@ -47,6 +64,7 @@ def invoked(
         version=version,
         options={name: _plain(value) for name, value in options.items()},
         not_fingerprinted=tuple(not_fingerprinted),
+        added=_plain(added or {}),
     )
     token = _current.set(current)
     try:

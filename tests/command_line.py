@@ -37,6 +37,7 @@ def described(tool: Tool, command: Command) -> list[str]:
         default = "required" if parameter.default is inspect.Parameter.empty else f"= {parameter.default!r}"
         kind = " ".join([type_text(command.hints[name]), *constraints(command.hints[name])])
         outside = ", not in the fingerprint" if name in command.not_fingerprinted else ""
+        outside += ", in the fingerprint unless at its default" if name in command.added else ""
         lines.append(f"  {flag_name(name)} {kind} {default}{outside}")
     return [*lines, ""]
 

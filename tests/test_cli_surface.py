@@ -26,16 +26,20 @@ def test_every_part_of_a_flag_is_recorded() -> None:
     tool = Tool("tool", summary="A tool.")
 
     def work(
-        source: ExistingFile, share: Annotated[float, Field(ge=0, lt=1)] = 0.5, names: tuple[NonNegative, ...] = ()
+        source: ExistingFile,
+        share: Annotated[float, Field(ge=0, lt=1)] = 0.5,
+        names: tuple[NonNegative, ...] = (),
+        late: bool = False,
     ) -> None:
         """Work."""
 
-    tool.command(positional=("source",), not_fingerprinted=("share",))(work)
+    tool.command(positional=("source",), not_fingerprinted=("share",), added=("late",))(work)
     assert described(tool, tool.commands["work"]) == [
         "tool work [SOURCE]",
         "  --source PATH existing_file required",
         "  --share NUMBER ge=0 lt=1 = 0.5, not in the fingerprint",
         "  --names INT,... ge=0 le=2147483647 = ()",
+        "  --late true|false = False, in the fingerprint unless at its default",
         "",
     ]
 

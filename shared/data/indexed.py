@@ -1,7 +1,7 @@
 """Megatron's indexed dataset: a `.bin` of token ids and an `.idx` of document lengths and offsets.
 
-The format of `megatron.core.datasets.indexed_dataset`, version 1, written with numpy: preparing data needs neither Megatron
-nor torch. One document is one sequence:
+The format of `megatron.core.datasets.indexed_dataset`, version 1, written and read with numpy: preparing and checking data
+needs neither Megatron nor torch. One document is one sequence:
 
     .idx   b"MMIDIDX\\0\\0" | u64 version | u8 dtype code | u64 sequence count | u64 document index count
            | i32 sequence lengths [tokens] | i64 sequence pointers [bytes] | i64 document indices
@@ -12,16 +12,22 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
+from shared.errors import UserError
+
 HEADER = b"MMIDIDX\x00\x00"
 VERSION = 1
 DTYPE_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
+# Of `megatron.core.datasets.indexed_dataset.DType`; the codes of floats, 6 and 7, hold no token ids.
+READ_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+_HEAD = struct.Struct("<9sQBQQ")
+_SCAN = 1 << 24  # tokens or documents looked at at a time
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -80,3 +86,98 @@ class IndexedWriter:
             self.close()
         else:
             self._file.close()
+
+
+class IndexedReader:
+    """A pair `prefix.bin` and `prefix.idx`, memory-mapped: opening it reads the header only.
+
+    The arrays of the index lie at odd addresses. Slices, fancy indices and `bisect` read what they touch; `np.searchsorted`
+    and arithmetic on a whole array would copy it.
+
+    Raises:
+        UserError: a file is missing, truncated or of another format; sequences are not documents; there is no token.
+    """
+
+    lengths: npt.NDArray[np.int32]  # [documents], tokens
+    pointers: npt.NDArray[np.int64]  # [documents], offset of each document in the .bin, bytes
+    ids: npt.NDArray[np.integer]  # [tokens]
+
+    def __init__(self, prefix: Path, *, flag: str) -> None:
+        self.prefix = prefix
+        self._name = f"{flag} {prefix}"
+        index, content = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+        for path, other in ((index, content), (content, index)):
+            if not path.is_file():
+                raise UserError(f"{flag} {path} is missing; {other.name} is one file of two, give both")
+        if index.stat().st_size < _HEAD.size:
+            raise UserError(f"{flag} {index} is no Megatron index: it has {index.stat().st_size} bytes")
+        mapped = np.memmap(index, mode="r")
+        header, version, code, sequences, documents = _HEAD.unpack(mapped[: _HEAD.size].tobytes())
+        if header != HEADER or version != VERSION:
+            raise UserError(f"{flag} {index} is no Megatron index of version {VERSION} (MMIDIDX)")
+        if code not in READ_DTYPES:
+            raise UserError(
+                f"{flag} {index} has dtype code {code}, which is not of token ids; tokenise the text into an integer type"
+            )
+        self.dtype = np.dtype(READ_DTYPES[code])
+        expected = _HEAD.size + 12 * sequences + 8 * documents
+        if sequences and len(mapped) == expected + sequences:
+            raise UserError(f"{flag} {index} has modes, of multimodal data; text only is trained on")
+        if len(mapped) != expected:
+            raise UserError(
+                f"{flag} {index} has {len(mapped)} bytes, and its header promises {expected}: truncated or damaged"
+            )
+        if documents != sequences + 1:
+            raise UserError(
+                f"{flag} {index} has {sequences} sequences in {documents - 1} documents; preprocess it without "
+                "--split-sentences: a document must be one sequence"
+            )
+        self.lengths = np.frombuffer(mapped, np.int32, sequences, _HEAD.size)
+        self.pointers = np.frombuffer(mapped, np.int64, sequences, _HEAD.size + 4 * sequences)
+        wanted = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if sequences else 0
+        size = content.stat().st_size
+        if size != wanted:
+            what = "truncated" if size < wanted else "of another index"
+            raise UserError(f"{flag} {content} has {size} bytes, and {index.name} promises {wanted}: it is {what}")
+        if not wanted:
+            raise UserError(f"{flag} {content} holds no token")
+        self.ids = np.memmap(content, dtype=self.dtype, mode="r")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all documents."""
+        return len(self.ids)
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return len(self.lengths)
+
+    def check(self, vocab_size: int, *, advance: Callable[[int], None] = lambda count: None) -> None:
+        """Read everything once: documents follow one another, and every id is below `vocab_size`.
+
+        `advance` is told of the bytes read.
+
+        Raises:
+            UserError: naming the document or the token.
+        """
+        end = 0
+        for first in range(0, self.documents, _SCAN):
+            lengths = self.lengths[first : first + _SCAN].astype(np.int64) * self.dtype.itemsize
+            ends = np.concatenate([[end], end + np.cumsum(lengths)])
+            wrong = (lengths < 0) | (self.pointers[first : first + _SCAN] != ends[:-1])
+            if wrong.any():
+                raise UserError(
+                    f"{self._name}.idx: document {first + int(wrong.argmax())} does not begin where the one before it "
+                    "ends; the index is damaged"
+                )
+            end = int(ends[-1])
+        for first in range(0, self.tokens, _SCAN):
+            ids = self.ids[first : first + _SCAN]
+            if int(ids.max()) >= vocab_size or int(ids.min()) < 0:
+                at = int(((ids >= vocab_size) | (ids < 0)).argmax())
+                raise UserError(
+                    f"{self._name}.bin: token {first + at} is id {ids[at]}, and the tokenizer of --tokenizer has ids below "
+                    f"{vocab_size}; give the tokenizer that the text was tokenised with"
+                )
+            advance(ids.nbytes)

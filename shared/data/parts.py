@@ -47,14 +47,17 @@ class Recipe:
     """Settings of the tokenisation, sent to every worker."""
 
     tokenizer_json: str
-    eos_token_id: int
+    eos_token_id: int  # ends each document
+    bos_token_id: int | None = None  # begins each document; None: nothing does
     vocab_size: int
     text_key: str
 
     @property
     def digest(self) -> bytes:
         """Hash of the recipe."""
-        parts = (self.tokenizer_json, str(self.eos_token_id), str(self.vocab_size), self.text_key)
+        parts = [self.tokenizer_json, str(self.eos_token_id), str(self.vocab_size), self.text_key]
+        if self.bos_token_id is not None:
+            parts.append(str(self.bos_token_id))
         return xxhash.xxh3_128("\0".join(parts).encode()).digest()
 
 
@@ -108,7 +111,7 @@ def init_worker(recipe: Recipe, folder: Path) -> None:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(recipe.tokenizer_json)
-    # <|endoftext|> inside a document is encoded as plain text; only `_encode` appends the EOS token.
+    # <|endoftext|> inside a document is encoded as plain text; only `_encode` adds the tokens around a document.
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -132,6 +135,7 @@ def _encode(part: Part, recipe: Recipe, prefix: Path) -> None:
     new = f".new-{os.getpid()}"
     tokens_new, index_new = Path(f"{prefix}.tokens{new}"), Path(f"{prefix}.documents.npy{new}")
     end = np.array([recipe.eos_token_id], token_dtype(recipe.vocab_size))
+    begin = np.array([] if recipe.bos_token_id is None else [recipe.bos_token_id], end.dtype)
     try:
         with tokens_new.open("wb") as file:
             every = (text for piece in part.pieces for text in texts(piece, recipe.text_key))
@@ -139,9 +143,9 @@ def _encode(part: Part, recipe: Recipe, prefix: Path) -> None:
                 filled = [text for text in batch if text]
                 empty += len(batch) - len(filled)
                 for text, ids in zip(filled, encode(_worker["tokenizer"], filled, cuts=_worker["cuts"]), strict=True):
-                    file.write(ids.astype(end.dtype).tobytes() + end.tobytes())
+                    file.write(begin.tobytes() + ids.astype(end.dtype).tobytes() + end.tobytes())
                     raw = text.encode("utf-8")
-                    documents.append((len(ids) + 1, len(raw), xxhash.xxh3_64_intdigest(raw)))
+                    documents.append((len(begin) + len(ids) + 1, len(raw), xxhash.xxh3_64_intdigest(raw)))
         sync(tokens_new)
         with index_new.open("wb") as file:
             np.save(file, np.array([*documents, (empty, 0, 0)], DOCUMENT))

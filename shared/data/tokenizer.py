@@ -46,11 +46,11 @@ def copy_tokenizer(directory: Path, target: Path) -> None:
         copyfile(file, target / file.name)
 
 
-def open_tokenizer(directory: Path, *, flag: str = "--tokenizer") -> Any:
+def open_tokenizer(directory: Path, *, flag: str = "--tokenizer", needs_eos: bool = True) -> Any:
     """The directory's tokenizer as a fast `transformers` tokenizer.
 
     Raises:
-        UserError: the directory has no tokenizer, no fast tokenizer, or no EOS token.
+        UserError: the directory has no tokenizer, no fast tokenizer, or, with `needs_eos`, no EOS token.
     """
     import os
 
@@ -66,6 +66,6 @@ def open_tokenizer(directory: Path, *, flag: str = "--tokenizer") -> Any:
         raise UserError(f"{flag} {directory}: not a readable tokenizer ({str(error).splitlines()[0]})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{flag} {directory}: {type(tokenizer).__name__} has no fast form (tokenizer.json)")
-    if tokenizer.eos_token_id is None:
+    if needs_eos and tokenizer.eos_token_id is None:
         raise UserError(f"{flag} {directory}: no eos_token in tokenizer_config.json, so documents cannot be ended")
     return tokenizer

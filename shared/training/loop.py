@@ -33,6 +33,7 @@ from shared.report.track import Track
 from shared.runtime import process_groups
 from shared.runtime.stop_request import StopRequest
 from shared.training import state
+from shared.training.blend import Blend
 from shared.training.config import TrainingConfig
 from shared.training.data import Batch, Dataset
 from shared.training.loss import Loss, balancing_scale, global_loss, mtp_labels, token_loss
@@ -40,7 +41,7 @@ from shared.training.optimizer import build_optimizer, set_learning_rate, wrap
 from shared.training.plan import Inputs
 from shared.training.read_ahead import ReadAhead
 from shared.training.recorder import Recorder, SharedRunDirectory, open_run, samples_before
-from shared.training.samplers import batch_positions
+from shared.training.samplers import Order, batch_positions
 from shared.training.trainable import FULL, Frozen, Trainable
 
 
@@ -53,7 +54,9 @@ class Run:
     target: Path
     overwrite: bool
     extend: bool  # resume the target's run though some options differ
-    datasets: Callable[[], tuple[Dataset, Dataset | None]]  # training and validation
+    blend: Blend
+    order: Order  # of a new run; a resumed one keeps its own
+    datasets: Callable[[Order], tuple[Dataset, Dataset | None]]  # training and validation
     bytes_per_token: float | None = None  # UTF-8 bytes of the validation split per token
     track: tuple[Track, ...] = ("tensorboard",)
 
@@ -87,7 +90,9 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
     config, architecture = run.config, run.inputs.architecture
     device = shared.runtime.device.select_device()
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    stored, validation = run.datasets()
+    # Runs of the first version have a table, and do not say so.
+    order: Order = run.order if directory.resumed is None else directory.facts.get("data_order", "permutation")
+    stored, validation = run.datasets(order)
     training = ReadAhead(stored, ahead=config.global_batch_size, pin=device.type == "cuda")
     stack.callback(training.close)
     chunks = gpt.build(
@@ -106,7 +111,7 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
 
     schedule = config.learning_rates()
     earlier = samples_before(config, directory)
-    recorder = Recorder(run.config, run.inputs, directory, epoch=len(training), track=run.track)
+    recorder = Recorder(run.config, run.inputs, directory, blend=run.blend, order=order, track=run.track)
     stack.callback(recorder.close)
     if step == 0:
         recorder.validated(0, validate(config, model, validation, device), run.bytes_per_token)

@@ -6,14 +6,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from shared.cli import ExistingDir, NonNegative, Positive, Seed
+from shared.foreign_formats import absent, indexed_prefix, not_a_directory
 from shared.model.recompute import Recompute
 from shared.parallel import ContextExchange
 from shared.precision import TrainingPrecision
 from shared.report.track import Track
 
+
+def _existing_data(path: Path) -> Path:
+    if path.is_dir():
+        return path
+    prefix = indexed_prefix(path)
+    if prefix is None:
+        raise ValueError(not_a_directory(path) if path.exists() else absent(path))
+    return prefix
+
+
+# Published datasets, or prefixes of Megatron pairs.
+Data = Annotated[tuple[Annotated[Path, AfterValidator(_existing_data)], ...], Field(min_length=1)]
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -23,6 +37,9 @@ NOT_FINGERPRINTED = (
     *("expert_parallel", "expert_tensor_parallel", "context_parallel", "context_parallel_exchange"),
     *("processes", "recompute", "overlap", "save_every", "keep", "log_every", "track", "extend"),
 )
+
+# Options that the first version did not have: at their defaults its runs are resumed.
+ADDED = ("iteration", "data_weights")
 
 # Options that `extend` may change: from the resumed update on they are those of the command.
 EXTENDABLE = (
@@ -37,9 +54,11 @@ class TrainingOptions:
 
     Attributes:
         source: the Megatron checkpoint to start from.
-        data: a dataset of the tool's `prepare`.
+        data: datasets of the tool's `prepare`, separated by commas.
+        data_weights: shares of the datasets in the training sequences, in the order of --data: 0.7,0.3. By default every
+            dataset is read equally often.
         target: the run directory.
-        steps: updates; by default one epoch of the data.
+        steps: updates; by default one epoch of the data, of several until the first is used up.
         global_batch_size: sequences per update.
         micro_batch_size: sequences per forward pass of one process; by default as many as make about 8192 tokens.
         learning_rate: peak learning rate.
@@ -83,7 +102,7 @@ class TrainingOptions:
     """
 
     source: ExistingDir
-    data: ExistingDir
+    data: Data
     target: Path
     steps: Positive | None = None
     global_batch_size: Positive = 64
@@ -120,3 +139,4 @@ class TrainingOptions:
     overwrite: bool = False
     extend: bool = False
     iteration: NonNegative | None = None
+    data_weights: tuple[Weight, ...] | None = None

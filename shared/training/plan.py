@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 from shared.architecture.architecture import Architecture, MoE
 from shared.checkpoint.directory.auxiliary_files import read_config
@@ -16,57 +16,68 @@ from shared.console import log, quantity
 from shared.errors import UserError
 from shared.families import registry
 from shared.runtime.launch import started_by_launch
+from shared.training.blend import Blend
 from shared.training.config import TrainingConfig
+from shared.training.data_sources import DataSource, Format, open_data
 
 _BYTES = {"bf16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """The two directories a training run reads."""
+    """What a training run reads: the model, and one or several sources of data."""
 
     source: Checkpoint
-    data: Checkpoint
+    data: tuple[DataSource, ...]
     architecture: Architecture
+    tokenizer: Path | None = None  # `--tokenizer`, of plain Megatron pairs
 
     @classmethod
     def open(
-        cls, source: Path, data: Path, *, data_format: Literal["indexed", "packed"], iteration: int | None = None
+        cls,
+        source: Path,
+        data: Sequence[Path],
+        *,
+        data_format: Format,
+        iteration: int | None = None,
+        tokenizer: Path | None = None,
     ) -> Inputs:
-        """Open both and check that they fit each other. `verify` checks their contents later: it takes long.
+        """Open all and check that they fit each other. `verify` checks their contents later: it takes long.
 
-        `iteration`: of the source, a run directory; None: the newest.
+        `iteration`: of the source, a run directory; None: the newest. `tokenizer`: of plain Megatron pairs in `data`.
         """
         model = open_checkpoint(source, kinds=("megatron",), flag="--source", verify="sizes", iteration=iteration)
-        dataset = open_checkpoint(data, kinds=("dataset",), flag="--data", verify="sizes")
-        if dataset.facts.get("format") != data_format:
-            tool = {"indexed": "pretrain", "packed": "sft"}[data_format]
-            raise UserError(
-                f"--data {data} holds a {dataset.facts.get('format')} dataset; make one with `{tool} prepare`"
-            )
+        sources = open_data(data, data_format=data_format, tokenizer=tokenizer)
         architecture = _architecture(model)
-        vocabulary = dataset.facts["vocab_size"]
-        if vocabulary > architecture.vocab_size:
-            raise UserError(
-                f"--data {data} has token ids below {vocabulary} and the model of --source {source} only "
-                f"{architecture.vocab_size}; prepare the data with the model's tokenizer"
-            )
-        if _tokenizers_differ(model.hf_files / "tokenizer.json", dataset.hf_files / "tokenizer.json"):
-            raise UserError(
-                f"--data {data} was made with another tokenizer than the model of --source {source} has; "
-                f"prepare it with --tokenizer {model.hf_files}"
-            )
-        return cls(source=model, data=dataset, architecture=architecture)
+        own = model.hf_files if (model.hf_files / "tokenizer.json").is_file() else sources[0].tokenizer
+        for each in sources:
+            if each.vocab_size > architecture.vocab_size:
+                raise UserError(
+                    f"--data {each.path} has token ids below {each.vocab_size} and the model of --source {source} only "
+                    f"{architecture.vocab_size}; prepare the data with the model's tokenizer"
+                )
+            if _tokenizers_differ(own / "tokenizer.json", each.tokenizer / "tokenizer.json"):
+                of = f"the model of --source {source}" if own == model.hf_files else f"--data {sources[0].path}"
+                raise UserError(
+                    f"--data {each.path} was made with another tokenizer than {of} has; prepare it with --tokenizer {own}"
+                )
+        return cls(source=model, data=sources, architecture=architecture, tokenizer=tokenizer)
 
     def verify(self) -> None:
         """Compare every file with its hash, once in a job: in the launcher, else on rank 0. UserError names a damaged file."""
         if not started_by_launch() and os.environ.get("RANK", "0") == "0":
             verify_content(self.source, flag="--source")
-            verify_content(self.data, flag="--data")
+            for source in self.data:
+                source.verify()
 
-    def split(self, name: str) -> dict[str, Any] | None:
-        """Facts of a split of the dataset; None if it has no such split."""
-        return self.data.facts["splits"].get(name)
+    @property
+    def parents(self) -> dict[str, Path | Sequence[Path]]:
+        """Flag -> the paths given to it, as a manifest records them."""
+        given: dict[str, Path | Sequence[Path]] = {
+            "source": self.source.path,
+            "data": [source.path for source in self.data],
+        }
+        return given | ({"tokenizer": self.tokenizer} if self.tokenizer else {})
 
 
 def _tokenizers_differ(one: Path, other: Path) -> bool:
@@ -135,12 +146,13 @@ def memory_estimate(config: TrainingConfig, architecture: Architecture) -> int:
     return int(states + kept * in_flight + logits)
 
 
-def announce(config: TrainingConfig, inputs: Inputs, *, sequences: int) -> None:
-    """Print the plan. `sequences`: per epoch."""
+def announce(config: TrainingConfig, inputs: Inputs, blend: Blend) -> None:
+    """Print the plan."""
     architecture = inputs.architecture
     parameters = architecture.parameter_count() + architecture.mtp_parameter_count()
     layout, processes = str(config.parallel), config.parallel.processes
-    epochs = config.steps * config.global_batch_size / sequences
+    samples = config.steps * config.global_batch_size
+    epochs = "" if len(blend.names) > 1 else f" = {samples / blend.epoch:.2f} epochs"
     width = _BYTES[config.precision]
     log(
         f"model       {architecture.family}, {parameters / 1e6:,.1f} M parameters, {architecture.num_layers} layers of "
@@ -152,9 +164,13 @@ def announce(config: TrainingConfig, inputs: Inputs, *, sequences: int) -> None:
         f"tokens, in {config.micro_batches} micro batch{'es' * (config.micro_batches > 1)} of {config.micro_batch_size} per rank"
     )
     log(
-        f"run         {config.steps:,} updates = {config.steps * config.tokens_per_step:,} tokens = {epochs:.2f} epochs; "
-        f"{_rates(config)}"
+        f"run         {config.steps:,} updates = {config.steps * config.tokens_per_step:,} tokens{epochs}; {_rates(config)}"
     )
+    if not epochs:
+        for fact in blend.facts(samples):
+            log(
+                f"data        {fact['share']:.1%} {fact['name']}: {fact['epochs']:.2f} epochs of {fact['sequences']:,} sequences"
+            )
     if count := architecture.mtp_depth:
         factor = config.mtp_loss_scaling_factor
         how = f"trained, loss times {factor:g}" if factor else "frozen (--mtp-loss-scaling-factor 0)"

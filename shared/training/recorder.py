@@ -19,12 +19,14 @@ from shared.report import metrics, page
 from shared.report.metrics import Metrics, device_name, flops_per_token, peak_flops, peak_memory
 from shared.report.track import Track
 from shared.runtime.agreement import on_rank_0
+from shared.training.blend import Blend
 from shared.training.config import TrainingConfig
 from shared.training.loss import Loss
 from shared.training.options import EXTENDABLE
 from shared.training.plan import Inputs
 from shared.training.report import render
 from shared.training.run_hf_files import run_hf_files
+from shared.training.samplers import Order
 
 
 class SharedRunDirectory:
@@ -33,7 +35,7 @@ class SharedRunDirectory:
     def __init__(self, path: Path, resumed: int | None, directory: RunDirectory | None) -> None:
         self.path = path
         self.resumed = resumed  # iteration to resume from; None: a new run
-        self.consumed_tokens = 0  # up to that iteration
+        self.facts: dict[str, Any] = {}  # the manifest's, of that iteration
         self._directory = directory  # on rank 0
 
     def begin(self, step: int) -> Path:
@@ -59,7 +61,7 @@ class SharedRunDirectory:
             found = _gathered(damage(self.path, {name: entries[name] for name in _share(sorted(entries))}))
             first = next((line for line in found if line), None)
             if first is None:
-                self.consumed_tokens = on_rank_0(lambda: self._rank0().facts["consumed_tokens"])
+                self.facts = on_rank_0(lambda: self._rank0().facts)
                 return
             self.resumed = on_rank_0(partial(self._fall_back, first))
 
@@ -81,9 +83,8 @@ def open_run(target: Path, inputs: Inputs, *, overwrite: bool, extend: bool = Fa
 
     def begin() -> tuple[Path, int | None]:
         nonlocal directory
-        parents = {"source": inputs.source.path, "data": inputs.data.path}
         directory = RunDirectory.open(
-            target, kind="megatron", inputs=parents, overwrite=overwrite, extend=extend, extendable=EXTENDABLE
+            target, kind="megatron", inputs=inputs.parents, overwrite=overwrite, extend=extend, extendable=EXTENDABLE
         )
         with run_hf_files(inputs) as files:
             directory.add_auxiliary_files(files)
@@ -101,7 +102,7 @@ def open_run(target: Path, inputs: Inputs, *, overwrite: bool, extend: bool = Fa
 
 def samples_before(config: TrainingConfig, directory: SharedRunDirectory) -> int:
     """`consumed - step * global_batch_size` of a resumed run, in samples: 0 unless `--extend` changed the batch size."""
-    consumed, step = directory.consumed_tokens // config.sequence_length, directory.resumed or 0
+    consumed, step = directory.facts.get("consumed_tokens", 0) // config.sequence_length, directory.resumed or 0
     return consumed - step * config.global_batch_size
 
 
@@ -126,11 +127,12 @@ class Recorder:
         inputs: Inputs,
         directory: SharedRunDirectory,
         *,
-        epoch: int,
+        blend: Blend,
+        order: Order,
         track: Sequence[Track],
     ) -> None:
         self._config, self._inputs, self._directory = config, inputs, directory
-        self._epoch = epoch  # sequences
+        self._blend, self._order = blend, order
         self._earlier = samples_before(config, directory)
         self._saved = directory.resumed
         self._flops = flops_per_token(
@@ -174,7 +176,7 @@ class Recorder:
             log(
                 f"update {step}/{config.steps}  loss {loss.mean:.4f}{mtp}  lr {rate:.2e}  grad {gradient_norm:.2f}  "
                 f"{speed:,.0f} tokens/s{mfu}  {quantity(row['memory_bytes'], 'bytes')}  "
-                f"epoch {row['samples'] / self._epoch:.2f}  {_duration(left)} left"
+                f"epoch {row['samples'] / self._blend.epoch:.2f}  {_duration(left)} left"
             )
 
     def validated(self, step: int, result: Loss | None, bytes_per_token: float | None) -> None:
@@ -212,8 +214,13 @@ class Recorder:
 
     def facts(self, step: int) -> dict[str, Any]:
         """The manifest's facts of the iteration."""
-        tokens = self._earlier * self._config.sequence_length + step * self._config.tokens_per_step
-        facts = self._facts() | {"step": step, "consumed_tokens": tokens}
+        samples = self._earlier + step * self._config.global_batch_size
+        facts = self._facts() | {
+            "step": step,
+            "consumed_tokens": samples * self._config.sequence_length,
+            "data_order": self._order,
+            "data": self._blend.facts(samples),
+        }
         if self._metrics is not None:
             for name in ("loss", "mtp_loss", "validation_loss", "validation_mtp_loss", "bits_per_byte"):
                 known = [row[name] for row in self._metrics.rows if name in row]

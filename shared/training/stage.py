@@ -5,7 +5,7 @@ Checks and the start of workers need no torch import.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from shared.checkpoint.directory.manifest import parents_of, read_manifest, run_fingerprint
@@ -18,6 +18,7 @@ from shared.parallel import ParallelConfig, ranks_needed
 from shared.report.track import check_installed
 from shared.runtime.launch import launch
 from shared.runtime.silence_warnings import silence
+from shared.training.blend import Blend
 from shared.training.config import (
     MTP_LOSS_SCALING_FACTOR,
     TrainingConfig,
@@ -27,6 +28,7 @@ from shared.training.config import (
 )
 from shared.training.options import EXTENDABLE, TrainingOptions
 from shared.training.plan import Inputs, announce, default_processes
+from shared.training.samplers import Order, default_order
 
 if TYPE_CHECKING:
     from shared.training.data import Dataset
@@ -93,14 +95,38 @@ def parallel_config(options: TrainingOptions) -> ParallelConfig:
     )
 
 
+def blend(options: TrainingOptions, inputs: Inputs, sequences: Sequence[int]) -> Blend:
+    """The blend of the sources; `sequences`: of the training split of each. UserError for weights that do not fit."""
+    weights = options.data_weights
+    if weights is not None and (len(weights) != len(inputs.data) or len(weights) == 1):
+        raise UserError(
+            f"--data-weights has {len(weights)} number{'s' * (len(weights) > 1)} and --data {len(inputs.data)}; give one for "
+            "each of several datasets"
+        )
+    return Blend.of([source.name for source in inputs.data], sequences, weights)
+
+
+def validation(options: TrainingOptions, inputs: Inputs, splits: Mapping[str, Dataset]) -> Dataset | None:
+    """Validation splits, by name of their source, as one dataset in which each is read once, with the shares of training."""
+    from shared.training.data import blended
+
+    if not splits:
+        return None
+    shares = dict(zip([source.name for source in inputs.data], options.data_weights or (), strict=False))
+    weights = [shares[name] for name in splits] if shares else None
+    return blended(Blend.of(list(splits), [len(split) for split in splits.values()], weights), list(splits.values()))
+
+
 def run(
     options: TrainingOptions,
     config: TrainingConfig,
     inputs: Inputs,
     *,
-    sequences: int,
-    datasets: Callable[[], tuple[Dataset, Dataset | None]],
+    blend: Blend,
+    items: int,
+    datasets: Callable[[Order], tuple[Dataset, Dataset | None]],
     bytes_per_token: float | None = None,
+    notes: Sequence[str] = (),
 ) -> int | None:
     """Print the plan and train in `config.parallel.processes` processes.
 
@@ -110,9 +136,11 @@ def run(
         options: as given; paths are read from them.
         config: the plan.
         inputs: the opened input directories.
-        sequences: sequences of the training split.
-        datasets: opens the training and the validation split; called in the workers.
+        blend: the sources of the training split and their shares.
+        items: documents or sequences of the largest source, whichever are more.
+        datasets: opens the training and the validation split in an order of samples; called in the workers.
         bytes_per_token: UTF-8 bytes per token of the validation split; None if the dataset does not record it.
+        notes: further lines of the plan.
     """
     check_supported(inputs.architecture)
     config.check_model(inputs.architecture)
@@ -122,14 +150,18 @@ def run(
             f"and the model of --source {options.source} has none; leave it out"
         )
     check_installed(options.track)
-    _leave_if_done(options, config)
+    _leave_if_done(options, config, inputs)
     inputs.verify()
     code = launch(config.parallel.processes)
     if code is not None:
         return code
-    announce(config, inputs, sequences=sequences)
-    if inputs.split("validation") is None:
+    announce(config, inputs, blend)
+    for line in notes:
+        log(line)
+    if not any("validation" in source.splits for source in inputs.data):
         log("validation  none: the data has no validation split")
+    elif without := [source.name for source in inputs.data if "validation" not in source.splits]:
+        log(f"validation  without {', '.join(without)}, which has no validation split")
     silence()
     from shared.training import loop  # torch and Megatron-Core, in the workers only
 
@@ -141,6 +173,8 @@ def run(
                 target=options.target,
                 overwrite=options.overwrite,
                 extend=options.extend,
+                blend=blend,
+                order=default_order(items),
                 datasets=datasets,
                 bytes_per_token=bytes_per_token,
                 track=options.track,
@@ -153,14 +187,13 @@ def run(
     return None
 
 
-def _leave_if_done(options: TrainingOptions, config: TrainingConfig) -> None:
+def _leave_if_done(options: TrainingOptions, config: TrainingConfig, inputs: Inputs) -> None:
     """Raise AlreadyDone for a finished run of the same fingerprint, before workers start."""
     manifest = read_manifest(options.target, flag="--target")
     if manifest is None:
         return
-    inputs = {"source": options.source, "data": options.data}
-    parents = parents_of(inputs)
-    fingerprint = run_fingerprint(invocation(), inputs, parents)
+    parents = parents_of(inputs.parents)
+    fingerprint = run_fingerprint(invocation(), inputs.parents, parents)
     if options.extend and manifest.identity != fingerprint:
         if (manifest.iteration or 0) >= config.steps:
             raise UserError(

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from shared.cli import Existing, ExistingDir, NonNegative, Positive, Tool
-from shared.training.options import NOT_FINGERPRINTED, TrainingOptions
+from shared.training.options import ADDED, NOT_FINGERPRINTED, TrainingOptions
 
 tool = Tool("pretrain", summary="Train a tokenizer, prepare text and pretrain with Megatron-Core.")
 
@@ -38,7 +38,7 @@ def tokenizer(
     run(source=source, target=target, vocab_size=vocab_size, text_key=text_key, overwrite=overwrite)
 
 
-@tool.command(not_fingerprinted=("workers",))
+@tool.command(not_fingerprinted=("workers",), added=("end_of_document", "bos"))
 def prepare(
     source: tuple[Existing, ...],
     tokenizer: ExistingDir,
@@ -46,13 +46,15 @@ def prepare(
     validation: tuple[Existing, ...] | None = None,
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0,
     text_key: str = "text",
+    end_of_document: str | None = None,
+    bos: bool | None = None,
     workers: NonNegative = 0,
     overwrite: bool = False,
 ) -> None:
     """Tokenise text into a Megatron indexed dataset.
 
-    A text file is one document, a JSON-lines file one document a line; each document is ended by the end-of-sequence
-    token. Killed, the same command reuses the finished parts.
+    A text file is one document, a JSON-lines file one document a line; each document is ended by a token of its own.
+    Killed, the same command reuses the finished parts.
 
     Args:
         source: text or JSON-lines files (also .gz, .zst) or folders of them, separated by commas.
@@ -61,6 +63,9 @@ def prepare(
         validation: files or folders for the validation split.
         validation_fraction: share of the source's documents for the validation split, chosen by their content.
         text_key: the key of the text in JSON-lines rows.
+        end_of_document: the token that ends each document; by default the tokenizer's eos token, or, where that ends a turn
+            of a chat, the token of its vocabulary that ends documents.
+        bos: begin each document with the tokenizer's bos token; by default if the tokenizer itself puts it before a text.
         workers: processes that tokenise; 0 uses every core.
         overwrite: replace what is published at the target.
     """
@@ -73,25 +78,44 @@ def prepare(
         validation=validation,
         validation_fraction=validation_fraction,
         text_key=text_key,
+        end_of_document=end_of_document,
+        bos=bos,
         workers=workers,
         overwrite=overwrite,
     )
 
 
-@tool.command(not_fingerprinted=NOT_FINGERPRINTED)
-def train(options: TrainingOptions, sequence_length: Positive | None = None) -> int | None:
-    """Pretrain a model of a Megatron checkpoint on an indexed dataset, into a run directory of checkpoints.
+@tool.command(not_fingerprinted=NOT_FINGERPRINTED, added=(*ADDED, "epochs", "document_mask", "tokenizer"))
+def train(
+    options: TrainingOptions,
+    sequence_length: Positive | None = None,
+    epochs: Positive | None = None,
+    document_mask: bool = False,
+    tokenizer: ExistingDir | None = None,
+) -> int | None:
+    """Pretrain a model of a Megatron checkpoint on indexed datasets, into a run directory of checkpoints.
 
     Killed or told to stop (SIGTERM, SIGUSR1: saved first, exit code 75), the same command resumes, also
     with other numbers of processes. The target has metrics.jsonl, report.html and the folders of trackers.
 
     Args:
-        data: a dataset of `pretrain prepare`.
+        data: datasets of `pretrain prepare`, or prefixes of plain Megatron pairs (PREFIX.bin, PREFIX.idx), separated by
+            commas.
         sequence_length: tokens; by default what the model takes, up to 4096.
+        epochs: passes over the data, of several datasets until the first is used up; by default 1, unless --steps says how
+            long.
+        document_mask: attend within documents only; positions restart, and a document's first token is no target.
+        tokenizer: the directory of the tokenizer that plain Megatron pairs were made with.
     """
     from tools.pretrain.train import run
 
-    return run(options, sequence_length=sequence_length)
+    return run(
+        options,
+        sequence_length=sequence_length,
+        epochs=epochs,
+        document_mask=document_mask,
+        tokenizer=tokenizer,
+    )
 
 
 def main() -> None:

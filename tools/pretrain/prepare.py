@@ -21,6 +21,7 @@ from shared.checkpoint.directory.publish import publish
 from shared.checkpoint.directory.target import lock
 from shared.checkpoint.files import remove_tree
 from shared.cli import log, progress
+from shared.data.document_tokens import DocumentTokens
 from shared.data.indexed import IndexedWriter, token_dtype
 from shared.data.parts import FinishedPart, Recipe, init_worker, plan, tokenize_part
 from shared.data.sources import expand
@@ -36,7 +37,7 @@ class Split:
     """Size of a split."""
 
     tokens: int
-    """Tokens, including one end-of-sequence token per document."""
+    """Tokens, including those that begin and end each document."""
     documents: int
     utf8_bytes: int
     """UTF-8 size of the text, for bits per byte."""
@@ -50,6 +51,8 @@ def run(
     validation: tuple[Path, ...] | None,
     validation_fraction: float,
     text_key: str,
+    end_of_document: str | None,
+    bos: bool | None,
     workers: int,
     overwrite: bool,
 ) -> None:
@@ -71,7 +74,8 @@ def run(
     try:
         with publish(target, kind="dataset", inputs=inputs, overwrite=overwrite) as out:
             hf_files = open_checkpoint(tokenizer, kinds=("tokenizer", "hf", "megatron"), flag="--tokenizer").hf_files
-            recipe = _recipe(hf_files, text_key)
+            recipe, ends = _recipe(hf_files, text_key, end_of_document, bos)
+            log(str(ends))
             held = _open_work(work)
             try:
                 finished = _tokenise(sources, recipe, work, workers)
@@ -87,6 +91,8 @@ def run(
                 splits={name: asdict(split) for name, split in splits.items()},
                 vocab_size=recipe.vocab_size,
                 eos_token_id=recipe.eos_token_id,
+                end_of_document=ends.end,
+                begin_of_document=ends.begin,
                 dtype=token_dtype(recipe.vocab_size).name,
                 tokenizer_hash=tokenizer_hash(hf_files),
                 source_hash=_source_hash(finished),
@@ -102,14 +108,19 @@ def run(
     print(json.dumps({"target": str(target), **facts}))
 
 
-def _recipe(hf_files: Path, text_key: str) -> Recipe:
-    tokenizer = open_tokenizer(hf_files)
-    return Recipe(
+def _recipe(
+    hf_files: Path, text_key: str, end_of_document: str | None, bos: bool | None
+) -> tuple[Recipe, DocumentTokens]:
+    tokenizer = open_tokenizer(hf_files, needs_eos=False)
+    ends = DocumentTokens.of(tokenizer, end_of_document, bos)
+    recipe = Recipe(
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends.end_id,
+        bos_token_id=ends.begin_id,
         vocab_size=len(tokenizer),
         text_key=text_key,
     )
+    return recipe, ends
 
 
 def _open_work(work: Path) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from shared.cli import Existing, ExistingDir, NonNegative, Positive, Tool
-from shared.training.options import NOT_FINGERPRINTED, Rate, TrainingOptions
+from shared.training.options import ADDED, NOT_FINGERPRINTED, Rate, TrainingOptions
 
 tool = Tool("sft", summary="Prepare conversations and fine-tune with Megatron-Core.")
 
@@ -66,7 +66,7 @@ class FineTuningOptions(TrainingOptions):
     """The defaults of fine-tuning: fewer sequences an update, small steps, no decay.
 
     Attributes:
-        data: a dataset of `sft prepare`.
+        data: datasets of `sft prepare`, separated by commas.
         steps: updates; instead of --epochs.
     """
 
@@ -75,7 +75,7 @@ class FineTuningOptions(TrainingOptions):
     weight_decay: Rate = 0.0
 
 
-@tool.command(not_fingerprinted=NOT_FINGERPRINTED)
+@tool.command(not_fingerprinted=NOT_FINGERPRINTED, added=ADDED)
 def train(options: FineTuningOptions, epochs: Positive | None = None) -> int | None:
     """Fine-tune a model of a Megatron checkpoint on packed conversations, into a run directory of checkpoints.
 

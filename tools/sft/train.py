@@ -11,6 +11,7 @@ from shared.training.plan import Inputs
 
 if TYPE_CHECKING:
     from shared.training.data import Dataset
+    from shared.training.samplers import Order
 
 _EPOCHS = 3
 
@@ -28,22 +29,30 @@ def run(options: TrainingOptions, *, epochs: int | None) -> int | None:
     if epochs is not None and options.steps is not None:
         raise UserError("--epochs and --steps both say how long to train; give one of them")
     inputs = Inputs.open(options.source, options.data, data_format="packed", iteration=options.iteration)
-    training = inputs.split("train")
-    if training is None or not training["sequences"]:
-        raise UserError(f"--data {options.data} has no train split; make one with `sft prepare`")
-    if not training["target_tokens"]:
-        raise UserError(f"--data {options.data} has no tokens with a loss: no assistant message")
-    sequences = training["sequences"]
-    steps = options.steps or -(-sequences * (epochs or _EPOCHS) // options.global_batch_size)
-    config = stage.plan(options, steps=steps, sequence_length=inputs.data.facts["seq_length"])
-    has_validation = bool((inputs.split("validation") or {}).get("target_tokens"))
-
-    def datasets() -> tuple[Dataset, Dataset | None]:
-        from shared.training.data import PackedSequences
-
-        return (
-            PackedSequences(inputs.data.path, "train", seed=config.seed),
-            PackedSequences(inputs.data.path, "validation", seed=None) if has_validation else None,
+    lengths = {source.facts["seq_length"] for source in inputs.data}
+    if len(lengths) > 1:
+        raise UserError(
+            f"--data has rows of {' and '.join(map(str, sorted(lengths)))} tokens; prepare all of one length"
         )
+    for source in inputs.data:
+        split = source.splits.get("train")
+        if split is None or not split["sequences"]:
+            raise UserError(f"--data {source.path} has no train split; make one with `sft prepare`")
+        if not split["target_tokens"]:
+            raise UserError(f"--data {source.path} has no tokens with a loss: no assistant message")
+    blend = stage.blend(options, inputs, [source.splits["train"]["sequences"] for source in inputs.data])
+    steps = options.steps or -(-blend.epoch * (epochs or _EPOCHS) // options.global_batch_size)
+    config = stage.plan(options, steps=steps, sequence_length=lengths.pop())
 
-    return stage.run(options, config, inputs, sequences=sequences, datasets=datasets)
+    def datasets(order: Order) -> tuple[Dataset, Dataset | None]:
+        from shared.training.data import PackedSequences, blended
+
+        training = [PackedSequences(source.path, "train", seed=config.seed, order=order) for source in inputs.data]
+        validation: dict[str, Dataset] = {
+            source.name: PackedSequences(source.path, "validation", seed=None)
+            for source in inputs.data
+            if source.splits.get("validation", {}).get("target_tokens")
+        }
+        return blended(blend, training), stage.validation(options, inputs, validation)
+
+    return stage.run(options, config, inputs, blend=blend, items=max(blend.sequences), datasets=datasets)

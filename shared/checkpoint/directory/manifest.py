@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from shared.checkpoint.files import files_below, hash_bytes, hash_file
 from shared.errors import UserError
+from shared.foreign_formats import indexed_prefix
 from shared.invocation import Invocation
 
 CONTRACT_VERSION = 1
@@ -116,7 +117,8 @@ def misfit(directory: Path, entries: Mapping[str, FileEntry]) -> str | None:
 
 
 def input_fingerprint(path: Path) -> str:
-    """Hash of an input: a file's content, a published directory's manifest, or a foreign directory's file list.
+    """Hash of an input: a file's content, a published directory's manifest, a foreign directory's file list, or, of the
+    prefix of a Megatron pair, that of both files.
 
     Foreign files above 64 MiB are hashed by size and modification time: "already done" is found without reading hundreds of
     gigabytes. A copy of the directory therefore has another fingerprint.
@@ -127,10 +129,11 @@ def input_fingerprint(path: Path) -> str:
     if manifest.is_file():
         return f"sha256:{hashlib.sha256(manifest.read_bytes()).hexdigest()}"
     lines = []
-    for file in files_below(path):
+    pair = [] if path.is_dir() or not indexed_prefix(path) else [Path(f"{path}{suffix}") for suffix in (".bin", ".idx")]
+    for file in pair or files_below(path):
         status = file.stat()
         content = hash_file(file) if status.st_size <= _SMALL else str(status.st_mtime_ns)
-        lines.append(f"{file.relative_to(path)} {status.st_size} {content}")
+        lines.append(f"{file.suffix if pair else file.relative_to(path)} {status.st_size} {content}")
     return hash_bytes("\n".join(lines).encode())
 
 

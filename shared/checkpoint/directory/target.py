@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,11 +203,15 @@ class Difference:
         current = invocation()
         if (record.get("tool"), record.get("command")) != (current.tool, current.command):
             return cls({}, "another command")
-        here = current.fingerprinted_options(dict.fromkeys(parent.flag for parent in parents))
+        here = current.compared_options(dict.fromkeys(parent.flag for parent in parents))
         there = record.get("options", {})
         options = {name: (there.get(name), here[name]) for name in here if here[name] != there.get(name)}
-        recorded = {(parent["flag"], parent["fingerprint"]) for parent in record.get("parents", [])}
-        flags = sorted({p.flag for p in parents if recorded and (p.flag, p.fingerprint) not in recorded})
+        recorded, now = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
+        for parent in record.get("parents", []):
+            recorded[parent["flag"]].append(parent["fingerprint"])
+        for given in parents:
+            now[given.flag].append(given.fingerprint)
+        flags = sorted(flag for flag in now | recorded if recorded and recorded[flag] != now[flag])
         shown = " and ".join(f"--{flag.replace('_', '-')}" for flag in flags)
         return cls(options, f"another {shown}, or its content has changed" if flags else "")
 

@@ -9,7 +9,8 @@ import torch
 from shared.data.indexed import IndexedWriter
 from shared.data.labels import IGNORE
 from shared.errors import UserError
-from shared.training.data import IndexedSequences, PackedSequences
+from shared.training.blend import Blend
+from shared.training.data import BlendedSequences, IndexedSequences, PackedSequences
 
 LENGTHS = [5, 1, 17, 30, 2, 9, 64, 3]
 
@@ -77,6 +78,63 @@ def test_a_batch_across_an_epoch_is_its_samples(documents):
     together = data.batch(positions).tokens
     alone = [IndexedSequences(prefix, 16, seed=1).batch(np.array([position])).tokens[0] for position in positions[::-1]]
     assert torch.equal(together, torch.stack(alone[::-1]))
+
+
+def test_the_computed_order_has_the_same_samples_of_other_documents(documents):
+    """Every token but those of the last, incomplete sample is a target once in an epoch, and epochs differ."""
+    prefix, stored = documents
+    data = IndexedSequences(prefix, 16, seed=1, order="scattered")
+    epochs = [data.batch(np.arange(len(data)) + epoch * len(data)) for epoch in (0, 1)]
+    for batch in epochs:
+        labels = batch.labels.flatten().tolist()
+        assert len(set(labels)) == len(labels) == len(data) * 16
+        assert set(labels) < set(np.concatenate(stored).tolist())
+    assert not torch.equal(epochs[0].labels, epochs[1].labels)
+    again = IndexedSequences(prefix, 16, seed=1, order="scattered").batch(np.arange(len(data)))
+    assert torch.equal(again.labels, epochs[0].labels)
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_a_document_mask_numbers_documents_and_drops_their_first_tokens(documents, seed):
+    prefix, _ = documents
+    plain, masked = (IndexedSequences(prefix, 16, seed=seed, document_mask=mask) for mask in (False, True))
+    for position in range(len(plain)):
+        before, after = plain.batch(np.array([position])), masked.batch(np.array([position]))
+        assert before.segments is None
+        assert torch.equal(before.tokens, after.tokens)
+        sample = torch.cat([before.tokens[0], before.labels[0, -1:]])
+        real = before.labels[0] != IGNORE
+        same = sample[1:] // 1000 == sample[:-1] // 1000
+        assert torch.equal(after.labels[0], torch.where(real & same, before.labels[0], IGNORE))
+        tokens, segments = after.tokens[0], after.segments[0]
+        inside = torch.cat([torch.tensor([True]), real[:-1]])  # padding is no document
+        changes = (tokens[1:] // 1000 != tokens[:-1] // 1000)[inside[1:]]
+        assert torch.equal((segments[1:] != segments[:-1])[inside[1:]], changes)
+        assert set(segments[~inside].tolist()) <= {0}
+    targets = torch.cat([masked.batch(np.array([p])).labels.flatten() for p in range(len(masked))])
+    if seed is None:
+        assert int((targets != IGNORE).sum()) == sum(LENGTHS) - len(LENGTHS)
+
+
+def test_a_blend_is_its_sources_in_their_own_orders(documents, packed_like):
+    prefix, _ = documents
+    first, second = (IndexedSequences(prefix, 16, seed=1, document_mask=True), packed_like)
+    data = BlendedSequences(Blend.of(["a", "b"], [len(first), len(second)], [0.6, 0.4]), [first, second])
+    batch = data.batch(np.arange(10))
+    found = [row for row in batch.tokens if int(row[0]) < 60000]
+    assert torch.equal(torch.stack(found), first.batch(np.arange(6)).tokens)
+    others = [index for index, row in enumerate(batch.tokens) if int(row[0]) >= 60000]
+    assert torch.equal(batch.segments[others], second.batch(np.arange(4)).segments)
+    again = torch.cat([data.batch(np.array([position])).labels for position in range(10)])
+    assert torch.equal(again, batch.labels)
+
+
+@pytest.fixture
+def packed_like(tmp_path):
+    """Packed rows of 16 tokens that no document has."""
+    for part in ("tokens", "labels", "segments"):
+        np.save(tmp_path / f"train.{part}.npy", 60000 + np.arange(112).reshape(7, 16).astype(np.int32))
+    return PackedSequences(tmp_path, "train", seed=3)
 
 
 def test_data_shorter_than_a_sequence_is_the_users_mistake(documents):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import queue
 
-import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.distributed import DistributedDataParallel
@@ -16,7 +14,6 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_block import TransformerBlock
 
-from shared.data.indexed import IndexedWriter
 from shared.training.state import CONTENT
 from tests.upstream import attributes_set, binds, relies_on
 
@@ -146,11 +143,3 @@ def test_a_checkpoint_is_laid_out_by_these_keys() -> None:
         "(metadata or {}).get('singleton_local_shards', False)",
         "metadata is not None and metadata.get('non_homogeneous_layers', False)",
     )
-
-
-def test_an_index_has_lengths_and_pointers(tmp_path) -> None:
-    with IndexedWriter(tmp_path / "data", np.dtype(np.uint16)) as writer:
-        writer.add(np.arange(5), [3, 2])
-    index = IndexedDataset(str(tmp_path / "data"), mmap=True).index
-    assert index.dtype == np.uint16, "shared/training/data.py"
-    assert (list(index.sequence_lengths), list(index.sequence_pointers)) == ([3, 2], [0, 6])

@@ -45,12 +45,14 @@ OPTIONS = {
 }
 
 
-def write_data(target: Path, vocab_size: int = VOCAB, data_format: str = "indexed") -> Path:
+def write_data(
+    target: Path, vocab_size: int = VOCAB, data_format: str = "indexed", train_tokens: int = TRAIN_TOKENS
+) -> Path:
     """Documents that count upwards: the next token can be learned."""
     rng = np.random.default_rng(1)
     with invoked("pretrain", "prepare", {}), publish(target, kind="dataset", inputs={}) as out:
         splits = {}
-        for split, tokens in (("train", TRAIN_TOKENS), ("validation", 700)):
+        for split, tokens in (("train", train_tokens), ("validation", 700)):
             lengths = [100] * (tokens // 100)
             starts = rng.integers(0, 40, len(lengths))
             documents = [(start + np.arange(100)) % 40 for start in starts]
@@ -64,11 +66,11 @@ def write_data(target: Path, vocab_size: int = VOCAB, data_format: str = "indexe
     return target
 
 
-def words(source: Path, data: Path, target: Path, **options) -> list[str]:
+def words(source: Path, data: Path | str, target: Path, **options) -> list[str]:
     """The command line."""
     return training_runs.words("train", **{"source": source, "data": data, "target": target, **OPTIONS, **options})
 
 
-def run(source: Path, data: Path, target: Path, **options) -> int:
+def run(source: Path, data: Path | str, target: Path, **options) -> int:
     """The command in this process; its exit code."""
     return training_runs.exit_code(tool, words(source, data, target, **options))

@@ -49,6 +49,8 @@ def _prepare(source: Path, tokenizer: Path, target: Path, **options: Any) -> dic
         "validation": None,
         "validation_fraction": 0.0,
         "text_key": "text",
+        "end_of_document": None,
+        "bos": None,
         "workers": 1,
         "overwrite": False,
         **options,
@@ -204,7 +206,8 @@ def counted(part):
 prepare.tokenize_part = counted
 with invoked("pretrain", "prepare", {{}}):
     prepare.run(source=(Path({str(source)!r}),), tokenizer=Path({str(tokenizer)!r}), target=Path({str(tmp_path / "out")!r}),
-        validation=None, validation_fraction=0.0, text_key="text", workers=1, overwrite=False)
+        validation=None, validation_fraction=0.0, text_key="text",
+        end_of_document=None, bos=None, workers=1, overwrite=False)
 """
     killed = subprocess.run([sys.executable, "-c", script], check=False)
     assert killed.returncode == -signal.SIGKILL
@@ -244,12 +247,40 @@ def test_two_at_once_are_told_apart(source: Path, tokenizer: Path, tmp_path: Pat
 
 def test_the_recipe_names_the_parts(source: Path, tokenizer: Path, tmp_path: Path) -> None:
     part = plan(expand([source], flag=""))[0]
-    recipe = prepare._recipe(tokenizer, "text")
+    recipe, _ = prepare._recipe(tokenizer, "text", None, None)
     (tmp_path / "work").mkdir()
     init_worker(recipe, tmp_path / "work")
     first = parts.tokenize_part(part)
     assert parts.tokenize_part(part).reused
-    other = prepare.Recipe(**{**vars(recipe), "eos_token_id": recipe.eos_token_id + 1})
-    init_worker(other, tmp_path / "work")
-    assert parts.tokenize_part(part).name != first.name
+    names = {first.name}
+    for change in ({"eos_token_id": recipe.eos_token_id + 1}, {"bos_token_id": 0}):
+        init_worker(prepare.Recipe(**{**vars(recipe), **change}), tmp_path / "work")
+        names.add(parts.tokenize_part(part).name)
+    assert len(names) == 3
     assert isinstance(part.pieces[0], Piece)
+
+
+def test_documents_begin_and_end_with_the_tokens_asked_for(
+    source: Path, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plain = _prepare(source, tokenizer, tmp_path / "plain")
+    assert (plain["end_of_document"], plain["begin_of_document"]) == ("<|endoftext|>", None)
+    assert "each document ends with <|endoftext|> (0): the tokenizer's eos token\n" in capfd.readouterr().err
+    facts = _prepare(source, tokenizer, tmp_path / "out", end_of_document="<|pad|>", bos=True)
+    opened = AutoTokenizer.from_pretrained(tokenizer)
+    pad, bos = opened.convert_tokens_to_ids("<|pad|>"), opened.bos_token_id
+    assert (facts["end_of_document"], facts["begin_of_document"], facts["eos_token_id"]) == (
+        "<|pad|>",
+        "<|endoftext|>",
+        pad,
+    )
+    assert "each document begins with <|endoftext|> (0) and ends with <|pad|> (1): --end-of-document, --bos" in (
+        capfd.readouterr().err
+    )
+    first, second = IndexedDataset(str(tmp_path / "plain" / "train")), IndexedDataset(str(tmp_path / "out" / "train"))
+    assert facts["splits"]["train"]["tokens"] == plain["splits"]["train"]["tokens"] + 60
+    for before, after in zip(first, second, strict=True):
+        assert after.tolist() == [bos, *before[:-1].tolist(), pad]
+    with pytest.raises(UserError, match=r"--end-of-document </s>: no token of the tokenizer"):
+        _prepare(source, tokenizer, tmp_path / "none", end_of_document="</s>")
+    assert not (tmp_path / "none").exists()

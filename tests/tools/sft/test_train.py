@@ -48,7 +48,7 @@ def source(tmp_path_factory) -> Path:
     return random_model(tmp_path_factory.mktemp("source") / "model", MODEL)
 
 
-def write_data(target: Path, *, noise: int | None = None) -> Path:
+def write_data(target: Path, *, noise: int | None = None, seq_length: int = LENGTH) -> Path:
     """Rows of two conversations: a question of random tokens without a loss, then an answer that counts upwards.
 
     Every second row ends in padding. With `noise` the tokens of the padding are other ones.
@@ -78,7 +78,7 @@ def write_data(target: Path, *, noise: int | None = None) -> Path:
             }
         (out.path / "tokenizer").mkdir()
         (out.path / "tokenizer" / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
-        out.describe(format="packed", seq_length=LENGTH, splits=splits, vocab_size=VOCAB)
+        out.describe(format="packed", seq_length=seq_length, splits=splits, vocab_size=VOCAB)
     return target
 
 
@@ -87,12 +87,12 @@ def data(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("data") / "data")
 
 
-def words(source: Path, data: Path, target: Path, **options) -> list[str]:
+def words(source: Path, data: Path | str, target: Path, **options) -> list[str]:
     """The command line."""
     return training_runs.words("train", **{"source": source, "data": data, "target": target, **OPTIONS, **options})
 
 
-def run(source: Path, data: Path, target: Path, **options) -> int:
+def run(source: Path, data: Path | str, target: Path, **options) -> int:
     """The command in this process; its exit code."""
     return training_runs.exit_code(tool, words(source, data, target, **options))
 
@@ -200,3 +200,22 @@ def test_what_does_not_fit_is_refused_with_nothing_written(source, data, tmp_pat
     assert run(source, data, tmp_path / "run", **options) == 2
     assert flag in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_several_datasets_are_blended(source, data, tmp_path, capsys):
+    """Shares of 3 and 1: 18 rows of the first are an epoch of 24 samples."""
+    other = write_data(tmp_path / "other", noise=7)
+    given = {"data_weights": "0.75,0.25", "epochs": 1}
+    assert run(source, f"{data},{other}", tmp_path / "run", **given) == 0
+    plan = capsys.readouterr().err
+    assert "data        75.0% data: 1.00 epochs of 18 sequences\n" in plan
+    assert "data        25.0% other: 0.33 epochs of 18 sequences\n" in plan
+    rows = [row for row in record(tmp_path / "run") if "loss" in row]
+    assert len(rows) == 6
+
+    longer = write_data(tmp_path / "longer", seq_length=LENGTH + 1)
+    assert run(source, f"{data},{longer}", tmp_path / "none") == 2
+    assert f"--data has rows of {LENGTH} and {LENGTH + 1} tokens; prepare all of one length" in capsys.readouterr().err
+    (tmp_path / "pair.idx").touch()
+    assert run(source, f"{data},{tmp_path / 'pair'}", tmp_path / "none") == 2
+    assert "is a plain Megatron pair, without conversations" in capsys.readouterr().err

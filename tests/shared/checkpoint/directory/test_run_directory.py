@@ -132,6 +132,38 @@ def test_a_refusal_names_what_differs(source: Path, tmp_path: Path) -> None:
         RunDirectory.open(target, kind="megatron", inputs={"source": source})
 
 
+def test_a_run_without_an_option_is_the_run_with_its_default(source: Path, tmp_path: Path) -> None:
+    """An option that a later version added."""
+    target, inputs = tmp_path / "run", {"source": source}
+    with invoked("pretrain", "train", {"steps": 5}):
+        run = RunDirectory.open(target, kind="megatron", inputs=inputs)
+        _save(run, 10)
+        run.close()
+    added = {"weights": None}
+    with invoked("pretrain", "train", {"steps": 5, "weights": None}, added=added):
+        run = RunDirectory.open(target, kind="megatron", inputs=inputs)
+        assert run.iteration == 10
+        run.close()
+    with (
+        invoked("pretrain", "train", {"steps": 5, "weights": (1, 2)}, added=added),
+        pytest.raises(UserError, match=r"\(--weights unset, now \[1, 2\]\)"),
+    ):
+        RunDirectory.open(target, kind="megatron", inputs=inputs)
+
+
+def test_inputs_fewer_or_in_another_order_are_other_inputs(source: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    target = tmp_path / "run"
+    with invoked("pretrain", "train", {}):
+        run = RunDirectory.open(target, kind="megatron", inputs={"data": [source, other]})
+        _save(run, 10)
+        run.close()
+        for inputs in ([source], [other, source]):
+            with pytest.raises(UserError, match="another --data, or its content has changed"):
+                RunDirectory.open(target, kind="megatron", inputs={"data": inputs})
+
+
 def test_a_damaged_iteration_gives_way_to_the_one_before(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "run"
     run = RunDirectory.open(target, kind="megatron", inputs={"source": source})
