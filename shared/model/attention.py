@@ -19,8 +19,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from shared.architecture.architecture import Attention, LatentAttention
-from shared.kernels.attention import alibi, eager, masks, sdpa
-from shared.kernels.attention.segments import within_segments, within_window
+from shared.kernels.attention import alibi
+from shared.kernels.attention.choose import attend
+from shared.kernels.attention.names import AttentionBackend
+from shared.kernels.attention.needs import Call, Features
 from shared.model.context_parallel import exchange_of
 from shared.model.rope import RotaryAngles
 
@@ -95,7 +97,7 @@ class CoreAttention(torch.nn.Module):
     """Causal GQA, as `core_attention` of Megatron-Core's self attention.
 
     The `attention_mask` argument carries `segments` (`shared.kernels.attention.masks`), or None for causal attention.
-    Sliding window, ALiBi, soft cap, sinks and softmax scale come from `attention`.
+    Sliding window, ALiBi, soft cap, sinks and softmax scale come from `attention`; `attention_backend` is `choose`'s name.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class CoreAttention(torch.nn.Module):
         k_channels: int | None = None,  # MLA's head_dim of k and v; unused, forward reads it from the tensors
         v_channels: int | None = None,
         attention: Attention | LatentAttention,
+        attention_backend: AttentionBackend | None = None,
     ) -> None:
         super().__init__()
         assert attn_mask_type == AttnMaskType.causal
@@ -118,7 +121,7 @@ class CoreAttention(torch.nn.Module):
         self.exchange = exchange_of(config)
         # None: 1 / sqrt(head_dim). Megatron-Core's MLA passes softmax_scale.
         self.softmax_scale = attention.scale if softmax_scale is None else softmax_scale
-        self.dropout = attention.dropout
+        self.dropout, self.attention_backend = attention.dropout, attention_backend
         self.softcap: float | None = None
         self.window: int | None = None
         self.slopes: torch.Tensor | None = None
@@ -185,60 +188,15 @@ class CoreAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """Keys and values are the first of a row, queries the last of these positions."""
         q_BHSD, k_BGSD, v_BGSV = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        causal = partial(self._causal, dropout=dropout)
-        if segments is None:
-            attended_BHSV = causal(q_BHSD, k_BGSD, v_BGSV)
-        elif segments.ndim == 2:
-            attended_BHSV = within_segments(causal, q_BHSD, k_BGSD, v_BGSV, segments)
-        else:  # prefix LM
-            assert self.window is None
-            assert self.slopes is None
-            mask = masks.shared_dense(segments)
-            attended_BHSV = self._masked(q_BHSD, k_BGSD, v_BGSV, mask, dropout=dropout)
-        return attended_BHSV.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
-
-    def _causal(
-        self, q_BHSD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSV: torch.Tensor, *, dropout: float
-    ) -> torch.Tensor:
-        """Causal attention of the last queries of a row or segment, with this layer's window or ALiBi."""
-        masked = partial(self._masked, dropout=dropout)
-        if self.slopes is not None:
-            return masked(q_BHSD, k_BGSD, v_BGSV, self._alibi_bias(q_BHSD, k_BGSD.shape[2]))
-        if self.window is not None:
-            return within_window(masked, q_BHSD, k_BGSD, v_BGSV, self.window)
-        return masked(q_BHSD, k_BGSD, v_BGSV, None)
-
-    def _masked(
-        self,
-        q_BHSD: torch.Tensor,
-        k_BGSD: torch.Tensor,
-        v_BGSV: torch.Tensor,
-        mask: torch.Tensor | None,
-        *,
-        dropout: float,
-    ) -> torch.Tensor:
-        """Attention with a mask: bool, an additive bias, or None for causal."""
-        if self.softcap is None and self.softmax_offset is None:
-            return sdpa.attend(q_BHSD, k_BGSD, v_BGSV, mask, scale=self.softmax_scale, dropout=dropout)
-        return eager.attend(
-            q_BHSD,
-            k_BGSD,
-            v_BGSV,
-            mask,
+        features = Features(
             scale=self.softmax_scale,
+            window=self.window,
             softcap=self.softcap,
             sinks_H=self.exchange.heads(self.softmax_offset) if self.softmax_offset is not None else None,
+            slopes_H=self.slopes,
+            rounded_alibi=self.alibi_scale,
             dropout=dropout,
         )
-
-    def _alibi_bias(self, q_BHSD: torch.Tensor, keys: int) -> torch.Tensor:
-        """Additive bias `[1, H, queries, keys]`, -inf for later keys; positions start at 0 in every segment."""
-        assert self.slopes is not None
-        queries, slopes = q_BHSD.shape[2], self.slopes.to(q_BHSD.device)
-        allowed = masks.window(keys, self.window or keys, q_BHSD.device, queries)
-        if self.alibi_scale is None:
-            bias = alibi.bias(slopes, keys)
-        else:
-            positions = torch.arange(keys, device=q_BHSD.device)[None]
-            bias = alibi.rounded_bias(slopes, positions) * self.alibi_scale
-        return bias[:, :, keys - queries :].masked_fill(~allowed, -torch.inf).to(q_BHSD.dtype)
+        call = Call(q_BHQD=q_BHSD, k_BGKD=k_BGSD, v_BGKV=v_BGSV, segments=segments, features=features)
+        attended_BHSV = attend(call, self.attention_backend)
+        return attended_BHSV.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)

@@ -7,6 +7,7 @@ arguments: linear layers by layer index and expert or dense, so that precision o
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 
 from shared.architecture.architecture import Attention, Norm
+from shared.kernels.attention.names import AttentionBackend
 from shared.model.attention import CoreAttention
 from shared.model.norm import NormBuilder, norm_of, qk_norms
 
@@ -23,7 +25,12 @@ class Backend(Protocol):
     """Methods return Megatron-Core's classes, or classes and builders with the same arguments.
 
     `layer`: index of the decoder layer from 0; MTP layers follow at num_layers, num_layers + 1..
+
+    Attributes:
+        attention_backend: of `shared.kernels.attention.choose`; None: chosen by what a layer needs.
     """
+
+    attention_backend: AttentionBackend | None
 
     def column_parallel_linear(self, layer: int, *, expert: bool = False) -> type:
         """Class of column-parallel linear layers: qkv, fc1, MLA projections, gated delta net in_proj, MTP eh_proj."""
@@ -42,7 +49,7 @@ class Backend(Protocol):
         ...
 
     def core_attention(self) -> type:
-        """Class of core attention: Megatron-Core's arguments and `attention`."""
+        """Class of core attention: Megatron-Core's arguments, `attention` and `attention_backend`."""
         ...
 
     def grouped_mlp_modules(self, submodules: MLPSubmodules) -> Callable[..., Any]:
@@ -58,8 +65,11 @@ class Backend(Protocol):
         ...
 
 
+@dataclass
 class LocalBackend:
     """Megatron-Core's local (non-TransformerEngine) linear layers: runs on CPU, reference on GPU."""
+
+    attention_backend: AttentionBackend | None = None
 
     def column_parallel_linear(self, layer: int, *, expert: bool = False) -> type:
         return ColumnParallelLinear

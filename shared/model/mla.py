@@ -121,7 +121,10 @@ def mla_spec(
             linear_q_up_proj=column,
             linear_kv_down_proj=column,
             linear_kv_up_proj=column,
-            core_attention=ModuleSpec(module=backend.core_attention(), params={"attention": mla}),
+            core_attention=ModuleSpec(
+                module=backend.core_attention(),
+                params={"attention": mla, "attention_backend": backend.attention_backend},
+            ),
             linear_proj=backend.row_parallel_linear(layer),
             q_layernorm=low_rank_norm,
             kv_layernorm=low_rank_norm,

@@ -150,7 +150,11 @@ class _Spec:
             params={"attn_mask_type": AttnMaskType.causal, **params},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=_linear(projection, bias=attention.bias),
-                core_attention=partial(self.backend.core_attention(), attention=attention),
+                core_attention=partial(
+                    self.backend.core_attention(),
+                    attention=attention,
+                    attention_backend=self.backend.attention_backend,
+                ),
                 linear_proj=_linear(self.backend.row_parallel_linear(index), bias=attention.output_bias),
                 q_layernorm=q_norm,
                 k_layernorm=k_norm,

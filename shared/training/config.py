@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from shared.architecture.architecture import Architecture
 from shared.errors import UserError
+from shared.kernels.attention.names import AttentionBackend
 from shared.model.recompute import Recompute, check_recompute
 from shared.parallel import ParallelConfig
 from shared.precision import TrainingPrecision
@@ -36,6 +37,7 @@ class TrainingConfig:
     seed: int
     precision: TrainingPrecision
     recompute: tuple[Recompute, ...]  # activation recomputation: modules, or whole layers (full)
+    attention_backend: AttentionBackend | None = None  # None: the first that carries what a layer needs
     parallel: ParallelConfig
     save_every: int  # updates
     keep: int  # newest iterations kept in the run directory

@@ -28,6 +28,8 @@ from shared.console import log
 from shared.data.labels import IGNORE
 from shared.errors import Interrupted, StageError
 from shared.model import gpt, weights
+from shared.model.attention_plan import attention_plan
+from shared.model.backend import LocalBackend
 from shared.model.context_parallel import local_part
 from shared.report.track import Track
 from shared.runtime import process_groups
@@ -57,6 +59,7 @@ class Run:
     blend: Blend
     order: Order  # of a new run; a resumed one keeps its own
     datasets: Callable[[Order], tuple[Dataset, Dataset | None]]  # training and validation
+    packed: bool  # rows have several segments
     bytes_per_token: float | None = None  # UTF-8 bytes of the validation split per token
     track: tuple[Track, ...] = ("tensorboard",)
 
@@ -70,6 +73,8 @@ def train(run: Run) -> None:
         StageError: the loss or the gradient is not finite; the last checkpoint is kept.
     """
     process_groups.initialize(run.config.parallel, run.config.seed)
+    for line in attention_lines(run):
+        log(f"attention   {line}")
     stop = StopRequest()
     with contextlib.ExitStack() as stack:
         directory = open_run(run.target, run.inputs, overwrite=run.overwrite, extend=run.extend)
@@ -82,6 +87,24 @@ def train(run: Run) -> None:
         )
 
 
+def attention_lines(run: Run) -> list[str]:
+    """The attention back end of each kind of layer. UserError for a named one that does not carry it."""
+    return attention_plan(
+        run.inputs.architecture,
+        dtype=model_dtype(run.config),
+        device=shared.runtime.device.select_device(),
+        parallel=run.config.parallel,
+        sequence_length=run.config.sequence_length,
+        packed=run.packed,
+        name=run.config.attention_backend,
+    )
+
+
+def model_dtype(config: TrainingConfig) -> torch.dtype:
+    """Of weights and activations."""
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
 def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: contextlib.ExitStack) -> int | None:
     """Train in an open run directory. Returns the last update if a signal stopped the run before its end.
 
@@ -89,14 +112,18 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
     """
     config, architecture = run.config, run.inputs.architecture
     device = shared.runtime.device.select_device()
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     # Runs of the first version have a table, and do not say so.
     order: Order = run.order if directory.resumed is None else directory.facts.get("data_order", "permutation")
     stored, validation = run.datasets(order)
     training = ReadAhead(stored, ahead=config.global_batch_size, pin=device.type == "cuda")
     stack.callback(training.close)
     chunks = gpt.build(
-        architecture, config.parallel, dtype=dtype, recompute=config.recompute, **model_overrides(config)
+        architecture,
+        config.parallel,
+        dtype=model_dtype(config),
+        recompute=config.recompute,
+        backend=LocalBackend(attention_backend=config.attention_backend),
+        **model_overrides(config),
     )
     resumed = None if directory.resumed is None else directory.path / iteration_name(directory.resumed)
     weights.load(chunks, resumed or run.inputs.source.iteration_path)

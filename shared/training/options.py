@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field
 
 from shared.cli import ExistingDir, NonNegative, Positive, Seed
 from shared.foreign_formats import absent, indexed_prefix, not_a_directory
+from shared.kernels.attention.names import AttentionBackend
 from shared.model.recompute import Recompute
 from shared.parallel import ContextExchange
 from shared.precision import TrainingPrecision
@@ -35,7 +36,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 NOT_FINGERPRINTED = (
     *("micro_batch_size", "tensor_parallel", "pipeline_parallel", "virtual_pipeline", "sequence_parallel"),
     *("expert_parallel", "expert_tensor_parallel", "context_parallel", "context_parallel_exchange"),
-    *("processes", "recompute", "overlap", "save_every", "keep", "log_every", "track", "extend"),
+    *("attention_backend", "processes", "recompute", "overlap", "save_every", "keep", "log_every", "track", "extend"),
 )
 
 # Options that the first version did not have: at their defaults its runs are resumed.
@@ -76,6 +77,7 @@ class TrainingOptions:
         precision: bf16 with fp32 main weights, or fp32.
         recompute: activation recomputation: of whole layers (full), of core attention (selective), or of modules, separated by
             commas: core_attn, mlp, moe, shared_experts, mla_up_proj.
+        attention_backend: kernel of attention, docs/attention.md; by default the first that carries what the model needs.
         tensor_parallel: tensor parallel size.
         pipeline_parallel: pipeline parallel size.
         virtual_pipeline: model chunks per pipeline rank; above 1 the schedule is interleaved.
@@ -120,6 +122,7 @@ class TrainingOptions:
     seed: Seed = 0
     precision: TrainingPrecision = "bf16"
     recompute: tuple[Recompute, ...] = ("none",)
+    attention_backend: AttentionBackend | None = None
     tensor_parallel: Positive = 1
     pipeline_parallel: Positive = 1
     virtual_pipeline: Positive = 1

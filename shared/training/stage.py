@@ -63,6 +63,7 @@ def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> Train
         seed=options.seed,
         precision=options.precision,
         recompute=options.recompute,
+        attention_backend=options.attention_backend,
         parallel=parallel,
         overlap=options.overlap,
         save_every=options.save_every,
@@ -125,6 +126,7 @@ def run(
     blend: Blend,
     items: int,
     datasets: Callable[[Order], tuple[Dataset, Dataset | None]],
+    packed: bool,
     bytes_per_token: float | None = None,
     notes: Sequence[str] = (),
 ) -> int | None:
@@ -139,6 +141,7 @@ def run(
         blend: the sources of the training split and their shares.
         items: documents or sequences of the largest source, whichever are more.
         datasets: opens the training and the validation split in an order of samples; called in the workers.
+        packed: whether rows have several segments.
         bytes_per_token: UTF-8 bytes per token of the validation split; None if the dataset does not record it.
         notes: further lines of the plan.
     """
@@ -176,6 +179,7 @@ def run(
                 blend=blend,
                 order=default_order(items),
                 datasets=datasets,
+                packed=packed,
                 bytes_per_token=bytes_per_token,
                 track=options.track,
             )

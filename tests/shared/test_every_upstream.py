@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import torch as strategy
 from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.nn.attention.varlen import AuxRequest, varlen_attn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import MptConfig, MptForCausalLM
 from transformers.models.mpt.modeling_mpt import MptModel
@@ -91,6 +92,16 @@ def test_a_dictionary_of_tensors_forgets_them() -> None:
     assert (first in known, second in known) == (True, False), "re-read shared/kernels/attention/masks.py"
     del first
     assert not len(known)
+
+
+def test_variable_length_attention_has_a_backward_pass() -> None:
+    arguments = torch.ops.torch_attn._varlen_attn_backward.default._schema.arguments
+    own = "grad_out query key value out lse cu_seq_q cu_seq_k max_q max_k is_causal rng_state scale window_size"
+    assert [argument.name for argument in arguments] == own.split(), "re-read shared/kernels/attention/varlen.py"
+    q, lengths = torch.empty(12, 4, 16, device="meta"), torch.empty(3, device="meta", dtype=torch.int32)
+    out, lse = varlen_attn(q, q, q, lengths, lengths, 7, 7, return_aux=AuxRequest(lse=True))
+    shapes = (out.shape, lse.shape, lse.dtype)
+    assert shapes == ((12, 4, 16), (4, 12), torch.float32), "re-read shared/kernels/attention/sinks.py"
 
 
 def test_a_checkpoint_names_its_format_and_classes(tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def run(
         blend=blend,
         items=max([split["documents"] for split in splits] + list(blend.sequences)),
         datasets=datasets,
+        packed=document_mask,
         bytes_per_token=_bytes_per_target(options, inputs, document_mask),
         notes=("documents   attention within each, positions restart, no loss of its first token",) * document_mask,
     )

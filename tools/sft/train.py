@@ -55,4 +55,4 @@ def run(options: TrainingOptions, *, epochs: int | None) -> int | None:
         }
         return blended(blend, training), stage.validation(options, inputs, validation)
 
-    return stage.run(options, config, inputs, blend=blend, items=max(blend.sequences), datasets=datasets)
+    return stage.run(options, config, inputs, blend=blend, items=max(blend.sequences), datasets=datasets, packed=True)

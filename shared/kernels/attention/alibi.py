@@ -24,18 +24,22 @@ def _series(heads: int, terms: range, bias_max: int) -> list[float]:
     return [base**term for term in terms]
 
 
-def bias(slopes: torch.Tensor, length: int) -> torch.Tensor:
-    """Bias of the scores, `[1, heads, length, length]`: `slope * (key position - query position)`."""
-    positions = torch.arange(length, device=slopes.device)
-    distance = positions[None, :] - positions[:, None]
-    return slopes[None, :, None, None] * distance
+def bias(slopes: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Bias of the scores, `[1 or batch, heads, queries, keys]`: `slope * (key position - query position)`.
+
+    Positions of queries and keys are `[number]` or `[batch, number]`, counted from the start of their segment.
+    """
+    queries, keys = torch.atleast_2d(queries), torch.atleast_2d(keys)
+    distance = keys[:, None, :] - queries[:, :, None]
+    return slopes[None, :, None, None] * distance[:, None]
 
 
-def rounded_bias(slopes: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Falcon RW's bias, `[batch, heads, length, length]` fp32: `bf16(slope * key) - bf16(slope * query)`.
+def rounded_bias(slopes: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Falcon RW's bias, fp32, arguments and shape as of `bias`: `bf16(slope * key) - bf16(slope * query)`.
 
     transformers' `build_alibi_tensor` of Falcon has the first term only; the second is constant per query and cancels in
-    the softmax. `positions` `[batch, length]` start at 0 in every segment: the rounding depends on them.
+    the softmax. The rounding depends on the positions.
     """
-    products = (slopes.bfloat16()[:, None] * positions[:, None, :]).float()  # [batch, heads, length]
-    return products[:, :, None, :] - products[:, :, :, None]
+    queries, keys = torch.atleast_2d(queries), torch.atleast_2d(keys)
+    rounded = slopes.bfloat16()[:, None]
+    return (rounded * keys[:, None, :]).float()[:, :, None, :] - (rounded * queries[:, None, :]).float()[:, :, :, None]

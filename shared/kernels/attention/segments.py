@@ -1,81 +1,92 @@
-"""Attention within segments and within windows, block by block: no mask of a whole row is made.
+"""Attention segment by segment, and within a segment block of queries by block: no mask or matrix of scores of whole rows.
 
 A row of S tokens in segments of n_1, n_2, ... tokens costs `sum n_i^2`, not `S^2`; a segment of n tokens with a window of w
-keys costs `2 n w`. Shapes: as in `sdpa`.
+keys costs `2 n w`. The kernel of a block is SDPA, or the eager one for soft cap and sinks. Shapes: as in `needs`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.checkpoint import checkpoint
 
-from shared.kernels.attention import masks
+from shared.kernels.attention import eager, masks, sdpa
+from shared.kernels.attention.needs import Call, Carries, Features
+from shared.kernels.attention.variable_length import Borders, borders
+
+CARRIES = Carries(lacks={"prefix LM": "not causal"})
+BLOCK = 1024  # queries at a time: scores of a block and 128k keys are 512 MiB per head in fp32
 
 type Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-type MaskedAttend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-type Borders = tuple[tuple[int, int], ...]  # first token of each segment, first token after it
 
 
-def within_segments(
-    attend: Attend, q_BHSD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSV: torch.Tensor, segments_BS: torch.Tensor
+def unavailable() -> None:
+    """Part of torch."""
+
+
+def attend(call: Call) -> torch.Tensor:
+    """As `choose.attend`. Rows with the same borders are one batch."""
+    within = partial(_within_segment, features=call.features)
+    given = call.q_BHQD, call.k_BGKD, call.v_BGKV
+    if call.segments is None:
+        return within(*given)
+    rows = borders(call.segments)
+    if len(set(rows)) == 1:
+        return _cut(within, *given, rows[0], call.query_start)
+    each = zip(*(x.split(1) for x in given), rows, strict=True)
+    return torch.cat([_cut(within, q, k, v, row, call.query_start) for q, k, v, row in each])
+
+
+def _cut(
+    within: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, borders: Borders, query_start: int
 ) -> torch.Tensor:
-    """`attend` on each segment by itself, `[B, H, queries, V]`. Rows with the same borders are one batch.
+    """Each segment by itself, its queries and the keys up to the last of them."""
+    end = query_start + q.shape[2]
+    parts = []
+    for first, last in borders:
+        begin, last = max(first, query_start), min(last, end)
+        if begin < last:
+            queries = q[:, :, begin - query_start : last - query_start]
+            parts.append(within(queries, k[:, :, first:last], v[:, :, first:last]))
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
 
-    `segments_BS`: of whole rows. k and v are of the first positions of a row, q of the last of these: `attend` gets the keys
-    of a segment from its start on.
+
+def _within_segment(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, features: Features) -> torch.Tensor:
+    """Causal attention whose last query is at the last key.
+
+    Blocks with all keys before them are computed again in the backward pass: kept, their masks, biases and scores would add
+    up to half of a whole row's.
     """
-    rows = _borders(segments_BS)
-    if len(set(rows)) > 1:
-        each = zip(*(x.split(1) for x in (q_BHSD, k_BGSD, v_BGSV, segments_BS)), strict=True)
-        return torch.cat([_cut(attend, q, k, v, row) for (q, k, v, _), row in zip(each, rows, strict=True)])
-    return _cut(attend, q_BHSD, k_BGSD, v_BGSV, rows[0])
+    queries, keys = q.shape[2], k.shape[2]
+    window = keys if features.window is None else min(features.window, keys)
+    plain = features.slopes_H is None and features.softcap is None and features.sinks_H is None
+    if plain and window == keys and queries == keys:
+        return sdpa.masked(q, k, v, None, scale=features.scale, dropout=features.dropout)
+    size = min(window, BLOCK)
+    kept = queries <= size or window <= BLOCK or (plain and window < keys)
+    blocks = []
+    for begin in range(keys - queries, keys, size):
+        end, first = min(begin + size, keys), max(begin - window + 1, 0)
+        rows = slice(begin - keys + queries, end - keys + queries)
+        block = partial(_block, features=features, window=window, start=first)
+        given = q[:, :, rows], k[:, :, first:end], v[:, :, first:end]
+        blocks.append(block(*given) if kept else checkpoint(block, *given, use_reentrant=False))
+    return torch.cat(blocks, 2) if len(blocks) > 1 else blocks[0]
 
 
-def within_window(
-    attend: MaskedAttend, q_BHSD: torch.Tensor, k_BGSD: torch.Tensor, v_BGSV: torch.Tensor, size: int
+def _block(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, features: Features, window: int, start: int
 ) -> torch.Tensor:
-    """`attend` with each query's last `size` keys, its own included, `[B, H, queries, V]`; blocks of `size` queries.
-
-    Queries are the last of the keys' positions. `attend` gets a mask, bool `[1, 1, queries, keys]` (True: attend); None for
-    all keys, causal.
-    """
-    queries, keys = q_BHSD.shape[2], k_BGSD.shape[2]
-    if size >= keys:
-        return attend(q_BHSD, k_BGSD, v_BGSV, None)
-    blocks, offset = [], keys - queries
-    for begin in range(offset, keys, size):
-        end, first = min(begin + size, keys), max(begin - size + 1, 0)
-        allowed = masks.window(end - first, size, q_BHSD.device, end - begin)
-        block = q_BHSD[:, :, begin - offset : end - offset]
-        blocks.append(attend(block, k_BGSD[:, :, first:end], v_BGSV[:, :, first:end], allowed))
-    return torch.cat(blocks, 2)
-
-
-def _cut(attend: Attend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, borders: Borders) -> torch.Tensor:
-    if len(borders) == 1:
-        return attend(q, k, v)
-    keys, attended = k.shape[2], []
-    offset = keys - q.shape[2]
-    for begin, end in borders:
-        if end > offset and begin < keys:
-            part = q[:, :, max(begin - offset, 0) : end - offset]
-            attended.append(attend(part, k[:, :, begin:end], v[:, :, begin:end]))
-    return torch.cat(attended, 2)
-
-
-_cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _borders(segments_BS: torch.Tensor) -> list[Borders]:
-    """Borders of the segments of each row; read from the device once for all layers of a micro batch."""
-    if segments_BS not in _cache:
-        length = segments_BS.shape[1]
-        rows = []
-        for row in segments_BS.cpu():
-            inner = (torch.nonzero(row[1:] != row[:-1]).flatten() + 1).tolist()
-            rows.append(tuple(zip((0, *inner), (*inner, length), strict=True)))
-        _cache[segments_BS] = rows
-    borders: list[Borders] = _cache[segments_BS]
-    return borders
+    """Queries whose last is at the last key; the first key is token `start` of its segment."""
+    queries, keys = q.shape[2], k.shape[2]
+    allowed = masks.window(keys, window, q.device, queries)
+    bias = None
+    if features.slopes_H is not None:
+        positions = torch.arange(start, start + keys, device=q.device)
+        bias = eager.alibi_bias(features, positions[keys - queries :], positions)
+    if features.softcap is not None or features.sinks_H is not None:
+        return eager.masked(q, k, v, allowed, features, bias)
+    mask = allowed if bias is None else bias.masked_fill(~allowed, -torch.inf).to(q.dtype)
+    return sdpa.masked(q, k, v, mask, scale=features.scale, dropout=features.dropout)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from shared.architecture.architecture import Alibi
-from shared.kernels.attention import masks, segments
+from shared.kernels.attention import masks, segments, variable_length
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])
@@ -48,14 +48,13 @@ def test_packed_rows_have_no_mask_and_read_their_borders_once(model_of, worker, 
     monkeypatch.setattr(masks, "dense", lambda segments: pytest.fail("a mask of whole rows"))
     model = model_of(worker.architecture())
     ids, packed = torch.randint(64, (2, 16)), torch.tensor([[1] * 9 + [2] * 7, [1] * 16])
-    read = []
-    split = segments._borders
-    monkeypatch.setattr(segments, "_borders", lambda tensor: read.append(tensor in segments._cache) or split(tensor))
-    before = len(segments._cache)
+    read, split, cache = [], variable_length.borders, variable_length._borders
+    monkeypatch.setattr(segments, "borders", lambda tensor: read.append(tensor in cache) or split(tensor))
+    before = len(cache)
     with torch.no_grad():
         model(ids, torch.arange(16)[None], packed)
     assert len(read) > 1
     assert read == [False] + [True] * (len(read) - 1)
-    assert len(segments._cache) == before + 1
+    assert len(cache) == before + 1
     del packed
-    assert len(segments._cache) == before
+    assert len(cache) == before

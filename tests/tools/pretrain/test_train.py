@@ -280,6 +280,10 @@ def test_the_export_has_the_validation_loss_in_transformers(whole, data, tmp_pat
         ({"recompute": "mlp,moe"}, "moe needs a model with MoE layers; leave moe out"),
         ({"recompute": "full,mlp"}, "full stands alone"),
         ({"recompute": ","}, "--recompute"),
+        (
+            {"attention_backend": "varlen"},
+            "--attention-backend varlen does not carry this model's attention here: CUDA only;",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_with_nothing_written(source, data, tmp_path, capsys, options, flag):

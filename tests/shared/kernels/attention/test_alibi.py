@@ -28,7 +28,7 @@ def test_slopes_to_another_end_are_mpts(heads, bias_max):
 
 
 def test_bias_falls_with_distance():
-    bias = alibi.bias(torch.tensor([0.5, 0.25]), 3)
+    bias = alibi.bias(torch.tensor([0.5, 0.25]), torch.arange(3), torch.arange(3))
     assert bias.shape == (1, 2, 3, 3)
     assert bias[0, 0, 2].tolist() == [-1.0, -0.5, 0.0]
     assert bias[0, 1, 2].tolist() == [-0.5, -0.25, 0.0]
@@ -38,8 +38,17 @@ def test_bias_falls_with_distance():
 def test_rounded_bias_is_falcons(heads):
     """Positions past 256 and their products are not all bf16 numbers."""
     theirs = falcons_alibi(torch.ones(1, 700, dtype=torch.long), heads, torch.float32)[:, 0]
-    ours = alibi.rounded_bias(alibi.slopes(heads), torch.arange(700)[None])
+    positions = torch.arange(700)
+    ours = alibi.rounded_bias(alibi.slopes(heads), positions, positions)
     for query in (0, 300, 699):
         assert torch.equal(ours[0, :, query], theirs - theirs[:, query, None])
-    exact = alibi.bias(alibi.slopes(heads), 700)
+    exact = alibi.bias(alibi.slopes(heads), positions, positions)
     assert (ours - exact).abs().max() > 0.1
+
+
+def test_bias_of_some_queries_is_their_rows():
+    slopes, queries, keys = alibi.slopes(6), torch.tensor([[5, 6], [2, 3]]), torch.arange(300).repeat(2, 1)
+    for bias in (alibi.bias, alibi.rounded_bias):
+        whole = bias(slopes, keys, keys)
+        rows = bias(slopes, queries, keys)
+        assert torch.equal(rows, torch.stack([whole[0][:, queries[0]], whole[1][:, queries[1]]]))

@@ -36,6 +36,12 @@ def test_a_window_is_causal():
     assert masks.shared_dense(segments) is masks.shared_dense(segments)
 
 
+def test_the_last_queries_are_the_last_rows_of_a_window():
+    for keys, queries, size in ((5, 2, 3), (7, 7, 2), (4, 1, 9)):
+        whole = masks.window(keys, size, torch.device("cpu"))
+        assert torch.equal(masks.window(keys, size, torch.device("cpu"), queries), whole[:, :, keys - queries :])
+
+
 def test_prefixes_are_attended_to_by_their_whole_segment():
     starts, ends = torch.tensor([[0, 0, 0, 0, 4, 4]]), torch.tensor([[2, 2, 2, 2, 5, 5]])
     mask = masks.dense(masks.prefix_segments(starts, ends))

@@ -1,91 +1,96 @@
-"""Attention by segments and windows against one query at a time in float64, and its gradients against a dense mask's."""
-
-from functools import partial
+"""Attention by segments and blocks: what is in memory. Its numbers are tried in `test_every_back_end`."""
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from shared.kernels.attention import eager, masks, sdpa
-from shared.kernels.attention.segments import within_segments, within_window
-from tests.references.attention import SEGMENTS, attention, inputs
+from shared.kernels.attention import alibi, segments
+from shared.kernels.attention.needs import Features
+from tests.references.attention import call
 
-SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
-CPU = torch.device("cpu")
-
-
-@pytest.mark.parametrize("further", [{}, {"softcap": 1.5}, {"sinks": SINKS}])
-@pytest.mark.parametrize("window", [None, 1, 2, 4, 7])
-@pytest.mark.parametrize("segments", [SEGMENTS, SEGMENTS[:1].expand(2, -1), torch.zeros_like(SEGMENTS)])
-def test_it_is_attention(segments, window, further):
-    q, k, v = inputs(2)
-    allowed = masks.dense(segments)
-    if window is not None:
-        allowed &= masks.window(7, window, CPU)
-    masked = partial(sdpa.attend, scale=0.3)
-    if further:
-        masked = partial(eager.attend, scale=0.3, softcap=further.get("softcap"), sinks_H=further.get("sinks"))
-    found = within_segments(partial(blockwise, masked, window), q, k, v, segments)
-    expected = attention(q, k, v, allowed[:, 0], 0.3, **further)
-    tolerance = 1e-6 if further else 1e-12  # the eager softmax is in fp32
-    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+SLOPES = alibi.slopes(2)
+SINKS = torch.tensor([0.5, -1.0])
+LENGTH, BLOCK = 1024, 64
+FEATURES = {
+    "causal": Features(),
+    "window": Features(window=40),
+    "wide window": Features(window=300),
+    "ALiBi": Features(slopes_H=SLOPES),
+    "rounded ALiBi": Features(slopes_H=SLOPES, rounded_alibi=0.3),
+    "soft cap": Features(softcap=2.0),
+    "sinks": Features(sinks_H=SINKS),
+    "sinks in a window": Features(sinks_H=SINKS, window=40),
+}
 
 
-def blockwise(masked, window, q, k, v):
-    return masked(q, k, v, None) if window is None else within_window(masked, q, k, v, window)
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that any operator returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for each in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(each, torch.Tensor):
+                self.elements = max(self.elements, each.numel())
+        return found
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_gradients_are_those_of_a_dense_mask(seed):
-    """Random rows: 1 to 60 tokens, segments of any length, windows of any size."""
-    generator = torch.Generator().manual_seed(seed)
-    length, batch, size = (int(torch.randint(1, end, (), generator=generator)) for end in (61, 4, 20))
-    segments = torch.randint(0, 2, (batch, length), generator=generator).cumsum(1) // 2
-    results = []
-    for dense in (False, True):
-        generator.manual_seed(seed)
-        shapes = (batch, 4, length, 6), (batch, 2, length, 6), (batch, 2, length, 5)
-        q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes)
-        weights = torch.randn(batch, 4, length, 5, generator=generator, dtype=torch.float64)
-        masked = partial(sdpa.attend, scale=None)
-        if dense:
-            found = masked(q, k, v, masks.dense(segments) & masks.window(length, size, CPU))
-        else:
-            found = within_segments(partial(blockwise, masked, size), q, k, v, segments)
-        (found * weights).sum().backward()
-        results.append((found.detach(), q.grad, k.grad, v.grad))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+def inputs(length, queries=None):
+    generator = torch.Generator().manual_seed(1)
+    shapes = (1, 2, queries or length, 4), (1, 1, length, 4), (1, 1, length, 4)
+    return [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
 
 
-@pytest.mark.parametrize("further", [{}, {"softcap": 1.5, "sinks_H": SINKS}])
-@pytest.mark.parametrize("window", [None, 1, 3, 7])
-def test_the_last_queries_attend_as_in_the_whole_row(window, further):
-    """Keys up to any position, and any number of queries before it."""
-    q, k, v = inputs(2)
-    masked = partial(eager.attend if further else sdpa.attend, scale=0.3, **further)
-    attend = partial(blockwise, masked, window)
-    for segments in (SEGMENTS, torch.zeros_like(SEGMENTS)):
-        whole = within_segments(attend, q, k, v, segments)
-        for end in range(1, 8):
-            for begin in range(end):
-                found = within_segments(attend, q[:, :, begin:end], k[:, :, :end], v[:, :, :end], segments)
-                # The eager softmax is in fp32.
-                torch.testing.assert_close(found, whole[:, :, begin:end], atol=1e-6 if further else 1e-12, rtol=0)
+@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("rows", ["one segment", "packed", "later queries"])
+def test_no_tensor_has_as_many_elements_as_a_mask_of_the_row(name, rows, monkeypatch):
+    """Forward and backward. The largest are the scores of a block and two heads, an eighth of a mask, with a column of sinks."""
+    monkeypatch.setattr(segments, "BLOCK", BLOCK)
+    start = 300 if rows == "later queries" else 0
+    packed = torch.arange(LENGTH)[None] // 200 if rows == "packed" else None
+    given = inputs(LENGTH, LENGTH - start)
+    with Largest() as largest:
+        segments.attend(call(*given, packed, FEATURES[name])).sum().backward()
+    assert all(x.grad is not None for x in given)
+    assert largest.elements <= 2 * BLOCK * (LENGTH + 1) < LENGTH * LENGTH / 7
 
 
-def test_no_call_sees_more_than_a_segment_and_a_window():
-    """Queries x keys of all calls: their number grows with the row, not with its square."""
+@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_kept_for_the_backward_pass_grows_with_the_row(name, packed, monkeypatch):
+    monkeypatch.setattr(segments, "BLOCK", BLOCK)
+
+    def kept(length):
+        sizes = {}
+        rows = torch.arange(length)[None] // 100 if packed else None
+        given = inputs(length)
+        own = {x.untyped_storage().data_ptr() for x in given}
+
+        def keep(x):
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in own:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            out = segments.attend(call(*given, rows, FEATURES[name]))
+        assert out.requires_grad
+        return sum(sizes.values())
+
+    sizes = [kept(length) for length in (600, 1200, 1800)]
+    assert sizes[2] - sizes[1] <= 1.1 * (sizes[1] - sizes[0])
+
+
+def test_rows_with_the_same_borders_are_one_batch(monkeypatch):
     sizes = []
-
-    def masked(q, k, v, mask):
-        sizes.append((q.shape[2], k.shape[2]))
-        return sdpa.attend(q, k, v, mask, scale=None)
-
-    def products(length):
-        sizes.clear()
-        q, k, v = torch.zeros(1, 4, length, 4), torch.zeros(1, 1, length, 4), torch.zeros(1, 1, length, 4)
-        within_segments(partial(blockwise, masked, 32), q, k, v, torch.arange(length)[None] // 100)
-        return sum(queries * keys for queries, keys in sizes)
-
-    assert products(1000) == 10 * products(100)
-    assert max(keys for _, keys in sizes) == 2 * 32 - 1
+    within = segments._within_segment
+    monkeypatch.setattr(
+        segments, "_within_segment", lambda q, k, v, features: sizes.append(q.shape[:3:2]) or within(q, k, v, features)
+    )
+    q = torch.randn(2, 1, 6, 4)
+    segments.attend(call(q, q, q, torch.tensor([[1, 1, 2, 2, 2, 2]] * 2), Features()))
+    assert sizes == [(2, 2), (2, 4)]
+    sizes.clear()
+    segments.attend(call(q, q, q, torch.tensor([[1, 1, 2, 2, 2, 2], [1, 1, 1, 2, 2, 2]]), Features()))
+    assert sizes == [(1, 2), (1, 4), (1, 3), (1, 3)]
