@@ -134,12 +134,12 @@ def test_inputs_are_hashed_once_in_a_job(source, data, tmp_path):
     """Two processes: by the launcher, and by no rank."""
     script = """
 import os, sys
-import shared.training.plan as plan
+from shared.training import data_sources, plan
 hashed = plan.verify_content
 def verify_content(checkpoint, flag):
     print("hashing", flag, os.environ.get("RANK"), file=sys.stderr, flush=True)
     hashed(checkpoint, flag=flag)
-plan.verify_content = verify_content
+plan.verify_content = data_sources.verify_content = verify_content
 from tools.pretrain.cli import tool
 tool.run(sys.argv[1:])
 """
