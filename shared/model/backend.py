@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
 
 from shared.architecture.architecture import Attention, Norm
 from shared.kernels.attention.names import AttentionBackend
 from shared.model.attention import CoreAttention
+from shared.model.experts import GroupedExperts
 from shared.model.norm import NormBuilder, norm_of, qk_norms
 
 
@@ -87,7 +87,7 @@ class LocalBackend:
         return CoreAttention
 
     def grouped_mlp_modules(self, submodules: MLPSubmodules) -> Callable[..., Any]:
-        return partial(SequentialMLP, submodules=submodules)
+        return partial(GroupedExperts, submodules=submodules)
 
     def embedding(self) -> type:
         return VocabParallelEmbedding
