@@ -70,6 +70,7 @@ class LanguageModel(GPTModel):
     - Last pipeline stage with labels: loss per token `[batch, sequence]`, fp32, nats; 0 for negative labels.
     - Last stage without labels: this rank's logits `[batch, sequence, padded_vocab / tensor_parallel]`.
     - Other stages: hidden states.
+    - padding_mask: bool `[batch, sequence]`, True for padding, on every stage; MoE leaves these tokens out of its balance.
     - Labels `[1 + mtp.depth, batch, sequence]`: losses of the next token and of each MTP layer. MTP layers do not run with
       other labels.
     """
@@ -137,6 +138,15 @@ class LanguageModel(GPTModel):
             position_ids = position_ids + positions.offset
         return super().forward(input_ids, position_ids, attention_mask, **others)
 
+    def _preprocess(self, **given: Any) -> tuple[Any, ...]:
+        """Splits the padding mask over sequence-parallel ranks on every stage; Megatron-Core does on the first only."""
+        padding_mask = given.pop("padding_mask", None)
+        made: tuple[Any, ...] = super()._preprocess(**given)
+        if padding_mask is not None and self.config.sequence_parallel:
+            group = self.pg_collection.tp
+            padding_mask = padding_mask.chunk(group.size(), dim=1)[group.rank()]
+        return (*made[:5], padding_mask, *made[6:])
+
     def _postprocess(self, **given: Any) -> torch.Tensor:
         """See the class. Replaces Megatron-Core's MTP loss, which has no argument for MTP labels."""
         if not (self.mtp_process and self.post_process):
@@ -145,7 +155,7 @@ class LanguageModel(GPTModel):
         states, labels = given["hidden_states"], given["labels"]
         depth = self.config.mtp_num_layers if labels is not None and labels.dim() == 3 else 0
         if depth:
-            wanted = ("input_ids", "position_ids", "hidden_states", "attention_mask", "rotary_pos_emb")
+            wanted = ("input_ids", "position_ids", "hidden_states", "attention_mask", "padding_mask", "rotary_pos_emb")
             states = self.mtp(**{name: given[name] for name in wanted}, embedding=self.embedding)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         found = [self.output_layer(state, weight=weight)[0] for state in states.chunk(1 + depth)]

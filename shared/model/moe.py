@@ -10,12 +10,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from shared.architecture.architecture import Architecture, MoE
 from shared.model.backend import Backend
+from shared.model.router import router_of
 
 
 def moe_spec(moe: MoE, backend: Backend, layer: int) -> Callable[..., Any]:
@@ -36,7 +35,7 @@ def moe_spec(moe: MoE, backend: Backend, layer: int) -> Callable[..., Any]:
                     linear_fc2=backend.row_parallel_linear(layer),
                 ),
             ),
-            router=_router(moe),
+            router=router_of(moe),
         ),
     )
 
@@ -65,55 +64,6 @@ def _with_bias_over_tp(linear: Callable[..., Any]) -> Callable[..., Any]:
         return built
 
     return build
-
-
-class BiasedRouter(TopKRouter):
-    """Megatron-Core's router with a bias (Megatron-Core: with `add_bias_linear` only)."""
-
-    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        self.bias = torch.nn.Parameter(torch.empty_like(self.weight[:, 0]))
-        if config.perform_initialization:
-            torch.nn.init.normal_(self.bias, std=config.init_method_std)
-        self.bias.sequence_parallel = config.sequence_parallel
-
-
-class _GroupTopK:
-    """Group-limited top-k with group score = sum of the `score_top` highest scores, through the router replay hook."""
-
-    def __init__(self, score_top: int) -> None:
-        self.score_top = score_top
-        self.layer_number: int | None = None  # set by Megatron-Core
-
-    def get_replay_topk(
-        self,
-        scores: torch.Tensor,
-        topk: int,
-        num_groups: int,
-        group_topk: int,
-        default_compute_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores `[tokens, experts]` -> scores and indices of the top-k experts, `[tokens, topk]` each."""
-        groups = scores.view(len(scores), num_groups, -1)
-        best = groups.topk(self.score_top, dim=-1).values.sum(-1).topk(group_topk, dim=-1).indices
-        left_out = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, best, False)
-        return default_compute_topk(groups.masked_fill(left_out[..., None], -torch.inf).flatten(1), topk)
-
-
-class GroupRouter(TopKRouter):
-    """Megatron-Core's router with group score = sum of the top `score_top` scores (Megatron-Core: top_k / top_groups)."""
-
-    def __init__(self, *args: Any, score_top: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.router_replay = _GroupTopK(score_top)
-
-
-def _router(moe: MoE) -> Callable[..., Any]:
-    if moe.router_bias:
-        return BiasedRouter
-    if moe.groups == 1 or moe.top_k // moe.top_groups == moe.group_score_top:
-        return TopKRouter
-    return partial(GroupRouter, score_top=moe.group_score_top)
 
 
 _BALANCING = {"batch": "aux_loss", "sequence": "seq_aux_loss"}

@@ -13,7 +13,6 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
-    MultiTokenPredictionLayer,
     MultiTokenPredictionLayerSubmodules,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -36,6 +35,7 @@ from shared.model.backend import Backend
 from shared.model.gated_delta_net import DELTA_NET_CHECKPOINT_KEYS, delta_net_spec
 from shared.model.mla import MLA_CHECKPOINT_KEYS, mla_spec
 from shared.model.moe import moe_spec
+from shared.model.mtp import MTPLayer
 from shared.model.rope import RotaryAngles, concentration_factor
 from shared.model.support import needs_general_transformer_layer
 from shared.model.transformer_layer import GeneralTransformerLayer
@@ -75,7 +75,7 @@ def mtp_spec(architecture: Architecture, backend: Backend) -> MultiTokenPredicti
     norm = backend.norm(mtp.layer.norm, extra_state=True)
     layers = [
         ModuleSpec(
-            module=MultiTokenPredictionLayer,
+            module=MTPLayer,
             submodules=MultiTokenPredictionLayerSubmodules(
                 enorm=norm,
                 hnorm=norm,

@@ -47,9 +47,13 @@ class GeneralTransformerLayer(TransformerLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         rotary_pos_emb: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
-        """`[sequence, batch, hidden]`, shape unchanged; `others` (inference, cross attention) must be None."""
+        """`[sequence, batch, hidden]`, shape unchanged.
+
+        `padding_mask`: for MoE, `[batch, sequence]` of this rank. `others` (inference, cross attention) must be None.
+        """
         assert all(value is None for value in others.values()), others
         attended = self.input_layernorm(hidden_states)
         attention = self.self_attention(attended, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)
@@ -58,9 +62,10 @@ class GeneralTransformerLayer(TransformerLayer):
             added_to = attended if normed else hidden_states
             hidden_states = self._add(attention, added_to, self.post_self_attn_layernorm)
             read = self.pre_mlp_layernorm(hidden_states)
-            return self._add(self.mlp(read), read if normed else hidden_states, self.post_mlp_layernorm), None
+            computed, added_to = self.mlp(read, padding_mask=padding_mask), read if normed else hidden_states
+            return self._add(computed, added_to, self.post_mlp_layernorm), None
         read = attended if self.residual_kind == "parallel_shared" else self.pre_mlp_layernorm(hidden_states)
-        added = self._dropped(self.mlp(read)) + self._dropped(attention)
+        added = self._dropped(self.mlp(read, padding_mask=padding_mask)) + self._dropped(attention)
         return hidden_states + self.multiplier * added, None
 
     def _add(

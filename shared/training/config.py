@@ -13,6 +13,7 @@ from shared.precision import TrainingPrecision
 from shared.training.schedule import Schedule, ScheduleName
 
 MTP_LOSS_SCALING_FACTOR = 0.1  # Megatron-Core's default
+MOE_ROUTER_BIAS_UPDATE_RATE = 1e-3  # Megatron-Core's default, DeepSeek V3's for most of its training
 _MICRO_BATCH_TOKENS = 8192  # per forward pass: enough to keep a GPU busy, with moderate activations
 
 
@@ -31,6 +32,7 @@ class TrainingConfig:
     decay_steps: int  # wsd only
     weight_decay: float  # decoupled, on matrices only
     mtp_loss_scaling_factor: float  # weight of the MTP loss; 0: MTP layers are frozen
+    moe_router_bias_update_rate: float  # step of the correction bias after an update
     clip_grad: float  # global gradient norm; 0: no clipping
     adam_beta1: float
     adam_beta2: float

@@ -23,6 +23,7 @@ from shared.training.document_order import Documents, documents_of
 from shared.training.samplers import Indices, Order, Shuffle
 
 _SEQUENCES = 2  # stream of the shuffle
+_PADDING = 0  # segment of padding in packed rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class Batch:
     tokens: torch.Tensor  # int64
     labels: torch.Tensor  # int64: the next token, or IGNORE (no loss)
     segments: torch.Tensor | None = None  # int64; attention only within equal values; None: one segment per row
+    padding: torch.Tensor | None = None  # bool; None: no padding
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device. From pinned memory the copy does not block."""
@@ -39,6 +41,7 @@ class Batch:
             tokens=self.tokens.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
             segments=self.segments.to(device, non_blocking=True) if self.segments is not None else None,
+            padding=self.padding.to(device, non_blocking=True) if self.padding is not None else None,
         )
 
 
@@ -154,10 +157,12 @@ class PackedSequences:
 
     def batch(self, positions: Indices) -> Batch:
         rows = np.array([self._row(int(position)) for position in positions])
+        segments = _int64(self._segments[rows])
         return Batch(
             tokens=_int64(self._tokens[rows]),
             labels=_int64(self._labels[rows]),
-            segments=_int64(self._segments[rows]),
+            segments=segments,
+            padding=segments == _PADDING,
         )
 
     def _row(self, position: int) -> int:
@@ -181,10 +186,12 @@ class BlendedSequences:
             source, place = self._blend.locate(int(position))
             parts.append(self._sources[source].batch(np.array([place])))
         segments = [part.segments for part in parts if part.segments is not None]
+        padding = [part.padding for part in parts if part.padding is not None]
         return Batch(
             tokens=torch.cat([part.tokens for part in parts]),
             labels=torch.cat([part.labels for part in parts]),
             segments=torch.cat(segments) if segments else None,
+            padding=torch.cat(padding) if padding else None,
         )
 
 

@@ -35,6 +35,7 @@ from shared.report.track import Track
 from shared.runtime import process_groups
 from shared.runtime.stop_request import StopRequest
 from shared.training import state
+from shared.training.balance import take_balance
 from shared.training.blend import Blend
 from shared.training.config import TrainingConfig
 from shared.training.data import Batch, Dataset
@@ -149,6 +150,7 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
             raise StageError(
                 f"the loss of update {step + 1} is {loss.mean}; {recorder.last_saved()}; lower --learning-rate"
             )
+        balance = take_balance(config, model, device)
         rate = schedule.learning_rate(step + 1)
         set_learning_rate(optimizer, rate)
         _, gradient_norm, _ = optimizer.step()
@@ -157,7 +159,7 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
                 f"the gradient of update {step + 1} is {gradient_norm}; {recorder.last_saved()}; lower --learning-rate"
             )
         step += 1
-        recorder.updated(step, loss, rate, gradient_norm, time.perf_counter() - started)
+        recorder.updated(step, loss, rate, gradient_norm, time.perf_counter() - started, balance)
 
         finished, stopping = step == config.steps, stop.agreed(device)
         if finished or (config.validate_every and step % config.validate_every == 0):
@@ -185,6 +187,7 @@ def model_overrides(config: TrainingConfig) -> dict[str, Any]:
         # batched sends would mix them up.
         "overlap_p2p_comm": config.parallel.virtual_pipeline > 1,
         "batch_p2p_comm": config.parallel.virtual_pipeline == 1,
+        "moe_router_bias_update_rate": config.moe_router_bias_update_rate,
     }
 
 
@@ -280,6 +283,7 @@ def forward_step(
     depth, labels = model.module.architecture.mtp_depth, batch.labels
     if depth and mtp_loss_scaling_factor:
         labels = mtp_labels(labels, batch.segments, depth)
+    padding = batch.padding if model.module.architecture.moe else None
     rows, length = batch.tokens.shape
     positions = torch.arange(length, device=batch.tokens.device).expand(rows, length)
     labels = local_part(labels)  # after mtp_labels, which looks at the next tokens of the row
@@ -287,6 +291,7 @@ def forward_step(
         input_ids=local_part(batch.tokens),
         position_ids=local_part(positions),
         attention_mask=batch.segments,
+        padding_mask=None if padding is None else local_part(padding),
         labels=labels,
     )
     return output, partial(token_loss, labels=labels, mtp_loss_scaling_factor=mtp_loss_scaling_factor)

@@ -11,7 +11,7 @@ The MTP loss is DeepSeek V3's (arXiv:2412.19437, equations 24 and 25):
 
 It has the same invariance. The load-balancing loss of MoE is no sum over targets: its gradient is
 
-    coefficient x mean over micro batches of the loss of a micro batch, which is over all its tokens
+    coefficient x mean over micro batches of the loss of a micro batch, which is over all its tokens but padding
 
 whatever the number of targets (`balancing_scale`).
 

@@ -46,6 +46,7 @@ ADDED = ("iteration", "data_weights")
 EXTENDABLE = (
     *("steps", "epochs", "global_batch_size", "learning_rate", "min_learning_rate", "schedule", "warmup_steps"),
     *("decay_steps", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2", "validate_every", "validation_sequences"),
+    "moe_router_bias_update_rate",
 )
 
 
@@ -70,6 +71,8 @@ class TrainingOptions:
         weight_decay: decoupled, on matrices; norms and biases have none.
         mtp_loss_scaling_factor: weight of the MTP (multi-token prediction) loss, for models with MTP layers; by default
             0.1. 0 freezes these layers.
+        moe_router_bias_update_rate: what an update adds to the correction bias of an expert with fewer tokens than the mean,
+            and takes from the others; for MoE models with that bias, by default 0.001. 0 keeps the bias.
         clip_grad: global gradient norm to clip at; 0 for no clipping.
         adam_beta1: AdamW's beta1, decay of the mean of gradients.
         adam_beta2: AdamW's beta2, decay of the mean of squared gradients.
@@ -116,6 +119,7 @@ class TrainingOptions:
     decay_steps: NonNegative | None = None
     weight_decay: Rate = 0.1
     mtp_loss_scaling_factor: Rate | None = None
+    moe_router_bias_update_rate: Rate | None = None
     clip_grad: Rate = 1.0
     adam_beta1: Decay = 0.9
     adam_beta2: Decay = 0.95

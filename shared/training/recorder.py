@@ -19,6 +19,7 @@ from shared.report import metrics, page
 from shared.report.metrics import Metrics, device_name, flops_per_token, peak_flops, peak_memory
 from shared.report.track import Track
 from shared.runtime.agreement import on_rank_0
+from shared.training.balance import Balance, loss_over_micro_batch
 from shared.training.blend import Blend
 from shared.training.config import TrainingConfig
 from shared.training.loss import Loss
@@ -146,7 +147,9 @@ class Recorder:
             else None
         )
 
-    def updated(self, step: int, loss: Loss, rate: float, gradient_norm: float, seconds: float) -> None:
+    def updated(
+        self, step: int, loss: Loss, rate: float, gradient_norm: float, seconds: float, balance: Balance | None = None
+    ) -> None:
         """Record update `step`, counted from 1."""
         if self._metrics is None:
             return
@@ -156,6 +159,7 @@ class Recorder:
             "step": step,
             "loss": loss.mean,
             **({} if loss.mtp is None else {"mtp_loss": loss.mtp}),
+            **(balance.row() if balance else {}),
             "learning_rate": rate,
             "gradient_norm": gradient_norm,
             "targets": loss.targets,
@@ -172,9 +176,10 @@ class Recorder:
             recent = [row["seconds"] for row in self._metrics.rows[-50:] if "seconds" in row]
             mtp = "" if loss.mtp is None else f"  mtp {loss.mtp:.4f}"
             mfu = f"  MFU {row['mfu']:.1%}" if "mfu" in row else ""
+            experts = f"  {balance}" if balance else ""
             left = sum(recent) / len(recent) * (config.steps - step)
             log(
-                f"update {step}/{config.steps}  loss {loss.mean:.4f}{mtp}  lr {rate:.2e}  grad {gradient_norm:.2f}  "
+                f"update {step}/{config.steps}  loss {loss.mean:.4f}{mtp}{experts}  lr {rate:.2e}  grad {gradient_norm:.2f}  "
                 f"{speed:,.0f} tokens/s{mfu}  {quantity(row['memory_bytes'], 'bytes')}  "
                 f"epoch {row['samples'] / self._blend.epoch:.2f}  {_duration(left)} left"
             )
@@ -221,6 +226,8 @@ class Recorder:
             "data_order": self._order,
             "data": self._blend.facts(samples),
         }
+        if loss_over_micro_batch(self._inputs.architecture):
+            facts["micro_batch_size"] = self._config.micro_batch_size  # a resume with another is refused
         if self._metrics is not None:
             for name in ("loss", "mtp_loss", "validation_loss", "validation_mtp_loss", "bits_per_byte"):
                 known = [row[name] for row in self._metrics.rows if name in row]

@@ -20,6 +20,7 @@ from shared.runtime.launch import launch
 from shared.runtime.silence_warnings import silence
 from shared.training.blend import Blend
 from shared.training.config import (
+    MOE_ROUTER_BIAS_UPDATE_RATE,
     MTP_LOSS_SCALING_FACTOR,
     TrainingConfig,
     default_decay_steps,
@@ -57,6 +58,9 @@ def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> Train
         mtp_loss_scaling_factor=MTP_LOSS_SCALING_FACTOR
         if options.mtp_loss_scaling_factor is None
         else options.mtp_loss_scaling_factor,
+        moe_router_bias_update_rate=MOE_ROUTER_BIAS_UPDATE_RATE
+        if options.moe_router_bias_update_rate is None
+        else options.moe_router_bias_update_rate,
         clip_grad=options.clip_grad,
         adam_beta1=options.adam_beta1,
         adam_beta2=options.adam_beta2,
@@ -152,6 +156,12 @@ def run(
             "--mtp-loss-scaling-factor belongs to models with MTP (multi-token prediction) layers, "
             f"and the model of --source {options.source} has none; leave it out"
         )
+    moe = inputs.architecture.moe
+    if options.moe_router_bias_update_rate is not None and not (moe and moe.correction_bias):
+        raise UserError(
+            "--moe-router-bias-update-rate belongs to MoE models whose router has a correction bias (DeepSeek V3, GLM-4.5), "
+            f"and the model of --source {options.source} has none; leave it out"
+        )
     check_installed(options.track)
     _leave_if_done(options, config, inputs)
     inputs.verify()
@@ -205,6 +215,14 @@ def _leave_if_done(options: TrainingOptions, config: TrainingConfig, inputs: Inp
                 f"{config.steps}"
             )
         return
+    replaced = options.overwrite and manifest.state == "finished"
+    trained = manifest.facts.get("micro_batch_size", config.micro_batch_size)
+    if manifest.identity == fingerprint and trained != config.micro_batch_size and not (options.extend or replaced):
+        raise UserError(
+            f"--target {options.target} was trained with --micro-batch-size {trained}, now it is {config.micro_batch_size}; the "
+            f"load-balancing loss of its experts is over a micro batch: give --micro-batch-size {trained}, or --extend to go "
+            "on with other micro batches"
+        )
     if manifest.state != "finished":
         return
     check_target(

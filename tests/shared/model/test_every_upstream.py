@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from unittest.mock import Mock
 
@@ -13,12 +14,15 @@ from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_thi
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer import multi_token_prediction
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import Router, TopKRouter
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock, MultiTokenPredictionLayer
@@ -28,8 +32,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from shared.model.context_parallel import chunks_of_rank
 from shared.model.gated_delta_net import TorchGatedDeltaNet
 from shared.model.mla import _RESOLVED, LatentSelfAttention
-from shared.model.moe import _GroupTopK
 from shared.model.rope import PrefixRotaryAngles
+from shared.model.router import _GroupTopK
 from shared.model.transformer_layer import GeneralTransformerLayer
 from shared.runtime.device import select_device
 from tests.upstream import attributes_read, attributes_set, binds, calls, parameters, relies_on
@@ -42,6 +46,9 @@ GPT = "shared/model/gpt.py"
 LAYER = "shared/model/transformer_layer.py"
 MLA = "shared/model/mla.py"
 MOE = "shared/model/moe.py"
+MTP = "shared/model/mtp.py"
+EXPERTS = "shared/model/experts.py"
+ROUTER = "shared/model/router.py"
 
 
 def test_attention_scales_rotary_angles_by_its_yarn_factor() -> None:
@@ -204,20 +211,76 @@ def test_mla_takes_angles_and_their_factor_from_its_rotary_embedding() -> None:
 
 
 def test_a_router_adds_its_bias() -> None:
-    relies_on(MOE, Router.__init__, "self.bias = None")
-    calls(MOE, Router.gating, "router_gating_linear", "input", "self.weight", "self.bias")
+    relies_on(ROUTER, Router.__init__, "self.bias = None")
+    calls(ROUTER, Router.gating, "router_gating_linear", "input", "self.weight", "self.bias")
 
 
 def test_a_router_asks_its_replay_for_the_choice() -> None:
     relies_on(
-        MOE,
+        ROUTER,
         moe_utils.topk_routing_with_score_function,
         "router_replay.get_replay_topk(scores, topk, num_groups, group_topk, _compute_topk)",
     )
-    calls(MOE, TopKRouter.routing, "topk_routing_with_score_function", "logits", router_replay="self.router_replay")
-    relies_on(MOE, TopKRouter.__init__, "self.router_replay = None")
-    relies_on(MOE, Router.set_layer_number, "self.router_replay.layer_number = layer_number")
-    binds(MOE, _GroupTopK(1).get_replay_topk, None, 1, 1, 1, None)
+    calls(ROUTER, TopKRouter.routing, "topk_routing_with_score_function", "logits", router_replay="self.router_replay")
+    relies_on(ROUTER, TopKRouter.__init__, "self.router_replay = None")
+    relies_on(ROUTER, Router.set_layer_number, "self.router_replay.layer_number = layer_number")
+    binds(ROUTER, _GroupTopK(1).get_replay_topk, None, 1, 1, 1, None)
+
+
+def test_a_router_counts_in_these_methods() -> None:
+    routing, mask = TopKRouter.routing, {"padding_mask": "padding_mask"}
+    calls(ROUTER, routing, "self._apply_expert_bias", "routing_map", **mask)
+    relies_on(ROUTER, TopKRouter._apply_expert_bias, "routing_map = routing_map & ~padding_mask")
+    given = ("probs", "scores_for_aux_loss", "routing_map_for_aux_loss")
+    masked = {"with_padding_mask": "padding_mask is not None"}
+    calls(ROUTER, routing, "self._apply_seq_aux_loss", *given, "seq_length", "bsz", **masked)
+    relies_on(ROUTER, moe_utils.get_tokens_per_expert_and_token_count, "global_tokens_per_expert.sum() / topk")
+    attach = "self.attach_and_log_load_balancing_loss"
+    tokens = ("local_num_tokens", "local_num_tokens * bsz")
+    for method, count in zip((TopKRouter._apply_aux_loss, TopKRouter._apply_seq_aux_loss), tokens, strict=True):
+        calls(ROUTER, method, attach, "probs", valid_token_count=count)
+    relies_on(
+        ROUTER,
+        TopKRouter.attach_and_log_load_balancing_loss,
+        "valid_token_count if valid_token_count is not None else activation.shape[0]",
+    )
+
+
+def test_the_padding_mask_reaches_the_router() -> None:
+    mask = {"padding_mask": "padding_mask"}
+    made = "(decoder_input, rotary_pos_emb, rotary_pos_cos, rotary_pos_sin, sequence_len_offset, padding_mask)"
+    calls(GPT, GPTModel.forward, "self._preprocess", **mask)
+    calls(GPT, GPTModel.forward, "self.decoder", **mask)
+    relies_on(GPT, GPTModel._preprocess, f"preproc_output = {made}")
+    relies_on(GPT, GPTModel.forward, f"{made} = preproc_output[:6]")
+    calls(GPT, MultiTokenPredictionBlock.forward, "self.layers[layer_idx]", **mask)
+    calls(MTP, MultiTokenPredictionLayer.forward, "self._get_embeddings", **mask)
+    relies_on(
+        MTP,
+        MultiTokenPredictionLayer._get_embeddings,
+        "return (input_ids, position_ids, padding_mask, decoder_input, hidden_states)",
+    )
+    calls(LAYER, MoELayer.route, "apply_module(self.router)", "hidden_states", "padding_mask")
+    relies_on(LAYER, MoELayer.forward, "padding_mask = padding_mask.transpose(0, 1).bool()")
+
+
+def test_experts_are_a_loop_over_mlps() -> None:
+    calls(EXPERTS, SequentialMLP.forward, "expert", "tokens", "probs")
+    assert {"local_experts", "num_local_experts", "tp_group"} <= attributes_set(SequentialMLP.__init__), EXPERTS
+    relies_on(
+        EXPERTS,
+        MLP.forward,
+        "x_glu = x_glu.clamp(min=None, max=val)",
+        "x_linear = x_linear.clamp(min=-val, max=val)",
+        "self.config.activation_func(x_glu) * (x_linear + self.config.glu_linear_offset)",
+        "intermediate_parallel = intermediate_parallel * per_token_scale.unsqueeze(-1)",
+    )
+
+
+def test_a_buffer_is_filled_from_the_last_parameter() -> None:
+    calls(EXPERTS, DistributedOptimizer._compute_per_buffer_param_layout, "pad_param_start", "param_start_index")
+    source = inspect.getsource(DistributedOptimizer._compute_per_buffer_param_layout)
+    assert "for param in params[::-1]:" in source, EXPERTS
 
 
 def test_an_expert_adds_its_bias_in_place() -> None:

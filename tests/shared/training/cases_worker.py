@@ -43,7 +43,7 @@ def run(directory: Path, case: dict) -> dict:
         return session.Session(config, architecture, checkpoint, restore=restore, trainable=trainable)
 
     first = start(Path(case["start"]), restore=False)
-    results = {"first": first.train(0, 1)}
+    results = {"first": first.train(0, 1), "balance": first.balances[0]}
     first.save(directory / "1", step=1)
     if case["updates"] > 1:
         results["first"] += first.train(1, 3)

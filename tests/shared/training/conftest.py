@@ -36,6 +36,7 @@ def tiny_config(**changes) -> TrainingConfig:
         weight_decay=0.1,
         clip_grad=1.0,
         mtp_loss_scaling_factor=0.1,
+        moe_router_bias_update_rate=1e-3,
         adam_beta1=0.9,
         adam_beta2=0.95,
         seed=1,

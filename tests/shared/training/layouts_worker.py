@@ -53,13 +53,17 @@ class Session:
 
     def train(self, first: int, last: int) -> list[list[float]]:
         """Loss, MTP loss (0 without MTP) and gradient norm of updates `first` to `last`, from 0."""
+        from shared.training.balance import take_balance
         from shared.training.loop import forward_backward
         from shared.training.optimizer import set_learning_rate
 
-        rows = []
+        rows: list[list[float]] = []
+        self.balances = []  # of the last call's updates
         for step in range(first, last):
             first_sample = step * self.config.global_batch_size
             loss = forward_backward(self.config, self.model, self.data, first_sample, self.device)
+            balance = take_balance(self.config, self.model, self.device)
+            self.balances.append(balance.row() if balance else {})
             set_learning_rate(self.optimizer, 1e-2)
             _, norm, _ = self.optimizer.step()
             rows.append([loss.mean, loss.mtp or 0.0, float(norm)])
@@ -92,13 +96,14 @@ class Words:
         return 11
 
     def batch(self, positions):
-        """Rows of multiples, of which every position has its own."""
+        """Rows of multiples, of which every position has its own. Padding counts in the balance of experts only."""
         import torch
 
         from shared.training.data import Batch
 
         samples = torch.stack([(torch.arange(25) * (1 + int(position) % 11)) % 13 for position in positions])
-        return Batch(tokens=samples[:, :-1].clone(), labels=samples[:, 1:].clone())
+        padding = torch.stack([torch.arange(24) >= 24 - int(position) % 11 for position in positions])
+        return Batch(tokens=samples[:, :-1].clone(), labels=samples[:, 1:].clone(), padding=padding)
 
 
 def main() -> None:

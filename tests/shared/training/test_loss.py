@@ -25,8 +25,9 @@ class Rows:
 
     sequence_length = 24
 
-    def __init__(self, rows: list[Batch]) -> None:
+    def __init__(self, rows: list[Batch], padding: bool = False) -> None:
         self.rows = rows
+        self.padding = padding  # whether segment 0 is declared to be padding
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -37,6 +38,7 @@ class Rows:
             tokens=torch.stack([row.tokens for row in picked]),
             labels=torch.stack([row.labels for row in picked]),
             segments=torch.stack([row.segments for row in picked]),
+            padding=torch.stack([row.segments == 0 for row in picked]) if self.padding else None,
         )
 
 
@@ -228,18 +230,22 @@ def test_validation_counts_every_sequence_once(trained):
     assert found == pytest.approx(mean, rel=ROUNDING)
 
 
-def balancing_gradient(weight: torch.Tensor, rows: torch.Tensor, sequence: int, top_k: int, over: str) -> torch.Tensor:
+def balancing_gradient(
+    weight: torch.Tensor, rows: torch.Tensor, padding: torch.Tensor | None, top_k: int, over: str
+) -> torch.Tensor:
     """Gradient of the balancing loss of one micro batch with coefficient 1, in float64.
 
     Args:
         weight: of the router, `[experts, hidden]`.
-        rows: its inputs, `[sequence x batch, hidden]`, the batch innermost.
-        sequence: tokens of a row.
+        rows: its inputs, `[sequence, batch, hidden]`.
+        padding: `[sequence, batch]`: tokens that do not count.
         top_k: experts of a token.
         over: tokens over which the load is balanced: "batch" or "sequence", the mean over rows.
     """
     weight = weight.detach().double().requires_grad_()
-    parts = [rows] if over == "batch" else rows.view(sequence, -1, rows.shape[-1]).unbind(1)
+    kept = torch.ones(rows.shape[:2], dtype=torch.bool) if padding is None else ~padding
+    parts = [row[keep] for row, keep in zip(rows.unbind(1), kept.unbind(1), strict=True)]
+    parts = [torch.cat(parts)] if over == "batch" else parts
     losses = []
     for part in parts:
         probabilities = torch.softmax(part.double() @ weight.T, dim=-1)
@@ -250,11 +256,11 @@ def balancing_gradient(weight: torch.Tensor, rows: torch.Tensor, sequence: int, 
 
 
 @pytest.mark.parametrize("over", ["batch", "sequence"])
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+@pytest.mark.parametrize(("micro_batch_size", "padding"), [(1, False), (1, True), (2, True), (4, False), (4, True)])
 def test_the_balancing_loss_of_experts_does_not_depend_on_the_number_of_targets(
-    make_config, make_weights, tmp_path, over, micro_batch_size
+    make_config, make_weights, tmp_path, over, micro_batch_size, padding
 ):
-    """Gradient of a router with the balancing loss, less that without, where 23 of 96 tokens are targets."""
+    """Gradient of a router with the balancing loss, less that without, where 23 of 96 tokens are targets, 48 padding."""
     rows = [row([part]) for part in conversations()]
     config = make_config(sequence_length=24, micro_batch_size=micro_batch_size, global_batch_size=len(rows))
     size = registry.sizes()["qwen3-moe-tiny"].with_values(num_layers=1)
@@ -268,10 +274,11 @@ def test_the_balancing_loss_of_experts_does_not_depend_on_the_number_of_targets(
         model = wrap(chunks)
         router = chunks[0].decoder.layers[0].mlp.router
         inputs.clear()
-        router.register_forward_hook(lambda module, given, made: inputs.append(given[0].detach().flatten(0, 1)))
-        forward_backward(config, model, Rows(rows), 0, shared.runtime.device.select_device())
+        router.register_forward_hook(lambda module, given, made: inputs.append((given[0].detach(), given[1])))
+        forward_backward(config, model, Rows(rows, padding), 0, shared.runtime.device.select_device())
         found[coefficient] = router.weight.main_grad.double().clone()
-    each = [balancing_gradient(router.weight, x, 24, size.moe.top_k, over) for x in inputs]
+    assert all((hidden is not None) == padding for _, hidden in inputs)
+    each = [balancing_gradient(router.weight, x, hidden, size.moe.top_k, over) for x, hidden in inputs]
     wanted = 2.0 * torch.stack(each).mean(0)
     # Differences of two fp32 gradients, that of the loss being the larger part of one.
     assert (found[2.0] - found[0.0] - wanted).abs().max() < 1e-5 * found[2.0].abs().max()

@@ -1,19 +1,24 @@
 """AdamW, as configured and after a resume, against torch's AdamW on the unsharded model."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
+from shared.architecture.architecture import Architecture
 from shared.families import registry
+from shared.kernels.grouped import stacked
 from shared.model import gpt, weights
+from shared.model.experts import GroupedExperts
 from shared.parallel import ParallelConfig
 from shared.runtime import process_groups
 from shared.training import state
 from shared.training.data import Batch
 from shared.training.loop import forward_backward, model_overrides
 from shared.training.optimizer import build_optimizer, set_learning_rate, wrap
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Words:
@@ -130,6 +135,25 @@ def test_a_restored_run_counts_its_steps_once(made, tmp_path):
     assert len({entry["step"].data_ptr() for entry in states}) == len(states) > 10
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_of_experts_are_not_copied_for_their_product(make_config, make_weights, tmp_path, precision):
+    """In the buffer of parameters they are evenly spaced, from the last to the first."""
+    architecture = registry.sizes()["qwen3-moe-tiny"]
+    config = make_config(sequence_length=24, precision=precision)
+    start = make_weights(tmp_path / "release", architecture)
+    process_groups.initialize(ParallelConfig(), 1)
+    chunks = gpt.build(architecture, ParallelConfig(), dtype=DTYPES[precision], **model_overrides(config))
+    weights.load(chunks, start)
+    build_optimizer(config, wrap(chunks))
+    found = [each for each in chunks[0].modules() if isinstance(each, GroupedExperts)]
+    assert len(found) == architecture.num_layers
+    for experts in found:
+        for linear in ("linear_fc1", "linear_fc2"):
+            parts = experts._each(linear, "weight")
+            assert stacked(parts).data_ptr() == parts[0].data_ptr()
+            assert torch.equal(stacked(parts), torch.stack(parts))
+
+
 def test_random_numbers_go_on(made, tmp_path):
     model, optimizer, train = made()
     train(0, 1)  # makes the optimizer's state
@@ -149,17 +173,24 @@ EXPERTS = {
 }
 
 
+def expert_architecture(name: str) -> Architecture:
+    """With a balancing loss as heavy as the loss, over micro batches or sequences: its part of the gradient norm shows."""
+    over = {"etp_1": "sequence", "stage_without_experts": "batch"}[name]
+    return registry.sizes()[EXPERTS[name][0]].with_values(moe={"auxiliary_loss": 1.0, "auxiliary_loss_over": over})
+
+
 @pytest.fixture(scope="module")
 def expert_runs(run_cases, sessions, make_weights, tiny_run, tmp_path_factory):
     """The directory and the results of EXPERTS, and updates 1-3 and 4-5 of the same models in one process."""
-    start, config = tmp_path_factory.mktemp("experts"), tiny_run[0]
+    start, config = tmp_path_factory.mktemp("experts"), replace(tiny_run[0], micro_batch_size=2)
     one_process, cases = {}, {}
     for name, (size, layout, processes) in EXPERTS.items():
-        architecture = registry.sizes()[size]
+        architecture = expert_architecture(name)
         session = sessions.Session(config, architecture, make_weights(start / size, architecture), restore=False)
         first = session.train(0, 3)
+        balance = session.balances[0]
         session.save(start / f"{size}.3", step=3)
-        one_process[name] = {"first": first, "continued": session.train(3, 5)}
+        one_process[name] = {"first": first, "balance": balance, "continued": session.train(3, 5)}
         cases[name] = {
             "processes": processes,
             "updates": 5,
@@ -183,6 +214,8 @@ def test_two_optimizers_train_save_and_resume_as_one(expert_runs, name):
     # fp32 sums in another order. Later updates are not compared: near-equal scores send a token to another expert.
     assert results["first"][0] == pytest.approx(one_process["first"][0], rel=1e-5)
     assert results["resumed_from_one_process"][0] == pytest.approx(one_process["continued"][0], rel=1e-5)
+    assert set(results["balance"]) >= {"moe_expert_load", "moe_highest_expert_load"}
+    assert results["balance"] == pytest.approx(one_process["balance"], rel=1e-6)
 
 
 def test_a_pipeline_stage_without_experts_has_an_optimizer_without_parameters(expert_runs):
@@ -194,8 +227,9 @@ def test_a_pipeline_stage_without_experts_has_an_optimizer_without_parameters(ex
 @pytest.mark.parametrize("name", EXPERTS)
 def test_one_optimizer_resumes_what_two_saved(expert_runs, sessions, tiny_run, name):
     directory, results, _ = expert_runs
-    architecture = registry.sizes()[EXPERTS[name][0]]
-    (loss, *_), *_ = sessions.Session(tiny_run[0], architecture, directory / name / "3").train(3, 4)
+    architecture = expert_architecture(name)
+    config = replace(tiny_run[0], micro_batch_size=2)
+    (loss, *_), *_ = sessions.Session(config, architecture, directory / name / "3").train(3, 4)
     assert loss == pytest.approx(results[name]["continued"][0][0], rel=1e-5)
 
 

@@ -68,6 +68,55 @@ def test_a_model_without_mtp_layers_has_no_mtp_loss(source, data, tmp_path, caps
     assert not (tmp_path / "run").exists()
 
 
+def test_the_correction_bias_moves_at_the_rate_given(data, tmp_path, capsys):
+    model = replace(registry.sizes()["deepseek-v3-tiny"], vocab_size=VOCAB)
+    source = random_model(tmp_path / "source", model)
+    before = tensors(source)
+    names = [name for name in before if name.endswith("router.expert_bias")]
+    assert names
+    for rate in (None, 0.25, 0.0):
+        target = tmp_path / f"run-{rate}"
+        options = {} if rate is None else {"moe_router_bias_update_rate": rate}
+        assert run(source, data, target, steps=1, validate_every=0, **options) == 0
+        for name, bias in ((name, tensors(target)[name]) for name in names):
+            step = 1e-3 if rate is None else rate
+            moved = bias - before[name]
+            assert torch.allclose(moved.abs() * (moved != 0), step * (moved != 0), atol=1e-6), name
+            assert bool((moved != 0).any()) == (step > 0), name
+    rows = [row for row in record(tmp_path / "run-None") if "loss" in row]
+    assert {"moe_expert_load", "moe_highest_expert_load"} <= rows[0].keys()
+    capsys.readouterr()
+
+
+def test_a_model_without_correction_bias_has_no_rate_of_it(source, moe, data, tmp_path, capsys):
+    for each in (source, moe[0]):
+        assert run(each, data, tmp_path / "run", moe_router_bias_update_rate=0.01) == 2
+        assert "--moe-router-bias-update-rate belongs to MoE models" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+    assert run(source, data, tmp_path / "run", moe_router_bias_update_rate=-1) == 2
+    assert "--moe-router-bias-update-rate" in capsys.readouterr().err
+
+
+def test_micro_batches_of_a_loss_over_them_stay(moe, data, tmp_path, capsys):
+    source, alone = moe
+    rows = [row for row in record(alone) if "loss" in row]
+    assert all({"moe_load_balancing_loss", "moe_expert_load", "moe_highest_expert_load"} <= row.keys() for row in rows)
+    target = tmp_path / "run"
+    shutil.copytree(alone, target)
+    manifest = json.loads((target / "manifest.json").read_text())
+    assert manifest["facts"]["micro_batch_size"] == 2
+    for state, options in (("finished", {}), ("running", {}), ("running", {"overwrite": True})):
+        (target / "manifest.json").write_text(json.dumps({**manifest, "state": state}))
+        assert run(source, data, target, **{**MOE_OPTIONS, "micro_batch_size": 4, **options}) == 2
+        message = capsys.readouterr().err
+        assert "was trained with --micro-batch-size 2, now it is 4" in message
+        assert "give --micro-batch-size 2, or --extend" in message
+    more = {**MOE_OPTIONS, "micro_batch_size": 4, "steps": 4, "extend": True}
+    assert run(source, data, target, **more) == 0
+    assert "  balance " in capsys.readouterr().err
+    assert json.loads((target / "manifest.json").read_text())["facts"]["micro_batch_size"] == 4
+
+
 def test_it_learns_and_records(whole):
     rows = record(whole)
     losses = [row["loss"] for row in rows if "loss" in row]
@@ -214,7 +263,8 @@ MOE_OPTIONS = {"steps": 2, "save_every": 2, "validate_every": 0, "micro_batch_si
 def moe(data, tmp_path_factory):
     """An MoE model with the balancing loss, and a run of it in one process."""
     folder = tmp_path_factory.mktemp("moe")
-    source = random_model(folder / "source", replace(registry.sizes()["qwen3-moe-tiny"], vocab_size=VOCAB))
+    size = registry.sizes()["qwen3-moe-tiny"].with_values(moe={"auxiliary_loss": 0.001})
+    source = random_model(folder / "source", replace(size, vocab_size=VOCAB))
     assert run(source, data, folder / "alone", **MOE_OPTIONS) == 0
     return source, folder / "alone"
 
