@@ -35,23 +35,25 @@ def plan(architecture, **given):
 @pytest.mark.parametrize("size", LINES)
 def test_a_line_for_each_kind_of_layer(size):
     architecture = registry.sizes()[size].with_values(attention={"dropout": 0.0})
-    assert plan(architecture, sequence_length=256) == LINES[size]  # longer than the windows
+    assert plan(architecture, sequence_length=4096) == LINES[size]  # longer than every window
 
 
 @pytest.mark.parametrize("size", ["tiny", "gemma2-tiny", "deepseek-v2-tiny", "bloom-tiny", "gpt-oss-tiny"])
 def test_layers_need_what_the_plan_says(size, model_of, monkeypatch):
     architecture = registry.sizes()[size]
-    planned, used, chosen = set(), set(), choose.choose
+    planned, used, original = set(), set(), choose.choose
+    windows = [kind.mixer.window for kind in architecture.kinds if getattr(kind.mixer, "window", None)]
+    length = min(windows, default=40) + 8
 
     def recording(into):
-        return lambda needs, name=None: into.add(needs) or chosen(needs, name)
+        return lambda needs, name=None: into.add(needs) or original(needs, name)
 
     monkeypatch.setattr("shared.model.attention_plan.choose", recording(planned))
-    plan(architecture)
+    plan(architecture, sequence_length=length)
     model = model_of(architecture).train()
     monkeypatch.setattr(choose, "choose", recording(used))
-    rows = torch.arange(64)[None] // 30
-    model(torch.randint(64, (1, 64)), torch.arange(64)[None], rows)
+    rows = torch.arange(length)[None] // 30
+    model(torch.randint(64, (1, length)), torch.arange(length)[None], rows)
     assert used == planned
 
 
