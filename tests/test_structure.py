@@ -75,6 +75,7 @@ SHARED_NAMES = {
     "gated_delta_net.py": _SUBJECT,
     "mla.py": _SUBJECT,
     "moe.py": _SUBJECT,
+    "mtp.py": _SUBJECT,
     "norm.py": _SUBJECT,
     "prefix_lm.py": _SUBJECT,
     "data.py": "what is trained on: rows of tokens in training, prompts and pairs in rlhf",
