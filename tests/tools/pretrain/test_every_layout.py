@@ -59,7 +59,7 @@ def data(tmp_path_factory) -> Path:
     with invoked("pretrain", "prepare", {}), publish(target, kind="dataset", inputs={}) as out:
         np.zeros(6000, np.uint16).tofile(out.path / "train.bin")
         (out.path / "tokenizer").mkdir()
-        out.describe(format="indexed", splits={"train": {"tokens": 6000}}, vocab_size=1)
+        out.describe(format="indexed", splits={"train": {"tokens": 6000, "documents": 1}}, vocab_size=1)
     return target
 
 

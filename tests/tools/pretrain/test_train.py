@@ -167,7 +167,7 @@ tool.run(sys.argv[1:])
         [sys.executable, "-c", script, *words(source, data, target)],
         cwd=REPOSITORY,
         capture_output=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
@@ -198,7 +198,7 @@ def test_another_layout_takes_the_run_up(whole, stopped, source, data, tmp_path)
         [str(command), *words(source, data, target, processes=2, tensor_parallel=2)],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -234,7 +234,7 @@ def test_experts_are_spread_over_processes(moe, data, tmp_path, layout):
         [str(command), *words(source, data, target, **MOE_OPTIONS, **layout)],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -250,7 +250,7 @@ def test_experts_are_spread_over_processes(moe, data, tmp_path, layout):
     shutil.copytree(target, resumed)
     shutil.copytree(target, onwards)
     assert run(source, data, resumed, **more) == 0
-    done = subprocess.run([str(command), *words(source, data, onwards, **more, **layout)], timeout=180, check=False)
+    done = subprocess.run([str(command), *words(source, data, onwards, **more, **layout)], timeout=400, check=False)
     assert done.returncode == 0
     one, two = ([row["loss"] for row in record(path) if "loss" in row] for path in (resumed, onwards))
     assert one[2] == pytest.approx(two[2], rel=1e-5)
@@ -302,7 +302,7 @@ def test_the_export_has_the_validation_loss_in_transformers(whole, data, tmp_pat
 
     convert = REPOSITORY / "tools/convert/.venv/bin/convert"
     target = tmp_path / "hf"
-    subprocess.run([str(convert), "to-hf", f"--source={whole}", f"--target={target}"], check=True, timeout=120)
+    subprocess.run([str(convert), "to-hf", f"--source={whole}", f"--target={target}"], check=True, timeout=400)
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     ids = torch.from_numpy(np.fromfile(data / "validation.bin", dtype=np.uint16).astype(np.int64))
     total = 0.0
