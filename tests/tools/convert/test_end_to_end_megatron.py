@@ -54,7 +54,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, write_checkpoint: Any, write_
         for rank in range(2)
     ]
     try:
-        texts = [process.communicate(timeout=400)[0] for process in ranks]
+        texts = [process.communicate(timeout=1200)[0] for process in ranks]
     finally:
         for process in ranks:
             process.kill()

@@ -153,7 +153,7 @@ def work(
         for rank in range(2)
     ]
     try:
-        texts = [process.communicate(timeout=400)[0] for process in ranks]
+        texts = [process.communicate(timeout=1200)[0] for process in ranks]
     finally:
         for process in ranks:
             process.kill()

@@ -181,7 +181,7 @@ def test_two_processes_take_the_run_up(whole, stopped, source, data, tmp_path):
         [str(command), *words(source, data, target, processes=2)],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stderr
