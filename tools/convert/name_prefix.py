@@ -17,7 +17,7 @@ _SAMPLE = 100  # names from which wrappers are guessed
 
 
 def check_prefix(reader: HfReader, table: Table, stripped: str | None) -> None:
-    """UserError, with the mend, if the names lie under a wrapper's prefix."""
+    """UserError, with the fix, if the names lie under a wrapper's prefix."""
     known = {form for name in table.names() for form in name_variants(name, table.prefix_variants)}
     found = reader.weights.keys()
     if stripped and not known & found:

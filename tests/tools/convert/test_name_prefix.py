@@ -1,4 +1,4 @@
-"""Names under a wrapper's prefix are refused with the mend, and read with it."""
+"""Names under a wrapper's prefix are refused with the fix, and read with it."""
 
 from __future__ import annotations
 
