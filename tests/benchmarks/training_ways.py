@@ -116,6 +116,7 @@ def training_config(shape: Shape) -> TrainingConfig:
         seed=1,
         precision="bf16" if torch.cuda.is_available() else "fp32",
         recompute=("none",),
+        moe_router_bias_update_rate=0.0,
         parallel=ParallelConfig(),
         save_every=1000,
         keep=1,
