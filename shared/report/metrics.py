@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from shared.architecture.architecture import Architecture, GatedDeltaNet
-from shared.report.track import Track, Trackers
+from shared.report.track import DEFAULT, Track, Trackers
 
 METRICS = "metrics.jsonl"
 
@@ -103,7 +103,7 @@ class Metrics:
         directory: Path,
         *,
         resumed_step: int | None,
-        track: Sequence[Track] = ("tensorboard",),
+        track: Sequence[Track] = DEFAULT,
         name: str | None = None,
     ) -> None:
         """Open the metrics in `directory`; a resume drops rows after `resumed_step`, None drops all.

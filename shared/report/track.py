@@ -23,6 +23,7 @@ from shared.console import log
 from shared.errors import UserError
 
 Track = Literal["tensorboard", "wandb", "mlflow", "trackio", "none"]  # names of packages on PyPI, too
+DEFAULT: tuple[Track, ...] = ("tensorboard",)
 FOLDERS = ("tensorboard", "wandb", "mlruns", "trackio")  # of the run directory
 _PROJECT = "baton"
 

@@ -39,14 +39,14 @@ class TrainingConfig:
     seed: int
     precision: TrainingPrecision
     recompute: tuple[Recompute, ...]  # activation recomputation: modules, or whole layers (full)
-    attention_backend: AttentionBackend | None = None  # None: the first that carries what a layer needs
+    attention_backend: AttentionBackend | None  # None: the first that carries what a layer needs
     parallel: ParallelConfig
     save_every: int  # updates
     keep: int  # newest iterations kept in the run directory
     log_every: int  # updates between log lines; metrics.jsonl has every update
     validate_every: int  # updates; 0: only before the first and after the last
     validation_sequences: int  # at most; the same in every validation
-    overlap: bool = True  # reduce gradients and gather weights during computation, where there are data-parallel ranks
+    overlap: bool  # reduce gradients and gather weights during computation, where there are data-parallel ranks
 
     @property
     def micro_batches(self) -> int:

@@ -61,8 +61,8 @@ class Run:
     order: Order  # of a new run; a resumed one keeps its own
     datasets: Callable[[Order], tuple[Dataset, Dataset | None]]  # training and validation
     packed: bool  # rows have several segments
+    track: tuple[Track, ...]
     bytes_per_token: float | None = None  # UTF-8 bytes of the validation split per token
-    track: tuple[Track, ...] = ("tensorboard",)
 
 
 def train(run: Run) -> None:

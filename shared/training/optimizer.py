@@ -18,9 +18,7 @@ from shared.training.config import TrainingConfig
 _SHARDING = "fully_reshardable"  # each parameter's state in the parameter's own shape
 
 
-def wrap(
-    chunks: list[GPTModel], *, overlap: bool = True, bucket_size: int | None = None
-) -> list[DistributedDataParallel]:
+def wrap(chunks: list[GPTModel], *, overlap: bool, bucket_size: int | None = None) -> list[DistributedDataParallel]:
     """Data-parallel wrappers of this rank's model chunks, with gradient reduction in fp32.
 
     With overlap, and more than one data-parallel rank, gradients are reduced in buckets during the backward pass, and weights

@@ -14,7 +14,7 @@ from shared.kernels.attention.names import AttentionBackend
 from shared.model.recompute import Recompute
 from shared.parallel import ContextExchange
 from shared.precision import TrainingPrecision
-from shared.report.track import Track
+from shared.report.track import DEFAULT, Track
 
 
 def _existing_data(path: Path) -> Path:
@@ -140,7 +140,7 @@ class TrainingOptions:
     save_every: Positive = 500
     keep: Positive = 2
     log_every: Positive = 10
-    track: tuple[Track, ...] = ("tensorboard",)
+    track: tuple[Track, ...] = DEFAULT
     validate_every: NonNegative | None = None
     validation_sequences: Positive = 1024
     overwrite: bool = False

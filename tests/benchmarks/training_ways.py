@@ -123,6 +123,8 @@ def training_config(shape: Shape) -> TrainingConfig:
         log_every=1000,
         validate_every=0,
         validation_sequences=1,
+        attention_backend=None,
+        overlap=True,
     )
 
 
@@ -131,7 +133,7 @@ def loop(
 ) -> Callable[[int], float]:
     """The update of `shared.training.loop`."""
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    model = wrap([built(architecture, config, dtype)])
+    model = wrap([built(architecture, config, dtype)], overlap=config.overlap)
     optimizer = build_optimizer(config, model)
     data = ReadAhead(Random(shape), ahead=shape.global_, pin=device.type == "cuda")
     schedule = config.learning_rates()

@@ -92,6 +92,8 @@ def config(parallel: ParallelConfig) -> TrainingConfig:
         log_every=1,
         validate_every=0,
         validation_sequences=8,
+        attention_backend=None,
+        overlap=True,
     )
 
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from shared.cli import ExistingDir, ExistingFile, NonNegative, Positive, Seed
 from shared.errors import UserError
 from shared.precision import TrainingPrecision
-from shared.report.track import Track
+from shared.report.track import DEFAULT, Track
 from tools.rlhf.rewards.spec import RewardSpec, parse
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -56,7 +56,7 @@ class Options:
     seed: Seed = 0
     save_every: Positive = 10
     log_every: Positive = 1
-    track: tuple[Track, ...] = ("tensorboard",)
+    track: tuple[Track, ...] = DEFAULT
 
     def precision_on(self, device_type: str) -> TrainingPrecision:
         """The precision on a device of this type: `--precision`, by default bf16 on a GPU and fp32 elsewhere."""

@@ -48,6 +48,8 @@ def tiny_config(**changes) -> TrainingConfig:
         log_every=1,
         validate_every=0,
         validation_sequences=10,
+        attention_backend=None,
+        overlap=True,
     )
     return TrainingConfig(**{**fields, **changes})
 

@@ -50,7 +50,7 @@ def started(make_config, make_weights, tmp_path, over: str, **changes):
         architecture, ParallelConfig(), dtype=torch.float32, recompute=config.recompute, **model_overrides(config)
     )
     weights.load(chunks, start)
-    model = wrap(chunks)
+    model = wrap(chunks, overlap=True)
     found = {name: [] for name, each in chunks[0].named_modules() if name.endswith("router")}
 
     def seen(name):

@@ -49,7 +49,7 @@ def test_the_host_waits_for_the_loss_only(make_config, architecture, start):
     device = process_groups.initialize(layout, 1)
     chunks = gpt.build(architecture, layout, dtype=torch.float32, recompute=config.recompute, **model_overrides(config))
     weights.load(chunks, start)
-    model = wrap(chunks)
+    model = wrap(chunks, overlap=True)
     with Waits() as waits:
         loss = forward_backward(config, model, Rows(), 0, device)
     assert waits.found == []

@@ -106,7 +106,7 @@ def updates(
     chunks = gpt.build(architecture, layout, dtype=torch.float32, **model_overrides(config))
     weights.load(chunks, start)
     trainable_of(config, architecture).apply(chunks)
-    model = wrap(chunks)
+    model = wrap(chunks, overlap=True)
     optimizer = build_optimizer(config, model)
     data = Rows(rows)
     before = validate(config, model, data, device)
@@ -271,7 +271,7 @@ def test_the_balancing_loss_of_experts_does_not_depend_on_the_number_of_targets(
         process_groups.initialize(ParallelConfig(), 1)
         chunks = gpt.build(architecture, ParallelConfig(), dtype=torch.float32, **model_overrides(config))
         weights.load(chunks, start)
-        model = wrap(chunks)
+        model = wrap(chunks, overlap=True)
         router = chunks[0].decoder.layers[0].mlp.router
         inputs.clear()
         router.register_forward_hook(lambda module, given, made: inputs.append((given[0].detach(), given[1])))

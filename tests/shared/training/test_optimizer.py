@@ -46,7 +46,7 @@ def made(make_config, architecture, start):
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         chunks = gpt.build(architecture, layout, dtype=dtype, **model_overrides(config))
         weights.load(chunks, directory or start)
-        model = wrap(chunks)
+        model = wrap(chunks, overlap=True)
         optimizer = build_optimizer(config, model)
 
         def train(first: int, last: int, rate: float = 1e-2) -> list[tuple[float, float]]:
@@ -144,7 +144,7 @@ def test_weights_of_experts_are_not_copied_for_their_product(make_config, make_w
     process_groups.initialize(ParallelConfig(), 1)
     chunks = gpt.build(architecture, ParallelConfig(), dtype=DTYPES[precision], **model_overrides(config))
     weights.load(chunks, start)
-    build_optimizer(config, wrap(chunks))
+    build_optimizer(config, wrap(chunks, overlap=True))
     found = [each for each in chunks[0].modules() if isinstance(each, GroupedExperts)]
     assert len(found) == architecture.num_layers
     for experts in found:
