@@ -46,7 +46,7 @@ class Session:
         chunks = gpt.build(architecture, config.parallel, dtype=torch.float32, recompute=config.recompute, **overrides)
         weights.load(chunks, directory)
         (trainable or FULL).apply(chunks)
-        self.model = wrap(chunks, overlap=True)
+        self.model = wrap(chunks, overlap=config.overlap)
         self.optimizer = build_optimizer(config, self.model)
         if restore:
             state.load(directory, self.model, self.optimizer)

@@ -29,10 +29,10 @@ def run(directory: Path, case: dict) -> dict:
     they were old.
     """
     parallel = ParallelConfig(processes=case["processes"], **case["layout"])
-    config = TrainingConfig(**{**case["config"], "parallel": parallel})
+    optimizer.wrap = partial(wrap, bucket_size=BUCKET)
     results = {}
     for name, overlap in (("plain", False), ("overlap", True)):
-        optimizer.wrap = partial(wrap, overlap=overlap, bucket_size=BUCKET)
+        config = TrainingConfig(**{**case["config"], "parallel": parallel, "overlap": overlap})
         architecture = dictionary.read(case["architecture"])
         made = cases.session.Session(config, architecture, Path(case["start"]), restore=False)
         rows = made.train(0, 1)
