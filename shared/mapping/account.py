@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from math import prod
 from typing import Protocol
 
 from shared.errors import UserError
-from shared.mapping.key_form import KeyForm
+from shared.mapping.key_form import KeyForm, key_of_norm
 from shared.mapping.layout import Shape, segments_of_source
 from shared.mapping.rule import Entry, Table, TiedTensor
 
@@ -116,7 +116,10 @@ def account_targets(
     Raises:
         UserError: naming the tensor, both shapes, and the directory.
     """
-    entries = tuple(KeyForm.of(found).table(table).entries())
+    entries = tuple(
+        entry if entry.key in found else replace(entry, key=key_of_norm(entry.key, found))
+        for entry in KeyForm.of(found).table(table).entries()
+    )
     wanted = {entry.key: entry for entry in entries}
     if missing := [key for key in wanted if key not in found]:
         raise UserError(

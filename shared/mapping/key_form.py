@@ -11,18 +11,26 @@ Forms that Megatron-Core's `sharded_state_dict` writes:
 
 The first is for alike layers. A list `moe_layer_freq`, `linear_attention_freq`, heterogeneous blocks and the metadata
 `non_homogeneous_layers` ask for the second, though the layers may be alike; `singleton_local_shards` asks for the third.
+
+A norm has a key of its own, or the key of TransformerEngine's module that fuses it with the linear layer behind it.
+Megatron-Core's local spec has the second for MoE layers too, which TransformerEngine does not fuse, and the first for dense
+layers with MLA.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from shared.mapping.rule import Rule, Table
 
 _STACKED_LAYERS, _STACKED_EXPERTS = "decoder.layers.", ".experts.experts."
 _LAYER = re.compile(r"decoder\.layers\.\d+\.")
+_NORMS = (
+    ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
+    ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
+)
 _SINGLETON = re.compile(r".*\.experts\.experts\.\d+\..*|.*\.linear_fc1\.(weight|bias)_[wv]")
 
 
@@ -61,3 +69,11 @@ class KeyForm:
 
 
 STACKED = KeyForm(by_layer=False, by_expert=False)
+
+
+def key_of_norm(key: str, found: Collection[str]) -> str:
+    """The key that `found` has for the norm `key`; any other key, and a norm that is not found, as it is."""
+    if key in found:
+        return key
+    spellings = (key.replace(one, other) for pair in _NORMS for one, other in (pair, pair[::-1]) if one in key)
+    return next((each for each in spellings if each in found), key)

@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from shared.checkpoint.formats.torch_dist_reader import NON_WEIGHT_PREFIXES
 from shared.checkpoint.formats.torch_pickle import read_pickle
 from shared.errors import UserError
-from shared.mapping.key_form import STACKED, KeyForm
+from shared.mapping.key_form import STACKED, KeyForm, key_of_norm
 from shared.model.gpt import LanguageModel
 
 
@@ -30,7 +30,7 @@ def sharded_state_dict(chunks: Sequence[LanguageModel], form: KeyForm = STACKED)
 def load(chunks: Sequence[LanguageModel], iteration_path: Path) -> None:
     """Fill every weight of `chunks` from the torch_dist directory `iteration_path`, cast to the model's dtype.
 
-    The directory may have its layers and experts stacked, or under keys of their own.
+    The directory may have its layers and experts stacked, or under keys of their own, and norms under either key.
 
     Collective over all ranks. Optimizer state is not read. Vocabulary padding may differ; padding rows are set to zero.
 
@@ -51,6 +51,9 @@ def load(chunks: Sequence[LanguageModel], iteration_path: Path) -> None:
         name: {key: entry for key, entry in state.items() if not key.endswith("_extra_state")}
         for name, state in sharded_state_dict(chunks, KeyForm.of(saved)).items()
     }
+    for state in wanted.values():
+        for entry in state.values():
+            entry.key = key_of_norm(entry.key, saved)
     _check(_all_shapes(wanted), saved, chunks[0], iteration_path)
     loaded = dist_checkpointing.load(wanted, str(iteration_path))
     for name, chunk in zip(wanted, chunks, strict=True):

@@ -6,7 +6,7 @@ import pytest
 
 from shared.families import registry
 from shared.mapping.account import account_targets
-from shared.mapping.key_form import STACKED, KeyForm
+from shared.mapping.key_form import STACKED, KeyForm, key_of_norm
 from shared.mapping.layout import Shape
 
 BY_LAYER, BY_EXPERT = KeyForm(by_layer=True, by_expert=False), KeyForm(by_layer=True, by_expert=True)
@@ -52,3 +52,19 @@ def test_a_directory_of_any_form_is_accounted_for(name: str) -> None:
     for form in (STACKED, BY_LAYER, BY_EXPERT):
         found = {entry.key: Found(entry.global_shape) for entry in form.table(table).entries()}
         account_targets(table, found, "here")
+
+
+@pytest.mark.parametrize("layers", ["decoder.layers.", "decoder.layers.3.", "mtp.layers.0.transformer_layer."])
+@pytest.mark.parametrize(
+    ("own", "fused"),
+    [
+        ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+        ("input_layernorm.bias", "self_attention.linear_qkv.layer_norm_bias"),
+    ],
+)
+def test_a_norm_has_either_key(layers: str, own: str, fused: str) -> None:
+    own, fused = layers + own, layers + fused
+    assert key_of_norm(own, {fused}) == fused
+    assert key_of_norm(fused, {own}) == own
+    assert key_of_norm(own, {own, fused}) == own  # both: the other one stays unknown
+    assert key_of_norm(own, {"decoder.layers.9.pre_mlp_layernorm.weight"}) == own

@@ -133,3 +133,26 @@ def test_layers_and_experts_under_keys_of_their_own_are_loaded(worker, tmp_path,
     weights.load(again, tmp_path)
     for one, other in zip(chunks[0].parameters(), again[0].parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("size", ["tiny", "qwen3-moe-tiny"])
+def test_norms_under_their_other_key_are_loaded(worker, tmp_path, size):
+    """As the local spec of Megatron-Core names them before experts, and as it names them with MLA."""
+    architecture = registry.sizes()[size]
+    initialize(ONE, 1)
+    chunks = build(architecture, ONE, dtype=torch.float32, perform_initialization=True)
+    weights._clear_padding(chunks[0])
+    state = weights.sharded_state_dict(chunks)["model"]
+    one, other = "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
+    if architecture.moe:
+        one, other = other, one
+    renamed = [entry for entry in state.values() if one in entry.key and not entry.key.endswith("_extra_state")]
+    assert renamed
+    for entry in renamed:
+        entry.key = entry.key.replace(one, other)
+        entry.data.data.uniform_()
+    worker.save(state, tmp_path)
+    again = blank(architecture)
+    weights.load(again, tmp_path)
+    for one, other in zip(chunks[0].parameters(), again[0].parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -2,7 +2,8 @@
 
 Run as `megatron_worker.py WORK RANK PORT`. For each model in WORK, at TP=2, then at PP=2: Megatron-Core's GPTModel with its local
 layer spec loads WORK/<model>.megatron/release by `dist_checkpointing.load`, computes logits, decodes greedily, and saves by
-`dist_checkpointing.save` like a training run. MoE models are loaded, also at EP=2, and saved in every form of keys.
+`dist_checkpointing.save` like a training run. MoE models are loaded, also at EP=2, and saved in every form of keys
+and with the local spec's name of the norm before experts.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from shared.families import registry  # noqa: E402
 from shared.model.logits import logits  # noqa: E402
 
 CONTINUED = 32  # tokens
+PRE_MLP_NORM = "pre_mlp_layernorm."
 # Metadata of `sharded_state_dict`: how layers and experts are named.
 FORMS: dict[str, dict[str, bool]] = {
     "layer": {"non_homogeneous_layers": True},
@@ -78,7 +80,7 @@ def build(architecture: Any, tensor: int, pipeline: int, expert: int = 1) -> GPT
         normalization="RMSNorm",
     )
     if moe:  # as the spec of TransformerEngine, which people train MoE with, has it
-        del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+        del spec.submodules.sharded_state_dict_keys_map[PRE_MLP_NORM]
     model = GPTModel(
         config,
         spec,
@@ -130,6 +132,12 @@ def main(work: Path) -> None:
             name = source.name.removesuffix(".megatron")
             model = load(source, tensor, pipeline, expert)
             if model.architecture.moe:
+                names = {PRE_MLP_NORM: "mlp.linear_fc1.layer_norm_"}  # what `build` took out of the local spec
+                for layer in model.decoder.layers:
+                    layer.submodules_config.sharded_state_dict_keys_map.update(names)
+                save(model, work / f"{name}.{layout}.local", {})
+                for layer in model.decoder.layers:
+                    layer.submodules_config.sharded_state_dict_keys_map.pop(PRE_MLP_NORM, None)
                 for form, metadata in FORMS.items():
                     save(model, work / f"{name}.{layout}.{form}", metadata)
                 model.config.moe_layer_freq = [1] * model.architecture.num_layers

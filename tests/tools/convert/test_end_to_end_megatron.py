@@ -103,6 +103,12 @@ def test_plain_megatron_core_at_tp2_and_pp2(
             single = "decoder.layers.1.mlp.experts.experts.3.linear_fc2.weight"
             assert (single in keys) == (name == MOE and directory.endswith("expert"))
             check_export(work / directory, work / f"{name}.hf", tmp_path / directory, convert)
+    for layout in (*LAYOUTS, "ep2"):
+        with subtests.test("the local spec's name of the norm before experts", layout=layout):
+            directory = f"{MOE}.{layout}.local"
+            keys = TorchDistReader(work / directory / "iter_0000007").tensors
+            assert "decoder.layers.mlp.linear_fc1.layer_norm_weight" in keys
+            check_export(work / directory, work / f"{MOE}.hf", tmp_path / directory, convert)
 
 
 def check_export(saved: Path, source: Path, target: Path, convert: Any) -> None:
