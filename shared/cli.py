@@ -57,6 +57,7 @@ __all__ = [
     "invocation",
     "invoked",
     "log",
+    "nearest",
     "progress",
 ]
 
@@ -105,6 +106,7 @@ class Command:
     parameters: dict[str, inspect.Parameter] = field(repr=False)
     hints: dict[str, Any] = field(repr=False)
     groups: dict[str, type] = field(repr=False)  # parameters annotated with a dataclass
+    rest: str | None = None  # the parameter of the words after `--`; no flag
 
     def call(self, arguments: Mapping[str, Any]) -> int | None:
         """Run the function with one value per flag."""
@@ -114,13 +116,15 @@ class Command:
         return self.function(**single, **grouped)
 
 
-def _flags(function: Callable[..., int | None]) -> dict[str, dict[str, Any]]:
+def _flags(function: Callable[..., int | None], rest: str | None) -> dict[str, dict[str, Any]]:
     """`parameters`, `hints` and `groups` of a `Command`."""
     parameters: dict[str, inspect.Parameter] = {}
     hints: dict[str, Any] = {}
     groups: dict[str, type] = {}
     annotations = typing.get_type_hints(function, include_extras=True)
     for name, parameter in inspect.signature(function).parameters.items():
+        if name == rest:
+            continue
         kind = annotations[name]
         if not dataclasses.is_dataclass(kind):
             parameters[name], hints[name] = parameter, kind
@@ -155,6 +159,7 @@ class Tool:
         positional: Sequence[str] = (),
         not_fingerprinted: Sequence[str] = (),
         added: Sequence[str] = (),
+        rest: str | None = None,
     ) -> Any:
         """Decorator, with or without arguments: register a function as a command.
 
@@ -165,6 +170,7 @@ class Tool:
             not_fingerprinted: parameters that do not change the result, left out of the run's fingerprint.
             added: parameters that the first version did not have; at their default left out of the fingerprint, so a run or
                 result of that version is still this one.
+            rest: parameter that gets the words after `--`, unread; without it `--` is refused.
         """
 
         def register(function: Callable[..., int | None]) -> Callable[..., int | None]:
@@ -175,7 +181,8 @@ class Tool:
                 positional=tuple(positional),
                 not_fingerprinted=tuple(not_fingerprinted),
                 added=tuple(added),
-                **_flags(function),
+                rest=rest,
+                **_flags(function, rest),
             )
             return function
 
@@ -192,9 +199,15 @@ class Tool:
             if command is None:
                 _print_and_exit(tool_help(self))
             label = f"{self.name} {command.name}"
-            if {"--help", "-h"} & set(argv[1:]):
+            words, rest = argv[1:], []
+            if command.rest and "--" in words:
+                end = words.index("--")
+                words, rest = words[:end], words[end + 1 :]
+            if {"--help", "-h"} & set(words):
                 _print_and_exit(command_help(self, command))
-            arguments = _validate(command, _bind(command, _words(command, argv[1:])))
+            arguments = _validate(command, _bind(command, _words(command, words)))
+            if command.rest:
+                arguments[command.rest] = tuple(rest)
         except UserError as error:
             _print_error(label, str(error))
             raise SystemExit(EXIT_USAGE) from None
@@ -211,7 +224,7 @@ class Tool:
         if argv[0] not in self.commands:
             if {"--help", "-h"} & set(argv):
                 return None
-            raise UserError(f"unknown command {argv[0]!r}{_nearest(argv[0], list(self.commands))}")
+            raise UserError(f"unknown command {argv[0]!r}{nearest(argv[0], list(self.commands))}")
         return self.commands[argv[0]]
 
     def _execute(self, label: str, command: Command, arguments: dict[str, Any]) -> int:
@@ -304,7 +317,8 @@ def _print_error(label: str, message: str) -> None:
     print(f"{label}: error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def nearest(word: str, known: Sequence[str]) -> str:
+    """`; did you mean ...?`, or the list of what is known where nothing is near: the end of an error about `word`."""
     close = get_close_matches(word, known, n=1, cutoff=0.4)
     prefixed = [k for k in known if k.startswith(word)] if len(word.lstrip("-")) > 1 else []
     best = prefixed[0] if prefixed else close[0] if close else None
@@ -332,7 +346,7 @@ def _words(command: Command, words: list[str]) -> dict[str, str]:
                 raise UserError(f"{name} takes no value")
             parameter, text = flags[negated], "false"
         elif name not in flags:
-            raise UserError(f"unknown flag {word.partition('=')[0]}{_nearest(name, list(flags))}")
+            raise UserError(f"unknown flag {word.partition('=')[0]}{nearest(name, list(flags))}")
         else:
             parameter = flags[name]
             if not equals and _is_bool(command, parameter):
@@ -387,7 +401,7 @@ def _from_config(command: Command, path: Path) -> dict[str, Any]:
     for key, value in content.items():
         parameter = str(key).replace("-", "_")
         if parameter not in known:
-            raise UserError(f"--config {path}: unknown key {key!r}{_nearest(parameter, known)}")
+            raise UserError(f"--config {path}: unknown key {key!r}{nearest(parameter, known)}")
         values[parameter] = value
     return values
 

@@ -36,7 +36,7 @@ def command_help(tool: Tool, command: Command) -> str:
     usage = [f"Usage: {tool.name} {command.name}"]
     usage += [f"[{name.upper()}]" for name in command.positional]
     lines = [
-        " ".join([*usage, *_required(command), "[--flag value ...]"]),
+        " ".join([*usage, *_required(command), "[--flag value ...]", *(["[-- ...]"] if command.rest else [])]),
         "",
         *(textwrap.fill(paragraph, _WIDTH) + "\n" for paragraph in prose),
         "Flags:",
@@ -55,6 +55,11 @@ def command_help(tool: Tool, command: Command) -> str:
         )
     lines.append("  --config FILE  (optional)")
     lines.append("      a YAML mapping of any of these flags; flags on the command line win.")
+    if command.rest:
+        lines.append("  -- ...  (optional)")
+        lines.append(
+            textwrap.fill(arguments[command.rest], _WIDTH, initial_indent="      ", subsequent_indent="      ")
+        )
     return "\n".join(lines)
 
 

@@ -39,7 +39,8 @@ def described(tool: Tool, command: Command) -> list[str]:
         outside = ", not in the fingerprint" if name in command.not_fingerprinted else ""
         outside += ", in the fingerprint unless at its default" if name in command.added else ""
         lines.append(f"  {flag_name(name)} {kind} {default}{outside}")
-    return [*lines, ""]
+    rest = [f"  -- {command.rest}"] if command.rest else []
+    return [*lines, *rest, ""]
 
 
 def constraints(hint: Any) -> list[str]:

@@ -335,3 +335,33 @@ def test_invocation_knows_the_resolved_options(tool: Tool, run: Run, tmp_path: P
     assert (seen[0].tool, seen[0].command, seen[0].version) == ("convert", "record", tool.version)
     assert seen[0].options == {"target": str(tmp_path), "steps": 3, "workers": 2, "overwrite": True}
     assert seen[0].fingerprinted_options({}) == {"steps": 3}
+
+
+def test_words_after_two_hyphens_go_to_the_parameter_that_takes_them(capsys: pytest.CaptureFixture[str]) -> None:
+    tool = Tool("convert", summary="A tool for tests.")
+    got: list[tuple[int, tuple[str, ...]]] = []
+
+    @tool.command(rest="words")
+    def pass_on(steps: Positive = 3, words: tuple[str, ...] = ()) -> None:
+        """Pass words on.
+
+        Args:
+            steps: how many.
+            words: for another program.
+        """
+        got.append((steps, words))
+        assert invocation().options["words"] == list(words)
+
+    for argv in (
+        ["pass-on"],
+        ["pass-on", "--steps", "1", "--", "--steps", "2", "--", "--help", ""],
+        ["pass-on", "--help", "--", "x"],
+        ["pass-on", "--words", "x"],
+    ):
+        with pytest.raises(SystemExit):
+            tool.run(argv)
+    assert got == [(3, ()), (1, ("--steps", "2", "--", "--help", ""))]
+    out, err = capsys.readouterr()
+    assert "[-- ...]" in out
+    assert "for another program" in out
+    assert "unknown flag --words" in err

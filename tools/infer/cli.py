@@ -13,6 +13,7 @@ from shared.precision import Precision
 from tools.infer.engines.engine import EngineName, EngineSettings, Sampling
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]  # of a GPU's memory
 Temperature = Annotated[float, Field(ge=0, le=2)]  # vLLM's range
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -174,35 +175,53 @@ def chat(
     )
 
 
-@tool.command
+@tool.command(rest="vllm_flags")
 def serve(
     source: ExistingDir,
     host: str = "127.0.0.1",
     port: Port = 8000,
     served_model_name: str | None = None,
+    api_key_file: ExistingFile | None = None,
+    chat_template: ExistingFile | None = None,
+    gpu_memory: Share | None = None,
+    drain: NonNegative = 60,
     *,
     model: ModelOptions,
     batch_size: Positive | None = None,
+    vllm_flags: tuple[str, ...] = (),
 ) -> None:
     """Serve a model over HTTP with OpenAI's API.
 
-    Prints `ready http://HOST:PORT/v1 NAME` on stdout once the server answers requests. SIGTERM and Ctrl-C end it with
-    exit code 0.
+    Prints `ready http://HOST:PORT/v1 NAME` on stdout once the server answers requests. On SIGTERM it accepts no further
+    connection and finishes the requests in flight; on Ctrl-C it ends at once. Both exit with code 0.
 
     Args:
         source: Hugging Face directory of the model.
         host: address to listen on; 0.0.0.0 for all interfaces, which opens the server to other machines.
         port: port to listen on; 0 takes a free one.
         served_model_name: model name in requests; by default the directory's.
+        api_key_file: file of the keys, one a line, of which requests to /v1 must bear one. Other paths, /health and
+            /metrics among them, need none.
+        chat_template: Jinja file; by default the tokenizer's template.
+        gpu_memory: share of each GPU's memory for weights, activations and KV cache; by default vLLM's.
+        drain: seconds after SIGTERM in which requests in flight may finish.
         batch_size: most requests at once, further ones wait; by default the engine's choice.
+        vllm_flags: flags of `vllm serve`, as --tool-call-parser hermes --enable-auto-tool-choice.
     """
-    from tools.infer.serve import run
+    from tools.infer.serve import ServerSettings, run
 
     run(
         source,
-        host=host,
-        port=port,
-        served_model_name=served_model_name,
+        server=ServerSettings(
+            host=host,
+            port=port,
+            served_model_name=served_model_name,
+            api_key_file=api_key_file,
+            chat_template=chat_template,
+            gpu_memory=gpu_memory,
+            drain=drain,
+            vllm_flags=vllm_flags,
+        ),
         settings=model.settings(batch_size=batch_size),
     )
 

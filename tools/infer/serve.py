@@ -10,6 +10,7 @@ import signal
 import socket
 from argparse import Namespace
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,8 +18,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from shared.cli import log
 from shared.errors import EXIT_DONE, EXIT_INTERRUPTED, Interrupted, StageError, UserError
 from shared.runtime.parent_death import die_with_parent
+from tools.infer.drain import InFlight, drain, started
 from tools.infer.engines.engine import EngineSettings
 from tools.infer.engines.vllm import announce, checked_arguments
+from tools.infer.engines.vllm_flags import parse
 from tools.infer.engines.vllm_support import reason, refusals
 from tools.infer.environment import on_gpu, prepare_environment
 from tools.infer.prompts import load_tokenizer
@@ -28,23 +31,50 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 
-def run(source: Path, *, host: str, port: int, served_model_name: str | None, settings: EngineSettings) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """The server around the engine."""
+
+    host: str
+    port: int
+    served_model_name: str | None = None  # None: the directory's
+    api_key_file: Path | None = None  # a key a line
+    chat_template: Path | None = None  # None: the tokenizer's
+    gpu_memory: float | None = None  # share of each GPU's; None: vLLM's default
+    drain: int = 60  # seconds for requests in flight after SIGTERM
+    vllm_flags: tuple[str, ...] = ()  # words of vLLM's own command line
+
+
+def run(source: Path, *, server: ServerSettings, settings: EngineSettings) -> None:
     """Serve until a signal: SIGTERM and SIGINT exit with code 0, SIGUSR1 raises Interrupted.
 
-    UserError for an unsupported model or an invalid address, StageError if the engine dies.
+    UserError for an unsupported model, an invalid address or flag of vLLM; StageError if the engine dies.
     """
     signal.signal(signal.SIGTERM, _leave)  # exit code 0, also while the model loads
     signal.signal(signal.SIGINT, _leave)
     signal.signal(signal.SIGUSR1, _leave_for_now)
-    with bind(host, port) as listener:
+    keys = _api_keys(server.api_key_file) if server.api_key_file else ()
+    with bind(server.host, server.port) as listener:
         prepare_environment()
+        flags = parse(server.vllm_flags)
+        if server.gpu_memory is not None:
+            if not on_gpu():
+                raise UserError("--gpu-memory: this machine has no GPU; leave it out")
+            flags.engine["gpu_memory_utilization"] = server.gpu_memory
         model = open_hf_directory(source)
-        arguments, _ = checked_arguments(model, settings)
-        load_tokenizer(model)  # checked early; vLLM loads it late in its start
-        name = served_model_name or source.resolve().name
+        arguments, _ = checked_arguments(model, settings, flags.engine)
+        if not {"tokenizer", "tokenizer_mode", "skip_tokenizer_init", "trust_remote_code"} & flags.engine.keys():
+            load_tokenizer(model)  # checked early; vLLM loads it late in its start
+        port = listener.getsockname()[1]
+        own = ["--model", arguments["model"], "--served-model-name", server.served_model_name or source.resolve().name]
+        own += ["--host", server.host, "--port", str(port), "--middleware", InFlight.path]
+        if server.chat_template:
+            own += ["--chat-template", str(server.chat_template)]
+        options = flags.options(*own)
+        options.api_key = keys or None  # not in `own`: an error would print it
         import uvloop
 
-        uvloop.run(_serve(listener, host, arguments, name))
+        uvloop.run(_serve(listener, arguments, options, server.drain))
     if _exit_code == EXIT_INTERRUPTED:
         raise Interrupted("the time was up; the same command serves again")
 
@@ -82,14 +112,24 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _serve(listener: socket.socket, host: str, arguments: dict[str, Any], name: str) -> None:
+def _api_keys(path: Path) -> list[str]:
+    """The keys of a file, a key a line. UserError if it has none."""
+    try:
+        keys = [line.strip() for line in path.read_text(encoding="ascii").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"--api-key-file {path}: a key is not ASCII, which HTTP headers are") from None
+    if not keys:
+        raise UserError(f"--api-key-file {path} holds no key; write one a line")
+    return keys
+
+
+async def _serve(listener: socket.socket, arguments: dict[str, Any], options: Namespace, seconds: int) -> None:
     from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 
-    port = listener.getsockname()[1]
-    base = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    options = _server_options(arguments, host, port, name)
+    scheme = "https" if options.ssl_certfile else "http"
+    base = f"{scheme}://{f'[{options.host}]' if ':' in options.host else options.host}:{options.port}"
     announce(arguments)
-    async with _engine(arguments, listener) as engine:
+    async with _engine(arguments, options, listener) as engine:
         died = False
         stop = engine.shutdown
 
@@ -100,9 +140,14 @@ async def _serve(listener: socket.socket, host: str, arguments: dict[str, Any], 
             stop(timeout)
 
         engine.shutdown = stop_once
-        announcement = asyncio.create_task(_announce(base, name))
-        shutdown = await build_and_serve(engine, base, listener, options, log_config=_log_config())
+        announcement = asyncio.create_task(_announce(base, options.served_model_name[0], seconds))
+        # `timeout_graceful_shutdown` is uvicorn's, which stops when vLLM does not stop it: on SIGTERM after the start
+        shutdown = await build_and_serve(
+            engine, base, listener, options, log_config=_log_config(), timeout_graceful_shutdown=seconds
+        )
         announcement.cancel()
+        if InFlight.cut_off:
+            log(f"requests cut off: {InFlight.cut_off}")
     await shutdown
     if died:
         raise StageError("the engine died; start the server again (VLLM_LOGGING_LEVEL=INFO shows more)")
@@ -118,22 +163,13 @@ def _log_config() -> dict[str, Any]:
     return config
 
 
-def _server_options(arguments: dict[str, Any], host: str, port: int, name: str) -> Namespace:
-    """Options of `vllm serve`, from vLLM's parser."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    words = ["--model", arguments["model"], "--served-model-name", name, "--host", host, "--port", str(port)]
-    return make_arg_parser(FlexibleArgumentParser()).parse_args(words)
-
-
 @contextlib.asynccontextmanager
-async def _engine(arguments: dict[str, Any], listener: socket.socket) -> AsyncIterator[AsyncLLM]:
+async def _engine(arguments: dict[str, Any], options: Namespace, listener: socket.socket) -> AsyncIterator[AsyncLLM]:
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     with refusals(arguments["model"]):
-        config = AsyncEngineArgs(**arguments).create_engine_config()
+        config = AsyncEngineArgs(**arguments, enable_log_requests=options.enable_log_requests).create_engine_config()
     if not on_gpu():
         # The engine is a separate process, by default spawned. Most of its start-up time is imports; a fork shares those of
         # this process. A fork is safe here: no torch thread runs yet.
@@ -158,15 +194,16 @@ def _die_with_parent() -> None:
     die_with_parent()
 
 
-async def _announce(base: str, name: str) -> None:
-    """Print the ready line once /health answers."""
-    import aiohttp
+async def _announce(base: str, name: str, seconds: int) -> None:
+    """Print the ready line once connections are accepted. From then on a signal lets requests in flight finish."""
+    server = await started()
 
-    async with aiohttp.ClientSession() as session:
-        while True:
-            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                async with session.get(f"{base}/health", timeout=aiohttp.ClientTimeout(total=5)) as answer:
-                    if answer.status == 200:
-                        print(f"ready {base}/v1 {name}", flush=True)
-                        return
-            await asyncio.sleep(0.2)
+    def stop_for_now() -> None:
+        global _exit_code
+        _exit_code = EXIT_INTERRUPTED
+        drain(server, seconds)
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, drain, server, seconds)
+    loop.add_signal_handler(signal.SIGUSR1, stop_for_now)
+    print(f"ready {base}/v1 {name}", flush=True)

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 
 import pytest
+import uvicorn
 from lm_eval import evaluator
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
@@ -19,6 +20,7 @@ from vllm import LLM, ModelRegistry
 from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 from vllm.model_executor.models.registry import _PREVIOUSLY_SUPPORTED_MODELS, _LazyRegisteredModel
 from vllm.platforms.cpu import CpuPlatform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -32,6 +34,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from tests.upstream import attributes_set, binds, calls, relies_on, says_nothing_of
 from tools.infer.engines import vllm_arguments, vllm_support
 
+DRAIN = "tools/infer/drain.py"
 ENGINE = "tools/infer/engines/vllm.py"
 EVALUATE = "tools/infer/evaluate.py"
 SERVE = "tools/infer/serve.py"
@@ -107,6 +110,18 @@ def test_options_of_a_server_are_its_parsers() -> None:
     words = ["--model", "m", "--served-model-name", "n", "--host", "h", "--port", "1"]
     options = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
     assert (options.model, options.served_model_name, options.host, options.port) == ("m", ["n"], "h", 1), SERVE
+
+
+def test_the_server_is_in_the_state_of_its_application() -> None:
+    relies_on(
+        DRAIN,
+        launcher.serve_http,
+        "app.state.server = server",
+        "server = NoSignalServer(config, peer_loads=peer_loads)",
+    )
+    relies_on(DRAIN, init_entrypoints_middleware, "args.middleware", "app.add_middleware(imported)")
+    assert {"started", "should_exit", "force_exit"} <= attributes_set(uvicorn.Server.__init__), DRAIN
+    relies_on(DRAIN, uvicorn.Server.shutdown, "self.config.timeout_graceful_shutdown", "server.close()")
 
 
 def test_a_task_file_is_loaded_with_what_it_includes(tmp_path) -> None:

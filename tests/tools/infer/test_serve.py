@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -19,10 +22,11 @@ import pytest
 INFER = Path(sys.executable).with_name("infer")
 
 
-def call(url: str, body: dict | None = None) -> tuple[int, dict | None]:
+def call(url: str, body: dict | None = None, key: str | None = None) -> tuple[int, dict | None]:
     """Status and JSON of a request; POST when there is a body."""
     data = json.dumps(body).encode() if body is not None else None
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    request = urllib.request.Request(url, data=data, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             text, status = answer.read(), answer.status
@@ -198,3 +202,144 @@ def test_remote_code_of_a_tokenizer_is_refused_before_the_engine_starts(launcher
     assert done.code == 2
     assert done.stderr.count("code in the directory, which is not run") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_keys_a_template_and_flags_of_vllm(launcher, models, greedy, tmp_path):
+    """A server with all of them, which after SIGTERM finishes the request it has and takes no other."""
+    (tmp_path / "keys").write_text("first\n\n second \n")
+    (tmp_path / "other.jinja").write_text("{{ messages[0].content }}")
+    words = ["--source", models("qwen3"), "--port", 0, "--precision", "fp32", "--drain", 30]
+    words += ["--api-key-file", tmp_path / "keys", "--chat-template", tmp_path / "other.jinja"]
+    words += ["--", "--tool-call-parser", "hermes", "--enable-auto-tool-choice", "--max-logprobs", 2]
+    pid, files = launcher.start("serve", *words)
+    url = ready(files.with_suffix(".out"), lambda: not gone(pid))
+    asked = {
+        "model": "qwen3",
+        "messages": [{"role": "user", "content": "The quick"}],
+        "max_tokens": 8,
+        "temperature": 0,
+    }
+    assert call(url + "/chat/completions", asked)[0] == 401
+    assert call(url + "/chat/completions", asked, key="third")[0] == 401
+    for key in ("first", "second"):
+        status, reply = call(url + "/chat/completions", asked, key=key)
+        assert status == 200
+        assert reply["choices"][0]["message"]["content"] == greedy(models("qwen3"), "The quick", 8)
+    prompt = {"model": "qwen3", "prompt": "fox", "max_tokens": 1}
+    assert call(url + "/completions", prompt | {"logprobs": 2}, key="first")[0] == 200
+    status, answer = call(url + "/completions", prompt | {"logprobs": 3}, key="first")
+    assert status == 400, "--max-logprobs is not vLLM's"
+    assert "2" in answer["error"]["message"]
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+    assert call(url + "/chat/completions", asked | {"tools": [tool], "tool_choice": "auto"}, key="first")[0] == 200
+
+    request = urllib.request.Request(
+        url + "/completions",
+        data=json.dumps(prompt | {"max_tokens": 100, "stream": True, "ignore_eos": True}).encode(),
+        headers={"Content-Type": "application/json", "Authorization": "Bearer first"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as stream:
+        stream.readline()
+        os.kill(pid, signal.SIGTERM)
+        pieces = [json.loads(line[6:]) for line in stream if line.startswith(b"data: {")]
+    assert pieces[-1]["choices"][0]["finish_reason"] == "length"
+    done = launcher.wait(pid, files)
+    assert done.code == 0, done.stderr
+    assert "requests in flight: 1; they have 30 s" in done.stderr
+    assert "cut off" not in done.stderr
+    assert "first" not in done.stderr + done.stdout
+    with pytest.raises(urllib.error.URLError):
+        call(url + "/models", key="first")
+
+
+def test_what_does_not_finish_in_time_is_cut_off(launcher, models):
+    words = ["--source", models("llama"), "--port", 0, "--precision", "fp32", "--drain", 1]
+    pid, files = launcher.start("serve", *words)
+    url = ready(files.with_suffix(".out"), lambda: not gone(pid))
+    address = urllib.parse.urlsplit(url)
+    body = b'{"model": "llama", "prompt": "fox", "max_tokens": 1}'
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        connection.sendall(head.encode() + body[:-1])  # and never the end
+        time.sleep(1)
+        os.kill(pid, signal.SIGTERM)
+        done = launcher.wait(pid, files)
+        assert connection.recv(12) == b"HTTP/1.1 503"
+    assert done.code == 0, done.stderr
+    assert "requests cut off: 1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+REQUESTS = int(os.environ.get("BATON_REQUESTS", "200"))
+
+
+def test_no_request_is_lost_while_two_servers_are_replaced(launcher, models, greedy):
+    """Eight clients that try the other server where one does not answer, as a load balancer does."""
+    source = models("llama")
+    expected = greedy(source, "The quick", 4)
+    ports = []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+
+    def start(port):
+        pid, files = launcher.start("serve", "--source", source, "--port", port, "--precision", "fp32")
+        ready(files.with_suffix(".out"), lambda: not gone(pid))
+        return pid, files
+
+    servers = [start(port) for port in ports]
+    answered, refused, wrong = [], [], []
+    replaced = threading.Event()
+
+    def ask(client):
+        asked = {"model": "llama", "prompt": "The quick", "max_tokens": 4, "temperature": 0}
+        while len(answered) < REQUESTS or not replaced.is_set():
+            for attempt in range(20):
+                try:
+                    status, reply = call(f"http://127.0.0.1:{ports[(client + attempt) % 2]}/v1/completions", asked)
+                except (OSError, http.client.HTTPException) as error:
+                    refused.append(repr(error))
+                    time.sleep(0.1)
+                    continue
+                answered.append(status)
+                if status != 200 or reply["choices"][0]["text"] != expected:
+                    wrong.append((status, reply))
+                break
+            else:
+                wrong.append("no server answers")
+
+    clients = [threading.Thread(target=ask, args=(index,)) for index in range(8)]
+    for client in clients:
+        client.start()
+    for index, port in enumerate(ports):
+        pid, files = servers[index]
+        os.kill(pid, signal.SIGTERM)
+        done = launcher.wait(pid, files)
+        assert done.code == 0, done.stderr
+        assert "cut off" not in done.stderr
+        servers[index] = start(port)
+    replaced.set()
+    for client in clients:
+        client.join(timeout=300)
+    print(f"requests answered: {len(answered)}, connections refused or closed: {len(refused)}")
+    assert len(answered) >= REQUESTS
+    assert wrong == []
+    assert all("refused" in each or "closed" in each or "reset" in each for each in refused), set(refused)
+    for pid, files in servers:
+        os.kill(pid, signal.SIGTERM)
+        assert launcher.wait(pid, files).code == 0
+
+
+def test_a_file_without_keys_is_refused(models, tmp_path):
+    (tmp_path / "keys").write_text("\n")
+    words = [INFER, "serve", "--source", models("llama"), "--api-key-file", tmp_path / "keys"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "holds no key; write one a line" in done.stderr
+
+
+def test_a_share_of_gpu_memory_needs_a_gpu(launcher, models):
+    done = launcher("serve", "--source", models("llama"), "--port", 0, "--gpu-memory", 0.5)
+    assert done.code == 2
+    assert "--gpu-memory: this machine has no GPU" in done.stderr

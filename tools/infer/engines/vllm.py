@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.console import log
+from shared.errors import UserError
 from tools.infer.engines.engine import Completion, EngineSettings, Request, Sampling, pieces
 from tools.infer.engines.scoring import CheckedRequests
-from tools.infer.engines.vllm_arguments import engine_arguments
+from tools.infer.engines.vllm_arguments import REQUIRED, engine_arguments
 from tools.infer.engines.vllm_directory import directory_for_vllm, shown
 from tools.infer.engines.vllm_support import check_supported, model_config, refusals
 from tools.infer.environment import on_gpu
@@ -99,10 +100,18 @@ class VllmEngine:
             yield from engine.step()
 
 
-def checked_arguments(source: Path, settings: EngineSettings) -> tuple[dict[str, Any], int]:
-    """vLLM's keyword arguments and the context length. UserError if vLLM does not support the model on this machine."""
+def checked_arguments(
+    source: Path, settings: EngineSettings, further: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], int]:
+    """vLLM's keyword arguments and the context length. UserError if vLLM does not support the model on this machine.
+
+    `further`: arguments that the user gives in vLLM's own words; they replace ours.
+    """
     check_supported(source)
     arguments = engine_arguments(source, settings) | {"model": str(directory_for_vllm(source))}
+    if fixed := REQUIRED.intersection(arguments).intersection(further or ()):
+        raise UserError(f"--{fixed.pop().replace('_', '-')}: this model needs infer's own on a CPU; leave it out")
+    arguments |= further or {}
     context_length = model_config(arguments).max_model_len
     check_weights(source)
     return arguments, context_length

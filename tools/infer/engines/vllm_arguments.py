@@ -21,6 +21,8 @@ _CPU_SEQUENCES = 32  # per step; a larger batch has no higher throughput on few 
 _CPU_CACHE_SHARE = 0.4  # maximum share of free memory for the KV cache
 # Models with bidirectional attention within an image; vLLM's CPU attention is causal only.
 _BIDIRECTIONAL_IMAGES = {"gemma3"}
+# Arguments without which answers are wrong, where `engine_arguments` has them.
+REQUIRED = {"limit_mm_per_prompt", "compilation_config"}
 _BLOCK = 128  # tokens: vLLM's KV cache block on CPU
 
 
