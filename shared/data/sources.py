@@ -1,23 +1,25 @@
 """Text sources: files of text or rows, plain or compressed, and folders of them, read in a fixed order.
 
-A *text* file is one document. A file of *rows* has one document per row: JSON lines (`.jsonl`, `.ndjson`, `.jsonlines`), or
-a table (`.parquet`, `.arrow`). `rows` also reads a JSON array of objects, under any name. Text and JSON may be compressed
-(`.gz`, `.zst`). Error messages name file and line.
+A *text* file is one document. A file of *rows* has one document per row: JSON lines (`.jsonl`, `.ndjson`, `.jsonlines`),
+a table (`.parquet`, `.arrow`), or a `.json` that begins with a line that is an object, or with an array of objects. `rows`
+also reads a JSON array of objects under any name. Text and JSON may be compressed (`.gz`, `.zst`). A folder may be one that
+`datasets` saved: `folders`. Error messages name file and line.
 """
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
+from shared.data.folders import CARDS, folder_files
 from shared.data.table import table_rows
 from shared.data.zstd import open_frames
 from shared.errors import UserError
@@ -57,9 +59,19 @@ class Row:
         return UserError(f"{self.path}:{self.line}: {problem}")
 
 
+Reject = Callable[[int, str, Any], None]
+"""Told of a row that cannot be read: its number, the reason, and what stands there (an object or text)."""
+
+
 def is_rows(path: Path) -> bool:
-    """Whether the file holds rows (compressed or not), by its name."""
-    return _inner_suffix(path) in LINE_SUFFIXES or is_table(path)
+    """Whether the file holds rows (compressed or not): by its name, or of a `.json` by how it begins."""
+    suffix = _inner_suffix(path)
+    return suffix in LINE_SUFFIXES or is_table(path) or (suffix == ".json" and _begins_with_rows(path))
+
+
+def may_hold_rows(path: Path) -> bool:
+    """Whether the file holds rows, by its name alone."""
+    return _inner_suffix(path) in (*LINE_SUFFIXES, ".json") or is_table(path)
 
 
 def is_table(path: Path) -> bool:
@@ -72,10 +84,16 @@ def is_compressed(path: Path) -> bool:
     return path.suffix.lower() in COMPRESSED_SUFFIXES
 
 
-def expand(paths: Iterable[Path], *, flag: str) -> list[Path]:
+def expand(paths: Iterable[Path], *, flag: str, split: str | None = None, rows_only: bool = False) -> list[Path]:
     """Every source file of `paths`: files as given, files of a folder sorted by relative path.
 
     Hidden files and folders (a leading dot) inside a folder are left out. The order depends on names only.
+
+    Args:
+        paths: files and folders; a folder may be one that `datasets` saved.
+        flag: their flag, for errors.
+        split: of every folder, the files of this split only.
+        rows_only: of every folder, leave out files that hold no rows by their name (README.md ...).
 
     Raises:
         UserError: a path does not exist; there is no file; a file is given twice; a format is not supported.
@@ -83,12 +101,8 @@ def expand(paths: Iterable[Path], *, flag: str) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = [
-                file
-                for file in path.rglob("*")
-                if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-            ]
-            files += sorted(inside, key=lambda file: file.relative_to(path).parts)
+            inside = folder_files(path, split=split, flag=flag)
+            files += [f for f in inside if not rows_only or (may_hold_rows(f) and f.name not in CARDS)]
         elif path.is_file():
             files.append(path)
         else:
@@ -126,8 +140,10 @@ def pieces(path: Path, piece_bytes: int) -> list[Piece]:
     return [Piece(path=path, start=start, end=end) for start, end in pairwise(bounds)]
 
 
-def rows(piece: Piece) -> Iterator[Row]:
+def rows(piece: Piece, *, reject: Reject | None = None) -> Iterator[Row]:
     """The rows of a piece: JSON lines, a JSON array of objects, or a table. Empty lines are skipped.
+
+    With `reject`, a row that cannot be read is handed to it, and the next one is read.
 
     Raises:
         UserError: a line is not UTF-8, not JSON or not a JSON object; a text in it has a lone surrogate.
@@ -138,13 +154,32 @@ def rows(piece: Piece) -> Iterator[Row]:
         with _open(piece.path) as file:
             values = iter(_json(decode(file.read(), piece.path), piece.path, 1))
     else:
-        yield from _lines(piece)
+        yield from _lines(piece, reject)
         return
     for number, value in enumerate(values, start=1):
-        yield _row(value, piece.path, number)
+        try:
+            row = _row(value, piece.path, number)
+        except UserError as error:
+            if reject is None:
+                raise
+            reject(number, reason(error, piece.path), value)
+        else:
+            yield row
 
 
-def _lines(piece: Piece) -> Iterator[Row]:
+def reason(error: UserError, path: Path) -> str:
+    """The error without the file and line that it begins with."""
+    text = str(error)
+    return text.removeprefix(f"{path}:").partition(": ")[2] if text.startswith(f"{path}:") else text
+
+
+def rows_of(path: Path, *, flag: str) -> Iterator[Row]:
+    """The rows of a file or of every file of a folder, in order."""
+    for file in expand([path], flag=flag, rows_only=True):
+        yield from rows(Piece(path=file, start=0, end=file.stat().st_size))
+
+
+def _lines(piece: Piece, reject: Reject | None) -> Iterator[Row]:
     line_number = _lines_before(piece)
     with _open(piece.path) as file:
         position = piece.start
@@ -154,8 +189,15 @@ def _lines(piece: Piece) -> Iterator[Row]:
             line_number += 1
             position += len(line)
             if line.strip():
-                text = decode(line, piece.path, first_line=line_number)
-                yield _row(_json(text.rstrip(), piece.path, line_number), piece.path, line_number)
+                try:
+                    text = decode(line, piece.path, first_line=line_number)
+                    row = _row(_json(text.rstrip(), piece.path, line_number), piece.path, line_number)
+                except UserError as error:
+                    if reject is None:
+                        raise
+                    reject(line_number, reason(error, piece.path), line.decode("utf-8", "replace").rstrip())
+                else:
+                    yield row
             # A compressed file is one piece; its `end` counts compressed bytes.
             if not is_compressed(piece.path) and position >= piece.end:
                 return
@@ -201,6 +243,22 @@ def _is_array(path: Path) -> bool:
     """Whether the first character of a file is the bracket of a JSON array."""
     with _open(path) as file:
         return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+
+
+def _begins_with_rows(path: Path) -> bool:
+    """Whether a file begins with an array of objects, or its first line that is not empty is an object."""
+    with _open(path) as file:
+        start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+        if start[:1] == b"[":
+            return start[1:].lstrip()[:1] == b"{"
+        if start[:1] != b"{":
+            return False
+        line, _, rest = start.partition(b"\n")
+        if not rest and len(start) > 1:  # a long line
+            line = start + file.readline()
+    with contextlib.suppress(ValueError, RecursionError):
+        return isinstance(json.loads(line), dict)
+    return False
 
 
 def _json(text: str, path: Path, number: int) -> Any:
@@ -249,7 +307,7 @@ def _inner_suffix(path: Path) -> str:
     return (Path(path.stem) if is_compressed(path) else path).suffix.lower()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _open(path: Path) -> Iterator[IO[bytes]]:
     """The file's uncompressed bytes."""
     suffix = path.suffix.lower()

@@ -10,7 +10,7 @@ from shared.errors import UserError
 
 
 def table_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a table in order, without null values.
+    """The rows of a table in order, without null values, also in objects inside them.
 
     Raises:
         UserError: the file is damaged; the environment has no pyarrow.
@@ -27,9 +27,16 @@ def table_rows(path: Path) -> Iterator[dict[str, Any]]:
         try:
             for batch in _batches(pyarrow, file, path.suffix.lower()):
                 for row in batch.to_pylist():
-                    yield {name: value for name, value in row.items() if value is not None}
+                    yield without_null(row)
         except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:  # OSError: a truncated file
             raise UserError(f"{path}: damaged, or not {path.suffix[1:]} ({str(error).splitlines()[0]})") from None
+
+
+def without_null(value: Any) -> Any:
+    """A value without null fields of objects: a column of objects gives each of them the fields of all."""
+    if isinstance(value, dict):
+        return {name: without_null(item) for name, item in value.items() if item is not None}
+    return [without_null(item) for item in value] if isinstance(value, list) else value
 
 
 def _batches(pyarrow: Any, file: Any, suffix: str) -> Iterator[Any]:

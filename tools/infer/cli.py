@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from shared.cli import ExistingDir, ExistingFile, NonNegative, Positive, Seed, Tool
+from shared.cli import Existing, ExistingDir, NonNegative, Positive, Seed, Tool
 from shared.precision import Precision
 from tools.infer.engines.engine import EngineName, EngineSettings, Sampling
 
@@ -49,7 +49,7 @@ class ModelOptions:
 @tool.command(not_fingerprinted=("batch_size", "tensor_parallel"))
 def generate(
     source: ExistingDir,
-    prompts: ExistingFile,
+    prompts: Existing,
     target: Path,
     max_tokens: Positive = 256,
     temperature: Temperature = 0.0,
@@ -69,7 +69,8 @@ def generate(
 
     Args:
         source: Hugging Face directory of the model.
-        prompts: JSON lines (also .gz, .zst), a JSON array, parquet or arrow; "prompt" or "messages" in each row.
+        prompts: JSON lines (also .gz, .zst), a JSON array, parquet, arrow, or a folder of them; "prompt" or "messages"
+            in each row.
         target: directory to publish.
         max_tokens: most tokens of a completion.
         temperature: 0 decodes greedily; above, samples.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared.data.chat_template import render_prompt
 from shared.data.messages import tool_definitions
-from shared.data.sources import Piece, Row, rows
+from shared.data.sources import Row, rows_of
 from shared.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,16 +39,16 @@ class Prompt:
 
 
 def read_prompts(path: Path, reserved: tuple[str, ...]) -> list[Prompt]:
-    """The rows of a file: JSON lines, a JSON array, parquet or arrow.
+    """The rows of a file, JSON lines, a JSON array, parquet or arrow, or of a folder of them.
 
     Args:
-        path: the file.
+        path: the file or folder.
         reserved: fields that the output adds; an input row must not have them.
 
     Raises:
         UserError: a row is invalid; the message has file and line.
     """
-    found = [_checked(row, reserved) for row in rows(Piece(path=path, start=0, end=path.stat().st_size))]
+    found = [_checked(row, reserved) for row in rows_of(path, flag="--prompts")]
     if not found:
         raise UserError(f"--prompts {path} holds no prompt")
     return found

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from shared.data.chat_template import render_prompt
 from shared.data.messages import Message, tool_definitions
-from shared.data.sources import Piece, Row, rows
+from shared.data.sources import Row, rows_of
 from shared.errors import UserError
 from tools.rlhf.preferences import Reply, messages, preference
 
@@ -41,7 +40,7 @@ def read_prompts(path: Path, tokenizer: Any, *, context_length: int, max_new_tok
     """Prompts of a file with `{"prompt": text or messages}` or `{"messages": [...]}` rows.
 
     Args:
-        path: the JSON-lines file.
+        path: a file of rows, or a folder of them.
         tokenizer: a fast tokenizer of transformers.
         context_length: the model's, in tokens.
         max_new_tokens: tokens of the context reserved for the reply.
@@ -50,7 +49,7 @@ def read_prompts(path: Path, tokenizer: Any, *, context_length: int, max_new_tok
         UserError: a row is invalid or too long; the message has file and line.
     """
     prompts = []
-    for row in _rows(path):
+    for row in rows_of(path, flag="--prompts"):
         key = "prompt" if "prompt" in row.value else "messages"
         if {"prompt", "messages"} <= row.value.keys():
             raise row.error("both 'prompt' and 'messages'; leave one out or rename it")
@@ -85,7 +84,7 @@ def read_preferences(path: Path, tokenizer: Any, *, max_length: int) -> tuple[li
     A sequence is `[prompt, reply, end]`, as the reward model is shown a roll-out; see `end_token_id`.
 
     Args:
-        path: the JSON-lines file.
+        path: a file of rows, or a folder of them.
         tokenizer: a fast tokenizer of transformers.
         max_length: maximum sequence length in tokens; pairs with a longer sequence are dropped.
 
@@ -94,7 +93,7 @@ def read_preferences(path: Path, tokenizer: Any, *, max_length: int) -> tuple[li
     """
     pairs, dropped = [], 0
     end = end_token_id(tokenizer)
-    for row in _rows(path):
+    for row in rows_of(path, flag="--data"):
         chosen, rejected = ((*_sequence(row, reply, tokenizer), end) for reply in preference(row))
         if chosen == rejected:
             raise row.error("'chosen' and 'rejected' are the same; remove the row")
@@ -105,10 +104,6 @@ def read_preferences(path: Path, tokenizer: Any, *, max_length: int) -> tuple[li
     if not pairs and not dropped:
         raise UserError(f"--data {path}: no row in it")
     return pairs, dropped
-
-
-def _rows(path: Path) -> Iterator[Row]:
-    return rows(Piece(path=path, start=0, end=path.stat().st_size))
 
 
 def _sequence(row: Row, reply: Reply, tokenizer: Any) -> tuple[int, ...]:

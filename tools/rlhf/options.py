@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from shared.cli import ExistingDir, ExistingFile, NonNegative, Positive, Seed
+from shared.cli import Existing, ExistingDir, NonNegative, Positive, Seed
 from shared.errors import UserError
 from shared.precision import TrainingPrecision
 from shared.report.track import DEFAULT, Track
@@ -76,7 +76,7 @@ class RewardOptions(Options):
     """`rlhf reward`.
 
     Attributes:
-        data: preference pairs, one JSON object a line; a prompt may be a text or a list of messages.
+        data: preference pairs, rows of a file or of a folder of files; a prompt may be a text or a list of messages.
         validation_fraction: fraction of the pairs held out of training.
         epochs: passes over the training pairs.
         global_batch_size: pairs per update, over all processes.
@@ -87,7 +87,7 @@ class RewardOptions(Options):
         seed: of the held-out pairs, the head's initialisation and the order of pairs.
     """
 
-    data: ExistingFile
+    data: Existing
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     epochs: Above = 1.0
     sequence_length: Positive | None = None
@@ -101,7 +101,7 @@ class PolicyOptions(Options):
 
     Attributes:
         source: the Hugging Face directory of the initial policy.
-        prompts: one JSON object a line, with prompt or messages; other columns are arguments of reward functions.
+        prompts: rows of a file or of a folder of files, with prompt or messages; other columns are arguments of reward functions.
         reward: model:DIR (of `rlhf reward`) or py:FILE:FUNCTION; a weighted sum as in 0.5*model:DIR,py:FILE:f.
         reward_timeout: seconds that a Python file may take to load, and a call of a reward function; then the run ends.
         steps: updates of the run.
@@ -113,7 +113,7 @@ class PolicyOptions(Options):
         seed: of sampling and shuffling.
     """
 
-    prompts: ExistingFile
+    prompts: Existing
     reward: str
     reward_timeout: Above = 600.0
     steps: Positive = 100

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from shared.data.sources import Piece, expand, pieces, rows, texts
+from shared.data.sources import Piece, expand, pieces, rows, rows_of, texts
 from shared.errors import UserError
 
 
@@ -181,3 +181,55 @@ def test_another_encoding_is_refused_with_the_command_that_mends_it(tmp_path: Pa
 def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfabc")
     assert list(texts(_whole(tmp_path / "a.txt"), "text")) == ["abc"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'{"text": "a"}\n{"text": "b"}\n', ["a", "b"]),
+        (b'\xef\xbb\xbf\n{"text": "a"}', ["a"]),
+        (b'[{"text": "a"},\n {"text": "b"}]', ["a", "b"]),
+        (b'{"text": "' + b"a" * 9000 + b'"}\n{"text": "b"}\n', ["a" * 9000, "b"]),
+        (b'{\n "text": "a"\n}\n', ['{\n "text": "a"\n}\n']),  # one object over several lines: a document of its own
+        (b'["text"]', ['["text"]']),
+        (b"", [""]),
+    ],
+)
+def test_a_json_file_holds_rows_if_it_begins_with_them(tmp_path: Path, content: bytes, expected: list[str]) -> None:
+    for name, compress in (("a.json", bytes), ("a.json.gz", gzip.compress)):
+        path = tmp_path / name
+        path.write_bytes(compress(content))
+        assert [text for piece in pieces(path, 10) for text in texts(piece, "text")] == expected
+
+
+def test_rows_that_cannot_be_read_are_handed_on(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n{\n\xff\n[1]\n{"a": "\\ud800"}\n{"a": 2}\n')
+    aside: list[tuple[int, str]] = []
+    found = [row.value for row in rows(_whole(path), reject=lambda line, why, _: aside.append((line, why)))]
+    assert found == [{"a": 1}, {"a": 2}]
+    assert [line for line, _ in aside] == [2, 3, 4, 5]
+    assert [why.split(" (")[0] for _, why in aside][:2] == ["not JSON", "not UTF-8"]
+    path.write_text('[{"a": 1}, 3, {"a": 2}]')
+    aside.clear()
+    assert len(list(rows(_whole(path), reject=lambda line, why, _: aside.append((line, why))))) == 2
+    assert aside == [(2, "a JSON object is expected on every line, not int")]
+
+
+def test_a_folder_of_rows_leaves_its_cards_out(tmp_path: Path) -> None:
+    for name in ("README.md", "dataset_infos.json", "b.parquet", "a.jsonl", "c.json"):
+        (tmp_path / name).touch()
+    assert [f.name for f in expand([tmp_path], flag="--source", rows_only=True)] == ["a.jsonl", "b.parquet", "c.json"]
+    (tmp_path / "a.jsonl").write_text('{"n": 1}\n')
+    assert [row.value for row in rows_of(tmp_path / "a.jsonl", flag="--prompts")] == [{"n": 1}]
+
+
+def test_nulls_inside_objects_are_left_out(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    path = tmp_path / "calls.parquet"
+    said = [{"role": "user", "calls": None}, {"role": "assistant", "calls": [{"x": 1, "y": None}, {"x": None, "y": 2}]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"said": said}]), path)
+    assert [row.value for row in rows(_whole(path))] == [
+        {"said": [{"role": "user"}, {"role": "assistant", "calls": [{"x": 1}, {"y": 2}]}]}
+    ]

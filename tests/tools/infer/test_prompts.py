@@ -27,6 +27,13 @@ def test_rows_keep_their_fields_and_line_numbers(tmp_path):
     assert rows[1].prompt == [{"role": "user", "content": "b"}]
 
 
+def test_a_folder_of_rows_is_read_in_order(tmp_path):
+    (tmp_path / "README.md").write_text("no rows")
+    (tmp_path / "b.json").write_text('[{"prompt": "b"}]')
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n')
+    assert [row.prompt for row in read_prompts(tmp_path, ())] == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -38,6 +38,13 @@ def test_prompts_as_text_and_as_messages(file, tokenizer):
     assert (text.columns, chat.columns) == ({"answer": 3}, {"answer": None})
 
 
+def test_a_folder_of_rows_is_read_in_order(tmp_path, tokenizer):
+    (tmp_path / "README.md").write_text("no rows")
+    (tmp_path / "b.json").write_text('[{"prompt": "blue"}]')
+    (tmp_path / "a.jsonl").write_text('{"prompt": "red"}\n')
+    assert [prompt.text for prompt in prompts(tmp_path, tokenizer)] == ["red", "blue"]
+
+
 def test_a_preference_is_prompt_reply_and_end(file, tokenizer):
     rows = [
         {"prompt": "colors:", "chosen": " red", "rejected": " blue"},
