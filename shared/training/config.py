@@ -79,6 +79,8 @@ class TrainingConfig:
                 f"--min-learning-rate {self.min_learning_rate} is above --learning-rate {self.learning_rate}"
             )
         decay = self.decay_steps if self.schedule == "wsd" else 0
+        if decay > self.steps:  # the rate would begin below its peak, without a word
+            raise UserError(f"--decay-steps {decay} is longer than the run of --steps {self.steps}")
         # cosine divides by `steps - warmup_steps`: warm-up must end before the last step.
         available = self.steps - decay - (self.schedule == "cosine" and self.steps > 1)
         if self.warmup_steps > max(available, 0):

@@ -41,6 +41,10 @@ def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> Train
     decay = default_decay_steps(steps) if options.decay_steps is None else options.decay_steps
     if options.decay_steps is not None and options.schedule != "wsd":
         raise UserError(f"--decay-steps belongs to --schedule wsd, not {options.schedule}")
+    if options.min_learning_rate is not None and options.schedule == "constant":
+        raise UserError(
+            "--min-learning-rate belongs to --schedule cosine or wsd; a constant rate stays --learning-rate"
+        )
     return TrainingConfig(
         steps=steps,
         sequence_length=sequence_length,

@@ -19,6 +19,10 @@ def test_sizes_follow_from_the_layout(make_config):
         (dict(min_learning_rate=1.0), "--min-learning-rate"),
         (dict(warmup_steps=100), "--warmup-steps"),
         (dict(schedule="wsd", warmup_steps=81), "--decay-steps"),
+        (
+            dict(schedule="wsd", warmup_steps=0, decay_steps=101),
+            "--decay-steps 101 is longer than the run of --steps 100",
+        ),
         (dict(schedule="constant", warmup_steps=101), "--warmup-steps"),
     ],
 )
