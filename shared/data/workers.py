@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
@@ -30,7 +30,7 @@ def ordered_map(
     workers: int,
     setup: Callable[..., None],
     setup_arguments: tuple[object, ...] = (),
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """Yield `work(item)` for every item, in order; `setup` runs once in every process before its first item.
 
     With one worker everything runs in this process. At most `3 * workers` items are read ahead. Workers die with this

@@ -10,19 +10,21 @@ from pydantic import Field
 
 from shared.cli import Existing, ExistingDir, NonNegative, Positive, Tool
 from shared.training.options import ADDED, NOT_FINGERPRINTED, Rate, TrainingOptions
+from tools.sft.options import ADDED as ADDED_READING
+from tools.sft.options import ReadingOptions
 
 tool = Tool("sft", summary="Prepare conversations and fine-tune with Megatron-Core.")
 
 
-@tool.command(not_fingerprinted=("workers",))
+@tool.command(not_fingerprinted=("workers",), added=ADDED_READING)
 def prepare(
     source: tuple[Existing, ...],
     tokenizer: ExistingDir,
     target: Path,
+    reading: ReadingOptions,
     sequence_length: Positive | None = None,
     validation: tuple[Existing, ...] | None = None,
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0,
-    format: Literal["auto", "messages", "sharegpt", "alpaca"] = "auto",
     overlong: Literal["error", "drop", "truncate"] = "error",
     workers: NonNegative = 0,
     overwrite: bool = False,
@@ -33,14 +35,14 @@ def prepare(
     crosses from one to the next. The printed report accounts for every conversation.
 
     Args:
-        source: JSON-lines files (also .gz, .zst) or folders of them, separated by commas.
+        source: files of JSON lines, JSON arrays (both also .gz, .zst), parquet or arrow, or folders of them, also as
+            `datasets` saved them, separated by commas.
         tokenizer: a directory with a tokenizer and chat template: of `pretrain tokenizer`, a Hugging Face or a
             Megatron checkpoint.
         target: the directory to publish.
         sequence_length: tokens in a row; by default what the model's config.json takes, up to 4096.
         validation: files or folders for the validation split.
         validation_fraction: share of the source's conversations for the validation split, chosen by their content.
-        format: the form of the rows; auto looks at the keys of each.
         overlong: what to do with a conversation longer than a row.
         workers: processes that tokenise; 0 uses every core.
         overwrite: replace what is published at the target.
@@ -54,11 +56,34 @@ def prepare(
         sequence_length=sequence_length,
         validation=validation,
         validation_fraction=validation_fraction,
-        form=format,
+        reading=reading,
         overlong=overlong,
         workers=workers,
         overwrite=overwrite,
     )
+
+
+@tool.command
+def preview(
+    source: tuple[Existing, ...],
+    tokenizer: ExistingDir,
+    reading: ReadingOptions,
+    html: Path | None = None,
+) -> None:
+    """Show conversations as `prepare` would train on them, the tokens with a loss in colour.
+
+    Without a terminal, the tokens with a loss stand between \u27e6 and \u27e7. Nothing is published.
+
+    Args:
+        source: as in `prepare`.
+        tokenizer: as in `prepare`.
+        limit: conversations to show; by default 3.
+        on_error: stop at a row that cannot be read or rendered, or show its reason: set-aside.
+        html: a file to write a page to, instead of printing.
+    """
+    from tools.sft.preview import run
+
+    run(source=source, tokenizer=tokenizer, reading=reading, html=html)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,11 @@ conversation if it is an assistant token, else -100.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,19 +21,22 @@ import xxhash
 from shared.checkpoint.directory.open import open_checkpoint
 from shared.checkpoint.directory.publish import publish
 from shared.cli import log, progress
+from shared.data.chat_template import with_defaults
 from shared.data.labels import IGNORE
-from shared.data.sources import Piece, expand, is_rows, pieces, rows
-from shared.data.tokenizer import copy_tokenizer, open_tokenizer, tokenizer_hash
+from shared.data.sources import Piece, pieces
+from shared.data.tokenizer import copy_tokenizer, set_chat_templates, tokenizer_hash
 from shared.data.workers import ordered_map, usable_cores
 from shared.errors import UserError
 from shared.families import registry
-from tools.sft.conversations import Conversation, Format, conversation
+from tools.sft.options import ReadingOptions
 from tools.sft.packing import best_fit_decreasing
-from tools.sft.spans import Renderer
+from tools.sft.reading import Reader, Reject, row_files
 
 PIECE_BYTES = 4 << 20  # source bytes per work item
 DEFAULT_SEQUENCE_LENGTH = 2048  # tokens, if there is no config.json with a context length
 LARGEST_DEFAULT = 4096  # tokens: most conversations are shorter, and memory grows with the row length
+
+REJECTS = "rejects.jsonl"
 
 Overlong = Literal["error", "drop", "truncate"]
 
@@ -46,6 +51,19 @@ class Tokenised:
     lines: npt.NDArray[np.int64]  # [conversations], line in the file
     hashes: npt.NDArray[np.uint64]  # [conversations], of the messages
     path: Path
+    ends: frozenset[int]  # ids of the tokens that end a trained turn
+    notes: Counter[str]  # what was done to conversations -> how many
+    rejects: tuple[Reject, ...]
+
+    def first(self, count: int) -> Tokenised:
+        """The first conversations only."""
+        tokens = int(self.lengths[:count].sum())
+        return replace(
+            self,
+            ids=self.ids[:tokens],
+            assistant=self.assistant[:tokens],
+            **{name: getattr(self, name)[:count] for name in ("lengths", "lines", "hashes")},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +77,7 @@ class Sample:
 
 @dataclass
 class Report:
-    """Counts of conversations: read = packed + dropped."""
+    """Counts of conversations: read = packed + dropped. Rows that are set aside are not among them."""
 
     read: int = 0
     packed: int = 0
@@ -77,7 +95,7 @@ def run(
     sequence_length: int | None,
     validation: tuple[Path, ...] | None,
     validation_fraction: float,
-    form: Format,
+    reading: ReadingOptions,
     overlong: Overlong,
     workers: int,
     overwrite: bool,
@@ -90,27 +108,32 @@ def run(
     """
     if validation and validation_fraction:
         raise UserError("give --validation or --validation-fraction, not both")
-    sources = {"train": _files(source, "--source")}
+    sources = {"train": row_files(source, split=reading.split, flag="--source")}
     inputs: dict[str, Path | Sequence[Path]] = {"source": source, "tokenizer": tokenizer}
     if validation:
-        sources["validation"] = _files(validation, "--validation")
+        sources["validation"] = row_files(validation, split=reading.split, flag="--validation")
         inputs["validation"] = validation
+    if reading.chat_template:
+        inputs["chat_template"] = reading.chat_template
     with publish(target, kind="dataset", inputs=inputs, overwrite=overwrite) as out:
         hf_files = open_checkpoint(tokenizer, kinds=("tokenizer", "hf", "megatron"), flag="--tokenizer").hf_files
-        opened = open_tokenizer(hf_files)
+        reader = Reader(hf_files, reading)
+        opened = reader.tokenizer
         length = sequence_length or _default_length(hf_files)
-        renderer = Renderer(opened)
         report = Report()
-        samples = {
-            name: _limit(_tokenise(files, hf_files, form, workers, name), length, overlong, report)
-            for name, files in sources.items()
-        }
+        tokenised = {name: _tokenise(files, hf_files, reading, workers, name) for name, files in sources.items()}
+        every = [piece for several in tokenised.values() for piece in several]
+        notes, ends = _notes(every), sorted(frozenset().union(*(piece.ends for piece in every)))
+        rejected = _write_rejects(tokenised, out.path / REJECTS) if reading.on_error == "set-aside" else None
+        samples = {name: _limit(several, length, overlong, report) for name, several in tokenised.items()}
         if validation_fraction:
             samples = _divide(samples["train"], validation_fraction)
         padding = opened.pad_token_id if opened.pad_token_id is not None else opened.eos_token_id
         splits = {name: _write(samples[name], length, padding, out.path / name) for name in samples}
         duplicates = _duplicates(samples)
         copy_tokenizer(hf_files, out.path / "tokenizer")
+        _publish_template(reader, out.path / "tokenizer")
+        further = {} if rejected is None else {"set_aside": rejected}
         out.describe(
             format="packed",
             seq_length=length,
@@ -118,21 +141,32 @@ def run(
             vocab_size=len(opened),
             eos_token_id=opened.eos_token_id,
             pad_token_id=padding,
-            tokenizer_hash=tokenizer_hash(hf_files),
-            assistant_spans="generation marks" if renderer.marked else "rendered prefixes",
-            conversations=vars(report),
+            tokenizer_hash=tokenizer_hash(out.path / "tokenizer"),
+            assistant_spans=reader.renderer.method,
+            turn_end_token_ids=ends,
+            template_arguments=reader.arguments,
+            conversations=vars(report) | further,
+            notes=dict(notes),
             validation_conversations_in_train=duplicates,
         )
         facts = out.facts
     print(json.dumps({"target": str(target), **facts}))
 
 
-def _files(paths: tuple[Path, ...], flag: str) -> list[Path]:
-    files = expand(paths, flag=flag)
-    for file in files:
-        if not is_rows(file) and ".json" not in file.suffixes:
-            raise UserError(f"{flag} {file}: conversations are JSON lines (.jsonl, also .gz, .zst), .json or .parquet")
-    return files
+def _publish_template(reader: Reader, tokenizer: Path) -> None:
+    """Replace the tokenizer's chat template by the one that was used, with the values of its variables as defaults."""
+    template = reader.tokenizer.chat_template
+    if reader.arguments:
+        if isinstance(template, dict):
+            log(
+                "--template-argument: give it wherever the model is used; the named chat templates are published unchanged"
+            )
+            return
+        template = with_defaults(template, reader.arguments)
+        log("--template-argument: the values are defaults of the chat template that is published")
+    elif reader.chat_template is None:
+        return
+    set_chat_templates(tokenizer, {"default": template})
 
 
 def _default_length(hf_files: Path) -> int:
@@ -144,38 +178,44 @@ def _default_length(hf_files: Path) -> int:
     return length
 
 
-def _tokenise(files: list[Path], hf_files: Path, form: Format, workers: int, split: str) -> list[Tokenised]:
+def _tokenise(files: list[Path], hf_files: Path, reading: ReadingOptions, workers: int, split: str) -> list[Tokenised]:
     every = [piece for file in files for piece in pieces(file, PIECE_BYTES)]
     processes = min(workers or usable_cores(), len(every))
+    left = reading.limit if split == "train" else None
     done: list[Tokenised] = []
     with progress(sum(p.end - p.start for p in every), "bytes", f"tokenising {split}") as advance:
-        results = ordered_map(_read, every, workers=processes, setup=_set_up, setup_arguments=(hf_files, form))
-        for piece, tokenised in zip(every, results, strict=True):
-            done.append(tokenised)
-            advance(piece.end - piece.start)
+        results = ordered_map(_read, every, workers=processes, setup=_set_up, setup_arguments=(hf_files, reading))
+        with contextlib.closing(results):
+            for piece, tokenised in zip(every, results, strict=False):
+                done.append(tokenised if left is None else tokenised.first(left))
+                advance(piece.end - piece.start)
+                if left is not None and (left := left - len(tokenised.lengths)) <= 0:
+                    break
     return done
 
 
 _worker: dict[str, Any] = {}  # state of this worker process, filled by `_set_up`
 
 
-def _set_up(hf_files: Path, form: Format) -> None:
-    _worker.update(renderer=Renderer(open_tokenizer(hf_files)), form=form)
+def _set_up(hf_files: Path, reading: ReadingOptions) -> None:
+    _worker.update(reader=Reader(hf_files, reading))
 
 
 def _read(piece: Piece) -> Tokenised:
     ids, assistant, lines, hashes = [], [], [], []
-    for row in rows(piece):
-        conversed: Conversation = conversation(row, _worker["form"])
-        try:
-            tokens = _worker["renderer"].tokens(conversed)
-        except ValueError as error:
-            raise row.error(str(error)) from error
-        if not tokens.assistant.any():
-            raise row.error("the chat template marks no assistant tokens; check its {% generation %} blocks")
+    ends: set[int] = set()
+    notes: Counter[str] = Counter()
+    rejects = []
+    for read in _worker["reader"].read(piece):
+        if isinstance(read, Reject):
+            rejects.append(read)
+            continue
+        conversed, tokens = read.conversation, read.tokens
         ids.append(tokens.ids)
         assistant.append(tokens.assistant)
-        lines.append(row.line)
+        ends |= tokens.ends
+        notes.update(tokens.notes)
+        lines.append(read.row.line)
         plain = json.dumps([conversed.messages, conversed.tools], ensure_ascii=False, sort_keys=True)
         hashes.append(xxhash.xxh3_64_intdigest(plain.encode("utf-8", "surrogatepass")))
     return Tokenised(
@@ -185,7 +225,30 @@ def _read(piece: Piece) -> Tokenised:
         lines=np.array(lines, np.int64),
         hashes=np.array(hashes, np.uint64),
         path=piece.path,
+        ends=frozenset(ends),
+        notes=notes,
+        rejects=tuple(rejects),
     )
+
+
+def _notes(every: list[Tokenised]) -> Counter[str]:
+    """What was done to conversations, announced with how many."""
+    notes: Counter[str] = sum((piece.notes for piece in every), Counter())
+    for note, count in notes.items():
+        log(f"{count} conversation{'s' * (count > 1)}: {note}")
+    return notes
+
+
+def _write_rejects(tokenised: dict[str, list[Tokenised]], path: Path) -> int:
+    """Write the rows that were set aside, with their reasons. Returns their number."""
+    rejects = [(split, reject) for split, several in tokenised.items() for piece in several for reject in piece.rejects]
+    if rejects:
+        with path.open("w", encoding="utf-8") as file:
+            for split, reject in rejects:
+                entry = {"file": str(reject.path), "line": reject.line, "split": split, "reason": reject.reason}
+                file.write(json.dumps(entry | {"row": reject.row}, default=str) + "\n")
+        log(f"{len(rejects)} rows are set aside in {path.name}; the first: {rejects[0][1].reason}")
+    return len(rejects)
 
 
 def _limit(read: list[Tokenised], length: int, overlong: Overlong, report: Report) -> list[Sample]:

@@ -1,27 +1,31 @@
-"""Token ids of a conversation and the mask of its assistant tokens, from the chat template.
+"""Token ids of a conversation and the mask of its trained tokens, from the chat template.
 
-A template with `{% generation %}` marks the assistant tokens itself. For other templates, the conversation before each
-assistant turn is rendered with the generation prompt. This text must be a prefix of the full rendering, which is checked;
-the assistant turn follows it and ends at the next turn.
+Trained is what the model would say in a turn, through the token that ends it: a model that is not trained on that token
+never stops. Three ways of finding it (`--spans`):
 
-The end-of-turn token is part of the turn: a model that is not trained on it never stops.
+generation  the template marks it with `{% generation %}`
+rendered    the turns are located in the rendered conversation: `turns`
+last        what follows the model's prompt before the last answer, nothing else
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from shared.data.chat_template import check_tools_rendered, render
+from shared.data.messages import Message
 from shared.errors import UserError
 from tools.sft.conversations import Conversation
+from tools.sft.options import Spans
+from tools.sft.template import Template
+from tools.sft.turns import Located, Turns
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the pattern of transformers
-Spans = list[tuple[int, int]]  # [start, end) in characters of the rendered text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,28 +33,65 @@ class Tokens:
     """One conversation."""
 
     ids: npt.NDArray[np.int32]  # [tokens]
-    assistant: npt.NDArray[np.bool_]  # [tokens], True for assistant tokens
+    assistant: npt.NDArray[np.bool_]  # [tokens], True for trained tokens
+    ends: frozenset[int]  # ids of the tokens that end a trained turn
+    notes: tuple[str, ...] = ()  # what was done to the messages
 
 
 class Renderer:
-    """Renders and tokenises conversations."""
+    """Renders and tokenises conversations.
 
-    def __init__(self, tokenizer: Any) -> None:
-        if not isinstance(tokenizer.chat_template, str):
-            raise UserError("--tokenizer: it has no chat template (chat_template.jinja); add the one of its model")
+    Args:
+        tokenizer: of transformers, with a chat template.
+        arguments: variables of the template.
+        spans: how turns are found; auto: by marks where the template has them.
+        only_last: a loss on the last assistant message only.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        arguments: Mapping[str, Any] | None = None,
+        spans: Spans = "auto",
+        only_last: bool = False,
+    ) -> None:
+        self.template = Template(tokenizer, arguments)
         self._tokenizer = tokenizer
-        self._special = np.array(sorted(tokenizer.all_special_ids), np.int64)
-        self.marked = GENERATION_TAG.search(tokenizer.chat_template) is not None
+        self._spans, self._only_last = spans, only_last
+        added = tokenizer.added_tokens_decoder
+        special = {number for number, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+        visible = special | {number for number, token in added.items() if token.content.strip()}
+        self._special, self._added = (np.array(sorted(ids), np.int64) for ids in (special, visible))
+        if spans == "generation" and not self._marked(None):
+            raise UserError("--spans generation: the chat template has no {% generation %} blocks; leave the flag out")
+
+    @property
+    def method(self) -> str:
+        """How turns are found without tools, in words, for the manifest."""
+        if self._spans == "last":
+            return "after the last prompt"
+        return "generation marks" if self._by_marks(None) else "located in the rendered text"
 
     def tokens(self, conversation: Conversation) -> Tokens:
         """Render and tokenise.
 
         Raises:
-            ValueError: the template rejects the conversation or drops its tools, or assistant turns cannot be located.
+            ValueError: the template rejects the conversation or drops a part of an answer, or turns cannot be located.
         """
-        messages, tools = conversation.messages, conversation.tools
-        check_tools_rendered(self._tokenizer, messages, tools, add_generation_prompt=False)
-        text, spans = self._marked(conversation) if self.marked else self._by_prefix(conversation)
+        tools = conversation.tools
+        messages, notes = self.template.adapted(conversation.messages, tools)
+        turns = Turns(self.template, messages, tools)
+        turns.check_fields()
+        wanted = self._wanted(conversation)
+        marked = self._by_marks(tools)
+        if self._spans == "last":
+            located = self._after_last_prompt(turns.text, messages, tools, wanted)
+        elif marked:
+            located = self._marks(messages, tools, wanted)
+        else:
+            located = turns.locate(wanted)
+        text, spans = located.text, located.spans
         ids, offsets = self._encode(text, [])
         # At inference the prompt ends where a turn starts, so no token crosses that position. If the tokenizer would merge
         # across it (e.g. two line ends), the text is cut there.
@@ -58,9 +99,33 @@ class Renderer:
         if joined:
             ids, offsets = self._encode(text, joined)
         assistant = np.zeros(len(ids), bool)
+        ends = set()
         for start, end in spans:
-            self._mark(assistant, ids, offsets, text, start, end)
-        return Tokens(ids=ids.astype(np.int32), assistant=assistant)
+            if inside := self._inside(ids, offsets, text, start, end, marked=marked):
+                assistant[slice(*inside)] = True
+                ends.add(int(ids[inside[1] - 1]))
+        return Tokens(
+            ids=ids.astype(np.int32),
+            assistant=assistant,
+            ends=frozenset(ends & set(self._added.tolist())),
+            notes=tuple(notes),
+        )
+
+    def _wanted(self, conversation: Conversation) -> list[int]:
+        """The numbers of the messages with a loss."""
+        every = [number for number, said in enumerate(conversation.messages) if said["role"] == "assistant"]
+        wanted = [
+            number for number in (every[-1:] if self._only_last else every) if number not in conversation.untrained
+        ]
+        if not wanted:
+            raise ValueError("every assistant message that could have a loss has weight 0")
+        return wanted[-1:] if self._spans == "last" else wanted
+
+    def _marked(self, tools: list[Any] | None) -> bool:
+        return GENERATION_TAG.search(self.template.source(tools)) is not None
+
+    def _by_marks(self, tools: list[Any] | None) -> bool:
+        return self._spans == "generation" or (self._spans == "auto" and self._marked(tools))
 
     def _encode(self, text: str, cuts: list[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Ids `[tokens]` and character ranges `[tokens, 2]`; the text is encoded piecewise between the cuts."""
@@ -72,73 +137,53 @@ class Renderer:
             offsets.append(np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2) + start)
         return np.concatenate(ids), np.concatenate(offsets)
 
-    def _marked(self, conversation: Conversation) -> tuple[str, Spans]:
+    def _marks(self, messages: list[Message], tools: list[Any] | None, wanted: list[int]) -> Located:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         tokenizer = self._tokenizer
         try:
             rendered, marks = render_jinja_template(
-                conversations=[conversation.messages],
-                tools=conversation.tools,
-                chat_template=tokenizer.chat_template,
+                conversations=[messages],
+                tools=tools,
+                chat_template=self.template.source(tools),
                 return_assistant_tokens_mask=True,
-                **tokenizer.special_tokens_map,
+                **{**tokenizer.special_tokens_map, **self.template.arguments},
             )
         except Exception as error:  # templates raise jinja's errors and Python's
             raise ValueError(f"the chat template refuses it ({_first_line(error)})") from error
-        return rendered[0], list(marks[0])
-
-    def _by_prefix(self, conversation: Conversation) -> tuple[str, Spans]:
-        messages = conversation.messages
-        text = self._render(conversation, len(messages))
-        spans: Spans = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self._prompt(conversation, index, text)
-            if not text.startswith(prompt):
+        spans = [(int(start), int(end)) for start, end in marks[0]]
+        assistants = [number for number, said in enumerate(messages) if said["role"] == "assistant"]
+        if wanted != assistants:
+            if len(spans) != len(assistants):
                 raise ValueError(
-                    f"message {index}: the chat template is not prefix-stable: this message changes how earlier ones are "
-                    "rendered, so assistant tokens cannot be located; add {% generation %} blocks to the template"
+                    f"the chat template has {len(spans)} {{% generation %}} blocks for {len(assistants)} assistant "
+                    "messages, so it is not sure which are without a loss; try --spans rendered"
                 )
-            upto = self._render(conversation, index + 1)
-            if text.startswith(upto):
-                end = len(upto)
-            else:  # e.g. the template drops the reasoning of earlier turns: the turn ends with its content
-                content = str(message["content"]).strip()
-                found = text.find(content, len(prompt)) if content else -1
-                if found < 0:
-                    raise ValueError(
-                        f"message {index}: the chat template rewrites the assistant's content, so it cannot be found in "
-                        "the conversation; add {% generation %} blocks to the template"
-                    )
-                end = found + len(content)
-            spans.append((len(prompt), end))
-        return text, spans
+            spans = [span for number, span in zip(assistants, spans, strict=True) if number in wanted]
+        return Located(text=rendered[0], spans=spans)
 
-    def _prompt(self, conversation: Conversation, index: int, text: str) -> str:
-        """The model's input before message `index`."""
-        if index:
-            return self._render(conversation, index, add_generation_prompt=True)
-        # No earlier message, and templates reject an empty conversation: derive the generation prompt from another one.
-        anyone = Conversation(messages=[{"role": "user", "content": "."}])
-        opening = self._render(anyone, 1, add_generation_prompt=True).removeprefix(self._render(anyone, 1))
-        return text[: text.find(opening) + len(opening)] if opening in text else opening
+    def _after_last_prompt(
+        self, text: str, messages: list[Message], tools: list[Any] | None, wanted: list[int]
+    ) -> Located:
+        (last,) = wanted
+        if last != len(messages) - 1 or not last:
+            raise ValueError(f"--spans last: message {last} is not the last one after a question")
+        prompt = self.template.render(messages[:last], tools, add_generation_prompt=True)
+        if not text.startswith(prompt):
+            raise ValueError("--spans last: the conversation does not begin with the prompt before its last message")
+        return Located(text=text, spans=[(len(prompt), len(text.rstrip()))])
 
-    def _render(self, conversation: Conversation, count: int, *, add_generation_prompt: bool = False) -> str:
-        messages = conversation.messages[:count]
-        return render(self._tokenizer, messages, conversation.tools, add_generation_prompt=add_generation_prompt)
-
-    def _mark(
+    def _inside(
         self,
-        assistant: npt.NDArray[np.bool_],
         ids: npt.NDArray[np.int64],
         offsets: npt.NDArray[np.int64],
         text: str,
         start: int,
         end: int,
-    ) -> None:
-        """Mark the tokens of one turn, including its end-of-turn token.
+        *,
+        marked: bool,
+    ) -> tuple[int, int] | None:
+        """First and one past the last token of one turn, including its end-of-turn token.
 
         Byte-level tokenizers may trim white space from offsets. A white-space token then has an empty range [p, p); it is
         inside if start < p <= end.
@@ -146,14 +191,14 @@ class Renderer:
         first, last = offsets[:, 0], offsets[:, 1]
         inside = np.flatnonzero((last > start) & ((first < end) | (last <= end)))
         if not len(inside):
-            return
+            return None
         low, high = int(inside[0]), int(inside[-1]) + 1
-        closing = low + np.flatnonzero(np.isin(ids[low:high], self._special))[-1:]
+        closing = low + np.flatnonzero(np.isin(ids[low:high], self._special if marked else self._added))[-1:]
         if len(closing) and not text[offsets[closing[0], 1] : end].strip():
             high = int(closing[0]) + 1  # without the line end that some templates write after it
-        elif high < len(ids) and ids[high] in self._special:
+        elif marked and high < len(ids) and ids[high] in self._special:
             high += 1
-        assistant[low:high] = True
+        return low, high
 
 
 def _first_line(error: Exception) -> str:

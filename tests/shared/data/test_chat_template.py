@@ -1,10 +1,20 @@
 """Tools of a row reach the model or are refused; errors of a template are one line."""
 
+from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 
-from shared.data.chat_template import check_tools_rendered, render, render_prompt
+from shared.data.chat_template import (
+    check_tools_rendered,
+    read_template,
+    render,
+    render_prompt,
+    template_arguments,
+    with_defaults,
+)
+from shared.errors import UserError
 
 TALK = [{"role": "user", "content": "hi"}]
 TOOLS = [{"type": "function", "function": {"name": "weather"}}]
@@ -51,3 +61,36 @@ def test_a_template_that_drops_tools_is_refused(add_generation_prompt: bool) -> 
 def test_what_a_template_refuses_is_one_line() -> None:
     with pytest.raises(ValueError, match=r"^the chat template refuses these messages: no$"):
         render(Template(refuses), TALK, None, add_generation_prompt=True)
+
+
+def test_arguments_of_a_template() -> None:
+    given = template_arguments(["enable_thinking=false", "n=3", "date=1 May", 'name="x"', "a=b=c"])
+    assert given == {"enable_thinking": False, "n": 3, "date": "1 May", "name": "x", "a": "b=c"}
+    for words, problem in (
+        (["enable_thinking"], "write NAME=VALUE"),
+        (["a b=1"], "write NAME=VALUE"),
+        (["messages=1"], "messages is set by the command itself"),
+        (["a=1", "a=2"], "--template-argument a is given twice"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            template_arguments(words)
+
+
+def test_defaults_render_as_arguments_do() -> None:
+    template = "{{ flag }} {{ text }} {{ many }} {{ nothing }}"
+    arguments = {"flag": False, "text": 'say "\u00e9"\n', "many": [{"a": None}, 1.5], "nothing": None}
+    expected = jinja2.Template(template).render(**arguments)
+    assert jinja2.Template(with_defaults(template, arguments)).render() == expected
+    assert jinja2.Template(with_defaults(template, arguments)).render(flag=True).startswith("True say")
+
+
+def test_a_template_file_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "t.jinja"
+    path.write_text("{{ messages }}\n")
+    assert read_template(path) == "{{ messages }}\n"
+    path.write_text("one\n{% for %}")
+    with pytest.raises(UserError, match=r"--chat-template .*t\.jinja:2: not a Jinja template"):
+        read_template(path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_template(path)

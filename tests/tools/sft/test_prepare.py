@@ -15,6 +15,7 @@ from shared.checkpoint.directory.open import open_checkpoint
 from shared.cli import invoked
 from shared.errors import AlreadyDone, UserError
 from tools.sft import prepare
+from tools.sft.options import ReadingOptions
 
 WORDS = ["hello", "def", "name", "what is it?", "\u00e9", "\U0001f600", "\n\n", "  ", "return x"]
 
@@ -41,14 +42,15 @@ def _prepare(folder: Path, tokenizer: Path, target: str = "out", **options: Any)
         "sequence_length": 256,
         "validation": None,
         "validation_fraction": 0.0,
-        "form": "auto",
+        "reading": ReadingOptions(),
         "overlong": "error",
         "workers": 1,
         "overwrite": False,
         **options,
     }
     source = (folder / "talks.jsonl",)
-    recorded = {"source": source, "tokenizer": tokenizer, **given}
+    recorded = {"source": source, "tokenizer": tokenizer, **given} | vars(given["reading"])
+    del recorded["reading"]
     with invoked("sft", "prepare", recorded, not_fingerprinted=("workers",)):
         prepare.run(source=source, tokenizer=tokenizer, target=folder / target, **given)
     return open_checkpoint(folder / target, kinds=("dataset",), flag="--data").facts
@@ -195,7 +197,7 @@ def test_mistakes_name_their_line(tokenizers: Callable[..., Path], tmp_path: Pat
         with pytest.raises(UserError, match=rf"talks\.jsonl:2: {problem}"):
             _prepare(tmp_path, tokenizers("marked"))
     (tmp_path / "talks.jsonl").write_text(good + json.dumps({"instruction": "", "output": "\U0001f600"}))
-    with pytest.raises(UserError, match=r"talks\.jsonl:1: .*not prefix-stable"):
+    with pytest.raises(UserError, match=r"talks\.jsonl:1: message 1: the model's prompt before it"):
         _prepare(tmp_path, tokenizers("backwards"))
 
 
@@ -226,3 +228,87 @@ def test_a_finished_dataset_is_not_made_again(tokenizers: Callable[..., Path], t
         _prepare(tmp_path, tokenizer, workers=2)
     with pytest.raises(UserError, match="--overwrite"):
         _prepare(tmp_path, tokenizer, sequence_length=128)
+
+
+def _source(folder: Path, rows: list[Any]) -> None:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / "talks.jsonl").write_text("".join(line + "\n" for line in lines))
+
+
+PAIR = {"prompt": "hello", "completion": "name"}
+
+
+def test_bad_rows_are_set_aside_with_their_reasons(tokenizers: Callable[..., Path], tmp_path: Path) -> None:
+    _source(tmp_path, [PAIR, "{", {"x": 1}, "[]", {"prompt": "a", "completion": "\ud800"}, PAIR])
+    facts = _prepare(tmp_path, tokenizers("marked"), reading=ReadingOptions(on_error="set-aside"))
+    assert facts["conversations"]["packed"] == 2
+    assert facts["conversations"]["set_aside"] == 4
+    aside = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
+    assert [(entry["line"], entry["row"]) for entry in aside[:2]] == [(2, "{"), (3, {"x": 1})]
+    assert [entry["line"] for entry in aside] == [2, 3, 4, 5]
+    for entry, why in zip(aside, ("not JSON", "none of messages", "a JSON object", "lone surrogate"), strict=True):
+        assert why in entry["reason"]
+        assert "talks.jsonl" not in entry["reason"]
+    _source(tmp_path, [PAIR])
+    facts = _prepare(tmp_path, tokenizers("marked"), "none", reading=ReadingOptions(on_error="set-aside"))
+    assert facts["conversations"]["set_aside"] == 0
+    assert not (tmp_path / "none/rejects.jsonl").exists()
+
+
+def test_a_limit_takes_the_first_conversations(
+    tokenizers: Callable[..., Path],
+    talks: list[list[dict[str, str]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prepare, "PIECE_BYTES", 1000)
+    tokenizer = tokenizers("marked")
+    facts = _prepare(tmp_path, tokenizer, reading=ReadingOptions(limit=7))
+    assert facts["splits"]["train"]["conversations"] == 7
+    _source(tmp_path, [{"messages": talk} for talk in talks[:7]])
+    _prepare(tmp_path, tokenizer, "seven")
+    for one, other in zip(_arrays(tmp_path / "out"), _arrays(tmp_path / "seven"), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_what_was_rendered_with_is_published(tokenizers: Callable[..., Path], tmp_path: Path) -> None:
+    _source(tmp_path, [PAIR])
+    tokenizer = tokenizers("marked")
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "old"}))
+    (tokenizer / "additional_chat_templates").mkdir()
+    (tokenizer / "additional_chat_templates/tool_use.jinja").write_text("old")
+    template = tmp_path / "mine.jinja"
+    template.write_text(
+        "{{ opening }}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    reading = ReadingOptions(chat_template=template, template_argument=("opening=hello",))
+    facts = _prepare(tmp_path, tokenizer, reading=reading)
+    assert _conversations(tmp_path / "out") == [
+        ("hello<|im_start|>hello<|im_end|><|im_start|>name<|im_end|>", "name<|im_end|>")
+    ]
+    published = tmp_path / "out/tokenizer"
+    fresh = AutoTokenizer.from_pretrained(published)
+    talk = [{"role": "user", "content": "a"}]
+    assert fresh.chat_template.endswith(template.read_text())
+    assert fresh.apply_chat_template(talk, tokenize=False) == "hello<|im_start|>a<|im_end|>"
+    assert fresh.apply_chat_template(talk, tokenize=False, opening="") == "<|im_start|>a<|im_end|>"
+    assert "chat_template" not in json.loads((published / "tokenizer_config.json").read_text())
+    assert not list(published.glob("additional_chat_templates/*"))
+    assert facts["template_arguments"] == {"opening": "hello"}
+    assert facts["turn_end_token_ids"] == [fresh.eos_token_id]
+    _prepare(tmp_path, tokenizer, "file", reading=ReadingOptions(chat_template=template, spans="rendered"))
+    assert (tmp_path / "file/tokenizer/chat_template.jinja").read_text() == template.read_text()
+    _prepare(tmp_path, tokenizer, "named")
+    assert (tmp_path / "named/tokenizer/additional_chat_templates/tool_use.jinja").read_text() == "old"
+
+
+def test_parts_of_a_row_that_the_template_leaves_out_are_counted(
+    tokenizers: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _source(tmp_path, [PAIR | {"tools": [{"name": "f"}]}, PAIR])
+    facts = _prepare(tmp_path, tokenizers("marked"))
+    note = "the chat template does not render 'tools', so the model does not see them"
+    assert facts["notes"] == {note: 1}
+    assert f"1 conversation: {note}" in capfd.readouterr().err

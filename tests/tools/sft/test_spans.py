@@ -58,8 +58,8 @@ def test_earlier_turns_may_be_rendered_otherwise_once_they_are_past(tokenizers: 
 @pytest.mark.parametrize(
     ("template", "problem"),
     [
-        ("backwards", "message 2: the chat template is not prefix-stable"),
-        ("shouting", "message 2: the chat template rewrites the assistant's content"),
+        ("backwards", r"message 2: the model's prompt before it ends with .*, the conversation has .* there"),
+        ("shouting", "message 2: the chat template rewrites it or leaves it out"),
     ],
 )
 def test_a_template_without_a_sure_answer_is_refused(
@@ -78,10 +78,13 @@ def test_what_the_template_refuses_is_said(tokenizers: Callable[..., Path]) -> N
 
 
 @pytest.mark.parametrize("template", ["marked", "chatml"])
-def test_tools_are_rendered_or_refused(tokenizers: Callable[..., Path], template: str) -> None:
+def test_tools_are_rendered_or_named(tokenizers: Callable[..., Path], template: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizers(template))
     talk = Conversation(messages=TALK, tools=[{"type": "function", "function": {"name": "weather"}}])
-    with pytest.raises(ValueError, match="does not render 'tools'"):
-        Renderer(tokenizer).tokens(talk)
+    assert Renderer(tokenizer).tokens(talk).notes == (
+        "the chat template does not render 'tools', so the model does not see them",
+    )
     tokenizer.chat_template = "{% for t in tools %}{{ t.function.name }}\n{% endfor %}" + tokenizer.chat_template
-    assert tokenizer.decode(Renderer(tokenizer).tokens(talk).ids).startswith("weather\n")
+    tokens = Renderer(tokenizer).tokens(talk)
+    assert tokenizer.decode(tokens.ids).startswith("weather\n")
+    assert not tokens.notes
