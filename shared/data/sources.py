@@ -188,7 +188,7 @@ def _lines(piece: Piece, reject: Reject | None) -> Iterator[Row]:
         for line in file:
             line_number += 1
             position += len(line)
-            if line.strip():
+            if line.removeprefix(codecs.BOM_UTF8).strip():
                 try:
                     text = decode(line, piece.path, first_line=line_number)
                     row = _row(_json(text.rstrip(), piece.path, line_number), piece.path, line_number)
