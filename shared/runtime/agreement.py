@@ -1,4 +1,4 @@
-"""Functions called on rank 0, with the result or the exit code broadcast to every rank."""
+"""What ranks agree on: the result or the exit code of a function called on rank 0, and whether something holds everywhere."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ def on_rank_0[T](function: Callable[[], T]) -> T:
     if kind == "exit":
         raise SystemExit(value)
     return value  # type: ignore[return-value]
+
+
+def on_every_rank(value: bool, device: torch.device) -> bool:
+    """Whether `value` is true on every rank. Collective: every rank calls it, with its own device."""
+    if torch.distributed.get_world_size() == 1:
+        return value
+    agreed = torch.tensor(int(value), device=device)
+    torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN)
+    return bool(agreed.item())
 
 
 def _exit_code(error: BaseException) -> int:

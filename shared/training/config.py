@@ -43,6 +43,7 @@ class TrainingConfig:
     parallel: ParallelConfig
     save_every: int  # updates
     keep: int  # newest iterations kept in the run directory
+    async_save: bool  # forked processes write a save while training goes on
     log_every: int  # updates between log lines; metrics.jsonl has every update
     validate_every: int  # updates; 0: only before the first and after the last
     validation_sequences: int  # at most; the same in every validation

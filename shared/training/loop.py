@@ -45,6 +45,7 @@ from shared.training.plan import Inputs
 from shared.training.read_ahead import ReadAhead
 from shared.training.recorder import Recorder, SharedRunDirectory, open_run, samples_before
 from shared.training.samplers import Order, batch_positions
+from shared.training.saver import Saver
 from shared.training.trainable import FULL, Frozen, Trainable
 
 
@@ -143,34 +144,35 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
     stack.callback(recorder.close)
     if step == 0:
         recorder.validated(0, validate(config, model, validation, device), run.bytes_per_token)
-    while step < config.steps:
-        started = time.perf_counter()
-        loss = forward_backward(config, model, training, earlier + step * config.global_batch_size, device)
-        if not math.isfinite(loss.mean):
-            raise StageError(
-                f"the loss of update {step + 1} is {loss.mean}; {recorder.last_saved()}; lower --learning-rate"
-            )
-        balance = take_balance(config, model, device)
-        rate = schedule.learning_rate(step + 1)
-        set_learning_rate(optimizer, rate)
-        _, gradient_norm, _ = optimizer.step()
-        if not math.isfinite(gradient_norm):
-            raise StageError(
-                f"the gradient of update {step + 1} is {gradient_norm}; {recorder.last_saved()}; lower --learning-rate"
-            )
-        step += 1
-        recorder.updated(step, loss, rate, gradient_norm, time.perf_counter() - started, balance)
+    with Saver(config, directory, recorder, model, optimizer, device) as saver:
+        while step < config.steps:
+            started = time.perf_counter()
+            loss = forward_backward(config, model, training, earlier + step * config.global_batch_size, device)
+            if not math.isfinite(loss.mean):
+                saver.finish()  # on every rank: all have the same loss
+                raise StageError(
+                    f"the loss of update {step + 1} is {loss.mean}; {recorder.last_saved()}; lower --learning-rate"
+                )
+            balance = take_balance(config, model, device)
+            rate = schedule.learning_rate(step + 1)
+            set_learning_rate(optimizer, rate)
+            _, gradient_norm, _ = optimizer.step()
+            if not math.isfinite(gradient_norm):
+                saver.finish()
+                raise StageError(
+                    f"the gradient of update {step + 1} is {gradient_norm}; {recorder.last_saved()}; lower --learning-rate"
+                )
+            step += 1
+            recorder.updated(step, loss, rate, gradient_norm, time.perf_counter() - started, balance)
+            saver.poll()
 
-        finished, stopping = step == config.steps, stop.agreed(device)
-        if finished or (config.validate_every and step % config.validate_every == 0):
-            recorder.validated(step, validate(config, model, validation, device), run.bytes_per_token)
-        if finished or stopping or step % config.save_every == 0:
-            recorder.saving(step)
-            written = directory.begin(step)
-            state.save(written, model, optimizer, step=step)
-            directory.commit(written, step, facts=recorder.facts(step), finished=finished, keep=config.keep)
-        if stopping and not finished:
-            return step
+            finished, stopping = step == config.steps, stop.agreed(device)
+            if finished or (config.validate_every and step % config.validate_every == 0):
+                recorder.validated(step, validate(config, model, validation, device), run.bytes_per_token)
+            if finished or stopping or step % config.save_every == 0:
+                saver.save(step, finished=finished, last=finished or stopping)
+            if stopping and not finished:
+                return step
     return None
 
 

@@ -36,7 +36,18 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 NOT_FINGERPRINTED = (
     *("micro_batch_size", "tensor_parallel", "pipeline_parallel", "virtual_pipeline", "sequence_parallel"),
     *("expert_parallel", "expert_tensor_parallel", "context_parallel", "context_parallel_exchange"),
-    *("attention_backend", "processes", "recompute", "overlap", "save_every", "keep", "log_every", "track", "extend"),
+    *(
+        "attention_backend",
+        "processes",
+        "recompute",
+        "overlap",
+        "save_every",
+        "keep",
+        "async_save",
+        "log_every",
+        "track",
+        "extend",
+    ),
 )
 
 # Options that the first version did not have: at their defaults its runs are resumed.
@@ -96,6 +107,7 @@ class TrainingOptions:
             size is processes / (tensor x pipeline x context).
         save_every: updates between checkpoints; the last update is always saved.
         keep: newest checkpoints kept in the target.
+        async_save: write checkpoints while training goes on. Takes the memory of a second copy of the state on the host.
         log_every: updates between log lines; metrics.jsonl has every update.
         track: where the numbers of metrics.jsonl go, too: tensorboard, wandb, mlflow, trackio, separated by commas, or none. All
             write to the target unless their own environment variables name a server.
@@ -139,6 +151,7 @@ class TrainingOptions:
     processes: Positive | None = None
     save_every: Positive = 500
     keep: Positive = 2
+    async_save: bool = False
     log_every: Positive = 10
     track: tuple[Track, ...] = DEFAULT
     validate_every: NonNegative | None = None

@@ -122,15 +122,7 @@ def memory_estimate(config: TrainingConfig, architecture: Architecture) -> int:
     """
     width = _BYTES[config.precision]
     parallel = config.parallel
-    experts = sum(
-        layer.mlp.experts * layer.mlp.expert.parameter_count(architecture.hidden_size)
-        for layer in architecture.layers
-        if isinstance(layer.mlp, MoE)
-    )
-    dense = architecture.parameter_count() + architecture.mtp_parameter_count() - experts
-    weights = dense / parallel.tensor / parallel.pipeline + experts / (
-        parallel.etp * parallel.expert * parallel.pipeline
-    )
+    weights = weights_per_rank(config, architecture)
     main = 4 if config.precision == "bf16" else 0  # fp32 weights are their own main copy
     states = weights * (width + 4 + (8 + main) / (parallel.data * parallel.context))
     tokens = config.micro_batch_size * config.sequence_length / parallel.context
@@ -144,6 +136,31 @@ def memory_estimate(config: TrainingConfig, architecture: Architecture) -> int:
     )
     logits = 3 * 4 * tokens * architecture.padded_vocab_size(parallel.tensor) / parallel.tensor
     return int(states + kept * in_flight + logits)
+
+
+def weights_per_rank(config: TrainingConfig, architecture: Architecture) -> float:
+    """Parameters of a rank, about."""
+    parallel = config.parallel
+    experts = sum(
+        layer.mlp.experts * layer.mlp.expert.parameter_count(architecture.hidden_size)
+        for layer in architecture.layers
+        if isinstance(layer.mlp, MoE)
+    )
+    dense = architecture.parameter_count() + architecture.mtp_parameter_count() - experts
+    return dense / (parallel.tensor * parallel.pipeline) + experts / (
+        parallel.etp * parallel.expert * parallel.pipeline
+    )
+
+
+def snapshot_estimate(config: TrainingConfig, architecture: Architecture) -> int:
+    """Bytes on the host, about, of the copy that an asynchronous save is written from.
+
+    With GPUs: weights, and this rank's range of fp32 weights and AdamW. Without, a fork shares memory until training
+    changes it, which includes the fp32 gradients.
+    """
+    gradients = 0 if visible_gpus() else 4
+    per_weight = _BYTES[config.precision] + gradients + 12 / (config.parallel.data * config.parallel.context)
+    return int(weights_per_rank(config, architecture) * per_weight)
 
 
 def announce(config: TrainingConfig, inputs: Inputs, blend: Blend) -> None:
@@ -184,6 +201,11 @@ def announce(config: TrainingConfig, inputs: Inputs, blend: Blend) -> None:
         f"needs       about {quantity(memory_estimate(config, architecture), 'bytes')} of memory per process, "
         f"{quantity(parameters * (width + 12), 'bytes')} of disk per checkpoint, {config.keep} kept"
     )
+    if config.async_save:
+        log(
+            f"saves       written while training goes on, from a second copy of the state on the host: at most "
+            f"{quantity(snapshot_estimate(config, architecture), 'bytes')} more per process"
+        )
 
 
 def _rates(config: TrainingConfig) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from shared.checkpoint.directory.manifest import FileEntry
 from shared.checkpoint.directory.publish import file_entries
 from shared.checkpoint.directory.run_directory import RunDirectory, damage
 from shared.checkpoint.files import files_below
@@ -38,6 +41,7 @@ class SharedRunDirectory:
         self.resumed = resumed  # iteration to resume from; None: a new run
         self.facts: dict[str, Any] = {}  # the manifest's, of that iteration
         self._directory = directory  # on rank 0
+        self._committing: Future[None] | None = None  # on rank 0
 
     def begin(self, step: int) -> Path:
         """The partial directory of an iteration, the same on every rank."""
@@ -46,10 +50,37 @@ class SharedRunDirectory:
     def commit(self, written: Path, step: int, *, facts: dict[str, Any], finished: bool, keep: int) -> None:
         """Publish the iteration in `written` after every rank has written its shards. Each rank hashes its share of the files."""
         torch.distributed.barrier()
-        names = on_rank_0(lambda: [path.relative_to(written).as_posix() for path in files_below(written)])
-        shares = _gathered(file_entries(written, [written / name for name in _share(names)]))
-        entries = {name: entry for share in shares for name, entry in share.items()}
+        entries = self._entries(written, {})
         on_rank_0(lambda: self._rank0().commit(step, facts=facts, entries=entries, finished=finished, keep=keep))
+
+    def begin_commit(
+        self, written: Path, step: int, *, facts: dict[str, Any], keep: int, hashed: dict[str, FileEntry]
+    ) -> None:
+        """`commit` in a thread of rank 0, which waits for the disk. `finish_commit` when `committed` on every rank.
+
+        `hashed`: files of this rank whose hashes are known.
+        """
+        entries = self._entries(written, _merged(_gathered(hashed)))
+        if self._directory is not None:
+            pool = ThreadPoolExecutor(1)
+            commit = partial(self._directory.commit, step, facts=facts, entries=entries, keep=keep)
+            self._committing = pool.submit(copy_context().run, commit)  # the thread knows the invocation
+            pool.shutdown(wait=False)
+
+    def committed(self) -> bool:
+        """Whether the thread of `begin_commit` has ended; always on ranks without one."""
+        return self._committing is None or self._committing.done()
+
+    def finish_commit(self) -> None:
+        """Raise the error of `begin_commit`, if there was one."""
+        on_rank_0(lambda: None if self._committing is None else self._committing.result())
+        self._committing = None
+
+    def _entries(self, written: Path, known: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        """Sizes and hashes of all files of an iteration; each rank hashes its share of those that are not known."""
+        names = on_rank_0(lambda: [path.relative_to(written).as_posix() for path in files_below(written)])
+        unknown = [name for name in names if name not in known]
+        return known | _merged(_gathered(file_entries(written, [written / name for name in _share(unknown)])))
 
     def check_resumed(self) -> None:
         """Compare the iteration to resume from with its hashes, each rank a share; go back to an older one if it is damaged.
@@ -70,6 +101,9 @@ class SharedRunDirectory:
         return self._rank0().fall_back(damage)
 
     def close(self) -> None:
+        """Release the lock, after a commit that has begun."""
+        if self._committing is not None:
+            wait([self._committing])
         if self._directory is not None:
             self._directory.close()
 
@@ -117,6 +151,10 @@ def _gathered[T](value: T) -> list[T]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def _merged(shares: list[dict[str, FileEntry]]) -> dict[str, FileEntry]:
+    return {name: entry for share in shares for name, entry in share.items()}
 
 
 class Recorder:
@@ -199,9 +237,8 @@ class Recorder:
         self._metrics.append(**row)
         log(text)
 
-    def saving(self, step: int) -> None:
+    def saving(self) -> None:
         """fsync the metrics and write the report, before the checkpoint is written."""
-        self._saved = step
         if self._metrics is not None:
             self._metrics.sync()
             path = self._directory.path
@@ -212,6 +249,10 @@ class Recorder:
         """End the record; trackers write what they hold."""
         if self._metrics is not None:
             self._metrics.close()
+
+    def saved(self, step: int) -> None:
+        """Note that the checkpoint of update `step` is published."""
+        self._saved = step
 
     def last_saved(self) -> str:
         """The last saved update, for error messages."""

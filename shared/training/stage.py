@@ -76,6 +76,7 @@ def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> Train
         overlap=options.overlap,
         save_every=options.save_every,
         keep=options.keep,
+        async_save=options.async_save,
         log_every=options.log_every,
         validate_every=max(steps // 10, 1) if options.validate_every is None else options.validate_every,
         validation_sequences=options.validation_sequences,

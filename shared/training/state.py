@@ -7,15 +7,19 @@ step is stored.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -24,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from shared.console import log, quantity
 from shared.errors import StageError
 from shared.training.optimizer import allocate_state, gather_weights, restore, sharded_state
+from shared.training.optimizer_shards import without_copy
 from shared.training.trainable import partly_frozen
 
 _FULL = 1 << 20  # bytes: a disk with less is full
@@ -42,6 +47,18 @@ def save(directory: Path, model: list[DistributedDataParallel], optimizer: Megat
     Raises:
         StageError: a rank could not write.
     """
+    request = describe(directory, model, optimizer, step=step)
+    with failures_named(directory, step):
+        request.execute_sync()
+
+
+def describe(
+    directory: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer, *, step: int
+) -> AsyncRequest:
+    """Megatron-Core's request to save: a function that writes this rank's file, and functions that complete the checkpoint.
+
+    Its tensors are the model's and the optimizer's memory. On a GPU `preload_fn` copies them to the host.
+    """
     gather_weights(model)
     sharded: dict[str, Any] = _weights(model)
     sharded["optimizer"] = _optimizer_state(model, optimizer, step=step, is_loading=False)
@@ -51,9 +68,21 @@ def save(directory: Path, model: list[DistributedDataParallel], optimizer: Megat
         "layout": _layout(),
         "rng_state": _random_object(_random_state()),
     }
+    apply_factories(sharded)
+    for tensor in nested_values(sharded):
+        if isinstance(tensor, ShardedTensor):
+            tensor.data = without_copy(tensor.data)
     write_from_threads()
+    return dist_checkpointing.save(
+        sharded, str(directory), content_metadata=dict(CONTENT), async_sharded_save=True, async_strategy="mcore"
+    )
+
+
+@contextlib.contextmanager
+def failures_named(directory: Path, step: int) -> Iterator[None]:
+    """Context manager of the last part of a save: its failure is a StageError with the cause."""
     try:
-        dist_checkpointing.save(sharded, str(directory), content_metadata=dict(CONTENT))
+        yield
     except CheckpointException as error:  # its causes have lost their errno
         raise StageError(_why_not_saved(directory, step, error)) from None
 
@@ -65,6 +94,8 @@ def _why_not_saved(directory: Path, step: int, error: CheckpointException) -> st
     free = shutil.disk_usage(directory).free
     if free < _FULL:
         return f"update {step} was not saved: the disk of {run} is full; free some space and run the same command again"
+    if not error.failures:
+        return f"update {step} was not saved; rank 0 says why"
     rank, (failure, _) = min(error.failures.items())
     reason = str(failure).splitlines()[-1]
     return (
@@ -114,9 +145,7 @@ def _optimizer_state(
     """
     by_layer = {"non_homogeneous_layers": True} if partly_frozen([chunk.module for chunk in model]) else {}
     weights = _weights(model, **by_layer)
-    # The optimizer's state is gathered on the host of one rank of each data-parallel group, not on every GPU.
-    metadata = CONTENT | {"distrib_optim_fully_reshardable_mem_efficient": True}
-    return sharded_state(optimizer, weights, step=step, is_loading=is_loading, metadata=metadata)
+    return sharded_state(optimizer, weights, step=step, is_loading=is_loading, metadata=CONTENT)
 
 
 def _layout() -> dict[str, int]:
@@ -163,7 +192,7 @@ def _random_object(state: dict[str, Any] | None) -> ShardedObject:
 def write_from_threads() -> None:
     """Replace the result queue of Megatron-Core's writer by a thread queue; there is no option for it.
 
-    The default queue belongs to a manager process, for asynchronous saves; that process would outlive a killed run. Saving
-    here is synchronous, from threads.
+    The default queue belongs to a manager process, which would outlive a killed run. A forked writer hands its results over
+    in a file of its own: see background_writer.py.
     """
     filesystem_async._results_queue = queue.Queue()

@@ -119,9 +119,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def record_path(described: Mapping[str, Any], results: Path = RESULTS) -> Path:
+def record_path(described: Mapping[str, Any], results: Path = RESULTS, *, of: str = "train") -> Path:
     """The record of this kind of machine: one for CPUs, one for each GPU."""
-    return results / f"train-{re.sub(r'[^a-z0-9]+', '-', described['device'].lower())}.json"
+    return results / f"{of}-{re.sub(r'[^a-z0-9]+', '-', described['device'].lower())}.json"
 
 
 def regressions(found: Mapping[str, Any], recorded: Mapping[str, Any], *, same_machine: bool) -> list[str]:

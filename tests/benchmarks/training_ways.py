@@ -120,6 +120,7 @@ def training_config(shape: Shape) -> TrainingConfig:
         parallel=ParallelConfig(),
         save_every=1000,
         keep=1,
+        async_save=False,
         log_every=1000,
         validate_every=0,
         validation_sequences=1,

@@ -89,6 +89,7 @@ def config(parallel: ParallelConfig) -> TrainingConfig:
         parallel=parallel,
         save_every=1000,
         keep=1,
+        async_save=False,
         log_every=1,
         validate_every=0,
         validation_sequences=8,

@@ -42,6 +42,7 @@ from shared.errors import StageError, UserError
 from shared.invocation import invocation
 
 HF_FILES = "hf"  # folder of auxiliary files
+_WRITER_SECONDS = 10.0
 
 
 class RunDirectory:
@@ -87,7 +88,8 @@ class RunDirectory:
         if target.is_file():
             raise UserError(f"--target {target} is a file; a directory is published there")
         target.mkdir(parents=True, exist_ok=True)
-        descriptor = hold(target)
+        # A killed trainer's writer dies with it, at the end of what it is doing on the disk.
+        descriptor = hold(target, patience=_WRITER_SECONDS if any(target.glob(f"*{PARTIAL}*")) else 0)
         try:
             if extend and _extends(target, fingerprint, parents, extendable):
                 _write_record(target, fingerprint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,13 +54,17 @@ def lock(directory: Path) -> int | None:
     return descriptor
 
 
-def hold(target: Path) -> int:
+def hold(target: Path, patience: float = 0) -> int:
     """Lock an existing target before its content is judged or replaced. Returns the descriptor.
+
+    `patience`: seconds to wait for a process that is about to end.
 
     Raises:
         UserError: a living process holds the lock, or has just replaced the directory.
     """
-    descriptor = lock(target)
+    deadline = time.monotonic() + patience
+    while (descriptor := lock(target)) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
     if descriptor is None:
         raise UserError(f"--target {target}: another process is writing it; wait for it or stop it")
     if not os.path.samestat(os.fstat(descriptor), target.stat()):

@@ -45,6 +45,7 @@ def tiny_config(**changes) -> TrainingConfig:
         parallel=ParallelConfig(),
         save_every=10,
         keep=2,
+        async_save=False,
         log_every=1,
         validate_every=0,
         validation_sequences=10,

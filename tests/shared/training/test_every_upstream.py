@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import queue
 
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.validation import _validate_sharding_for_key
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
@@ -15,10 +18,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from shared.training.state import CONTENT
-from tests.upstream import attributes_set, binds, relies_on
+from tests.upstream import attributes_set, binds, calls, relies_on
 
 OPTIMIZER = "shared/training/optimizer.py"
 STATE = "shared/training/state.py"
+SHARDS = "shared/training/optimizer_shards.py"
 
 
 def test_the_writers_queue_is_the_modules(monkeypatch) -> None:
@@ -31,6 +35,47 @@ def test_the_writers_queue_is_the_modules(monkeypatch) -> None:
         "self.results_queue = get_write_results_queue()",
     )
     assert not torch_strategy.HAVE_NVRX, f"nvidia-resiliency-ext has a queue of its own: re-read {STATE}"
+
+
+def test_a_request_is_a_function_of_rank_buckets_and_queue() -> None:
+    writer, ours = filesystem_async.FileSystemWriterAsync, "shared/training/background_writer.py"
+    relies_on(
+        ours,
+        writer.get_save_function_and_args,
+        "[torch.distributed.get_rank(), self.write_buckets, self.results_queue]",
+        "(None, None, [])",
+        "partial(self.preload_tensors, self.write_buckets, True)",
+    )
+    relies_on(ours, writer.write_preloaded_data_multithread, "global_results_queue.put(write_results_or_exc)")
+    relies_on(ours, writer.retrieve_write_results, "self.results_queue.get_nowait()")
+    relies_on(ours, AsyncRequest.execute_sync, "async_fn_args[1] = self.preload_fn()", "finalize_fn()")
+    relies_on(ours, dist_checkpointing.save, "async_request.finalize_fns.append(metadata_finalize_fn)")
+
+
+def test_views_of_larger_storages_are_cloned() -> None:
+    relies_on(
+        SHARDS,
+        filesystem_async.FileSystemWriterAsync.prepare_write_data,
+        "is_view = ten.untyped_storage().size() != ten.numel() * ten.itemsize",
+    )
+
+
+def test_a_rank_knows_its_range_of_each_weight() -> None:
+    relies_on(
+        SHARDS,
+        DistributedOptimizer.get_parameter_state_dp_zero,
+        "enumerate(self.gbuf_ranges)",
+        "gbuf_range_map['param_map'].items()",
+        "self._get_main_param_and_optimizer_states(model_param)",
+    )
+    relies_on(
+        SHARDS,
+        DistributedOptimizer.sharded_param_state_fully_reshardable,
+        "f'{prefix}.{state_key}.{sharded_metadata.key}'",
+        "prefix = 'optimizer.state'",
+        "param_to_sharded_metadata[sh_base.data] = sh_base",
+    )
+    relies_on(SHARDS, _validate_sharding_for_key, "not has_regular_sharding_grid")
 
 
 def test_optimizer_state_is_made_by_an_update() -> None:
@@ -69,19 +114,24 @@ def test_gathered_weights_are_waited_for_by_the_module_called() -> None:
     relies_on(OPTIMIZER, _ParamAndGradBucketGroup.finish_grad_sync, "self.param_gather_dispatched = False")
 
 
-def test_state_of_several_buckets_is_joined_without_their_padding() -> None:
+def test_a_load_has_no_room_for_the_padding_between_buckets() -> None:
     joins = DistributedOptimizer.get_parameter_state_dp_zero
     relies_on(
         OPTIMIZER,
         joins,
         "torch.zeros((buffer_numel_unpadded,), dtype=torch.float32, device='cpu')",
-        "offset_in_world_tensors += gbuf_world_numel_unpadded",
     )
     relies_on(
         OPTIMIZER,
         DistributedOptimizer.sharded_param_state_fully_reshardable,
         "state_ten = world_tensors[state_key][param_world_start:param_world_end]",
         "world_tensors = dp_zero_state_dict[gbuf_idx][dtype]",
+    )
+    calls(
+        OPTIMIZER,
+        DistributedOptimizer.sharded_param_state_fully_reshardable,
+        "self.get_parameter_state_dp_zero",
+        empty_data="is_loading",
     )
 
 

@@ -3,7 +3,7 @@
     kill_worker.py KILLS SEED TARGET WORDS...    # WORDS: the command line without --target
 
 TARGET-0 is not killed, and gives the time of a run. TARGET-1, TARGET-2, ... are finished runs, each killed and resumed several
-times; the caller compares them.
+times; the caller compares them. Every second start saves asynchronously.
 After every kill the directory must open, with the content that its manifest says. Prints a JSON object.
 """
 
@@ -51,14 +51,17 @@ def finish(words: list[str], output: Path) -> None:
 
 def main(kills: int, seed: int, target: Path, words: list[str]) -> None:
     chance = random.Random(seed)
-    done, runs, saved = 0, 1, []
+    done, runs, starts, saved = 0, 1, 0, []
+    killed = [0, 0]  # while saving synchronously, asynchronously
     began = time.monotonic()
     finish([*words, f"--target={target}-0"], target.with_suffix(".log"))
     longest = time.monotonic() - began  # of a run that nothing disturbs
     while done < kills:
         run = target.with_name(f"{target.name}-{runs}")
         output = run.with_suffix(".log")
-        child, began = start([*words, f"--target={run}"], output), time.monotonic()
+        starts += 1
+        asynchronous = ["--async-save"] if starts % 2 else []
+        child, began = start([*words, f"--target={run}", *asynchronous], output), time.monotonic()
         deadline = began + chance.uniform(0.1, 1.1) * longest
         ended, status = os.waitpid(child, os.WNOHANG)
         while not ended and time.monotonic() < deadline:
@@ -68,13 +71,15 @@ def main(kills: int, seed: int, target: Path, words: list[str]) -> None:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             done += 1
+            killed[bool(asynchronous)] += 1
             if (run / "manifest.json").exists():
                 saved.append(open_checkpoint(run, kinds=("megatron",), flag="--source").manifest.iteration)
             continue
         assert os.waitstatus_to_exitcode(status) == 0, output.read_text()[-3000:]
         runs += 1
     finish([*words, f"--target={target}-{runs}"], target.with_suffix(".log"))
-    print(json.dumps({"kills": done, "runs": runs + 1, "after a save": len(saved), "iterations": sorted(set(saved))}))
+    told = {"kills": done, "asynchronous": killed[True], "runs": runs + 1}
+    print(json.dumps({**told, "after a save": len(saved), "iterations": sorted(set(saved))}))
 
 
 if __name__ == "__main__":

@@ -79,14 +79,14 @@ def test_a_target_removed_during_the_run_is_named(source, data, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    ("free", "text"),
+    ("free", "text", "asynchronous"),
     [
-        (0, "the disk of {run} is full; free some space and run the same command again"),
-        (1 << 30, "are free on the disk"),
+        (0, "the disk of {run} is full; free some space and run the same command again", None),
+        (1 << 30, "are free on the disk", "true"),
     ],
 )
 def test_a_save_that_fails_is_named_and_the_last_one_stays(
-    whole, source, data, tmp_path, capsys, monkeypatch, free, text
+    whole, source, data, tmp_path, capsys, monkeypatch, free, text, asynchronous
 ):
     """Files of 300 kB at most from update 5 on: the second save fails, as on a full disk. The next run is whole again."""
     plain, target, limits = Recorder.updated, tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -100,7 +100,7 @@ def test_a_save_that_fails_is_named_and_the_last_one_stays(
         patch.setattr(Recorder, "updated", updated)
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
         try:
-            assert run(source, data, target) == 1
+            assert run(source, data, target, async_save=asynchronous) == 1
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     told = capsys.readouterr().err.splitlines()[-1]

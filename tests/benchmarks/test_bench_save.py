@@ -1,0 +1,45 @@
+"""The benchmark of saves gives its figures and marks a wait above the goal; `make bench-save` gives those of a real size."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import bench_save
+
+BENCHMARK = Path(__file__).with_name("bench_save.py")
+PYTHON = Path(__file__).parents[2] / "tools/pretrain/.venv/bin/python"
+FOUND = {"blocking": 2.0, "waits": 0.1, "share": 0.05, "longer": 0.5, "published": 4.0, "memory": 2e8, "plan": 3e8}
+
+
+def test_figures_of_both_saves_are_recorded(tmp_path: Path) -> None:
+    words = [PYTHON, BENCHMARK, "--size=tiny", "--processes=1", "--rounds=1", "--results", tmp_path, "--record"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    answer = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert answer.returncode in (0, 1), answer.stderr  # of a tiny model nobody waits for the disk
+    content = json.loads((tmp_path / "save-cpu.json").read_text())
+    found = content["results"]["tiny, 1"]
+    assert found.keys() == FOUND.keys() | {"rounds"}
+    assert 0 < found["waits"] < found["published"]
+    assert found["share"] == pytest.approx(found["waits"] / found["blocking"], rel=1e-2)
+    assert content["machine"]["device"] == "CPU"
+    assert re.search(r"^\| tiny, 1 \| [\d.]+ s \| [\d.]+ s \| [\d.]+% \|", answer.stdout, re.MULTILINE)
+    assert [path.name for path in tmp_path.iterdir()] == ["save-cpu.json"]
+
+
+@pytest.mark.parametrize(("share", "code"), [(0.1, 0), (0.11, 1)])
+def test_a_wait_above_the_goal_is_the_exit_code(
+    share: float, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_save, "measure", lambda name, processes, rounds: FOUND | {"share": share})
+    monkeypatch.setattr(bench_save, "machine", lambda: {"device": "CPU"})
+    assert bench_save.main(["--results", str(tmp_path)]) == code
+    told = capsys.readouterr().out
+    assert told.count("ABOVE THE GOAL") == 2 * code
+    assert "| 50m, 2 | 2.00 s | 0.100 s | " in told
+    assert list(tmp_path.iterdir()) == []
