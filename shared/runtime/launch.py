@@ -21,6 +21,8 @@ from types import FrameType
 
 from shared.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, UserError
 from shared.runtime.parent_death import die_with_parent
+from shared.runtime.progress import DIRECTORY
+from shared.runtime.watch import Watch, Watched
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 POLL_SECONDS = 0.1
@@ -40,11 +42,13 @@ def launch(processes: int | None) -> int | None:
 
     SIGTERM, SIGINT, SIGUSR1 and SIGHUP are forwarded to every worker. After a failure the other workers are killed within
     seconds, and the failed worker's output is shown; the output of ranks above 0 is shown only then. Workers die with
-    this process, even after SIGKILL.
+    this process, even after SIGKILL. A worker that writes its progress (progress.py) and hangs is named with its stack, and
+    all are killed.
 
     Returns:
         None in a worker or with one process: the caller does the work itself. Otherwise the exit code of the job: 0, or
-        that of the first failed worker (1 if killed by a signal). Workers that had ended with 0 before it are named.
+        that of the first failed worker (1 if killed by a signal, or if one hangs). Workers that had ended with 0 before it
+        are named.
 
     Raises:
         UserError: `processes` is below 1, or differs from the world size of a cluster's launcher.
@@ -69,11 +73,12 @@ def launch(processes: int | None) -> int | None:
     with tempfile.TemporaryDirectory(prefix="workers-") as directory:
         outputs = [Path(directory) / f"rank-{rank}.log" for rank in range(processes)]
         workers = _start(processes, outputs)
+        watch = Watch([Watched.of(rank, worker.pid, Path(directory)) for rank, worker in enumerate(workers)])
         # Signals ignored by the caller (SIGHUP under nohup) stay ignored.
         forwarded = [number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
         previous = {number: signal.signal(number, _Forward(workers)) for number in forwarded}
         try:
-            return _wait(workers, outputs)
+            return _wait(workers, outputs, watch)
         finally:
             _kill(workers)
             for number, handler in previous.items():
@@ -97,6 +102,7 @@ def _start(processes: int, outputs: Sequence[Path]) -> list[subprocess.Popen[byt
         "MASTER_PORT": str(_free_port()),
         "GLOO_SOCKET_IFNAME": "lo",  # the host name may not resolve
         _LAUNCHED: "1",
+        DIRECTORY: str(outputs[0].parent),
     }
     workers: list[subprocess.Popen[bytes]] = []
     try:
@@ -137,7 +143,7 @@ class _Forward:
             worker.send_signal(number)  # no-op for an ended worker
 
 
-def _wait(workers: Sequence[subprocess.Popen[bytes]], outputs: Sequence[Path]) -> int:
+def _wait(workers: Sequence[subprocess.Popen[bytes]], outputs: Sequence[Path], watch: Watch) -> int:
     while True:
         codes = [worker.poll() for worker in workers]
         failed = [rank for rank, code in enumerate(codes) if code]
@@ -145,6 +151,9 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]], outputs: Sequence[Path]) -
             break
         if all(code == 0 for code in codes):
             return 0
+        if report := watch.hanging():
+            sys.stderr.write(report)
+            return EXIT_FAILED
         time.sleep(POLL_SECONDS)
 
     first = failed[0]

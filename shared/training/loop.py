@@ -32,7 +32,7 @@ from shared.model.attention_plan import attention_plan
 from shared.model.backend import LocalBackend
 from shared.model.context_parallel import local_part
 from shared.report.track import Track
-from shared.runtime import process_groups
+from shared.runtime import process_groups, progress
 from shared.runtime.stop_request import StopRequest
 from shared.training import state
 from shared.training.balance import take_balance
@@ -74,9 +74,11 @@ def train(run: Run) -> None:
         Interrupted: stopped by a signal; the state is saved.
         StageError: the loss or the gradient is not finite; the last checkpoint is kept.
     """
+    progress.at("joining the other ranks", long=True)
     process_groups.initialize(run.config.parallel, run.config.seed)
     for line in attention_lines(run):
         log(f"attention   {line}")
+    progress.at("opening the run directory", long=True)
     stop = StopRequest()
     with contextlib.ExitStack() as stack:
         directory = open_run(run.target, run.inputs, overwrite=run.overwrite, extend=run.extend)
@@ -114,11 +116,13 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
     """
     config, architecture = run.config, run.inputs.architecture
     device = shared.runtime.device.select_device()
+    progress.at("opening the data", long=True)
     # Runs of the first version have a table, and do not say so.
     order: Order = run.order if directory.resumed is None else directory.facts.get("data_order", "permutation")
     stored, validation = run.datasets(order)
     training = ReadAhead(stored, ahead=config.global_batch_size, pin=device.type == "cuda")
     stack.callback(training.close)
+    progress.at("building the model", long=True)
     chunks = gpt.build(
         architecture,
         config.parallel,
@@ -127,6 +131,7 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
         backend=LocalBackend(attention_backend=config.attention_backend),
         **model_overrides(config),
     )
+    progress.at("loading", long=True)
     resumed = None if directory.resumed is None else directory.path / iteration_name(directory.resumed)
     weights.load(chunks, resumed or run.inputs.source.iteration_path)
     weights.check_finite(chunks, run.inputs.source.path)
@@ -146,6 +151,7 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
         recorder.validated(0, validate(config, model, validation, device), run.bytes_per_token)
     with Saver(config, directory, recorder, model, optimizer, device) as saver:
         while step < config.steps:
+            progress.update(step + 1)
             started = time.perf_counter()
             loss = forward_backward(config, model, training, earlier + step * config.global_batch_size, device)
             if not math.isfinite(loss.mean):
@@ -154,6 +160,7 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
                     f"the loss of update {step + 1} is {loss.mean}; {recorder.last_saved()}; lower --learning-rate"
                 )
             balance = take_balance(config, model, device)
+            progress.at("optimizer")
             rate = schedule.learning_rate(step + 1)
             set_learning_rate(optimizer, rate)
             _, gradient_norm, _ = optimizer.step()
@@ -163,7 +170,10 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
                     f"the gradient of update {step + 1} is {gradient_norm}; {recorder.last_saved()}; lower --learning-rate"
                 )
             step += 1
-            recorder.updated(step, loss, rate, gradient_norm, time.perf_counter() - started, balance)
+            seconds = time.perf_counter() - started
+            progress.updated(seconds)
+            progress.at("recording")
+            recorder.updated(step, loss, rate, gradient_norm, seconds, balance)
             saver.poll()
 
             finished, stopping = step == config.steps, stop.agreed(device)
@@ -211,6 +221,7 @@ def forward_backward(
         )
         for index in range(config.micro_batches)
     ]
+    progress.at("forward and backward")
 
     def micro_batches() -> Iterator[Batch]:
         return (batch.to(device) for batch in batches)
@@ -232,6 +243,7 @@ def validate(
     """Loss over the validation sequences, each read once; None without a validation split."""
     if data is None:
         return None
+    progress.at("validation")
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     wanted = min(len(data), config.validation_sequences)
     number = -(-wanted // (config.micro_batch_size * ranks))
@@ -281,6 +293,7 @@ def forward_step(
     The last stage returns losses `[batch, sequence]`, with an MTP loss `[1 + MTP layers, batch, sequence]`; with context
     parallelism of this rank's part of the sequence.
     """
+    progress.beat()
     batch = next(batches)
     depth, labels = model.module.architecture.mtp_depth, batch.labels
     if depth and mtp_loss_scaling_factor:

@@ -36,18 +36,8 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 NOT_FINGERPRINTED = (
     *("micro_batch_size", "tensor_parallel", "pipeline_parallel", "virtual_pipeline", "sequence_parallel"),
     *("expert_parallel", "expert_tensor_parallel", "context_parallel", "context_parallel_exchange"),
-    *(
-        "attention_backend",
-        "processes",
-        "recompute",
-        "overlap",
-        "save_every",
-        "keep",
-        "async_save",
-        "log_every",
-        "track",
-        "extend",
-    ),
+    *("attention_backend", "processes", "recompute", "overlap", "save_every", "keep", "async_save", "hang_timeout"),
+    *("log_every", "track", "extend"),
 )
 
 # Options that the first version did not have: at their defaults its runs are resumed.
@@ -113,6 +103,8 @@ class TrainingOptions:
             write to the target unless their own environment variables name a server.
         validate_every: updates between validations, 0 for only the first and the last; by default a tenth of the steps.
         validation_sequences: sequences per validation, at most; the same in every validation.
+        hang_timeout: seconds without progress after which a rank hangs and the job is ended; an update may take ten times the
+            median of the last ones, the first 10 minutes, opening, loading and saving 30 minutes. 0: no watch.
         overwrite: replace another run's result at the target.
         extend: resume a run at the target, finished or not, with other updates, batch size, rates or validation.
         iteration: a kept iteration of the source, a run directory; by default the newest.
@@ -156,6 +148,7 @@ class TrainingOptions:
     track: tuple[Track, ...] = DEFAULT
     validate_every: NonNegative | None = None
     validation_sequences: Positive = 1024
+    hang_timeout: NonNegative = 50
     overwrite: bool = False
     extend: bool = False
     iteration: NonNegative | None = None

@@ -14,6 +14,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from shared.console import log
+from shared.runtime import progress
 from shared.runtime.agreement import on_every_rank
 from shared.training import state
 from shared.training.background_writer import BackgroundWriter
@@ -70,6 +71,7 @@ class Saver:
         Raises:
             StageError: this save, or the one before it, could not be written.
         """
+        progress.at(f"saving update {step}", long=True)
         self.finish(announced=not last)
         self._recorder.saving()
         written, facts = self._directory.begin(step), self._recorder.facts(step)
@@ -111,6 +113,7 @@ class Saver:
         save, began = self._in_flight, time.monotonic()
         if self.poll() or save is None:
             return
+        progress.at(f"waiting for the save of update {save.step}", long=True)
         while not self.poll():
             time.sleep(_POLL_SECONDS)
         waited = time.monotonic() - began

@@ -16,6 +16,7 @@ from shared.invocation import invocation
 from shared.model.support import check_supported
 from shared.parallel import ParallelConfig, ranks_needed
 from shared.report.track import check_installed
+from shared.runtime import progress
 from shared.runtime.launch import launch
 from shared.runtime.silence_warnings import silence
 from shared.training.blend import Blend
@@ -181,6 +182,7 @@ def run(
     elif without := [source.name for source in inputs.data if "validation" not in source.splits]:
         log(f"validation  without {', '.join(without)}, which has no validation split")
     silence()
+    progress.begin(options.hang_timeout)
     from shared.training import loop  # torch and Megatron-Core, in the workers only
 
     try:
@@ -203,6 +205,8 @@ def run(
         if options.target.is_dir():
             raise
         raise StageError(f"--target {options.target} was removed or renamed during the run") from error
+    finally:
+        progress.end()
     return None
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import subprocess
@@ -158,3 +159,38 @@ tool.run(sys.argv[1:])
         "hashing --source None",
         "hashing --data None",
     ]
+
+
+def test_a_stopped_rank_ends_the_job_with_its_name_and_stack(source, data, tmp_path):
+    """SIGSTOP of rank 1 after update 3. Rank 0 waits in a collective for it."""
+    script = """
+import os, signal, sys
+from shared.runtime.silence_warnings import silence
+silence()
+from shared.training.recorder import Recorder
+from tools.pretrain.cli import tool
+updated = Recorder.updated
+def stop(self, step, *numbers):
+    updated(self, step, *numbers)
+    if step == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+Recorder.updated = stop
+tool.run(sys.argv[1:])
+"""
+    program = tmp_path / "train.py"
+    program.write_text(script)
+    done = subprocess.run(
+        [sys.executable, program, *words(source, data, tmp_path / "run", processes=2, hang_timeout=5)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 1
+    told = done.stderr
+    assert re.search(
+        r"rank 1 hangs: for [56] s in 'update 3: recording', which may take 5 s; it is stopped, by SIGSTOP", told
+    )
+    assert ", line 11 in stop" in told
+    assert "rank 0 hangs" not in told
