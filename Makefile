@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 2
 # where it is set, every start of a tool compiles its libraries anew, for half a minute
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save proofs command-line
+.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save proofs layouts command-line
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -93,6 +93,9 @@ proofs: setup ## run what proves each family and record it for `convert families
 	tools/convert/.venv/bin/python tests/record_proofs.py $(PROOFS)
 	tools/convert/.venv/bin/convert families --markdown > tools/convert/FAMILIES.md
 	tools/convert/.venv/bin/python -m pytest -q tests/tools/convert/test_proofs.py
+
+layouts: setup ## train and resume every model kind in every parallel layout, into tools/pretrain/LAYOUTS.md; goes on where it stopped
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/layouts/record.py $(CURDIR)/.layouts
 
 lint: tests/lint/.venv/.ready setup ## ruff, mypy, shellcheck, hadolint, compose
 	tests/lint/.venv/bin/ruff check .

@@ -25,7 +25,9 @@ def revision() -> str:
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "shared", "tools", "tests", ":!tools/convert/proofs.json", ":!*/FAMILIES.md")
+    changed = git(
+        "status", "--porcelain", "shared", "tools", "tests", ":!tools/*/*.json", ":!*/FAMILIES.md", ":!*/LAYOUTS.md"
+    )
     return git("rev-parse", "--short=12", "HEAD") + "+" * bool(changed)
 
 

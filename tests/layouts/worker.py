@@ -70,8 +70,8 @@ def config(parallel: ParallelConfig) -> TrainingConfig:
     return TrainingConfig(
         steps=10,
         sequence_length=LENGTH,
-        micro_batch_size=1,
-        global_batch_size=4,
+        micro_batch_size=2,
+        global_batch_size=8,
         learning_rate=1e-2,
         min_learning_rate=1e-3,
         schedule="constant",
@@ -185,12 +185,20 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def run(directory: Path, layout: str, models: list[str]) -> dict[str, Figures]:
     """Figures of the layout's cells; empty for those that an error prevented. `one_process` must have run."""
-    for name in ("ranks", "compared"):
-        (directory / f"{name}.json").unlink(missing_ok=True)
-    if forked_world(LAYOUTS[layout].processes, layout_ranks, directory, layout, models):
-        forked_world(1, compare, directory, layout)
-    found = json.loads((directory / "compared.json").read_text()) if (directory / "compared.json").exists() else {}
-    return {model: found.get(model, {}) for model in models}
+    found: dict[str, Figures] = {}
+    while remaining := [model for model in models if model not in found]:
+        for name in ("ranks.json", "compared.json"):
+            (directory / name).unlink(missing_ok=True)
+        for model in remaining:
+            shutil.rmtree(directory / model / layout, ignore_errors=True)
+        forked_world(LAYOUTS[layout].processes, layout_ranks, directory, layout, remaining)
+        trained = json.loads((directory / "ranks.json").read_text()) if (directory / "ranks.json").exists() else {}
+        if trained and forked_world(1, compare, directory, layout):
+            found |= json.loads((directory / "compared.json").read_text())
+        # An error ends a world: its models go on in another, without that one.
+        tried = [*trained, *(model for model in remaining[: len(trained) + 1] if model not in trained)]
+        found |= {model: {} for model in tried if model not in found}
+    return found
 
 
 def main(directory: Path) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,20 @@ def description(family: Family) -> str:
 
 def code() -> str:
     """Hash of the code that proofs depend on, without comments and docstrings."""
-    digest = hashlib.sha256()
-    for path in sorted(file for folder in _DECIDING for file in (_SHARED / folder).rglob("*.py")):
+    return digest(_DECIDING)
+
+
+def digest(parts: Sequence[str]) -> str:
+    """Hash of packages and modules (`name.py`) of shared/, without comments and docstrings."""
+    hashed = hashlib.sha256()
+    for path in sorted(file for part in parts for file in _modules(_SHARED / part)):
         with path.open("rb") as file:
-            digest.update("\0".join(_tokens(file.readline)).encode())
-    return digest.hexdigest()[:16]
+            hashed.update("\0".join(_tokens(file.readline)).encode())
+    return hashed.hexdigest()[:16]
+
+
+def _modules(path: Path) -> Iterable[Path]:
+    return path.rglob("*.py") if path.is_dir() else (path,)
 
 
 def _tokens(readline: Callable[[], bytes]) -> Iterator[str]:
