@@ -30,6 +30,9 @@ class ParallelConfig:
     """Pipeline parallel size (PP)."""
     virtual_pipeline: int = 1
     """Model chunks per pipeline rank (VPP); above 1 the schedule is interleaved."""
+    pipeline_layers: tuple[int, ...] | None = None
+    """Decoder layers of each of the PP x VPP model chunks, in the order of the layers; None: equal shares. The embedding is in
+    the first chunk, MTP layers and the output layer are in the last."""
     sequence_parallel: bool = False
     """Split norms and residuals along the sequence over the TP ranks (SP)."""
     context: int = 1
@@ -61,6 +64,8 @@ class ParallelConfig:
             raise UserError(
                 f"--virtual-pipeline {self.virtual_pipeline} needs --pipeline-parallel 2 or more, or give --virtual-pipeline 1"
             )
+        if self.pipeline_layers is not None:
+            self._check_pipeline_layers(self.pipeline_layers)
         needed = ranks_needed(
             tensor=self.tensor,
             pipeline=self.pipeline,
@@ -75,6 +80,32 @@ class ParallelConfig:
                 f"--processes {self.processes} is not a multiple of --tensor-parallel {self.tensor} x --pipeline-parallel "
                 f"{self.pipeline}{context}{experts}; give --processes {max(self.processes // needed, 1) * needed}"
             )
+
+    def _check_pipeline_layers(self, layers: tuple[int, ...]) -> None:
+        given = f"--pipeline-layers {_numbers(layers)}"
+        if self.pipeline == 1:
+            raise UserError(f"{given} needs --pipeline-parallel 2 or more")
+        if len(layers) != self.chunks:
+            chunks = f"--pipeline-parallel {self.pipeline}"
+            if self.virtual_pipeline > 1:
+                chunks += f" x --virtual-pipeline {self.virtual_pipeline}"
+            raise UserError(
+                f"{given} has {len(layers)} number{'s' * (len(layers) > 1)}; give {self.chunks}, the layers of each of "
+                f"{chunks} model chunks"
+            )
+        if min(layers) < 1:
+            raise UserError(f"{given}: every model chunk needs a layer; give numbers of at least 1")
+
+    @property
+    def chunks(self) -> int:
+        """Model chunks of a replica: PP x VPP."""
+        return self.pipeline * self.virtual_pipeline
+
+    def stage_layers(self, num_layers: int) -> tuple[float, ...]:
+        """Decoder layers of each pipeline rank, over all its chunks, of a model of `num_layers`."""
+        if self.pipeline_layers is None:
+            return (num_layers / self.pipeline,) * self.pipeline
+        return tuple(sum(self.pipeline_layers[rank :: self.pipeline]) for rank in range(self.pipeline))
 
     @property
     def etp(self) -> int:
@@ -141,8 +172,10 @@ class ParallelConfig:
             "expert": self.expert,
             "data": self.data,
         }
-        by = " by heads" if self.context_exchange == "heads" else ""
-        return " x ".join(f"{name} {size}{by * (name == 'context')}" for name, size in sizes.items() if size > 1)
+        notes = {"context": " by heads" if self.context_exchange == "heads" else ""}
+        if self.pipeline_layers is not None:
+            notes["pipeline"] = f" of {_numbers(self.pipeline_layers)} layers"
+        return " x ".join(f"{name} {size}{notes.get(name, '')}" for name, size in sizes.items() if size > 1)
 
     def _expert_flags(self) -> str:
         return (
@@ -160,6 +193,8 @@ class ParallelConfig:
             return "--sequence-parallel"
         if field == "context_exchange":
             return "--context-parallel-exchange gather"
+        if field == "pipeline_layers":
+            return self._even_pipeline_layers(architecture.num_layers) or "a smaller --pipeline-parallel"
         world = self.model_parallel * self.etp * self.expert
         size = getattr(self, field)
         while size > 1:
@@ -173,7 +208,21 @@ class ParallelConfig:
             wanted += " without --sequence-parallel"
         if size == 1 and field == "pipeline" and self.virtual_pipeline > 1:
             wanted += " and --virtual-pipeline 1"
+        if field in ("pipeline", "virtual_pipeline") and (
+            uneven := self._even_pipeline_layers(architecture.num_layers)
+        ):
+            wanted += f", or {uneven}"
         return wanted
+
+    def _even_pipeline_layers(self, num_layers: int) -> str | None:
+        """The flag of shares that are as even as possible, the smaller last: the output layer is there. None: too few layers."""
+        share, more = divmod(num_layers, self.chunks)
+        layers = (share + 1,) * more + (share,) * (self.chunks - more)
+        return f"--pipeline-layers {_numbers(layers)}" if share else None
+
+
+def _numbers(values: tuple[int, ...]) -> str:
+    return ",".join(map(str, values))
 
 
 def ranks_needed(*, tensor: int, pipeline: int, context: int = 1, expert: int, expert_tensor: int | None) -> int:
@@ -261,13 +310,19 @@ def _moe(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Viola
 
 
 def _pipeline(parallel: ParallelConfig, architecture: Architecture) -> Iterator[Violation]:
-    """PP x VPP divides the layers."""
-    layers, chunks = architecture.num_layers, parallel.pipeline * parallel.virtual_pipeline
-    if layers % parallel.pipeline:
+    """PP x VPP divides the layers, or the chunks' layers are given and are all of the model's."""
+    layers = architecture.num_layers
+    if parallel.pipeline_layers is not None:
+        if (total := sum(parallel.pipeline_layers)) != layers:
+            given = _numbers(parallel.pipeline_layers)
+            yield Violation(
+                "pipeline_layers", f"--pipeline-layers {given} are {total} layers, and the model has {layers}"
+            )
+    elif layers % parallel.pipeline:
         yield Violation(
             "pipeline", f"--pipeline-parallel {parallel.pipeline} does not divide the model's {layers} layers"
         )
-    elif layers % chunks:
+    elif layers % parallel.chunks:
         yield Violation(
             "virtual_pipeline",
             f"--pipeline-parallel {parallel.pipeline} x --virtual-pipeline {parallel.virtual_pipeline} does not divide "

@@ -23,7 +23,6 @@ ONE_WORKER = {
     "tests/layouts/test_layouts.py": "layouts",
     "tests/pipeline/test_contract.py": "pipeline: contract",
     "tests/pipeline/test_pipeline_end_to_end.py": "pipeline: end to end",
-    "tests/layouts/test_layouts.py": "layouts",
     "tests/shared/model/test_cross_entropy.py": "shared/model: two processes",
     "tests/shared/model/test_every_layout.py": "shared/model: two processes",
     "tests/shared/model/test_weights.py": "shared/model: two processes",

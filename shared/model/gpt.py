@@ -173,6 +173,16 @@ class LanguageModel(GPTModel):
         return loss.transpose(0, 1)
 
 
+def _pipeline_layout(architecture: Architecture, layout: ParallelConfig) -> list[list[str]] | None:
+    """Megatron-Core's kinds of layers of each model chunk, in the order of the layers; None: equal shares."""
+    if layout.pipeline_layers is None:
+        return None
+    chunks = [["decoder"] * layers for layers in layout.pipeline_layers]
+    chunks[0].insert(0, "embedding")
+    chunks[-1] += ["mtp"] * architecture.mtp_depth + ["loss"]
+    return chunks
+
+
 def transformer_config(
     architecture: Architecture,
     layout: ParallelConfig,
@@ -218,6 +228,7 @@ def transformer_config(
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
         "virtual_pipeline_model_parallel_size": layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        "pipeline_model_parallel_layout": _pipeline_layout(architecture, layout),
         "context_parallel_size": layout.context,
         "cp_comm_type": COMMUNICATION[layout.context_exchange],
         "expert_model_parallel_size": layout.expert,

@@ -34,10 +34,10 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 # Options of memory, speed and logging: not part of the run's fingerprint.
 NOT_FINGERPRINTED = (
-    *("micro_batch_size", "tensor_parallel", "pipeline_parallel", "virtual_pipeline", "sequence_parallel"),
-    *("expert_parallel", "expert_tensor_parallel", "context_parallel", "context_parallel_exchange"),
-    *("attention_backend", "processes", "recompute", "overlap", "save_every", "keep", "async_save", "hang_timeout"),
-    *("log_every", "track", "extend"),
+    *("micro_batch_size", "tensor_parallel", "pipeline_parallel", "virtual_pipeline", "pipeline_layers"),
+    *("sequence_parallel", "expert_parallel", "expert_tensor_parallel", "context_parallel"),
+    *("context_parallel_exchange", "attention_backend", "processes", "recompute", "overlap"),
+    *("save_every", "keep", "async_save", "hang_timeout", "log_every", "track", "extend"),
 )
 
 # Options that the first version did not have: at their defaults its runs are resumed.
@@ -85,6 +85,8 @@ class TrainingOptions:
         tensor_parallel: tensor parallel size.
         pipeline_parallel: pipeline parallel size.
         virtual_pipeline: model chunks per pipeline rank; above 1 the schedule is interleaved.
+        pipeline_layers: decoder layers of each model chunk, in the order of the model: 5,8,8,7 with 4 stages; pipeline x
+            virtual pipeline numbers. By default equal shares. The output layer and MTP layers are in the last chunk.
         sequence_parallel: split norms and residuals along the sequence over the tensor-parallel ranks.
         context_parallel: context parallel size: so many ranks share each sequence.
         context_parallel_exchange: how these ranks attend to each other's tokens: gather all keys and values, or exchange
@@ -134,6 +136,7 @@ class TrainingOptions:
     tensor_parallel: Positive = 1
     pipeline_parallel: Positive = 1
     virtual_pipeline: Positive = 1
+    pipeline_layers: tuple[Positive, ...] | None = None
     sequence_parallel: bool = False
     context_parallel: Positive = 1
     context_parallel_exchange: ContextExchange = "gather"

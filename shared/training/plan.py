@@ -122,24 +122,24 @@ def memory_estimate(config: TrainingConfig, architecture: Architecture) -> int:
     """
     width = _BYTES[config.precision]
     parallel = config.parallel
-    weights = weights_per_rank(config, architecture)
+    weights = _weights_of_stages(config, architecture)
     main = 4 if config.precision == "bf16" else 0  # fp32 weights are their own main copy
     states = weights * (width + 4 + (8 + main) / (parallel.data * parallel.context))
     tokens = config.micro_batch_size * config.sequence_length / parallel.context
-    layers = architecture.num_layers / parallel.pipeline
-    in_flight = parallel.pipeline  # micro batches of the first stage
     layer = 34 * tokens * architecture.hidden_size * width / 2 / parallel.tensor
-    kept = (
-        2 * tokens * architecture.hidden_size * width / 2 * layers + layer
-        if "full" in config.recompute
-        else layer * layers
-    )
+    full = "full" in config.recompute
+    kept = 2 * tokens * architecture.hidden_size * width / 2 if full else layer  # of each layer
     logits = 3 * 4 * tokens * architecture.padded_vocab_size(parallel.tensor) / parallel.tensor
-    return int(states + kept * in_flight + logits)
+    # Stage i of PP has PP - i micro batches in flight.
+    fullest = max(
+        states * layers / architecture.num_layers + (kept * layers + layer * full) * (parallel.pipeline - stage)
+        for stage, layers in enumerate(parallel.stage_layers(architecture.num_layers))
+    )
+    return int(fullest + logits)
 
 
-def weights_per_rank(config: TrainingConfig, architecture: Architecture) -> float:
-    """Parameters of a rank, about."""
+def _weights_of_stages(config: TrainingConfig, architecture: Architecture) -> float:
+    """Parameters of a tensor-parallel rank, about, of all pipeline stages."""
     parallel = config.parallel
     experts = sum(
         layer.mlp.experts * layer.mlp.expert.parameter_count(architecture.hidden_size)
@@ -147,9 +147,7 @@ def weights_per_rank(config: TrainingConfig, architecture: Architecture) -> floa
         if isinstance(layer.mlp, MoE)
     )
     dense = architecture.parameter_count() + architecture.mtp_parameter_count() - experts
-    return dense / (parallel.tensor * parallel.pipeline) + experts / (
-        parallel.etp * parallel.expert * parallel.pipeline
-    )
+    return dense / parallel.tensor + experts / (parallel.etp * parallel.expert)
 
 
 def snapshot_estimate(config: TrainingConfig, architecture: Architecture) -> int:
@@ -160,7 +158,8 @@ def snapshot_estimate(config: TrainingConfig, architecture: Architecture) -> int
     """
     gradients = 0 if visible_gpus() else 4
     per_weight = _BYTES[config.precision] + gradients + 12 / (config.parallel.data * config.parallel.context)
-    return int(weights_per_rank(config, architecture) * per_weight)
+    fullest = max(config.parallel.stage_layers(architecture.num_layers)) / architecture.num_layers
+    return int(_weights_of_stages(config, architecture) * fullest * per_weight)
 
 
 def announce(config: TrainingConfig, inputs: Inputs, blend: Blend) -> None:

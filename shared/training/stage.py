@@ -98,6 +98,7 @@ def parallel_config(options: TrainingOptions) -> ParallelConfig:
         tensor=options.tensor_parallel,
         pipeline=options.pipeline_parallel,
         virtual_pipeline=options.virtual_pipeline,
+        pipeline_layers=options.pipeline_layers,
         sequence_parallel=options.sequence_parallel,
         context=options.context_parallel,
         context_exchange=options.context_parallel_exchange,

@@ -53,11 +53,11 @@ def model(mixer: Attention | LatentAttention = GQA, mlp: MLP | MoE | None = None
     )
 
 
-def windows() -> Architecture:
-    """Windowed layers with a theta of their own, and full attention (Gemma 3)."""
+def windows(layers: str = "wfwf") -> Architecture:
+    """Windowed layers (w) with a theta of their own, and full attention (f), as Gemma 3."""
     full = Layer(mixer=GQA, mlp=MLP(ffn_hidden_size=96), norm=NORM)
     windowed = replace(full, mixer=replace(GQA, window=9, rotary=Rotary(theta=1000.0)))
-    return model(layers=(windowed, full, windowed, full))
+    return model(layers=tuple(windowed if kind == "w" else full for kind in layers))
 
 
 def moe(**fields: Any) -> Architecture:
@@ -78,6 +78,7 @@ MODELS = {
     "GQA": model(),
     "packed": model(),
     "windows": windows(),
+    "windows, five layers": windows("wwfwf"),
     "ALiBi": model(replace(GQA, rotary=None, alibi=Alibi())),
     "learned positions": model(replace(GQA, rotary=None), embedding=Embedding(positions=LearnedPositions())),
     "sinks": model(replace(GQA, sinks=True, window=9)),
@@ -104,6 +105,15 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
     "expert": {"EP 2": {"expert": 2}},
     "data": {"DP 2": {}},
 }
+# Decoder layers of each pipeline chunk, of models of four and of five layers.
+UNEVEN = {
+    "PP 2, layers 1,3": {"pipeline": 2, "pipeline_layers": (1, 3)},
+    "PP 3, layers 1,2,1": {"pipeline": 3, "pipeline_layers": (1, 2, 1)},
+    "PP 2, layers 2,3": {"pipeline": 2, "pipeline_layers": (2, 3)},
+    "PP 2, layers 3,2": {"pipeline": 2, "pipeline_layers": (3, 2)},
+    "PP 2 VPP 2, layers 1,2,1,1": {"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": (1, 2, 1, 1)},
+    "TP 2 SP x PP 2, layers 3,1": {"tensor": 2, "sequence_parallel": True, "pipeline": 2, "pipeline_layers": (3, 1)},
+}
 FOUR = {
     "TP 4 SP": {"tensor": 4, "sequence_parallel": True},
     "PP 4": {"pipeline": 4},
@@ -115,7 +125,7 @@ FOUR = {
 
 
 def _layouts() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and fields of every single layout and of every pair of two axes."""
+    """Name and fields of every single layout, of every pair of two axes, and of uneven pipeline stages."""
     axes = list(AXES.values())
     for axis in axes:
         yield from axis.items()
@@ -127,6 +137,7 @@ def _layouts() -> Iterator[tuple[str, dict[str, Any]]]:
                 for other, more in second.items():
                     yield f"{name} x {other}", {**fields, **more}
     yield from FOUR.items()
+    yield from UNEVEN.items()
 
 
 def _processes(name: str, fields: dict[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""Models in layouts with context parallelism, against one process: some cells of the table in `cases.py`."""
+"""Models in layouts with context parallelism or uneven stages, against one process: some cells of the table in `cases.py`."""
 
 import json
 from pathlib import Path
@@ -15,6 +15,7 @@ CELLS = {
     "CP 2 heads": ["packed", "ALiBi", "sinks"],
     "TP 2 SP x CP 2": ["MLA", "MoE, correction bias, shared expert"],
     "CP 2 x EP 2": ["MoE, aux loss"],
+    "PP 2 VPP 2, layers 1,2,1,1": ["windows, five layers"],
 }
 
 

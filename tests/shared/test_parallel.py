@@ -19,6 +19,14 @@ def test_data_parallelism_is_what_the_layout_leaves_over():
     parallel = ParallelConfig(processes=8, context=2, context_exchange="heads", expert=4)
     assert (parallel.model_parallel, parallel.data) == (2, 4)
     assert str(parallel) == "context 2 by heads x expert 4 x data 4"
+    parallel = ParallelConfig(processes=4, pipeline=2, virtual_pipeline=2, pipeline_layers=(1, 2, 3, 4))
+    assert str(parallel) == "pipeline 2 of 1,2,3,4 layers x virtual 2 x data 2"
+
+
+def test_layers_of_a_pipeline_rank_are_those_of_all_its_chunks():
+    assert layout(pipeline=2, virtual_pipeline=2, pipeline_layers=(1, 2, 3, 5)).stage_layers(11) == (4, 7)
+    assert layout(pipeline=3, pipeline_layers=(1, 2, 3)).stage_layers(6) == (1, 2, 3)
+    assert layout(pipeline=2, virtual_pipeline=2).stage_layers(8) == (4, 4)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +45,19 @@ def test_data_parallelism_is_what_the_layout_leaves_over():
         (
             {"virtual_pipeline": 2},
             "--virtual-pipeline 2 needs --pipeline-parallel 2 or more, or give --virtual-pipeline 1",
+        ),
+        ({"pipeline_layers": (3,)}, "--pipeline-layers 3 needs --pipeline-parallel 2 or more"),
+        (
+            {"processes": 2, "pipeline": 2, "pipeline_layers": (5,)},
+            "--pipeline-layers 5 has 1 number; give 2, the layers of each of --pipeline-parallel 2 model chunks$",
+        ),
+        (
+            {"processes": 2, "pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": (2, 3)},
+            "2,3 has 2 numbers; give 4, the layers of each of --pipeline-parallel 2 x --virtual-pipeline 2 model chunks$",
+        ),
+        (
+            {"processes": 2, "pipeline": 2, "pipeline_layers": (2, 0)},
+            "--pipeline-layers 2,0: every model chunk needs a layer; give numbers of at least 1",
         ),
         (
             {"processes": 7, "tensor": 2, "pipeline": 1},
@@ -75,6 +96,26 @@ SEQUENCE = {"sequence_parallel": True}
             "qwen3-tiny",
             layout(pipeline=2, virtual_pipeline=2),
             "--pipeline-parallel 2 x --virtual-pipeline 2 does not divide .* 2 layers; give --virtual-pipeline 1$",
+        ),
+        (
+            "llama-20m",
+            layout(pipeline=3),
+            "--pipeline-parallel 3 does not divide the model's 8 layers; give .* 2, or --pipeline-layers 3,3,2$",
+        ),
+        (
+            "qwen3-0.6b",
+            layout(pipeline=4, virtual_pipeline=2),
+            "4 x --virtual-pipeline 2 .* 28 layers; give .* 1, or --pipeline-layers 4,4,4,4,3,3,3,3$",
+        ),
+        (
+            "llama-20m",
+            layout(pipeline=2, pipeline_layers=(2, 3)),
+            "--pipeline-layers 2,3 are 5 layers, and the model has 8; give --pipeline-layers 4,4$",
+        ),
+        (
+            "qwen3-tiny",
+            layout(pipeline=3, pipeline_layers=(1, 1, 1)),
+            "--pipeline-layers 1,1,1 are 3 layers, and the model has 2; give a smaller --pipeline-parallel$",
         ),
         ("qwen3-tiny", layout(expert=2), "--expert-parallel 2 is for MoE, and the model has no experts; give .* 1$"),
         ("qwen3-moe-tiny", layout(2), "MoE with --tensor-parallel 2 .*; give --sequence-parallel$"),

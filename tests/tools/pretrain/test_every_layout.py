@@ -28,6 +28,8 @@ LAYOUTS = [
     {"pipeline": 2},
     {"pipeline": 3},
     {"pipeline": 2, "virtual_pipeline": 2},
+    {"pipeline": 2, "pipeline_layers": (1, 1)},
+    {"pipeline": 2, "pipeline_layers": (1, 2)},
     {"expert": 2},
     {"expert": 3},
     {"context": 2},
@@ -36,6 +38,7 @@ LAYOUTS = [
     {"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor": 1},
 ]
 FLAGS = {"tensor": "--tensor-parallel", "pipeline": "--pipeline-parallel", "virtual_pipeline": "--virtual-pipeline"}
+FLAGS |= {"pipeline_layers": "--pipeline-layers"}
 FLAGS |= {"expert": "--expert-parallel", "expert_tensor": "--expert-tensor-parallel"}
 FLAGS |= {"context": "--context-parallel", "context_exchange": "--context-parallel-exchange"}
 SECONDS = 1.0
@@ -84,6 +87,8 @@ def words(source: Path, data: Path, target: Path, layout: dict, **changes: int) 
     sizes = {"--sequence-length": 16, "--global-batch-size": 24, "--micro-batch-size": 1}
     sizes |= {f"--{name.replace('_', '-')}": size for name, size in changes.items()}
     sizes |= {FLAGS[name]: size for name, size in layout.items() if name in FLAGS}
+    if layers := layout.get("pipeline_layers"):
+        sizes["--pipeline-layers"] = ",".join(map(str, layers))
     sequence = ["--sequence-parallel"] if layout.get("sequence_parallel") else []
     paths = [f"--source={source}", f"--data={data}", f"--target={target}"]
     return ["train", *paths, *(f"{flag}={size}" for flag, size in sizes.items()), *sequence]
@@ -121,6 +126,8 @@ def test_each_layout_is_trained_or_refused_with_nothing_written(size, source, da
         ("qwen3-next-tiny", {"tensor": 2}, {}, "give --sequence-parallel"),
         ("yi-tiny", {"tensor": 8}, {}, "give --tensor-parallel 4"),
         ("yi-tiny", {"pipeline": 3}, {}, "give --pipeline-parallel 2"),
+        ("yi-tiny", {"pipeline": 2, "pipeline_layers": (1, 2)}, {}, "give --pipeline-layers 1,1"),
+        ("yi-tiny", {"pipeline": 2, "pipeline_layers": (1, 0)}, {}, "--pipeline-layers"),
         ("yi-tiny", {"expert": 2}, {}, "give --expert-parallel 1"),
         ("qwen3-moe-tiny", {"expert": 3}, {}, "give --expert-parallel 2"),
         ("yi-tiny", {"tensor": 2, "sequence_parallel": True}, {"sequence_length": 15}, "--sequence-length 16"),
