@@ -1,8 +1,10 @@
 """Runs the table of layouts and records it in tools/pretrain/LAYOUTS.md: `record.py FOLDER`.
 
-Each layout is recorded with a hash of what its figures depend on, as soon as it was run: a second start goes on where the first
-was stopped, and after a change. FOLDER keeps the checkpoints of one process. In another copy of the repository, made for the
-run, the code can change meanwhile.
+Each cell is recorded with a hash of what its figures depend on: a second start goes on where the first was stopped, and after a
+change. FOLDER keeps the checkpoints of one process. The run takes an hour; in a clone of the repository that is made for it, the
+code can be worked on meanwhile.
+
+layouts.json: `runs`, NAME -> date, revision and machine; `cells`, LAYOUT -> MODEL -> run, code (the hash) and figures.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ TOLERANCE = 1e-5  # fp32: sums in another order, of four layers
 DECIDING = ("architecture", "kernels", "model", "parallel.py", "runtime", "training")
 
 Figures = dict[str, Any]
+Record = dict[str, Any]
 
 ABOUT = f"""# Layouts of training
 
@@ -39,21 +42,24 @@ layers) at another layout and makes an update. Its number is the largest relativ
 gradient norm, the gradient of any weight, and of the next loss after one process resumed the layout's checkpoint. It must be
 below {TOLERANCE:.0e}: sums in another order. A resume at the same layout must equal the run that went on, to the last digit. All
 models but the first are trained on packed rows, with three tenths of the labels ignored. DP overlaps the reduction of gradients
-and the gather of weights with computation.
+and the gather of weights with computation. In pairs TP has sequence parallelism (SP). Dropout and prefix LMs are refused with CP.
 """
 
 
 @cache
 def common_code() -> str:
-    """Hash of the code, models and data that all figures depend on."""
+    """Hash of the code and data that all figures depend on."""
     worker = Path(__file__).with_name("worker.py").read_text(encoding="utf-8")
-    parts = (digest(DECIDING), worker, repr((MODELS, LENGTH, VOCABULARY, ONE_SEGMENT)))
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return _hash(digest(DECIDING), worker, repr((LENGTH, VOCABULARY, ONE_SEGMENT)))
 
 
-def code(layout: str) -> str:
-    """Hash of what the layout's figures depend on."""
-    return hashlib.sha256(f"{common_code()}\0{LAYOUTS[layout]!r}".encode()).hexdigest()[:16]
+def code(layout: str, model: str) -> str:
+    """Hash of what the figures of a cell depend on."""
+    return _hash(common_code(), repr(LAYOUTS[layout]), model, repr(MODELS[model]))
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
 def legal(layout: str) -> list[str]:
@@ -74,35 +80,41 @@ def short(reason: str) -> str:
     return re.sub(r"(--[a-z-]+) \d+", r"\1", reason.split("; give ")[0])
 
 
-def page(record: dict[str, Any]) -> str:
+def page(record: Record) -> str:
     """LAYOUTS.md."""
     refusals: dict[str, int] = {}
     lines = []
     for layout, parallel in LAYOUTS.items():
-        found, cells = record.get(layout, {}).get("models", {}), []
+        found, cells = record["cells"].get(layout, {}), []
         for model in MODELS:
             if reason := refusal(model, layout):
                 cells.append(f"refused [{refusals.setdefault(short(reason), len(refusals) + 1)}]")
-            elif not (figures := found.get(model)):
-                cells.append("not run" if figures is None else "**failed**")
+            elif not (cell := found.get(model)):
+                cells.append("not run")
+            elif passed(cell["figures"]):
+                cells.append(f"{worst(cell['figures']):.0e}")
             else:
-                cells.append(f"{worst(figures):.0e}" if passed(figures) else f"**failed** {worst(figures):.0e}")
+                cells.append(f"**failed** {worst(cell['figures']):.0e}" if cell["figures"] else "**failed**")
         lines.append(f"| {layout} | {parallel.processes} | {' | '.join(cells)} |")
-    figures = [figures for run in record.values() for figures in run["models"].values() if figures]
-    total = f"{len(figures)} cells, the largest difference {max(map(worst, figures)):.0e}." if figures else ""
-    runs = dict.fromkeys(f"Run on {run['date']} at {run['revision']}, {run['machine']}." for run in record.values())
+    cells = [cell for models in record["cells"].values() for cell in models.values()]
+    runs = [
+        f"{sum(cell['run'] == name for cell in cells)} cells were run on {run['date']} at {run['revision']}, {run['machine']}."
+        for name, run in record["runs"].items()
+    ]
+    largest = max((worst(cell["figures"]) for cell in cells if cell["figures"]), default=None)
+    runs += [] if largest is None else [f"The largest difference is {largest:.0e}."]
     reasons = [f"{number}. {reason}" for reason, number in refusals.items()]
     heads = [f"| layout | ranks | {' | '.join(MODELS)} |", f"|---|---|{'---|' * len(MODELS)}"]
-    return "\n".join([ABOUT, " ".join([*runs, total]), "", *heads, *lines, "", "Refused:", "", *reasons, ""])
+    return "\n".join([ABOUT, " ".join(runs), "", *heads, *lines, "", "Refused:", "", *reasons, ""])
 
 
-def shortcomings(record: dict[str, Any]) -> list[str]:
+def shortcomings(record: Record) -> list[str]:
     """Cells that failed."""
     return [
-        f"{layout}: {model}: {figures or 'an error'}"
-        for layout, run in record.items()
-        for model, figures in run["models"].items()
-        if not passed(figures)
+        f"{layout}: {model}: {cell['figures'] or 'an error'}"
+        for layout, models in record["cells"].items()
+        for model, cell in models.items()
+        if not passed(cell["figures"])
     ]
 
 
@@ -113,39 +125,59 @@ def machine() -> str:
 
 
 def main(folder: Path) -> int:
-    from tests.layouts import worker
-    from tests.workers import forked_world
-
     record = load()
-    stale = [layout for layout in LAYOUTS if record.get(layout, {}).get("code") != code(layout)]
-    folder = folder / common_code()
-    if stale and not (folder / "one.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        if not forked_world(1, worker.one_process, folder, list(MODELS)):
-            return 1
-    for layout in sorted(stale, key=lambda name: LAYOUTS[name].processes):
-        started = time.monotonic()
-        found = worker.run(folder, layout, legal(layout))
-        about = {"date": datetime.now(UTC).date().isoformat(), "revision": revision(), "machine": machine()}
-        record[layout] = {"code": code(layout), **about, "models": rounded(found)}
-        write(record)
-        failed = [model for model, figures in found.items() if not passed(figures)]
-        took = f"{layout}: {len(found)} models in {time.monotonic() - started:.0f} s"
-        print(f"{took}; failed: {', '.join(failed)}" if failed else took, flush=True)
+    stale = {layout: [model for model in legal(layout) if not recorded(record, layout, model)] for layout in LAYOUTS}
+    if not run(folder / common_code(), record, {layout: models for layout, models in stale.items() if models}):
+        return 1
     write(record)
     return 1 if shortcomings(record) else 0
 
 
-def load() -> dict[str, Any]:
-    """What was recorded, of the layouts that exist."""
-    record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
-    return {layout: record[layout] for layout in LAYOUTS if layout in record}
+def run(folder: Path, record: Record, chosen: dict[str, list[str]]) -> bool:
+    """Run cells, models by layout, and record each layout when it was run. Returns whether the runs of one process succeeded."""
+    from tests.layouts import worker
+    from tests.workers import forked_world
+
+    if chosen and not (folder / "one.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        if not forked_world(1, worker.one_process, folder, list(MODELS)):
+            return False
+    now = {"date": datetime.now(UTC).date().isoformat(), "revision": revision(), "machine": machine()}
+    name = next((name for name, run in record["runs"].items() if run == now), str(len(record["runs"]) + 1))
+    for layout in sorted(chosen, key=lambda layout: LAYOUTS[layout].processes):
+        started = time.monotonic()
+        found = worker.run(folder, layout, chosen[layout])
+        record["runs"][name] = now
+        cells = {model: {"run": name, "code": code(layout, model), "figures": rounded(found[model])} for model in found}
+        record["cells"][layout] = {**record["cells"].get(layout, {}), **cells}
+        write(record)
+        failed = [model for model, figures in found.items() if not passed(figures)]
+        took = f"{layout}: {len(found)} models in {time.monotonic() - started:.0f} s"
+        print(f"{took}; failed: {', '.join(failed)}" if failed else took, flush=True)
+    return True
 
 
-def write(record: dict[str, Any]) -> None:
-    """layouts.json and LAYOUTS.md."""
-    record = {layout: record[layout] for layout in LAYOUTS if layout in record}
+def recorded(record: Record, layout: str, model: str) -> bool:
+    """Whether the cell was run with this code."""
+    return record["cells"].get(layout, {}).get(model, {}).get("code") == code(layout, model)
+
+
+def load() -> Record:
+    record: Record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {"runs": {}, "cells": {}}
+    return record
+
+
+def write(record: Record) -> None:
+    """layouts.json and LAYOUTS.md, of the cells that exist and the runs that have some."""
+    cells = record["cells"]
+    kept = {
+        layout: {model: cells[layout][model] for model in legal(layout) if model in cells[layout]}
+        for layout in LAYOUTS
+        if layout in cells
+    }
+    used = {cell["run"] for models in kept.values() for cell in models.values()}
+    record = {"runs": {name: run for name, run in record["runs"].items() if name in used}, "cells": kept}
     for path, text in ((RECORD, json.dumps(record, indent=1) + "\n"), (PAGE, page(record))):
         written = path.with_name(f".{path.name}.new")  # a stop in between keeps the last record
         written.write_text(text, encoding="utf-8")

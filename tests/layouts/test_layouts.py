@@ -45,14 +45,37 @@ def test_the_table_has_every_model_and_layout():
 def test_the_recorded_page_is_of_the_record_and_nothing_failed():
     written = json.loads(record.RECORD.read_text(encoding="utf-8"))
     assert record.shortcomings(written) == []
+    for layout, cells in written["cells"].items():
+        assert set(cells) <= set(record.legal(layout)), layout
     assert record.PAGE.read_text(encoding="utf-8") == record.page(written)
 
 
 def test_a_failure_is_shown_as_one():
     good = {"update": 1e-7, "gradients": 2e-7, "resumes equal": True, "resumed by one process": 3e-7}
-    cells = {"GQA": good, "packed": good | {"gradients": 2e-5}, "windows": good | {"resumes equal": False}, "ALiBi": {}}
-    written = {"date": "today", "revision": "this", "cells": {"CP 2": cells}}
+    found = {"GQA": good, "packed": good | {"gradients": 2e-5}, "windows": good | {"resumes equal": False}, "ALiBi": {}}
+    cells = {model: {"run": "1", "code": "", "figures": figures} for model, figures in found.items()}
+    runs = {"1": {"date": "today", "revision": "this", "machine": "here"}}
+    written = {"runs": runs, "cells": {"CP 2": cells}}
     (line,) = (line for line in record.page(written).splitlines() if line.startswith("| CP 2 | 2 |"))
-    shown = [cell.strip() for cell in line.split("|")[3:8]]
-    assert shown == ["3e-07", "**failed** 2e-05", "**failed** 3e-07", "**failed**", "not run"]
+    shown = dict(zip(MODELS, (cell.strip() for cell in line.split("|")[3:]), strict=False))
+    assert [shown[model] for model in found] == ["3e-07", "**failed** 2e-05", "**failed** 3e-07", "**failed**"]
+    assert shown["sinks"] == "not run"
     assert [words.split(":")[1] for words in record.shortcomings(written)] == [" packed", " windows", " ALiBi"]
+
+
+def test_a_cell_is_run_again_when_its_code_changed():
+    cells = {model: {"run": "1", "code": record.code("CP 2", "GQA"), "figures": {}} for model in ("GQA", "packed")}
+    written = {"runs": {}, "cells": {"CP 2": cells}}
+    assert record.recorded(written, "CP 2", "GQA")
+    cells["GQA"]["code"] = record.code("CP 2", "ALiBi")
+    assert not record.recorded(written, "CP 2", "GQA")
+    assert not record.recorded(written, "DP 2", "GQA")
+    assert len({record.code(layout, "GQA") for layout in LAYOUTS}) == len(LAYOUTS)
+
+
+def test_the_same_refusal_of_two_sizes_is_one():
+    reasons = [refusal("GQA", layout) for layout in ("EP 2", "EP 4")]
+    assert reasons[0] != reasons[1]
+    assert {record.short(reason) for reason in reasons} == {
+        "--expert-parallel is for MoE, and the model has no experts"
+    }
