@@ -19,6 +19,5 @@ def test_the_memory_of_uneven_stages_is_that_of_the_fullest(make_config, archite
         return memory_estimate(make_config(parallel=parallel, recompute=recompute), model)
 
     assert estimate() == estimate(2, 2, 2, 2)
-    # Of stages with equal weights the first has the most micro batches in flight.
-    assert estimate(3, 2, 2, 1) > estimate(1, 3, 2, 2) > estimate(2, 2, 1, 3) > estimate()
-    assert estimate(1, 2, 2, 3) < estimate(3, 2, 2, 1)
+    # The first stage has the most micro batches in flight: a layer less there is memory gained.
+    assert estimate(3, 2, 2, 1) > estimate(1, 3, 2, 2) > estimate() == estimate(2, 2, 1, 3) > estimate(1, 2, 2, 3)
