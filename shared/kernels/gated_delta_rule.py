@@ -43,9 +43,10 @@ def gated_delta_rule(
 
     q, k, v, g, b = (chunked(x) for x in (query, key, value, decay, beta))
     q, k = l2norm(q) * q.shape[-1] ** -0.5, l2norm(k)
-    g = g.cumsum(-1)  # from the start of the chunk
-
+    # log a from token (column) to token (row), both in the chunk: sums of the steps in between. Differences of sums from the
+    # start of the chunk would round small ones away, in their gradients most (Mamba-2, Dao and Gu, 2024, listing 1: segsum).
     allowed = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=v.device).tril()
+    between = g[..., :, None].expand(*g.shape, CHUNK).masked_fill(~allowed.tril(-1), 0).cumsum(-2)
     in_segment, out_segment = (torch.ones((), dtype=dtype, device=v.device),) * 2
     if segments is not None:
         ids = torch.cat([segments, segments[:, -1:].expand(-1, padding)], dim=1)
@@ -54,10 +55,9 @@ def gated_delta_rule(
         before = torch.cat([ids[:1, ..., 0], ids[:-1, ..., -1]])
         in_segment = (ids == before[..., None]).to(dtype)  # 1: the token is in the segment of the incoming state
         out_segment = (ids == ids[..., -1:]).to(dtype)  # 1: the token is in the segment of the outgoing state
-    # Decay from token (column) to token (row).
-    decay_between = (g[..., :, None] - g[..., None, :]).masked_fill(~allowed, -torch.inf).exp()
-    decay_in = (g.exp() * in_segment)[..., None]
-    decay_out = ((g[..., -1:] - g).exp() * out_segment)[..., None]
+    decay_between = between.masked_fill(~allowed, -torch.inf).exp()
+    decay_in = (g.cumsum(-1).exp() * in_segment)[..., None]
+    decay_out = (between[..., -1, :].exp() * out_segment)[..., None]
     state_decay = decay_in[..., -1:, :]
 
     # u_t = b_t v_t - b_t sum_{s<t} decay(s, t) (k_t . k_s) u_s - (incoming state): a unit lower triangular system.
