@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
 from shared.kernels.fp8.codes import LARGEST
 
+WARM_UP = 16  # updates
 _SMALLEST = torch.finfo(torch.float32).tiny  # of scales: below, a division would be by a subnormal or by zero
 
 
@@ -49,13 +50,16 @@ class History:
     """Amax of the last updates of one tensor, newest first, as TransformerEngine's `amax_history`.
 
     One entry per update: the maximum over its micro batches. On the host, so that no GPU is waited for.
+
+    While it has fewer than WARM_UP updates (or `length`), it gives no amax: activations grow fastest then, and a scale of
+    earlier updates would clip them. TransformerEngine starts with a scale of 1.
     """
 
     def __init__(self, length: int) -> None:
         """`length`: updates that are kept."""
         self.length = length
         self.values: list[float] = []  # numbers of fp32
-        self.highest: float | None = None  # None: no update yet
+        self.highest: float | None = None  # None: too few updates yet
 
     def append(self, amax: float) -> None:
         """Add the amax of an update; a zero, of an expert without tokens, says nothing and is left out."""
@@ -65,4 +69,4 @@ class History:
     def restore(self, values: Sequence[float]) -> None:
         """Take the values of a checkpoint; of a longer history the newest."""
         self.values = list(values)[: self.length]
-        self.highest = max(self.values, default=None)
+        self.highest = max(self.values) if len(self.values) >= min(self.length, WARM_UP) else None

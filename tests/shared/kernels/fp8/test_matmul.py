@@ -131,7 +131,7 @@ def end(state: LinearState) -> dict[str, tuple[float, list[int]]]:
 
 def test_a_delayed_scale_is_that_of_the_history():
     x, weight, g = operands(64, 64, 32)
-    state = LinearState(recipe("delayed", amax_history=4))
+    state = LinearState(recipe("delayed", amax_history=1))
     first = fp8_linear(x, weight, state, ONE)
     first.backward(g)
     assert torch.equal(first, fp8_linear(x, weight, LinearState(recipe("tensorwise")), ONE))  # no history yet
@@ -193,7 +193,7 @@ def test_a_planted_overflow_is_caught_within_one_update(planting):
     generator = torch.Generator().manual_seed(planting)
     x, weight, g = (each.detach() for each in operands(64, 64, 64, seed=planting))
     kind = KINDS[planting % 3]
-    state = LinearState(recipe("delayed", amax_history=16))
+    state = LinearState(recipe("delayed", amax_history=3))
 
     def update(x: torch.Tensor, weight: torch.Tensor, g: torch.Tensor) -> None:
         fp8_linear(x.requires_grad_(), weight.requires_grad_(), state, ONE).backward(g)
