@@ -16,7 +16,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import multi_token_prediction
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.mlp import MLP
@@ -48,7 +48,21 @@ MLA = "shared/model/mla.py"
 MOE = "shared/model/moe.py"
 MTP = "shared/model/mtp.py"
 EXPERTS = "shared/model/experts.py"
+FP8 = "shared/model/fp8_linear.py"
 ROUTER = "shared/model/router.py"
+
+
+def test_parallel_linears_have_their_product_in_a_method() -> None:
+    given = {"input": "input_parallel", "bias": "bias", "allreduce_dgrad": "allreduce_dgrad"}
+    parallel = "False if self.explicit_expert_comm else self.sequence_parallel"
+    calls(FP8, ColumnParallelLinear.forward, "self._forward_impl", weight="weight", sequence_parallel=parallel, **given)
+    given |= {"bias": "None", "weight": "self.weight", "sequence_parallel": "False"}
+    calls(FP8, RowParallelLinear.forward, "self._forward_impl", **given)
+    relies_on(FP8, RowParallelLinear.forward, "allreduce_dgrad = False")
+    for linear in (ColumnParallelLinear, RowParallelLinear):
+        assert "tp_group" in attributes_set(linear.__init__), FP8
+        relies_on(FP8, linear.sharded_state_dict, "state_dict = self.state_dict(prefix='', keep_vars=True)")
+        assert parameters(linear.set_extra_state) == {"state"}, FP8
 
 
 def test_attention_scales_rotary_angles_by_its_yarn_factor() -> None:
