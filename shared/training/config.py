@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from shared.architecture.architecture import Architecture
 from shared.errors import UserError
 from shared.kernels.attention.names import AttentionBackend
+from shared.kernels.fp8.recipes import Fp8Recipe
 from shared.model.recompute import Recompute, check_recompute
 from shared.parallel import ParallelConfig
 from shared.precision import TrainingPrecision
@@ -37,7 +38,8 @@ class TrainingConfig:
     adam_beta1: float
     adam_beta2: float
     seed: int
-    precision: TrainingPrecision
+    precision: TrainingPrecision  # of weights and activations
+    fp8: Fp8Recipe | None  # of linear layers; None: in the precision of the weights
     recompute: tuple[Recompute, ...]  # activation recomputation: modules, or whole layers (full)
     attention_backend: AttentionBackend | None  # None: the first that carries what a layer needs
     parallel: ParallelConfig
@@ -94,6 +96,13 @@ class TrainingConfig:
         """Check the run against its model. UserError names the flag to change."""
         self.parallel.check_model(architecture)
         check_recompute(self.recompute, architecture)
+        layers = range(architecture.num_layers)
+        if self.fp8 and not any(self.fp8.in_fp8(layer, architecture.num_layers) for layer in layers):
+            first, last = self.fp8.bf16_layers
+            raise UserError(
+                f"--fp8-bf16-layers {first},{last} leaves none of {architecture.num_layers} layers in FP8; give "
+                "--fp8-bf16-layers 0,0, or --precision bf16"
+            )
         if self.sequence_length > architecture.max_position_embeddings:
             raise UserError(
                 f"sequences of {self.sequence_length} tokens are longer than the model's max_position_embeddings "

@@ -26,15 +26,16 @@ from shared.architecture.architecture import Architecture
 from shared.checkpoint.directory.recognition import iteration_name
 from shared.console import log
 from shared.data.labels import IGNORE
-from shared.errors import Interrupted, StageError
+from shared.errors import Interrupted, StageError, UserError
 from shared.model import gpt, weights
 from shared.model.attention_plan import attention_plan
-from shared.model.backend import LocalBackend
+from shared.model.backend import Backend, LocalBackend
 from shared.model.context_parallel import local_part
+from shared.model.fp8_backend import Fp8Backend
 from shared.report.track import Track
 from shared.runtime import process_groups, progress
 from shared.runtime.stop_request import StopRequest
-from shared.training import state
+from shared.training import fp8_update, state
 from shared.training.balance import take_balance
 from shared.training.blend import Blend
 from shared.training.config import TrainingConfig
@@ -76,6 +77,7 @@ def train(run: Run) -> None:
     """
     progress.at("joining the other ranks", long=True)
     process_groups.initialize(run.config.parallel, run.config.seed)
+    check_device(run.config)
     for line in attention_lines(run):
         log(f"attention   {line}")
     progress.at("opening the run directory", long=True)
@@ -104,6 +106,18 @@ def attention_lines(run: Run) -> list[str]:
     )
 
 
+def check_device(config: TrainingConfig) -> None:
+    """UserError for an FP8 recipe that the device does not compute."""
+    device = shared.runtime.device.select_device()
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if config.fp8 and (reason := config.fp8.obstacle(device.type, capability)):
+        mxfp8 = config.fp8.name == "mxfp8"
+        given, fix = (
+            ("--fp8-recipe mxfp8", "--fp8-recipe blockwise") if mxfp8 else ("--precision fp8", "--precision bf16")
+        )
+        raise UserError(f"{given}: {reason}; give {fix}")
+
+
 def model_dtype(config: TrainingConfig) -> torch.dtype:
     """Of weights and activations."""
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -128,7 +142,7 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
         config.parallel,
         dtype=model_dtype(config),
         recompute=config.recompute,
-        backend=LocalBackend(attention_backend=config.attention_backend),
+        backend=backend_of(config, architecture),
         **model_overrides(config),
     )
     progress.at("loading", long=True)
@@ -140,11 +154,13 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
     optimizer = build_optimizer(config, model)
     step = 0
     if resumed is not None:
-        step = state.load(resumed, model, optimizer)
+        step = state.load(resumed, model, optimizer, fp8=config.fp8 is not None)
         log(f"resuming after update {step} of {config.steps}")
 
     schedule = config.learning_rates()
     earlier = samples_before(config, directory)
+    if resumed is not None:
+        fp8_update.announce_switch(directory.facts.get("fp8"), config.fp8)
     recorder = Recorder(run.config, run.inputs, directory, blend=run.blend, order=order, track=run.track)
     stack.callback(recorder.close)
     if step == 0:
@@ -164,6 +180,12 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
             rate = schedule.learning_rate(step + 1)
             set_learning_rate(optimizer, rate)
             _, gradient_norm, _ = optimizer.step()
+            fp8 = fp8_update.end_update(model, device) if config.fp8 else None
+            if fp8 and fp8.not_finite:  # clamped to the largest FP8 number, they leave the loss finite
+                saver.finish()
+                raise StageError(
+                    f"update {step + 1}: {fp8.not_finite}; {recorder.last_saved()}; lower --learning-rate"
+                )
             if not math.isfinite(gradient_norm):
                 saver.finish()
                 raise StageError(
@@ -173,7 +195,7 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
             seconds = time.perf_counter() - started
             progress.updated(seconds)
             progress.at("recording")
-            recorder.updated(step, loss, rate, gradient_norm, seconds, balance)
+            recorder.updated(step, loss, rate, gradient_norm, seconds, balance, fp8)
             saver.poll()
 
             finished, stopping = step == config.steps, stop.agreed(device)
@@ -184,6 +206,12 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
             if stopping and not finished:
                 return step
     return None
+
+
+def backend_of(config: TrainingConfig, architecture: Architecture) -> Backend:
+    """The implementation of layers that the run's options name."""
+    local = LocalBackend(attention_backend=config.attention_backend)
+    return Fp8Backend(local, config.fp8, architecture.num_layers) if config.fp8 else local
 
 
 def trainable_of(config: TrainingConfig, architecture: Architecture) -> Trainable:

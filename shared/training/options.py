@@ -11,9 +11,10 @@ from pydantic import AfterValidator, Field
 from shared.cli import ExistingDir, NonNegative, Positive, Seed
 from shared.foreign_formats import absent, indexed_prefix, not_a_directory
 from shared.kernels.attention.names import AttentionBackend
+from shared.kernels.fp8.recipes import Fp8Format, RecipeName
 from shared.model.recompute import Recompute
 from shared.parallel import ContextExchange
-from shared.precision import TrainingPrecision
+from shared.precision import RunPrecision
 from shared.report.track import DEFAULT, Track
 
 
@@ -41,13 +42,13 @@ NOT_FINGERPRINTED = (
 )
 
 # Options that the first version did not have: at their defaults its runs are resumed.
-ADDED = ("iteration", "data_weights")
+ADDED = (*("iteration", "data_weights", "fp8_recipe", "fp8_format", "fp8_amax_history", "fp8_bf16_layers"),)
 
 # Options that `extend` may change: from the resumed update on they are those of the command.
 EXTENDABLE = (
     *("steps", "epochs", "global_batch_size", "learning_rate", "min_learning_rate", "schedule", "warmup_steps"),
     *("decay_steps", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2", "validate_every", "validation_sequences"),
-    "moe_router_bias_update_rate",
+    *("moe_router_bias_update_rate", "precision", "fp8_recipe", "fp8_format", "fp8_amax_history", "fp8_bf16_layers"),
 )
 
 
@@ -78,7 +79,13 @@ class TrainingOptions:
         adam_beta1: AdamW's beta1, decay of the mean of gradients.
         adam_beta2: AdamW's beta2, decay of the mean of squared gradients.
         seed: of the order of the data.
-        precision: bf16 with fp32 main weights, or fp32.
+        precision: bf16 with fp32 main weights; the same with linear layers in FP8 (fp8); or fp32.
+        fp8_recipe: how FP8 numbers are scaled: tensorwise (by each tensor's own amax, the default), delayed (by the amax of
+            earlier updates), rowwise, blockwise (as DeepSeek-V3), mxfp8.
+        fp8_format: hybrid has gradients in E5M2 and the rest in E4M3, e4m3 all in E4M3; by default e4m3 for blockwise and
+            hybrid for the others.
+        fp8_amax_history: updates whose highest amax the delayed recipe scales by; by default 1024.
+        fp8_bf16_layers: how many first and last layers stay in bf16, as 1,1; by default 1,1.
         recompute: activation recomputation: of whole layers (full), of core attention (selective), or of modules, separated by
             commas: core_attn, mlp, moe, shared_experts, mla_up_proj.
         attention_backend: kernel of attention, docs/attention.md; by default the first that carries what the model needs.
@@ -130,7 +137,11 @@ class TrainingOptions:
     adam_beta1: Decay = 0.9
     adam_beta2: Decay = 0.95
     seed: Seed = 0
-    precision: TrainingPrecision = "bf16"
+    precision: RunPrecision = "bf16"
+    fp8_recipe: RecipeName | None = None
+    fp8_format: Fp8Format | None = None
+    fp8_amax_history: Positive | None = None
+    fp8_bf16_layers: tuple[NonNegative, NonNegative] | None = None
     recompute: tuple[Recompute, ...] = ("none",)
     attention_backend: AttentionBackend | None = None
     tensor_parallel: Positive = 1

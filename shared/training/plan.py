@@ -174,6 +174,11 @@ def announce(config: TrainingConfig, inputs: Inputs, blend: Blend) -> None:
         f"model       {architecture.family}, {parameters / 1e6:,.1f} M parameters, {architecture.num_layers} layers of "
         f"{architecture.hidden_size}, vocabulary {architecture.vocab_size}, {config.precision}"
     )
+    if config.fp8:
+        first, last = config.fp8.bf16_layers
+        log(f"fp8         {config.fp8}")
+        kept = f"first {first} and last {last} layers, " if first or last else ""
+        log(f"in bf16     {kept}embedding, output layer, norms, attention{', router' * bool(architecture.moe)}")
     log(f"layout      {processes} process{'es' * (processes > 1)}{': ' + layout if layout else ''}")
     log(
         f"update      {config.global_batch_size} sequences of {config.sequence_length} = {config.tokens_per_step:,} "

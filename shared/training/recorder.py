@@ -25,6 +25,7 @@ from shared.runtime.agreement import on_rank_0
 from shared.training.balance import Balance, loss_over_micro_batch
 from shared.training.blend import Blend
 from shared.training.config import TrainingConfig
+from shared.training.fp8_update import Fp8Update
 from shared.training.loss import Loss
 from shared.training.options import EXTENDABLE
 from shared.training.plan import Inputs
@@ -186,18 +187,27 @@ class Recorder:
         )
 
     def updated(
-        self, step: int, loss: Loss, rate: float, gradient_norm: float, seconds: float, balance: Balance | None = None
+        self,
+        step: int,
+        loss: Loss,
+        rate: float,
+        gradient_norm: float,
+        seconds: float,
+        balance: Balance | None = None,
+        fp8: Fp8Update | None = None,
     ) -> None:
         """Record update `step`, counted from 1."""
         if self._metrics is None:
             return
         config = self._config
         speed = config.tokens_per_step / seconds
+        logged = step % config.log_every == 0 or step == config.steps
         row = {
             "step": step,
             "loss": loss.mean,
             **({} if loss.mtp is None else {"mtp_loss": loss.mtp}),
             **(balance.row() if balance else {}),
+            **(fp8.row(layers=logged) if fp8 else {}),
             "learning_rate": rate,
             "gradient_norm": gradient_norm,
             "targets": loss.targets,
@@ -210,7 +220,9 @@ class Recorder:
         if self._peak is not None:
             row["mfu"] = round(speed * self._flops / (self._peak * config.parallel.processes), 4)
         self._metrics.append(**row)
-        if step % config.log_every == 0 or step == config.steps:
+        for line in fp8.fallbacks if fp8 else ():
+            log(f"fp8         update {step}: {line}")
+        if logged:
             recent = [row["seconds"] for row in self._metrics.rows[-50:] if "seconds" in row]
             mtp = "" if loss.mtp is None else f"  mtp {loss.mtp:.4f}"
             mfu = f"  MFU {row['mfu']:.1%}" if "mfu" in row else ""
@@ -281,6 +293,7 @@ class Recorder:
         return {
             "family": architecture.family,
             "dtype": DTYPES[self._config.precision],
+            **({"fp8": str(self._config.fp8)} if self._config.fp8 else {}),
             "parameters": architecture.parameter_count(),
             "architecture": architecture.to_dict(),
             **({"ignored_config_fields": list(ignored)} if ignored else {}),

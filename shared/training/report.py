@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shared.kernels.fp8.recipes import KINDS
 from shared.report import page
 from shared.report.charts import Line, chart, number, smoothed
-from shared.report.page import curve
+from shared.report.page import STYLES, curve
 
 _GIB = 1 << 30
 _MOE = "moe_"  # prefix of the metrics of MoE layers
+_FP8 = {"clipped": "clipped", "underflow": "rounded to zero"}  # shares of elements
 
 
 def render(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], *, title: str, device: str) -> str:
@@ -73,11 +75,50 @@ def render(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], *, title
         chart("Model FLOPs utilisation", [Line(name="MFU", points=curve(rows, "mfu"), style="one")], from_zero=True),
         chart("Peak memory of rank 0", [Line(name="memory", points=memory, style="one")], unit=" GiB", from_zero=True),
         *page.line_charts(rows, {_moe_title(name): [name] for name in _moe_metrics(rows)}),
+        *(_fp8_chart(rows, name, title) for name, title in _FP8.items()),
+        chart(
+            "FP8 tensors whose amax was above their history",
+            [Line(name="tensors", points=curve(rows, "fp8_late_scales"), style="one")],
+            from_zero=True,
+        ),
+        chart(
+            "FP8 tensors that the guard took to another scaling",
+            [Line(name="tensors", points=curve(rows, "fp8_fallbacks"), style="one")],
+            from_zero=True,
+        ),
+        *_fp8_by_layer(rows),
     ]
     model = f"{facts['family']}, {number(facts['parameters'])} parameters, {facts['dtype']}, on {device}"
     if rows and _last(rows, "mfu") is None:
         model += "; no MFU: the peak of this device is not known"
     return page.render(title=title, subtitle=model, tiles=tiles, figures=charts)
+
+
+def _fp8_chart(rows: Sequence[Mapping[str, Any]], name: str, title: str) -> str:
+    """A share by kind of tensor, of the layer where it is highest."""
+    lines = [
+        Line(name=kind, points=[(step, 100 * share) for step, share in curve(rows, f"fp8_{name}_{kind}")], style=style)
+        for kind, style in zip(KINDS, STYLES, strict=False)
+    ]
+    return chart(f"FP8 elements {title}, in the layer with most", lines, unit="%", from_zero=True)
+
+
+def _fp8_by_layer(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The last shares over layers, from 0."""
+    last: Mapping[str, Any] = next((row["fp8_layers"] for row in reversed(rows) if "fp8_layers" in row), {})
+    return [
+        chart(
+            f"FP8 elements {title} by layer, in the last update that was logged",
+            [
+                Line(name=kind, points=[(layer, 100 * share) for layer, share in enumerate(of_layers)], style=style)
+                for (kind, of_layers), style in zip(last[name].items(), STYLES, strict=False)
+            ],
+            unit="%",
+            from_zero=True,
+        )
+        for name, title in _FP8.items()
+        if last
+    ]
 
 
 def _moe_metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:

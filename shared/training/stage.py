@@ -13,8 +13,10 @@ from shared.checkpoint.directory.target import check_target
 from shared.console import log
 from shared.errors import StageError, UserError
 from shared.invocation import invocation
+from shared.kernels.fp8.recipes import AMAX_HISTORY, Fp8Recipe
 from shared.model.support import check_supported
 from shared.parallel import ParallelConfig, ranks_needed
+from shared.precision import DTYPES
 from shared.report.track import check_installed
 from shared.runtime import progress
 from shared.runtime.launch import launch
@@ -70,7 +72,8 @@ def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> Train
         adam_beta1=options.adam_beta1,
         adam_beta2=options.adam_beta2,
         seed=options.seed,
-        precision=options.precision,
+        precision="fp32" if options.precision == "fp32" else "bf16",
+        fp8=fp8_recipe(options),
         recompute=options.recompute,
         attention_backend=options.attention_backend,
         parallel=parallel,
@@ -81,6 +84,31 @@ def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> Train
         log_every=options.log_every,
         validate_every=max(steps // 10, 1) if options.validate_every is None else options.validate_every,
         validation_sequences=options.validation_sequences,
+    )
+
+
+def fp8_recipe(options: TrainingOptions) -> Fp8Recipe | None:
+    """The FP8 recipe of the options; None without FP8. UserError for an option that would do nothing."""
+    given = {
+        "--fp8-recipe": options.fp8_recipe,
+        "--fp8-format": options.fp8_format,
+        "--fp8-amax-history": options.fp8_amax_history,
+        "--fp8-bf16-layers": options.fp8_bf16_layers,
+    }
+    if options.precision != "fp8":
+        for flag, value in given.items():
+            if value is not None:
+                raise UserError(f"{flag} belongs to --precision fp8, not {options.precision}")
+        return None
+    name = options.fp8_recipe or "tensorwise"
+    if options.fp8_amax_history is not None and name != "delayed":
+        raise UserError(f"--fp8-amax-history belongs to --fp8-recipe delayed, not {name}")
+    return Fp8Recipe(
+        name=name,
+        format=options.fp8_format or ("e4m3" if name == "blockwise" else "hybrid"),
+        amax_history=options.fp8_amax_history or AMAX_HISTORY,
+        power_of_two_scales=name == "blockwise",  # as TransformerEngine
+        bf16_layers=options.fp8_bf16_layers or (1, 1),
     )
 
 
@@ -218,6 +246,13 @@ def _leave_if_done(options: TrainingOptions, config: TrainingConfig, inputs: Inp
         return
     parents = parents_of(inputs.parents)
     fingerprint = run_fingerprint(invocation(), inputs.parents, parents)
+    dtype = manifest.facts.get("dtype", DTYPES[config.precision])
+    if options.extend and dtype != DTYPES[config.precision]:
+        given = next(name for name, of in DTYPES.items() if of == dtype)
+        raise UserError(
+            f"--target {options.target} has {given} weights, and --extend does not change them; give --precision {given}"
+            + " or fp8" * (given == "bf16")
+        )
     if options.extend and manifest.identity != fingerprint:
         if (manifest.iteration or 0) >= config.steps:
             raise UserError(

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from shared.console import log, quantity
 from shared.errors import StageError
+from shared.training.fp8_update import restore_states, sharded_states
 from shared.training.optimizer import allocate_state, gather_weights, restore, sharded_state
 from shared.training.optimizer_shards import without_copy
 from shared.training.trainable import partly_frozen
@@ -103,8 +104,10 @@ def _why_not_saved(directory: Path, step: int, error: CheckpointException) -> st
     )
 
 
-def load(directory: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> int:
-    """Load optimizer and random states; returns the step. The layout may differ from the saved one.
+def load(
+    directory: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer, *, fp8: bool = False
+) -> int:
+    """Load optimizer and random states, and with `fp8` those of FP8 layers; returns the step. The layout may differ.
 
     Weights are loaded before, by `shared.model.weights.load`: it handles vocabulary padding, whose size depends on the
     layout. Every rank calls this.
@@ -113,10 +116,14 @@ def load(directory: Path, model: list[DistributedDataParallel], optimizer: Megat
     same_layout = common["layout"] == _layout()
     allocate_state(optimizer)
     sharded: dict[str, Any] = {"optimizer": _optimizer_state(model, optimizer, step=0, is_loading=True)}
+    if fp8:
+        sharded["fp8"] = sharded_states(_weights(model))
     if same_layout:
         sharded["rng_state"] = _random_object(None)
     loaded = dist_checkpointing.load(sharded, str(directory))
     restore(optimizer, loaded["optimizer"])
+    if fp8:
+        restore_states(model, loaded["fp8"])
     if same_layout:
         _restore_random(loaded["rng_state"])
     else:

@@ -115,6 +115,7 @@ def training_config(shape: Shape) -> TrainingConfig:
         adam_beta2=BETAS[1],
         seed=1,
         precision="bf16" if torch.cuda.is_available() else "fp32",
+        fp8=None,
         recompute=("none",),
         moe_router_bias_update_rate=0.0,
         parallel=ParallelConfig(),

@@ -84,6 +84,7 @@ def config(parallel: ParallelConfig) -> TrainingConfig:
         adam_beta2=0.95,
         seed=1,
         precision="fp32",
+        fp8=None,
         recompute=("none",),
         moe_router_bias_update_rate=1e-3,
         parallel=parallel,

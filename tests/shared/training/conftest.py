@@ -41,6 +41,7 @@ def tiny_config(**changes) -> TrainingConfig:
         adam_beta2=0.95,
         seed=1,
         precision="fp32",
+        fp8=None,
         recompute=("none",),
         parallel=ParallelConfig(),
         save_every=10,

@@ -29,13 +29,15 @@ def layouts_of(model: str) -> list[str]:
 class Session:
     """A model in a layout, from a saved state."""
 
+    learning_rate = 1e-2
+
     def __init__(self, config, architecture, directory: Path, restore=True, trainable=None, data=None) -> None:
         import torch
 
         from shared.model import gpt, weights
         from shared.runtime import process_groups
         from shared.training import state
-        from shared.training.loop import model_overrides
+        from shared.training.loop import backend_of, model_overrides
         from shared.training.optimizer import build_optimizer, wrap
         from shared.training.trainable import FULL
 
@@ -43,29 +45,39 @@ class Session:
         self.data = Words() if data is None else data
         self.device = process_groups.initialize(config.parallel, 1)
         overrides = model_overrides(config)
-        chunks = gpt.build(architecture, config.parallel, dtype=torch.float32, recompute=config.recompute, **overrides)
+        chunks = gpt.build(
+            architecture,
+            config.parallel,
+            dtype=torch.float32,
+            recompute=config.recompute,
+            backend=backend_of(config, architecture),
+            **overrides,
+        )
         weights.load(chunks, directory)
         (trainable or FULL).apply(chunks)
         self.model = wrap(chunks, overlap=config.overlap)
         self.optimizer = build_optimizer(config, self.model)
         if restore:
-            state.load(directory, self.model, self.optimizer)
+            state.load(directory, self.model, self.optimizer, fp8=config.fp8 is not None)
 
     def train(self, first: int, last: int) -> list[list[float]]:
         """Loss, MTP loss (0 without MTP) and gradient norm of updates `first` to `last`, from 0."""
+        from shared.training import fp8_update
         from shared.training.balance import take_balance
         from shared.training.loop import forward_backward
         from shared.training.optimizer import set_learning_rate
 
         rows: list[list[float]] = []
-        self.balances = []  # of the last call's updates
+        self.balances, self.fp8 = [], []  # of the last call's updates
         for step in range(first, last):
             first_sample = step * self.config.global_batch_size
             loss = forward_backward(self.config, self.model, self.data, first_sample, self.device)
             balance = take_balance(self.config, self.model, self.device)
             self.balances.append(balance.row() if balance else {})
-            set_learning_rate(self.optimizer, 1e-2)
+            set_learning_rate(self.optimizer, self.learning_rate)
             _, norm, _ = self.optimizer.step()
+            if self.config.fp8:
+                self.fp8.append(fp8_update.end_update(self.model, self.device))
             rows.append([loss.mean, loss.mtp or 0.0, float(norm)])
         return rows
 

@@ -1,6 +1,9 @@
 """Tiny runs of `pretrain train`: model, data, command line."""
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -74,3 +77,29 @@ def words(source: Path, data: Path | str, target: Path, **options) -> list[str]:
 def run(source: Path, data: Path | str, target: Path, **options) -> int:
     """The command in this process; its exit code."""
     return training_runs.exit_code(tool, words(source, data, target, **options))
+
+
+_KILLED = """
+import os, signal, sys
+from shared.training.recorder import Recorder
+plain = Recorder.updated
+def updated(self, step, *numbers):
+    plain(self, step, *numbers)
+    if step == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+Recorder.updated = updated
+from tools.pretrain.cli import tool
+tool.run(sys.argv[2:])
+"""
+
+
+def killed(line: list[str], *, after: int) -> None:
+    """The command in a process that gets SIGKILL right after an update, which is recorded."""
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(after), *line],
+        cwd=REPOSITORY,
+        capture_output=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()

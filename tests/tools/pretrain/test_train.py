@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tools.pretrain.runs import REPOSITORY, TRAIN_TOKENS, VOCAB, run, words, write_data
+from tests.tools.pretrain.runs import REPOSITORY, TRAIN_TOKENS, VOCAB, killed, run, words, write_data
 from tests.training_runs import random_model, record, tensors
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -150,27 +149,8 @@ def test_a_finished_run_is_not_run_again(whole, source, data, capsys):
 
 def test_a_killed_run_goes_on_bit_for_bit(whole, source, data, tmp_path):
     """SIGKILL right after update 7, which is recorded, with update 4 the last that is saved."""
-    script = """
-import os, signal, sys
-from shared.training.recorder import Recorder
-plain = Recorder.updated
-def updated(self, step, *numbers):
-    plain(self, step, *numbers)
-    if step == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-Recorder.updated = updated
-from tools.pretrain.cli import tool
-tool.run(sys.argv[1:])
-"""
     target = tmp_path / "run"
-    killed = subprocess.run(
-        [sys.executable, "-c", script, *words(source, data, target)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        timeout=400,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    killed(words(source, data, target), after=7)
     assert record(target)[-1]["step"] == 7
     assert json.loads((target / "manifest.json").read_text())["iteration"] == 4
     assert run(source, data, target) == 0
