@@ -85,11 +85,12 @@ def end_update(model: list[DistributedDataParallel], device: torch.device) -> Fp
         first = all(group.rank() == 0 for group in groups)  # of the ranks that have these tensors, one counts them
         amax, counts = _joined([linear for _, linear in linears], groups, device)
         for (name, linear), of_kinds, counts_of_kinds in zip(linears, amax, counts, strict=True):
-            if linear.fp8_state.in_bf16:
-                table[linear.layer, :, -1] += first
-                continue
+            in_bf16 = linear.fp8_state.in_bf16
             for index, kind in enumerate(KINDS):
                 tensor, (clipped, underflow, nonzero) = linear.fp8_state.tensors[kind], counts_of_kinds[index]
+                if in_bf16:
+                    table[linear.layer, index, _FIELDS.index("fallen")] += first * (tensor.scaling != tensor.first)
+                    continue
                 if of_kinds[index] == float("inf"):
                     table[linear.layer, index, _FIELDS.index("not_finite")] += first
                     continue
