@@ -16,7 +16,7 @@ from shared.training.recorder import Recorder
 TIMING = {"seconds", "tokens_per_second", "memory_bytes"}
 
 
-def random_model(directory: Path, model: Architecture, change=lambda chunk: None) -> Path:
+def random_model(directory: Path, model: Architecture, change=lambda chunk: None, seed: int = 5) -> Path:
     """A Megatron directory with random weights, which `change` may alter, and no tokenizer."""
     from megatron.core import dist_checkpointing
 
@@ -27,7 +27,7 @@ def random_model(directory: Path, model: Architecture, change=lambda chunk: None
 
     (directory / "release").mkdir(parents=True)
     (directory / "hf").mkdir()
-    process_groups.initialize(ParallelConfig(), 5)
+    process_groups.initialize(ParallelConfig(), seed)
     chunks = gpt.build(model, ParallelConfig(), dtype=torch.float32, perform_initialization=True)
     change(chunks[0])
     write_from_threads()

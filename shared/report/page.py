@@ -11,14 +11,16 @@ from typing import Any
 from shared.report.charts import Line, Points, chart
 
 REPORT = "report.html"
-STYLES = ("one", "two", "three")  # CSS classes of a chart's lines
+STYLES = ("one", "two", "three", "four", "five", "six")  # CSS classes of a chart's lines
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --dim: #667085; --paper: #f6f7f9; --card: #fff; --rule: #e4e7ec;
-        --one: #2563eb; --two: #ea580c; --three: #0d9488; }
+        --one: #2563eb; --two: #ea580c; --three: #0d9488;
+        --four: #9333ea; --five: #ca8a04; --six: #64748b; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e9ef; --dim: #98a2b3; --paper: #12161d; --card: #1b212b; --rule: #2f3846; --one: #60a5fa;
-          --two: #fb923c; --three: #2dd4bf; }
+          --two: #fb923c; --three: #2dd4bf;
+          --four: #c084fc; --five: #facc15; --six: #94a3b8; }
 }
 * { box-sizing: border-box; }
 body { margin: 0; padding: 32px 24px 48px; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
@@ -42,10 +44,13 @@ svg text { fill: var(--dim); font-size: 11px; font-variant-numeric: tabular-nums
 svg .grid { stroke: var(--rule); }
 polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 polyline.one { stroke: var(--one); } polyline.two { stroke: var(--two); } polyline.three { stroke: var(--three); }
+polyline.four { stroke: var(--four); } polyline.five { stroke: var(--five); } polyline.six { stroke: var(--six); }
 polyline.faint { stroke: var(--one); opacity: .28; stroke-width: 1; }
 circle { stroke: none; } circle.one { fill: var(--one); } circle.two { fill: var(--two); } circle.three { fill: var(--three); }
+circle.four { fill: var(--four); } circle.five { fill: var(--five); } circle.six { fill: var(--six); }
 circle.faint { fill: var(--one); }
 .one i { background: var(--one); } .two i { background: var(--two); } .three i { background: var(--three); }
+.four i { background: var(--four); } .five i { background: var(--five); } .six i { background: var(--six); }
 .faint i { background: var(--one); opacity: .35; }
 """
 
