@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -23,6 +22,7 @@ from shared.kernels.attention import alibi
 from shared.kernels.attention.choose import attend
 from shared.kernels.attention.names import AttentionBackend
 from shared.kernels.attention.needs import Call, Features
+from shared.kernels.rotary import cos_sin, rotate
 from shared.model.context_parallel import exchange_of
 from shared.model.rope import RotaryAngles
 
@@ -46,26 +46,32 @@ def clipped(linear: Callable[..., Any], limit: float) -> Callable[..., Any]:
 
 
 class RotarySelfAttention(SelfAttention):
-    """Megatron-Core's self attention with this layer's own RoPE angles and concentration factor.
+    """Megatron-Core's self attention with the RoPE of `angles`: layers with the same RoPE share one, and its cos and sin.
 
-    Megatron-Core computes one set of angles for all layers, and has a concentration factor in its YaRN only.
+    Megatron-Core computes one set of angles for all layers, cos and sin in each layer for queries and for keys, and has a
+    concentration factor in its YaRN only.
     """
 
-    def __init__(self, *args: Any, concentration_factor: float, angles: RotaryAngles | None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, angles: RotaryAngles, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._yarn_concentration_factor = concentration_factor
         self.angles = angles
 
     def forward(
-        self, *args: Any, rotary_pos_emb: torch.Tensor | None = None, **others: Any
+        self, *args: Any, rotary_pos_emb: torch.Tensor, **others: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As Megatron-Core's; `rotary_pos_emb` `[sequence, 1, 1, rotary_dim]` are the angles of the model."""
-        if self.angles is not None and rotary_pos_emb is not None:
-            # Angles are this context-parallel rank's, made from the length of the whole sequence.
-            rotary_pos_emb = self.angles(len(rotary_pos_emb) * self.config.context_parallel_size)
+        """As Megatron-Core's; `rotary_pos_emb` `[sequence, 1, 1, rotary_dim]`, of the model, says the length."""
+        # With context parallelism this rank's part, while RotaryAngles takes the length of the whole sequence.
+        self.length = len(rotary_pos_emb) * self.config.context_parallel_size
         attended: tuple[torch.Tensor, torch.Tensor | None]
-        attended = super().forward(*args, rotary_pos_emb=rotary_pos_emb, **others)
+        attended = super().forward(*args, rotary_pos_emb=None, **others)
         return attended
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        """q and k after RoPE, v, and the gate if there is one, `[sequence, batch, heads, head_dim]` each."""
+        query, key, *others = super().get_query_key_value_tensors(*args, **kwargs)
+        cos, sin = self.angles.tables(self.length, query.dtype)
+        query, key = (rotate(x, cos, sin, interleaved=self.config.rotary_interleaved) for x in (query, key))
+        return query, key, *others
 
 
 class Rotary2DSelfAttention(SelfAttention):
@@ -86,11 +92,15 @@ class Rotary2DSelfAttention(SelfAttention):
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         """q and k after RoPE, and v, `[sequence, batch, heads, head_dim]` each."""
         query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
-        return self._rotated(query), self._rotated(key), value
-
-    def _rotated(self, x: torch.Tensor) -> torch.Tensor:
-        halves = zip(x.chunk(2, -1), self.angles.chunk(2, -1), strict=True)
-        return torch.cat([apply_rotary_pos_emb(half, angles, self.config) for half, angles in halves], -1)
+        tables = [cos_sin(angles, 1.0, query.dtype) for angles in self.angles.chunk(2, -1)]
+        query, key = (
+            torch.cat(
+                [rotate(half, *table, interleaved=False) for half, table in zip(x.chunk(2, -1), tables, strict=True)],
+                -1,
+            )
+            for x in (query, key)
+        )
+        return query, key, value
 
 
 class CoreAttention(torch.nn.Module):

@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 
 from shared.console import log
 from shared.kernels.grouped import group_rows, grouped_linear, obstacle
+from shared.model.dense_mlp import activated
 
 
 class GroupedExperts(SequentialMLP):
@@ -63,7 +64,7 @@ class GroupedExperts(SequentialMLP):
         states = grouped_linear(x, self._each("linear_fc1", "weight"), counts)
         if self.local_experts[0].linear_fc1.bias is not None:
             states = states + group_rows(torch.stack(self._each("linear_fc1", "bias")), counts)
-        states = (self._activation(states) * probs[:, None]).to(x.dtype)
+        states = (activated(states, self.config) * probs[:, None]).to(x.dtype)
         states = grouped_linear(states, self._each("linear_fc2", "weight"), counts)
         if self.local_experts[0].linear_fc2.bias is not None:
             # Every rank adds its part: outputs are summed over expert-tensor-parallel ranks.
@@ -74,17 +75,6 @@ class GroupedExperts(SequentialMLP):
     def _each(self, linear: str, name: str) -> list[torch.Tensor]:
         """A parameter of every local expert, from the last to the first."""
         return [getattr(getattr(expert, linear), name) for expert in reversed(list(self.local_experts))]
-
-    def _activation(self, states: torch.Tensor) -> torch.Tensor:
-        """As in Megatron-Core's MLP: gate to <= clamp, up-projection to [-clamp, clamp], activation(gate) * (up + offset)."""
-        config = self.config
-        if not config.gated_linear_unit:
-            return config.activation_func(states)
-        gate, up = states.chunk(2, dim=-1)
-        clamp = config.activation_func_clamp_value
-        if clamp is not None:
-            gate, up = gate.clamp(max=clamp), up.clamp(min=-clamp, max=clamp)
-        return config.activation_func(gate) * (up + config.glu_linear_offset if config.glu_linear_offset else up)
 
     def _obstacle(self, x: torch.Tensor) -> str | None:
         """Why the loop is needed, as a clause; None with grouped GEMM."""

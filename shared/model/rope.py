@@ -11,6 +11,7 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from shared.architecture.architecture import RopeScaling, Rotary
+from shared.kernels.rotary import cos_sin
 
 
 class RotaryAngles(RotaryEmbedding):
@@ -22,6 +23,7 @@ class RotaryAngles(RotaryEmbedding):
         """`dim`: rotary_dim."""
         super().__init__(dim, 1.0, rotary_interleaved=rotary.interleaved, use_cpu_initialization=True)
         self.rotary, self.rotary_dim, self.max_position_embeddings = rotary, dim, max_position_embeddings
+        self._tables: tuple[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def get_freqs_non_repeated(self, max_seq_len: int, offset: int = 0) -> torch.Tensor:
         """Angles `[S, R / 2]` of positions from `offset` on, one per pair."""
@@ -35,6 +37,17 @@ class RotaryAngles(RotaryEmbedding):
         self.inv_freq = frequencies.to(self.inv_freq.device)
         angles: torch.Tensor = super().get_freqs_non_repeated(max_seq_len, offset)
         return angles
+
+    def tables(self, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin `[S, 1, 1, R]` of a sequence of `length` tokens, with the concentration factor, in `dtype`.
+
+        With context parallelism of this rank's part. The last tables are kept: all layers that share this module, their
+        recomputation and the next micro batches have the same.
+        """
+        key = length, dtype
+        if self._tables is None or self._tables[0] != key:
+            self._tables = key, cos_sin(self(length), concentration_factor(self.rotary), dtype)
+        return self._tables[1]
 
 
 class PrefixRotaryAngles(torch.nn.Module):

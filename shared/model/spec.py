@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.transformer import mlp as megatron_mlp
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
     MultiTokenPredictionLayerSubmodules,
@@ -32,11 +32,12 @@ from shared.architecture.architecture import (
 )
 from shared.model.attention import Rotary2DSelfAttention, RotarySelfAttention, clipped
 from shared.model.backend import Backend
+from shared.model.dense_mlp import DenseMLP
 from shared.model.gated_delta_net import DELTA_NET_CHECKPOINT_KEYS, delta_net_spec
 from shared.model.mla import MLA_CHECKPOINT_KEYS, mla_spec
 from shared.model.moe import moe_spec
 from shared.model.mtp import MTPLayer
-from shared.model.rope import RotaryAngles, concentration_factor
+from shared.model.rope import RotaryAngles
 from shared.model.support import needs_general_transformer_layer
 from shared.model.transformer_layer import GeneralTransformerLayer
 
@@ -95,9 +96,8 @@ class _Spec:
     def __init__(self, architecture: Architecture, backend: Backend) -> None:
         self.backend = backend
         self.max_position_embeddings = architecture.max_position_embeddings
-        self.rotary = model_rotary(architecture)
         self.position_streams = architecture.prefix.position_streams if architecture.prefix else 1
-        self.angles: dict[Rotary, RotaryAngles] = {}
+        self.angles: dict[tuple[Rotary, int], RotaryAngles] = {}
 
     def layer(self, layer: Layer, index: int) -> ModuleSpec:
         """`index`: of the layer, as in `Backend`."""
@@ -136,12 +136,8 @@ class _Spec:
         params: dict[str, Any] = {}
         if attention.rotary and self.position_streams > 1:
             module = Rotary2DSelfAttention
-        elif attention.rotary != self.rotary or concentration_factor(attention.rotary) != 1.0:
-            module = RotarySelfAttention
-            params = {
-                "concentration_factor": concentration_factor(attention.rotary),
-                "angles": self._layer_angles(attention),
-            }
+        elif attention.rotary:
+            module, params = RotarySelfAttention, {"angles": self._layer_angles(attention, attention.rotary)}
         projection: Callable[..., Any] = self.backend.column_parallel_linear(index)
         if attention.clip is not None:
             projection = clipped(projection, attention.clip)
@@ -164,20 +160,17 @@ class _Spec:
     def _mlp(self, mlp: MLP | MoE, index: int) -> Callable[..., Any]:
         if isinstance(mlp, MoE):
             return moe_spec(mlp, self.backend, index)
-        linears = megatron_mlp.MLPSubmodules(
+        linears = MLPSubmodules(
             linear_fc1=_linear(self.backend.column_parallel_linear(index), bias=mlp.bias),
             linear_fc2=_linear(self.backend.row_parallel_linear(index), bias=mlp.bias),
         )
-        return partial(megatron_mlp.MLP.as_mlp_submodule, submodules=linears)
+        return partial(DenseMLP.as_mlp_submodule, submodules=linears)
 
-    def _layer_angles(self, attention: Attention) -> RotaryAngles | None:
-        """This layer's RotaryAngles; None: no RoPE, or the model's."""
-        rotary = attention.rotary
-        if rotary is None or rotary == self.rotary:
-            return None
-        if rotary not in self.angles:
-            self.angles[rotary] = RotaryAngles(rotary, attention.rotary_dim, self.max_position_embeddings)
-        return self.angles[rotary]
+    def _layer_angles(self, attention: Attention, rotary: Rotary) -> RotaryAngles:
+        key = rotary, attention.rotary_dim
+        if key not in self.angles:
+            self.angles[key] = RotaryAngles(rotary, attention.rotary_dim, self.max_position_embeddings)
+        return self.angles[key]
 
 
 def _linear(linear: Callable[..., Any], *, bias: bool) -> Callable[..., Any]:

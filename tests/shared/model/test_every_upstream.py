@@ -46,6 +46,7 @@ GPT = "shared/model/gpt.py"
 LAYER = "shared/model/transformer_layer.py"
 MLA = "shared/model/mla.py"
 MOE = "shared/model/moe.py"
+MLP_FILE = "shared/model/dense_mlp.py"
 MTP = "shared/model/mtp.py"
 EXPERTS = "shared/model/experts.py"
 FP8 = "shared/model/fp8_linear.py"
@@ -65,16 +66,12 @@ def test_parallel_linears_have_their_product_in_a_method() -> None:
         assert parameters(linear.set_extra_state) == {"state"}, FP8
 
 
-def test_attention_scales_rotary_angles_by_its_yarn_factor() -> None:
-    assert "_yarn_concentration_factor" in attributes_set(Attention.__init__), ATTENTION
-    factor = {"mscale": "self._yarn_concentration_factor"}
-    calls(ATTENTION, Attention.forward, "apply_rotary_pos_emb", "query", "q_pos_emb", **factor)
-    calls(ATTENTION, Attention.forward, "apply_rotary_pos_emb", "key", "k_pos_emb", **factor)
-
-
 def test_attention_takes_queries_and_keys_from_a_method() -> None:
     calls(ATTENTION, Attention.forward, "self.get_query_key_value_tensors", "hidden_states", "key_value_states")
-    relies_on(ATTENTION, Attention.forward, "query, key, value = qkv_output", "rotary_pos_emb is not None")
+    rotated = "rotary_pos_emb is not None"
+    relies_on(
+        ATTENTION, Attention.forward, "query, key, value = qkv_output", "query, key, value, gate = qkv_output", rotated
+    )
 
 
 def test_the_attention_mask_reaches_the_attention_product() -> None:
@@ -281,14 +278,24 @@ def test_the_padding_mask_reaches_the_router() -> None:
 def test_experts_are_a_loop_over_mlps() -> None:
     calls(EXPERTS, SequentialMLP.forward, "expert", "tokens", "probs")
     assert {"local_experts", "num_local_experts", "tp_group"} <= attributes_set(SequentialMLP.__init__), EXPERTS
+
+
+def test_an_mlp_is_two_linear_layers_and_an_activation() -> None:
     relies_on(
-        EXPERTS,
+        MLP_FILE,
         MLP.forward,
+        "intermediate_parallel, bias_parallel = apply_module(self.linear_fc1)(hidden_states)",
+        "intermediate_parallel = intermediate_parallel + bias_parallel",
+        "x_glu, x_linear = torch.chunk(x, 2, dim=-1)",
         "x_glu = x_glu.clamp(min=None, max=val)",
         "x_linear = x_linear.clamp(min=-val, max=val)",
         "self.config.activation_func(x_glu) * (x_linear + self.config.glu_linear_offset)",
+        "intermediate_parallel = self.activation_func(intermediate_parallel)",
         "intermediate_parallel = intermediate_parallel * per_token_scale.unsqueeze(-1)",
+        "return output, output_bias",
     )
+    passed = {"padding_mask": "padding_mask"}
+    calls(MLP_FILE, TransformerLayer, "apply_module(self.mlp)", "pre_mlp_layernorm_output", **passed)
 
 
 def test_a_buffer_is_filled_from_the_last_parameter() -> None:

@@ -9,6 +9,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from shared.architecture.architecture import RopeScaling, Rotary
 from shared.families.common.fields import Fields
+from shared.kernels.rotary import cos_sin
 from shared.model.rope import RotaryAngles, concentration_factor, inverse_frequencies
 from shared.runtime.device import select_device
 
@@ -148,3 +149,18 @@ def test_dynamic_is_transformers_on_both_sides_of_the_longest_sequence(factor, l
     found = inverse_frequencies(rotary, 32, length=length, max_position_embeddings=512)
     torch.testing.assert_close(found, expected, atol=0, rtol=1e-6)
     assert torch.equal(found, inverse_frequencies(Rotary(theta=1e6), 32)) == (length <= 512)
+
+
+def test_cos_and_sin_are_made_once_for_all_layers_and_micro_batches(monkeypatch):
+    rotary = Rotary(scaling=RopeScaling(kind="yarn", factor=4.0, original_length=64))
+    select_device()
+    angles, made = RotaryAngles(rotary, 8, 256), []
+    monkeypatch.setattr("shared.model.rope.cos_sin", lambda *given: made.append(given) or cos_sin(*given))
+    first, second = angles.tables(48, torch.float32), angles.tables(48, torch.float32)
+    assert first is second
+    assert len(made) == 1
+    assert torch.equal(first[0], angles(48).cos() * concentration_factor(rotary))
+    assert concentration_factor(rotary) != 1.0
+    assert [each.shape[0] for each in angles.tables(32, torch.bfloat16)] == [32, 32]
+    assert angles.tables(48, torch.bfloat16)[1].dtype == torch.bfloat16
+    assert len(made) == 3
