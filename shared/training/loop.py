@@ -183,9 +183,7 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
             fp8 = fp8_update.end_update(model, device) if config.fp8 else None
             if fp8 and fp8.not_finite:  # clamped to the largest FP8 number, they leave the loss finite
                 saver.finish()
-                raise StageError(
-                    f"update {step + 1}: {fp8.not_finite}; {recorder.last_saved()}; lower --learning-rate"
-                )
+                raise StageError(f"update {step + 1}: {fp8.not_finite}; {recorder.last_saved()}; lower --learning-rate")
             if not math.isfinite(gradient_norm):
                 saver.finish()
                 raise StageError(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from shared.cli import Existing, ExistingDir, NonNegative, Positive, Seed, Tool
+from shared.cli import Existing, ExistingDir, ExistingFile, NonNegative, Positive, Seed, Tool
 from shared.precision import Precision
 from tools.infer.engines.engine import EngineName, EngineSettings, Sampling
 
