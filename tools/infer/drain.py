@@ -28,11 +28,12 @@ class InFlight:
         if scope["type"] == "lifespan":
             InFlight.server = scope["app"].state.server
         if scope["type"] == "http":
-            await self._request(scope, receive, send)
+            await self.counted(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
-    async def _request(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    async def counted(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """Answer one request; 503 if it is cut off before an answer began."""
         answered = False
 
         async def answer(message: dict[str, Any]) -> None:
