@@ -96,7 +96,7 @@ class _Spec:
     def __init__(self, architecture: Architecture, backend: Backend) -> None:
         self.backend = backend
         self.max_position_embeddings = architecture.max_position_embeddings
-        self.position_streams = architecture.prefix.position_streams if architecture.prefix else 1
+        self.prefix = architecture.prefix
         self.angles: dict[tuple[Rotary, int], RotaryAngles] = {}
 
     def layer(self, layer: Layer, index: int) -> ModuleSpec:
@@ -134,8 +134,8 @@ class _Spec:
         q_norm, k_norm = self.backend.qk_norms(attention, norm)
         module: type = SelfAttention
         params: dict[str, Any] = {}
-        if attention.rotary and self.position_streams > 1:
-            module = Rotary2DSelfAttention
+        if attention.rotary and self.prefix:  # angles of the model, from its position ids
+            module = Rotary2DSelfAttention if self.prefix.position_streams > 1 else SelfAttention
         elif attention.rotary:
             module, params = RotarySelfAttention, {"angles": self._layer_angles(attention, attention.rotary)}
         projection: Callable[..., Any] = self.backend.column_parallel_linear(index)
