@@ -60,7 +60,7 @@ def digest(parts: Sequence[str]) -> str:
 
 
 def _modules(path: Path) -> Iterable[Path]:
-    return path.rglob("*.py") if path.is_dir() else (path,)
+    return (path,) if path.suffix else path.rglob("*.py")
 
 
 def _tokens(readline: Callable[[], bytes]) -> Iterator[str]:

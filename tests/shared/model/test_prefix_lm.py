@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from megatron.core.transformer.attention import SelfAttention
 
 from shared.architecture.architecture import LearnedPositions, PrefixLM
 from shared.errors import UserError
@@ -124,7 +125,7 @@ def test_residuals_are_what_norms_made(model_of, glm):
     torch.testing.assert_close(found, 3.0 * x + layer.mlp(x)[0], atol=1e-12, rtol=0)
 
 
-def test_halves_of_heads_are_rotated_by_their_own_positions(model_of, glm):
+def test_halves_of_heads_are_rotated_by_their_own_positions(model_of, glm, monkeypatch):
     """Of each half, elements i and i + 4 of 8 are a complex number that turns by position * frequency, in float64."""
     attention = model_of(glm).decoder.layers[0].self_attention.double()
     positions = torch.stack([torch.randint(2048, (2, 9)) for _ in range(2)])
@@ -132,7 +133,10 @@ def test_halves_of_heads_are_rotated_by_their_own_positions(model_of, glm):
     assert attention.angles.shape == (9, 2, 1, 16)
     x = torch.randn(9, 2, 4, 16, dtype=torch.float64)
     frequencies = (10_000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)).half().double()
-    found = attention._rotated(x)
+    monkeypatch.setattr(SelfAttention, "get_query_key_value_tensors", lambda self: (x, -x, x))
+    found, of_key, value = attention.get_query_key_value_tensors()
+    assert torch.equal(of_key, -found)
+    assert value is x
     for half, places in enumerate(positions):
         part, ours = (t[..., 8 * half : 8 * half + 8] for t in (x, found))
         angles = places.T[:, :, None, None] * frequencies

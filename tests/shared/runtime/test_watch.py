@@ -96,8 +96,8 @@ def test_of_ranks_in_one_phase_those_in_a_collective_wait(end_of, tmp_path):
     (tmp_path / "torch" / "distributed" / "collective.py").write_text("import time\ndef wait():\n    time.sleep(300)\n")
     (tmp_path / "torch" / "__init__.py").touch()
     body = (
-        "progress.update(1)\nprogress.at('forward and backward')\n"
-        "if rank == 0:\n    from torch.distributed.collective import wait\n    wait()\n"
+        "from torch.distributed.collective import wait\nprogress.update(1)\nprogress.at('forward and backward')\n"
+        "if rank == 0:\n    wait()\n"
         "time.sleep(300)\n"
     )
     code, told, _ = end_of(body)

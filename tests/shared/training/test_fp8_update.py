@@ -197,7 +197,7 @@ def test_a_planted_overflow_is_caught_and_recorded(alone, tiny_run, tmp_path, na
     row = update.row(layers=True)
     assert row["fp8_fallbacks"] >= len(update.fallbacks)  # and those of the updates before
     share = "clipped" if name == "delayed" else "underflow"
-    assert row[f"fp8_{share}_weights"] == row["fp8_layers"][share]["weights"][2] > 0.001
+    assert row[f"fp8_{share}_weights"] == row["fp8_layers"][share]["weights"][2] > 0.0005
     assert row["fp8_late_scales"] >= (name == "delayed")
     session.save(tmp_path / "fallen", step=3)
     again = SlowSession(config, MODEL, tmp_path / "fallen")
