@@ -76,11 +76,12 @@ def cases(command: Command, here: str) -> dict[str, list[str]]:
         "repeated flag": [*words(), "--config", "x", "--config", "x"],
         "missing value": [*words(), "--config"],
         "extra word": [*words(), "surplus", "surplus", "surplus"],
-        "after --": [*words(), "--", "--bogus"],
         "help first": ["--help", *words()],
         "help last": [*words(), "--help"],
         "help amid nonsense": ["--bogus", "--help", "two"],
     }
+    if command.rest is None:  # otherwise the command hands them on
+        table["after --"] = [*words(), "--", "--bogus"]
     for name in parameters:
         if is_int(command.hints[name]):
             table["wrong type"] = words(**{name: "two"})
