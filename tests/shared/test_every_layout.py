@@ -33,7 +33,8 @@ FIELDS = {
 
 
 def followed(parallel: ParallelConfig, advice: str) -> ParallelConfig:
-    """The layout with what "give ..." says, in a world that is large enough."""
+    """The layout with what "give ..." says, in a world that is large enough; not its other way, `--pipeline-layers`."""
+    advice = advice.partition(", or --pipeline-layers")[0]
     changes = {FIELDS[flag]: int(size) for flag, size in re.findall(r"(--[a-z-]+) (\d+)", advice)}
     if "--sequence-parallel" in advice:
         changes["sequence_parallel"] = "without --sequence-parallel" not in advice
