@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.bench_fp8 import HARD, SIZES, WAYS, cells, differences, floor, page_of, table
+from tests.benchmarks.bench_fp8 import HARD, SIZES, WAYS, cells, differences, figures, floor, page_of, table
 
 BENCHMARK = Path(__file__).with_name("bench_fp8.py")
 PYTHON = Path(__file__).parents[2] / "tools/pretrain/.venv/bin/python"
@@ -62,3 +65,38 @@ def test_the_model_to_show_has_twenty_million_parameters() -> None:
     from shared.families import registry
 
     assert registry.from_config(SIZES["20m"].config()).parameter_count() > 20e6
+
+
+def test_cells_are_trained_once_and_go_on(tmp_path: Path) -> None:
+    """The hard case on a tiny model, with and without the guard."""
+    words = [
+        "--work",
+        tmp_path,
+        "--size",
+        "tiny",
+        "--updates",
+        "4",
+        "--seeds",
+        "1",
+        "--only",
+        "hard-tensorwise",
+        "--record",
+    ]
+    command = [PYTHON, BENCHMARK, *words, "--results", tmp_path / "results"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "results").glob("*.json")
+    found = json.loads(file.read_text())["cells"]
+    assert {each["way"] for each in found.values()} == {"tensorwise", "tensorwise without guard"}
+    assert found["hard-tensorwise-1"]["fallbacks"] > 0
+    assert found["hard-tensorwise-without-guard-1"]["fallbacks"] == 0
+    # Of all linear layers of a decoder layer; most of linear_qkv.
+    assert found["hard-tensorwise-1"]["underflow"] > 0.05
+    assert all(len(each["curve"]) == 4 for each in found.values())
+    assert "tensorwise without guard, outlier channels" in done.stdout
+    again = figures(tmp_path / "tiny", 4, 1)
+    assert again == found
+    runs = {path: path.stat().st_mtime_ns for path in (tmp_path / "tiny").rglob("manifest.json")}
+    subprocess.run([PYTHON, BENCHMARK, *words[:-1]], env=environment, capture_output=True, check=True)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "tiny").rglob("manifest.json")} == runs
