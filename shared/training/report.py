@@ -36,6 +36,10 @@ def render(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], *, title
         "MFU": _shown(_last(rows, "mfu")),
         "peak memory": "" if not memory else f"{number(memory[-1][1])} GiB",
     }
+
+    def one(title: str, metric: str, name: str, *, unit: str = "") -> str:
+        return chart(title, [Line(name=name, points=curve(rows, metric), style="one")], unit=unit, from_zero=True)
+
     charts = [
         chart(
             "Loss, nats per target token",
@@ -56,36 +60,15 @@ def render(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], *, title
             "Validation, bits per byte",
             [Line(name="bits per byte", points=curve(rows, "bits_per_byte"), style="two", dots=True)],
         ),
-        chart(
-            "Learning rate",
-            [Line(name="rate", points=curve(rows, "learning_rate"), style="one")],
-            from_zero=True,
-        ),
-        chart(
-            "Gradient norm before clipping",
-            [Line(name="norm", points=curve(rows, "gradient_norm"), style="one")],
-            from_zero=True,
-        ),
-        chart(
-            "Throughput",
-            [Line(name="all ranks", points=curve(rows, "tokens_per_second"), style="one")],
-            unit=" tokens/s",
-            from_zero=True,
-        ),
-        chart("Model FLOPs utilisation", [Line(name="MFU", points=curve(rows, "mfu"), style="one")], from_zero=True),
+        one("Learning rate", "learning_rate", "rate"),
+        one("Gradient norm before clipping", "gradient_norm", "norm"),
+        one("Throughput", "tokens_per_second", "all ranks", unit=" tokens/s"),
+        one("Model FLOPs utilisation", "mfu", "MFU"),
         chart("Peak memory of rank 0", [Line(name="memory", points=memory, style="one")], unit=" GiB", from_zero=True),
         *page.line_charts(rows, {_moe_title(name): [name] for name in _moe_metrics(rows)}),
         *(_fp8_chart(rows, name, title) for name, title in _FP8.items()),
-        chart(
-            "FP8 tensors whose amax was above their history",
-            [Line(name="tensors", points=curve(rows, "fp8_late_scales"), style="one")],
-            from_zero=True,
-        ),
-        chart(
-            "FP8 tensors that the guard took to another scaling",
-            [Line(name="tensors", points=curve(rows, "fp8_fallbacks"), style="one")],
-            from_zero=True,
-        ),
+        one("FP8 tensors whose amax was above their history", "fp8_late_scales", "tensors"),
+        one("FP8 tensors that the guard took to another scaling", "fp8_fallbacks", "tensors"),
         *_fp8_by_layer(rows),
     ]
     model = f"{facts['family']}, {number(facts['parameters'])} parameters, {facts['dtype']}, on {device}"

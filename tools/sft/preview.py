@@ -15,6 +15,7 @@ from shared.data.sources import Piece
 from shared.errors import UserError
 from tools.sft.options import ReadingOptions
 from tools.sft.reading import Read, Reader, Reject, row_files
+from tools.sft.spans import Tokens
 
 DEFAULT_COUNT = 3
 OPEN, CLOSE = "\u27e6", "\u27e7"  # around tokens with a loss, where there is no colour
@@ -79,13 +80,18 @@ def _shown(reader: Reader, files: Sequence[Path]) -> Iterator[Shown]:
 
 def shown(tokenizer: Any, read: Read) -> Shown:
     """A conversation, its tokens decoded in stretches with and without a loss."""
-    ids, trained = read.tokens.ids.tolist(), read.tokens.assistant.tolist()
-    stretches = tuple(
+    tokens = read.tokens
+    title = f"{read.row.path}:{read.row.line}: {len(tokens.ids)} tokens, {int(tokens.assistant.sum())} with a loss"
+    return Shown(title="; ".join([title, *tokens.notes]), stretches=decoded(tokenizer, tokens))
+
+
+def decoded(tokenizer: Any, tokens: Tokens) -> tuple[tuple[bool, str], ...]:
+    """Stretches of tokens with and without a loss, in order: (whether it has a loss, text)."""
+    ids, trained = tokens.ids.tolist(), tokens.assistant.tolist()
+    return tuple(
         (loss, tokenizer.decode([ids[place] for place in places], clean_up_tokenization_spaces=False))
         for loss, places in groupby(range(len(ids)), key=trained.__getitem__)
     )
-    title = f"{read.row.path}:{read.row.line}: {len(ids)} tokens, {sum(trained)} with a loss"
-    return Shown(title="; ".join([title, *read.tokens.notes]), stretches=stretches)
 
 
 def page(conversations: Sequence[Shown]) -> str:

@@ -103,3 +103,17 @@ def killed(line: list[str], *, after: int) -> None:
         check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+
+
+def launched(script: str, folder: Path, *line: object) -> subprocess.CompletedProcess[str]:
+    """A program in FOLDER that changes something and calls the tool with `line`: the launcher starts it again in each rank."""
+    program = folder / "train.py"
+    program.write_text(script)
+    return subprocess.run(
+        [sys.executable, program, *line],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )

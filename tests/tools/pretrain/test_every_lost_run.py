@@ -6,8 +6,6 @@ import pickle
 import re
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +13,7 @@ import pytest
 import torch
 
 from shared.training.recorder import Recorder
-from tests.tools.pretrain.runs import MODEL, REPOSITORY, run, words
+from tests.tools.pretrain.runs import MODEL, launched, run, words
 from tests.training_runs import random_model, record, tensors
 
 
@@ -144,16 +142,7 @@ plan.verify_content = data_sources.verify_content = verify_content
 from tools.pretrain.cli import tool
 tool.run(sys.argv[1:])
 """
-    program = tmp_path / "train.py"
-    program.write_text(script)
-    done = subprocess.run(
-        [sys.executable, program, *words(source, data, tmp_path / "run", processes=2, steps=2)],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    done = launched(script, tmp_path, *words(source, data, tmp_path / "run", processes=2, steps=2))
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stderr.splitlines() if line.startswith("hashing")] == [
         "hashing --source None",
@@ -177,16 +166,7 @@ def stop(self, step, *numbers):
 Recorder.updated = stop
 tool.run(sys.argv[1:])
 """
-    program = tmp_path / "train.py"
-    program.write_text(script)
-    done = subprocess.run(
-        [sys.executable, program, *words(source, data, tmp_path / "run", processes=2, hang_timeout=5)],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = launched(script, tmp_path, *words(source, data, tmp_path / "run", processes=2, hang_timeout=5))
     assert done.returncode == 1
     told = done.stderr
     assert re.search(

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,7 +13,7 @@ import torch
 from shared.checkpoint.directory.open import open_checkpoint
 from shared.training.background_writer import BackgroundWriter
 from shared.training.recorder import Recorder
-from tests.tools.pretrain.runs import REPOSITORY, run, words
+from tests.tools.pretrain.runs import launched, run, words
 from tests.training_runs import record, signalled, tensors
 
 
@@ -189,17 +187,9 @@ def look(self, step, *numbers):
 BackgroundWriter._write, Recorder.updated = late, look
 tool.run(sys.argv[2:])
 """
-    program, target = tmp_path / "train.py", tmp_path / "run"
-    program.write_text(script)
+    target = tmp_path / "run"
     line = words(source, data, target, processes=2, steps=4, async_save="true", save_every=2)
-    done = subprocess.run(
-        [sys.executable, program, target, *line],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = launched(script, tmp_path, target, *line)
     assert done.returncode == 0, done.stderr
     assert "seen ['__0_0.distcp'] False" in done.stderr
     for iteration in (2, 4):

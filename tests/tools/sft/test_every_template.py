@@ -19,6 +19,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -26,6 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from shared.data.sources import Row
 from shared.errors import UserError
 from tools.sft.conversations import conversation
+from tools.sft.preview import decoded
 from tools.sft.spans import Renderer
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -67,15 +69,9 @@ def trained(template: str, row: dict[str, Any] | list[dict[str, Any]], **options
     tokens = Renderer(TOKENIZER, **options).tokens(
         conversation(Row(value=value, path=Path("rows.jsonl"), line=1), "auto")
     )
-    stretches: list[list[int]] = []
-    before = False
-    for token, inside in zip(tokens.ids.tolist(), tokens.assistant.tolist(), strict=True):
-        if inside:
-            stretches = stretches if before else [*stretches, []]
-            stretches[-1].append(token)
-        before = inside
-    assert {stretch[-1] for stretch in stretches} >= tokens.ends
-    return [TOKENIZER.decode(stretch) for stretch in stretches]
+    last = tokens.assistant & ~np.append(tokens.assistant[1:], False)  # of a stretch
+    assert set(tokens.ids[last].tolist()) >= tokens.ends
+    return [text for loss, text in decoded(TOKENIZER, tokens) if loss]
 
 
 TALK = [user("Hello"), said("Hello there."), user("Weather?"), said("It is sunny.")]

@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tools.sft.conversations import Conversation
+from tools.sft.preview import decoded
 from tools.sft.spans import Renderer
 
 TALK = [
@@ -24,14 +25,7 @@ def _said(directory: Path, messages: list[dict[str, str]]) -> list[str]:
     tokens = Renderer(tokenizer).tokens(Conversation(messages=messages))
     expected = tokenizer.apply_chat_template(messages, tokenize=False)
     assert tokenizer.decode(tokens.ids) == expected, "the ids are those of the rendered conversation"
-    stretches: list[list[int]] = []
-    before = False
-    for token, said in zip(tokens.ids.tolist(), tokens.assistant.tolist(), strict=True):
-        if said:
-            stretches = stretches if before else [*stretches, []]
-            stretches[-1].append(token)
-        before = said
-    return [tokenizer.decode(stretch) for stretch in stretches]
+    return [text for loss, text in decoded(tokenizer, tokens) if loss]
 
 
 @pytest.mark.parametrize("trims", [True, False])
