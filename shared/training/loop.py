@@ -34,6 +34,7 @@ from shared.model.context_parallel import local_part
 from shared.model.fp8_backend import Fp8Backend
 from shared.report.track import Track
 from shared.runtime import process_groups, progress
+from shared.runtime.extensions import compile_share_storage
 from shared.runtime.stop_request import StopRequest
 from shared.training import fp8_update, state
 from shared.training.balance import take_balance
@@ -137,6 +138,8 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
     training = ReadAhead(stored, ahead=config.global_batch_size, pin=device.type == "cuda")
     stack.callback(training.close)
     progress.at("building the model", long=True)
+    if "mla_up_proj" in config.recompute:
+        compile_share_storage()
     chunks = gpt.build(
         architecture,
         config.parallel,

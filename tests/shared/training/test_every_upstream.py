@@ -15,7 +15,10 @@ from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketG
 from megatron.core.optimizer import DistributedOptimizer, _get_param_groups, get_standard_config_overrides
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import random
 from megatron.core.transformer.transformer_block import TransformerBlock
+from torch.utils import cpp_extension
+from torch.utils.file_baton import FileBaton
 
 from shared.training.state import CONTENT
 from tests.upstream import attributes_set, binds, calls, relies_on
@@ -193,3 +196,11 @@ def test_a_checkpoint_is_laid_out_by_these_keys() -> None:
         "(metadata or {}).get('singleton_local_shards', False)",
         "metadata is not None and metadata.get('non_homogeneous_layers', False)",
     )
+
+
+def test_a_function_is_compiled_at_first_use() -> None:
+    ours = "shared/runtime/extensions.py"
+    binds(ours, random._get_share_storage)
+    relies_on(ours, random._get_share_storage, "global _share_storage_ext", "return _share_storage_ext.share_storage")
+    relies_on(ours, FileBaton.wait, "os.path.exists(self.lock_file_path)")
+    relies_on(ours, cpp_extension._get_build_directory, "os.environ.get('TORCH_EXTENSIONS_DIR')")
