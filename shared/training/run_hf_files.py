@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.checkpoint.directory.auxiliary_files import read_config
+from shared.checkpoint.directory.model_card import Stage, write_card
 from shared.console import log
 from shared.data.tokenizer import chat_templates, copy_tokenizer, set_chat_templates
 from shared.training.data_sources import DataSource
@@ -24,7 +25,8 @@ def run_hf_files(inputs: Inputs) -> Iterator[Path]:
     """Context manager: a directory with the auxiliary files (config.json, tokenizer, ...).
 
     A model trained on conversations gets their chat template, and the tokens that end its turns among the end tokens of
-    generation_config.json: otherwise it would be served with a format that it does not know, and not stop.
+    generation_config.json: otherwise it would be served with a format that it does not know, and not stop. If the source is
+    a run itself, that training goes into the model card.
     """
     own, first = inputs.source.hf_files, inputs.data[0]
     without = not (own / "tokenizer.json").is_file() and first.tokenizer.is_dir()
@@ -32,7 +34,8 @@ def run_hf_files(inputs: Inputs) -> Iterator[Path]:
     templates = chat_templates(chats[0].tokenizer) if chats else None
     changed = templates is not None and templates != chat_templates(own)
     ends = _further_ends(own, chats)
-    if not (without or changed or ends):
+    training = Stage.of_run(inputs.source.manifest)
+    if not (without or changed or ends or training):
         yield own
         return
     with tempfile.TemporaryDirectory() as scratch:
@@ -49,6 +52,8 @@ def run_hf_files(inputs: Inputs) -> Iterator[Path]:
                     log(f"--data {other.path} was rendered with another chat template, which is not published")
         if ends:
             _add_ends(merged, ends)
+        if training:
+            write_card(merged, training, name=inputs.source.path.name)
         yield merged
 
 

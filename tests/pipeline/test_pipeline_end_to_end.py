@@ -162,6 +162,22 @@ def test_every_directory_says_where_it_came_from(work: Path) -> None:
     assert parents("init-mg") == {("source", "init")}
 
 
+def test_the_model_card_has_every_training(work: Path) -> None:
+    card = (work / "ppo" / "README.md").read_text()
+    stages = [line for line in card.splitlines() if line.startswith("1. ")]
+    assert [line.partition(": ")[2].partition(";")[0] for line in stages] == [
+        "`--source init-mg`, `--data corpus`",
+        "`--source base-mg`, `--data chats`",
+        "`--source sft`, `--prompts prompts.jsonl`, `--reward-source reward`, `--reward-source reward.py`",
+    ]
+    assert f"step {STEPS}, " in stages[0]
+    assert ", bits_per_byte " in stages[0]
+    assert ", loss " in stages[1]
+    assert "base_model: sft\n" in card
+    assert "datasets:\n- corpus\n- chats\n- prompts.jsonl\n" in card
+    assert not (work / "init" / "README.md").exists()
+
+
 def test_the_tokenizer_arrives_unchanged(work: Path) -> None:
     made = (work / "tokenizer" / "tokenizer.json").read_bytes()
     for name in ("init", "base", "sft", "reward", "ppo", "grpo"):

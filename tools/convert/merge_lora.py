@@ -17,6 +17,7 @@ from shared.checkpoint.copy.byte_view import view_of
 from shared.checkpoint.copy.operations import CopyOperation, cast_operation, copy_rows
 from shared.checkpoint.copy.worker_pool import Task
 from shared.checkpoint.directory.auxiliary_files import check_auxiliary_files, copy_auxiliary_files, read_config
+from shared.checkpoint.directory.model_card import Stage, write_card
 from shared.checkpoint.directory.open import content_checks, open_checkpoint
 from shared.checkpoint.directory.publish import publish
 from shared.checkpoint.dtypes import Dtype, weight_dtype
@@ -26,6 +27,7 @@ from shared.cli import log
 from shared.errors import UserError
 from shared.families import registry
 from shared.families.common.multimodal_wrapper import untied as untied_config
+from shared.invocation import invocation
 from shared.mapping.rule import Table
 from shared.quantized.stored_weight import sliced
 from tools.convert.adapter import Changes, match, read_adapter, vocabulary_rows
@@ -106,6 +108,7 @@ def run(
             _rewrite(out.path / "config.json", partial(_resized_config, rows=rows))
         config_json = registry.with_auxiliary_fields(read_config(out.path / "config.json"), out.path)
         architecture = registry.from_config(config_json, passed_over)
+        write_card(out.path, Stage.of_this(invocation(), inputs, {}), name=target.name)
         out.describe(
             family=architecture.family,
             architecture=architecture.to_dict(),

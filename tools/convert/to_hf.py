@@ -12,6 +12,7 @@ from typing import Any
 from shared.architecture.architecture import Architecture
 from shared.checkpoint.copy.worker_pool import Task
 from shared.checkpoint.directory.auxiliary_files import check_auxiliary_files, copy_auxiliary_files, read_config
+from shared.checkpoint.directory.model_card import Stage, write_card
 from shared.checkpoint.directory.open import Checkpoint, content_checks, open_checkpoint
 from shared.checkpoint.directory.sharded_publish import ShardSpec, publish_sharded
 from shared.checkpoint.dtypes import BY_FLAG, Dtype
@@ -100,6 +101,8 @@ def run(
             remove_quantization_config(out.path / "config.json")
         if dtype:
             _set_dtype(out.path / "config.json", BY_FLAG[dtype].name)
+        if training := Stage.of_run(checkpoint.manifest):
+            write_card(out.path, training, name=target.name)
         tensors = plan.layout.tensors()
         out.describe(
             family=plan.architecture.family,

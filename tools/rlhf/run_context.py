@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from shared.checkpoint.directory.manifest import Inputs
+from shared.checkpoint.directory.model_card import Stage, write_card
 from shared.checkpoint.directory.publish import Publication, publish
 from shared.errors import StageError
+from shared.invocation import invocation
 from shared.report import page
 from shared.report.metrics import METRICS, read
 from shared.report.track import FOLDERS
@@ -59,7 +61,7 @@ def shown(value: Any) -> str:
 
 @contextmanager
 def open_run(target: Path, inputs: Inputs, *, overwrite: bool) -> Iterator[RunContext]:
-    """Open `target` and its state. When the block succeeds: publish, then remove the state.
+    """Open `target` and its state. When the block succeeds: write the model card, publish, then remove the state.
 
     Rank 0 does the checks. If one fails, the other ranks exit silently with rank 0's exit code.
 
@@ -82,5 +84,7 @@ def open_run(target: Path, inputs: Inputs, *, overwrite: bool) -> Iterator[RunCo
             if end.code:
                 raise
             raise StageError("something in the run called sys.exit() before the end; nothing is published") from end
+        if out is not None:
+            write_card(out.path, Stage.of_this(invocation(), inputs, out.facts), name=target.name)
     if out is not None:
         state.remove()
