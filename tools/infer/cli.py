@@ -186,6 +186,7 @@ def serve(
     chat_template: ExistingFile | None = None,
     gpu_memory: Share | None = None,
     drain: NonNegative = 60,
+    reload_from: ExistingDir | None = None,
     *,
     model: ModelOptions,
     batch_size: Positive | None = None,
@@ -206,6 +207,7 @@ def serve(
         chat_template: Jinja file; by default the tokenizer's template.
         gpu_memory: share of each GPU's memory for weights, activations and KV cache; by default vLLM's.
         drain: seconds after SIGTERM in which requests in flight may finish.
+        reload_from: folder of directories that `infer reload` may put in the model's place; by default none may.
         batch_size: most requests at once, further ones wait; by default the engine's choice.
         vllm_flags: flags of `vllm serve`, as --tool-call-parser hermes --enable-auto-tool-choice.
     """
@@ -221,10 +223,37 @@ def serve(
             chat_template=chat_template,
             gpu_memory=gpu_memory,
             drain=drain,
+            weights_below=reload_from,
             vllm_flags=vllm_flags,
         ),
         settings=model.settings(batch_size=batch_size),
     )
+
+
+@tool.command(positional=("url", "source"))
+def reload(
+    url: str,
+    source: Path,
+    version: str | None = None,
+    api_key_file: ExistingFile | None = None,
+    timeout: Positive = 600,
+) -> None:
+    """Give a running server the weights of a newer directory.
+
+    The server, started with --reload-from, reads and checks the directory whole: the same architecture, tokenizer, tensor
+    names, shapes and dtypes as its own, and no NaN. A directory that is not taken leaves the old weights in place, which is
+    exit code 2. Requests in flight get the old weights' answers to their end; later ones wait for the new weights.
+
+    Args:
+        url: address of the server, as in its ready line.
+        source: directory with the weights, at the path under which the server sees it.
+        version: name of these weights in `GET /v1/policy`; by default the directory's.
+        api_key_file: file with the server's key.
+        timeout: seconds for check, requests in flight and exchange.
+    """
+    from tools.infer.reload import run
+
+    run(url, source, version=version, api_key_file=api_key_file, timeout=timeout)
 
 
 def main() -> None:

@@ -7,6 +7,8 @@ import inspect
 
 import pytest
 import uvicorn
+from fastapi import APIRouter, FastAPI
+from fastapi.testclient import TestClient
 from lm_eval import evaluator
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
@@ -17,28 +19,39 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.mpt.modeling_mpt import MptModel
 from vllm import LLM, ModelRegistry
+from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX, AuthenticationMiddleware
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
+from vllm.model_executor.model_loader.reload import inplace
 from vllm.model_executor.models.registry import _PREVIOUSLY_SUPPORTED_MODELS, _LazyRegisteredModel
 from vllm.platforms.cpu import CpuPlatform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.mla.amx_mla import AMXMLABackend
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from tests.upstream import attributes_set, binds, calls, relies_on, says_nothing_of
 from tools.infer.engines import vllm_arguments, vllm_support
+from tools.infer.engines.weight_swap import WeightSwap
 
 DRAIN = "tools/infer/drain.py"
 ENGINE = "tools/infer/engines/vllm.py"
 EVALUATE = "tools/infer/evaluate.py"
+POLICY = "tools/infer/policy_route.py"
 SERVE = "tools/infer/serve.py"
 SUPPORT = "tools/infer/engines/vllm_support.py"
+SWAP = "tools/infer/engines/weight_swap.py"
 TASKS = "tools/infer/tasks.py"
 
 
@@ -122,6 +135,72 @@ def test_the_server_is_in_the_state_of_its_application() -> None:
     relies_on(DRAIN, init_entrypoints_middleware, "args.middleware", "app.add_middleware(imported)")
     assert {"started", "should_exit", "force_exit"} <= attributes_set(uvicorn.Server.__init__), DRAIN
     relies_on(DRAIN, uvicorn.Server.shutdown, "self.config.timeout_graceful_shutdown", "server.close()")
+
+
+def test_a_router_is_added_when_the_application_starts() -> None:
+    """Its lifespan begins inside the middlewares; what is included then is routed and guarded as vLLM's own."""
+    seen = []
+    app = FastAPI()
+
+    class Middleware:
+        def __init__(self, inner) -> None:
+            self.inner = inner
+
+        async def __call__(self, scope, receive, send) -> None:
+            if scope["type"] == "lifespan":
+                router = APIRouter()
+                router.get("/v1/ours")(lambda: seen.append(scope["app"]))
+                scope["app"].include_router(router)
+            await self.inner(scope, receive, send)
+
+    app.add_middleware(AuthenticationMiddleware, tokens=["key"])
+    app.add_middleware(Middleware)
+    with TestClient(app) as client:
+        assert client.get("/v1/ours").status_code == 401, DRAIN
+        assert client.get("/v1/ours", headers={"Authorization": "Bearer key"}).status_code == 200, DRAIN
+    assert seen == [app], DRAIN
+
+
+def test_keys_guard_the_paths_below_v1() -> None:
+    assert "/v1" in GUARDED_PREFIX, POLICY
+    relies_on(POLICY, init_entrypoints_middleware, "app.add_middleware(AuthenticationMiddleware, tokens=tokens)")
+
+
+def test_a_worker_has_the_methods_of_its_extension() -> None:
+    relies_on(
+        SWAP,
+        WorkerWrapperBase.init_worker,
+        "worker_extension_cls = resolve_obj_by_qualname(parallel_config.worker_extension_cls)",
+        "worker_class.__bases__ = worker_class.__bases__ + (worker_extension_cls,)",
+    )
+    assert resolve_obj_by_qualname(WeightSwap.path) is WeightSwap
+    taken = {name for name in dir(WeightSwap) if not name.startswith("__")} & {*dir(CPUWorker)}
+    assert not taken, SWAP
+    binds(SWAP, AsyncLLM.collective_rpc, None, "method", args=())
+
+
+def test_weights_are_reloaded_from_an_iterator() -> None:
+    calls(SWAP, Worker.reload_weights, "self.model_runner.reload_weights", "*args")
+    binds(SWAP, GPUModelRunner.reload_weights, None, weights_iterator=iter(()))
+    relies_on(SWAP, GPUModelRunner.reload_weights, "self.reset_lora_state()", "self.reset_encoder_cache()")
+    says_nothing_of(POLICY, GPUModelRunner.reload_weights, "reset_prefix_cache")
+    relies_on(SWAP, inplace.reload_weights, "loaded_weights = model.load_weights(weights_iterator)")
+
+
+def test_generation_is_paused_for_an_exchange() -> None:
+    binds(POLICY, AsyncLLM.pause_generation, None, mode="wait", clear_cache=True)
+    binds(POLICY, AsyncLLM.reset_prefix_cache, None, reset_running_requests=True)
+    binds(POLICY, AsyncLLM.update_weight_version, None, "version")
+    binds(POLICY, AsyncLLM.get_weight_version, None)
+    binds(POLICY, AsyncLLM.resume_generation, None)
+
+
+def test_a_configuration_says_what_a_reload_would_spoil() -> None:
+    assert isinstance(ModelConfig.is_hybrid, property), SUPPORT
+    assert isinstance(ModelConfig.has_inner_state, property), SUPPORT
+    assert "quantization" in ModelConfig.__dataclass_fields__, SUPPORT
+    assert "data_parallel_size" in ParallelConfig.__dataclass_fields__, SUPPORT
+    assert {"model_config", "parallel_config", "speculative_config"} <= {*VllmConfig.__dataclass_fields__}, SUPPORT
 
 
 def test_a_task_file_is_loaded_with_what_it_includes(tmp_path) -> None:
