@@ -46,6 +46,26 @@ class ModelOptions:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """The server around a model.
+
+    Attributes:
+        host: address to listen on; 0.0.0.0 for all interfaces, which opens the server to other machines.
+        port: port to listen on; 0 takes a free one.
+        api_key_file: file of the keys, one a line, of which requests to /v1 must bear one. Other paths, /health and
+            /metrics among them, need none.
+        gpu_memory: share of each GPU's memory for weights, activations and KV cache; by default vLLM's.
+        drain: seconds after SIGTERM in which requests in flight may finish.
+    """
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    api_key_file: ExistingFile | None = None
+    gpu_memory: Share | None = None
+    drain: NonNegative = 60
+
+
 @tool.command(not_fingerprinted=("batch_size", "tensor_parallel"))
 def generate(
     source: ExistingDir,
@@ -179,15 +199,11 @@ def chat(
 @tool.command(rest="vllm_flags")
 def serve(
     source: ExistingDir,
-    host: str = "127.0.0.1",
-    port: Port = 8000,
     served_model_name: str | None = None,
-    api_key_file: ExistingFile | None = None,
     chat_template: ExistingFile | None = None,
-    gpu_memory: Share | None = None,
-    drain: NonNegative = 60,
     reload_from: ExistingDir | None = None,
     *,
+    server: ServerOptions,
     model: ModelOptions,
     batch_size: Positive | None = None,
     vllm_flags: tuple[str, ...] = (),
@@ -199,14 +215,8 @@ def serve(
 
     Args:
         source: Hugging Face directory of the model.
-        host: address to listen on; 0.0.0.0 for all interfaces, which opens the server to other machines.
-        port: port to listen on; 0 takes a free one.
         served_model_name: model name in requests; by default the directory's.
-        api_key_file: file of the keys, one a line, of which requests to /v1 must bear one. Other paths, /health and
-            /metrics among them, need none.
         chat_template: Jinja file; by default the tokenizer's template.
-        gpu_memory: share of each GPU's memory for weights, activations and KV cache; by default vLLM's.
-        drain: seconds after SIGTERM in which requests in flight may finish.
         reload_from: folder of directories that `infer reload` may put in the model's place; by default none may.
         batch_size: most requests at once, further ones wait; by default the engine's choice.
         vllm_flags: flags of `vllm serve`, as --tool-call-parser hermes --enable-auto-tool-choice.
@@ -216,18 +226,45 @@ def serve(
     run(
         source,
         server=ServerSettings(
-            host=host,
-            port=port,
+            **vars(server),
             served_model_name=served_model_name,
-            api_key_file=api_key_file,
             chat_template=chat_template,
-            gpu_memory=gpu_memory,
-            drain=drain,
             weights_below=reload_from,
             vllm_flags=vllm_flags,
         ),
         settings=model.settings(batch_size=batch_size),
     )
+
+
+@tool.command(rest="vllm_flags")
+def rollouts(
+    source: ExistingDir,
+    policies: ExistingDir,
+    served_model_name: str = "policy",
+    *,
+    server: ServerOptions,
+    model: ModelOptions,
+    batch_size: Positive | None = None,
+    vllm_flags: tuple[str, ...] = (),
+) -> None:
+    """Sample replies for a trainer that publishes its policy again and again.
+
+    The server of `infer serve`, with `POST /v1/policy` for a newer policy and `GET /v1/policy` for the version that
+    answers. Log-probabilities are those of softmax(logits / temperature), from which it samples: generation_config.json of
+    the model sets no default.
+
+    Args:
+        source: Hugging Face directory of the first policy.
+        policies: folder below which the trainer publishes; the server reads nothing elsewhere.
+        served_model_name: model name in requests.
+        batch_size: most replies at once, further ones wait; by default the engine's choice.
+        vllm_flags: flags of `vllm serve`.
+    """
+    from tools.infer.rollouts import run
+    from tools.infer.serve import ServerSettings
+
+    settings = ServerSettings(**vars(server), served_model_name=served_model_name, vllm_flags=vllm_flags)
+    run(source, policies, server=settings, settings=model.settings(batch_size=batch_size))
 
 
 @tool.command(positional=("url", "source"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from typing import get_args
 
 import pytest
 import uvicorn
@@ -18,8 +19,9 @@ from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.mpt.modeling_mpt import MptModel
-from vllm import LLM, ModelRegistry
+from vllm import LLM, AsyncEngineArgs, ModelRegistry
 from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+from vllm.config.model import LogprobsMode
 from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -44,6 +46,7 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 from tests.upstream import attributes_set, binds, calls, relies_on, says_nothing_of
 from tools.infer.engines import vllm_arguments, vllm_support
 from tools.infer.engines.weight_swap import WeightSwap
+from tools.infer.rollouts import SAMPLING
 
 DRAIN = "tools/infer/drain.py"
 ENGINE = "tools/infer/engines/vllm.py"
@@ -193,6 +196,13 @@ def test_generation_is_paused_for_an_exchange() -> None:
     binds(POLICY, AsyncLLM.update_weight_version, None, "version")
     binds(POLICY, AsyncLLM.get_weight_version, None)
     binds(POLICY, AsyncLLM.resume_generation, None)
+
+
+def test_sampling_has_two_switches() -> None:
+    for name, value in SAMPLING.items():
+        binds("tools/infer/rollouts.py", AsyncEngineArgs, **{name: value})
+    assert "processed_logprobs" in get_args(LogprobsMode), "tools/infer/rollouts.py"
+    relies_on("tools/infer/rollouts.py", ModelConfig.get_diff_sampling_param, "src == 'vllm'")
 
 
 def test_a_configuration_says_what_a_reload_would_spoil() -> None:
