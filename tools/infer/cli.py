@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,7 @@ from tools.infer.engines.engine import EngineName, EngineSettings, Sampling
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]  # of a GPU's memory
 Temperature = Annotated[float, Field(ge=0, le=2)]  # vLLM's range
+LoraRank = Literal[8, 16, 32, 64, 128, 256]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 tool = Tool("infer", summary="Serve, generate, chat and evaluate with vLLM, from a Hugging Face directory.")
@@ -201,6 +202,8 @@ def serve(
     source: ExistingDir,
     served_model_name: str | None = None,
     chat_template: ExistingFile | None = None,
+    adapter: tuple[str, ...] = (),
+    lora_rank: LoraRank | None = None,
     reload_from: ExistingDir | None = None,
     *,
     server: ServerOptions,
@@ -217,7 +220,10 @@ def serve(
         source: Hugging Face directory of the model.
         served_model_name: model name in requests; by default the directory's.
         chat_template: Jinja file; by default the tokenizer's template.
-        reload_from: folder of directories that `infer reload` may put in the model's place; by default none may.
+        adapter: LoRA adapters of the model, as NAME=DIR, comma separated; requests for the model NAME get it.
+        lora_rank: room for adapters loaded later from --reload-from; by default the largest rank of --adapter.
+        reload_from: folder of directories that `infer reload` may put in the model's place, and of adapters that may be
+            loaded; by default none.
         batch_size: most requests at once, further ones wait; by default the engine's choice.
         vllm_flags: flags of `vllm serve`, as --tool-call-parser hermes --enable-auto-tool-choice.
     """
@@ -229,6 +235,8 @@ def serve(
             **vars(server),
             served_model_name=served_model_name,
             chat_template=chat_template,
+            adapters=adapter,
+            lora_rank=lora_rank,
             weights_below=reload_from,
             vllm_flags=vllm_flags,
         ),

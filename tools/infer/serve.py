@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import json
 import os
 import signal
 import socket
 from argparse import Namespace
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from shared.cli import log
 from shared.errors import EXIT_DONE, EXIT_INTERRUPTED, Interrupted, StageError, UserError
 from shared.runtime.parent_death import die_with_parent
+from tools.infer.adapters import check_adapter, lora_arguments, parse_adapters
 from tools.infer.api_keys import api_keys
 from tools.infer.drain import InFlight, drain, started
 from tools.infer.engines.engine import EngineSettings
@@ -48,6 +51,8 @@ class ServerSettings:
     gpu_memory: float | None = None  # share of each GPU's; None: vLLM's default
     drain: int = 60  # seconds for requests in flight after SIGTERM
     vllm_flags: tuple[str, ...] = ()  # words of vLLM's own command line
+    adapters: tuple[str, ...] = ()  # NAME=DIR of LoRA adapters
+    lora_rank: int | None = None  # the largest of adapters loaded later; None: that of `adapters`
     weights_below: Path | None = None  # directories below it may replace the weights; None: no directory
     weights_flag: str = "--reload-from"  # its flag, for messages
     engine: Mapping[str, Any] = field(default_factory=dict)  # further arguments of vLLM, not to be changed by its flags
@@ -70,25 +75,40 @@ def run(source: Path, *, server: ServerSettings, settings: EngineSettings) -> No
                 raise UserError("--gpu-memory: this machine has no GPU; leave it out")
             flags.engine["gpu_memory_utilization"] = server.gpu_memory
         own_arguments = dict(server.engine)
+        name = server.served_model_name or source.resolve().name
         if server.weights_below is not None:
             own_arguments["worker_extension_cls"] = WeightSwap.path
+        model = open_hf_directory(source)
+        served = ServedWeights.read(model)
+        adapters = parse_adapters(server.adapters, served.shapes, name)
+        if server.lora_rank and server.weights_below is None:
+            raise UserError(
+                "--lora-rank is for adapters that are loaded later: give --reload-from, too, or leave it out"
+            )
+        if adapters and "lora_modules" in flags.frontend:
+            raise UserError("after --: --lora-modules is infer's --adapter; give it before --")
+        if adapters or server.lora_rank:
+            own_arguments |= lora_arguments(
+                adapters, server.lora_rank, served.shapes, later=server.weights_below is not None
+            )
         if taken := own_arguments.keys() & flags.engine.keys():
             flag = f"--{taken.pop().replace('_', '-')}"
             raise UserError(f"after --: {flag} is set by infer itself here; leave it out")
-        model = open_hf_directory(source)
         arguments, _ = checked_arguments(model, settings, flags.engine | own_arguments)
         if not {"tokenizer", "tokenizer_mode", "skip_tokenizer_init", "trust_remote_code"} & flags.engine.keys():
             load_tokenizer(model)  # checked early; vLLM loads it late in its start
         port = listener.getsockname()[1]
-        own = ["--model", arguments["model"], "--served-model-name", server.served_model_name or source.resolve().name]
+        own = ["--model", arguments["model"], "--served-model-name", name]
         own += ["--host", server.host, "--port", str(port), "--middleware", InFlight.path]
         if server.chat_template:
             own += ["--chat-template", str(server.chat_template)]
+        if adapters:
+            named = (json.dumps({"name": adapter.name, "path": str(adapter.path)}) for adapter in adapters)
+            own += ["--lora-modules", *named]
         options = flags.options(*own)
         options.api_key = keys or None  # not in `own`: an error would print it
         import uvloop
 
-        served = ServedWeights.read(model) if server.weights_below is not None else None
         uvloop.run(_serve(listener, arguments, options, server, served))
     if _exit_code == EXIT_INTERRUPTED:
         raise Interrupted("the time was up; the same command serves again")
@@ -132,21 +152,31 @@ async def _serve(
     arguments: dict[str, Any],
     options: Namespace,
     server: ServerSettings,
-    served: ServedWeights | None,
+    served: ServedWeights,
 ) -> None:
     from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 
     scheme = "https" if options.ssl_certfile else "http"
     base = f"{scheme}://{f'[{options.host}]' if ':' in options.host else options.host}:{options.port}"
     announce(arguments)
-    exchange = server.weights_flag if served else None
+    exchange = server.weights_flag if server.weights_below is not None else None
     policy: PolicyRoute | None = None
     async with _engine(arguments, options, listener, exchange) as engine:
-        if served is not None and server.weights_below is not None:
+        if server.weights_below is not None:
+            from tools.infer.adapter_route import AdapterRoute
             from tools.infer.policy_route import PolicyRoute
 
             policy = PolicyRoute(served, server.weights_below, engine)
             InFlight.routers = (policy.router,)
+            if arguments.get("enable_lora"):
+                check = partial(
+                    check_adapter,
+                    shapes=served.shapes,
+                    place="adapter",
+                    rank=arguments["max_lora_rank"],
+                    modules=arguments.get("lora_target_modules"),
+                )
+                InFlight.routers += (AdapterRoute(server.weights_below, check).router,)
         died = False
         stop = engine.shutdown
 

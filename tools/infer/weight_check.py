@@ -79,6 +79,11 @@ class ServedWeights:
             read_at_start=dict(_files_read_at_start(directory)),
         )
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor."""
+        return {name: shape for name, (_, shape) in self.tensors.items()}
+
     def check(self, path: Path) -> list[WeightFile]:
         """The weight files of a directory that may replace these. UserError says what is wrong with it.
 
@@ -102,7 +107,7 @@ class ServedWeights:
             if self.read_at_start.get(name) != content:
                 raise UserError(f"path {path / name} is not the file that the server has read; start a server with it")
         files = [WeightFile.of(path / shard.file) for shard in layout.shards]
-        _check_finite(found)
+        check_finite(found, "path")
         if files != [WeightFile.of(path / shard.file) for shard in layout.shards]:
             raise UserError(f"path {path} has changed while it was read")
         return files
@@ -177,8 +182,8 @@ def _files_read_at_start(directory: Path) -> Iterator[tuple[str, Any]]:
         yield file.name, content
 
 
-def _check_finite(tensors: Mapping[str, TensorInfo]) -> None:
-    """UserError for a number that is NaN or infinite."""
+def check_finite(tensors: Mapping[str, TensorInfo], place: str) -> None:
+    """UserError, with `place` in front, for a number that is NaN or infinite."""
     import torch
     from safetensors import safe_open
 
@@ -190,7 +195,7 @@ def _check_finite(tensors: Mapping[str, TensorInfo]) -> None:
         with safe_open(file, "pt") as stored:
             for name in names:
                 if not torch.isfinite(stored.get_tensor(name)).all():
-                    raise UserError(f"path {file}: {name} has numbers that are NaN or infinite")
+                    raise UserError(f"{place} {file}: {name} has numbers that are NaN or infinite")
 
 
 def _some(names: list[str]) -> str:

@@ -21,12 +21,19 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.mpt.modeling_mpt import MptModel
 from vllm import LLM, AsyncEngineArgs, ModelRegistry
 from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+from vllm.config.lora import LoRAConfig, MaxLoRARanks
 from vllm.config.model import LogprobsMode
 from vllm.entrypoints.launchers import launcher
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.lora import api_router
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX, AuthenticationMiddleware
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
+from vllm.lora.peft_helper import PEFTHelper
 from vllm.model_executor.model_loader.reload import inplace
 from vllm.model_executor.models.registry import _PREVIOUSLY_SUPPORTED_MODELS, _LazyRegisteredModel
 from vllm.platforms.cpu import CpuPlatform
@@ -44,6 +51,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from tests.upstream import attributes_set, binds, calls, relies_on, says_nothing_of
+from tools.infer import adapters
 from tools.infer.engines import vllm_arguments, vllm_support
 from tools.infer.engines.weight_swap import WeightSwap
 from tools.infer.rollouts import SAMPLING
@@ -203,6 +211,27 @@ def test_sampling_has_two_switches() -> None:
         binds("tools/infer/rollouts.py", AsyncEngineArgs, **{name: value})
     assert "processed_logprobs" in get_args(LogprobsMode), "tools/infer/rollouts.py"
     relies_on("tools/infer/rollouts.py", ModelConfig.get_diff_sampling_param, "src == 'vllm'")
+
+
+def test_an_adapter_is_checked_by_its_configuration() -> None:
+    ours = "tools/infer/adapters.py"
+    fields = {"r": 4, "lora_alpha": 8, "target_modules": ["a"], "rank_pattern": {"a": 2}, "other": 1}
+    helper = PEFTHelper.from_dict(fields)
+    assert (helper.get_rank_and_scaling("x.a"), helper.get_rank_and_scaling("x.b")) == ((2, 4.0), (4, 2.0)), ours
+    helper.validate_legal(LoRAConfig(max_lora_rank=8))
+    with pytest.raises(ValueError, match="DoRA"):
+        PEFTHelper.from_dict(fields | {"use_dora": True}).validate_legal(LoRAConfig(max_lora_rank=8))
+    assert {*adapters._RANKS} <= {*get_args(MaxLoRARanks)}, ours
+
+
+def test_adapters_are_loaded_by_the_models_of_a_server() -> None:
+    ours = "tools/infer/adapter_route.py"
+    binds(ours, OpenAIServingModels.load_lora_adapter, None, LoadLoRAAdapterRequest(lora_name="a", lora_path="b"))
+    binds(ours, OpenAIServingModels.unload_lora_adapter, None, UnloadLoRAAdapterRequest(lora_name="a"))
+    for method in (OpenAIServingModels.load_lora_adapter, OpenAIServingModels.unload_lora_adapter):
+        assert inspect.signature(method).return_annotation == ErrorResponse | str, ours
+    relies_on(ours, init_app_state, "await state.openai_serving_models.init_static_loras()")
+    relies_on(ours, api_router.attach_router, "not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING")
 
 
 def test_a_configuration_says_what_a_reload_would_spoil() -> None:
