@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,7 @@ from tools.infer.engines.engine import EngineName, EngineSettings, Sampling
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]  # of a GPU's memory
 Temperature = Annotated[float, Field(ge=0, le=2)]  # vLLM's range
+LoraRank = Literal[8, 16, 32, 64, 128, 256]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 tool = Tool("infer", summary="Serve, generate, chat and evaluate with vLLM, from a Hugging Face directory.")
@@ -44,6 +45,26 @@ class ModelOptions:
             tensor_parallel=self.tensor_parallel,
             seed=seed,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """The server around a model.
+
+    Attributes:
+        host: address to listen on; 0.0.0.0 for all interfaces, which opens the server to other machines.
+        port: port to listen on; 0 takes a free one.
+        api_key_file: file of the keys, one a line, of which requests to /v1 must bear one. Other paths, /health and
+            /metrics among them, need none.
+        gpu_memory: share of each GPU's memory for weights, activations and KV cache; by default vLLM's.
+        drain: seconds after SIGTERM in which requests in flight may finish.
+    """
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    api_key_file: ExistingFile | None = None
+    gpu_memory: Share | None = None
+    drain: NonNegative = 60
 
 
 @tool.command(not_fingerprinted=("batch_size", "tensor_parallel"))
@@ -179,14 +200,13 @@ def chat(
 @tool.command(rest="vllm_flags")
 def serve(
     source: ExistingDir,
-    host: str = "127.0.0.1",
-    port: Port = 8000,
     served_model_name: str | None = None,
-    api_key_file: ExistingFile | None = None,
     chat_template: ExistingFile | None = None,
-    gpu_memory: Share | None = None,
-    drain: NonNegative = 60,
+    adapter: tuple[str, ...] = (),
+    lora_rank: LoraRank | None = None,
+    reload_from: ExistingDir | None = None,
     *,
+    server: ServerOptions,
     model: ModelOptions,
     batch_size: Positive | None = None,
     vllm_flags: tuple[str, ...] = (),
@@ -198,14 +218,12 @@ def serve(
 
     Args:
         source: Hugging Face directory of the model.
-        host: address to listen on; 0.0.0.0 for all interfaces, which opens the server to other machines.
-        port: port to listen on; 0 takes a free one.
         served_model_name: model name in requests; by default the directory's.
-        api_key_file: file of the keys, one a line, of which requests to /v1 must bear one. Other paths, /health and
-            /metrics among them, need none.
         chat_template: Jinja file; by default the tokenizer's template.
-        gpu_memory: share of each GPU's memory for weights, activations and KV cache; by default vLLM's.
-        drain: seconds after SIGTERM in which requests in flight may finish.
+        adapter: LoRA adapters of the model, as NAME=DIR, comma separated; requests for the model NAME get it.
+        lora_rank: room for adapters loaded later from --reload-from; by default the largest rank of --adapter.
+        reload_from: folder of directories that `infer reload` may put in the model's place, and of adapters that may be
+            loaded; by default none.
         batch_size: most requests at once, further ones wait; by default the engine's choice.
         vllm_flags: flags of `vllm serve`, as --tool-call-parser hermes --enable-auto-tool-choice.
     """
@@ -214,17 +232,73 @@ def serve(
     run(
         source,
         server=ServerSettings(
-            host=host,
-            port=port,
+            **vars(server),
             served_model_name=served_model_name,
-            api_key_file=api_key_file,
             chat_template=chat_template,
-            gpu_memory=gpu_memory,
-            drain=drain,
+            adapters=adapter,
+            lora_rank=lora_rank,
+            weights_below=reload_from,
             vllm_flags=vllm_flags,
         ),
         settings=model.settings(batch_size=batch_size),
     )
+
+
+@tool.command(rest="vllm_flags")
+def rollouts(
+    source: ExistingDir,
+    policies: ExistingDir,
+    served_model_name: str = "policy",
+    *,
+    server: ServerOptions,
+    model: ModelOptions,
+    batch_size: Positive | None = None,
+    vllm_flags: tuple[str, ...] = (),
+) -> None:
+    """Sample replies for a trainer that publishes its policy again and again.
+
+    The server of `infer serve`, with `POST /v1/policy` for a newer policy and `GET /v1/policy` for the version that
+    answers. Log-probabilities are those of softmax(logits / temperature), from which it samples: generation_config.json of
+    the model sets no default.
+
+    Args:
+        source: Hugging Face directory of the first policy.
+        policies: folder below which the trainer publishes; the server reads nothing elsewhere.
+        served_model_name: model name in requests.
+        batch_size: most replies at once, further ones wait; by default the engine's choice.
+        vllm_flags: flags of `vllm serve`.
+    """
+    from tools.infer.rollouts import run
+    from tools.infer.serve import ServerSettings
+
+    settings = ServerSettings(**vars(server), served_model_name=served_model_name, vllm_flags=vllm_flags)
+    run(source, policies, server=settings, settings=model.settings(batch_size=batch_size))
+
+
+@tool.command(positional=("url", "source"))
+def reload(
+    url: str,
+    source: Path,
+    version: str | None = None,
+    api_key_file: ExistingFile | None = None,
+    timeout: Positive = 600,
+) -> None:
+    """Give a running server the weights of a newer directory.
+
+    The server, started with --reload-from, reads and checks the directory whole: the same architecture, tokenizer, tensor
+    names, shapes and dtypes as its own, and no NaN. A directory that is not taken leaves the old weights in place, which is
+    exit code 2. Requests in flight get the old weights' answers to their end; later ones wait for the new weights.
+
+    Args:
+        url: address of the server, as in its ready line.
+        source: directory with the weights, at the path under which the server sees it.
+        version: name of these weights in `GET /v1/policy`; by default the directory's.
+        api_key_file: file with the server's key.
+        timeout: seconds for check, requests in flight and exchange.
+    """
+    from tools.infer.reload import run
+
+    run(url, source, version=version, api_key_file=api_key_file, timeout=timeout)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ class InFlight:
     requests = 0
     cut_off = 0  # by the end of the server
     server: uvicorn.Server | None = None  # from the start of the application on
+    routers: tuple[Any, ...] = ()  # FastAPI's, added to vLLM's application when it starts
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self.app = app
@@ -27,6 +28,8 @@ class InFlight:
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             InFlight.server = scope["app"].state.server
+            for router in InFlight.routers:
+                scope["app"].include_router(router)
         if scope["type"] == "http":
             await self.counted(scope, receive, send)
         else:
@@ -59,6 +62,12 @@ async def started() -> uvicorn.Server:
     while InFlight.server is None or not InFlight.server.started:
         await asyncio.sleep(0.05)
     return InFlight.server
+
+
+def stop_at_once() -> None:
+    """End the server without waiting for requests in flight."""
+    assert InFlight.server is not None
+    InFlight.server.should_exit = InFlight.server.force_exit = True
 
 
 def drain(server: uvicorn.Server, seconds: int) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import json
 import os
 import signal
 import socket
 from argparse import Namespace
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,17 +20,23 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from shared.cli import log
 from shared.errors import EXIT_DONE, EXIT_INTERRUPTED, Interrupted, StageError, UserError
 from shared.runtime.parent_death import die_with_parent
+from tools.infer.adapters import check_adapter, lora_arguments, parse_adapters
+from tools.infer.api_keys import api_keys
 from tools.infer.drain import InFlight, drain, started
 from tools.infer.engines.engine import EngineSettings
 from tools.infer.engines.vllm import announce, checked_arguments
 from tools.infer.engines.vllm_flags import parse
-from tools.infer.engines.vllm_support import reason, refusals
+from tools.infer.engines.vllm_support import check_exchange, reason, refusals
+from tools.infer.engines.weight_swap import WeightSwap
 from tools.infer.environment import on_gpu, prepare_environment
 from tools.infer.prompts import load_tokenizer
 from tools.infer.source import open_hf_directory
+from tools.infer.weight_check import ServedWeights
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
+
+    from tools.infer.policy_route import PolicyRoute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +51,11 @@ class ServerSettings:
     gpu_memory: float | None = None  # share of each GPU's; None: vLLM's default
     drain: int = 60  # seconds for requests in flight after SIGTERM
     vllm_flags: tuple[str, ...] = ()  # words of vLLM's own command line
+    adapters: tuple[str, ...] = ()  # NAME=DIR of LoRA adapters
+    lora_rank: int | None = None  # the largest of adapters loaded later; None: that of `adapters`
+    weights_below: Path | None = None  # directories below it may replace the weights; None: no directory
+    weights_flag: str = "--reload-from"  # its flag, for messages
+    engine: Mapping[str, Any] = field(default_factory=dict)  # further arguments of vLLM, not to be changed by its flags
 
 
 def run(source: Path, *, server: ServerSettings, settings: EngineSettings) -> None:
@@ -53,7 +66,7 @@ def run(source: Path, *, server: ServerSettings, settings: EngineSettings) -> No
     signal.signal(signal.SIGTERM, _leave)  # exit code 0, also while the model loads
     signal.signal(signal.SIGINT, _leave)
     signal.signal(signal.SIGUSR1, _leave_for_now)
-    keys = _api_keys(server.api_key_file) if server.api_key_file else ()
+    keys = api_keys(server.api_key_file) if server.api_key_file else ()
     with bind(server.host, server.port) as listener:
         prepare_environment()
         flags = parse(server.vllm_flags)
@@ -61,20 +74,42 @@ def run(source: Path, *, server: ServerSettings, settings: EngineSettings) -> No
             if not on_gpu():
                 raise UserError("--gpu-memory: this machine has no GPU; leave it out")
             flags.engine["gpu_memory_utilization"] = server.gpu_memory
+        own_arguments = dict(server.engine)
+        name = server.served_model_name or source.resolve().name
+        if server.weights_below is not None:
+            own_arguments["worker_extension_cls"] = WeightSwap.path
         model = open_hf_directory(source)
-        arguments, _ = checked_arguments(model, settings, flags.engine)
+        served = ServedWeights.read(model)
+        adapters = parse_adapters(server.adapters, served.shapes, name)
+        if server.lora_rank and server.weights_below is None:
+            raise UserError(
+                "--lora-rank is for adapters that are loaded later: give --reload-from, too, or leave it out"
+            )
+        if adapters and "lora_modules" in flags.frontend:
+            raise UserError("after --: --lora-modules is infer's --adapter; give it before --")
+        if adapters or server.lora_rank:
+            own_arguments |= lora_arguments(
+                adapters, server.lora_rank, served.shapes, later=server.weights_below is not None
+            )
+        if taken := own_arguments.keys() & flags.engine.keys():
+            flag = f"--{taken.pop().replace('_', '-')}"
+            raise UserError(f"after --: {flag} is set by infer itself here; leave it out")
+        arguments, _ = checked_arguments(model, settings, flags.engine | own_arguments)
         if not {"tokenizer", "tokenizer_mode", "skip_tokenizer_init", "trust_remote_code"} & flags.engine.keys():
             load_tokenizer(model)  # checked early; vLLM loads it late in its start
         port = listener.getsockname()[1]
-        own = ["--model", arguments["model"], "--served-model-name", server.served_model_name or source.resolve().name]
+        own = ["--model", arguments["model"], "--served-model-name", name]
         own += ["--host", server.host, "--port", str(port), "--middleware", InFlight.path]
         if server.chat_template:
             own += ["--chat-template", str(server.chat_template)]
+        if adapters:
+            named = (json.dumps({"name": adapter.name, "path": str(adapter.path)}) for adapter in adapters)
+            own += ["--lora-modules", *named]
         options = flags.options(*own)
         options.api_key = keys or None  # not in `own`: an error would print it
         import uvloop
 
-        uvloop.run(_serve(listener, arguments, options, server.drain))
+        uvloop.run(_serve(listener, arguments, options, server, served))
     if _exit_code == EXIT_INTERRUPTED:
         raise Interrupted("the time was up; the same command serves again")
 
@@ -112,24 +147,36 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _api_keys(path: Path) -> list[str]:
-    """The keys of a file, a key a line. UserError if it has none."""
-    try:
-        keys = [line.strip() for line in path.read_text(encoding="ascii").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise UserError(f"--api-key-file {path}: a key is not ASCII, which HTTP headers are") from None
-    if not keys:
-        raise UserError(f"--api-key-file {path} holds no key; write one a line")
-    return keys
-
-
-async def _serve(listener: socket.socket, arguments: dict[str, Any], options: Namespace, seconds: int) -> None:
+async def _serve(
+    listener: socket.socket,
+    arguments: dict[str, Any],
+    options: Namespace,
+    server: ServerSettings,
+    served: ServedWeights,
+) -> None:
     from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 
     scheme = "https" if options.ssl_certfile else "http"
     base = f"{scheme}://{f'[{options.host}]' if ':' in options.host else options.host}:{options.port}"
     announce(arguments)
-    async with _engine(arguments, options, listener) as engine:
+    exchange = server.weights_flag if server.weights_below is not None else None
+    policy: PolicyRoute | None = None
+    async with _engine(arguments, options, listener, exchange) as engine:
+        if server.weights_below is not None:
+            from tools.infer.adapter_route import AdapterRoute
+            from tools.infer.policy_route import PolicyRoute
+
+            policy = PolicyRoute(served, server.weights_below, engine)
+            InFlight.routers = (policy.router,)
+            if arguments.get("enable_lora"):
+                check = partial(
+                    check_adapter,
+                    shapes=served.shapes,
+                    place="adapter",
+                    rank=arguments["max_lora_rank"],
+                    modules=arguments.get("lora_target_modules"),
+                )
+                InFlight.routers += (AdapterRoute(server.weights_below, check).router,)
         died = False
         stop = engine.shutdown
 
@@ -140,15 +187,17 @@ async def _serve(listener: socket.socket, arguments: dict[str, Any], options: Na
             stop(timeout)
 
         engine.shutdown = stop_once
-        announcement = asyncio.create_task(_announce(base, options.served_model_name[0], seconds))
+        announcement = asyncio.create_task(_announce(base, options.served_model_name[0], server.drain))
         # `timeout_graceful_shutdown` is uvicorn's, which stops when vLLM does not stop it: on SIGTERM after the start
         shutdown = await build_and_serve(
-            engine, base, listener, options, log_config=_log_config(), timeout_graceful_shutdown=seconds
+            engine, base, listener, options, log_config=_log_config(), timeout_graceful_shutdown=server.drain
         )
         announcement.cancel()
         if InFlight.cut_off:
             log(f"requests cut off: {InFlight.cut_off}")
     await shutdown
+    if policy is not None and policy.failed is not None:
+        raise StageError(f"the weights could not be exchanged: {policy.failed}; start the server again")
     if died:
         raise StageError("the engine died; start the server again (VLLM_LOGGING_LEVEL=INFO shows more)")
     log("stopped")
@@ -164,12 +213,17 @@ def _log_config() -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def _engine(arguments: dict[str, Any], options: Namespace, listener: socket.socket) -> AsyncIterator[AsyncLLM]:
+async def _engine(
+    arguments: dict[str, Any], options: Namespace, listener: socket.socket, exchange: str | None
+) -> AsyncIterator[AsyncLLM]:
+    """The engine. `exchange`: the flag by which its weights may be replaced; UserError if they cannot be."""
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     with refusals(arguments["model"]):
         config = AsyncEngineArgs(**arguments, enable_log_requests=options.enable_log_requests).create_engine_config()
+    if exchange is not None:
+        check_exchange(config, exchange)
     if not on_gpu():
         # The engine is a separate process, by default spawned. Most of its start-up time is imports; a fork shares those of
         # this process. A fork is safe here: no torch thread runs yet.

@@ -107,7 +107,8 @@ def open_checkpoint(
             log(f"{path} is an unfinished training run; reading iteration {manifest.iteration}")
     if found.kind not in kinds:
         lacks = " (config.json is missing)" if found.kind == "tokenizer" else ""
-        fix = next((f"; {_CONVERSIONS[pair]}" for kind in kinds if (pair := (found.kind, kind)) in _CONVERSIONS), "")
+        commands = [_CONVERSIONS[found.kind, kind] for kind in kinds if (found.kind, kind) in _CONVERSIONS]
+        fix = f"; `{commands[0]} --source {path} --target DIR` makes one of it" if commands else ""
         raise UserError(f"{flag} {path} is a {found.kind} directory{lacks}; wanted: {' or '.join(kinds)}{fix}")
     checkpoint = Checkpoint(
         path=path, kind=found.kind, manifest=manifest, rank_files=found.rank_files, ignored=found.ignored
@@ -122,9 +123,9 @@ def open_checkpoint(
 
 # (kind that is there, kind that is wanted) -> the command that makes it
 _CONVERSIONS: dict[tuple[Kind, Kind], str] = {
-    ("hf", "megatron"): "`convert to-megatron` makes one of it",
-    ("megatron", "hf"): "`convert to-hf` makes one of it",
-    ("te", "hf"): "`convert to-hf` makes one of it",
+    ("hf", "megatron"): "convert to-megatron",
+    ("megatron", "hf"): "convert to-hf",
+    ("te", "hf"): "convert to-hf",
 }
 
 

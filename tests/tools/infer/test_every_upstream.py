@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from typing import get_args
 
 import pytest
 import uvicorn
+from fastapi import APIRouter, FastAPI
+from fastapi.testclient import TestClient
 from lm_eval import evaluator
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
@@ -16,29 +19,50 @@ from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.mpt.modeling_mpt import MptModel
-from vllm import LLM, ModelRegistry
+from vllm import LLM, AsyncEngineArgs, ModelRegistry
+from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+from vllm.config.lora import LoRAConfig, MaxLoRARanks
+from vllm.config.model import LogprobsMode
 from vllm.entrypoints.launchers import launcher
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.lora import api_router
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
+from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX, AuthenticationMiddleware
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.model_executor.model_loader.reload import inplace
 from vllm.model_executor.models.registry import _PREVIOUSLY_SUPPORTED_MODELS, _LazyRegisteredModel
 from vllm.platforms.cpu import CpuPlatform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.mla.amx_mla import AMXMLABackend
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from tests.upstream import attributes_set, binds, calls, relies_on, says_nothing_of
+from tools.infer import adapters
 from tools.infer.engines import vllm_arguments, vllm_support
+from tools.infer.engines.weight_swap import WeightSwap
+from tools.infer.rollouts import SAMPLING
 
 DRAIN = "tools/infer/drain.py"
 ENGINE = "tools/infer/engines/vllm.py"
 EVALUATE = "tools/infer/evaluate.py"
+POLICY = "tools/infer/policy_route.py"
 SERVE = "tools/infer/serve.py"
 SUPPORT = "tools/infer/engines/vllm_support.py"
+SWAP = "tools/infer/engines/weight_swap.py"
 TASKS = "tools/infer/tasks.py"
 
 
@@ -122,6 +146,100 @@ def test_the_server_is_in_the_state_of_its_application() -> None:
     relies_on(DRAIN, init_entrypoints_middleware, "args.middleware", "app.add_middleware(imported)")
     assert {"started", "should_exit", "force_exit"} <= attributes_set(uvicorn.Server.__init__), DRAIN
     relies_on(DRAIN, uvicorn.Server.shutdown, "self.config.timeout_graceful_shutdown", "server.close()")
+
+
+def test_a_router_is_added_when_the_application_starts() -> None:
+    """Its lifespan begins inside the middlewares; what is included then is routed and guarded as vLLM's own."""
+    seen = []
+    app = FastAPI()
+
+    class Middleware:
+        def __init__(self, inner) -> None:
+            self.inner = inner
+
+        async def __call__(self, scope, receive, send) -> None:
+            if scope["type"] == "lifespan":
+                router = APIRouter()
+                router.get("/v1/ours")(lambda: seen.append(scope["app"]))
+                scope["app"].include_router(router)
+            await self.inner(scope, receive, send)
+
+    app.add_middleware(AuthenticationMiddleware, tokens=["key"])
+    app.add_middleware(Middleware)
+    with TestClient(app) as client:
+        assert client.get("/v1/ours").status_code == 401, DRAIN
+        assert client.get("/v1/ours", headers={"Authorization": "Bearer key"}).status_code == 200, DRAIN
+    assert seen == [app], DRAIN
+
+
+def test_keys_guard_the_paths_below_v1() -> None:
+    assert "/v1" in GUARDED_PREFIX, POLICY
+    relies_on(POLICY, init_entrypoints_middleware, "app.add_middleware(AuthenticationMiddleware, tokens=tokens)")
+
+
+def test_a_worker_has_the_methods_of_its_extension() -> None:
+    relies_on(
+        SWAP,
+        WorkerWrapperBase.init_worker,
+        "worker_extension_cls = resolve_obj_by_qualname(parallel_config.worker_extension_cls)",
+        "worker_class.__bases__ = worker_class.__bases__ + (worker_extension_cls,)",
+    )
+    assert resolve_obj_by_qualname(WeightSwap.path) is WeightSwap
+    taken = {name for name in dir(WeightSwap) if not name.startswith("__")} & {*dir(CPUWorker)}
+    assert not taken, SWAP
+    binds(SWAP, AsyncLLM.collective_rpc, None, "method", args=())
+
+
+def test_weights_are_reloaded_from_an_iterator() -> None:
+    calls(SWAP, Worker.reload_weights, "self.model_runner.reload_weights", "*args")
+    binds(SWAP, GPUModelRunner.reload_weights, None, weights_iterator=iter(()))
+    relies_on(SWAP, GPUModelRunner.reload_weights, "self.reset_lora_state()", "self.reset_encoder_cache()")
+    says_nothing_of(POLICY, GPUModelRunner.reload_weights, "reset_prefix_cache")
+    relies_on(SWAP, inplace.reload_weights, "loaded_weights = model.load_weights(weights_iterator)")
+
+
+def test_generation_is_paused_for_an_exchange() -> None:
+    binds(POLICY, AsyncLLM.pause_generation, None, mode="wait", clear_cache=True)
+    binds(POLICY, AsyncLLM.reset_prefix_cache, None, reset_running_requests=True)
+    binds(POLICY, AsyncLLM.update_weight_version, None, "version")
+    binds(POLICY, AsyncLLM.get_weight_version, None)
+    binds(POLICY, AsyncLLM.resume_generation, None)
+
+
+def test_sampling_has_two_switches() -> None:
+    for name, value in SAMPLING.items():
+        binds("tools/infer/rollouts.py", AsyncEngineArgs, **{name: value})
+    assert "processed_logprobs" in get_args(LogprobsMode), "tools/infer/rollouts.py"
+    relies_on("tools/infer/rollouts.py", ModelConfig.get_diff_sampling_param, "src == 'vllm'")
+
+
+def test_an_adapter_is_checked_by_its_configuration() -> None:
+    ours = "tools/infer/adapters.py"
+    fields = {"r": 4, "lora_alpha": 8, "target_modules": ["a"], "rank_pattern": {"a": 2}, "other": 1}
+    helper = PEFTHelper.from_dict(fields)
+    assert (helper.get_rank_and_scaling("x.a"), helper.get_rank_and_scaling("x.b")) == ((2, 4.0), (4, 2.0)), ours
+    helper.validate_legal(LoRAConfig(max_lora_rank=8))
+    with pytest.raises(ValueError, match="DoRA"):
+        PEFTHelper.from_dict(fields | {"use_dora": True}).validate_legal(LoRAConfig(max_lora_rank=8))
+    assert {*adapters._RANKS} <= {*get_args(MaxLoRARanks)}, ours
+
+
+def test_adapters_are_loaded_by_the_models_of_a_server() -> None:
+    ours = "tools/infer/adapter_route.py"
+    binds(ours, OpenAIServingModels.load_lora_adapter, None, LoadLoRAAdapterRequest(lora_name="a", lora_path="b"))
+    binds(ours, OpenAIServingModels.unload_lora_adapter, None, UnloadLoRAAdapterRequest(lora_name="a"))
+    for method in (OpenAIServingModels.load_lora_adapter, OpenAIServingModels.unload_lora_adapter):
+        assert inspect.signature(method).return_annotation == ErrorResponse | str, ours
+    relies_on(ours, init_app_state, "await state.openai_serving_models.init_static_loras()")
+    relies_on(ours, api_router.attach_router, "not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING")
+
+
+def test_a_configuration_says_what_a_reload_would_spoil() -> None:
+    assert isinstance(ModelConfig.is_hybrid, property), SUPPORT
+    assert isinstance(ModelConfig.has_inner_state, property), SUPPORT
+    assert "quantization" in ModelConfig.__dataclass_fields__, SUPPORT
+    assert "data_parallel_size" in ParallelConfig.__dataclass_fields__, SUPPORT
+    assert {"model_config", "parallel_config", "speculative_config"} <= {*VllmConfig.__dataclass_fields__}, SUPPORT
 
 
 def test_a_task_file_is_loaded_with_what_it_includes(tmp_path) -> None:

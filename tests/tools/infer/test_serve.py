@@ -19,34 +19,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.tools.infer.http_server import call, gone, ready
+
 INFER = Path(sys.executable).with_name("infer")
-
-
-def call(url: str, body: dict | None = None, key: str | None = None) -> tuple[int, dict | None]:
-    """Status and JSON of a request; POST when there is a body."""
-    data = json.dumps(body).encode() if body is not None else None
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    request = urllib.request.Request(url, data=data, headers=headers)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            text, status = answer.read(), answer.status
-    except urllib.error.HTTPError as error:
-        text, status = error.read(), error.code
-    return status, json.loads(text) if text else None
-
-
-def ready(path: Path, alive) -> str:
-    """The address that the server printed once it was ready."""
-    until = time.monotonic() + 240
-    while time.monotonic() < until:
-        text = path.read_text() if path.exists() else ""
-        if text.endswith("\n"):
-            word, url, _ = text.split()
-            assert word == "ready"
-            return url
-        assert alive(), "the server ended before it was ready"
-        time.sleep(0.2)
-    raise AssertionError("the server did not become ready")
 
 
 def test_it_answers_the_api_and_ends_on_sigterm(models, greedy, tmp_path):
@@ -161,14 +136,6 @@ def test_a_port_in_use_is_refused_at_once(models, tmp_path):
     imported = {line.rpartition("|")[2].strip() for line in imports}
     assert "tools.infer.serve" in imported
     assert not imported & {"torch", "vllm", "transformers"}  # they take half a minute
-
-
-def gone(pid: int) -> bool:
-    """Whether a process has ended, reaped or not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
 
 
 def test_a_server_that_is_killed_takes_its_engine_along(launcher, models):

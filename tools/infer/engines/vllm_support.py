@@ -107,6 +107,22 @@ def _check_cpu_kernels(source: str, config: Any) -> None:
         )
 
 
+def check_exchange(config: Any, flag: str) -> None:
+    """UserError if the weights of an engine (vLLM's `VllmConfig`) cannot be replaced in place."""
+    model = config.model_config
+    refused = {
+        "vLLM repacks quantised weights": model.quantization is not None,
+        "vLLM's reload changes the state of recurrent layers": model.is_hybrid or model.has_inner_state,
+        "a draft model would keep its weights": config.speculative_config is not None,
+        "replicas of --data-parallel-size would get them one after the other": config.parallel_config.data_parallel_size
+        > 1,
+    }
+    for why in (why for why, true in refused.items() if true):
+        raise UserError(
+            f"{flag}: the weights of this model or server cannot be replaced while it runs ({why}); leave it out"
+        )
+
+
 @contextlib.contextmanager
 def refusals(source: object) -> Iterator[None]:
     """Convert vLLM's error about a model to a UserError. An AssertionError without a message is a bug and stays one."""

@@ -189,5 +189,5 @@ def test_an_empty_directory_and_one_of_nothing_known(tmp_path: Path) -> None:
 def test_a_kind_that_is_not_wanted_names_the_command_that_makes_the_other(tmp_path: Path) -> None:
     folder = put(tmp_path / "m", "config.json", "model.safetensors")
     assert reason(folder, ("megatron",)).endswith(
-        "is a hf directory; wanted: megatron; `convert to-megatron` makes one of it"
+        f"is a hf directory; wanted: megatron; `convert to-megatron --source {folder} --target DIR` makes one of it"
     )

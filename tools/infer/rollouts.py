@@ -1,0 +1,23 @@
+"""`infer rollouts`: a server that samples from the policy of a trainer.
+
+What a trainer needs of it is HTTP alone: `POST /v1/completions` with token ids, `return_token_ids`, `logprobs: 0` and one seed
+a reply; `POST` and `GET /v1/policy`. One request with one seed gives equal prompts equal replies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from tools.infer import serve
+from tools.infer.engines.engine import EngineSettings
+
+# By default vLLM gives log-probabilities before the temperature, and takes top_k, penalties and the like that a request does not
+# set from generation_config.json: it would sample from another distribution than the trainer computes.
+SAMPLING = {"logprobs_mode": "processed_logprobs", "generation_config": "vllm"}
+
+
+def run(source: Path, policies: Path, *, server: serve.ServerSettings, settings: EngineSettings) -> None:
+    """Serve until a signal, as `tools.infer.serve.run`; directories below `policies` may become the policy."""
+    server = replace(server, weights_below=policies, weights_flag="--policies", engine=SAMPLING)
+    serve.run(source, server=server, settings=settings)
