@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -168,6 +169,25 @@ def reward_model(world: World, rlhf: Callable[..., int]) -> Path:
     target = world.root / "reward"
     assert rlhf("reward", source=world.policy, data=world.pairs, target=target, epochs=2, learning_rate=1e-3) == 0
     return target
+
+
+@pytest.fixture
+def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Send this process SIGUSR1 after an update of a TRL trainer, once."""
+    from tools.rlhf.engines import trl
+
+    def at(update: int) -> None:
+        whole = trl.StageCallback.on_step_end
+
+        def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            if state.global_step == update:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                monkeypatch.undo()
+            return whole(self, args, state, control, **kwargs)
+
+        monkeypatch.setattr(trl.StageCallback, "on_step_end", on_step_end)
+
+    return at
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 
 import deepspeed.ops
+import pytest
+from datasets import Dataset
 from deepspeed.comm.torch import build_shm_op
 from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -29,6 +31,7 @@ from trl.trainer import grpo_trainer
 
 from tests.upstream import calls, relies_on
 from tools.rlhf.engines import trl
+from tools.rlhf.engines.preference_trainers import OwnTokensDPOTrainer, OwnTokensKTOTrainer
 
 DEEPSPEED = "tools/rlhf/engines/deepspeed.py"
 TINY = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8}
@@ -146,3 +149,26 @@ def test_grpo_samples_and_scores_in_these_methods() -> None:
     calls(place, GRPOTrainer._compute_loss, "self._get_per_token_logps_and_entropies")
     named = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
     assert named[1:6] == ["model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"], place
+
+
+PREFERENCES = "tools/rlhf/engines/preference_trainers.py"
+PREFERENCE_TRAINERS = (OwnTokensDPOTrainer, OwnTokensKTOTrainer)
+
+
+@pytest.mark.parametrize("kind", PREFERENCE_TRAINERS)
+def test_preference_trainers_take_rows_as_they_are(kind: type) -> None:
+    theirs = kind.__mro__[2]
+    calls(PREFERENCES, theirs.__init__, "self._prepare_dataset")
+    calls(PREFERENCES, theirs._precompute_ref_logps, "self.compute_ref_log_probs")
+    calls(PREFERENCES, theirs.compute_ref_log_probs, "model", fused_lm_head="True", labels="labels")
+
+
+@pytest.mark.parametrize("kind", PREFERENCE_TRAINERS)
+def test_the_references_log_probabilities_are_beside_the_rows(kind: type) -> None:
+    relies_on(
+        PREFERENCES,
+        kind._precompute_ref_logps,
+        "cache_file = dataset._get_cache_file_path(fingerprint)",
+        "os.path.exists(cache_file)",
+    )
+    relies_on(PREFERENCES, Dataset._get_cache_file_path, "os.path.dirname(self.cache_files[0]['filename'])")
