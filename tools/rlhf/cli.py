@@ -1,9 +1,9 @@
-"""The `rlhf` command: reward models, DPO, KTO and GRPO on TRL, PPO on DeepSpeed."""
+"""The `rlhf` command: reward models, DPO, KTO, GRPO and RLOO on TRL, PPO on DeepSpeed."""
 
 from __future__ import annotations
 
 from shared.cli import Tool
-from tools.rlhf.options import DPOOptions, GRPOOptions, KTOOptions, Options, PPOOptions, RewardOptions
+from tools.rlhf.options import DPOOptions, GRPOOptions, KTOOptions, Options, PPOOptions, RewardOptions, RLOOOptions
 
 tool = Tool(
     "rlhf",
@@ -75,7 +75,9 @@ def ppo(options: PPOOptions) -> int | None:
     return code
 
 
-@tool.command(not_fingerprinted=(*_NOT_FINGERPRINTED, "reward_timeout"))
+@tool.command(
+    not_fingerprinted=(*_NOT_FINGERPRINTED, "reward_timeout"), added=("loss", "reward_normalisation", "scale_rewards")
+)
 def grpo(options: GRPOOptions) -> int | None:
     """Train a policy on rewards by GRPO, with TRL's GRPOTrainer: no critic, advantages are relative to a prompt's replies.
 
@@ -84,6 +86,20 @@ def grpo(options: GRPOOptions) -> int | None:
     code = _launch(options)
     if code is None:
         from tools.rlhf.algorithms.grpo import run
+
+        run(options)
+    return code
+
+
+@tool.command(not_fingerprinted=(*_NOT_FINGERPRINTED, "reward_timeout"))
+def rloo(options: RLOOOptions) -> int | None:
+    """Train a policy on rewards by RLOO, with TRL's RLOOTrainer: a reply's baseline is the mean of the prompt's other replies.
+
+    Inputs and output are those of `rlhf ppo`. Killed or stopped, the same command resumes from TARGET.state.
+    """
+    code = _launch(options)
+    if code is None:
+        from tools.rlhf.algorithms.rloo import run
 
         run(options)
     return code

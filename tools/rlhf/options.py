@@ -285,8 +285,8 @@ class PPOOptions(PolicyOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOOptions(PolicyOptions):
-    """`rlhf grpo`.
+class GroupOptions(PolicyOptions):
+    """Options of `rlhf grpo` and `rlhf rloo`.
 
     Attributes:
         steps: updates.
@@ -313,3 +313,44 @@ class GRPOOptions(PolicyOptions):
                 f"--save-every {self.save_every} is not a multiple of --epochs {self.epochs}: replies are used in that "
                 "many updates and are not part of the state"
             )
+
+
+GRPOLoss = Literal["dapo", "grpo", "bnpo", "dr_grpo", "cispo"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOOptions(GroupOptions):
+    """`rlhf grpo`.
+
+    Attributes:
+        loss: what the sum over tokens is divided by; cispo is another sum, too. README.md has the formulas and papers.
+        reward_normalisation: of several rewards: their weighted sum is normalised over a prompt's replies, or each of them is,
+            and then the sum over the update.
+        scale_rewards: whose deviation advantages are divided by: the prompt's replies, the update's, or none.
+    """
+
+    loss: GRPOLoss = "dapo"
+    reward_normalisation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+
+    def __post_init__(self) -> None:
+        """As in `PolicyOptions`; also, a scale is given where it acts."""
+        super().__post_init__()
+        if self.reward_normalisation == "normalize_then_sum" and self.scale_rewards != "group":
+            raise UserError(
+                f"--scale-rewards {self.scale_rewards} with --reward-normalisation normalize_then_sum, which scales each "
+                "reward by its prompt's replies; leave --scale-rewards out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOOOptions(GroupOptions):
+    """`rlhf rloo`.
+
+    Attributes:
+        generations: replies per prompt; the baseline of each is the mean reward of the others.
+        clip_range: epsilon; the probability ratio of a whole reply is clipped to [1 - epsilon, 1 + epsilon].
+        kl_coefficient: weight of the KL divergence from the source in the reward; with 0 no reference model is loaded.
+    """
+
+    kl_coefficient: Rate = 0.05

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.generation.utils import GenerationMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
+from trl import GRPOTrainer, RLOOTrainer
 from trl.trainer import grpo_trainer
 
 from tests.upstream import calls, relies_on
@@ -58,21 +58,26 @@ def test_every_optimizer_has_groups() -> None:
         assert isinstance(kind.param_groups, property), f"{kind.__name__}: re-read set_learning_rate of {DEEPSPEED}"
 
 
-def test_replies_are_sampled_once_a_period() -> None:
+GROUPS = pytest.mark.parametrize("kind", [GRPOTrainer, RLOOTrainer])
+
+
+@GROUPS
+def test_replies_are_sampled_once_a_period(kind: type) -> None:
     relies_on(
-        "tools/rlhf/algorithms/grpo.py",
-        GRPOTrainer._prepare_inputs,
+        "tools/rlhf/algorithms/group_training.py",
+        kind._prepare_inputs,
         "generate_every = self.args.steps_per_generation * self.num_iterations",
         "self._step % generate_every == 0 or self._buffered_inputs is None",
     )
 
 
-def test_a_reward_is_named_by_its_function() -> None:
+@GROUPS
+def test_a_reward_is_named_by_its_function(kind: type) -> None:
     def function() -> None: ...
 
     function.__name__ = "length"
-    assert grpo_trainer.get_callable_name(function) == "length", "tools/rlhf/algorithms/grpo.py"
-    calls("tools/rlhf/algorithms/grpo.py", GRPOTrainer.__init__, "get_callable_name", "reward_funcs[i]")
+    assert grpo_trainer.get_callable_name(function) == "length", "tools/rlhf/algorithms/group_training.py"
+    calls("tools/rlhf/algorithms/group_training.py", kind.__init__, "get_callable_name", "reward_funcs[i]")
 
 
 def test_a_checkpoint_is_on_disk_when_callbacks_hear_of_it() -> None:
@@ -129,25 +134,27 @@ def test_saving_removes_tied_tensors_then_renames() -> None:
     )
 
 
-def test_grpo_tokenises_prompts_in_a_method() -> None:
+@GROUPS
+def test_prompts_are_tokenised_in_a_method(kind: type) -> None:
     relies_on(
-        "tools/rlhf/algorithms/grpo.py",
-        GRPOTrainer._generate,
+        "tools/rlhf/algorithms/group_training.py",
+        kind._generate,
         "prompt_ids, images, multimodal_fields = self._tokenize_prompts(prompts)",
     )
 
 
-def test_grpo_samples_and_scores_in_these_methods() -> None:
-    place = "tools/rlhf/engines/grpo_trainer.py"
-    calls(place, GRPOTrainer._generate_single_turn, "unwrapped_model.generate")
-    calls(place, GRPOTrainer._generate, "self._generate_single_turn")
+@GROUPS
+def test_replies_are_sampled_and_scored_in_these_methods(kind: type) -> None:
+    place = "tools/rlhf/engines/group_trainers.py"
+    calls(place, kind._generate_single_turn, "unwrapped_model.generate")
+    calls(place, kind._generate, "self._generate_single_turn")
     relies_on(
         place,
-        GRPOTrainer._prepare_inputs,
+        kind._prepare_inputs,
         "generation_batch = self._generate_and_score_completions(generation_batch)",
     )
-    calls(place, GRPOTrainer._compute_loss, "self._get_per_token_logps_and_entropies")
-    named = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+    calls(place, kind._compute_loss, "self._get_per_token_logps_and_entropies")
+    named = list(inspect.signature(kind._get_per_token_logps_and_entropies).parameters)
     assert named[1:6] == ["model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"], place
 
 
