@@ -166,6 +166,11 @@ PREFERENCE_TRAINERS = (OwnTokensDPOTrainer, OwnTokensKTOTrainer)
 def test_preference_trainers_take_rows_as_they_are(kind: type) -> None:
     theirs = kind.__mro__[2]
     calls(PREFERENCES, theirs.__init__, "self._prepare_dataset")
+
+
+@pytest.mark.parametrize("kind", PREFERENCE_TRAINERS)
+def test_the_references_log_probabilities_are_computed_in_a_method(kind: type) -> None:
+    theirs = kind.__mro__[2]
     calls(PREFERENCES, theirs._precompute_ref_logps, "self.compute_ref_log_probs")
     calls(PREFERENCES, theirs.compute_ref_log_probs, "model", fused_lm_head="True", labels="labels")
 
