@@ -1,11 +1,14 @@
-"""The `rlhf` command: reward models and GRPO on TRL, PPO on DeepSpeed."""
+"""The `rlhf` command: reward models, DPO, KTO, GRPO and RLOO on TRL, PPO on DeepSpeed."""
 
 from __future__ import annotations
 
 from shared.cli import Tool
-from tools.rlhf.options import GRPOOptions, Options, PPOOptions, RewardOptions
+from tools.rlhf.options import DPOOptions, GRPOOptions, KTOOptions, Options, PPOOptions, RewardOptions, RLOOOptions
 
-tool = Tool("rlhf", summary="Train a reward model, and a policy on rewards, from and to Hugging Face directories.")
+tool = Tool(
+    "rlhf",
+    summary="Train a reward model, and a policy on rewards or preferences, from and to Hugging Face directories.",
+)
 
 _NOT_FINGERPRINTED = ("save_every", "log_every", "track")
 
@@ -26,6 +29,37 @@ def reward(options: RewardOptions) -> int | None:
     return code
 
 
+@tool.command(not_fingerprinted=_NOT_FINGERPRINTED)
+def dpo(options: DPOOptions) -> int | None:
+    """Train a policy on preference pairs by DPO, with TRL's DPOTrainer: no reward model, no roll-outs.
+
+    Reads a Hugging Face causal language model and the pairs that `rlhf reward` reads; publishes a Hugging Face directory of
+    the trained policy, and prints its loss and accuracy on held-out pairs. Killed or stopped, the same command resumes from
+    TARGET.state.
+    """
+    code = _launch(options)
+    if code is None:
+        from tools.rlhf.algorithms.dpo import run
+
+        run(options)
+    return code
+
+
+@tool.command(not_fingerprinted=_NOT_FINGERPRINTED)
+def kto(options: KTOOptions) -> int | None:
+    """Train a policy on replies labelled desirable or not by KTO, with TRL's KTOTrainer.
+
+    Reads a Hugging Face causal language model and rows of {"prompt", "completion", "label"}, or preference pairs; publishes a
+    Hugging Face directory of the trained policy. Killed or stopped, the same command resumes from TARGET.state.
+    """
+    code = _launch(options)
+    if code is None:
+        from tools.rlhf.algorithms.kto import run
+
+        run(options)
+    return code
+
+
 @tool.command(not_fingerprinted=(*_NOT_FINGERPRINTED, "reward_timeout"))
 def ppo(options: PPOOptions) -> int | None:
     """Train a policy on rewards by PPO, on DeepSpeed engines.
@@ -41,7 +75,9 @@ def ppo(options: PPOOptions) -> int | None:
     return code
 
 
-@tool.command(not_fingerprinted=(*_NOT_FINGERPRINTED, "reward_timeout"))
+@tool.command(
+    not_fingerprinted=(*_NOT_FINGERPRINTED, "reward_timeout"), added=("loss", "reward_normalisation", "scale_rewards")
+)
 def grpo(options: GRPOOptions) -> int | None:
     """Train a policy on rewards by GRPO, with TRL's GRPOTrainer: no critic, advantages are relative to a prompt's replies.
 
@@ -50,6 +86,20 @@ def grpo(options: GRPOOptions) -> int | None:
     code = _launch(options)
     if code is None:
         from tools.rlhf.algorithms.grpo import run
+
+        run(options)
+    return code
+
+
+@tool.command(not_fingerprinted=(*_NOT_FINGERPRINTED, "reward_timeout"))
+def rloo(options: RLOOOptions) -> int | None:
+    """Train a policy on rewards by RLOO, with TRL's RLOOTrainer: a reply's baseline is the mean of the prompt's other replies.
+
+    Inputs and output are those of `rlhf ppo`. Killed or stopped, the same command resumes from TARGET.state.
+    """
+    code = _launch(options)
+    if code is None:
+        from tools.rlhf.algorithms.rloo import run
 
         run(options)
     return code

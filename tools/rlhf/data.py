@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from shared.data.chat_template import render_prompt
 from shared.data.messages import Message, tool_definitions
 from shared.data.sources import Row, rows_of
 from shared.errors import UserError
-from tools.rlhf.preferences import Reply, messages, preference
+from tools.rlhf.preferences import Reply, labelled, messages, preference
 
 _RESERVED = ("prompts", "completions")
 
@@ -34,6 +35,30 @@ class Pair:
 
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedReplies:
+    """A preference between two replies to one prompt, as a policy learns from it; replies end with the end token."""
+
+    prompt: tuple[int, ...]
+    """At least one token: the first of a sequence has no probability."""
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer side with the prompt."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledReply:
+    """A reply, through its end token, that is desirable or not."""
+
+    prompt: tuple[int, ...]
+    reply: tuple[int, ...]
+    label: bool
 
 
 def read_prompts(path: Path, tokenizer: Any, *, context_length: int, max_new_tokens: int) -> list[Prompt]:
@@ -92,11 +117,8 @@ def read_preferences(path: Path, tokenizer: Any, *, max_length: int) -> tuple[li
         UserError: a row is invalid; the message has file and line.
     """
     pairs, dropped = [], 0
-    end = end_token_id(tokenizer)
-    for row in rows_of(path, flag="--data"):
-        chosen, rejected = ((*_sequence(row, reply, tokenizer), end) for reply in preference(row))
-        if chosen == rejected:
-            raise row.error("'chosen' and 'rejected' are the same; remove the row")
+    for _, sides in _pairs(path, tokenizer):
+        chosen, rejected = (prompt + reply for _, prompt, reply in sides)
         if max(len(chosen), len(rejected)) > max_length:
             dropped += 1
         else:
@@ -106,13 +128,101 @@ def read_preferences(path: Path, tokenizer: Any, *, max_length: int) -> tuple[li
     return pairs, dropped
 
 
-def _sequence(row: Row, reply: Reply, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids of prompt and reply, without the end token."""
+def read_ranked_replies(
+    path: Path, tokenizer: Any, *, max_length: int, context_length: int
+) -> tuple[list[RankedReplies], dict[str, int]]:
+    """Pairs of a file of preferences for training a policy, and the numbers of pairs dropped, by reason.
+
+    Of whole texts, the prompt is what their tokens have in common. Conversations that part before their last reply have
+    two prompts: DPO's loss, from which the prompt's normalisation cancels, is not defined for them. They are dropped.
+
+    Args:
+        path: a file of rows, or a folder of them.
+        tokenizer: a fast tokenizer of transformers.
+        max_length: maximum sequence length in tokens; pairs with a longer sequence are dropped.
+        context_length: the model's, in tokens.
+
+    Raises:
+        UserError: a row is invalid, a reply empty, or a prompt fills the model's context; the message has file and line.
+    """
+    pairs, dropped = [], {"too long": 0, "of two prompts": 0}
+    for row, ((chosen, prompt, better), (rejected, other, worse)) in _pairs(path, tokenizer):
+        _check_reply(row, "'chosen'", chosen, prompt, context_length)
+        _check_reply(row, "'rejected'", rejected, other, context_length)
+        if not prompt and not other:
+            shared = next(i for i, ids in enumerate(zip(better, worse, strict=False)) if ids[0] != ids[1])
+            prompt = other = better[:shared]
+            better, worse = better[shared:], worse[shared:]
+        if not prompt:
+            raise row.error("'prompt' is empty, and the replies begin with different tokens; give a prompt")
+        pair = RankedReplies(prompt=prompt, chosen=better, rejected=worse)
+        if prompt != other:
+            dropped["of two prompts"] += 1
+        elif pair.longest > max_length:
+            dropped["too long"] += 1
+        else:
+            pairs.append(pair)
+    if not pairs and not any(dropped.values()):
+        raise UserError(f"--data {path}: no row in it")
+    return pairs, dropped
+
+
+def read_labelled_replies(
+    path: Path, tokenizer: Any, *, max_length: int, context_length: int
+) -> tuple[list[LabelledReply], dict[str, int]]:
+    """Replies of a file of labelled replies or of preferences, and the numbers of replies dropped, by reason.
+
+    A whole text's prompt is its first token, which has no probability. Arguments and errors are those of
+    `read_ranked_replies`.
+    """
+    replies, dropped = [], {"too long": 0}
+    end = end_token_id(tokenizer)
+    for row in rows_of(path, flag="--data"):
+        for reply, label in labelled(row):
+            prompt, ids = _sequence(row, reply, tokenizer, end)
+            _check_reply(row, "a desirable row" if label else "an undesirable row", reply, prompt, context_length)
+            if not prompt:
+                prompt, ids = ids[:1], ids[1:]
+            if len(prompt) + len(ids) > max_length:
+                dropped["too long"] += 1
+            else:
+                replies.append(LabelledReply(prompt=prompt, reply=ids, label=label))
+    if not replies and not dropped["too long"]:
+        raise UserError(f"--data {path}: no row in it")
+    return replies, dropped
+
+
+_Side = tuple[Reply, tuple[int, ...], tuple[int, ...]]
+"""A reply, token ids of its prompt, and token ids of the reply through the end token."""
+
+
+def _pairs(path: Path, tokenizer: Any) -> Iterator[tuple[Row, tuple[_Side, _Side]]]:
+    """Rows with both sides; UserError for a row whose sides are the same tokens."""
+    end = end_token_id(tokenizer)
+    for row in rows_of(path, flag="--data"):
+        chosen, rejected = ((reply, *_sequence(row, reply, tokenizer, end)) for reply in preference(row))
+        if chosen[1:] == rejected[1:]:
+            raise row.error("'chosen' and 'rejected' are the same; remove the row")
+        yield row, (chosen, rejected)
+
+
+def _check_reply(row: Row, what: str, reply: Reply, prompt: tuple[int, ...], context_length: int) -> None:
+    if not reply.text.strip():
+        raise row.error(f"the reply of {what} is empty: there is nothing to learn from; remove the row")
+    if len(prompt) >= context_length:
+        raise row.error(
+            f"the prompt of {what} has {len(prompt)} tokens, which fill the model's context of {context_length}; "
+            "shorten it or remove the row"
+        )
+
+
+def _sequence(row: Row, reply: Reply, tokenizer: Any, end: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids of the prompt, and of the reply with the end token."""
     text = _prompt_text(row, reply.prompt, tokenizer)
     prompt = _encode(tokenizer, text, templated=not isinstance(reply.prompt, str))
     if not text:  # the reply is the whole text, and begins as a text does
-        return _encode(tokenizer, reply.text, templated=False)
-    return (*prompt, *encode_reply(tokenizer, reply.text))
+        return (), (*_encode(tokenizer, reply.text, templated=False), end)
+    return prompt, (*encode_reply(tokenizer, reply.text), end)
 
 
 def _prompt_text(row: Row, prompt: str | list[Message], tokenizer: Any) -> str:

@@ -1,4 +1,4 @@
-"""Options of the three commands. Imports only the standard library and pydantic."""
+"""Options of the commands. Imports only the standard library and pydantic."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardOptions(Options):
-    """`rlhf reward`.
+class PreferenceOptions(Options):
+    """Options of `rlhf reward` and `rlhf dpo`: what is trained on pairs.
 
     Attributes:
         data: preference pairs, rows of a file or of a folder of files; a prompt may be a text or a list of messages.
@@ -84,7 +84,6 @@ class RewardOptions(Options):
         sequence_length: maximum tokens of prompt and reply; longer pairs are dropped and counted. By default the
             model's context length.
         learning_rate: of AdamW, linear decay to 0 after the warm-up.
-        seed: of the held-out pairs, the head's initialisation and the order of pairs.
     """
 
     data: Existing
@@ -93,6 +92,94 @@ class RewardOptions(Options):
     sequence_length: Positive | None = None
     save_every: Positive = 100
     log_every: Positive = 10
+
+    @property
+    def inputs(self) -> dict[str, Path | list[Path]]:
+        """Input files and directories."""
+        return {"source": self.source, "data": self.data}
+
+    def length_within(self, context_length: int) -> int:
+        """The maximum tokens of a sequence; UserError if `--sequence-length` is above the model's context."""
+        if (self.sequence_length or 0) > context_length:
+            raise UserError(
+                f"--sequence-length {self.sequence_length} is above the model's context of {context_length}"
+            )
+        return self.sequence_length or context_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions(PreferenceOptions):
+    """`rlhf reward`.
+
+    Attributes:
+        seed: of the held-out pairs, the head's initialisation and the order of pairs.
+    """
+
+
+DPOLoss = Literal["sigmoid", "hinge", "ipo", "robust", "nca_pair", "sppo_hard", "apo_zero", "apo_down"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOOptions(PreferenceOptions):
+    """`rlhf dpo`.
+
+    Attributes:
+        source: the Hugging Face directory of the initial policy, which is the reference, too.
+        seed: of the held-out pairs and the order of pairs.
+        learning_rate: of AdamW, linear decay to 0 after the warm-up.
+        beta: weight of the divergence from the source; the larger, the closer the policy stays.
+        loss: sigmoid is DPO's. README.md names the papers of the others.
+        label_smoothing: share of pairs whose sides are taken to be swapped; of the robust loss only, below 0.5.
+    """
+
+    learning_rate: Rate = 1e-6
+    beta: Above = 0.1
+    loss: DPOLoss = "sigmoid"
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+
+    def __post_init__(self) -> None:
+        """Check that the flags of one loss are given with it."""
+        if (self.loss == "robust") != (self.label_smoothing > 0):
+            raise UserError(
+                f"--label-smoothing {self.label_smoothing:g} with --loss {self.loss}: it is the share of swapped pairs that "
+                "--loss robust assumes; give both, with a share above 0, or neither"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KTOOptions(PreferenceOptions):
+    """`rlhf kto`.
+
+    Attributes:
+        source: the Hugging Face directory of the initial policy, which is the reference, too.
+        data: replies with a label, or preference pairs, whose sides are a desirable and an undesirable reply; rows of a file or
+            of a folder of files.
+        validation_fraction: fraction of the replies held out of training.
+        epochs: passes over the training replies.
+        global_batch_size: replies per update, over all processes.
+        micro_batch_size: replies per forward pass of a process, at least 2; the KL divergence is estimated over them.
+        sequence_length: maximum tokens of prompt and reply; longer ones are dropped and counted. By default the model's
+            context length.
+        learning_rate: of AdamW, linear decay to 0 after the warm-up.
+        seed: of the held-out replies and the order of replies, which is the same in every epoch.
+        beta: weight of the divergence from the source; the larger, the closer the policy stays.
+        desirable_weight: of the loss of desirable replies.
+        undesirable_weight: of the loss of undesirable replies.
+    """
+
+    learning_rate: Rate = 1e-6
+    beta: Above = 0.1
+    desirable_weight: Above = 1.0
+    undesirable_weight: Above = 1.0
+
+    def check(self, world_size: int) -> None:
+        """As in `Options`; also, micro_batch_size is at least 2."""
+        super().check(world_size)
+        if self.micro_batch_size < 2:
+            raise UserError(
+                "--micro-batch-size 1: KTO estimates the KL divergence from replies to other prompts of the micro-batch; "
+                "give at least 2"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,8 +285,8 @@ class PPOOptions(PolicyOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOOptions(PolicyOptions):
-    """`rlhf grpo`.
+class GroupOptions(PolicyOptions):
+    """Options of `rlhf grpo` and `rlhf rloo`.
 
     Attributes:
         steps: updates.
@@ -226,3 +313,44 @@ class GRPOOptions(PolicyOptions):
                 f"--save-every {self.save_every} is not a multiple of --epochs {self.epochs}: replies are used in that "
                 "many updates and are not part of the state"
             )
+
+
+GRPOLoss = Literal["dapo", "grpo", "bnpo", "dr_grpo", "cispo"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOOptions(GroupOptions):
+    """`rlhf grpo`.
+
+    Attributes:
+        loss: what the sum over tokens is divided by; cispo is another sum, too. README.md has the formulas and papers.
+        reward_normalisation: of several rewards: their weighted sum is normalised over a prompt's replies, or each of them is,
+            and then the sum over the update.
+        scale_rewards: whose deviation advantages are divided by: the prompt's replies, the update's, or none.
+    """
+
+    loss: GRPOLoss = "dapo"
+    reward_normalisation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+
+    def __post_init__(self) -> None:
+        """As in `PolicyOptions`; also, a scale is given where it acts."""
+        super().__post_init__()
+        if self.reward_normalisation == "normalize_then_sum" and self.scale_rewards != "group":
+            raise UserError(
+                f"--scale-rewards {self.scale_rewards} with --reward-normalisation normalize_then_sum, which scales each "
+                "reward by its prompt's replies; leave --scale-rewards out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOOOptions(GroupOptions):
+    """`rlhf rloo`.
+
+    Attributes:
+        generations: replies per prompt; the baseline of each is the mean reward of the others.
+        clip_range: epsilon; the probability ratio of a whole reply is clipped to [1 - epsilon, 1 + epsilon].
+        kl_coefficient: weight of the KL divergence from the source in the reward; with 0 no reference model is loaded.
+    """
+
+    kl_coefficient: Rate = 0.05

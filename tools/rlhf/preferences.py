@@ -6,6 +6,12 @@ implicit   {"chosen": conversation, "rejected": conversation}: messages, or text
 sharegpt   {"conversations": [...], "chosen": {"from": "gpt", "value": reply}, "rejected": ...}      (LLaMA-Factory)
 alpaca     {"instruction": text, "input": text, "chosen": reply, "rejected": reply}                 (LLaMA-Factory)
            {"instruction": text, "input": text, "output": [chosen, rejected]}
+
+Replies with a label, true or false, under "label" or (LLaMA-Factory) "kto_tag":
+
+explicit   {"prompt": text or messages, "completion": reply, "label": true}
+implicit   {"completion" or "messages": conversation that ends with the reply, "label": false}
+           {"conversations": [...], "kto_tag": true}                                             (LLaMA-Factory)
 """
 
 from __future__ import annotations
@@ -19,6 +25,8 @@ from shared.data.sources import Row
 
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _SIDES = ("chosen", "rejected")
+_LABELS = ("label", "kto_tag")
+_REPLIES = ("completion", "messages", "conversations")
 # Columns that hold a question in published data sets: next to bare replies they are a prompt under another name.
 _QUESTIONS = ("question", "query", "input", "user", "context", "text", "messages", "source")
 
@@ -72,6 +80,45 @@ def preference(row: Row) -> tuple[Reply, Reply]:
     if isinstance(chosen, str) or isinstance(rejected, str):
         return _from_texts(row, prompt, str(chosen), str(rejected))
     return _from_messages(row, prompt, chosen, rejected)
+
+
+def labelled(row: Row) -> list[tuple[Reply, bool]]:
+    """The replies of a row with their labels: one, or the two of a preference.
+
+    Raises:
+        UserError: the row has none of the forms, or can be read in two ways; the message names file, line and columns.
+    """
+    columns = row.value
+    labels = [key for key in _LABELS if key in columns]
+    if not labels and any(side in columns for side in (*_SIDES, "output")):
+        return list(zip(preference(row), (True, False), strict=True))
+    if len(labels) != 1:
+        has = f"both {' and '.join(map(repr, labels))}" if labels else "no column 'label', nor 'chosen' and 'rejected'"
+        raise row.error(f"{has} (the row has: {', '.join(columns) or 'nothing'})")
+    if any(side in columns for side in _SIDES):
+        raise row.error(f"{labels[0]!r} beside 'chosen' or 'rejected': is it one reply or two? Leave one out")
+    label = columns[labels[0]]
+    if label not in (True, False):  # 0 and 1, too
+        raise row.error(f"{labels[0]!r} is {label!r}; give true for a desirable reply and false for another")
+    return [(_labelled_reply(row), bool(label))]
+
+
+def _labelled_reply(row: Row) -> Reply:
+    named = [key for key in _REPLIES if key in row.value]
+    if len(named) != 1:
+        what = f"both {' and '.join(map(repr, named))}" if named else "no column 'completion' or 'messages'"
+        raise row.error(f"{what} (the row has: {', '.join(row.value) or 'nothing'})")
+    key = named[0]
+    said = _side(row, key, row.value[key])
+    if "prompt" in row.value:
+        if not _is_reply(said):
+            raise row.error(f"{key!r} is a conversation and there is 'prompt'; give one reply, or leave 'prompt' out")
+        return Reply(prompt=_given_prompt(row), text=said if isinstance(said, str) else _last(row, key, said))
+    if isinstance(said, str):
+        raise row.error(f"no column 'prompt' to the text in {key!r}")
+    if len(said) < 2:
+        raise row.error(f"{key!r} is a reply alone; give 'prompt', or the conversation that it ends")
+    return Reply(prompt=said[:-1], text=_last(row, key, said))
 
 
 def _given_prompt(row: Row) -> str | list[Message]:

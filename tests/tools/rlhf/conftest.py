@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -68,12 +69,17 @@ class World:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def make_world(root: Path) -> World:
+    """Train the policy, write the files."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.set_num_threads(1)
-    world = World(tmp_path_factory.mktemp("world"))
+    world = World(root)
     chance = random.Random(0)
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -170,6 +176,25 @@ def reward_model(world: World, rlhf: Callable[..., int]) -> Path:
     return target
 
 
+@pytest.fixture
+def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Send this process SIGUSR1 after an update of a TRL trainer, once."""
+    from tools.rlhf.engines import trl
+
+    def at(update: int) -> None:
+        whole = trl.StageCallback.on_step_end
+
+        def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            if state.global_step == update:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                monkeypatch.undo()
+            return whole(self, args, state, control, **kwargs)
+
+        monkeypatch.setattr(trl.StageCallback, "on_step_end", on_step_end)
+
+    return at
+
+
 @pytest.fixture(scope="session")
 def load_exactly() -> Callable[..., Any]:
     """Load a directory with an Auto class; its keys must be the model's."""
@@ -188,18 +213,20 @@ def load_exactly() -> Callable[..., Any]:
 def sampled_red(world: World) -> Callable[[Path], float]:
     """Mean share of the word "red" in replies that plain transformers samples from a directory."""
 
-    def sample(directory: Path) -> float:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    return lambda directory: sampled(world, directory)
 
-        torch.manual_seed(11)
-        tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(directory)
-        texts = [json.loads(line)["prompt"] for line in world.prompts.read_text().splitlines()]
-        batch = tokenizer(texts, return_tensors="pt", padding=True)
-        batch.pop("token_type_ids", None)
-        out = model.generate(**batch, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=16)
-        replies = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        return sum(r.split().count("red") / max(1, len(r.split())) for r in replies) / len(replies)
 
-    return sample
+def sampled(world: World, directory: Path) -> float:
+    """See `sampled_red`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(11)
+    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    texts = [json.loads(line)["prompt"] for line in world.prompts.read_text().splitlines()]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    batch.pop("token_type_ids", None)
+    out = model.generate(**batch, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=16)
+    replies = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return sum(r.split().count("red") / max(1, len(r.split())) for r in replies) / len(replies)

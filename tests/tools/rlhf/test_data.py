@@ -5,7 +5,7 @@ import json
 import pytest
 
 from shared.errors import UserError
-from tools.rlhf.data import read_preferences, read_prompts
+from tools.rlhf.data import read_preferences, read_prompts, read_ranked_replies
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +105,22 @@ def test_tools_are_rendered_where_the_template_knows_them(file, tokenizer, monke
 def test_an_empty_file_is_named(file, tokenizer):
     with pytest.raises(UserError, match="no row in it"):
         prompts(file(""), tokenizer)
+
+
+def talk(*said):
+    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(said)]
+
+
+def test_ranked_replies_are_split_where_the_reply_begins(tokenizer, file):
+    rows = [
+        {"prompt": "colors:", "chosen": " red blue", "rejected": " black"},
+        {"chosen": "colors: red blue", "rejected": "colors: red black pink"},
+        {"prompt": "colors:", "chosen": " red" * 90, "rejected": " blue"},
+        {"chosen": talk("pink", " red", "more", " blue"), "rejected": talk("pink", " blue", "more", " red")},
+    ]
+    (given, whole), dropped = read_ranked_replies(file(*rows), tokenizer, max_length=64, context_length=96)
+    ids = lambda text: tuple(tokenizer(text)["input_ids"])  # noqa: E731
+    assert (given.prompt, given.chosen) == (ids("colors:"), (*ids(" red blue"), 1))
+    assert whole.prompt == ids("colors: red")
+    assert (whole.chosen, whole.rejected) == ((*ids(" blue"), 1), (*ids(" black pink"), 1))
+    assert dropped == {"too long": 1, "of two prompts": 1}

@@ -14,10 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import add_fused_lm_head
 
 from shared.families import registry
 from tools.rlhf.algorithms.reward import new_reward_model
-from tools.rlhf.models import load_critic, open_source
+from tools.rlhf.engines.preference_trainers import check_fused_log_probs
+from tools.rlhf.models import load_critic, load_policy, open_source
 from tools.rlhf.published_directory import save_hf
 from tools.rlhf.rewards.reward_model import load_reward_model
 
@@ -101,6 +104,22 @@ def test_a_policy_of_every_family(size, world, make, rlhf, tmp_path, capsys):
     changed = {name for name in weights if not torch.equal(found[name], weights[name])}
     assert changed, "trained"
     assert bool(aside) == bool(registry.sizes()[size].mtp), aside
+
+
+# One of each kind of head: plain, with a scale, a cap, a bias, a projection in front.
+HEADS = ("tiny", "granite-tiny", "cohere-tiny", "cohere2-tiny", "gemma2-tiny", "gptj-tiny", "mpt-tiny", "opt-350m-tiny")
+
+
+@pytest.mark.parametrize("size", HEADS)
+def test_trls_output_layer_knows_every_head(size, make, tmp_path):
+    """The check that `rlhf dpo` makes on its first batch."""
+    make(size, tmp_path)
+    source = open_source(tmp_path)
+    policy = load_policy(source, torch.float32)
+    collator = DataCollatorForPreference(pad_token_id=source.pad_id)
+    add_fused_lm_head(policy)
+    rows = [{"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9, 10, 1], "rejected_ids": [11, 1]}]
+    check_fused_log_probs(policy, collator(rows))
 
 
 REWARDS = [name for name in SIZES if not FAMILY[name].remote and name == _first(name)]

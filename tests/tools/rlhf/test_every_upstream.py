@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 
 import deepspeed.ops
+import pytest
+from datasets import Dataset
 from deepspeed.comm.torch import build_shm_op
 from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -24,11 +26,12 @@ from transformers import (
 )
 from transformers.generation.utils import GenerationMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
+from trl import GRPOTrainer, RLOOTrainer
 from trl.trainer import grpo_trainer
 
 from tests.upstream import calls, relies_on
 from tools.rlhf.engines import trl
+from tools.rlhf.engines.preference_trainers import OwnTokensDPOTrainer, OwnTokensKTOTrainer
 
 DEEPSPEED = "tools/rlhf/engines/deepspeed.py"
 TINY = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8}
@@ -55,21 +58,26 @@ def test_every_optimizer_has_groups() -> None:
         assert isinstance(kind.param_groups, property), f"{kind.__name__}: re-read set_learning_rate of {DEEPSPEED}"
 
 
-def test_replies_are_sampled_once_a_period() -> None:
+GROUPS = pytest.mark.parametrize("kind", [GRPOTrainer, RLOOTrainer])
+
+
+@GROUPS
+def test_replies_are_sampled_once_a_period(kind: type) -> None:
     relies_on(
-        "tools/rlhf/algorithms/grpo.py",
-        GRPOTrainer._prepare_inputs,
+        "tools/rlhf/algorithms/group_training.py",
+        kind._prepare_inputs,
         "generate_every = self.args.steps_per_generation * self.num_iterations",
         "self._step % generate_every == 0 or self._buffered_inputs is None",
     )
 
 
-def test_a_reward_is_named_by_its_function() -> None:
+@GROUPS
+def test_a_reward_is_named_by_its_function(kind: type) -> None:
     def function() -> None: ...
 
     function.__name__ = "length"
-    assert grpo_trainer.get_callable_name(function) == "length", "tools/rlhf/algorithms/grpo.py"
-    calls("tools/rlhf/algorithms/grpo.py", GRPOTrainer.__init__, "get_callable_name", "reward_funcs[i]")
+    assert grpo_trainer.get_callable_name(function) == "length", "tools/rlhf/algorithms/group_training.py"
+    calls("tools/rlhf/algorithms/group_training.py", kind.__init__, "get_callable_name", "reward_funcs[i]")
 
 
 def test_a_checkpoint_is_on_disk_when_callbacks_hear_of_it() -> None:
@@ -126,23 +134,53 @@ def test_saving_removes_tied_tensors_then_renames() -> None:
     )
 
 
-def test_grpo_tokenises_prompts_in_a_method() -> None:
+@GROUPS
+def test_prompts_are_tokenised_in_a_method(kind: type) -> None:
     relies_on(
-        "tools/rlhf/algorithms/grpo.py",
-        GRPOTrainer._generate,
+        "tools/rlhf/algorithms/group_training.py",
+        kind._generate,
         "prompt_ids, images, multimodal_fields = self._tokenize_prompts(prompts)",
     )
 
 
-def test_grpo_samples_and_scores_in_these_methods() -> None:
-    place = "tools/rlhf/engines/grpo_trainer.py"
-    calls(place, GRPOTrainer._generate_single_turn, "unwrapped_model.generate")
-    calls(place, GRPOTrainer._generate, "self._generate_single_turn")
+@GROUPS
+def test_replies_are_sampled_and_scored_in_these_methods(kind: type) -> None:
+    place = "tools/rlhf/engines/group_trainers.py"
+    calls(place, kind._generate_single_turn, "unwrapped_model.generate")
+    calls(place, kind._generate, "self._generate_single_turn")
     relies_on(
         place,
-        GRPOTrainer._prepare_inputs,
+        kind._prepare_inputs,
         "generation_batch = self._generate_and_score_completions(generation_batch)",
     )
-    calls(place, GRPOTrainer._compute_loss, "self._get_per_token_logps_and_entropies")
-    named = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+    calls(place, kind._compute_loss, "self._get_per_token_logps_and_entropies")
+    named = list(inspect.signature(kind._get_per_token_logps_and_entropies).parameters)
     assert named[1:6] == ["model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"], place
+
+
+PREFERENCES = "tools/rlhf/engines/preference_trainers.py"
+PREFERENCE_TRAINERS = (OwnTokensDPOTrainer, OwnTokensKTOTrainer)
+
+
+@pytest.mark.parametrize("kind", PREFERENCE_TRAINERS)
+def test_preference_trainers_take_rows_as_they_are(kind: type) -> None:
+    theirs = kind.__mro__[2]
+    calls(PREFERENCES, theirs.__init__, "self._prepare_dataset")
+
+
+@pytest.mark.parametrize("kind", PREFERENCE_TRAINERS)
+def test_the_references_log_probabilities_are_computed_in_a_method(kind: type) -> None:
+    theirs = kind.__mro__[2]
+    calls(PREFERENCES, theirs._precompute_ref_logps, "self.compute_ref_log_probs")
+    calls(PREFERENCES, theirs.compute_ref_log_probs, "model", fused_lm_head="True", labels="labels")
+
+
+@pytest.mark.parametrize("kind", PREFERENCE_TRAINERS)
+def test_the_references_log_probabilities_are_beside_the_rows(kind: type) -> None:
+    relies_on(
+        PREFERENCES,
+        kind._precompute_ref_logps,
+        "cache_file = dataset._get_cache_file_path(fingerprint)",
+        "os.path.exists(cache_file)",
+    )
+    relies_on(PREFERENCES, Dataset._get_cache_file_path, "os.path.dirname(self.cache_files[0]['filename'])")

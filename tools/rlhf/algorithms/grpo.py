@@ -1,161 +1,44 @@
 """`rlhf grpo`: group relative policy optimisation by TRL's GRPOTrainer.
 
-Advantages are GRPO's (arXiv:2402.03300). The loss is TRL's default, `dapo` (arXiv:2503.14476): a mean over the tokens of
-all replies.
+Advantages are relative to a prompt's replies, as in the GRPO paper (arXiv:2402.03300). With A the advantage, r the probability
+ratio to the sampling policy and e `--clip-range`, a token's loss is -min(r A, clip(r, 1 - e, 1 + e) A). `--loss` says what it is
+divided by:
+
+dapo      the tokens of all replies of the update: TRL's default, not the GRPO paper's                  arXiv:2503.14476
+grpo      the tokens of its reply, then the number of replies                                           arXiv:2402.03300
+bnpo      the tokens of its micro-batch
+dr_grpo   the number of replies times `--max-new-tokens`                                                arXiv:2503.20783
+cispo     as dapo, of the loss -min(r, 1 + e) A log(policy), without a gradient through the minimum     arXiv:2506.13585
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
-
-from shared.console import log
-from shared.errors import UserError
-from tools.rlhf.data import Prompt
-from tools.rlhf.engines.deepspeed import initialize_distributed
-from tools.rlhf.engines.distributed import DistributedContext
-from tools.rlhf.engines.trl import StageCallback, common_arguments, resume_point, train, unwrapped_model
-from tools.rlhf.models import Source, keep_in_evaluation_mode, load_policy, open_policy
+from tools.rlhf.algorithms.group_training import Algorithm, train_and_publish
 from tools.rlhf.options import GRPOOptions
-from tools.rlhf.published_directory import log_aside, save_hf
-from tools.rlhf.rewards import weighted_sum
-from tools.rlhf.rewards.spec import RewardSpec
-from tools.rlhf.rollout.log_prob_gap import log_prob_gap_limit
-from tools.rlhf.rollout.rollout import Reply
-from tools.rlhf.run_context import RunContext, open_run
 
 
 def run(options: GRPOOptions) -> None:
     """Train and publish a policy."""
-    distributed = initialize_distributed()
-    options.check(distributed.world_size)
-    with open_run(options.target, options.inputs, overwrite=options.overwrite) as context:
-        source, prompts = open_policy(options)
-        _check_prompts(prompts, options)
-        reward = weighted_sum.load(
-            options.rewards,
-            source.tokenizer,
-            prompts,
-            device=distributed.device,
-            dtype=torch.float32,
-            batch_size=options.micro_batch_size,
-            timeout=options.reward_timeout,
-        )
-        _print_plan(options, source, prompts, distributed)
-        trained, updates = _train(options, source, prompts, reward, context, distributed)
-        if context.out is not None:
-            facts = save_hf(trained, context.out.path, source) | {"updates": updates, "prompts": len(prompts)}
-            context.out.describe(**facts)
-            context.add_report(title=f"GRPO run {options.target.name}", facts=facts, charts=_charts(reward))
-        distributed.barrier()
+    train_and_publish(options, lambda: algorithm(options))
 
 
-def _charts(reward: weighted_sum.Reward) -> dict[str, tuple[str, ...]]:
-    components = tuple(f"rewards/{name}/mean" for name in reward.names)
-    return {
-        "Reward": ("reward", *(components if len(components) > 1 else ())),
-        "Spread of rewards": ("reward_std",),
-        "Entropy, nats a token": ("entropy",),
-        "KL from the source, nats a token": ("kl",),
-        "Reply length, tokens": ("completions/mean_length",),
-        "Gradient norm": ("grad_norm",),
-    }
-
-
-def _check_prompts(prompts: Sequence[Prompt], options: GRPOOptions) -> None:
-    groups = options.global_batch_size // options.generations
-    if len(prompts) < groups:  # TRL drops an incomplete batch: there would be no update
-        raise UserError(
-            f"--prompts {options.prompts} has {len(prompts)} prompt(s) and an update takes {groups} (--global-batch-size "
-            f"{options.global_batch_size} / --generations {options.generations}); add prompts, lower --global-batch-size "
-            "or raise --generations"
-        )
-    if len({isinstance(prompt.raw, str) for prompt in prompts}) > 1:
-        raise UserError(f"--prompts {options.prompts} has texts and messages; TRL takes one kind: use one of them")
-
-
-def _print_plan(
-    options: GRPOOptions, source: Source, prompts: Sequence[Prompt], distributed: DistributedContext
-) -> None:
-    groups = options.global_batch_size // options.generations
-    log(f"policy    {source.path}, context {source.context_length}")
-    log_aside(source)
-    log(f"reward    {' + '.join(f'{spec.weight:g} * {spec.name}' for spec in options.rewards)}")
-    log(f"prompts   {len(prompts)} used, none dropped")
-    log(
-        f"update    {groups} prompts with {options.generations} replies each of up to {options.max_new_tokens} tokens; "
-        f"{options.steps} updates, {options.epochs} on the same replies"
-    )
-    log(f"machine   {distributed.world_size} process(es) on {distributed.device.type}")
-
-
-def _train(
-    options: GRPOOptions,
-    source: Source,
-    prompts: Sequence[Prompt],
-    reward: weighted_sum.Reward,
-    context: RunContext,
-    distributed: DistributedContext,
-) -> tuple[torch.nn.Module, int]:
-    """The trained policy and the updates made."""
-    from datasets import Dataset
+def algorithm(options: GRPOOptions) -> Algorithm:
+    """GRPO with the options' loss and normalisation."""
     from trl import GRPOConfig
 
-    from tools.rlhf.engines.grpo_trainer import CheckedGRPOTrainer
+    from tools.rlhf.engines.group_trainers import CheckedGRPOTrainer
 
-    resumed = resume_point(context)
-    arguments = GRPOConfig(
-        **common_arguments(context, options, distributed),
-        lr_scheduler_type="constant_with_warmup",
-        max_steps=options.steps,
-        num_generations=options.generations,
-        num_iterations=options.epochs,
-        max_completion_length=options.max_new_tokens,
-        temperature=options.temperature,
-        beta=options.kl_coefficient,
-        epsilon=options.clip_range,
-        reward_weights=[spec.weight for spec in options.rewards],
+    bound = 1 + options.clip_range if options.loss == "cispo" else None  # TRL's bound of CISPO is of the ratio itself
+    return Algorithm(
+        name="GRPO",
+        trainer=CheckedGRPOTrainer,
+        config=GRPOConfig,
+        settings={
+            "epsilon": options.clip_range,
+            "epsilon_high": bound,
+            "loss_type": options.loss,
+            "multi_objective_aggregation": options.reward_normalisation,
+            "scale_rewards": options.scale_rewards,
+        },
+        plan=f"loss      {options.loss}; rewards {options.reward_normalisation}, scaled by {options.scale_rewards}",
     )
-    policy = load_policy(source, torch.float32)
-    keep_in_evaluation_mode(policy)
-    trainer = CheckedGRPOTrainer(
-        distributed=distributed,
-        log_prob_gap_limit=log_prob_gap_limit(options.precision_on(distributed.device.type)),
-        model=policy,
-        reward_funcs=[_reward_function(spec, scorer, prompts, source) for spec, scorer in reward.components],
-        args=arguments,
-        train_dataset=Dataset.from_list([{"prompt": p.text, "row": row} for row, p in enumerate(prompts)]),
-        processing_class=source.tokenizer,
-    )
-    ids = {prompt.text: list(prompt.ids) for prompt in prompts}
-    # TRL's own rendering knows no tools of a row.
-    trainer._tokenize_prompts = lambda texts: ([ids[text] for text in texts], None, {})
-    callback = StageCallback(context, options, distributed, resumed=resumed, line=_line, period=options.epochs)
-    updates = train(trainer, callback, resumed)
-    return unwrapped_model(trainer), updates
-
-
-def _line(row: Mapping[str, float]) -> str:
-    if "reward" not in row:  # a second update on the same replies
-        return f"loss {row['loss']:.4f}, entropy {row['entropy']:.3f}"
-    return (
-        f"reward {row['reward']:.4f}, spread {row['reward_std']:.4f}, entropy {row['entropy']:.3f}, "
-        f"{row['completions/mean_length']:.1f} tokens, {row['step_time']:.1f} s"
-    )
-
-
-def _reward_function(spec: RewardSpec, scorer: weighted_sum.Scorer, prompts: Sequence[Prompt], source: Source) -> Any:
-    """A scorer with TRL's signature. It uses the sampled token ids; replies are not tokenised again."""
-
-    def function(*, row: list[int], completion_ids: list[list[int]], **unused: Any) -> list[float]:
-        texts = source.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        replies = [
-            Reply(ids=tuple(ids), text=text, ended=bool(ids) and ids[-1] in source.eos_ids)
-            for ids, text in zip(completion_ids, texts, strict=True)
-        ]
-        return scorer([prompts[i] for i in row], replies)
-
-    function.__name__ = spec.name
-    return function

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from shared.console import log
-from shared.errors import UserError
 from tools.rlhf.data import Pair, read_preferences
 from tools.rlhf.engines.deepspeed import initialize_distributed
 from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.engines.trl import StageCallback, common_arguments, resume_point, train, unwrapped_model
+from tools.rlhf.held_out import HeldOut, hold_out
 from tools.rlhf.models import Source, open_source
 from tools.rlhf.options import RewardOptions
 from tools.rlhf.padding import with_padding_token
@@ -24,22 +23,11 @@ from tools.rlhf.run_context import RunContext, open_run
 from tools.rlhf.transformers_model import load_transformers_model
 
 
-@dataclass(frozen=True, kw_only=True)
-class Preferences:
-    """The pairs of `--data`: rows = train + held out + dropped."""
-
-    train: list[Pair]
-    validation: list[Pair]
-    dropped: int
-    """Pairs with a sequence longer than `--sequence-length`."""
-
-
 def run(options: RewardOptions) -> None:
     """Train and publish a reward model; report its accuracy on held-out pairs before and after training."""
     distributed = initialize_distributed()
     options.check(distributed.world_size)
-    inputs = {"source": options.source, "data": options.data}
-    with open_run(options.target, inputs, overwrite=options.overwrite) as context:
+    with open_run(options.target, options.inputs, overwrite=options.overwrite) as context:
         opened = open_source(options.source, classifier=True)
         own_padding = opened.tokenizer.pad_token
         source = with_padding_token(opened)
@@ -52,7 +40,7 @@ def run(options: RewardOptions) -> None:
         trained, updates = _train(options, source, pairs, model, context, distributed)
         if context.out is not None:
             after = accuracy(trained.to(distributed.device), pairs.validation, options.micro_batch_size, distributed)
-            counts = {"pairs": len(pairs.train), "held_out": len(pairs.validation), "dropped": pairs.dropped}
+            counts = {"pairs": len(pairs.train), "held_out": len(pairs.validation), "dropped": pairs.dropped_rows}
             result = {"accuracy_before": before, "accuracy_after": after, **counts}
             if after is not None:
                 log(f"accuracy on held-out pairs after training: {after:.3f}")
@@ -70,23 +58,11 @@ def run(options: RewardOptions) -> None:
 _CHARTS = {"Loss": ("loss",), "Accuracy on training pairs": ("accuracy",), "Margin": ("margin",)}
 
 
-def _split(options: RewardOptions, source: Source) -> Preferences:
-    """Shuffle by the seed and hold out the first pairs. UserError if too few training pairs remain."""
-    length = options.sequence_length or source.context_length
-    if length > source.context_length:
-        raise UserError(f"--sequence-length {length} is above the model's context of {source.context_length}")
+def _split(options: RewardOptions, source: Source) -> HeldOut[Pair]:
+    """The pairs of `--data`; UserError if too few training pairs remain."""
+    length = options.length_within(source.context_length)
     pairs, dropped = read_preferences(options.data, source.tokenizer, max_length=length)
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(options.seed)).tolist()
-    held_out = math.ceil(options.validation_fraction * len(pairs))
-    split = Preferences(
-        train=[pairs[i] for i in order[held_out:]], validation=[pairs[i] for i in order[:held_out]], dropped=dropped
-    )
-    if len(split.train) < options.global_batch_size:
-        raise UserError(
-            f"--data {options.data} leaves {len(split.train)} pairs to train on ({held_out} held out, {dropped} dropped "
-            f"as longer than {length} tokens), fewer than --global-batch-size {options.global_batch_size}; lower it"
-        )
-    return split
+    return hold_out(pairs, options, dropped={f"longer than {length} tokens": dropped}, what="pairs")
 
 
 def new_reward_model(source: Source, seed: int) -> Any:
@@ -105,13 +81,13 @@ def new_reward_model(source: Source, seed: int) -> Any:
     return model
 
 
-def _print_plan(options: RewardOptions, source: Source, pairs: Preferences, distributed: DistributedContext) -> None:
+def _print_plan(options: RewardOptions, source: Source, pairs: HeldOut[Pair], distributed: DistributedContext) -> None:
     longest = max(max(len(pair.chosen), len(pair.rejected)) for pair in pairs.train)
     updates = math.ceil(options.epochs * len(pairs.train) / options.global_batch_size)
     log(f"model     {source.path}, context {source.context_length}")
     log_aside(source)
     log(
-        f"pairs     {len(pairs.train)} to train on, {len(pairs.validation)} held out, {pairs.dropped} dropped as too long; "
+        f"pairs     {len(pairs.train)} to train on, {len(pairs.validation)} held out, {pairs.dropped_rows} dropped as too long; "
         f"the longest sequence has {longest} tokens"
     )
     log(f"training  about {updates} updates of {options.global_batch_size} pairs, {options.epochs:g} epoch(s)")
@@ -137,7 +113,7 @@ def accuracy(model: Any, pairs: list[Pair], batch_size: int, distributed: Distri
 def _train(
     options: RewardOptions,
     source: Source,
-    pairs: Preferences,
+    pairs: HeldOut[Pair],
     model: Any,
     context: RunContext,
     distributed: DistributedContext,

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from shared.checkpoint.directory.open import open_checkpoint
-from tools.rlhf.algorithms import grpo, ppo
+from tools.rlhf.algorithms import group_training, ppo
 from tools.rlhf.models import load_policy
 
 STEPS = 14
@@ -105,7 +105,7 @@ def test_fewer_prompts_than_an_update_needs_are_refused(world, rlhf, capsys, tmp
 
 
 def test_a_trainer_that_ends_before_its_last_update_publishes_nothing(world, rlhf, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(grpo, "_check_prompts", lambda prompts, options: None)
+    monkeypatch.setattr(group_training, "_check_prompts", lambda prompts, options: None)
     prompts = tmp_path / "three.jsonl"
     prompts.write_text("".join(world.prompts.read_text().splitlines(keepends=True)[:3]))
     target = tmp_path / "out"
@@ -175,7 +175,7 @@ def test_a_sampler_of_another_distribution_is_an_error(world, rlhf, capsys, monk
         model.generation_config.no_repeat_ngram_size = 1
         return model
 
-    monkeypatch.setattr(grpo if command == "grpo" else ppo, "load_policy", penalized)
+    monkeypatch.setattr(group_training if command == "grpo" else ppo, "load_policy", penalized)
     changes = {"reward": world.reward("red")} | ({"rollout_batch_size": 32} if command == "ppo" else {})
     assert rlhf(command, **flags(world, tmp_path / "out", **changes)) == 1
     assert "nats a token before the first update (limit 1e-03 in fp32)" in capsys.readouterr().err

@@ -40,26 +40,13 @@ def test_long_pairs_are_dropped_and_counted(world, rlhf, tmp_path, capsys):
     assert result == {"accuracy_before": None, "accuracy_after": None, "pairs": 240, "held_out": 0, "dropped": 1}
 
 
-def test_a_stopped_run_resumes_to_the_same_result(world, rlhf, reward_model, metrics, monkeypatch):
+def test_a_stopped_run_resumes_to_the_same_result(world, rlhf, reward_model, metrics, signalled):
     """Stopped by a signal, run again: every later update equals the uninterrupted run's."""
-    import os
-    import signal
-
-    from tools.rlhf.engines import trl
-
     target = world.root / "stopped"
     flags = {"source": world.policy, "data": world.pairs, "target": target, "epochs": 2, "learning_rate": 1e-3}
-    whole = trl.StageCallback.on_step_end
-
-    def signalled(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return whole(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(trl.StageCallback, "on_step_end", signalled)
+    signalled(5)
     assert rlhf("reward", **flags) == 75
     assert not target.exists()
-    monkeypatch.undo()
     half = target.with_name("stopped.state") / "trainer" / "checkpoint-9"
     half.mkdir()  # of a kill while saving: no marker
     assert rlhf("reward", **flags) == 0

@@ -3,7 +3,7 @@
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from tools.rlhf.engines.grpo_trainer import pass_position_ids
+from tools.rlhf.engines.group_trainers import pass_position_ids
 
 
 def test_learned_positions_start_at_the_first_token():

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer, with a check that it trains the distribution it samples from."""
+"""TRL's GRPOTrainer and RLOOTrainer, with a check that they train the distribution they sample from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
-from trl import GRPOTrainer
+from trl import GRPOTrainer, RLOOTrainer
 
 from tools.rlhf.algorithms.losses import masked_mean
 from tools.rlhf.engines.distributed import DistributedContext
@@ -16,11 +16,21 @@ from tools.rlhf.rollout.in_process import SampledLogProbs
 from tools.rlhf.rollout.log_prob_gap import check_log_prob_gap
 
 
-class CheckedGRPOTrainer(GRPOTrainer):
-    """Compares the log-probabilities of the first roll-out's tokens: `generate`'s and those that the loss takes."""
+class Checked:
+    """Compares the log-probabilities of the first roll-out's tokens: `generate`'s and those that the loss takes.
+
+    A mixin, in front of one of TRL's trainers.
+    """
+
+    accelerator: Any
+    args: Any
+    model: Any
+    ref_model: Any
+    temperature: float
+    _get_per_token_logps_and_entropies: Any
 
     def __init__(self, *, distributed: DistributedContext, log_prob_gap_limit: float, **arguments: Any) -> None:
-        """`log_prob_gap_limit`: largest mean gap in nats, see `check_log_prob_gap`; the rest is GRPOTrainer's."""
+        """`log_prob_gap_limit`: largest mean gap in nats, see `check_log_prob_gap`; the rest is the trainer's."""
         self._distributed, self._limit = distributed, log_prob_gap_limit
         self._sampled: SampledLogProbs | None = None
         self._checked = False
@@ -31,7 +41,7 @@ class CheckedGRPOTrainer(GRPOTrainer):
 
     def _generate_single_turn(self, *arguments: Any, **named: Any) -> Any:
         if self._checked:
-            return super()._generate_single_turn(*arguments, **named)
+            return super()._generate_single_turn(*arguments, **named)  # type: ignore[misc]
         policy, record = self.accelerator.unwrap_model(self.model), SampledLogProbs(self.temperature)
         whole = policy.generate
 
@@ -42,14 +52,14 @@ class CheckedGRPOTrainer(GRPOTrainer):
 
         policy.generate = generate
         try:
-            return super()._generate_single_turn(*arguments, **named)
+            return super()._generate_single_turn(*arguments, **named)  # type: ignore[misc]
         finally:
             del policy.generate
             self._sampled = record
 
     @torch.no_grad()
     def _generate_and_score_completions(self, inputs: Any) -> Any:
-        output = super()._generate_and_score_completions(inputs)
+        output = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
         if not self._checked and self._sampled is not None:
             mask = output["completion_mask"]
             trained, *_ = self._get_per_token_logps_and_entropies(
@@ -65,6 +75,14 @@ class CheckedGRPOTrainer(GRPOTrainer):
             check_log_prob_gap(gap.item(), self._limit)
             self._checked, self._sampled = True, None
         return output
+
+
+class CheckedGRPOTrainer(Checked, GRPOTrainer):
+    """TRL's GRPO."""
+
+
+class CheckedRLOOTrainer(Checked, RLOOTrainer):
+    """TRL's RLOO."""
 
 
 def pass_position_ids(model: nn.Module) -> None:

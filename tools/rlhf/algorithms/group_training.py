@@ -1,0 +1,177 @@
+"""What `rlhf grpo` and `rlhf rloo` share: several replies to a prompt, advantages relative to each other, TRL's trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shared.console import log
+from shared.errors import UserError
+from tools.rlhf.data import Prompt
+from tools.rlhf.engines.deepspeed import initialize_distributed
+from tools.rlhf.engines.distributed import DistributedContext
+from tools.rlhf.engines.trl import StageCallback, common_arguments, resume_point, train, unwrapped_model
+from tools.rlhf.models import Source, keep_in_evaluation_mode, load_policy, open_policy
+from tools.rlhf.options import GroupOptions
+from tools.rlhf.published_directory import log_aside, save_hf
+from tools.rlhf.rewards import weighted_sum
+from tools.rlhf.rewards.spec import RewardSpec
+from tools.rlhf.rollout.log_prob_gap import log_prob_gap_limit
+from tools.rlhf.rollout.rollout import Reply
+from tools.rlhf.run_context import RunContext, open_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """What one algorithm adds to the common run."""
+
+    name: str
+    """In titles."""
+    trainer: Any
+    """A class of `engines.group_trainers`."""
+    config: Callable[..., Any]
+    """Its arguments' class, called with the common arguments and `settings`."""
+    settings: Mapping[str, Any]
+    plan: str
+    """The line of the plan that names the loss."""
+
+
+def train_and_publish(options: GroupOptions, make: Callable[[], Algorithm]) -> None:
+    """Train and publish a policy; `make` is called after the process group is there."""
+    distributed = initialize_distributed()
+    options.check(distributed.world_size)
+    with open_run(options.target, options.inputs, overwrite=options.overwrite) as context:
+        source, prompts = open_policy(options)
+        _check_prompts(prompts, options)
+        reward = weighted_sum.load(
+            options.rewards,
+            source.tokenizer,
+            prompts,
+            device=distributed.device,
+            dtype=torch.float32,
+            batch_size=options.micro_batch_size,
+            timeout=options.reward_timeout,
+        )
+        algorithm = make()
+        _print_plan(options, algorithm, source, prompts, distributed)
+        trained, updates = _train(options, algorithm, source, prompts, reward, context, distributed)
+        if context.out is not None:
+            facts = save_hf(trained, context.out.path, source) | {"updates": updates, "prompts": len(prompts)}
+            context.out.describe(**facts)
+            context.add_report(title=f"{algorithm.name} run {options.target.name}", facts=facts, charts=_charts(reward))
+        distributed.barrier()
+
+
+def _charts(reward: weighted_sum.Reward) -> dict[str, tuple[str, ...]]:
+    components = tuple(f"rewards/{name}/mean" for name in reward.names)
+    return {
+        "Reward": ("reward", *(components if len(components) > 1 else ())),
+        "Spread of rewards": ("reward_std",),
+        "Entropy, nats a token": ("entropy",),
+        "KL from the source, nats a token": ("kl",),
+        "Reply length, tokens": ("completions/mean_length",),
+        "Gradient norm": ("grad_norm",),
+    }
+
+
+def _check_prompts(prompts: Sequence[Prompt], options: GroupOptions) -> None:
+    groups = options.global_batch_size // options.generations
+    if len(prompts) < groups:  # TRL drops an incomplete batch: there would be no update
+        raise UserError(
+            f"--prompts {options.prompts} has {len(prompts)} prompt(s) and an update takes {groups} (--global-batch-size "
+            f"{options.global_batch_size} / --generations {options.generations}); add prompts, lower --global-batch-size "
+            "or raise --generations"
+        )
+    if len({isinstance(prompt.raw, str) for prompt in prompts}) > 1:
+        raise UserError(f"--prompts {options.prompts} has texts and messages; TRL takes one kind: use one of them")
+
+
+def _print_plan(
+    options: GroupOptions,
+    algorithm: Algorithm,
+    source: Source,
+    prompts: Sequence[Prompt],
+    distributed: DistributedContext,
+) -> None:
+    groups = options.global_batch_size // options.generations
+    log(f"policy    {source.path}, context {source.context_length}")
+    log_aside(source)
+    log(f"reward    {' + '.join(f'{spec.weight:g} * {spec.name}' for spec in options.rewards)}")
+    log(f"prompts   {len(prompts)} used, none dropped")
+    log(
+        f"update    {groups} prompts with {options.generations} replies each of up to {options.max_new_tokens} tokens; "
+        f"{options.steps} updates, {options.epochs} on the same replies"
+    )
+    log(algorithm.plan)
+    log(f"machine   {distributed.world_size} process(es) on {distributed.device.type}")
+
+
+def _train(
+    options: GroupOptions,
+    algorithm: Algorithm,
+    source: Source,
+    prompts: Sequence[Prompt],
+    reward: weighted_sum.Reward,
+    context: RunContext,
+    distributed: DistributedContext,
+) -> tuple[torch.nn.Module, int]:
+    """The trained policy and the updates made."""
+    from datasets import Dataset
+
+    resumed = resume_point(context)
+    arguments = algorithm.config(
+        **common_arguments(context, options, distributed),
+        lr_scheduler_type="constant_with_warmup",
+        max_steps=options.steps,
+        num_generations=options.generations,
+        num_iterations=options.epochs,
+        max_completion_length=options.max_new_tokens,
+        temperature=options.temperature,
+        beta=options.kl_coefficient,
+        reward_weights=[spec.weight for spec in options.rewards],
+        **algorithm.settings,
+    )
+    policy = load_policy(source, torch.float32)
+    keep_in_evaluation_mode(policy)
+    trainer = algorithm.trainer(
+        distributed=distributed,
+        log_prob_gap_limit=log_prob_gap_limit(options.precision_on(distributed.device.type)),
+        model=policy,
+        reward_funcs=[_reward_function(spec, scorer, prompts, source) for spec, scorer in reward.components],
+        args=arguments,
+        train_dataset=Dataset.from_list([{"prompt": p.text, "row": row} for row, p in enumerate(prompts)]),
+        processing_class=source.tokenizer,
+    )
+    ids = {prompt.text: list(prompt.ids) for prompt in prompts}
+    # TRL's own rendering knows no tools of a row.
+    trainer._tokenize_prompts = lambda texts: ([ids[text] for text in texts], None, {})
+    callback = StageCallback(context, options, distributed, resumed=resumed, line=_line, period=options.epochs)
+    updates = train(trainer, callback, resumed)
+    return unwrapped_model(trainer), updates
+
+
+def _line(row: Mapping[str, float]) -> str:
+    if "reward" not in row:  # a second update on the same replies
+        return f"loss {row['loss']:.4f}, entropy {row['entropy']:.3f}"
+    return (
+        f"reward {row['reward']:.4f}, spread {row['reward_std']:.4f}, entropy {row['entropy']:.3f}, "
+        f"{row['completions/mean_length']:.1f} tokens, {row['step_time']:.1f} s"
+    )
+
+
+def _reward_function(spec: RewardSpec, scorer: weighted_sum.Scorer, prompts: Sequence[Prompt], source: Source) -> Any:
+    """A scorer with TRL's signature. It uses the sampled token ids; replies are not tokenised again."""
+
+    def function(*, row: list[int], completion_ids: list[list[int]], **unused: Any) -> list[float]:
+        texts = source.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        replies = [
+            Reply(ids=tuple(ids), text=text, ended=bool(ids) and ids[-1] in source.eos_ids)
+            for ids, text in zip(completion_ids, texts, strict=True)
+        ]
+        return scorer([prompts[i] for i in row], replies)
+
+    function.__name__ = spec.name
+    return function
