@@ -40,6 +40,10 @@ class Backend(Protocol):
         """Class of row-parallel linear layers: attention output, fc2, gated delta net out_proj."""
         ...
 
+    def column_parallel_layer_norm_linear(self, norm: Norm, layer: int) -> type | None:
+        """Class of a column-parallel linear layer with `norm` in front; None: norm and linear layer are two modules."""
+        ...
+
     def norm(self, norm: Norm, *, extra_state: bool) -> NormBuilder:
         """Builder of a norm; `extra_state`: with TransformerEngine's `_extra_state` in the checkpoint."""
         ...
@@ -76,6 +80,9 @@ class LocalBackend:
 
     def row_parallel_linear(self, layer: int, *, expert: bool = False) -> type:
         return RowParallelLinear
+
+    def column_parallel_layer_norm_linear(self, norm: Norm, layer: int) -> type | None:
+        return None
 
     def norm(self, norm: Norm, *, extra_state: bool) -> NormBuilder:
         return norm_of(norm, extra_state=extra_state)

@@ -41,6 +41,9 @@ class Fp8Backend:
     def _linear(self, base: type, layer: int, direction: Direction) -> type:
         return fp8_class(base, self.recipe, layer, direction) if self.recipe.in_fp8(layer, self.num_layers) else base
 
+    def column_parallel_layer_norm_linear(self, norm: Norm, layer: int) -> type | None:
+        return None
+
     def norm(self, norm: Norm, *, extra_state: bool) -> NormBuilder:
         return self.inner.norm(norm, extra_state=extra_state)
 

@@ -29,9 +29,9 @@ from shared.data.labels import IGNORE
 from shared.errors import Interrupted, StageError, UserError
 from shared.model import gpt, weights
 from shared.model.attention_plan import attention_plan
-from shared.model.backend import Backend, LocalBackend
+from shared.model.backend import Backend
+from shared.model.backend_choice import choose_backend
 from shared.model.context_parallel import local_part
-from shared.model.fp8_backend import Fp8Backend
 from shared.report.track import Track
 from shared.runtime import process_groups, progress
 from shared.runtime.extensions import compile_share_storage
@@ -79,6 +79,8 @@ def train(run: Run) -> None:
     progress.at("joining the other ranks", long=True)
     process_groups.initialize(run.config.parallel, run.config.seed)
     check_device(run.config)
+    backend, line = backend_of(run.config, run.inputs.architecture)
+    log(f"backend     {line}")
     for line in attention_lines(run):
         log(f"attention   {line}")
     progress.at("opening the run directory", long=True)
@@ -86,7 +88,7 @@ def train(run: Run) -> None:
     with contextlib.ExitStack() as stack:
         directory = open_run(run.target, run.inputs, overwrite=run.overwrite, extend=run.extend)
         stack.callback(directory.close)
-        stopped_after = _train(run, directory, stop, stack)
+        stopped_after = _train(run, backend, directory, stop, stack)
     process_groups.destroy()
     if stopped_after is not None:
         raise Interrupted(
@@ -124,7 +126,9 @@ def model_dtype(config: TrainingConfig) -> torch.dtype:
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
-def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: contextlib.ExitStack) -> int | None:
+def _train(
+    run: Run, backend: Backend, directory: SharedRunDirectory, stop: StopRequest, stack: contextlib.ExitStack
+) -> int | None:
     """Train in an open run directory. Returns the last update if a signal stopped the run before its end.
 
     `stack`: closes what is opened here.
@@ -145,7 +149,7 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
         config.parallel,
         dtype=model_dtype(config),
         recompute=config.recompute,
-        backend=backend_of(config, architecture),
+        backend=backend,
         **model_overrides(config),
     )
     progress.at("loading", long=True)
@@ -209,10 +213,15 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
     return None
 
 
-def backend_of(config: TrainingConfig, architecture: Architecture) -> Backend:
-    """The implementation of layers that the run's options name."""
-    local = LocalBackend(attention_backend=config.attention_backend)
-    return Fp8Backend(local, config.fp8, architecture.num_layers) if config.fp8 else local
+def backend_of(config: TrainingConfig, architecture: Architecture) -> tuple[Backend, str]:
+    """The implementation of layers, and a line that says why. UserError for a named one that cannot be used."""
+    return choose_backend(
+        config.backend,
+        architecture,
+        device_type=shared.runtime.device.select_device().type,
+        attention_backend=config.attention_backend,
+        fp8=config.fp8,
+    )
 
 
 def trainable_of(config: TrainingConfig, architecture: Architecture) -> Trainable:

@@ -9,6 +9,7 @@ from unittest.mock import Mock
 import torch
 from megatron.core import recompute
 from megatron.core.distributed.finalize_model_grads import _allreduce_non_tensor_model_parallel_grads
+from megatron.core.extensions import transformer_engine as extensions
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -21,7 +22,7 @@ from megatron.core.transformer import multi_token_prediction
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import Router, TopKRouter
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
@@ -51,6 +52,7 @@ MTP = "shared/model/mtp.py"
 EXPERTS = "shared/model/experts.py"
 FP8 = "shared/model/fp8_linear.py"
 ROUTER = "shared/model/router.py"
+TE = "shared/model/te_backend.py"
 
 
 def test_parallel_linears_have_their_product_in_a_method() -> None:
@@ -296,6 +298,35 @@ def test_an_mlp_is_two_linear_layers_and_an_activation() -> None:
     )
     passed = {"padding_mask": "padding_mask"}
     calls(MLP_FILE, TransformerLayer, "apply_module(self.mlp)", "pre_mlp_layernorm_output", **passed)
+
+
+def test_wrappers_of_transformer_engine_read_their_norm_from_the_configuration() -> None:
+    relies_on(
+        TE,
+        extensions.TENorm,
+        "config.normalization == 'LayerNorm'",
+        "config.normalization == 'RMSNorm'",
+        "use_fused_residual = config.fused_residual_rmsnorm and has_residual",
+    )
+    calls(TE, extensions.TENorm, "norm_module", zero_centered_gamma="config.layernorm_zero_centered_gamma", eps="eps")
+    relies_on(TE, extensions, "extra_kwargs['normalization'] = self.config.normalization")
+    of_linear = {
+        "eps": "self.config.layernorm_epsilon",
+        "zero_centered_gamma": "self.config.layernorm_zero_centered_gamma",
+        "return_layernorm_output": "False",
+    }
+    calls(TE, extensions, "super().__init__", **of_linear)
+
+
+def test_biases_of_all_experts_are_a_list_that_is_added_out_of_place() -> None:
+    calls(MOE, TEGroupedMLP.__init__, "submodules.linear_fc2", "self.num_local_experts", skip_bias_add="True")
+    calls(MOE, TEGroupedMLP.__init__, "submodules.linear_fc1", "self.num_local_experts", skip_bias_add="False")
+    relies_on(
+        MOE,
+        TEGroupedMLP.forward,
+        "output = self._apply_bias(output, output_bias, tokens_per_expert, permuted_probs)",
+        "return (output, output_bias)",
+    )
 
 
 def test_a_buffer_is_filled_from_the_last_parameter() -> None:

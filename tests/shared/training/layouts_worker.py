@@ -31,7 +31,10 @@ class Session:
 
     learning_rate = 1e-2
 
-    def __init__(self, config, architecture, directory: Path, restore=True, trainable=None, data=None) -> None:
+    def __init__(
+        self, config, architecture, directory: Path, restore=True, trainable=None, data=None, backend=None
+    ) -> None:
+        """`backend`: by default that of the configuration."""
         import torch
 
         from shared.model import gpt, weights
@@ -50,7 +53,7 @@ class Session:
             config.parallel,
             dtype=torch.float32,
             recompute=config.recompute,
-            backend=backend_of(config, architecture),
+            backend=backend or backend_of(config, architecture)[0],
             **overrides,
         )
         weights.load(chunks, directory)

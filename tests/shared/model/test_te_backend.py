@@ -1,0 +1,162 @@
+"""TransformerEngine's backend beside the local one: the same checkpoints, losses and gradients.
+
+Without a GPU Megatron-Core's wrappers run on modules written out in plain torch (`tests.references.transformer_engine`), in one
+process for all models. The tests with the marker `gpu` run on TransformerEngine itself.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared.architecture.architecture import MLP, LatentAttention, MoE
+from tests.workers import results_of
+
+_specification = importlib.util.spec_from_file_location("te_worker", Path(__file__).with_name("te_worker.py"))
+worker = importlib.util.module_from_spec(_specification)
+_specification.loader.exec_module(worker)
+SIZES = worker.tiny_sizes()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What `te_worker.py` found out."""
+    return results_of(Path(__file__).with_name("te_worker.py"), tmp_path_factory.mktemp("te"))
+
+
+@pytest.fixture
+def compared(results, name):
+    """The size's results."""
+    found = results["sizes"][name]
+    assert "error" not in found, found["error"]
+    return found
+
+
+def layers_of(architecture):
+    """Every layer, those of MTP too."""
+    mtp = architecture.mtp
+    return [*architecture.layers, *([mtp.layer] * mtp.depth if mtp else [])]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_checkpoints_have_the_same_tensors(compared, name):
+    assert compared["tensors_differ"] == []
+    assert compared["unfilled"] == []
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_extra_states_are_those_that_convert_writes(compared, name):
+    """All but those of modules that are not TransformerEngine's here: core attention and norms; or that the model lacks."""
+    assert compared["unknown_states"] == []
+    assert compared["missing_states"] == []
+    modules = {key.partition("._extra_state")[0].rpartition(".")[2] for key in compared["of_megatron_only"]}
+    others = {"core_attention", "q_layernorm", "k_layernorm"}
+    if SIZES[name].moe:
+        others |= {"linear_fc1", "linear_fc2"} if not SIZES[name].moe.shared else set()
+    assert modules <= others
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_losses_and_gradients_are_the_local_backends(compared, name):
+    """fp32: the norms multiply in another order, 2^-24 each, adding up over two to four layers."""
+    assert compared["loss_differs"] < 2e-5 * abs(compared["loss"])
+    assert compared["gradients_differ"] < 2e-5
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_linear_layer_is_transformer_engines(compared, name):
+    architecture = SIZES[name]
+    layers = layers_of(architecture)
+    assert compared["local_linears"] == 1  # the output layer
+    assert compared["grouped"] == sum(isinstance(layer.mlp, MoE) for layer in layers)
+    norm = architecture.layers[0].norm
+    computed = norm.affine and (norm.kind == "rmsnorm" or norm.bias)
+    assert computed == (not any(each.startswith("LayerNorm") for each in compared["left_out"]))
+    fused = 0
+    for layer in layers:
+        alone = computed and layer.pre_norms and layer.residual.kind in ("sequential", "parallel")
+        if isinstance(layer.mixer, LatentAttention):
+            fused += 1 + (layer.mixer.q_lora_rank is not None)
+        elif alone:
+            fused += 1
+        fused += alone and isinstance(layer.mlp, MLP)
+    assert compared["with_norms"] == fused
+
+
+def test_fallbacks_are_named(results):
+    words = {each for found in results["sizes"].values() for each in found.get("left_out", [])}
+    assert words == {
+        "LayerNorm without bias",
+        "LayerNorm without weights",
+        "QK norm with weights per head",
+        "QK norm over the whole projection",
+    }
+
+
+@pytest.mark.parametrize("name", worker.SAVED)
+def test_a_directory_of_one_backend_is_read_by_the_other(results, name):
+    """Every weight is equal to the bit."""
+    assert results["both_ways"][name] == []
+
+
+def test_a_released_directory_is_read_by_both(results):
+    local, te = results["golden"]["contract-1"]
+    assert te == pytest.approx(local, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", worker.RESUMED)
+def test_a_run_goes_on_with_the_other_backend(results, name):
+    """Loss and gradient norm of the third update. The optimizer's state is read by the same keys."""
+    rows = results["resumed"][name]
+    assert "error" not in rows, rows["error"]
+    for one in ("te", "local"):
+        assert rows[f"{one} to {one}"] == rows[one]  # to the last digit
+        for other in ("te", "local"):
+            assert rows[f"{one} to {other}"] == pytest.approx(rows[one], rel=1e-4)  # of sums of 1e4 numbers in fp32
+
+
+@pytest.fixture
+def on_gpu():
+    """One process on a GPU with TransformerEngine, and no model before."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    pytest.importorskip("transformer_engine.pytorch", reason="needs transformer_engine")
+    from shared.parallel import ParallelConfig
+    from shared.runtime.process_groups import initialize
+
+    initialize(ParallelConfig(), 1)
+    torch.manual_seed(1)
+
+
+# Of a loss, and of the largest gradient. TransformerEngine multiplies fp32 matrices in TF32: 2^-11 each, adding up over layers;
+# bf16 has 2^-9, and TransformerEngine's norms round once where the local ones round twice.
+GPU_TOLERANCES = {"float32": 0.02, "bfloat16": 0.06}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", GPU_TOLERANCES)
+@pytest.mark.parametrize("name", SIZES)
+def test_transformer_engine_itself_computes_the_same(name, dtype, on_gpu):
+    found = worker.compare(SIZES[name], dtype)
+    assert found["tensors_differ"] == []
+    assert found["unfilled"] == []
+    assert found["missing_states"] == found["unknown_states"] == []
+    assert found["loss_differs"] < GPU_TOLERANCES[dtype] * abs(found["loss"])
+    assert found["gradients_differ"] < GPU_TOLERANCES[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", worker.SAVED)
+def test_a_directory_of_transformer_engine_itself_is_read_by_the_other(name, on_gpu, tmp_path):
+    assert worker.both_ways(SIZES[name], tmp_path) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", worker.RESUMED)
+def test_a_run_goes_on_from_and_to_transformer_engine_itself(name, on_gpu, tmp_path):
+    worker.both_ways(SIZES[name], tmp_path)
+    rows = worker.resumed(SIZES[name], tmp_path)
+    for one in ("te", "local"):
+        for other in ("te", "local"):
+            assert rows[f"{one} to {other}"] == pytest.approx(rows[one], rel=GPU_TOLERANCES["float32"])
