@@ -32,6 +32,10 @@ class Backend(Protocol):
 
     attention_backend: AttentionBackend | None
 
+    def config_fields(self) -> dict[str, Any]:
+        """Fields of Megatron-Core's TransformerConfig that its modules read."""
+        ...
+
     def column_parallel_linear(self, layer: int, *, expert: bool = False) -> type:
         """Class of column-parallel linear layers: qkv, fc1, MLA projections, gated delta net in_proj, MTP eh_proj."""
         ...
@@ -74,6 +78,9 @@ class LocalBackend:
     """Megatron-Core's local (non-TransformerEngine) linear layers: runs on CPU, reference on GPU."""
 
     attention_backend: AttentionBackend | None = None
+
+    def config_fields(self) -> dict[str, Any]:
+        return {}
 
     def column_parallel_linear(self, layer: int, *, expert: bool = False) -> type:
         return ColumnParallelLinear

@@ -37,6 +37,7 @@ def choose_backend(
     device_type: str,
     attention_backend: AttentionBackend | None,
     fp8: Fp8Recipe | None,
+    pipeline: int,
 ) -> tuple[Backend, str]:
     """The backend, and a line that says which and why.
 
@@ -46,6 +47,7 @@ def choose_backend(
         device_type: cuda or cpu.
         attention_backend: of `Backend`.
         fp8: recipe of the linear layers.
+        pipeline: pipeline-parallel size.
 
     Raises:
         UserError: `te` is asked for and cannot be used.
@@ -53,7 +55,11 @@ def choose_backend(
     from shared.model.backend import LocalBackend
     from shared.model.fp8_backend import Fp8Backend
 
-    obstacle = None if name == "local" else _obstacle(device_type, fp8)
+    obstacle = None if name == "local" else _obstacle(device_type)
+    if fp8 and name != "local" and obstacle is None:
+        from shared.model import te_fp8
+
+        obstacle = te_fp8.obstacle(fp8, num_layers=architecture.num_layers, pipeline=pipeline, **_gpu())
     if name == "te":
         _refuse(obstacle)
     if name == "local" or obstacle:
@@ -67,15 +73,22 @@ def choose_backend(
 
     others = left_out(architecture)
     without = f"; local in it: {', '.join(others)}" if others else ""
-    return TEBackend(attention_backend), f"te (TransformerEngine {get_te_version()}){without}"
+    in_fp8 = "; FP8 has no guard and no counts in it" if fp8 else ""
+    return TEBackend(attention_backend, fp8=fp8), f"te (TransformerEngine {get_te_version()}){without}{in_fp8}"
 
 
-def _obstacle(device_type: str, fp8: Fp8Recipe | None) -> str | None:
+def _gpu() -> dict[str, tuple[int, int]]:
+    """The GPU's compute capability, and the version of CUDA that torch was built for."""
+    import torch
+
+    major, minor = (int(number) for number in (torch.version.cuda or "0.0").split(".")[:2])
+    return {"capability": torch.cuda.get_device_capability(), "cuda": (major, minor)}
+
+
+def _obstacle(device_type: str) -> str | None:
     """Why TransformerEngine cannot be used; None if it can."""
     if device_type != "cuda":
         return "there is no GPU"
-    if fp8:
-        return "--precision fp8 has linear layers of its own"
 
     from megatron.core.utils import get_te_version, is_te_min_version
 

@@ -32,6 +32,9 @@ class Fp8Backend:
         self.inner, self.recipe, self.num_layers = inner, recipe, num_layers
         self.attention_backend: AttentionBackend | None = inner.attention_backend
 
+    def config_fields(self) -> dict[str, Any]:
+        return self.inner.config_fields()
+
     def column_parallel_linear(self, layer: int, *, expert: bool = False) -> type:
         return self._linear(self.inner.column_parallel_linear(layer, expert=expert), layer, "column")
 

@@ -22,6 +22,8 @@ from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupe
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from shared.architecture.architecture import Architecture, Attention, Norm
+from shared.kernels.fp8.recipes import Fp8Recipe
+from shared.model import te_fp8
 from shared.model.backend import LocalBackend
 from shared.model.norm import NormBuilder
 
@@ -51,7 +53,16 @@ def left_out(architecture: Architecture) -> list[str]:
 
 @dataclass
 class TEBackend(LocalBackend):
-    """TransformerEngine's modules on GPUs; the local backend's where `left_out` names them."""
+    """TransformerEngine's modules on GPUs; the local backend's where `left_out` names them.
+
+    Attributes:
+        fp8: recipe of linear layers; None: in the precision of the weights.
+    """
+
+    fp8: Fp8Recipe | None = None
+
+    def config_fields(self) -> dict[str, Any]:
+        return te_fp8.config_fields(self.fp8) if self.fp8 else {}
 
     def column_parallel_linear(self, layer: int, *, expert: bool = False) -> type:
         """Of experts: one module for all experts of a rank, with the number of experts as its first argument."""

@@ -62,6 +62,14 @@ class TrainingConfig:
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.sequence_length
 
+    @property
+    def tokens_per_rank(self) -> int:
+        """Tokens of a micro batch between the linear layers of one rank."""
+        sequence = self.sequence_length // self.parallel.context
+        if self.parallel.sequence_parallel:
+            sequence //= self.parallel.tensor
+        return sequence * self.micro_batch_size
+
     def learning_rates(self) -> Schedule:
         return Schedule(
             name=self.schedule,

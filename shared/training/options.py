@@ -83,8 +83,8 @@ class TrainingOptions:
         precision: bf16 with fp32 main weights; the same with linear layers in FP8 (fp8); or fp32.
         fp8_recipe: how FP8 numbers are scaled: tensorwise (by each tensor's own amax, the default), delayed (by the amax of
             earlier updates), rowwise, blockwise (as DeepSeek-V3), mxfp8.
-        fp8_format: hybrid has gradients in E5M2 and the rest in E4M3, e4m3 all in E4M3; by default e4m3 for blockwise and
-            hybrid for the others.
+        fp8_format: hybrid has gradients in E5M2 and the rest in E4M3, e4m3 all in E4M3; by default e4m3 for blockwise
+            and mxfp8, hybrid for the others.
         fp8_amax_history: updates whose highest amax the delayed recipe scales by; by default 1024.
         fp8_bf16_layers: how many first and last layers stay in bf16, as 1,1; by default 1,1.
         recompute: activation recomputation: of whole layers (full), of core attention (selective), or of modules, separated by

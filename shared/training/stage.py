@@ -107,7 +107,7 @@ def fp8_recipe(options: TrainingOptions) -> Fp8Recipe | None:
         raise UserError(f"--fp8-amax-history belongs to --fp8-recipe delayed, not {name}")
     return Fp8Recipe(
         name=name,
-        format=options.fp8_format or ("e4m3" if name == "blockwise" else "hybrid"),
+        format=options.fp8_format or ("e4m3" if name in ("blockwise", "mxfp8") else "hybrid"),
         amax_history=options.fp8_amax_history or AMAX_HISTORY,
         power_of_two_scales=name == "blockwise",  # as TransformerEngine
         bf16_layers=options.fp8_bf16_layers or (1, 1),

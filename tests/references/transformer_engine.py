@@ -1,31 +1,141 @@
 """TransformerEngine 2.20's modules, written out in plain torch: names, arguments, parameters and extra states are its own.
 
-From transformer_engine/pytorch/module/{linear,layernorm_linear,grouped_linear,layernorm,rmsnorm,base}.py at d0067d0da6cb. Without
-FP8. Megatron-Core's wrappers run on it where TransformerEngine cannot be installed: `install` before Megatron-Core is imported.
+From transformer_engine/pytorch/module/{linear,layernorm_linear,grouped_linear,layernorm,rmsnorm,base}.py at d0067d0da6cb, recipes
+and autocast from common/recipe and pytorch/quantization.py. Products are never in FP8: a module says which recipe it would have
+used (`fp8_meta["recipe"]`), and delayed scaling keeps its amax histories. Megatron-Core's wrappers run on it where
+TransformerEngine cannot be installed: `install` before Megatron-Core is imported.
 """
 
 import contextlib
 import importlib.machinery
+import os
+import pickle
 import sys
-from types import ModuleType
+from collections import namedtuple
+from enum import Enum
+from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import torch
 
 VERSION = "2.20.0"
 
 
+_RECIPES = "transformer_engine.common.recipe"
+_FormatHelper = namedtuple("_FormatHelper", ["max_fwd", "max_bwd"], module=_RECIPES)
+
+
+class Format(Enum):
+    E4M3 = _FormatHelper(max_fwd=448, max_bwd=448)
+    HYBRID = _FormatHelper(max_fwd=448, max_bwd=57344)
+
+
+class _Recipe:
+    """A pydantic dataclass there: arguments without a field are ignored."""
+
+    def __init__(self, **given):
+        self.fp8_format = given["fp8_format"]
+
+
+class DelayedScaling(_Recipe):
+    def __init__(self, *, margin=0, amax_history_len=1024, amax_compute_algo="max", **given):
+        super().__init__(**given)
+        self.margin, self.amax_history_len, self.amax_compute_algo = margin, amax_history_len, amax_compute_algo
+
+
+class Float8CurrentScaling(_Recipe):
+    pass
+
+
+class Float8BlockScaling(_Recipe):
+    pass
+
+
+class MXFP8BlockScaling(_Recipe):
+    pass
+
+
+for _each in (Format, DelayedScaling, Float8CurrentScaling, Float8BlockScaling, MXFP8BlockScaling):
+    _each.__module__ = _RECIPES  # by which a pickle names it
+
+
+class FP8GlobalStateManager:
+    recipes: ClassVar[list] = []  # of the contexts entered
+    modules: ClassVar[dict] = {}  # with amax to be put into their histories
+
+    @classmethod
+    def is_fp8_enabled(cls):
+        return bool(cls.recipes and cls.recipes[-1])
+
+    @classmethod
+    def update(cls):
+        for module in cls.modules.values():
+            for way in ("scaling_fwd", "scaling_bwd"):
+                state = module.fp8_meta[way]
+                state.amax_history.copy_(state.amax_history.roll(-1, 0))
+                state.amax_history[0] = 0
+        cls.modules.clear()
+
+
+@contextlib.contextmanager
+def fp8_autocast(enabled=True, calibrating=False, fp8_recipe=None, fp8_group=None, _graph=False):
+    FP8GlobalStateManager.recipes.append(fp8_recipe if enabled else None)
+    try:
+        yield
+    finally:
+        FP8GlobalStateManager.recipes.pop()
+        if enabled and not FP8GlobalStateManager.recipes and torch.is_grad_enabled():
+            FP8GlobalStateManager.update()
+
+
 class _ExtraState:
-    """An empty byte tensor without FP8; None and empty tensors are read."""
+    """An empty byte tensor but for delayed scaling, whose state is a pickle; None and empty tensors are read."""
 
     def get_extra_state(self):
-        return torch.empty(0, dtype=torch.uint8)
+        if not hasattr(self, "fp8_meta") or not isinstance(self.fp8_meta["recipe"], DelayedScaling):
+            return torch.empty(0, dtype=torch.uint8)
+        state = {"recipe": self.fp8_meta["recipe"], "extra_fp8_variables": {"num_gemms": self.fp8_meta["num_gemms"]}}
+        for way in ("fwd", "bwd"):
+            state[f"scale_{way}"] = self.fp8_meta[f"scaling_{way}"].scale
+            state[f"amax_history_{way}"] = self.fp8_meta[f"scaling_{way}"].amax_history
+        return torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
 
     def set_extra_state(self, state):
-        assert state is None or state.numel() == 0, "a state of FP8"
+        if state is None or state.numel() == 0:
+            return
+        if os.getenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "0") != "1":
+            raise RuntimeError("Refusing to load pickled Transformer Engine extra state")
+        loaded = pickle.loads(state.numpy().tobytes())
+        self.fp8_meta.update(loaded["extra_fp8_variables"])
+        self._start(loaded["recipe"])
+        for way in ("fwd", "bwd"):
+            self.fp8_meta[f"scaling_{way}"].scale.copy_(loaded[f"scale_{way}"])
+            self.fp8_meta[f"scaling_{way}"].amax_history.copy_(loaded[f"amax_history_{way}"])
+
+
+class Fp8Padding(torch.nn.Module):
+    """Rows of each expert, filled up with zeros to a multiple of 16."""
+
+    def __init__(self, num_gemms, align_size=None):
+        super().__init__()
+
+    def forward(self, inp, m_splits):
+        padded = [-(-rows // 16) * 16 for rows in m_splits]
+        parts = zip(inp.split(m_splits), m_splits, padded, strict=True)
+        filled = [torch.nn.functional.pad(part, (0, 0, 0, more - rows)) for part, rows, more in parts]
+        return torch.cat(filled), padded
+
+
+class Fp8Unpadding(Fp8Padding):
+    def forward(self, inp, m_splits):
+        parts = inp.split([-(-rows // 16) * 16 for rows in m_splits])
+        return torch.cat([part[:rows] for part, rows in zip(parts, m_splits, strict=True)])
 
 
 class _Base(_ExtraState, torch.nn.Module):
     """Attributes that Megatron-Core reads, and tensor parallelism: TransformerEngine gathers and reduces by itself."""
+
+    save_original_input = False
 
     def _prepare(self, tp_group, tp_size, parallel_mode, sequence_parallel, bias, return_bias, tracker, dtype, device):
         torch.nn.Module.__init__(self)
@@ -39,7 +149,32 @@ class _Base(_ExtraState, torch.nn.Module):
         self.fp8_meta, self.fp8, self.fp8_calibration = {"fp8_checkpoint": False, "recipe": None}, False, False
 
     def init_fp8_metadata(self, num_gemms=1):
-        pass
+        """As `module/base.py`: `fp8` says whether a state is written."""
+        self.fp8_meta["num_gemms"] = num_gemms
+        self.fp8 = FP8GlobalStateManager.is_fp8_enabled()
+        self.fp8_meta["fp8_checkpoint"] = self.fp8
+        if self.fp8:
+            self._start(FP8GlobalStateManager.recipes[-1])
+
+    def _start(self, recipe):
+        self.fp8_meta["recipe"], count = recipe, self.fp8_meta["num_gemms"]
+        if isinstance(recipe, DelayedScaling) and "scaling_fwd" not in self.fp8_meta:
+            for way, tensors in (("fwd", 3), ("bwd", 2)):
+                history = torch.zeros(recipe.amax_history_len, tensors * count)
+                self.fp8_meta[f"scaling_{way}"] = SimpleNamespace(
+                    scale=torch.ones(tensors * count), amax_history=history
+                )
+
+    def _in_fp8(self, inputs, weights):
+        """Before a forward pass: the recipe, and amax of inputs and weights."""
+        self.init_fp8_metadata(len(weights))
+        if self.fp8 and isinstance(self.fp8_meta["recipe"], DelayedScaling):
+            latest = self.fp8_meta["scaling_fwd"].amax_history[0]
+            for index, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
+                for place, tensor in enumerate((x, weight)):
+                    amax = tensor.detach().abs().amax() if tensor.numel() else torch.tensor(0.0)
+                    latest[3 * index + place] = torch.maximum(latest[3 * index + place], amax)
+            FP8GlobalStateManager.modules[id(self)] = self
 
     def _split(self, inputs, outputs):
         assert (outputs if self.parallel_mode == "column" else inputs) % self.tp_size == 0
@@ -77,6 +212,7 @@ class _Base(_ExtraState, torch.nn.Module):
                 else "copy_to_tensor_model_parallel_region"
             )
             x = getattr(mappings, into)(x, **parallel)
+        self._in_fp8([x], [self.weight])
         out = torch.nn.functional.linear(x, self.weight)
         if self.parallel_mode == "row" and self.tp_size > 1:
             reduce = (
@@ -164,6 +300,7 @@ class GroupedLinear(_Base):
         assert len(m_splits) == self.num_gemms
         biases = [getattr(self, f"bias{index}") for index in range(self.num_gemms)]
         parts = []
+        self._in_fp8(inp.split(m_splits), [getattr(self, f"weight{index}") for index in range(self.num_gemms)])
         for index, rows in enumerate(inp.split(m_splits)):
             part = torch.nn.functional.linear(rows, getattr(self, f"weight{index}"))
             parts.append(part + biases[index] if self.apply_bias else part)
@@ -237,17 +374,26 @@ def install():
     names = ("fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss", "fused_topk_with_score_function")
     module("transformer_engine.pytorch.router", **dict.fromkeys(names))
     modules = (Linear, LayerNormLinear, GroupedLinear, LayerNorm, RMSNorm)
-    fp8 = module("transformer_engine.pytorch.fp8", FP8GlobalStateManager=None, fp8_autocast=None, fp8_model_init=None)
+    fp8 = module(
+        "transformer_engine.pytorch.fp8",
+        FP8GlobalStateManager=FP8GlobalStateManager,
+        fp8_autocast=fp8_autocast,
+        fp8_model_init=None,
+    )
     distributed = module(
         "transformer_engine.pytorch.distributed",
         CudaRNGStatesTracker=unused("CudaRNGStatesTracker"),
         activation_recompute_forward=None,
     )
-    recipe = module("transformer_engine.common.recipe", DelayedScaling=unused("DelayedScaling"))
+    recipes = (Format, DelayedScaling, Float8CurrentScaling, Float8BlockScaling, MXFP8BlockScaling)
+    recipe = module(_RECIPES, _FormatHelper=_FormatHelper, **{each.__name__: each for each in recipes})
     pytorch = module(
         "transformer_engine.pytorch",
         **{each.__name__: each for each in modules},
         DotProductAttention=unused("DotProductAttention"),
+        Fp8Padding=Fp8Padding,
+        Fp8Unpadding=Fp8Unpadding,
+        fp8_autocast=fp8_autocast,
         fp8=fp8,
         distributed=distributed,
     )

@@ -3,6 +3,8 @@
 Run as `python te_worker.py DIRECTORY`: writes `DIRECTORY/results.json`, and checkpoints beside it.
 """
 
+import contextlib
+import io
 import json
 import sys
 import traceback
@@ -22,6 +24,8 @@ FURTHER = (
     "mpt-tiny-clipped",
 )
 RESUMED = ("qwen3-tiny", "deepseek-v3-tiny")
+FP8 = "deepseek-v3-tiny"  # MLA, MoE with shared experts, MTP
+RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "contract-1" / "megatron"
 
 
@@ -74,25 +78,25 @@ def pieces(model):
     return tensors, objects
 
 
-def inputs(architecture):
+def inputs(architecture, length=24):
     import torch
 
     from shared.model.prefix_lm import with_blank
     from shared.runtime.device import select_device
 
     depth = architecture.mtp.depth if architecture.mtp else 0
-    ids = torch.randint(architecture.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(architecture.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
     ids = with_blank(ids, architecture)
     labels = torch.stack([ids] * (1 + depth)) if depth else ids
-    given = {"input_ids": ids, "position_ids": torch.arange(24)[None], "labels": labels}
+    given = {"input_ids": ids, "position_ids": torch.arange(length)[None], "labels": labels}
     return {name: tensor.to(select_device()) for name, tensor in given.items()} | {"attention_mask": None}
 
 
-def losses_and_gradients(model, architecture):
+def losses_and_gradients(model, architecture, length=24):
     """Losses of every token, and the gradient of their sum in a checkpoint's pieces."""
     import torch
 
-    losses = model(**inputs(architecture))
+    losses = model(**inputs(architecture, length))
     losses.sum().backward()
     kept = [parameter.data for parameter in model.parameters()]
     for parameter in model.parameters():
@@ -135,6 +139,7 @@ def compare(architecture, dtype="float32"):
         "local_linears": sum(name in ("ColumnParallelLinear", "RowParallelLinear") for name in modules),
         "with_norms": modules.count("LayerNormColumnParallelLinear"),
         "grouped": modules.count("TEGroupedMLP"),
+        "te_linears": sum(hasattr(each, "fp8_meta") for each in te.modules()),
         "loss": float(expected.mean()),
         "loss_differs": float((found - expected).abs().max()),
         "gradients_differ": max(float((own[place] - slope).abs().max()) for place, slope in slopes.items()) / largest,
@@ -150,8 +155,10 @@ def both_ways(architecture, directory):
     from shared.model import weights
     from shared.model.backend import LOCAL
     from shared.model.te_backend import TEBackend
+    from shared.training.state import write_from_threads
 
     filesystem_async._process_memory = lambda: 0  # asks psutil for a debugging line
+    write_from_threads()
     differing = []
     for name, writes, reads in (("te", TEBackend(), LOCAL), ("local", LOCAL, TEBackend())):
         source = model_of(architecture, writes, initialised=True)
@@ -181,6 +188,138 @@ def golden():
         weights.load([model], GOLDEN / "release")
         losses.append(model(**inputs(architecture)).mean().item())
     return losses
+
+
+def in_fp8(architecture, name, **changes):
+    """The recipe that each of TransformerEngine's linear layers computed with, by name of the module; None: not in FP8."""
+    from shared.model.te_backend import TEBackend
+    from tests.shared.kernels.fp8.examples import recipe
+
+    model = model_of(architecture, TEBackend(fp8=recipe(name, **changes)), initialised=True)
+    model(**inputs(architecture)).sum().backward()
+    found = {}
+    for place, module in model.named_modules():
+        if hasattr(module, "fp8_meta"):
+            used = module.fp8_meta["recipe"]
+            fields = ("amax_history_len", "amax_compute_algo")
+            found[place] = used and {
+                "class": type(used).__mro__[-3].__name__,  # before the base of all recipes
+                "format": used.fp8_format.name.lower(),
+                **{field: getattr(used, field) for field in fields if hasattr(used, field)},
+            }
+    return found
+
+
+def histories(session):
+    """Of delayed scaling: amax of the activations and weights of each linear layer, newest first; by name."""
+    return {
+        name: module.fp8_meta["scaling_fwd"].amax_history[-3:].flip(0).tolist()
+        for name, module in session.model[0].module.named_modules()
+        if "scaling_fwd" in getattr(module, "fp8_meta", {})
+    }
+
+
+def fp8_states(architecture, directory):
+    """`taken_up`, and what was said about states."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        found = taken_up(architecture, directory)
+    return found | {"said": [line for line in said.getvalue().splitlines() if "amax histories" in line]}
+
+
+def taken_up(architecture, directory):
+    """Two updates by delayed scaling, saved, and taken up again in every way."""
+    from dataclasses import replace
+
+    from shared.model.backend import LOCAL
+    from shared.model.fp8_backend import Fp8Backend
+    from shared.model.te_backend import TEBackend
+    from shared.training.fp8_update import linears_of
+    from tests.shared.kernels.fp8.examples import recipe
+    from tests.shared.training.conftest import tiny_config
+    from tests.shared.training.layouts_worker import Session
+
+    delayed = recipe("delayed", amax_history=8)
+    config = replace(tiny_config(sequence_length=24, micro_batch_size=4, global_batch_size=4), fp8=delayed)
+    te, local = TEBackend(fp8=delayed), Fp8Backend(LOCAL, delayed, architecture.num_layers)
+    first = Session(config, architecture, directory / "te", restore=False, backend=te)
+    first.train(0, 2)
+    first.save(directory / "fp8", step=2)
+    again = Session(config, architecture, directory / "fp8", backend=te)
+    found = {"saved": histories(first), "restored": histories(again), "next": [first.train(2, 3), again.train(2, 3)]}
+    theirs = Session(config, architecture, directory / "fp8", backend=local)
+    found["by local"] = [each.fp8_state.tensors["weights"].history.values for _, each in linears_of(theirs.model)]
+    theirs.train(2, 3)
+    theirs.save(directory / "fp8-local", step=3)
+    found["of local"] = histories(Session(config, architecture, directory / "fp8-local", backend=te))
+    current = replace(config, fp8=recipe("tensorwise"))
+    found["by tensorwise"] = histories(
+        Session(current, architecture, directory / "fp8", backend=TEBackend(fp8=current.fp8))
+    )
+    return found
+
+
+def larger():
+    """A model whose matrices fit every recipe."""
+    from shared.families import registry
+
+    sizes = {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 300}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5}
+    return registry.from_config({"model_type": "llama", "tie_word_embeddings": True, **sizes, **heads})
+
+
+def compare_fp8(recipe):
+    """Loss and gradients of TransformerEngine in FP8, beside those in bf16 and of the local backend if it has the recipe."""
+    import torch
+
+    from shared.model.backend import LOCAL
+    from shared.model.fp8_backend import Fp8Backend
+    from shared.model.te_backend import TEBackend
+
+    architecture = larger()
+    local = model_of(architecture, LOCAL, initialised=True, dtype="bfloat16")
+    weights = {place: data.clone() for place, (_, data) in pieces(local)[0].items()}
+
+    def measured(backend):
+        model = model_of(architecture, backend, initialised=False, dtype="bfloat16")
+        with torch.no_grad():
+            for place, (_, data) in pieces(model)[0].items():
+                data.copy_(weights[place])
+        losses_and_gradients(model, architecture, length=64)  # its amax is in the histories
+        model.zero_grad()
+        losses, slopes = losses_and_gradients(model, architecture, length=64)
+        return losses.mean().item(), torch.cat([slopes[place].flatten().float() for place in sorted(slopes)])
+
+    loss, gradient = measured(TEBackend(fp8=recipe))
+    others = {"bf16": measured(LOCAL)}
+    if recipe.obstacle("cuda", torch.cuda.get_device_capability()) is None:
+        others["local"] = measured(Fp8Backend(LOCAL, recipe, architecture.num_layers))
+    return {
+        name: {
+            "loss_differs": abs(loss - other) / other,
+            "cosine": torch.nn.functional.cosine_similarity(gradient, slopes, dim=0).item(),
+        }
+        for name, (other, slopes) in others.items()
+    }
+
+
+def resumed_fp8(recipe, directory):
+    """Updates three and four, of a run that goes on and of one that was saved and resumed."""
+    from dataclasses import replace
+
+    from shared.model.te_backend import TEBackend
+    from tests.shared.training.conftest import tiny_config
+    from tests.shared.training.layouts_worker import Session
+
+    architecture = larger()
+    both_ways(architecture, directory)
+    config = replace(tiny_config(sequence_length=24, micro_batch_size=4, global_batch_size=8), fp8=recipe)
+    backend = TEBackend(fp8=recipe)
+    first = Session(config, architecture, directory / "te", restore=False, backend=backend)
+    first.train(0, 2)
+    first.save(directory / "fp8", step=2)
+    again = Session(config, architecture, directory / "fp8", backend=backend)
+    return first.train(2, 4), again.train(2, 4)
 
 
 def resumed(architecture, directory):
@@ -218,12 +357,15 @@ def main(directory):
     initialize(ParallelConfig(), 1)
     torch.manual_seed(1)
     results = {"version": str(get_te_version()), "sizes": {}, "golden": {}, "both_ways": {}, "resumed": {}}
+    results |= {"fp8": {}, "fp8_states": {}}
     sizes = tiny_sizes()
     for kind, work, names in (
         ("sizes", lambda name: compare(sizes[name]), sizes),
         ("golden", lambda _: golden(), ("contract-1",)),
         ("both_ways", lambda name: both_ways(sizes[name], directory / name), SAVED),
         ("resumed", lambda name: resumed(sizes[name], directory / name), RESUMED),
+        ("fp8", lambda name: in_fp8(sizes[FP8], name, bf16_layers=(0, 0) if name == "delayed" else (1, 0)), RECIPES),
+        ("fp8_states", lambda name: fp8_states(sizes[name], directory / name), (FP8,)),
     ):
         for name in names:
             try:

@@ -10,19 +10,22 @@ from shared.families import registry
 from shared.model import backend_choice
 from shared.model.backend import LocalBackend
 from shared.model.backend_choice import check_backend, choose_backend
+from shared.model.fp8_backend import Fp8Backend
 from shared.model.te_backend import TEBackend, left_out
+from tests.shared.kernels.fp8.examples import recipe
 
 LLAMA, MPT = (registry.sizes()[name] for name in ("tiny", "mpt-tiny"))
 
 
 def choose(name, architecture=LLAMA, device_type="cuda", fp8=None):
-    return choose_backend(name, architecture, device_type=device_type, attention_backend="eager", fp8=fp8)
+    return choose_backend(name, architecture, device_type=device_type, attention_backend="eager", fp8=fp8, pipeline=1)
 
 
 @pytest.fixture
 def with_te(monkeypatch):
     """A GPU with TransformerEngine, as far as the choice can see."""
-    monkeypatch.setattr(backend_choice, "_obstacle", lambda *_: None)
+    monkeypatch.setattr(backend_choice, "_obstacle", lambda device_type: None)
+    monkeypatch.setattr(backend_choice, "_gpu", lambda: {"capability": (9, 0), "cuda": (13, 0)})
 
 
 def test_without_a_gpu_the_local_backend_is_used_and_says_why():
@@ -48,6 +51,22 @@ def test_with_both_transformer_engine_is_used(with_te):
 def test_what_transformer_engine_lacks_is_named(with_te):
     assert choose("te", MPT)[1].endswith("; local in it: LayerNorm without bias")
     assert left_out(LLAMA) == []
+
+
+def test_fp8_is_transformer_engines_where_it_has_the_recipe(with_te):
+    backend, line = choose(None, fp8=recipe("blockwise"))
+    assert (type(backend), backend.fp8) == (TEBackend, recipe("blockwise"))
+    assert line.endswith("; FP8 has no guard and no counts in it")
+    assert backend.config_fields()["fp8_recipe"] == "blockwise"
+    for name, words in (("rowwise", "has no --fp8-recipe rowwise"), ("mxfp8", "compute capability 10.x")):
+        backend, line = choose(None, fp8=recipe(name))
+        assert (type(backend), backend.recipe) == (Fp8Backend, recipe(name))
+        assert line.startswith("local: ")
+        assert words in line
+        with pytest.raises(UserError, match=rf"^--backend te: .*{words}.*; leave --backend out"):
+            choose("te", fp8=recipe(name))
+    assert type(choose("local", fp8=recipe("tensorwise"))[0]) is Fp8Backend
+    assert choose("local", fp8=recipe("tensorwise"))[0].config_fields() == {}
 
 
 def test_the_local_backend_may_be_asked_for(with_te):

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from shared.architecture.architecture import MLP, LatentAttention, MoE
+from shared.model.te_fp8 import obstacle
+from tests.shared.kernels.fp8.examples import recipe
 from tests.workers import results_of
 
 _specification = importlib.util.spec_from_file_location("te_worker", Path(__file__).with_name("te_worker.py"))
@@ -116,6 +118,47 @@ def test_a_run_goes_on_with_the_other_backend(results, name):
             assert rows[f"{one} to {other}"] == pytest.approx(rows[one], rel=1e-4)  # of sums of 1e4 numbers in fp32
 
 
+CLASSES = {
+    "tensorwise": "Float8CurrentScaling",
+    "delayed": "DelayedScaling",
+    "blockwise": "Float8BlockScaling",
+    "mxfp8": "MXFP8BlockScaling",
+}
+
+
+@pytest.mark.parametrize("name", worker.RECIPES)
+def test_linear_layers_are_computed_with_the_recipes_object(results, name):
+    """All but those of the layers that stay in bf16: the first one here. MTP layers and experts are in FP8."""
+    found = results["fp8"][name]
+    assert "error" not in found, found["error"]
+    wanted = {"class": CLASSES[name], "format": recipe(name).format}
+    if name == "delayed":
+        wanted |= {"amax_history_len": 1024, "amax_compute_algo": "max"}
+    in_bf16 = () if name == "delayed" else ("decoder.layers.0.",)
+    assert any(place.startswith("mtp.layers.0.eh_proj") for place in found)
+    assert any("experts.linear_fc2" in place for place in found)
+    for place, used in found.items():
+        assert used == (None if place.startswith(in_bf16) else wanted), place
+
+
+def test_amax_histories_are_saved_and_resumed(results):
+    found = results["fp8_states"][worker.FP8]
+    assert "error" not in found, found["error"]
+    assert found["restored"] == found["saved"]
+    assert found["next"][0] == found["next"][1]
+    assert len(found["saved"]) == results["sizes"][worker.FP8]["te_linears"]
+    assert all(amax[0][:2] != [0, 0] and amax[1][:2] != [0, 0] and not any(amax[2]) for amax in found["saved"].values())
+
+
+def test_histories_are_not_carried_to_the_other_backend_or_recipe(results):
+    """And nothing breaks: the log says so."""
+    found = results["fp8_states"][worker.FP8]
+    assert found["by local"]
+    assert not any(found["by local"])
+    assert found["of local"] == found["by tensorwise"] == {}
+    assert [line.split()[3:6] for line in found["said"]] == [["of", "TransformerEngine", "are"], ["of", "the", "local"]]
+
+
 @pytest.fixture
 def on_gpu():
     """One process on a GPU with TransformerEngine, and no model before."""
@@ -160,3 +203,34 @@ def test_a_run_goes_on_from_and_to_transformer_engine_itself(name, on_gpu, tmp_p
     for one in ("te", "local"):
         for other in ("te", "local"):
             assert rows[f"{one} to {other}"] == pytest.approx(rows[one], rel=GPU_TOLERANCES["float32"])
+
+
+@pytest.fixture
+def in_fp8(request, on_gpu):
+    """The recipe, where this GPU computes it."""
+    used = recipe(request.param, amax_history=8)
+    cuda = tuple(int(number) for number in torch.version.cuda.split(".")[:2])
+    capability = torch.cuda.get_device_capability()
+    if reason := obstacle(used, num_layers=2, pipeline=1, capability=capability, cuda=cuda):
+        pytest.skip(reason)
+    return used
+
+
+# E4M3 has 2^-4 of relative error an element, E5M2 2^-3: they average out in sums of 256 products, and add up over layers.
+FP8_LOSS, FP8_COSINE = 0.02, 0.97
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_fp8", worker.RECIPES, indirect=True)
+def test_fp8_of_transformer_engine_itself_is_near_bf16_and_the_local_backends(in_fp8):
+    """Loss and direction of the gradient, after an update that fills amax histories."""
+    for other in worker.compare_fp8(in_fp8).values():
+        assert other["loss_differs"] < FP8_LOSS
+        assert other["cosine"] > FP8_COSINE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_fp8", worker.RECIPES, indirect=True)
+def test_a_run_in_fp8_resumes_on_transformer_engine_itself_to_the_last_digit(in_fp8, tmp_path):
+    continued, again = worker.resumed_fp8(in_fp8, tmp_path)
+    assert again == continued

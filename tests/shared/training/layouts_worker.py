@@ -61,7 +61,7 @@ class Session:
         self.model = wrap(chunks, overlap=config.overlap)
         self.optimizer = build_optimizer(config, self.model)
         if restore:
-            state.load(directory, self.model, self.optimizer, fp8=config.fp8 is not None)
+            state.load(directory, self.model, self.optimizer, fp8=config.fp8)
 
     def train(self, first: int, last: int) -> list[list[float]]:
         """Loss, MTP loss (0 without MTP) and gradient norm of updates `first` to `last`, from 0."""
