@@ -6,6 +6,7 @@ Run as `python te_worker.py DIRECTORY`: writes `DIRECTORY/results.json`, and che
 import contextlib
 import io
 import json
+import os
 import sys
 import traceback
 import warnings
@@ -14,6 +15,7 @@ from pathlib import Path
 warnings.filterwarnings("ignore")
 
 from tests.references import transformer_engine as written_out  # noqa: E402
+from tests.workers import forked_world  # noqa: E402
 
 # Saved by one backend and loaded by the other.
 SAVED = ("qwen3-tiny", "bloom-tiny", "gpt-oss-tiny", "deepseek-v3-tiny", "qwen3-next-tiny")
@@ -24,6 +26,11 @@ FURTHER = (
     "mpt-tiny-clipped",
 )
 RESUMED = ("qwen3-tiny", "deepseek-v3-tiny")
+LAYOUTS = {
+    ("gpt-oss-tiny", "tensor"): {"tensor": 2, "sequence_parallel": True},  # with biases
+    ("deepseek-v3-tiny", "tensor"): {"tensor": 2, "sequence_parallel": True},
+    ("deepseek-v3-tiny", "expert"): {"expert": 2},
+}
 FP8 = "deepseek-v3-tiny"  # MLA, MoE with shared experts, MTP
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "contract-1" / "megatron"
@@ -343,12 +350,53 @@ def resumed(architecture, directory):
     return rows
 
 
+def in_layouts(rank, directory):
+    """In a world of two: two updates in each layout, by each backend from the same weights; rank 0 writes them."""
+    import torch
+    from megatron.core import dist_checkpointing
+
+    from shared.model import weights
+    from shared.model.backend import LOCAL
+    from shared.model.te_backend import TEBackend
+    from shared.parallel import ParallelConfig
+    from shared.runtime.process_groups import initialize
+    from shared.training.state import write_from_threads
+    from tests.shared.training.conftest import tiny_config
+    from tests.shared.training.layouts_worker import Session
+
+    write_from_threads()
+    rows, starts = {}, {}
+    initialize(ParallelConfig(processes=2), 1)
+    for name in {name for name, _ in LAYOUTS}:
+        torch.manual_seed(1)
+        starts[name] = directory / f"start-{name}"
+        if rank == 0:
+            starts[name].mkdir()
+        torch.distributed.barrier()
+        source = model_of(tiny_sizes()[name], LOCAL, initialised=True)
+        weights._clear_padding(source)
+        dist_checkpointing.save(weights.sharded_state_dict([source])["model"], str(starts[name]))
+    for (name, layout), sizes in LAYOUTS.items():
+        parallel = ParallelConfig(processes=2, **sizes)
+        config = tiny_config(sequence_length=24, micro_batch_size=2, global_batch_size=4, parallel=parallel)
+        for backend, modules in (("local", LOCAL), ("te", TEBackend())):
+            session = Session(config, tiny_sizes()[name], starts[name], restore=False, backend=modules)
+            rows[f"{name} {layout} {backend}"] = session.train(0, 2)
+    if rank == 0:
+        (directory / "layouts.json").write_text(json.dumps(rows))
+
+
 def main(directory):
     written_out.install()
     from shared.runtime.device import select_device
 
     select_device()
     import torch
+
+    environment = dict(os.environ)
+    assert forked_world(2, in_layouts, directory), "a rank of the layouts failed"
+    os.environ.clear()
+    os.environ.update(environment)
     from megatron.core.utils import get_te_version
 
     from shared.parallel import ParallelConfig
@@ -372,6 +420,7 @@ def main(directory):
                 results[kind][name] = work(name)
             except Exception:  # noqa: BLE001 -- reported by the test of this size; the others go on
                 results[kind][name] = {"error": traceback.format_exc(limit=-6)}
+    results["layouts"] = json.loads((directory / "layouts.json").read_text())
     (directory / "results.json").write_text(json.dumps(results))
 
 

@@ -118,6 +118,14 @@ def test_a_run_goes_on_with_the_other_backend(results, name):
             assert rows[f"{one} to {other}"] == pytest.approx(rows[one], rel=1e-4)  # of sums of 1e4 numbers in fp32
 
 
+@pytest.mark.parametrize(("name", "layout"), worker.LAYOUTS)
+def test_layouts_train_as_the_local_backends(results, name, layout):
+    """Losses and gradient norms of two updates on two processes: parts of weights, and marks by which gradients are joined."""
+    local, te = (results["layouts"][f"{name} {layout} {backend}"] for backend in ("local", "te"))
+    for one, other in zip(te, local, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)  # of sums of 1e4 numbers in fp32
+
+
 CLASSES = {
     "tensorwise": "Float8CurrentScaling",
     "delayed": "DelayedScaling",
