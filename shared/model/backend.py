@@ -32,12 +32,20 @@ class Backend(Protocol):
 
     attention_backend: AttentionBackend | None
 
+    def config_fields(self) -> dict[str, Any]:
+        """Fields of Megatron-Core's TransformerConfig that its modules read."""
+        ...
+
     def column_parallel_linear(self, layer: int, *, expert: bool = False) -> type:
         """Class of column-parallel linear layers: qkv, fc1, MLA projections, gated delta net in_proj, MTP eh_proj."""
         ...
 
     def row_parallel_linear(self, layer: int, *, expert: bool = False) -> type:
         """Class of row-parallel linear layers: attention output, fc2, gated delta net out_proj."""
+        ...
+
+    def column_parallel_layer_norm_linear(self, norm: Norm, layer: int) -> type | None:
+        """Class of a column-parallel linear layer with `norm` in front; None: norm and linear layer are two modules."""
         ...
 
     def norm(self, norm: Norm, *, extra_state: bool) -> NormBuilder:
@@ -71,11 +79,17 @@ class LocalBackend:
 
     attention_backend: AttentionBackend | None = None
 
+    def config_fields(self) -> dict[str, Any]:
+        return {}
+
     def column_parallel_linear(self, layer: int, *, expert: bool = False) -> type:
         return ColumnParallelLinear
 
     def row_parallel_linear(self, layer: int, *, expert: bool = False) -> type:
         return RowParallelLinear
+
+    def column_parallel_layer_norm_linear(self, norm: Norm, layer: int) -> type | None:
+        return None
 
     def norm(self, norm: Norm, *, extra_state: bool) -> NormBuilder:
         return norm_of(norm, extra_state=extra_state)

@@ -32,6 +32,9 @@ class Fp8Backend:
         self.inner, self.recipe, self.num_layers = inner, recipe, num_layers
         self.attention_backend: AttentionBackend | None = inner.attention_backend
 
+    def config_fields(self) -> dict[str, Any]:
+        return self.inner.config_fields()
+
     def column_parallel_linear(self, layer: int, *, expert: bool = False) -> type:
         return self._linear(self.inner.column_parallel_linear(layer, expert=expert), layer, "column")
 
@@ -40,6 +43,9 @@ class Fp8Backend:
 
     def _linear(self, base: type, layer: int, direction: Direction) -> type:
         return fp8_class(base, self.recipe, layer, direction) if self.recipe.in_fp8(layer, self.num_layers) else base
+
+    def column_parallel_layer_norm_linear(self, norm: Norm, layer: int) -> type | None:
+        return None
 
     def norm(self, norm: Norm, *, extra_state: bool) -> NormBuilder:
         return self.inner.norm(norm, extra_state=extra_state)

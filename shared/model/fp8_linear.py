@@ -77,8 +77,8 @@ class Fp8Linear(torch.nn.Module):
         return self.fp8_state.encode()
 
     def set_extra_state(self, state: torch.Tensor | None) -> None:
-        """Take the state of a checkpoint; None, of a run without FP8, leaves histories empty."""
-        if state is None:
+        """Take the state of a checkpoint. None and no bytes, of runs without FP8, leave histories empty."""
+        if state is None or not state.numel():
             return
         if state.dtype != torch.float32:  # TransformerEngine's is a pickle in bytes: it is not opened
             _announce_foreign()

@@ -137,13 +137,15 @@ def causal_convolution(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Ten
     return mixed
 
 
-def delta_net_spec(net: values.GatedDeltaNet, norm: Norm, backend: Backend, layer: int) -> ModuleSpec:
-    """Gated delta net spec of a layer; `layer`: index, as in `Backend`."""
+def delta_net_spec(
+    net: values.GatedDeltaNet, norm: Norm, backend: Backend, layer: int, fused: type | None = None
+) -> ModuleSpec:
+    """Gated delta net spec of a layer; `layer`: index, as in `Backend`. `fused`: class of in_proj with the layer's norm."""
     return ModuleSpec(
         module=TorchGatedDeltaNet,
         params={"net": net},
         submodules=GatedDeltaNetSubmodules(
-            in_proj=backend.column_parallel_linear(layer),
+            in_proj=fused or backend.column_parallel_linear(layer),
             out_norm=backend.norm(norm, extra_state=True),
             out_proj=backend.row_parallel_linear(layer),
         ),

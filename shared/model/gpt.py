@@ -277,7 +277,9 @@ def build(
     """
     check_supported(architecture)
     layout.check_model(architecture)
-    config = transformer_config(architecture, layout, dtype, recompute=recompute, **overrides)
+    config = transformer_config(
+        architecture, layout, dtype, recompute=recompute, **{**backend.config_fields(), **overrides}
+    )
     stages: list[int | None] = list(range(layout.virtual_pipeline)) if layout.virtual_pipeline > 1 else [None]
     chunks = [LanguageModel(architecture, config, stage, backend).to(select_device()) for stage in stages]
     if not config.perform_initialization:

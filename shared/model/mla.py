@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel.mappings import (
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
@@ -106,8 +107,10 @@ def mla_spec(
     mla: LatentAttention, norm: Norm, max_position_embeddings: int, backend: Backend, layer: int
 ) -> ModuleSpec:
     """MLA spec of a layer; `layer`: index, as in `Backend`."""
-    low_rank_norm = backend.norm(replace(norm, epsilon=mla.norm_epsilon), extra_state=False)
+    low_rank = replace(norm, epsilon=mla.norm_epsilon)
     column = backend.column_parallel_linear(layer)
+    fused = backend.column_parallel_layer_norm_linear(low_rank, layer)
+    low_rank_norm = IdentityOp if fused else backend.norm(low_rank, extra_state=False)
     return ModuleSpec(
         module=LatentSelfAttention,
         params={
@@ -118,9 +121,9 @@ def mla_spec(
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=column,
             linear_q_down_proj=column,
-            linear_q_up_proj=column,
+            linear_q_up_proj=fused or column,
             linear_kv_down_proj=column,
-            linear_kv_up_proj=column,
+            linear_kv_up_proj=fused or column,
             core_attention=ModuleSpec(
                 module=backend.core_attention(),
                 params={"attention": mla, "attention_backend": backend.attention_backend},

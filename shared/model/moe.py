@@ -49,18 +49,25 @@ def _with_bias_over_tp(linear: Callable[..., Any]) -> Callable[..., Any]:
     """An expert's fc2 that returns bias / expert_tensor_parallel_size.
 
     Megatron-Core adds an expert's bias before the all-reduce over expert-tensor-parallel ranks, and refuses biases with
-    several ranks. It adds in place, hence the clone: autograd forbids that on the output of a reduction.
+    several ranks. It adds in place, hence the clone: autograd forbids that on the output of a reduction. A linear layer of all
+    experts returns a list of biases, which are added out of place.
     """
 
     def share(
-        module: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        module: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, torch.Tensor | list[torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor]]:
         summed, bias = output
-        return summed.clone(), bias / parallel_state.get_expert_tensor_parallel_world_size()
+        ranks = parallel_state.get_expert_tensor_parallel_world_size()
+        if isinstance(bias, list):
+            return summed, [each / ranks for each in bias]
+        return summed.clone(), bias / ranks
 
     def build(*args: Any, **kwargs: Any) -> Any:
         built = linear(*args, **{**kwargs, "bias": True})
         built.register_forward_hook(share)
+        for name, parameter in built.named_parameters():
+            if name.startswith("bias"):  # Megatron-Core sums its gradient over tensor-parallel ranks
+                parameter.sequence_parallel = kwargs["config"].sequence_parallel
         return built
 
     return build

@@ -101,36 +101,46 @@ class _Spec:
 
     def layer(self, layer: Layer, index: int) -> ModuleSpec:
         """`index`: of the layer, as in `Backend`."""
-        plain_norm = self.backend.norm(layer.norm, extra_state=False)
-        norm = plain_norm if layer.pre_norms else IdentityOp
+        backend, latent, dense = self.backend, isinstance(layer.mixer, LatentAttention), isinstance(layer.mlp, MLP)
+        plain_norm = backend.norm(layer.norm, extra_state=False)
         post_norm = None if layer.norm_placement == "pre" else plain_norm
+        # A residual of these kinds adds the norm's input. Others read its output beside the linear layer.
+        read_once = layer.pre_norms and layer.residual.kind in ("sequential", "parallel")
+        fused = backend.column_parallel_layer_norm_linear(layer.norm, index) if read_once else None
+        # TransformerEngine's specs, too, have a module for the norm before MLA and before a MoE's router.
+        alone = backend.norm(layer.norm, extra_state=True)
         general = needs_general_transformer_layer(layer)
-        attention, keys = self._mixer(layer, index)
-        dense = isinstance(layer.mlp, MLP)
+        attention, keys = self._mixer(layer, index, fused)
+        in_linear = IdentityOp if fused or not layer.pre_norms else plain_norm
+        input_norm = alone if latent and layer.pre_norms else in_linear
+        mlp_norm = in_linear if dense or not layer.pre_norms else alone
         return ModuleSpec(
             module=GeneralTransformerLayer if general else TransformerLayer,
             params={"layer": layer, "post_norm": post_norm} if general else {},
             submodules=TransformerLayerSubmodules(
-                input_layernorm=norm,
+                input_layernorm=input_norm,
                 self_attention=attention,
                 self_attn_bda=get_bias_dropout_add,
-                pre_mlp_layernorm=IdentityOp if layer.residual.kind == "parallel_shared" else norm,
-                mlp=self._mlp(layer.mlp, index),
+                pre_mlp_layernorm=IdentityOp if layer.residual.kind == "parallel_shared" else mlp_norm,
+                mlp=self._mlp(layer.mlp, index, fused),
                 mlp_bda=get_bias_dropout_add,
                 sharded_state_dict_keys_map={**keys, **(_DENSE_KEYS if dense else {})},
             ),
         )
 
-    def _mixer(self, layer: Layer, index: int) -> tuple[ModuleSpec, dict[str, str]]:
-        """The mixer's spec, and its `sharded_state_dict_keys_map`: names of norms inside LayerNormLinear."""
+    def _mixer(self, layer: Layer, index: int, fused: type | None) -> tuple[ModuleSpec, dict[str, str]]:
+        """The mixer's spec, and its `sharded_state_dict_keys_map`: names of norms inside LayerNormLinear.
+
+        `fused`: class of the input projection with the layer's norm, if it has one.
+        """
         mixer = layer.mixer
         if isinstance(mixer, GatedDeltaNet):
-            return delta_net_spec(mixer, layer.norm, self.backend, index), DELTA_NET_CHECKPOINT_KEYS
+            return delta_net_spec(mixer, layer.norm, self.backend, index, fused), DELTA_NET_CHECKPOINT_KEYS
         if isinstance(mixer, LatentAttention):
             return mla_spec(mixer, layer.norm, self.max_position_embeddings, self.backend, index), MLA_CHECKPOINT_KEYS
-        return self._attention(mixer, layer.norm, index), _ATTENTION_KEYS
+        return self._attention(mixer, layer.norm, index, fused), _ATTENTION_KEYS
 
-    def _attention(self, attention: Attention, norm: Norm, index: int) -> ModuleSpec:
+    def _attention(self, attention: Attention, norm: Norm, index: int, fused: type | None) -> ModuleSpec:
         q_norm, k_norm = self.backend.qk_norms(attention, norm)
         module: type = SelfAttention
         params: dict[str, Any] = {}
@@ -138,7 +148,7 @@ class _Spec:
             module = Rotary2DSelfAttention if self.prefix.position_streams > 1 else SelfAttention
         elif attention.rotary:
             module, params = RotarySelfAttention, {"angles": self._layer_angles(attention, attention.rotary)}
-        projection: Callable[..., Any] = self.backend.column_parallel_linear(index)
+        projection: Callable[..., Any] = fused or self.backend.column_parallel_linear(index)
         if attention.clip is not None:
             projection = clipped(projection, attention.clip)
         return ModuleSpec(
@@ -157,11 +167,11 @@ class _Spec:
             ),
         )
 
-    def _mlp(self, mlp: MLP | MoE, index: int) -> Callable[..., Any]:
+    def _mlp(self, mlp: MLP | MoE, index: int, fused: type | None) -> Callable[..., Any]:
         if isinstance(mlp, MoE):
             return moe_spec(mlp, self.backend, index)
         linears = MLPSubmodules(
-            linear_fc1=_linear(self.backend.column_parallel_linear(index), bias=mlp.bias),
+            linear_fc1=_linear(fused or self.backend.column_parallel_linear(index), bias=mlp.bias),
             linear_fc2=_linear(self.backend.row_parallel_linear(index), bias=mlp.bias),
         )
         return partial(DenseMLP.as_mlp_submodule, submodules=linears)

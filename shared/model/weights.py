@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
 from shared.checkpoint.formats.torch_dist_reader import NON_WEIGHT_PREFIXES
 from shared.checkpoint.formats.torch_pickle import read_pickle
@@ -48,7 +48,7 @@ def load(chunks: Sequence[LanguageModel], iteration_path: Path) -> None:
     }
     # Tensors only: extra states are empty without FP8.
     wanted = {
-        name: {key: entry for key, entry in state.items() if not key.endswith("_extra_state")}
+        name: {key: entry for key, entry in state.items() if not isinstance(entry, ShardedObject)}
         for name, state in sharded_state_dict(chunks, KeyForm.of(saved)).items()
     }
     for state in wanted.values():

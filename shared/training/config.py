@@ -8,6 +8,7 @@ from shared.architecture.architecture import Architecture
 from shared.errors import UserError
 from shared.kernels.attention.names import AttentionBackend
 from shared.kernels.fp8.recipes import Fp8Recipe
+from shared.model.backend_choice import BackendName
 from shared.model.recompute import Recompute, check_recompute
 from shared.parallel import ParallelConfig
 from shared.precision import TrainingPrecision
@@ -41,6 +42,7 @@ class TrainingConfig:
     precision: TrainingPrecision  # of weights and activations
     fp8: Fp8Recipe | None  # of linear layers; None: in the precision of the weights
     recompute: tuple[Recompute, ...]  # activation recomputation: modules, or whole layers (full)
+    backend: BackendName | None  # None: te where it can be used
     attention_backend: AttentionBackend | None  # None: the first that carries what a layer needs
     parallel: ParallelConfig
     save_every: int  # updates
@@ -59,6 +61,14 @@ class TrainingConfig:
     @property
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.sequence_length
+
+    @property
+    def tokens_per_rank(self) -> int:
+        """Tokens of a micro batch between the linear layers of one rank."""
+        sequence = self.sequence_length // self.parallel.context
+        if self.parallel.sequence_parallel:
+            sequence //= self.parallel.tensor
+        return sequence * self.micro_batch_size
 
     def learning_rates(self) -> Schedule:
         return Schedule(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel
 from torch.distributed import ReduceOp, all_reduce
 
 from shared.architecture.architecture import Architecture
 from shared.console import log
 from shared.kernels.fp8.recipes import KINDS, Fp8Recipe
+from shared.model import te_fp8
 from shared.model.fp8_linear import Fp8Linear
 
 _FIELDS = ("clipped", "underflow", "nonzero", "late", "not_finite", "fell_back", "fallen")
@@ -158,28 +160,44 @@ def _expert_groups() -> list[Any]:
     return [parallel_state.get_expert_tensor_parallel_group(), parallel_state.get_expert_data_parallel_group()]
 
 
-def sharded_states(weights: dict[str, Any]) -> dict[str, Any]:
-    """All states in `weights`, the model's sharded state dict by chunk. Of every layer: Megatron-Core loads all parts or none."""
+def sharded_states(weights: dict[str, Any], saved: Collection[str]) -> dict[str, Any]:
+    """All states in `weights`, the model's sharded state dict by chunk. Of every layer: Megatron-Core loads all parts or none.
+
+    `saved`: keys of the checkpoint. Those of MoE and MLA had no state of some norms once.
+    """
     return {
-        name: {key: entry for key, entry in entries.items() if key.endswith("_extra_state")}
+        name: {
+            key: entry
+            for key, entry in entries.items()
+            if isinstance(entry, ShardedObject) and "._extra_state" in key and entry.unique_key in saved
+        }
         for name, entries in weights.items()
     }
 
 
-def restore_states(model: list[DistributedDataParallel], loaded: dict[str, Any]) -> None:
+def restore_states(model: list[DistributedDataParallel], loaded: dict[str, Any], recipe: Fp8Recipe) -> None:
     """Take what was loaded for `sharded_states`. A run without FP8 saved None: histories start anew."""
     for entries, chunk in zip(loaded.values(), model, strict=True):
         for name, module in chunk.module.named_modules():
             if isinstance(module, Fp8Linear):
                 module.set_extra_state(entries[f"{name}._extra_state"])
+        if recipe.name == "delayed":  # the other recipes of TransformerEngine have no state
+            te_fp8.restore(chunk.module, entries)
 
 
-def announce_switch(before: str | None, now: Fp8Recipe | None) -> None:
-    """Log that a run is resumed in another precision. `before`: the manifest's `fp8`, None without FP8."""
+def announce_switch(before: str | None, now: Fp8Recipe | None, *, by_te: bool) -> None:
+    """Log that a run is resumed in another precision.
+
+    Args:
+        before: the manifest's `fp8`, None without FP8.
+        now: recipe.
+        by_te: TransformerEngine computes it.
+    """
     if before == (str(now) if now else None):
         return
     log(
         f"precision   {f'fp8 ({now})' if now else 'bf16'}, was {f'fp8 ({before})' if before else 'bf16'} before this update"
     )
     if now and now.name == "delayed":
-        log("fp8         without amax histories the first update scales by its own amax")
+        first = "TransformerEngine's scales start at 1" if by_te else "the first update scales by its own amax"
+        log(f"fp8         without amax histories {first}")

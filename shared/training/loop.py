@@ -29,9 +29,12 @@ from shared.data.labels import IGNORE
 from shared.errors import Interrupted, StageError, UserError
 from shared.model import gpt, weights
 from shared.model.attention_plan import attention_plan
-from shared.model.backend import Backend, LocalBackend
+from shared.model.backend import Backend
+from shared.model.backend_choice import choose_backend
 from shared.model.context_parallel import local_part
 from shared.model.fp8_backend import Fp8Backend
+from shared.model.te_backend import TEBackend
+from shared.model.te_fp8 import check_sizes
 from shared.report.track import Track
 from shared.runtime import process_groups, progress
 from shared.runtime.extensions import compile_share_storage
@@ -78,7 +81,10 @@ def train(run: Run) -> None:
     """
     progress.at("joining the other ranks", long=True)
     process_groups.initialize(run.config.parallel, run.config.seed)
-    check_device(run.config)
+    backend, line = backend_of(run.config, run.inputs.architecture)
+    if isinstance(backend, Fp8Backend):
+        check_device(run.config)
+    log(f"backend     {line}")
     for line in attention_lines(run):
         log(f"attention   {line}")
     progress.at("opening the run directory", long=True)
@@ -86,7 +92,7 @@ def train(run: Run) -> None:
     with contextlib.ExitStack() as stack:
         directory = open_run(run.target, run.inputs, overwrite=run.overwrite, extend=run.extend)
         stack.callback(directory.close)
-        stopped_after = _train(run, directory, stop, stack)
+        stopped_after = _train(run, backend, directory, stop, stack)
     process_groups.destroy()
     if stopped_after is not None:
         raise Interrupted(
@@ -124,7 +130,9 @@ def model_dtype(config: TrainingConfig) -> torch.dtype:
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
-def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: contextlib.ExitStack) -> int | None:
+def _train(
+    run: Run, backend: Backend, directory: SharedRunDirectory, stop: StopRequest, stack: contextlib.ExitStack
+) -> int | None:
     """Train in an open run directory. Returns the last update if a signal stopped the run before its end.
 
     `stack`: closes what is opened here.
@@ -145,9 +153,12 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
         config.parallel,
         dtype=model_dtype(config),
         recompute=config.recompute,
-        backend=backend_of(config, architecture),
+        backend=backend,
         **model_overrides(config),
     )
+    by_te = isinstance(backend, TEBackend)
+    if config.fp8 and by_te:
+        check_sizes(chunks, config.fp8, tokens=config.tokens_per_rank)
     progress.at("loading", long=True)
     resumed = None if directory.resumed is None else directory.path / iteration_name(directory.resumed)
     weights.load(chunks, resumed or run.inputs.source.iteration_path)
@@ -157,13 +168,13 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
     optimizer = build_optimizer(config, model)
     step = 0
     if resumed is not None:
-        step = state.load(resumed, model, optimizer, fp8=config.fp8 is not None)
+        step = state.load(resumed, model, optimizer, fp8=config.fp8)
         log(f"resuming after update {step} of {config.steps}")
 
     schedule = config.learning_rates()
     earlier = samples_before(config, directory)
     if resumed is not None:
-        fp8_update.announce_switch(directory.facts.get("fp8"), config.fp8)
+        fp8_update.announce_switch(directory.facts.get("fp8"), config.fp8, by_te=by_te)
     recorder = Recorder(run.config, run.inputs, directory, blend=run.blend, order=order, track=run.track)
     stack.callback(recorder.close)
     if step == 0:
@@ -183,7 +194,7 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
             rate = schedule.learning_rate(step + 1)
             set_learning_rate(optimizer, rate)
             _, gradient_norm, _ = optimizer.step()
-            fp8 = fp8_update.end_update(model, device) if config.fp8 else None
+            fp8 = fp8_update.end_update(model, device) if isinstance(backend, Fp8Backend) else None
             if fp8 and fp8.not_finite:  # clamped to the largest FP8 number, they leave the loss finite
                 saver.finish()
                 raise StageError(f"update {step + 1}: {fp8.not_finite}; {recorder.last_saved()}; lower --learning-rate")
@@ -209,10 +220,16 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
     return None
 
 
-def backend_of(config: TrainingConfig, architecture: Architecture) -> Backend:
-    """The implementation of layers that the run's options name."""
-    local = LocalBackend(attention_backend=config.attention_backend)
-    return Fp8Backend(local, config.fp8, architecture.num_layers) if config.fp8 else local
+def backend_of(config: TrainingConfig, architecture: Architecture) -> tuple[Backend, str]:
+    """The implementation of layers, and a line that says why. UserError for a named one that cannot be used."""
+    return choose_backend(
+        config.backend,
+        architecture,
+        device_type=shared.runtime.device.select_device().type,
+        attention_backend=config.attention_backend,
+        fp8=config.fp8,
+        pipeline=config.parallel.pipeline,
+    )
 
 
 def trainable_of(config: TrainingConfig, architecture: Architecture) -> Trainable:

@@ -12,6 +12,7 @@ from shared.cli import ExistingDir, NonNegative, Positive, Seed
 from shared.foreign_formats import absent, indexed_prefix, not_a_directory
 from shared.kernels.attention.names import AttentionBackend
 from shared.kernels.fp8.recipes import Fp8Format, RecipeName
+from shared.model.backend_choice import BackendName
 from shared.model.recompute import Recompute
 from shared.parallel import ContextExchange
 from shared.precision import RunPrecision
@@ -37,7 +38,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 NOT_FINGERPRINTED = (
     *("micro_batch_size", "tensor_parallel", "pipeline_parallel", "virtual_pipeline", "pipeline_layers"),
     *("sequence_parallel", "expert_parallel", "expert_tensor_parallel", "context_parallel"),
-    *("context_parallel_exchange", "attention_backend", "processes", "recompute", "overlap"),
+    *("context_parallel_exchange", "backend", "attention_backend", "processes", "recompute", "overlap"),
     *("save_every", "keep", "async_save", "hang_timeout", "log_every", "track", "extend"),
 )
 
@@ -82,12 +83,14 @@ class TrainingOptions:
         precision: bf16 with fp32 main weights; the same with linear layers in FP8 (fp8); or fp32.
         fp8_recipe: how FP8 numbers are scaled: tensorwise (by each tensor's own amax, the default), delayed (by the amax of
             earlier updates), rowwise, blockwise (as DeepSeek-V3), mxfp8.
-        fp8_format: hybrid has gradients in E5M2 and the rest in E4M3, e4m3 all in E4M3; by default e4m3 for blockwise and
-            hybrid for the others.
+        fp8_format: hybrid has gradients in E5M2 and the rest in E4M3, e4m3 all in E4M3; by default e4m3 for blockwise
+            and mxfp8, hybrid for the others.
         fp8_amax_history: updates whose highest amax the delayed recipe scales by; by default 1024.
         fp8_bf16_layers: how many first and last layers stay in bf16, as 1,1; by default 1,1.
         recompute: activation recomputation: of whole layers (full), of core attention (selective), or of modules, separated by
             commas: core_attn, mlp, moe, shared_experts, mla_up_proj.
+        backend: linear layers and norms of TransformerEngine (te) or of Megatron-Core and Baton (local); by default te on GPUs
+            where transformer_engine can be imported.
         attention_backend: kernel of attention, docs/attention.md; by default the first that carries what the model needs.
         tensor_parallel: tensor parallel size.
         pipeline_parallel: pipeline parallel size.
@@ -143,6 +146,7 @@ class TrainingOptions:
     fp8_amax_history: Positive | None = None
     fp8_bf16_layers: tuple[NonNegative, NonNegative] | None = None
     recompute: tuple[Recompute, ...] = ("none",)
+    backend: BackendName | None = None
     attention_backend: AttentionBackend | None = None
     tensor_parallel: Positive = 1
     pipeline_parallel: Positive = 1

@@ -14,6 +14,7 @@ from shared.console import log
 from shared.errors import StageError, UserError
 from shared.invocation import invocation
 from shared.kernels.fp8.recipes import AMAX_HISTORY, Fp8Recipe
+from shared.model.backend_choice import check_backend
 from shared.model.support import check_supported
 from shared.parallel import ParallelConfig, ranks_needed
 from shared.precision import DTYPES
@@ -31,7 +32,7 @@ from shared.training.config import (
     default_warmup_steps,
 )
 from shared.training.options import EXTENDABLE, TrainingOptions
-from shared.training.plan import Inputs, announce, default_processes
+from shared.training.plan import Inputs, announce, default_processes, visible_gpus
 from shared.training.samplers import Order, default_order
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> Train
         precision="fp32" if options.precision == "fp32" else "bf16",
         fp8=fp8_recipe(options),
         recompute=options.recompute,
+        backend=options.backend,
         attention_backend=options.attention_backend,
         parallel=parallel,
         overlap=options.overlap,
@@ -105,7 +107,7 @@ def fp8_recipe(options: TrainingOptions) -> Fp8Recipe | None:
         raise UserError(f"--fp8-amax-history belongs to --fp8-recipe delayed, not {name}")
     return Fp8Recipe(
         name=name,
-        format=options.fp8_format or ("e4m3" if name == "blockwise" else "hybrid"),
+        format=options.fp8_format or ("e4m3" if name in ("blockwise", "mxfp8") else "hybrid"),
         amax_history=options.fp8_amax_history or AMAX_HISTORY,
         power_of_two_scales=name == "blockwise",  # as TransformerEngine
         bf16_layers=options.fp8_bf16_layers or (1, 1),
@@ -198,6 +200,7 @@ def run(
             f"and the model of --source {options.source} has none; leave it out"
         )
     check_installed(options.track)
+    check_backend(options.backend, gpus=visible_gpus())
     _leave_if_done(options, config, inputs)
     inputs.verify()
     code = launch(config.parallel.processes)

@@ -18,6 +18,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.distributed import DistributedDataParallel
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from shared.console import log, quantity
 from shared.errors import StageError
+from shared.kernels.fp8.recipes import Fp8Recipe
 from shared.training.fp8_update import restore_states, sharded_states
 from shared.training.optimizer import allocate_state, gather_weights, restore, sharded_state
 from shared.training.optimizer_shards import without_copy
@@ -105,7 +107,7 @@ def _why_not_saved(directory: Path, step: int, error: CheckpointException) -> st
 
 
 def load(
-    directory: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer, *, fp8: bool = False
+    directory: Path, model: list[DistributedDataParallel], optimizer: MegatronOptimizer, *, fp8: Fp8Recipe | None = None
 ) -> int:
     """Load optimizer and random states, and with `fp8` those of FP8 layers; returns the step. The layout may differ.
 
@@ -117,13 +119,13 @@ def load(
     allocate_state(optimizer)
     sharded: dict[str, Any] = {"optimizer": _optimizer_state(model, optimizer, step=0, is_loading=True)}
     if fp8:
-        sharded["fp8"] = sharded_states(_weights(model))
+        sharded["fp8"] = sharded_states(_weights(model), load_sharded_metadata(str(directory)))
     if same_layout:
         sharded["rng_state"] = _random_object(None)
     loaded = dist_checkpointing.load(sharded, str(directory))
     restore(optimizer, loaded["optimizer"])
     if fp8:
-        restore_states(model, loaded["fp8"])
+        restore_states(model, loaded["fp8"], fp8)
     if same_layout:
         _restore_random(loaded["rng_state"])
     else:

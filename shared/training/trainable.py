@@ -92,7 +92,9 @@ def _parameters(chunk: LanguageModel) -> Iterator[tuple[str, torch.nn.Parameter]
             yield "embedding.word_embeddings.weight", parameter
         else:
             name = re.sub(r"^decoder\.layers\.(\d+)\.", decoder_layer, name)
-            yield re.sub(r"\.local_experts\.\d+\.", ".", name), parameter
+            name = re.sub(r"\.local_experts\.\d+\.", ".", name)
+            # One module of TransformerEngine has the weights of all experts, numbered.
+            yield re.sub(r"(\.experts\.linear_fc[12]\.(?:weight|bias))\d+$", r"\1", name), parameter
 
 
 def _require_gradient(chunk: LanguageModel) -> None:

@@ -125,6 +125,7 @@ def training_config(shape: Shape) -> TrainingConfig:
         log_every=1000,
         validate_every=0,
         validation_sequences=1,
+        backend=None,
         attention_backend=None,
         overlap=True,
     )

@@ -94,6 +94,7 @@ def config(parallel: ParallelConfig) -> TrainingConfig:
         log_every=1,
         validate_every=0,
         validation_sequences=8,
+        backend=None,
         attention_backend=None,
         overlap=True,
     )

@@ -7,21 +7,23 @@ from functools import partial
 from unittest.mock import Mock
 
 import torch
-from megatron.core import recompute
+from megatron.core import fp8_utils, recompute
 from megatron.core.distributed.finalize_model_grads import _allreduce_non_tensor_model_parallel_grads
+from megatron.core.extensions import transformer_engine as extensions
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.safe_globals import SafeUnpickler
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import multi_token_prediction
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import Router, TopKRouter
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
@@ -51,6 +53,8 @@ MTP = "shared/model/mtp.py"
 EXPERTS = "shared/model/experts.py"
 FP8 = "shared/model/fp8_linear.py"
 ROUTER = "shared/model/router.py"
+TE = "shared/model/te_backend.py"
+TE_FP8 = "shared/model/te_fp8.py"
 
 
 def test_parallel_linears_have_their_product_in_a_method() -> None:
@@ -296,6 +300,53 @@ def test_an_mlp_is_two_linear_layers_and_an_activation() -> None:
     )
     passed = {"padding_mask": "padding_mask"}
     calls(MLP_FILE, TransformerLayer, "apply_module(self.mlp)", "pre_mlp_layernorm_output", **passed)
+
+
+def test_wrappers_of_transformer_engine_read_their_norm_from_the_configuration() -> None:
+    relies_on(
+        TE,
+        extensions.TENorm,
+        "config.normalization == 'LayerNorm'",
+        "config.normalization == 'RMSNorm'",
+        "use_fused_residual = config.fused_residual_rmsnorm and has_residual",
+    )
+    calls(TE, extensions.TENorm, "norm_module", zero_centered_gamma="config.layernorm_zero_centered_gamma", eps="eps")
+    relies_on(TE, extensions, "extra_kwargs['normalization'] = self.config.normalization")
+    of_linear = {
+        "eps": "self.config.layernorm_epsilon",
+        "zero_centered_gamma": "self.config.layernorm_zero_centered_gamma",
+        "return_layernorm_output": "False",
+    }
+    calls(TE, extensions, "super().__init__", **of_linear)
+
+
+def test_biases_of_all_experts_are_a_list_that_is_added_out_of_place() -> None:
+    calls(MOE, TEGroupedMLP.__init__, "submodules.linear_fc2", "self.num_local_experts", skip_bias_add="True")
+    calls(MOE, TEGroupedMLP.__init__, "submodules.linear_fc1", "self.num_local_experts", skip_bias_add="False")
+    relies_on(
+        MOE,
+        TEGroupedMLP.forward,
+        "output = self._apply_bias(output, output_bias, tokens_per_expert, permuted_probs)",
+        "return (output, output_bias)",
+    )
+
+
+def test_fp8_contexts_are_entered_layer_by_layer() -> None:
+    calls(TE_FP8, TransformerBlock.forward, "get_fp8_context", "self.config", "layer.layer_number - 1")
+    calls(TE_FP8, MultiTokenPredictionLayer._proj_and_transformer_layer, "get_fp8_context", "self.config")
+    relies_on(
+        TE_FP8,
+        fp8_utils,
+        "not (config.first_last_layers_bf16 and isinstance(fp8_recipe, TEDelayedScaling))",
+        "fp8_recipe = transformer_engine.common.recipe.Float8BlockScaling(fp8_format=fp8_format)",
+        "fp8_context = transformer_engine.pytorch.fp8_autocast(enabled=True, fp8_recipe=fp8_recipe, fp8_group=fp8_group)",
+    )
+    relies_on(TE_FP8, extensions, "config.fp8_amax_history_len", "config.fp8_amax_compute_algo")
+    states = {
+        ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"),
+        ("torch._utils", "_rebuild_tensor_v2"),
+    }
+    assert states <= SafeUnpickler._SAFE_CLASSES, TE_FP8
 
 
 def test_a_buffer_is_filled_from_the_last_parameter() -> None:

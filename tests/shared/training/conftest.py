@@ -50,6 +50,7 @@ def tiny_config(**changes) -> TrainingConfig:
         log_every=1,
         validate_every=0,
         validation_sequences=10,
+        backend=None,
         attention_backend=None,
         overlap=True,
     )

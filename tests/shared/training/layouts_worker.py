@@ -31,7 +31,10 @@ class Session:
 
     learning_rate = 1e-2
 
-    def __init__(self, config, architecture, directory: Path, restore=True, trainable=None, data=None) -> None:
+    def __init__(
+        self, config, architecture, directory: Path, restore=True, trainable=None, data=None, backend=None
+    ) -> None:
+        """`backend`: by default that of the configuration."""
         import torch
 
         from shared.model import gpt, weights
@@ -50,7 +53,7 @@ class Session:
             config.parallel,
             dtype=torch.float32,
             recompute=config.recompute,
-            backend=backend_of(config, architecture),
+            backend=backend or backend_of(config, architecture)[0],
             **overrides,
         )
         weights.load(chunks, directory)
@@ -58,7 +61,7 @@ class Session:
         self.model = wrap(chunks, overlap=config.overlap)
         self.optimizer = build_optimizer(config, self.model)
         if restore:
-            state.load(directory, self.model, self.optimizer, fp8=config.fp8 is not None)
+            state.load(directory, self.model, self.optimizer, fp8=config.fp8)
 
     def train(self, first: int, last: int) -> list[list[float]]:
         """Loss, MTP loss (0 without MTP) and gradient norm of updates `first` to `last`, from 0."""

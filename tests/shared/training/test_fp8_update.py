@@ -161,9 +161,9 @@ def test_precisions_are_switched_on_resume(alone, tiny_run, tmp_path, capsys):
     assert all(not values for kinds in histories(back).values() for values in kinds)
     assert back.train(3, 4)[0][0] < 6
     assert all(len(values) == 1 for kinds in histories(back).values() for values in kinds)
-    fp8_update.announce_switch(str(recipe("rowwise")), recipe("delayed"))
-    fp8_update.announce_switch(None, None)
-    fp8_update.announce_switch(str(recipe("rowwise")), None)
+    fp8_update.announce_switch(str(recipe("rowwise")), recipe("delayed"), by_te=False)
+    fp8_update.announce_switch(None, None, by_te=False)
+    fp8_update.announce_switch(str(recipe("rowwise")), None, by_te=False)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 3
     assert "fp8 (delayed" in said[0]

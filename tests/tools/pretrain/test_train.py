@@ -310,6 +310,8 @@ def test_the_export_has_the_validation_loss_in_transformers(whole, data, tmp_pat
         ({"recompute": "mlp,moe"}, "moe needs a model with MoE layers; leave moe out"),
         ({"recompute": "full,mlp"}, "full stands alone"),
         ({"recompute": ","}, "--recompute"),
+        ({"backend": "te"}, "--backend te: there is no GPU; leave --backend out for Megatron-Core's own modules"),
+        ({"backend": "apex"}, "--backend apex"),
         (
             {"attention_backend": "varlen"},
             "--attention-backend varlen does not carry this model's attention here: CUDA only;",
