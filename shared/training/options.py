@@ -42,7 +42,10 @@ NOT_FINGERPRINTED = (
 )
 
 # Options that the first version did not have: at their defaults its runs are resumed.
-ADDED = (*("iteration", "data_weights", "fp8_recipe", "fp8_format", "fp8_amax_history", "fp8_bf16_layers"),)
+ADDED = (
+    *("iteration", "data_weights", "fp8_recipe", "fp8_format", "fp8_amax_history", "fp8_bf16_layers"),
+    *("lora_rank", "lora_alpha", "lora_targets", "lora_dropout", "rslora"),
+)
 
 # Options that `extend` may change: from the resumed update on they are those of the command.
 EXTENDABLE = (
@@ -70,7 +73,7 @@ class TrainingOptions:
         schedule: cosine, wsd (warmup-stable-decay, 1 - sqrt) or constant, each after a linear warm-up.
         warmup_steps: updates of the warm-up; by default one in a hundred, at most 2000.
         decay_steps: updates of the decay phase of wsd; by default a fifth.
-        weight_decay: decoupled, on matrices; norms and biases have none.
+        weight_decay: decoupled, on matrices, also LoRA's A and B; norms and biases have none.
         mtp_loss_scaling_factor: weight of the MTP (multi-token prediction) loss, for models with MTP layers; by default
             0.1. 0 freezes these layers.
         moe_router_bias_update_rate: what an update adds to the correction bias of an expert with fewer tokens than the mean,
@@ -116,6 +119,12 @@ class TrainingOptions:
             median of the last ones, the first 10 minutes, opening, loading and saving 30 minutes. 0: no watch.
         overwrite: replace another run's result at the target.
         extend: resume a run at the target, finished or not, with other updates, batch size, rates or validation.
+        lora_rank: train LoRA adapters of this rank, and no weight of the model; the run directory holds adapters only.
+        lora_alpha: scale of the adapters' product times rank; by default twice the rank.
+        lora_targets: matrices with an adapter, by their Hugging Face names or ends of them: q_proj,v_proj; all-linear:
+            attention and MLP, experts included.
+        lora_dropout: dropout of the adapters' input.
+        rslora: rank-stabilised LoRA: the scale is alpha / sqrt(rank) instead of alpha / rank.
         iteration: a kept iteration of the source, a run directory; by default the newest.
     """
 
@@ -167,3 +176,8 @@ class TrainingOptions:
     extend: bool = False
     iteration: NonNegative | None = None
     data_weights: tuple[Weight, ...] | None = None
+    lora_rank: Positive | None = None
+    lora_alpha: Weight | None = None
+    lora_targets: tuple[str, ...] | None = None
+    lora_dropout: Decay | None = None
+    rslora: bool = False

@@ -14,6 +14,7 @@ from shared.console import log
 from shared.errors import StageError, UserError
 from shared.invocation import invocation
 from shared.kernels.fp8.recipes import AMAX_HISTORY, Fp8Recipe
+from shared.mapping.adapters import ALL_LINEAR, LoraSettings
 from shared.model.support import check_supported
 from shared.parallel import ParallelConfig, ranks_needed
 from shared.precision import DTYPES
@@ -62,9 +63,7 @@ def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> Train
         warmup_steps=default_warmup_steps(steps) if options.warmup_steps is None else options.warmup_steps,
         decay_steps=decay,
         weight_decay=options.weight_decay,
-        mtp_loss_scaling_factor=MTP_LOSS_SCALING_FACTOR
-        if options.mtp_loss_scaling_factor is None
-        else options.mtp_loss_scaling_factor,
+        mtp_loss_scaling_factor=_mtp_loss_scaling_factor(options),
         moe_router_bias_update_rate=MOE_ROUTER_BIAS_UPDATE_RATE
         if options.moe_router_bias_update_rate is None
         else options.moe_router_bias_update_rate,
@@ -78,6 +77,7 @@ def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> Train
         attention_backend=options.attention_backend,
         parallel=parallel,
         overlap=options.overlap,
+        lora=lora_settings(options),
         save_every=options.save_every,
         keep=options.keep,
         async_save=options.async_save,
@@ -110,6 +110,38 @@ def fp8_recipe(options: TrainingOptions) -> Fp8Recipe | None:
         power_of_two_scales=name == "blockwise",  # as TransformerEngine
         bf16_layers=options.fp8_bf16_layers or (1, 1),
     )
+
+
+def lora_settings(options: TrainingOptions) -> LoraSettings | None:
+    """The LoRA adapters of the options; None without `--lora-rank`. UserError for an option that belongs to LoRA."""
+    if options.lora_rank is None:
+        given = {
+            "--lora-alpha": options.lora_alpha,
+            "--lora-targets": options.lora_targets,
+            "--lora-dropout": options.lora_dropout,
+            "--rslora": options.rslora or None,
+        }
+        if flag := next((flag for flag, value in given.items() if value is not None), None):
+            raise UserError(f"{flag} belongs to LoRA; give --lora-rank, or leave it out")
+        return None
+    if options.mtp_loss_scaling_factor:
+        raise UserError(
+            "--mtp-loss-scaling-factor: the MTP (multi-token prediction) layers are not run with --lora-rank; leave it out"
+        )
+    return LoraSettings(
+        rank=options.lora_rank,
+        alpha=2.0 * options.lora_rank if options.lora_alpha is None else options.lora_alpha,
+        rslora=options.rslora,
+        dropout=options.lora_dropout or 0.0,
+        targets=options.lora_targets or (ALL_LINEAR,),
+    )
+
+
+def _mtp_loss_scaling_factor(options: TrainingOptions) -> float:
+    """LoRA has none: transformers' classes, for which adapters are published, lack the MTP layers."""
+    if options.lora_rank is not None:
+        return 0.0
+    return MTP_LOSS_SCALING_FACTOR if options.mtp_loss_scaling_factor is None else options.mtp_loss_scaling_factor
 
 
 def parallel_config(options: TrainingOptions) -> ParallelConfig:

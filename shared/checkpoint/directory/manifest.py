@@ -23,7 +23,7 @@ from shared.invocation import Invocation
 
 CONTRACT_VERSION = 1
 MANIFEST = "manifest.json"
-Kind = Literal["hf", "megatron", "te", "tokenizer", "dataset", "result"]
+Kind = Literal["hf", "megatron", "te", "tokenizer", "dataset", "result", "adapter"]
 Inputs = Mapping[str, Path | Sequence[Path]]  # flag -> path or paths given to it
 
 _SMALL = 64 << 20  # bytes; larger foreign files are fingerprinted by size and modification time

@@ -219,3 +219,74 @@ def test_several_datasets_are_blended(source, data, tmp_path, capsys):
     (tmp_path / "pair.idx").touch()
     assert run(source, f"{data},{tmp_path / 'pair'}", tmp_path / "none") == 2
     assert "is a plain Megatron pair, without conversations" in capsys.readouterr().err
+
+
+LORA = {"lora_rank": 4, "lora_alpha": 8, "learning_rate": 2e-2}
+
+
+@pytest.fixture(scope="module")
+def adapted(source, data, tmp_path_factory) -> Path:
+    """A run with LoRA that nothing disturbed."""
+    target = tmp_path_factory.mktemp("adapted") / "run"
+    assert run(source, data, target, **LORA) == 0
+    return target
+
+
+def test_lora_learns_and_saves_adapters_only(adapted, source, whole):
+    from shared.checkpoint.directory.manifest import input_fingerprint
+    from shared.checkpoint.formats.torch_dist_reader import TorchDistReader
+
+    updates = [row for row in record(adapted) if "loss" in row]
+    assert updates[-1]["loss"] < updates[0]["loss"] - 0.3
+    assert updates[0]["loss"] == pytest.approx(record(whole)[1]["loss"], rel=1e-6)  # B is zero at first
+    reader = TorchDistReader(adapted / "iter_0000009")
+    assert {key.rpartition(".")[2] for key in reader.tensors} == {"lora_A", "lora_B"}
+    assert len(reader.tensors) == 2 * 4
+    fact = json.loads((adapted / "manifest.json").read_text())["facts"]["adapter"]
+    base = fact.pop("base")
+    assert fact == {"rank": 4, "alpha": 8.0, "rslora": False, "dropout": 0.0, "targets": ["all-linear"]}
+    assert (adapted / base["path"]).resolve() == source
+    assert base["fingerprint"] == input_fingerprint(source)
+
+
+def test_lora_stopped_and_resumed_is_the_run_that_nothing_disturbed(adapted, source, data, tmp_path):
+    target = tmp_path / "run"
+    with signalled(signal.SIGTERM, after=5):
+        assert run(source, data, target, **LORA) == 75
+    assert run(source, data, target, **LORA) == 0
+    assert record(target) == record(adapted)
+    assert run(source, data, target, **LORA) == 0  # already done
+
+
+def test_the_plan_of_lora_says_what_it_saves(source, data, tmp_path, capfd):
+    assert (
+        run(source, data, tmp_path / "run", steps=1, epochs=None, **LORA, lora_targets="q_proj,v_proj", rslora="true")
+        == 0
+    )
+    out = "".join(capfd.readouterr())
+    # Two layers of A [4, 64] twice, B [64, 4] and [32, 4].
+    assert "lora        rank 4, scale 4: 0.00 M parameters" in out
+    assert "for q_proj, v_proj" in out
+    assert "trained whole: about" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"lora_alpha": 8}, "--lora-alpha belongs to LoRA; give --lora-rank"),
+        ({"rslora": "true"}, "--rslora belongs to LoRA"),
+        ({"lora_rank": 4, "lora_targets": "query"}, "the model has no linear layer query; it has down_proj"),
+        ({"lora_rank": 4, "mtp_loss_scaling_factor": 0.1}, "are not run with --lora-rank"),
+        ({"lora_rank": 0}, "--lora-rank"),
+        ({"lora_rank": 4, "lora_dropout": 1.0}, "--lora-dropout"),
+    ],
+)
+def test_mistakes_of_lora(source, data, tmp_path, capfd, options, text):
+    assert run(source, data, tmp_path / "run", **options) == 2
+    assert text in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_lora_is_no_source(adapted, data, tmp_path, capfd):
+    assert run(adapted, data, tmp_path / "run") == 2
+    assert "holds LoRA adapters only, without their base" in capfd.readouterr().err
