@@ -246,6 +246,11 @@ def adapters_of(state: Mapping[str, Any]) -> dict[str, Any]:
     return {key: entry for key, entry in state.items() if is_adapter(key)}
 
 
+def trained_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run with adapters saves of a chunk's sharded state dict: the adapters, and the extra states of all layers."""
+    return {key: entry for key, entry in state.items() if is_adapter(key) or key.endswith("_extra_state")}
+
+
 def adapted_modules(chunks: Sequence[torch.nn.Module]) -> Iterator[Any]:
     """The layers with adapters on this rank."""
     return (module for chunk in chunks for module in chunk.modules() if isinstance(module, _Adapted))

@@ -27,7 +27,7 @@ from shared.checkpoint.directory.recognition import iteration_name
 from shared.console import log, quantity
 from shared.data.labels import IGNORE
 from shared.errors import Interrupted, StageError, UserError
-from shared.model import gpt, weights
+from shared.model import gpt, lora, weights
 from shared.model.attention_plan import attention_plan
 from shared.model.backend import Backend, LocalBackend
 from shared.model.context_parallel import local_part
@@ -156,6 +156,8 @@ def _train(run: Run, directory: SharedRunDirectory, stop: StopRequest, stack: co
     trainable_of(config, architecture).apply(chunks)
     if config.lora is not None and resumed is not None:
         weights.load_adapters(chunks, resumed)
+    elif run.inputs.adapter is not None:
+        lora.fill(chunks, run.inputs.adapter.tensors())
     model = wrap(chunks, overlap=config.overlap)
     optimizer = build_optimizer(config, model)
     step = 0

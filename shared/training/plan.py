@@ -19,6 +19,7 @@ from shared.mapping.adapters import LoraSettings, adapted_linears
 from shared.runtime.launch import started_by_launch
 from shared.training.blend import Blend
 from shared.training.config import TrainingConfig
+from shared.training.continued_adapter import ContinuedAdapter
 from shared.training.data_sources import DataSource, Format, open_data
 
 _BYTES = {"bf16": 2, "fp32": 4}
@@ -32,6 +33,7 @@ class Inputs:
     data: tuple[DataSource, ...]
     architecture: Architecture
     tokenizer: Path | None = None  # `--tokenizer`, of plain Megatron pairs
+    adapter: ContinuedAdapter | None = None  # `--adapter`
 
     @classmethod
     def open(
@@ -42,10 +44,17 @@ class Inputs:
         data_format: Format,
         iteration: int | None = None,
         tokenizer: Path | None = None,
+        adapter: Path | None = None,
     ) -> Inputs:
         """Open all and check that they fit each other. `verify` checks their contents later: it takes long.
 
-        `iteration`: of the source, a run directory; None: the newest. `tokenizer`: of plain Megatron pairs in `data`.
+        Args:
+            source: a Megatron directory.
+            data: of this format, or plain Megatron pairs.
+            data_format: of `prepare`.
+            iteration: of the source, a run directory; None: the newest.
+            tokenizer: of plain Megatron pairs in `data`.
+            adapter: a directory of PEFT, to go on with.
         """
         model = open_checkpoint(source, kinds=("megatron",), flag="--source", verify="sizes", iteration=iteration)
         sources = open_data(data, data_format=data_format, tokenizer=tokenizer)
@@ -62,7 +71,13 @@ class Inputs:
                 raise UserError(
                     f"--data {each.path} was made with another tokenizer than {of} has; prepare it with --tokenizer {own}"
                 )
-        return cls(source=model, data=sources, architecture=architecture, tokenizer=tokenizer)
+        continued = ContinuedAdapter.open(adapter, architecture) if adapter else None
+        return cls(source=model, data=sources, architecture=architecture, tokenizer=tokenizer, adapter=continued)
+
+    @property
+    def lora(self) -> LoraSettings | None:
+        """The settings of the adapter to go on with."""
+        return self.adapter.settings if self.adapter else None
 
     def verify(self) -> None:
         """Compare every file with its hash, once in a job: in the launcher, else on rank 0. UserError names a damaged file."""
@@ -70,6 +85,8 @@ class Inputs:
             verify_content(self.source, flag="--source")
             for source in self.data:
                 source.verify()
+            if self.adapter:
+                self.adapter.verify()
 
     @property
     def parents(self) -> dict[str, Path | Sequence[Path]]:
@@ -78,7 +95,8 @@ class Inputs:
             "source": self.source.path,
             "data": [source.path for source in self.data],
         }
-        return given | ({"tokenizer": self.tokenizer} if self.tokenizer else {})
+        given |= {"tokenizer": self.tokenizer} if self.tokenizer else {}
+        return given | ({"adapter": self.adapter.path} if self.adapter else {})
 
 
 def _tokenizers_differ(one: Path, other: Path) -> bool:
@@ -183,6 +201,8 @@ def _announce_lora(config: TrainingConfig, inputs: Inputs, parameters: int) -> N
     assert lora is not None
     trained = adapter_parameters(lora, inputs.architecture)
     linears = adapted_linears(registry.table_of(inputs.architecture), lora.targets)
+    if inputs.adapter:
+        log(f"adapter     {inputs.adapter.path}, {inputs.adapter.relation_to(inputs.source)}")
     names = sorted({matrix.suffix for linear in linears.values() for matrix in linear.matrices})
     decay = f", weight decay {config.weight_decay:g}" if config.weight_decay else ""
     log(

@@ -14,7 +14,7 @@ from shared.console import log
 from shared.errors import StageError, UserError
 from shared.invocation import invocation
 from shared.kernels.fp8.recipes import AMAX_HISTORY, Fp8Recipe
-from shared.mapping.adapters import ALL_LINEAR, LoraSettings
+from shared.mapping.adapters import LoraSettings
 from shared.model.support import check_supported
 from shared.parallel import ParallelConfig, ranks_needed
 from shared.precision import DTYPES
@@ -25,12 +25,12 @@ from shared.runtime.silence_warnings import silence
 from shared.training.blend import Blend
 from shared.training.config import (
     MOE_ROUTER_BIAS_UPDATE_RATE,
-    MTP_LOSS_SCALING_FACTOR,
     TrainingConfig,
     default_decay_steps,
     default_micro_batch_size,
     default_warmup_steps,
 )
+from shared.training.lora_options import lora_settings, mtp_loss_scaling_factor, weight_decay
 from shared.training.options import EXTENDABLE, TrainingOptions
 from shared.training.plan import Inputs, announce, default_processes
 from shared.training.samplers import Order, default_order
@@ -39,8 +39,14 @@ if TYPE_CHECKING:
     from shared.training.data import Dataset
 
 
-def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> TrainingConfig:
-    """The configuration, every default resolved. UserError names the flag to change."""
+def plan(
+    options: TrainingOptions, *, steps: int, sequence_length: int, adapter: LoraSettings | None = None
+) -> TrainingConfig:
+    """The configuration, every default resolved. UserError names the flag to change.
+
+    `adapter`: settings of `options.adapter`.
+    """
+    lora = lora_settings(options, adapter)
     parallel = parallel_config(options)
     decay = default_decay_steps(steps) if options.decay_steps is None else options.decay_steps
     if options.decay_steps is not None and options.schedule != "wsd":
@@ -62,8 +68,8 @@ def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> Train
         schedule=options.schedule,
         warmup_steps=default_warmup_steps(steps) if options.warmup_steps is None else options.warmup_steps,
         decay_steps=decay,
-        weight_decay=options.weight_decay,
-        mtp_loss_scaling_factor=_mtp_loss_scaling_factor(options),
+        weight_decay=weight_decay(options),
+        mtp_loss_scaling_factor=mtp_loss_scaling_factor(options),
         moe_router_bias_update_rate=MOE_ROUTER_BIAS_UPDATE_RATE
         if options.moe_router_bias_update_rate is None
         else options.moe_router_bias_update_rate,
@@ -77,7 +83,7 @@ def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> Train
         attention_backend=options.attention_backend,
         parallel=parallel,
         overlap=options.overlap,
-        lora=lora_settings(options),
+        lora=lora,
         save_every=options.save_every,
         keep=options.keep,
         async_save=options.async_save,
@@ -110,38 +116,6 @@ def fp8_recipe(options: TrainingOptions) -> Fp8Recipe | None:
         power_of_two_scales=name == "blockwise",  # as TransformerEngine
         bf16_layers=options.fp8_bf16_layers or (1, 1),
     )
-
-
-def lora_settings(options: TrainingOptions) -> LoraSettings | None:
-    """The LoRA adapters of the options; None without `--lora-rank`. UserError for an option that belongs to LoRA."""
-    if options.lora_rank is None:
-        given = {
-            "--lora-alpha": options.lora_alpha,
-            "--lora-targets": options.lora_targets,
-            "--lora-dropout": options.lora_dropout,
-            "--rslora": options.rslora or None,
-        }
-        if flag := next((flag for flag, value in given.items() if value is not None), None):
-            raise UserError(f"{flag} belongs to LoRA; give --lora-rank, or leave it out")
-        return None
-    if options.mtp_loss_scaling_factor:
-        raise UserError(
-            "--mtp-loss-scaling-factor: the MTP (multi-token prediction) layers are not run with --lora-rank; leave it out"
-        )
-    return LoraSettings(
-        rank=options.lora_rank,
-        alpha=2.0 * options.lora_rank if options.lora_alpha is None else options.lora_alpha,
-        rslora=options.rslora,
-        dropout=options.lora_dropout or 0.0,
-        targets=options.lora_targets or (ALL_LINEAR,),
-    )
-
-
-def _mtp_loss_scaling_factor(options: TrainingOptions) -> float:
-    """LoRA has none: transformers' classes, for which adapters are published, lack the MTP layers."""
-    if options.lora_rank is not None:
-        return 0.0
-    return MTP_LOSS_SCALING_FACTOR if options.mtp_loss_scaling_factor is None else options.mtp_loss_scaling_factor
 
 
 def parallel_config(options: TrainingOptions) -> ParallelConfig:

@@ -135,8 +135,8 @@ def load(
 
 
 def _weights(model: list[DistributedDataParallel], **metadata: Any) -> dict[str, Any]:
-    """The model's sharded state dict; with LoRA the adapters' only."""
-    only = lora.adapters_of if lora.has_adapters([chunk.module for chunk in model]) else dict
+    """The model's sharded state dict; with LoRA the adapters', and the extra states, which have the amax histories of FP8."""
+    only = lora.trained_state if lora.has_adapters([chunk.module for chunk in model]) else dict
     return {
         # Megatron-LM's names: `model`, or `model0`, `model1`... with a virtual pipeline.
         "model" if len(model) == 1 else f"model{index}": only(

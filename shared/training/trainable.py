@@ -68,7 +68,7 @@ class Frozen:
 class Lora:
     """LoRA adapters are added and trained, every weight of the model is frozen.
 
-    Weight decay is for adapters too, if the run has one. It draws A and B, not `W + scale * B @ A`, towards zero; PEFT's
+    Adapters have their own weight decay, 0 by default. It draws A and B, not `W + scale * B @ A`, towards zero; PEFT's
     trainings have none.
     """
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.checkpoint.directory.adapter_directory import CONFIG, FACT, is_base
+from shared.checkpoint.directory.adapter_directory import CONFIG, FACT, WEIGHTS, is_base
 from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.checkpoint.directory.open import Checkpoint, open_checkpoint, verify_content
 from shared.checkpoint.directory.publish import publish
@@ -26,7 +26,6 @@ from tools.convert.tokenizer_files import FILES
 if TYPE_CHECKING:
     import numpy as np
 
-WEIGHTS = "adapter_model.safetensors"
 # The version whose conventions the files follow: before 0.19 PEFT swapped the sides of experts.
 _PEFT_VERSION = "0.21.2"
 

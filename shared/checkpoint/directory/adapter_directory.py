@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from shared.checkpoint.directory.auxiliary_files import read_config
-from shared.checkpoint.directory.manifest import MANIFEST, Manifest, input_fingerprint, read_manifest
+from shared.checkpoint.directory.manifest import ADAPTER, MANIFEST, Manifest, input_fingerprint, read_manifest
 from shared.errors import UserError
 
-CONFIG = "adapter_config.json"
-FACT = "adapter"  # the fact of a manifest
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FACT = ADAPTER
 _MODELS = ("model*.safetensors", "pytorch_model*.bin")
 
 
