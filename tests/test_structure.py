@@ -78,6 +78,7 @@ SHARED_NAMES = {
     "mtp.py": _SUBJECT,
     "norm.py": _SUBJECT,
     "prefix_lm.py": _SUBJECT,
+    "lora.py": "adapters: trained in model, merged in convert",
     "data.py": "what is trained on: rows of tokens in training, prompts and pairs in rlhf",
     "state.py": "what a resume needs beside the weights: of training, of rlhf",
     "engine.py": "the seam of engines: that train in rlhf, that generate in infer",

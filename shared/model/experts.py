@@ -7,6 +7,7 @@ So tokens are computed in that order: turning their groups around copies activat
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -34,7 +35,11 @@ class GroupedExperts(SequentialMLP):
         first = self.local_experts[0]
         linears = {type(first.linear_fc1): ColumnParallelLinear, type(first.linear_fc2): RowParallelLinear}
         self._foreign = next((own.__name__ for own, known in linears.items() if own is not known), None)
-        for name in dict(first.named_parameters()):
+        self.place_evenly(dict(first.named_parameters()))
+
+    def place_evenly(self, names: Iterable[str]) -> None:
+        """Put the experts' parameters whose names end in `names` into one tensor each, from the last expert to the first."""
+        for name in [each for each, _ in self.local_experts[0].named_parameters() if each.endswith(tuple(names))]:
             parameters = [expert.get_parameter(name) for expert in self.local_experts]
             places = torch.stack([each.data for each in parameters[::-1]])
             for parameter, place in zip(parameters[::-1], places, strict=True):
@@ -61,16 +66,25 @@ class GroupedExperts(SequentialMLP):
             output: tuple[torch.Tensor, torch.Tensor | None] = super().forward(x, counts, probs)
             return output
         x, probs, counts = _turned(x, counts), _turned(probs, counts), counts.flip(0)
-        states = grouped_linear(x, self._each("linear_fc1", "weight"), counts)
+        states = self._product("linear_fc1", x, counts)
         if self.local_experts[0].linear_fc1.bias is not None:
             states = states + group_rows(torch.stack(self._each("linear_fc1", "bias")), counts)
         states = (activated(states, self.config) * probs[:, None]).to(x.dtype)
-        states = grouped_linear(states, self._each("linear_fc2", "weight"), counts)
+        states = self._product("linear_fc2", states, counts)
         if self.local_experts[0].linear_fc2.bias is not None:
             # Every rank adds its part: outputs are summed over expert-tensor-parallel ranks.
             biases = torch.stack(self._each("linear_fc2", "bias")) / self.tp_group.size()
             states = (states + group_rows(biases.to(probs.dtype), counts) * probs[:, None]).to(x.dtype)
         return _turned(states, counts), None
+
+    def _product(self, linear: str, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """The experts' fc1 or fc2, without bias, with the adapters of LoRA."""
+        states = grouped_linear(x, self._each(linear, "weight"), counts)
+        first: Any = getattr(self.local_experts[0], linear)
+        if hasattr(first, "lora_A"):
+            low = grouped_linear(first.dropped(x), self._each(linear, "lora_A"), counts) * first.settings.scale
+            states = states + grouped_linear(low, self._each(linear, "lora_B"), counts)
+        return states
 
     def _each(self, linear: str, name: str) -> list[torch.Tensor]:
         """A parameter of every local expert, from the last to the first."""
@@ -80,9 +94,9 @@ class GroupedExperts(SequentialMLP):
         """Why the loop is needed, as a clause; None with grouped GEMM."""
         if self._foreign:
             return f"{self._foreign} computes one expert at a time"
-        fc1, fc2 = self.local_experts[0].linear_fc1.weight, self.local_experts[0].linear_fc2.weight
+        sizes = [size for each in self.local_experts[0].parameters() if each.dim() == 2 for size in each.shape]
         capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
-        return obstacle(x.dtype, (*fc1.shape, *fc2.shape), x.device, capability)
+        return obstacle(x.dtype, sizes, x.device, capability)
 
 
 @cache

@@ -14,6 +14,7 @@ from shared.checkpoint.formats.torch_dist_reader import NON_WEIGHT_PREFIXES
 from shared.checkpoint.formats.torch_pickle import read_pickle
 from shared.errors import UserError
 from shared.mapping.key_form import STACKED, KeyForm, key_of_norm
+from shared.model import lora
 from shared.model.gpt import LanguageModel
 
 
@@ -59,6 +60,25 @@ def load(chunks: Sequence[LanguageModel], iteration_path: Path) -> None:
     for name, chunk in zip(wanted, chunks, strict=True):
         chunk.load_state_dict(loaded[name], strict=False)  # extra states are missing; `_check` is strict
         _clear_padding(chunk)
+
+
+def load_adapters(chunks: Sequence[LanguageModel], iteration_path: Path) -> None:
+    """Fill the LoRA adapters of `chunks` from the torch_dist directory `iteration_path`, cast to the model's dtype.
+
+    Collective over all ranks.
+
+    Raises:
+        UserError: an adapter is missing, unknown or of another shape. Nothing is filled then.
+    """
+    read_pickle((iteration_path / ".metadata").read_bytes(), iteration_path / ".metadata")
+    metadata = dist_checkpointing.load_tensors_metadata(str(iteration_path))
+    saved = {key: tuple(entry.global_shape) for key, entry in metadata.items() if lora.is_adapter(key)}
+    saved = {key: shape for key, shape in saved.items() if not key.startswith(NON_WEIGHT_PREFIXES)}
+    wanted = {name: lora.adapters_of(state) for name, state in sharded_state_dict(chunks, KeyForm.of(saved)).items()}
+    _check(_all_shapes(wanted), saved, chunks[0], iteration_path)
+    loaded = dist_checkpointing.load(wanted, str(iteration_path))
+    for name, chunk in zip(wanted, chunks, strict=True):
+        chunk.load_state_dict(loaded[name], strict=False)
 
 
 def check_finite(chunks: Sequence[LanguageModel], path: Path) -> None:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from shared.architecture.architecture import Architecture
 from shared.errors import UserError
+from shared.families import registry
 from shared.kernels.attention.names import AttentionBackend
 from shared.kernels.fp8.recipes import Fp8Recipe
+from shared.mapping.adapters import LoraSettings, adapted_linears
 from shared.model.backend_choice import BackendName
 from shared.model.recompute import Recompute, check_recompute
 from shared.parallel import ParallelConfig
@@ -52,6 +54,7 @@ class TrainingConfig:
     validate_every: int  # updates; 0: only before the first and after the last
     validation_sequences: int  # at most; the same in every validation
     overlap: bool  # reduce gradients and gather weights during computation, where there are data-parallel ranks
+    lora: LoraSettings | None = None  # adapters are trained instead of weights
 
     @property
     def micro_batches(self) -> int:
@@ -113,6 +116,8 @@ class TrainingConfig:
                 f"--fp8-bf16-layers {first},{last} leaves none of {architecture.num_layers} layers in FP8; give "
                 "--fp8-bf16-layers 0,0, or --precision bf16"
             )
+        if self.lora is not None:
+            adapted_linears(registry.table_of(architecture), self.lora.targets, expert_tensor=self.parallel.etp)
         if self.sequence_length > architecture.max_position_embeddings:
             raise UserError(
                 f"sequences of {self.sequence_length} tokens are longer than the model's max_position_embeddings "

@@ -24,10 +24,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 import shared.runtime.device
 from shared.architecture.architecture import Architecture
 from shared.checkpoint.directory.recognition import iteration_name
-from shared.console import log
+from shared.console import log, quantity
 from shared.data.labels import IGNORE
 from shared.errors import Interrupted, StageError, UserError
-from shared.model import gpt, weights
+from shared.model import gpt, lora, weights
 from shared.model.attention_plan import attention_plan
 from shared.model.backend import Backend
 from shared.model.backend_choice import choose_backend
@@ -45,13 +45,13 @@ from shared.training.blend import Blend
 from shared.training.config import TrainingConfig
 from shared.training.data import Batch, Dataset
 from shared.training.loss import Loss, balancing_scale, global_loss, mtp_labels, token_loss
-from shared.training.optimizer import build_optimizer, set_learning_rate, wrap
+from shared.training.optimizer import build_optimizer, held_bytes, set_learning_rate, wrap
 from shared.training.plan import Inputs
 from shared.training.read_ahead import ReadAhead
 from shared.training.recorder import Recorder, SharedRunDirectory, open_run, samples_before
 from shared.training.samplers import Order, batch_positions
 from shared.training.saver import Saver
-from shared.training.trainable import FULL, Frozen, Trainable
+from shared.training.trainable import FULL, Frozen, Lora, Trainable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,9 +161,14 @@ def _train(
         check_sizes(chunks, config.fp8, tokens=config.tokens_per_rank)
     progress.at("loading", long=True)
     resumed = None if directory.resumed is None else directory.path / iteration_name(directory.resumed)
-    weights.load(chunks, resumed or run.inputs.source.iteration_path)
+    base = run.inputs.source.iteration_path
+    weights.load(chunks, base if config.lora is not None else resumed or base)  # an iteration of LoRA has adapters only
     weights.check_finite(chunks, run.inputs.source.path)
     trainable_of(config, architecture).apply(chunks)
+    if config.lora is not None and resumed is not None:
+        weights.load_adapters(chunks, resumed)
+    elif run.inputs.adapter is not None:
+        lora.fill(chunks, run.inputs.adapter.tensors())
     model = wrap(chunks, overlap=config.overlap)
     optimizer = build_optimizer(config, model)
     step = 0
@@ -179,6 +184,7 @@ def _train(
     stack.callback(recorder.close)
     if step == 0:
         recorder.validated(0, validate(config, model, validation, device), run.bytes_per_token)
+    first_update = True
     with Saver(config, directory, recorder, model, optimizer, device) as saver:
         while step < config.steps:
             progress.update(step + 1)
@@ -203,6 +209,10 @@ def _train(
                 raise StageError(
                     f"the gradient of update {step + 1} is {gradient_norm}; {recorder.last_saved()}; lower --learning-rate"
                 )
+            if first_update:
+                parts = held_bytes(model, optimizer)
+                log("memory      " + ", ".join(f"{quantity(size, 'bytes')} of {name}" for name, size in parts.items()))
+                first_update = False
             step += 1
             seconds = time.perf_counter() - started
             progress.updated(seconds)
@@ -223,7 +233,7 @@ def _train(
 def backend_of(config: TrainingConfig, architecture: Architecture) -> tuple[Backend, str]:
     """The implementation of layers, and a line that says why. UserError for a named one that cannot be used."""
     return choose_backend(
-        config.backend,
+        "local" if config.lora else config.backend,  # modules of TransformerEngine join norm and linear layer
         architecture,
         device_type=shared.runtime.device.select_device().type,
         attention_backend=config.attention_backend,
@@ -233,7 +243,9 @@ def backend_of(config: TrainingConfig, architecture: Architecture) -> tuple[Back
 
 
 def trainable_of(config: TrainingConfig, architecture: Architecture) -> Trainable:
-    """All weights. With `mtp_loss_scaling_factor` 0 the MTP layers are frozen, and not run."""
+    """All weights, or LoRA adapters. With `mtp_loss_scaling_factor` 0 the MTP layers are frozen, and not run."""
+    if config.lora is not None:
+        return Lora(config.lora, config.seed)
     return Frozen(("mtp.*",)) if architecture.mtp and not config.mtp_loss_scaling_factor else FULL
 
 

@@ -151,6 +151,21 @@ def _room_for_state(part: DistributedOptimizer, *, empty_data: bool, **named: An
     return state
 
 
+def held_bytes(model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> dict[str, int]:
+    """Bytes of this rank's weights, gradient buffers and optimizer state (with fp32 main weights), after an update."""
+    buffers = [buffer for chunk in model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    states = 0
+    for part in optimizer.chained_optimizers:
+        for parameter, state in part.optimizer.state.items():
+            states += sum(each.nbytes for each in state.values() if isinstance(each, torch.Tensor))
+            states += parameter.nbytes if model[0].config.bf16 else 0  # fp32 weights are their own main copy
+    return {
+        "weights": sum(parameter.nbytes for chunk in model for parameter in chunk.parameters()),
+        "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
+        "optimizer": states,
+    }
+
+
 def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate

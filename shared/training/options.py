@@ -43,13 +43,17 @@ NOT_FINGERPRINTED = (
 )
 
 # Options that the first version did not have: at their defaults its runs are resumed.
-ADDED = (*("iteration", "data_weights", "fp8_recipe", "fp8_format", "fp8_amax_history", "fp8_bf16_layers"),)
+ADDED = (
+    *("iteration", "data_weights", "fp8_recipe", "fp8_format", "fp8_amax_history", "fp8_bf16_layers"),
+    *("lora_rank", "lora_alpha", "lora_targets", "lora_dropout", "rslora", "lora_weight_decay", "adapter"),
+)
 
 # Options that `extend` may change: from the resumed update on they are those of the command.
 EXTENDABLE = (
     *("steps", "epochs", "global_batch_size", "learning_rate", "min_learning_rate", "schedule", "warmup_steps"),
-    *("decay_steps", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2", "validate_every", "validation_sequences"),
-    *("moe_router_bias_update_rate", "precision", "fp8_recipe", "fp8_format", "fp8_amax_history", "fp8_bf16_layers"),
+    *("decay_steps", "weight_decay", "lora_weight_decay", "clip_grad", "adam_beta1", "adam_beta2"),
+    *("validate_every", "validation_sequences", "moe_router_bias_update_rate"),
+    *("precision", "fp8_recipe", "fp8_format", "fp8_amax_history", "fp8_bf16_layers"),
 )
 
 
@@ -71,7 +75,7 @@ class TrainingOptions:
         schedule: cosine, wsd (warmup-stable-decay, 1 - sqrt) or constant, each after a linear warm-up.
         warmup_steps: updates of the warm-up; by default one in a hundred, at most 2000.
         decay_steps: updates of the decay phase of wsd; by default a fifth.
-        weight_decay: decoupled, on matrices; norms and biases have none.
+        weight_decay: decoupled, on matrices; norms and biases have none. LoRA has its own, --lora-weight-decay.
         mtp_loss_scaling_factor: weight of the MTP (multi-token prediction) loss, for models with MTP layers; by default
             0.1. 0 freezes these layers.
         moe_router_bias_update_rate: what an update adds to the correction bias of an expert with fewer tokens than the mean,
@@ -119,6 +123,15 @@ class TrainingOptions:
             median of the last ones, the first 10 minutes, opening, loading and saving 30 minutes. 0: no watch.
         overwrite: replace another run's result at the target.
         extend: resume a run at the target, finished or not, with other updates, batch size, rates or validation.
+        lora_rank: train LoRA adapters of this rank, and no weight of the model; the run directory holds adapters only.
+        lora_alpha: scale of the adapters' product times rank; by default twice the rank.
+        lora_targets: matrices with an adapter, by their Hugging Face names or ends of them: q_proj,v_proj; all-linear:
+            attention and MLP, experts included.
+        lora_dropout: dropout of the adapters' input.
+        rslora: rank-stabilised LoRA: the scale is alpha / sqrt(rank) instead of alpha / rank.
+        lora_weight_decay: decoupled, of the adapters' A and B; by default 0, as in PEFT's trainings.
+        adapter: go on with a LoRA adapter of PEFT (adapter_config.json, adapter_model.safetensors), which says rank, alpha and
+            targets; in place of --lora-rank.
         iteration: a kept iteration of the source, a run directory; by default the newest.
     """
 
@@ -171,3 +184,10 @@ class TrainingOptions:
     extend: bool = False
     iteration: NonNegative | None = None
     data_weights: tuple[Weight, ...] | None = None
+    lora_rank: Positive | None = None
+    lora_alpha: Weight | None = None
+    lora_targets: tuple[str, ...] | None = None
+    lora_dropout: Decay | None = None
+    rslora: bool = False
+    lora_weight_decay: Rate | None = None
+    adapter: ExistingDir | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shared.architecture.architecture import Architecture, MoE
@@ -15,9 +15,11 @@ from shared.checkpoint.formats.torch_dist_reader import TorchDistReader
 from shared.console import log, quantity
 from shared.errors import UserError
 from shared.families import registry
+from shared.mapping.adapters import LoraSettings, adapted_linears
 from shared.runtime.launch import started_by_launch
 from shared.training.blend import Blend
 from shared.training.config import TrainingConfig
+from shared.training.continued_adapter import ContinuedAdapter
 from shared.training.data_sources import DataSource, Format, open_data
 
 _BYTES = {"bf16": 2, "fp32": 4}
@@ -31,6 +33,7 @@ class Inputs:
     data: tuple[DataSource, ...]
     architecture: Architecture
     tokenizer: Path | None = None  # `--tokenizer`, of plain Megatron pairs
+    adapter: ContinuedAdapter | None = None  # `--adapter`
 
     @classmethod
     def open(
@@ -41,10 +44,17 @@ class Inputs:
         data_format: Format,
         iteration: int | None = None,
         tokenizer: Path | None = None,
+        adapter: Path | None = None,
     ) -> Inputs:
         """Open all and check that they fit each other. `verify` checks their contents later: it takes long.
 
-        `iteration`: of the source, a run directory; None: the newest. `tokenizer`: of plain Megatron pairs in `data`.
+        Args:
+            source: a Megatron directory.
+            data: of this format, or plain Megatron pairs.
+            data_format: of `prepare`.
+            iteration: of the source, a run directory; None: the newest.
+            tokenizer: of plain Megatron pairs in `data`.
+            adapter: a directory of PEFT, to go on with.
         """
         model = open_checkpoint(source, kinds=("megatron",), flag="--source", verify="sizes", iteration=iteration)
         sources = open_data(data, data_format=data_format, tokenizer=tokenizer)
@@ -61,7 +71,13 @@ class Inputs:
                 raise UserError(
                     f"--data {each.path} was made with another tokenizer than {of} has; prepare it with --tokenizer {own}"
                 )
-        return cls(source=model, data=sources, architecture=architecture, tokenizer=tokenizer)
+        continued = ContinuedAdapter.open(adapter, architecture) if adapter else None
+        return cls(source=model, data=sources, architecture=architecture, tokenizer=tokenizer, adapter=continued)
+
+    @property
+    def lora(self) -> LoraSettings | None:
+        """The settings of the adapter to go on with."""
+        return self.adapter.settings if self.adapter else None
 
     def verify(self) -> None:
         """Compare every file with its hash, once in a job: in the launcher, else on rank 0. UserError names a damaged file."""
@@ -69,6 +85,8 @@ class Inputs:
             verify_content(self.source, flag="--source")
             for source in self.data:
                 source.verify()
+            if self.adapter:
+                self.adapter.verify()
 
     @property
     def parents(self) -> dict[str, Path | Sequence[Path]]:
@@ -77,7 +95,8 @@ class Inputs:
             "source": self.source.path,
             "data": [source.path for source in self.data],
         }
-        return given | ({"tokenizer": self.tokenizer} if self.tokenizer else {})
+        given |= {"tokenizer": self.tokenizer} if self.tokenizer else {}
+        return given | ({"adapter": self.adapter.path} if self.adapter else {})
 
 
 def _tokenizers_differ(one: Path, other: Path) -> bool:
@@ -122,9 +141,10 @@ def memory_estimate(config: TrainingConfig, architecture: Architecture) -> int:
     """
     width = _BYTES[config.precision]
     parallel = config.parallel
-    weights = _weights_of_stages(config, architecture)
+    trained = _trained_of_stages(config, architecture)
+    weights = _weights_of_stages(config, architecture) + (trained if config.lora else 0)
     main = 4 if config.precision == "bf16" else 0  # fp32 weights are their own main copy
-    states = weights * (width + 4 + (8 + main) / (parallel.data * parallel.context))
+    states = weights * width + trained * (4 + (8 + main) / (parallel.data * parallel.context))
     tokens = config.micro_batch_size * config.sequence_length / parallel.context
     layer = 34 * tokens * architecture.hidden_size * width / 2 / parallel.tensor
     full = "full" in config.recompute
@@ -150,16 +170,45 @@ def _weights_of_stages(config: TrainingConfig, architecture: Architecture) -> fl
     return dense / parallel.tensor + experts / (parallel.etp * parallel.expert)
 
 
+def _trained_of_stages(config: TrainingConfig, architecture: Architecture) -> float:
+    """Trained parameters of a tensor-parallel rank, about: those of adapters as if A and B were both cut."""
+    if config.lora is None:
+        return _weights_of_stages(config, architecture)
+    return adapter_parameters(config.lora, architecture) / config.parallel.tensor
+
+
 def snapshot_estimate(config: TrainingConfig, architecture: Architecture) -> int:
     """Bytes on the host, about, of the copy that an asynchronous save is written from.
 
-    With GPUs: weights, and this rank's range of fp32 weights and AdamW. Without, a fork shares memory until training
+    With GPUs: trained weights, and this rank's range of their fp32 copies and AdamW. Without, a fork shares memory until training
     changes it, which includes the fp32 gradients.
     """
     gradients = 0 if visible_gpus() else 4
     per_weight = _BYTES[config.precision] + gradients + 12 / (config.parallel.data * config.parallel.context)
     fullest = max(config.parallel.stage_layers(architecture.num_layers)) / architecture.num_layers
-    return int(_weights_of_stages(config, architecture) * fullest * per_weight)
+    return int(_trained_of_stages(config, architecture) * fullest * per_weight)
+
+
+def adapter_parameters(lora: LoraSettings, architecture: Architecture) -> int:
+    """Numbers in all adapters."""
+    linears = adapted_linears(registry.table_of(architecture), lora.targets)
+    return sum(linear.parameters(lora.rank) for linear in linears.values())
+
+
+def _announce_lora(config: TrainingConfig, inputs: Inputs, parameters: int) -> None:
+    """Print what is trained, and what a full training would need."""
+    lora = config.lora
+    assert lora is not None
+    trained = adapter_parameters(lora, inputs.architecture)
+    linears = adapted_linears(registry.table_of(inputs.architecture), lora.targets)
+    if inputs.adapter:
+        log(f"adapter     {inputs.adapter.path}, {inputs.adapter.relation_to(inputs.source)}")
+    names = sorted({matrix.suffix for linear in linears.values() for matrix in linear.matrices})
+    decay = f", weight decay {config.weight_decay:g}" if config.weight_decay else ""
+    log(
+        f"lora        rank {lora.rank}, scale {lora.scale:g}{decay}: {trained / 1e6:,.2f} M parameters "
+        f"({trained / parameters:.2%}) for {', '.join(names)}"
+    )
 
 
 def announce(config: TrainingConfig, inputs: Inputs, blend: Blend) -> None:
@@ -192,24 +241,32 @@ def announce(config: TrainingConfig, inputs: Inputs, blend: Blend) -> None:
             log(
                 f"data        {fact['share']:.1%} {fact['name']}: {fact['epochs']:.2f} epochs of {fact['sequences']:,} sequences"
             )
+    if config.lora is not None:
+        _announce_lora(config, inputs, parameters)
     if count := architecture.mtp_depth:
         factor = config.mtp_loss_scaling_factor
         how = f"trained, loss times {factor:g}" if factor else "frozen (--mtp-loss-scaling-factor 0)"
+        how = how if config.lora is None else "frozen (--lora-rank)"
         log(f"mtp         {count} layer{'s' * (count > 1)}, {how}")
     elif registry.from_files(inputs.source.hf_files).mtp:
         log("mtp         off (config.json declares MTP layers, the checkpoint has none)")
     if rates := registry.unread_rates(read_config(inputs.source.hf_files / "config.json")):
         named = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
         log(f"dropout     not used: {named} of config.json, the model here has none there")
+    full = parameters * (width + 12)
+    saved = full if config.lora is None else adapter_parameters(config.lora, architecture) * (width + 12)
     log(
         f"needs       about {quantity(memory_estimate(config, architecture), 'bytes')} of memory per process, "
-        f"{quantity(parameters * (width + 12), 'bytes')} of disk per checkpoint, {config.keep} kept"
+        f"{quantity(saved, 'bytes')} of disk per checkpoint, {config.keep} kept"
     )
     if config.async_save:
         log(
             f"saves       written while training goes on, from a second copy of the state on the host: at most "
             f"{quantity(snapshot_estimate(config, architecture), 'bytes')} more per process"
         )
+    if config.lora is not None:
+        memory = memory_estimate(replace(config, lora=None), architecture)
+        log(f"            trained whole: about {quantity(memory, 'bytes')}, {quantity(full, 'bytes')} per checkpoint")
 
 
 def _rates(config: TrainingConfig) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from shared.checkpoint.directory import adapter_directory
 from shared.checkpoint.directory.manifest import FileEntry
 from shared.checkpoint.directory.publish import file_entries
 from shared.checkpoint.directory.run_directory import RunDirectory, damage
@@ -297,7 +299,16 @@ class Recorder:
             "parameters": architecture.parameter_count(),
             "architecture": architecture.to_dict(),
             **({"ignored_config_fields": list(ignored)} if ignored else {}),
+            **self._adapter(),
         }
+
+    def _adapter(self) -> dict[str, Any]:
+        """The fact of a run that trains LoRA adapters: their settings, and the base by path and by content."""
+        lora, source = self._config.lora, self._inputs.source
+        if lora is None:
+            return {}
+        base = adapter_directory.base_of(source.path, source.manifest, self._directory.path)
+        return {adapter_directory.FACT: {**asdict(lora), "targets": list(lora.targets), "base": base}}
 
 
 def _duration(seconds: float) -> str:

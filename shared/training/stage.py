@@ -14,6 +14,7 @@ from shared.console import log
 from shared.errors import StageError, UserError
 from shared.invocation import invocation
 from shared.kernels.fp8.recipes import AMAX_HISTORY, Fp8Recipe
+from shared.mapping.adapters import LoraSettings
 from shared.model.backend_choice import check_backend
 from shared.model.support import check_supported
 from shared.parallel import ParallelConfig, ranks_needed
@@ -25,12 +26,12 @@ from shared.runtime.silence_warnings import silence
 from shared.training.blend import Blend
 from shared.training.config import (
     MOE_ROUTER_BIAS_UPDATE_RATE,
-    MTP_LOSS_SCALING_FACTOR,
     TrainingConfig,
     default_decay_steps,
     default_micro_batch_size,
     default_warmup_steps,
 )
+from shared.training.lora_options import lora_settings, mtp_loss_scaling_factor, weight_decay
 from shared.training.options import EXTENDABLE, TrainingOptions
 from shared.training.plan import Inputs, announce, default_processes, visible_gpus
 from shared.training.samplers import Order, default_order
@@ -39,8 +40,14 @@ if TYPE_CHECKING:
     from shared.training.data import Dataset
 
 
-def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> TrainingConfig:
-    """The configuration, every default resolved. UserError names the flag to change."""
+def plan(
+    options: TrainingOptions, *, steps: int, sequence_length: int, adapter: LoraSettings | None = None
+) -> TrainingConfig:
+    """The configuration, every default resolved. UserError names the flag to change.
+
+    `adapter`: settings of `options.adapter`.
+    """
+    lora = lora_settings(options, adapter)
     parallel = parallel_config(options)
     decay = default_decay_steps(steps) if options.decay_steps is None else options.decay_steps
     if options.decay_steps is not None and options.schedule != "wsd":
@@ -62,10 +69,8 @@ def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> Train
         schedule=options.schedule,
         warmup_steps=default_warmup_steps(steps) if options.warmup_steps is None else options.warmup_steps,
         decay_steps=decay,
-        weight_decay=options.weight_decay,
-        mtp_loss_scaling_factor=MTP_LOSS_SCALING_FACTOR
-        if options.mtp_loss_scaling_factor is None
-        else options.mtp_loss_scaling_factor,
+        weight_decay=weight_decay(options),
+        mtp_loss_scaling_factor=mtp_loss_scaling_factor(options),
         moe_router_bias_update_rate=MOE_ROUTER_BIAS_UPDATE_RATE
         if options.moe_router_bias_update_rate is None
         else options.moe_router_bias_update_rate,
@@ -80,6 +85,7 @@ def plan(options: TrainingOptions, *, steps: int, sequence_length: int) -> Train
         attention_backend=options.attention_backend,
         parallel=parallel,
         overlap=options.overlap,
+        lora=lora,
         save_every=options.save_every,
         keep=options.keep,
         async_save=options.async_save,

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from shared.console import log, quantity
 from shared.errors import StageError
 from shared.kernels.fp8.recipes import Fp8Recipe
+from shared.model import lora
 from shared.training.fp8_update import restore_states, sharded_states
 from shared.training.optimizer import allocate_state, gather_weights, restore, sharded_state
 from shared.training.optimizer_shards import without_copy
@@ -136,10 +137,13 @@ def load(
 
 
 def _weights(model: list[DistributedDataParallel], **metadata: Any) -> dict[str, Any]:
-    """The model's sharded state dict."""
+    """The model's sharded state dict; with LoRA the adapters', and the extra states, which have the amax histories of FP8."""
+    only = lora.trained_state if lora.has_adapters([chunk.module for chunk in model]) else dict
     return {
         # Megatron-LM's names: `model`, or `model0`, `model1`... with a virtual pipeline.
-        "model" if len(model) == 1 else f"model{index}": chunk.module.sharded_state_dict(metadata=CONTENT | metadata)
+        "model" if len(model) == 1 else f"model{index}": only(
+            chunk.module.sharded_state_dict(metadata=CONTENT | metadata)
+        )
         for index, chunk in enumerate(model)
     }
 

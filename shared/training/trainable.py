@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from shared.errors import UserError
+from shared.mapping.adapters import LoraSettings
+from shared.model import lora
 from shared.model.gpt import LanguageModel
 
 
@@ -50,12 +52,7 @@ class Frozen:
                     parameter.requires_grad_(False)
                 matched |= matching
                 trained += parameter.requires_grad
-            for module in chunk.modules():
-                if getattr(module, "expert_bias", None) is not None and not module.weight.requires_grad:
-                    # Megatron-Core updates the correction bias, without a gradient, after each update unless this is set.
-                    module.frozen_expert_bias = True
-            if chunk.config.recompute_granularity and chunk.pre_process:
-                _require_gradient(chunk)
+            _complete(chunk)
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, (matched, trained))
         if unknown := sorted(set(self.patterns).difference(*(names for names, _ in gathered))):
@@ -67,7 +64,32 @@ class Frozen:
             raise UserError(f"{', '.join(self.patterns)}: no parameter is left to train; freeze less")
 
 
-type Trainable = Full | Frozen
+@dataclass(frozen=True)
+class Lora:
+    """LoRA adapters are added and trained, every weight of the model is frozen.
+
+    Adapters have their own weight decay, 0 by default. It draws A and B, not `W + scale * B @ A`, towards zero; PEFT's
+    trainings have none.
+    """
+
+    settings: LoraSettings
+    seed: int  # of the adapters' first values
+
+    def apply(self, chunks: list[LanguageModel]) -> None:
+        """Freeze the weights of this rank's model chunks and add adapters. Every rank calls this.
+
+        Raises:
+            UserError: of `lora.attach`.
+        """
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.requires_grad_(False)
+        lora.attach(chunks, self.settings, self.seed)
+        for chunk in chunks:
+            _complete(chunk)
+
+
+type Trainable = Full | Frozen | Lora
 
 FULL = Full()
 
@@ -95,6 +117,16 @@ def _parameters(chunk: LanguageModel) -> Iterator[tuple[str, torch.nn.Parameter]
             name = re.sub(r"\.local_experts\.\d+\.", ".", name)
             # One module of TransformerEngine has the weights of all experts, numbered.
             yield re.sub(r"(\.experts\.linear_fc[12]\.(?:weight|bias))\d+$", r"\1", name), parameter
+
+
+def _complete(chunk: LanguageModel) -> None:
+    """What frozen weights ask for beside `requires_grad`."""
+    for module in chunk.modules():
+        if getattr(module, "expert_bias", None) is not None and not module.weight.requires_grad:
+            # Megatron-Core updates the correction bias, without a gradient, after each update unless this is set.
+            module.frozen_expert_bias = True
+    if chunk.config.recompute_granularity and chunk.pre_process:
+        _require_gradient(chunk)
 
 
 def _require_gradient(chunk: LanguageModel) -> None:

@@ -34,8 +34,8 @@ def bumped(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
         if contract is not None:
             _replace(
                 tree / "shared/checkpoint/directory/manifest.py",
-                r"^CONTRACT_VERSION = \d+$",
-                f"CONTRACT_VERSION = {contract}",
+                r"^_OF_MODELS_AND_DATA = \d+$",
+                f"_OF_MODELS_AND_DATA = {contract}",
             )
         image = build("convert", SOURCE_TREE=str(tree), LATEST="no")
         assert image == f"convert:{version}"
@@ -118,11 +118,11 @@ def test_one_tool_is_exchanged_in_the_middle_of_the_road(
 def test_a_directory_of_a_newer_contract_is_refused_by_name(
     convert: str, bumped: Callable[..., str], docker: Run, golden: Path, work: Path
 ) -> None:
-    future = bumped("0.3.0.dev2", contract=2)
+    future = bumped("0.3.0.dev2", contract=3)
     docker(future, "init", "--size", "tiny", "--target", "/data/future")
     done = docker(convert, "to-megatron", "--source", "/data/future", "--target", "/data/mg", code=2)
     assert done.stderr.count("\n") == 1
-    assert "--source /data/future has contract_version 2, and this tool reads 1" in done.stderr
+    assert "--source /data/future has contract_version 3, and this tool reads 2" in done.stderr
     assert "upgrade this tool to the version in its manifest.json" in done.stderr
     assert sorted(path.name for path in work.iterdir()) == ["future", "golden"]
 

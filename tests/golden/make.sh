@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Makes the golden directories of this contract version with the tools as they are now: `tests/golden/make.sh`.
+# Version 2 is of LoRA adapters only: make_adapters.sh.
 # A contract that was released is never made again: add the next version's beside it, and every reader must read both.
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from shared.checkpoint.directory.peft_config import AdapterConfig
 from shared.checkpoint.formats.pytorch_bin import read_pytorch_bin
 from shared.checkpoint.formats.safetensors_file import Header, TensorInfo, read_header
 from shared.errors import UserError
 from shared.mapping.layout import COPY, Shape
 from shared.mapping.rule import Entry, PrefixVariants, Source, Table, name_variants
-from tools.convert.adapter_config import AdapterConfig
 from tools.convert.conversion_report import abbreviated
 from tools.convert.lora import Delta
 

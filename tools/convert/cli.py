@@ -144,7 +144,7 @@ def to_te(
     )
 
 
-@tool.command(not_fingerprinted=("workers", "shard"))
+@tool.command(not_fingerprinted=("workers", "shard"), added=("base",))
 def to_hf(
     source: ExistingDir,
     target: Path,
@@ -153,6 +153,7 @@ def to_hf(
     family: str | None = None,
     iteration: NonNegative | None = None,
     quantized: bool = False,
+    base: ExistingDir | None = None,
     ignore_config_field: Names = (),
     overwrite: bool = False,
     workers: Workers | None = None,
@@ -162,7 +163,7 @@ def to_hf(
 
     Shards and dtypes are the original checkpoint's: unchanged weights come back byte for byte. Of a run in progress, the
     latest saved iteration is converted. Quantised weights are written as bfloat16, with --quantized in their original
-    scheme.
+    scheme. Of a run with LoRA, a PEFT adapter is written: adapter_config.json and adapter_model.safetensors.
 
     Args:
         source: a directory of kind megatron or te.
@@ -176,6 +177,7 @@ def to_hf(
         iteration: a kept iteration of a training run; by default the newest.
         quantized: quantise the weights that the original checkpoint stored quantised: unchanged blocks byte for byte,
             changed blocks with new scales.
+        base: of a run with LoRA: the Hugging Face directory of its base, which the adapter names by its relative path.
         ignore_config_field: fields of config.json, separated by commas, that are unknown here and change nothing; they are
             carried and recorded in the manifest. Other unknown fields are errors.
         overwrite: replace the target of an earlier run.
@@ -187,6 +189,12 @@ def to_hf(
     from tools.convert.to_hf import run
 
     part = ShardSpec.parse(shard) if shard else None
+    if base is not None:
+        from tools.convert.to_peft import publish_adapter
+
+        refused = {"dtype": dtype, "hf-files": hf_files, "family": family, "quantized": quantized, "shard": shard}
+        publish_adapter(source, target, base, refused, overwrite, iteration)
+        return
     run(source, target, dtype, hf_files, family, ignore_config_field, overwrite, workers, part, quantized, iteration)
 
 

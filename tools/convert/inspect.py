@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.architecture import dictionary
+from shared.checkpoint.directory.adapter_directory import FACT, base_state
 from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.checkpoint.directory.open import Checkpoint, open_checkpoint
 from shared.checkpoint.dtypes import BY_SAFETENSORS, count_not_finite
@@ -26,6 +27,7 @@ from shared.mapping.layout import Shape
 from shared.mapping.transformer_engine import te_form
 from tools.convert.architecture_summary import architecture_lines
 from tools.convert.hf_files import match_pass_through, original_scheme
+from tools.convert.to_peft import adapter_tensors, settings_of, table_of
 from tools.convert.to_te import layer_lines
 
 Reader = HfReader | TorchDistReader | TeReader
@@ -42,7 +44,7 @@ class Row:
 
 def run(source: Path, tensors: bool, scan: bool, as_json: bool) -> None:
     """Print the description. With `scan`, read every weight; StageError if one is not finite."""
-    checkpoint = open_checkpoint(source, kinds=("hf", "megatron", "te"), flag="--source", verify="sizes")
+    checkpoint = open_checkpoint(source, kinds=("hf", "megatron", "te"), flag="--source", verify="sizes", adapters=True)
     reader = _reader(checkpoint)
     rows = _rows(reader)
     found = _describe(checkpoint, reader, rows)
@@ -118,6 +120,8 @@ def _family(checkpoint: Checkpoint, reader: Reader) -> dict[str, Any]:
                 architecture, reader.weights if isinstance(reader, HfReader) else reader.tensors
             )
         result["family"] = architecture.family
+        if FACT in checkpoint.facts:
+            return result | _adapter(checkpoint)
         result |= {"parameters": architecture.parameter_count(), "architecture": architecture.to_dict()}
         table = registry.table_of(architecture)
         if isinstance(reader, HfReader):
@@ -131,6 +135,17 @@ def _family(checkpoint: Checkpoint, reader: Reader) -> dict[str, Any]:
     except UserError as error:
         result["problem"] = str(error)
     return result
+
+
+def _adapter(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a run with LoRA holds. UserError if its tensors are not those of its settings."""
+    settings = settings_of(checkpoint)
+    adapter_tensors(checkpoint, settings, table_of(checkpoint))
+    how = ", rank-stabilised" if settings.rslora else ""
+    return {
+        "adapter": f"rank {settings.rank}, alpha {settings.alpha:g}{how}, targets {', '.join(settings.targets)}",
+        "base": base_state(checkpoint.path, checkpoint.facts[FACT]["base"]),
+    }
 
 
 def _scan(reader: Reader) -> dict[str, str]:

@@ -19,6 +19,7 @@ from shared.checkpoint.copy.worker_pool import Task
 from shared.checkpoint.directory.auxiliary_files import check_auxiliary_files, copy_auxiliary_files, read_config
 from shared.checkpoint.directory.model_card import Stage, write_card
 from shared.checkpoint.directory.open import content_checks, open_checkpoint
+from shared.checkpoint.directory.peft_config import AdapterConfig
 from shared.checkpoint.directory.publish import publish
 from shared.checkpoint.dtypes import Dtype, weight_dtype
 from shared.checkpoint.formats.hugging_face import HfReader, WeightLayout, weight_files, write_index
@@ -31,7 +32,6 @@ from shared.invocation import invocation
 from shared.mapping.rule import Table
 from shared.quantized.stored_weight import sliced
 from tools.convert.adapter import Changes, match, read_adapter, vocabulary_rows
-from tools.convert.adapter_config import AdapterConfig
 from tools.convert.conversion import run_conversion
 from tools.convert.hf_files import remove_quantization_config
 from tools.convert.hf_source import source_architecture

@@ -41,7 +41,12 @@ def run(
     if epochs is not None and options.steps is not None:
         raise UserError("--epochs and --steps both say how long to train; give one of them")
     inputs = Inputs.open(
-        options.source, options.data, data_format="indexed", iteration=options.iteration, tokenizer=tokenizer
+        options.source,
+        options.data,
+        data_format="indexed",
+        iteration=options.iteration,
+        tokenizer=tokenizer,
+        adapter=options.adapter,
     )
     if document_mask and inputs.architecture.prefix:
         raise UserError(
@@ -52,7 +57,7 @@ def run(
     splits = [_training_split(source, length) for source in inputs.data]
     blend = stage.blend(options, inputs, [(split["tokens"] - 1) // length for split in splits])
     steps = options.steps or max(blend.epoch * (epochs or 1) // options.global_batch_size, 1)
-    config = stage.plan(options, steps=steps, sequence_length=length)
+    config = stage.plan(options, steps=steps, sequence_length=length, adapter=inputs.lora)
 
     def datasets(order: Order) -> tuple[Dataset, Dataset | None]:
         from shared.training.data import IndexedSequences, blended

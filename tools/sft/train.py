@@ -28,7 +28,9 @@ def run(options: TrainingOptions, *, epochs: int | None) -> int | None:
     """
     if epochs is not None and options.steps is not None:
         raise UserError("--epochs and --steps both say how long to train; give one of them")
-    inputs = Inputs.open(options.source, options.data, data_format="packed", iteration=options.iteration)
+    inputs = Inputs.open(
+        options.source, options.data, data_format="packed", iteration=options.iteration, adapter=options.adapter
+    )
     lengths = {source.facts["seq_length"] for source in inputs.data}
     if len(lengths) > 1:
         raise UserError(
@@ -42,7 +44,7 @@ def run(options: TrainingOptions, *, epochs: int | None) -> int | None:
             raise UserError(f"--data {source.path} has no tokens with a loss: no assistant message")
     blend = stage.blend(options, inputs, [source.splits["train"]["sequences"] for source in inputs.data])
     steps = options.steps or -(-blend.epoch * (epochs or _EPOCHS) // options.global_batch_size)
-    config = stage.plan(options, steps=steps, sequence_length=lengths.pop())
+    config = stage.plan(options, steps=steps, sequence_length=lengths.pop(), adapter=inputs.lora)
 
     def datasets(order: Order) -> tuple[Dataset, Dataset | None]:
         from shared.training.data import PackedSequences, blended

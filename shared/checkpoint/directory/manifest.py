@@ -21,9 +21,13 @@ from shared.errors import UserError
 from shared.foreign_formats import indexed_prefix
 from shared.invocation import Invocation
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2  # the newest that is read
+# Versions that are written: readers of version 1 take adapters for damaged directories, or for models without weights.
+_OF_MODELS_AND_DATA = 1
+_OF_ADAPTERS = 2
+ADAPTER = "adapter"  # the fact of a run directory that holds LoRA adapters only
 MANIFEST = "manifest.json"
-Kind = Literal["hf", "megatron", "te", "tokenizer", "dataset", "result"]
+Kind = Literal["hf", "megatron", "te", "tokenizer", "dataset", "result", "adapter"]
 Inputs = Mapping[str, Path | Sequence[Path]]  # flag -> path or paths given to it
 
 _SMALL = 64 << 20  # bytes; larger foreign files are fingerprinted by size and modification time
@@ -50,7 +54,7 @@ class Manifest(BaseModel):
     """The content of `manifest.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    contract_version: int = CONTRACT_VERSION
+    contract_version: int = _OF_MODELS_AND_DATA  # `written_version`
     kind: Kind
     state: Literal["finished", "running"] = "finished"  # running: a training run with a saved iteration, not finished
     iteration: int | None = None  # of a training run: the iteration that `files` lists
@@ -92,7 +96,7 @@ def read_manifest(directory: Path, *, flag: str) -> Manifest | None:
         version = content["contract_version"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{flag} {path} is damaged: not a manifest; publish the directory again") from None
-    if version != CONTRACT_VERSION:
+    if version not in range(1, CONTRACT_VERSION + 1):
         raise UserError(
             f"{flag} {directory} has contract_version {version}, and this tool reads {CONTRACT_VERSION}; upgrade this tool "
             "to the version in its manifest.json"
@@ -103,6 +107,11 @@ def read_manifest(directory: Path, *, flag: str) -> Manifest | None:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"{flag} {path} is damaged at {where}: {first['msg']}; publish the directory again") from None
+
+
+def written_version(kind: Kind, facts: Mapping[str, Any]) -> int:
+    """The contract version of a new directory: the oldest whose readers read it."""
+    return _OF_ADAPTERS if kind == "adapter" or ADAPTER in facts else _OF_MODELS_AND_DATA
 
 
 def misfit(directory: Path, entries: Mapping[str, FileEntry]) -> str | None:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.checkpoint.directory.adapter_directory import refuse_adapter
+from shared.checkpoint.directory.adapter_directory import refuse_adapter, refuse_adapter_run
 from shared.checkpoint.directory.auxiliary_files import check_auxiliary_files
 from shared.checkpoint.directory.manifest import MANIFEST, Kind, Manifest, misfit, read_manifest
 from shared.checkpoint.directory.recognition import (
@@ -65,6 +65,7 @@ def open_checkpoint(
     verify: Literal["content", "small", "sizes"] = "content",
     per_rank: Kind | None = None,
     iteration: int | None = None,
+    adapters: bool = False,
 ) -> Checkpoint:
     """A complete directory of one of `kinds`.
 
@@ -79,9 +80,10 @@ def open_checkpoint(
         per_rank: also accept per-rank checkpoints of this kind: legacy Megatron-LM ("megatron"), SwissArmyTransformer
             ("hf").
         iteration: of a run directory, instead of the newest.
+        adapters: also accept a run directory that holds LoRA adapters without their base.
 
     Raises:
-        UserError: not of these kinds, incomplete or damaged; the iteration is not kept.
+        UserError: not of these kinds, incomplete or damaged; the iteration is not kept; adapters without a base.
     """
     if not path.is_dir():
         raise UserError(f"{flag} {path} is not a directory")
@@ -102,13 +104,15 @@ def open_checkpoint(
         found = recognize(path, kinds=kinds, flag=flag, per_rank=per_rank)
     else:
         found = Recognition(kind=manifest.kind)
+        if not adapters:
+            refuse_adapter_run(path, manifest, flag)
         _verify(path, manifest, flag, verify)
         if manifest.state == "running":
             log(f"{path} is an unfinished training run; reading iteration {manifest.iteration}")
     if found.kind not in kinds:
         lacks = " (config.json is missing)" if found.kind == "tokenizer" else ""
         commands = [_CONVERSIONS[found.kind, kind] for kind in kinds if (found.kind, kind) in _CONVERSIONS]
-        fix = f"; `{commands[0]} --source {path} --target DIR` makes one of it" if commands else ""
+        fix = f"; `{commands[0].format(path=path)}` makes one of it" if commands else ""
         raise UserError(f"{flag} {path} is a {found.kind} directory{lacks}; wanted: {' or '.join(kinds)}{fix}")
     checkpoint = Checkpoint(
         path=path, kind=found.kind, manifest=manifest, rank_files=found.rank_files, ignored=found.ignored
@@ -123,9 +127,10 @@ def open_checkpoint(
 
 # (kind that is there, kind that is wanted) -> the command that makes it
 _CONVERSIONS: dict[tuple[Kind, Kind], str] = {
-    ("hf", "megatron"): "convert to-megatron",
-    ("megatron", "hf"): "convert to-hf",
-    ("te", "hf"): "convert to-hf",
+    ("hf", "megatron"): "convert to-megatron --source {path} --target DIR",
+    ("megatron", "hf"): "convert to-hf --source {path} --target DIR",
+    ("te", "hf"): "convert to-hf --source {path} --target DIR",
+    ("adapter", "hf"): "convert merge-lora --source BASE --adapter {path} --target DIR",
 }
 
 

@@ -26,6 +26,7 @@ from shared.checkpoint.directory.manifest import (
     origin,
     parents_of,
     run_fingerprint,
+    written_version,
 )
 from shared.checkpoint.directory.target import (
     PARTIAL,
@@ -113,6 +114,7 @@ class Publication:
         (self.path / JOURNAL).unlink(missing_ok=True)
         entries = self.entries()
         manifest = Manifest(
+            contract_version=written_version(kind, self.facts),
             kind=kind,
             identity=fingerprint,
             parents=parents,

@@ -22,6 +22,7 @@ from shared.checkpoint.directory.manifest import (
     parents_of,
     read_manifest,
     run_fingerprint,
+    written_version,
 )
 from shared.checkpoint.directory.publish import file_entries, move_into_place
 from shared.checkpoint.directory.recognition import TRACKER, iteration_name
@@ -156,6 +157,7 @@ class RunDirectory:
         files = {f"{name}/{file}": entry for file, entry in entries.items()}
         files |= file_entries(self.path, list(files_below(self.path / HF_FILES)))
         manifest = Manifest(
+            contract_version=written_version(self._kind, facts),
             kind=self._kind,
             state="finished" if finished else "running",
             iteration=iteration,

@@ -18,6 +18,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.safe_globals import SafeUnpickler
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet
+from megatron.core.ssm.utils import _split_tensor_factory
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import multi_token_prediction
 from megatron.core.transformer.attention import Attention
@@ -46,6 +47,7 @@ DELTA_NET = "shared/model/gated_delta_net.py"
 EMBEDDING = "shared/model/embedding_and_head.py"
 GPT = "shared/model/gpt.py"
 LAYER = "shared/model/transformer_layer.py"
+LORA = "shared/model/lora.py"
 MLA = "shared/model/mla.py"
 MOE = "shared/model/moe.py"
 MLP_FILE = "shared/model/dense_mlp.py"
@@ -391,6 +393,23 @@ def test_layers_are_called_by_keyword() -> None:
     )
     parts = {"input_layernorm", "self_attention", "pre_mlp_layernorm", "mlp", "hidden_dropout"}
     assert parts <= attributes_set(TransformerLayer.__init__), LAYER
+
+
+def test_linear_layers_compute_and_describe_themselves_in_methods() -> None:
+    for linear in (ColumnParallelLinear, RowParallelLinear):
+        relies_on(LORA, linear.forward, "return (output, output_bias)")
+        relies_on(LORA, linear.sharded_state_dict, "state_dict = self.state_dict(prefix='', keep_vars=True)")
+        assert {"tp_group", "sequence_parallel", "is_expert"} <= attributes_set(linear.__init__), LORA
+
+
+def test_parts_of_a_weight_are_split_by_its_name() -> None:
+    split = "apply_swiglu_sharded_factory(v, sharded_offsets, singleton_local_shards, "
+    split += "tp_group=self.tp_group, dp_group=metadata['dp_cp_group'])"
+    relies_on(LORA, MLP.sharded_state_dict, f"sub_sd[k] = {split}")
+    entry = "sharded_state_dict[f'{prefix}in_proj.weight']"
+    parts = "list(self.in_proj_split_sections), self.in_proj_split_names, 0"
+    relies_on(LORA, GatedDeltaNet.sharded_state_dict, f"{entry} = _split_tensor_factory({entry}, {parts})")
+    binds(LORA, _split_tensor_factory, "tensor", [1], ["part"], 0)
 
 
 class _Group:

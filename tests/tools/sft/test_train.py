@@ -20,6 +20,7 @@ from shared.families import registry
 from shared.runtime.silence_warnings import silence
 from tests import training_runs
 from tests.training_runs import random_model, record, signalled
+from tests.workers import ROOT
 from tools.sft.cli import tool
 
 silence()
@@ -219,3 +220,162 @@ def test_several_datasets_are_blended(source, data, tmp_path, capsys):
     (tmp_path / "pair.idx").touch()
     assert run(source, f"{data},{tmp_path / 'pair'}", tmp_path / "none") == 2
     assert "is a plain Megatron pair, without conversations" in capsys.readouterr().err
+
+
+CONVERT = ROOT / "tools" / "convert" / ".venv" / "bin" / "python"
+LORA = {"lora_rank": 4, "lora_alpha": 8, "learning_rate": 2e-2}
+
+
+@pytest.fixture(scope="module")
+def adapted(source, data, tmp_path_factory) -> Path:
+    """A run with LoRA that nothing disturbed."""
+    target = tmp_path_factory.mktemp("adapted") / "run"
+    assert run(source, data, target, **LORA) == 0
+    return target
+
+
+def test_lora_learns_and_saves_adapters_only(adapted, source, whole):
+    from shared.checkpoint.directory.manifest import input_fingerprint
+    from shared.checkpoint.formats.torch_dist_reader import TorchDistReader
+
+    updates = [row for row in record(adapted) if "loss" in row]
+    assert updates[-1]["loss"] < updates[0]["loss"] - 0.3
+    assert updates[0]["loss"] == pytest.approx(record(whole)[1]["loss"], rel=1e-6)  # B is zero at first
+    reader = TorchDistReader(adapted / "iter_0000009")
+    assert {key.rpartition(".")[2] for key in reader.tensors} == {"lora_A", "lora_B"}
+    assert len(reader.tensors) == 2 * 4
+    fact = json.loads((adapted / "manifest.json").read_text())["facts"]["adapter"]
+    base = fact.pop("base")
+    assert fact == {"rank": 4, "alpha": 8.0, "rslora": False, "dropout": 0.0, "targets": ["all-linear"]}
+    assert (adapted / base["path"]).resolve() == source
+    assert base["fingerprint"] == input_fingerprint(source)
+
+
+def test_lora_stopped_and_resumed_is_the_run_that_nothing_disturbed(adapted, source, data, tmp_path):
+    target = tmp_path / "run"
+    with signalled(signal.SIGTERM, after=5):
+        assert run(source, data, target, **LORA) == 75
+    assert run(source, data, target, **LORA) == 0
+    assert record(target) == record(adapted)
+    assert run(source, data, target, **LORA) == 0  # already done
+
+
+def test_lora_saved_asynchronously_and_resumed_is_the_run_that_nothing_disturbed(adapted, source, data, tmp_path):
+    target, options = tmp_path / "run", LORA | {"async_save": "true", "save_every": 2}
+    with signalled(signal.SIGTERM, after=5):
+        assert run(source, data, target, **options) == 75
+    assert run(source, data, target, **options) == 0
+    assert record(target) == record(adapted)
+
+
+@pytest.fixture(scope="module")
+def peft(adapted, source, tmp_path_factory) -> Path:
+    """The adapter of `adapted`, as `convert to-hf --base` publishes it. The base has no weights here: only their names count."""
+    folder = tmp_path_factory.mktemp("peft")
+    shutil.copytree(source / "hf", folder / "base")
+    paths = ("--source", adapted, "--base", folder / "base", "--target", folder / "adapter")
+    command = [CONVERT, "-m", "tools.convert.cli", "to-hf", *map(str, paths)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return folder / "adapter"
+
+
+def test_an_adapter_of_peft_is_gone_on_with(adapted, peft, source, data, tmp_path, capfd):
+    """Validation before the first update is that after the last of the run that it was published from."""
+    target = tmp_path / "run"
+    assert run(source, data, target, adapter=peft, learning_rate=2e-2) == 0
+    before, after = (
+        [row["validation_loss"] for row in record(place) if "validation_loss" in row] for place in (adapted, target)
+    )
+    assert after[0] == pytest.approx(before[-1], rel=1e-6)  # fp32
+    assert after[-1] < after[0]
+    assert f"adapter     {peft}, trained on another base, or another conversion" in capfd.readouterr().err
+    manifest = json.loads((target / "manifest.json").read_text())
+    assert manifest["contract_version"] == 2
+    assert [parent["flag"] for parent in manifest["parents"]] == ["source", "data", "adapter"]
+    fact = manifest["facts"]["adapter"]
+    assert (fact["rank"], fact["alpha"], len(fact["targets"])) == (4, 8.0, 7)
+    assert run(source, data, target, adapter=peft, learning_rate=2e-2) == 0  # already done
+
+
+def test_weight_decay_of_adapters_is_zero_unless_asked_for(adapted, source, data, tmp_path):
+    assert run(source, data, tmp_path / "run", **LORA, lora_weight_decay=0.5, steps=9, epochs=None) == 0
+    decayed, plain = ([row["loss"] for row in record(place) if "loss" in row] for place in (tmp_path / "run", adapted))
+    assert decayed[0] == plain[0]
+    assert decayed[-1] != plain[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"use_dora": True}, "use_dora of adapter_config.json is not trained here; merge the adapter"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern: adapters of different ranks or scales are not trained here"),
+        ({"r": 8}, "lora_A.weight is [4, 96], the model of --source asks for [8, 96]"),
+        ({"peft_type": "LOHA"}, "only LORA adapters are read"),
+    ],
+)
+def test_adapters_that_are_not_gone_on_with(peft, source, data, tmp_path, capfd, change, text):
+    changed = shutil.copytree(peft, tmp_path / "adapter")
+    (changed / "manifest.json").unlink()
+    config = json.loads((changed / "adapter_config.json").read_text())
+    (changed / "adapter_config.json").write_text(json.dumps(config | change))
+    assert run(source, data, tmp_path / "run", adapter=changed) == 2
+    assert text in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_adapter_and_none_are_not_gone_on_with(peft, source, data, tmp_path, capfd):
+    damaged = shutil.copytree(peft, tmp_path / "adapter")
+    weights = damaged / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert run(source, data, tmp_path / "run", adapter=damaged) == 2
+    assert "adapter_model.safetensors is damaged" in capfd.readouterr().err
+    assert run(source, data, tmp_path / "run", adapter=source) == 2
+    assert "has no adapter_config.json; give a directory of PEFT" in capfd.readouterr().err
+
+
+def test_a_base_that_changed_since_the_run_is_refused(adapted, data, tmp_path, capfd):
+    other = random_model(tmp_path / "other", MODEL, seed=6)
+    assert run(other, data, adapted, **LORA) == 2
+    assert "with another --source, or its content has changed" in capfd.readouterr().err
+
+
+def test_the_plan_of_lora_says_what_it_saves(source, data, tmp_path, capfd):
+    assert (
+        run(source, data, tmp_path / "run", steps=1, epochs=None, **LORA, lora_targets="q_proj,v_proj", rslora="true")
+        == 0
+    )
+    out = "".join(capfd.readouterr())
+    # Two layers of A [4, 64] twice, B [64, 4] and [32, 4].
+    assert "lora        rank 4, scale 4: 0.00 M parameters" in out
+    assert "for q_proj, v_proj" in out
+    assert "trained whole: about" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"lora_alpha": 8}, "--lora-alpha belongs to LoRA; give --lora-rank"),
+        ({"rslora": "true"}, "--rslora belongs to LoRA"),
+        ({"lora_rank": 4, "lora_targets": "query"}, "the model has no linear layer query; it has down_proj"),
+        ({"lora_rank": 4, "mtp_loss_scaling_factor": 0.1}, "are not run with LoRA"),
+        ({"lora_rank": 4, "precision": "fp8"}, "give --precision bf16 with LoRA"),
+        ({"lora_rank": 4, "backend": "te"}, "--backend te: its modules join the norm"),
+        ({"lora_rank": 0}, "--lora-rank"),
+        ({"lora_rank": 4, "lora_dropout": 1.0}, "--lora-dropout"),
+        ({"lora_weight_decay": 0.1}, "--lora-weight-decay belongs to LoRA; give --lora-rank"),
+        ({"lora_rank": 4, "weight_decay": 0.1}, "give --lora-weight-decay for its A and B"),
+        ({"lora_rank": 4, "adapter": "{peft}"}, "says rank, alpha and targets; leave it out"),
+    ],
+)
+def test_mistakes_of_lora(peft, source, data, tmp_path, capfd, options, text):
+    options = {name: peft if value == "{peft}" else value for name, value in options.items()}
+    assert run(source, data, tmp_path / "run", **options) == 2
+    assert text in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_lora_is_no_source(adapted, data, tmp_path, capfd):
+    assert run(adapted, data, tmp_path / "run") == 2
+    assert "holds LoRA adapters only, without their base" in capfd.readouterr().err

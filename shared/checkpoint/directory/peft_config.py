@@ -10,10 +10,10 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
+from shared.checkpoint.directory.adapter_directory import CONFIG
 from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.errors import UserError
 
-CONFIG = "adapter_config.json"
 _READ = {
     *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
     *("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters", "use_dora"),
@@ -75,7 +75,7 @@ class AdapterConfig:
         self.path = directory / CONFIG
         fields = read_config(self.path)
         if fields.get("peft_type") != "LORA":
-            raise UserError(f"{self.path}: peft_type is {fields.get('peft_type')!r}; only LORA adapters are merged")
+            raise UserError(f"{self.path}: peft_type is {fields.get('peft_type')!r}; only LORA adapters are read")
         for name in sorted(fields.keys() - _READ - _WITHOUT_EFFECT):
             if fields[name]:
                 why = _WHY.get(name, "not supported; merge it with peft")
@@ -110,6 +110,30 @@ class AdapterConfig:
         tokens = known.trainable_token_indices or {}
         self._tokens: Mapping[str, Sequence[int]] = tokens if isinstance(tokens, dict) else {"": tokens}
         self._version = known.peft_version
+        self.dropout = float(fields.get("lora_dropout") or 0.0)  # of A's input, in training
+
+    @property
+    def rank_and_alpha(self) -> tuple[int, float, bool]:
+        """Rank and alpha of every module, and whether the scale is alpha / sqrt(rank).
+
+        Raises:
+            UserError: modules differ.
+        """
+        for name, pattern in (("rank_pattern", self._ranks), ("alpha_pattern", self._alphas)):
+            if pattern:
+                raise UserError(f"{self.path}: {name}: adapters of different ranks or scales are not trained here")
+        return self._rank, self._alpha, self._root
+
+    @property
+    def trains_more(self) -> str | None:
+        """The field by which the adapter trains more than A and B; None if none does."""
+        fields = {
+            "use_dora": self.dora,
+            "bias": self.bias != "none",
+            "modules_to_save": bool(self.modules_to_save),
+            "trainable_token_indices": bool(self._tokens),
+        }
+        return next((name for name, given in fields.items() if given), None)
 
     def rank(self, module: str) -> int:
         """Rank of a module's A and B."""
