@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from shared.console import log
 from shared.errors import UserError
-from tools.infer.adapters import Adapter
 from tools.infer.policy_route import refusal
+from tools.infer.served_adapters import Adapter
 from tools.infer.weight_check import OutsideFolderError, below
 
 Name = Field(min_length=1, max_length=200)

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from shared.cli import log
 from shared.errors import EXIT_DONE, EXIT_INTERRUPTED, Interrupted, StageError, UserError
 from shared.runtime.parent_death import die_with_parent
-from tools.infer.adapters import check_adapter, lora_arguments, parse_adapters
 from tools.infer.api_keys import api_keys
 from tools.infer.drain import InFlight, drain, started
 from tools.infer.engines.engine import EngineSettings
@@ -30,6 +29,7 @@ from tools.infer.engines.vllm_support import check_exchange, reason, refusals
 from tools.infer.engines.weight_swap import WeightSwap
 from tools.infer.environment import on_gpu, prepare_environment
 from tools.infer.prompts import load_tokenizer
+from tools.infer.served_adapters import check_adapter, lora_arguments, parse_adapters
 from tools.infer.source import open_hf_directory
 from tools.infer.weight_check import ServedWeights
 

@@ -51,7 +51,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from tests.upstream import attributes_set, binds, calls, relies_on, says_nothing_of
-from tools.infer import adapters
+from tools.infer import served_adapters
 from tools.infer.engines import vllm_arguments, vllm_support
 from tools.infer.engines.weight_swap import WeightSwap
 from tools.infer.rollouts import SAMPLING
@@ -214,14 +214,14 @@ def test_sampling_has_two_switches() -> None:
 
 
 def test_an_adapter_is_checked_by_its_configuration() -> None:
-    ours = "tools/infer/adapters.py"
+    ours = "tools/infer/served_adapters.py"
     fields = {"r": 4, "lora_alpha": 8, "target_modules": ["a"], "rank_pattern": {"a": 2}, "other": 1}
     helper = PEFTHelper.from_dict(fields)
     assert (helper.get_rank_and_scaling("x.a"), helper.get_rank_and_scaling("x.b")) == ((2, 4.0), (4, 2.0)), ours
     helper.validate_legal(LoRAConfig(max_lora_rank=8))
     with pytest.raises(ValueError, match="DoRA"):
         PEFTHelper.from_dict(fields | {"use_dora": True}).validate_legal(LoRAConfig(max_lora_rank=8))
-    assert {*adapters._RANKS} <= {*get_args(MaxLoRARanks)}, ours
+    assert {*served_adapters._RANKS} <= {*get_args(MaxLoRARanks)}, ours
 
 
 def test_adapters_are_loaded_by_the_models_of_a_server() -> None:

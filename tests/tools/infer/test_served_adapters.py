@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from shared.checkpoint.formats.hugging_face import stored_weights
 from shared.errors import UserError
 from tests.tools.infer.http_server import Server, call
-from tools.infer.adapters import check_adapter, lora_arguments, parse_adapters
+from tools.infer.served_adapters import check_adapter, lora_arguments, parse_adapters
 
 ROOT = Path(__file__).resolve().parents[3]
 # Of log-probabilities in fp32: PEFT and vLLM add in other orders, in 2 layers; 1e-6 was seen.
