@@ -232,7 +232,8 @@ def test_the_weights_are_those_that_peft_merges(made: Path, convert: Any, tmp_pa
             assert distance <= allowed(case, lora, tensor[0]), name
     assert sum(tensor != before[name] for name, tensor in ours.items()) == changed
     source, result = files(made / base), files(out)
-    assert result.keys() - {"manifest.json"} == source.keys()
+    assert result.keys() - {"manifest.json", "README.md"} == source.keys()
+    assert f"`--source {base}`, `--adapter adapter`\n" in result["README.md"].decode()
     assert all(result[name] == content for name, content in source.items() if not name.endswith(".safetensors"))
     manifest = json.loads(result["manifest.json"])
     assert [(parent["flag"], parent["name"]) for parent in manifest["parents"]] == [
