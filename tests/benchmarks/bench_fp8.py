@@ -89,7 +89,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(layers=3, hidden=64, ffn=128, heads=4, groups=2, vocab=320, sequence=32, batch=4, modules=12),
-    "20m": Size(layers=6, hidden=512, ffn=1536, heads=8, groups=4, vocab=4096, sequence=256, batch=8, modules=100_000),
+    "20m": Size(layers=6, hidden=512, ffn=1536, heads=8, groups=4, vocab=4096, sequence=256, batch=2, modules=100_000),
 }
 
 
