@@ -98,21 +98,31 @@ def render(
         raise ValueError(f"the chat template refuses these messages: {reason}") from error
 
 
-def render_prompt(tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
+def render_prompt(
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None,
+    arguments: Mapping[str, Any] | None = None,
+) -> str:
     """The conversation with the generation prompt: a model's input.
 
     Raises:
         ValueError: the template refuses the messages, or does not render the tools.
     """
-    check_tools_rendered(tokenizer, messages, tools, add_generation_prompt=True)
-    return render(tokenizer, messages, tools, add_generation_prompt=True)
+    check_tools_rendered(tokenizer, messages, tools, add_generation_prompt=True, arguments=arguments)
+    return render(tokenizer, messages, tools, add_generation_prompt=True, arguments=arguments)
 
 
 def check_tools_rendered(
-    tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None, *, add_generation_prompt: bool
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None,
+    *,
+    add_generation_prompt: bool,
+    arguments: Mapping[str, Any] | None = None,
 ) -> None:
     """ValueError if the template writes the same text with and without the tools: the model would not see them."""
-    if not tools_rendered(tokenizer, messages, tools, add_generation_prompt=add_generation_prompt):
+    if not tools_rendered(tokenizer, messages, tools, add_generation_prompt=add_generation_prompt, arguments=arguments):
         raise ValueError(
             "the chat template does not render 'tools', so the model would not see them; leave them out, or describe "
             "them in a message"

@@ -10,7 +10,8 @@ from typing import Any
 
 from shared.cli import log
 from shared.errors import UserError
-from tools.infer.engines.engine import EngineSettings, Request, Sampling, open_engine
+from tools.infer.engines.engine import EngineSettings, Request, open_engine
+from tools.infer.engines.sampling import Sampling
 from tools.infer.environment import prepare_environment
 from tools.infer.prompts import check_length, encode, load_tokenizer
 from tools.infer.source import open_hf_directory

@@ -10,9 +10,13 @@ from pydantic import Field
 
 from shared.cli import Existing, ExistingDir, ExistingFile, NonNegative, Positive, Seed, Tool
 from shared.precision import Precision
-from tools.infer.engines.engine import EngineName, EngineSettings, Sampling
+from tools.infer.engines.engine import EngineName, EngineSettings
+from tools.infer.engines.sampling import Sampling
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+RepetitionPenalty = Annotated[float, Field(gt=0, le=10)]
+Logprobs = Annotated[int, Field(ge=0, le=20)]  # vLLM's default limit
 Share = Annotated[float, Field(gt=0, lt=1)]  # of a GPU's memory
 Temperature = Annotated[float, Field(ge=0, le=2)]  # vLLM's range
 LoraRank = Literal[8, 16, 32, 64, 128, 256]
@@ -35,7 +39,9 @@ class ModelOptions:
     precision: Precision | None = None
     tensor_parallel: Positive = 1
 
-    def settings(self, *, engine: EngineName = "vllm", batch_size: int | None = None, seed: int = 0) -> EngineSettings:
+    def settings(
+        self, *, engine: EngineName | None = None, batch_size: int | None = None, seed: int = 0
+    ) -> EngineSettings:
         """These options with those that not every command has."""
         return EngineSettings(
             engine=engine,
@@ -67,14 +73,25 @@ class ServerOptions:
     drain: NonNegative = 60
 
 
-@tool.command(not_fingerprinted=("batch_size", "tensor_parallel"))
+@tool.command(
+    not_fingerprinted=("batch_size", "tensor_parallel"),
+    added=("engine", "top_k", "min_p", "repetition_penalty", "stop", "logprobs", "json_schema", "template_argument"),
+)
 def generate(
     source: ExistingDir,
     prompts: Existing,
     target: Path,
+    engine: EngineName | None = None,
     max_tokens: Positive = 256,
     temperature: Temperature = 0.0,
     top_p: Fraction = 1.0,
+    top_k: NonNegative = 0,
+    min_p: Probability = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: tuple[str, ...] = (),
+    logprobs: Logprobs | None = None,
+    json_schema: ExistingFile | None = None,
+    template_argument: tuple[str, ...] = (),
     samples: Positive = 1,
     seed: Seed = 0,
     batch_size: Positive | None = None,
@@ -85,17 +102,26 @@ def generate(
     """Complete every prompt of a file.
 
     Each row holds "prompt" (raw text) or "messages" (put through the chat template, with "tools" if the row has them);
-    its other fields are copied. Publishes TARGET/generations.jsonl, in the order of the input. Killed or stopped, the
-    same command keeps what is finished and does the rest.
+    its other fields are copied. A row's "sampling" sets max_tokens, temperature, stop, json_schema and the like for it
+    alone, its "chat_template_kwargs" variables of the chat template. Publishes TARGET/generations.jsonl, in the order of the
+    input. Killed or stopped, the same command keeps what is finished and does the rest.
 
     Args:
         source: Hugging Face directory of the model.
         prompts: JSON lines (also .gz, .zst), a JSON array, parquet, arrow, or a folder of them; "prompt" or "messages"
             in each row.
         target: directory to publish.
+        engine: vllm, or hf (transformers); by default vllm, and hf for models that vLLM does not run.
         max_tokens: most tokens of a completion.
         temperature: 0 decodes greedily; above, samples.
         top_p: nucleus sampling: the most likely tokens that together have this probability.
+        top_k: sample from this many most likely tokens; 0: from all.
+        min_p: least probability of a token, as a share of the most likely one's.
+        repetition_penalty: divides logits of tokens of prompt and completion if positive, multiplies them if negative.
+        stop: texts that end a completion, comma separated; they are no part of it.
+        logprobs: also give each token's log-probability and those of this many most likely tokens.
+        json_schema: file of a JSON Schema that every completion fits (vllm only).
+        template_argument: variables of the chat template, separated by commas: enable_thinking=false.
         samples: completions of each prompt.
         seed: sampling seed; each line and sample has a random stream of its own, whatever the batch.
         batch_size: most sequences at once; by default the engine's choice.
@@ -107,9 +133,22 @@ def generate(
         source,
         prompts,
         target,
-        sampling=Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, samples=samples, seed=seed),
-        settings=model.settings(batch_size=batch_size, seed=seed),
+        sampling=Sampling(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop=stop,
+            logprobs=logprobs,
+            samples=samples,
+            seed=seed,
+        ),
+        settings=model.settings(engine=engine, batch_size=batch_size, seed=seed),
         overwrite=overwrite,
+        json_schema=json_schema,
+        template_argument=template_argument,
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +15,49 @@ from shared.checkpoint.copy.journal import JOURNAL
 from shared.checkpoint.directory.manifest import Inputs
 from shared.checkpoint.directory.publish import publish
 from shared.cli import log, progress
+from shared.data.chat_template import template_arguments
 from shared.errors import StageError, UserError
-from tools.infer.engines.engine import Completion, EngineSettings, Request, Sampling, open_engine
+from tools.infer.engines.engine import Completion, EngineSettings, Request, open_engine
+from tools.infer.engines.sampling import FIELD, Sampling, check_schema
 from tools.infer.environment import prepare_environment
-from tools.infer.prompts import check_length, encode, load_tokenizer, read_prompts
+from tools.infer.prompts import Prompt, check_length, encode, load_tokenizer, read_prompts
 from tools.infer.source import open_hf_directory
 
 OUTPUT = "generations.jsonl"
 
 
 def run(
-    source: Path, prompts: Path, target: Path, *, sampling: Sampling, settings: EngineSettings, overwrite: bool
+    source: Path,
+    prompts: Path,
+    target: Path,
+    *,
+    sampling: Sampling,
+    settings: EngineSettings,
+    overwrite: bool,
+    json_schema: Path | None = None,
+    template_argument: Sequence[str] = (),
 ) -> None:
     """Complete every row of `prompts` and publish `target`. UserError for an invalid row, with its line.
 
     Completions are saved in the unpublished directory; an interrupted run resumes from them.
     """
-    rows = read_prompts(prompts, output_fields(sampling.samples))
-    inputs: Inputs = {"source": source, "prompts": prompts}
+    rows = read_prompts(prompts, _ADDED)
+    arguments = template_arguments(template_argument)
+    if json_schema:
+        sampling = sampling.model_copy(update={"json_schema": _read_schema(json_schema)})
+    samplings = _of_rows(rows, sampling)
+    inputs: Inputs = {"source": source, "prompts": prompts} | ({"json_schema": json_schema} if json_schema else {})
     with publish(target, kind="result", inputs=inputs, overwrite=overwrite, resumable=True) as out:
         prepare_environment()
         model = open_hf_directory(source)
         with closing(open_engine(model, settings)) as engine, Finished(out.path, out.work) as finished:
             tokenizer = load_tokenizer(model)  # after the engine's checks: a tokenizer may need remote code
             requests = []
-            for index, row in enumerate(rows):
-                ids = encode(tokenizer, row.prompt, row.place, row.tools)
+            for row, own in zip(rows, samplings, strict=True):
+                engine.check(own, row.place)
+                ids = encode(tokenizer, row.prompt, row.place, row.tools, arguments | row.template_arguments)
                 check_length(ids, engine.context_length, row.place)
-                seeded = replace(sampling, seed=sampling.seed + index * sampling.samples)
-                requests.append(Request(prompt=ids, sampling=seeded))
+                requests.append(Request(prompt=ids, sampling=own))
             completions = finished.completions
             left = [index for index in range(len(rows)) if index not in completions]
             if completions:
@@ -60,7 +74,7 @@ def run(
             seconds = time.monotonic() - began
         with kept(finished, len(rows)), (out.path / OUTPUT).open("w", encoding="utf-8") as file:
             for index, (row, request) in enumerate(zip(rows, requests, strict=True)):
-                answer = _answer(len(request.prompt), completions[index])
+                answer = _answer(len(request.prompt), completions[index], tokenizer)
                 file.write(json.dumps(row.fields | answer, ensure_ascii=False) + "\n")
         tokens = sum(len(sample.tokens) for samples in completions.values() for sample in samples)
         out.describe(
@@ -123,19 +137,48 @@ def kept(finished: Finished, prompts: int) -> Iterator[None]:
         ) from error
 
 
-def output_fields(samples: int) -> tuple[str, ...]:
-    """Names of the fields added to a row."""
-    return ("completion" if samples == 1 else "completions", "finish_reason", "prompt_tokens", "completion_tokens")
+_ADDED = ("completion", "completions", "finish_reason", "prompt_tokens", "completion_tokens", "logprobs")  # to a row
 
 
-def _answer(prompt_tokens: int, samples: list[Completion]) -> dict[str, Any]:
+def _of_rows(rows: Sequence[Prompt], sampling: Sampling) -> list[Sampling]:
+    """The sampling of each row. Without one of its own, a row's seed follows those of all samples before it."""
+    found, seed = [], sampling.seed
+    for row in rows:
+        given = row.fields.get(FIELD)
+        own = sampling.of_row(given, row.place)
+        if not (isinstance(given, dict) and "seed" in given):
+            own = own.model_copy(update={"seed": seed})
+        found.append(own)
+        seed += own.samples
+    return found
+
+
+def _read_schema(path: Path) -> dict[str, Any]:
+    try:
+        schema = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"--json-schema {path} is not JSON: {error}") from None
+    if not isinstance(schema, dict):
+        raise UserError(f"--json-schema {path} is not a JSON object")
+    check_schema(schema, f"--json-schema {path}")
+    return schema
+
+
+def _answer(prompt_tokens: int, samples: list[Completion], tokenizer: Any) -> dict[str, Any]:
     """Fields added to a row: values for one sample, lists for several."""
-    texts = [sample.text for sample in samples]
-    reasons = [sample.finish_reason for sample in samples]
-    counts = [len(sample.tokens) for sample in samples]
     one = len(samples) == 1
-    values = [texts, reasons, prompt_tokens, counts]
-    return {
-        name: value[0] if one and isinstance(value, list) else value
-        for name, value in zip(output_fields(len(samples)), values, strict=True)
+    values: dict[str, list[Any]] = {
+        "completion" if one else "completions": [sample.text for sample in samples],
+        "finish_reason": [sample.finish_reason for sample in samples],
+        "completion_tokens": [len(sample.tokens) for sample in samples],
     }
+    if samples[0].logprobs is not None:
+        values["logprobs"] = [
+            [
+                [{"token": tokenizer.decode([number]), "id": number, "logprob": value} for number, value in known]
+                for known in sample.logprobs or ()
+            ]
+            for sample in samples
+        ]
+    answer = {name: each[0] if one else each for name, each in values.items()}
+    return answer | {"prompt_tokens": prompt_tokens}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 
 Messages = list[dict[str, Any]]
+TEMPLATE_ARGUMENTS = "chat_template_kwargs"  # of a row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,11 @@ class Prompt:
     def tools(self) -> list[Any] | None:
         """Tool definitions for the chat template."""
         return self.fields.get("tools") or None
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """Further variables of the chat template, under the name that vLLM's API gives them."""
+        return self.fields.get(TEMPLATE_ARGUMENTS) or {}
 
 
 def read_prompts(path: Path, reserved: tuple[str, ...]) -> list[Prompt]:
@@ -70,6 +77,8 @@ def _checked(row: Row, reserved: tuple[str, ...]) -> Prompt:
     for name in reserved:
         if name in fields:
             raise UserError(f'{place}: the output adds a field "{name}"; rename the input\'s')
+    if not isinstance(fields.get(TEMPLATE_ARGUMENTS) or {}, dict):
+        raise UserError(f'{place}: "{TEMPLATE_ARGUMENTS}" is an object, such as {{"enable_thinking": false}}')
     if tools := tool_definitions(row):  # JSON text in table columns
         fields["tools"] = tools
     try:
@@ -97,7 +106,11 @@ def load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, place: str, tools: list[Any] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Messages,
+    place: str,
+    tools: list[Any] | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of a prompt: raw text unchanged, messages rendered by the chat template with a generation prompt.
 
@@ -106,6 +119,7 @@ def encode(
         prompt: text or messages.
         place: file and line, for error messages.
         tools: tool definitions. UserError if the chat template does not render them.
+        arguments: further variables of the chat template; without effect on raw text.
     """
     if isinstance(prompt, str):
         if tools:
@@ -118,7 +132,7 @@ def encode(
         raise UserError(f"{place}: messages need a chat template and the tokenizer has none; give a raw prompt instead")
 
     try:
-        text = render_prompt(tokenizer, prompt, tools)
+        text = render_prompt(tokenizer, prompt, tools, arguments)
     except ValueError as error:
         raise UserError(f"{place}: {error}") from None
     return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -79,7 +79,7 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """family -> a directory with a tiny random model. LLaMA's tokenizer has a chat template, the others' have none.
 
     head_dim 32 is the smallest of vLLM's CPU attention. Weights have a large deviation, so that the most likely token
@@ -99,8 +99,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         [TEXT] * 4, trainers.BpeTrainer(vocab_size=140, special_tokens=["<eos>"], initial_alphabet=alphabet)
     )
 
-    def make(family: str) -> Path:
-        path = root / family
+    def make(family: str, head_dim: int = 32) -> Path:
+        path = root / (family if head_dim == 32 else f"{family}-{head_dim}")
         if path.exists():
             return path
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>")
@@ -115,7 +115,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=1,
-            head_dim=32,
+            head_dim=head_dim,
             max_position_embeddings=128,
             initializer_range=0.3,
             bos_token_id=None,

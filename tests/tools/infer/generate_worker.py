@@ -5,7 +5,8 @@ from pathlib import Path
 
 from shared.cli import invoked
 from tools.infer import generate
-from tools.infer.engines.engine import EngineSettings, Sampling
+from tools.infer.engines.engine import EngineSettings
+from tools.infer.engines.sampling import Sampling
 
 if __name__ == "__main__":
     source, prompts, target = map(Path, sys.argv[1:])

@@ -9,7 +9,8 @@ import pytest
 from tests.tools.infer.engines.double import EngineDouble
 from tools.infer import chat
 from tools.infer.chat import converse
-from tools.infer.engines.engine import EngineSettings, Sampling
+from tools.infer.engines.engine import EngineSettings
+from tools.infer.engines.sampling import Sampling
 
 
 def conversation(lines: list[str], system: str | None = None) -> list[list[dict]]:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from shared.checkpoint.directory.open import open_checkpoint
 from shared.checkpoint.directory.publish import publish
@@ -18,7 +19,8 @@ from shared.errors import StageError, UserError
 from shared.families import registry
 from tests.tools.infer.engines.double import EngineDouble
 from tools.infer import generate
-from tools.infer.engines.engine import EngineSettings, Sampling
+from tools.infer.engines.engine import EngineSettings
+from tools.infer.engines.sampling import Sampling
 
 PROMPTS = ["The quick", "def f(x): return", "lazy dog. " * 9, "x", "brown fox jumps over the"]
 
@@ -117,7 +119,6 @@ def test_a_prompt_that_does_not_fit_is_named(launcher, models, tmp_path):
     [
         ({"architectures": ["WaterwheelForCausalLM"]}, "WaterwheelForCausalLM"),
         ({"architectures": ["YiForCausalLM"], "model_type": "Yi"}, "then `convert to-hf --family llama`"),
-        ({"head_dim": 16}, "no attention for heads of 16, only 32"),
         ({"architectures": ["InternLM2ForCausalLM"], "bias": True}, "does not compute bias = True of config.json"),
     ],
 )
@@ -129,6 +130,101 @@ def test_models_that_vllm_does_not_support_are_refused(launcher, models, tmp_pat
     config = json.loads((source / "config.json").read_text()) | change
     (source / "config.json").write_text(json.dumps(config))
     refused(launcher, source, tmp_path, says)
+
+
+def test_transformers_runs_what_vllm_lacks_and_vllm_named_is_a_refusal(launcher, models, greedy, tmp_path):
+    """Heads of 16: vLLM has no kernel for them on a CPU."""
+    source = models("llama", head_dim=16)
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": PROMPTS[0]}])
+    words = ("generate", "--source", source, "--prompts", prompts, "--target", tmp_path / "out", "--max-tokens", 12)
+    named = launcher(*words, "--engine", "vllm")
+    assert named.code == 2
+    assert "no attention for heads of 16, only 32" in named.stderr
+    done = launcher(*words)
+    assert done.code == 0, done.stderr
+    assert "engine: transformers, one sequence at a time, since vLLM does not run this model: --source" in done.stderr
+    assert [row["completion"] for row in read(tmp_path / "out")] == [greedy(source, PROMPTS[0], 12)]
+    assert open_checkpoint(tmp_path / "out", kinds=("result",), flag="--source").facts["engine"] == "hf"
+
+
+def test_a_row_s_own_sampling(launcher, models, greedy, tmp_path):
+    """Beside a row without one. The model is random: only the schema makes it write JSON."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 9}}, "required": ["a"]}
+    schema |= {"additionalProperties": False}
+    text = greedy(models("llama"), PROMPTS[0], 24)
+    rows = [
+        {"prompt": PROMPTS[0]},
+        {"prompt": PROMPTS[0], "sampling": {"stop": text[5:8], "logprobs": 1}},
+        {"prompt": PROMPTS[0], "sampling": {"max_tokens": 3, "samples": 2, "temperature": 1}},
+        {"prompt": PROMPTS[0], "sampling": {"json_schema": schema, "max_tokens": 100}},
+    ]
+    prompts = write(tmp_path / "prompts.jsonl", rows)
+    words = ("--source", models("llama"), "--prompts", prompts, "--target", tmp_path / "out", "--max-tokens", 24)
+    done = launcher("generate", *words)
+    assert done.code == 0, done.stderr
+    plain, stopped, sampled, schemed = read(tmp_path / "out")
+    assert plain["completion"] == text
+    assert stopped["completion"] == text[: text.index(text[5:8])]
+    assert stopped["finish_reason"] == "stop"
+    assert "".join(known[0]["token"] for known in stopped["logprobs"]).startswith(stopped["completion"])
+    assert sampled["completion_tokens"] == [3, 3]
+    assert len(sampled["completions"]) == 2
+    assert isinstance(json.loads(schemed["completion"])["a"], int)
+    assert schemed["sampling"] == rows[3]["sampling"]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"sampling": {"temprature": 1}}, '"sampling" has no "temprature"; it has frequency_penalty, json_schema'),
+        ({"sampling": {"temperature": 3}}, '"sampling": temperature: Input should be less than or equal to 2'),
+        ({"sampling": {"max_tokens": "9"}}, '"sampling": max_tokens: Input should be a valid integer'),
+        ({"sampling": {"stop": [""]}}, '"sampling": stop.0: String should have at least 1 character'),
+        ({"sampling": {"json_schema": {"type": "objekt"}}}, "json_schema is no JSON Schema: 'objekt' is not valid"),
+        ({"sampling": [1]}, '"sampling" is an object, such as {"temperature": 0.7}'),
+        ({"chat_template_kwargs": "x"}, '"chat_template_kwargs" is an object, such as {"enable_thinking": false}'),
+        ({"logprobs": 1}, 'the output adds a field "logprobs"'),
+    ],
+)
+def test_a_mistake_in_a_row_is_named(row, says, double, models, tmp_path):
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "x"}, {"prompt": "x"} | row])
+    with pytest.raises(UserError, match="prompts.jsonl:2: ") as refused:
+        generate_with_double(models("llama"), prompts, tmp_path / "out", 1)
+    assert says in str(refused.value)
+    assert double.calls == []
+
+
+def test_transformers_refuses_what_it_lacks_before_it_loads(launcher, models, tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object"}')
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "x"}])
+    words = ("generate", "--source", models("llama"), "--prompts", prompts, "--target", tmp_path / "out")
+    done = launcher(*words, "--engine", "hf", "--json-schema", schema)
+    assert done.code == 2
+    assert "prompts.jsonl:1: json_schema is vLLM's; transformers has none" in done.stderr
+    schema.write_text("[]")
+    assert "is not a JSON object" in launcher(*words, "--json-schema", schema).stderr
+
+
+def test_a_template_argument_of_the_command_and_of_a_row(double, models, tmp_path):
+    source = tmp_path / "model"
+    source.mkdir()
+    for file in models("llama").iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}{% if shout %}!{% endif %}{{ shout }}")
+    talk = {"messages": [{"role": "user", "content": "fox"}]}
+    prompts = write(tmp_path / "prompts.jsonl", [talk, talk | {"chat_template_kwargs": {"shout": "dog"}}])
+    sampling, settings = Sampling(max_tokens=9), EngineSettings(max_model_len=64)
+    with invoked("infer", "generate", {}):
+        generate.run(
+            *(source, prompts, tmp_path / "out"),
+            sampling=sampling,
+            settings=settings,
+            overwrite=False,
+            template_argument=("shout=1",),
+        )
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    assert [tokenizer.decode(request.prompt) for request in double.requests] == ["fox!1", "fox!dog"]
 
 
 def test_a_model_of_an_older_vllm_is_refused_with_its_version(launcher, models, tmp_path):
@@ -159,7 +255,7 @@ def test_gated_delta_nets_are_bf16_only_without_a_gpu(launcher, models, tmp_path
     (source / "config.json").write_text(json.dumps(config))
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "x"}])
     words = ("generate", "--source", source, "--prompts", prompts, "--target", tmp_path / "out", "--precision", "fp32")
-    done = launcher(*words)
+    done = launcher(*words, "--engine", "vllm")
     assert done.code == 2
     assert "gated delta nets in bf16 only; give --precision bf16" in done.stderr
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
+from shared.console import log
 from shared.errors import UserError
 from shared.precision import Precision
+from tools.infer.engines.sampling import Sampling
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -23,7 +25,7 @@ EngineName = Literal["vllm", "hf"]
 class EngineSettings:
     """How a model is loaded."""
 
-    engine: EngineName = "vllm"
+    engine: EngineName | None = None  # None: vLLM where it carries the model
     precision: Precision | None = None  # None: the checkpoint's
     max_model_len: int | None = None  # tokens of prompt and completion; None: the model's
     batch_size: int | None = None  # sequences at once; None: the engine's choice
@@ -33,17 +35,6 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if self.engine == "hf" and self.tensor_parallel != 1:
             raise UserError("--tensor-parallel belongs to --engine vllm; leave it out")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How completions of a prompt are sampled."""
-
-    max_tokens: int
-    temperature: float  # 0: greedy
-    top_p: float
-    samples: int = 1  # completions of the prompt
-    seed: int = 0  # sample i is seeded by `seed + i`, independent of the batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +49,11 @@ class Request:
 class Completion:
     """One sample of a prompt's continuation."""
 
-    text: str  # without special tokens
+    text: str  # without special tokens and stop texts
     tokens: list[int]  # ids, including an end-of-sequence token if generated
-    finish_reason: str  # "stop": end of sequence; "length": max_tokens or the context limit
+    finish_reason: str  # "stop": end of sequence or a stop text; "length": max_tokens or the context limit
+    # For each token its own id and log-probability, then the most likely ones; None where not asked for.
+    logprobs: list[list[tuple[int, float]]] | None = None
 
 
 @runtime_checkable
@@ -72,6 +65,10 @@ class Engine(Protocol):
     @property
     def context_length(self) -> int:
         """Maximum tokens of prompt and completion together."""
+        ...
+
+    def check(self, sampling: Sampling, place: str) -> None:
+        """UserError, with `place`, for what this back end cannot do. Fast: before the weights are loaded."""
         ...
 
     def load(self) -> None:
@@ -103,18 +100,26 @@ class Engine(Protocol):
 
 
 def open_engine(source: Path, settings: EngineSettings) -> Engine:
-    """Open the engine of `settings` for the directory `source`.
+    """Open the engine of `settings` for the directory `source`. Where none is named: vLLM, and transformers for what it lacks.
 
     Raises:
         UserError: the back end does not support the model or the settings.
     """
-    if settings.engine == "vllm":
-        from tools.infer.engines.vllm import VllmEngine
+    from tools.infer.engines.transformers import TransformersEngine, has_class
 
+    if settings.engine == "hf":
+        return TransformersEngine(source, settings)
+
+    from tools.infer.engines.vllm import VllmEngine
+    from tools.infer.engines.vllm_support import NotCarriedError
+
+    try:
         return VllmEngine(source, settings)
-    from tools.infer.engines.transformers import TransformersEngine
-
-    return TransformersEngine(source, settings)
+    except NotCarriedError as error:
+        if settings.engine or settings.tensor_parallel != 1 or not has_class(source):
+            raise
+        log(f"engine: transformers, one sequence at a time, since vLLM does not run this model: {error}")
+        return TransformersEngine(source, settings)
 
 
 def pieces(texts: Iterable[tuple[str, bool]]) -> Iterator[str]:

@@ -15,12 +15,14 @@ from shared.families.common.transformers_workarounds import with_workarounds
 from shared.precision import DTYPES
 from tools.infer.engines.checkpoint_precision import chosen_precision
 from tools.infer.engines.engine import Completion, EngineSettings, Request, pieces
+from tools.infer.engines.sampling import Sampling
 from tools.infer.engines.scoring import CheckedRequests
 from tools.infer.environment import on_gpu
 from tools.infer.source import check_weights
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
+    from torch import Tensor
 
 _BATCH_SIZE = 8
 
@@ -40,6 +42,11 @@ class TransformersEngine:
     @property
     def context_length(self) -> int:
         return self._given or self.harness_model().max_length
+
+    def check(self, sampling: Sampling, place: str) -> None:
+        for name in ("presence_penalty", "frequency_penalty", "json_schema"):
+            if getattr(sampling, name):
+                raise UserError(f"{place}: {name} is vLLM's; transformers has none, leave it out")
 
     def load(self) -> None:
         self.harness_model()
@@ -90,12 +97,16 @@ class TransformersEngine:
         model, sampling = lm.model, request.sampling
         published = model.generation_config
         ends = {lm.tokenizer.eos_token_id, *_as_list(published.eos_token_id)} - {None}
-        random = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        random = {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "min_p")}
         config = GenerationConfig(
             max_new_tokens=min(sampling.max_tokens, self.context_length - len(request.prompt)),
             eos_token_id=sorted(ends),
             pad_token_id=lm.tokenizer.pad_token_id,
             do_sample=sampling.temperature > 0,
+            repetition_penalty=sampling.repetition_penalty,
+            stop_strings=list(sampling.stop) or None,
+            return_dict_in_generate=True,
+            output_logits=sampling.logprobs is not None,
             **(random if sampling.temperature > 0 else {}),
         )
         ids = torch.tensor([request.prompt], device=model.device)
@@ -105,15 +116,22 @@ class TransformersEngine:
             with torch.random.fork_rng():
                 torch.manual_seed(sampling.seed + sample)
                 output = model.generate(
-                    ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    generation_config=config,
+                    streamer=streamer,
+                    tokenizer=lm.tokenizer if sampling.stop else None,
                 )
         finally:
             model.generation_config = published
-        tokens = output[0, len(request.prompt) :].tolist()
+        tokens = output.sequences[0, len(request.prompt) :].tolist()
+        text = self._decode(tokens)
+        stops = [text.index(stop) for stop in sampling.stop if stop in text]
         return Completion(
-            text=self._decode(tokens),
+            text=text[: min(stops)] if stops else text,
             tokens=tokens,
-            finish_reason="stop" if tokens and tokens[-1] in ends else "length",
+            finish_reason="stop" if stops or (tokens and tokens[-1] in ends) else "length",
+            logprobs=_logprobs(output.logits, tokens, sampling.logprobs),
         )
 
     def _growing(self, request: Request) -> Iterator[tuple[str, bool]]:
@@ -145,3 +163,25 @@ class TransformersEngine:
 
 def _as_list(value: int | list[int] | None) -> list[int]:
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _logprobs(
+    logits: Sequence[Tensor] | None, tokens: list[int], alternatives: int | None
+) -> list[list[tuple[int, float]]] | None:
+    """As `Completion.logprobs`, of the logits [1, vocabulary] of each token."""
+    if alternatives is None or logits is None:
+        return None
+    found = []
+    for token, row in zip(tokens, logits, strict=True):
+        known = row[0].float().log_softmax(-1)
+        values, numbers = known.topk(alternatives)
+        found.append([(token, known[token].item()), *zip(numbers.tolist(), values.tolist(), strict=True)])
+    return found
+
+
+def has_class(source: Path) -> bool:
+    """Whether transformers has the class that config.json names: it needs no code of the directory."""
+    import transformers
+
+    names = read_config(source / "config.json").get("architectures") or []
+    return any(hasattr(transformers, name) for name in names)

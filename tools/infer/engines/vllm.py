@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from shared.console import log
 from shared.errors import UserError
-from tools.infer.engines.engine import Completion, EngineSettings, Request, Sampling, pieces
+from tools.infer.engines.engine import Completion, EngineSettings, Request, pieces
+from tools.infer.engines.sampling import Sampling
 from tools.infer.engines.scoring import CheckedRequests
 from tools.infer.engines.vllm_arguments import REQUIRED, engine_arguments
 from tools.infer.engines.vllm_directory import directory_for_vllm, shown
-from tools.infer.engines.vllm_support import check_supported, model_config, refusals
+from tools.infer.engines.vllm_support import check_supported, model_config, reason, refusals
 from tools.infer.environment import on_gpu
 from tools.infer.source import check_weights
 
@@ -37,6 +38,12 @@ class VllmEngine:
     def context_length(self) -> int:
         return self._context_length
 
+    def check(self, sampling: Sampling, place: str) -> None:
+        try:
+            sampling_params(sampling)
+        except ValueError as error:
+            raise UserError(f"{place}: vLLM refuses the sampling: {reason(error)}") from None
+
     def load(self) -> None:
         if self._llm is None:
             self._llm = load(self._arguments)
@@ -50,13 +57,22 @@ class VllmEngine:
             (request.prompt, sampling_params(request.sampling, output_kind=final, n=request.sampling.samples))
             for request in requests
         )
+
+        def request_of(output: RequestOutput) -> Request:
+            return requests[int(output.request_id)]
+
         for output in self._run(sampled):
             if output.finished:
                 ordered = sorted(output.outputs, key=lambda completion: completion.index)
                 yield (
                     int(output.request_id),
                     [
-                        Completion(text=c.text, tokens=list(c.token_ids), finish_reason=str(c.finish_reason))
+                        Completion(
+                            text=c.text,
+                            tokens=list(c.token_ids),
+                            finish_reason=str(c.finish_reason),
+                            logprobs=_logprobs(c, request_of(output).sampling.logprobs),
+                        )
                         for c in ordered
                     ],
                 )
@@ -120,14 +136,31 @@ def checked_arguments(
 def sampling_params(sampling: Sampling, **further: Any) -> SamplingParams:
     """vLLM's `SamplingParams`; vLLM seeds sample i of a request with `seed + i`."""
     from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
+    same = (
+        *("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "logprobs"),
+        *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    )
+    schema = sampling.json_schema
     return SamplingParams(
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
+        **{name: getattr(sampling, name) for name in same},
+        stop=list(sampling.stop),
+        structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
         **further,
     )
+
+
+def _logprobs(completion: Any, alternatives: int | None) -> list[list[tuple[int, float]]] | None:
+    """vLLM's `{id: Logprob}` of each token, the token's own first; ranks count from 1."""
+    if alternatives is None:
+        return None
+    found = []
+    for token, known in zip(completion.token_ids, completion.logprobs, strict=True):
+        likely = sorted((each.rank, number, each.logprob) for number, each in known.items())
+        own = (token, known[token].logprob)
+        found.append([own, *((number, value) for rank, number, value in likely if rank <= alternatives)])
+    return found
 
 
 def announce(arguments: Mapping[str, Any]) -> None:

@@ -28,8 +28,12 @@ _NOT_READ = {
 }
 
 
+class NotCarriedError(UserError):
+    """vLLM cannot run the model, on this machine or at all."""
+
+
 def check_supported(source: Path) -> None:
-    """UserError if vLLM lacks the architecture of config.json, or ignores a field that changes the result."""
+    """NotCarriedError if vLLM lacks the architecture of config.json, or ignores a field that changes the result."""
     from vllm import ModelRegistry
 
     config = read_config(source / "config.json")
@@ -37,14 +41,14 @@ def check_supported(source: Path) -> None:
     supported = ModelRegistry.get_supported_archs()
     known = [name for name in names if name in supported]
     if not known:
-        raise UserError(
+        raise NotCarriedError(
             f"--source {source}: vLLM does not carry the architecture {', '.join(names) or '(none named)'} "
             f"(model_type {config.get('model_type')}); {_alternative(source, supported)}"
         )
     for name in (name for name in known if name in _NOT_READ):
         field, computed = _NOT_READ[name]
         if config.get(field, computed) != computed:
-            raise UserError(
+            raise NotCarriedError(
                 f"--source {source}: vLLM's {name} does not compute {field} = {config[field]} of config.json, which changes the "
                 "model; `infer evaluate --engine hf` may run it"
             )
@@ -88,7 +92,7 @@ def model_config(arguments: Mapping[str, Any]) -> Any:
 
 
 def _check_cpu_kernels(source: str, config: Any) -> None:
-    """UserError for a head size or dtype that vLLM's CPU kernels lack; vLLM would fail only in the first step."""
+    """NotCarriedError for a head size or dtype that vLLM's CPU kernels lack; vLLM would fail only in the first step."""
     import torch
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
     from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
@@ -97,12 +101,12 @@ def _check_cpu_kernels(source: str, config: Any) -> None:
     if config.use_mla:
         compiled = CPUMLABackend.get_supported_head_sizes()
     if size not in compiled:
-        raise UserError(
+        raise NotCarriedError(
             f"--source {source}: vLLM on CPU has no attention for {'MLA latents' if config.use_mla else 'heads'} of {size}, "
             f"only {', '.join(map(str, compiled))}; use a GPU, or `infer evaluate --engine hf`"
         )
     if "linear_key_head_dim" in read_config(Path(source) / "config.json") and config.dtype != torch.bfloat16:
-        raise UserError(
+        raise NotCarriedError(
             f"--source {source}: vLLM on CPU has gated delta nets in bf16 only; give --precision bf16, or use a GPU"
         )
 
@@ -118,7 +122,7 @@ def check_exchange(config: Any, flag: str) -> None:
         > 1,
     }
     for why in (why for why, true in refused.items() if true):
-        raise UserError(
+        raise NotCarriedError(
             f"{flag}: the weights of this model or server cannot be replaced while it runs ({why}); leave it out"
         )
 

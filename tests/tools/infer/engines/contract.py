@@ -13,7 +13,8 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 
-from tools.infer.engines.engine import Completion, Engine, EngineSettings, Request, Sampling, open_engine
+from tools.infer.engines.engine import Completion, Engine, EngineSettings, Request, open_engine
+from tools.infer.engines.sampling import Sampling
 
 SAMPLES = 8
 
@@ -54,6 +55,13 @@ def main(name: str, source: Path, given: dict[str, Any], precision: Any = None) 
     beside = all_of(engine, [sampled(500), sampled(5), sampled(900)])
     answer["sampled"] = [asdict(sample) for sample in alone]
     answer["beside"] = [[asdict(sample) for sample in samples] for samples in beside]
+    for name, changes in {"top_k": {"top_k": 1}, "min_p": {"min_p": 1.0}}.items():
+        answer[name] = [asdict(sample) for sample in all_of(engine, [sampled(5, **changes)])[0]]
+    own = {"stop": {"stop": (given["stop"],)}, "logprobs": {"logprobs": 2}, "penalty": {"repetition_penalty": 1.5}}
+    requests = [
+        Request(prompt=given["prompts"][0], sampling=greedy.model_copy(update=changes)) for changes in own.values()
+    ]
+    answer |= {name: asdict(samples[0]) for name, samples in zip(own, all_of(engine, requests), strict=True)}
     answer["nucleus"] = [asdict(sample) for sample in all_of(engine, [sampled(5, top_p=1e-6)])[0]]
     engine.close()
     return answer

@@ -9,6 +9,7 @@ from typing import Any
 from lm_eval.api.model import LM
 
 from tools.infer.engines.engine import Completion, EngineSettings, Request
+from tools.infer.engines.sampling import Sampling
 
 
 class EngineDouble:
@@ -26,6 +27,9 @@ class EngineDouble:
         """Called in place of `open_engine`."""
         self.settings = settings
         return self
+
+    def check(self, sampling: Sampling, place: str) -> None:
+        """It takes everything."""
 
     def load(self) -> None:
         self.calls.append("load")

@@ -29,10 +29,14 @@ def reference(models):
         with torch.no_grad():
             return model(torch.tensor([ids])).logits[0].log_softmax(-1)
 
-    def continued(ids: list[int], tokens: int) -> list[int]:
+    def continued(ids: list[int], tokens: int, penalty: float = 1.0) -> list[int]:
         new: list[int] = []
         while len(new) < tokens and new[-1:] != [EOS]:
-            new.append(int(log_probabilities([*ids, *new])[-1].argmax()))
+            with torch.no_grad():
+                logits = model(torch.tensor([[*ids, *new]])).logits[0, -1]
+            seen = sorted({*ids, *new})  # arXiv:1909.05858, section 4.1
+            logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+            new.append(int(logits.argmax()))
         return new
 
     merged: list[bool] = []
@@ -52,7 +56,17 @@ def reference(models):
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     log_likelihoods = [scored(*pair) for pair in PAIRS]
     assert any(merged)  # the harness would count such a rest as certain
+    greedy = continued(prompts[0], TOKENS)
+    text = tokenizer.decode(greedy, skip_special_tokens=True)
+    known = log_probabilities([*prompts[0], *greedy])[len(prompts[0]) - 1 : -1]
     return {
+        "text": text,
+        "stop": text[len(text) // 2 :][:3],
+        "penalty": continued(prompts[0], TOKENS, penalty=1.5),
+        "logprobs": [
+            [(token, float(row[token])), *((int(each), float(row[each])) for each in row.topk(2).indices)]
+            for token, row in zip(greedy, known, strict=True)
+        ],
         "prompts": prompts,
         "greedy": [continued(ids, TOKENS) for ids in prompts],
         "full": continued(prompts[0], CONTEXT - len(prompts[0])),
@@ -66,7 +80,7 @@ def reference(models):
 def answer(request, launcher, models, reference, tmp_path_factory):
     path = tmp_path_factory.mktemp("contract") / request.param.replace(" ", "-")
     engine, *precision = request.param.split()
-    given = {"prompts": reference["prompts"], "pairs": PAIRS, "tokens": TOKENS}
+    given = {"prompts": reference["prompts"], "pairs": PAIRS, "tokens": TOKENS, "stop": reference["stop"]}
     path.with_suffix(".json").write_text(json.dumps(given))
     done = launcher(CONTRACT, engine, models("llama"), path, *precision)
     assert done.code == 0, done.stderr
@@ -110,6 +124,32 @@ def test_samples_depend_on_their_seed_and_not_on_the_batch(answer):
 def test_the_smallest_nucleus_is_the_most_likely_token(answer, reference):
     for sample in answer["nucleus"]:
         assert sample["tokens"][:TOKENS] == reference["greedy"][0][: len(sample["tokens"])]
+
+
+@pytest.mark.parametrize("name", ["top_k", "min_p"])
+def test_the_narrowest_choice_is_the_most_likely_token(name, answer, reference):
+    for sample in answer[name]:
+        assert sample["tokens"][:TOKENS] == reference["greedy"][0][: len(sample["tokens"])]
+
+
+def test_a_stop_text_ends_a_completion_and_is_no_part_of_it(answer, reference):
+    found, text = answer["stop"], reference["text"]
+    assert found["finish_reason"] == "stop"
+    assert found["text"] == text[: text.index(reference["stop"])]
+    assert found["tokens"] == reference["greedy"][0][: len(found["tokens"])]
+    assert reference["stop"] in reference["decode"](found["tokens"])
+
+
+def test_a_repetition_penalty_is_of_prompt_and_completion(answer, reference):
+    assert answer["penalty"]["tokens"] == reference["penalty"] != reference["greedy"][0]
+
+
+def test_log_probabilities_equal_a_float64_computation(answer, reference):
+    found, wanted = answer["logprobs"]["logprobs"], reference["logprobs"]
+    assert [[number for number, _ in known] for known in found] == [[number for number, _ in known] for known in wanted]
+    values = [value for known in found for _, value in known]
+    assert values == pytest.approx([value for known in wanted for _, value in known], rel=1e-5)
+    assert answer["greedy"][0][0]["logprobs"] is None
 
 
 def test_log_likelihoods_equal_a_float64_computation(answer, reference):
