@@ -31,7 +31,7 @@ def _inputs(source: Path, *data: tuple[Path, dict[str, Any]]) -> Any:
         )
         for path, facts in data
     )
-    return SimpleNamespace(source=SimpleNamespace(hf_files=source, path=source), data=sources)
+    return SimpleNamespace(source=SimpleNamespace(hf_files=source, path=source, manifest=None), data=sources)
 
 
 def test_a_base_model_gets_template_and_end_token(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -103,3 +103,21 @@ def test_a_second_template_is_named(tmp_path: Path, capfd: pytest.CaptureFixture
     with run_hf_files(_inputs(source, (one, {}), (other, {}))) as files:
         assert chat_templates(files) == {"default": "one"}
     assert f"--data {other} was rendered with another chat template" in capfd.readouterr().err
+
+
+def test_the_training_of_a_source_goes_into_its_model_card(tmp_path: Path) -> None:
+    base = _files(tmp_path / "base", tokenizer_json="{}", config_json=CONFIG)
+    inputs = _inputs(base, (_files(tmp_path / "data", tokenizer_json="{}"), {}))
+    inputs.source.manifest = SimpleNamespace(
+        tool="pretrain",
+        command="train",
+        version="0.1.0",
+        parents=[SimpleNamespace(flag="source", name="init"), SimpleNamespace(flag="data", name="corpus")],
+        facts={"step": 3},
+    )
+    with run_hf_files(inputs) as files:
+        text = (files / "README.md").read_text()
+    assert "1. `pretrain train` 0.1.0: `--source init`, `--data corpus`; step 3\n" in text
+    inputs.source.manifest.tool = "convert"
+    with run_hf_files(inputs) as files:
+        assert files == base
