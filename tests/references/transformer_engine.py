@@ -1,401 +1,223 @@
-"""TransformerEngine 2.20's modules, written out in plain torch: names, arguments, parameters and extra states are its own.
+"""TransformerEngine's TransformerLayer in plain torch: the reference for converted layers without a GPU.
 
-From transformer_engine/pytorch/module/{linear,layernorm_linear,grouped_linear,layernorm,rmsnorm,base}.py at d0067d0da6cb, recipes
-and autocast from common/recipe and pytorch/quantization.py. Products are never in FP8: a module says which recipe it would have
-used (`fp8_meta["recipe"]`), and delayed scaling keeps its amax histories. Megatron-Core's wrappers run on it where
-TransformerEngine cannot be installed: `install` before Megatron-Core is imported.
+Written from the documented arithmetic of transformer_engine 2.9 to 2.20 (docstrings of TransformerLayer,
+MultiheadAttention, LayerNormMLP and DotProductAttention); it shares no code with the code under test. Parameters
+and the extra states required by a strict load have TransformerEngine's names. Activations are `[positions, batch, hidden]`.
 """
 
-import contextlib
-import importlib.machinery
-import os
-import pickle
-import sys
-from collections import namedtuple
-from enum import Enum
-from types import ModuleType, SimpleNamespace
-from typing import ClassVar
+import math
 
 import torch
+from torch import nn
+from torch.nn import functional
 
-VERSION = "2.20.0"
-
-
-_RECIPES = "transformer_engine.common.recipe"
-_FormatHelper = namedtuple("_FormatHelper", ["max_fwd", "max_bwd"], module=_RECIPES)
-
-
-class Format(Enum):
-    E4M3 = _FormatHelper(max_fwd=448, max_bwd=448)
-    HYBRID = _FormatHelper(max_fwd=448, max_bwd=57344)
+ACTIVATIONS = {
+    "gelu": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "silu": lambda x: x * torch.sigmoid(x),
+    "relu": torch.relu,
+}
+GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
 
 
-class _Recipe:
-    """A pydantic dataclass there: arguments without a field are ignored."""
-
-    def __init__(self, **given):
-        self.fp8_format = given["fp8_format"]
-
-
-class DelayedScaling(_Recipe):
-    def __init__(self, *, margin=0, amax_history_len=1024, amax_compute_algo="max", **given):
-        super().__init__(**given)
-        self.margin, self.amax_history_len, self.amax_compute_algo = margin, amax_history_len, amax_compute_algo
-
-
-class Float8CurrentScaling(_Recipe):
-    pass
-
-
-class Float8BlockScaling(_Recipe):
-    pass
-
-
-class MXFP8BlockScaling(_Recipe):
-    pass
-
-
-for _each in (Format, DelayedScaling, Float8CurrentScaling, Float8BlockScaling, MXFP8BlockScaling):
-    _each.__module__ = _RECIPES  # by which a pickle names it
-
-
-class FP8GlobalStateManager:
-    recipes: ClassVar[list] = []  # of the contexts entered
-    modules: ClassVar[dict] = {}  # with amax to be put into their histories
-
-    @classmethod
-    def is_fp8_enabled(cls):
-        return bool(cls.recipes and cls.recipes[-1])
-
-    @classmethod
-    def update(cls):
-        for module in cls.modules.values():
-            for way in ("scaling_fwd", "scaling_bwd"):
-                state = module.fp8_meta[way]
-                state.amax_history.copy_(state.amax_history.roll(-1, 0))
-                state.amax_history[0] = 0
-        cls.modules.clear()
-
-
-@contextlib.contextmanager
-def fp8_autocast(enabled=True, calibrating=False, fp8_recipe=None, fp8_group=None, _graph=False):
-    FP8GlobalStateManager.recipes.append(fp8_recipe if enabled else None)
-    try:
-        yield
-    finally:
-        FP8GlobalStateManager.recipes.pop()
-        if enabled and not FP8GlobalStateManager.recipes and torch.is_grad_enabled():
-            FP8GlobalStateManager.update()
-
-
-class _ExtraState:
-    """An empty byte tensor but for delayed scaling, whose state is a pickle; None and empty tensors are read."""
+class Stateful(nn.Module):
+    """Keeps an `_extra_state`, empty outside FP8."""
 
     def get_extra_state(self):
-        if not hasattr(self, "fp8_meta") or not isinstance(self.fp8_meta["recipe"], DelayedScaling):
-            return torch.empty(0, dtype=torch.uint8)
-        state = {"recipe": self.fp8_meta["recipe"], "extra_fp8_variables": {"num_gemms": self.fp8_meta["num_gemms"]}}
-        for way in ("fwd", "bwd"):
-            state[f"scale_{way}"] = self.fp8_meta[f"scaling_{way}"].scale
-            state[f"amax_history_{way}"] = self.fp8_meta[f"scaling_{way}"].amax_history
-        return torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8)
 
     def set_extra_state(self, state):
-        if state is None or state.numel() == 0:
-            return
-        if os.getenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "0") != "1":
-            raise RuntimeError("Refusing to load pickled Transformer Engine extra state")
-        loaded = pickle.loads(state.numpy().tobytes())
-        self.fp8_meta.update(loaded["extra_fp8_variables"])
-        self._start(loaded["recipe"])
-        for way in ("fwd", "bwd"):
-            self.fp8_meta[f"scaling_{way}"].scale.copy_(loaded[f"scale_{way}"])
-            self.fp8_meta[f"scaling_{way}"].amax_history.copy_(loaded[f"amax_history_{way}"])
+        assert state.dtype == torch.uint8
+        assert state.numel() == 0
+
+    def hold(self, **shapes):
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.full(shape, torch.nan)))
 
 
-class Fp8Padding(torch.nn.Module):
-    """Rows of each expert, filled up with zeros to a multiple of 16."""
+def normalized(x, weight, bias, kind, eps, zero_centered_gamma):
+    scale = weight + 1 if zero_centered_gamma else weight
+    if kind == "RMSNorm":
+        return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * scale
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt() * scale + bias
 
-    def __init__(self, num_gemms, align_size=None):
+
+class Norm(Stateful):
+    def __init__(self, kind, size, eps, zero_centered_gamma=False):
         super().__init__()
-
-    def forward(self, inp, m_splits):
-        padded = [-(-rows // 16) * 16 for rows in m_splits]
-        parts = zip(inp.split(m_splits), m_splits, padded, strict=True)
-        filled = [torch.nn.functional.pad(part, (0, 0, 0, more - rows)) for part, rows, more in parts]
-        return torch.cat(filled), padded
-
-
-class Fp8Unpadding(Fp8Padding):
-    def forward(self, inp, m_splits):
-        parts = inp.split([-(-rows // 16) * 16 for rows in m_splits])
-        return torch.cat([part[:rows] for part, rows in zip(parts, m_splits, strict=True)])
-
-
-class _Base(_ExtraState, torch.nn.Module):
-    """Attributes that Megatron-Core reads, and tensor parallelism: TransformerEngine gathers and reduces by itself."""
-
-    save_original_input = False
-
-    def _prepare(self, tp_group, tp_size, parallel_mode, sequence_parallel, bias, return_bias, tracker, dtype, device):
-        torch.nn.Module.__init__(self)
-        assert parallel_mode in ("column", "row", None)
-        self.parallel_mode, self.tp_group = parallel_mode, tp_group
-        self.tp_size = tp_size if tp_group is None else tp_group.size()
-        self.sequence_parallel = self.tp_size > 1 and sequence_parallel
-        self.use_bias, self.return_bias = bias, return_bias
-        self.apply_bias = bias and not return_bias
-        self._tracker, self._like = tracker, {"dtype": dtype, "device": device}
-        self.fp8_meta, self.fp8, self.fp8_calibration = {"fp8_checkpoint": False, "recipe": None}, False, False
-
-    def init_fp8_metadata(self, num_gemms=1):
-        """As `module/base.py`: `fp8` says whether a state is written."""
-        self.fp8_meta["num_gemms"] = num_gemms
-        self.fp8 = FP8GlobalStateManager.is_fp8_enabled()
-        self.fp8_meta["fp8_checkpoint"] = self.fp8
-        if self.fp8:
-            self._start(FP8GlobalStateManager.recipes[-1])
-
-    def _start(self, recipe):
-        self.fp8_meta["recipe"], count = recipe, self.fp8_meta["num_gemms"]
-        if isinstance(recipe, DelayedScaling) and "scaling_fwd" not in self.fp8_meta:
-            for way, tensors in (("fwd", 3), ("bwd", 2)):
-                history = torch.zeros(recipe.amax_history_len, tensors * count)
-                self.fp8_meta[f"scaling_{way}"] = SimpleNamespace(
-                    scale=torch.ones(tensors * count), amax_history=history
-                )
-
-    def _in_fp8(self, inputs, weights):
-        """Before a forward pass: the recipe, and amax of inputs and weights."""
-        self.init_fp8_metadata(len(weights))
-        if self.fp8 and isinstance(self.fp8_meta["recipe"], DelayedScaling):
-            latest = self.fp8_meta["scaling_fwd"].amax_history[0]
-            for index, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
-                for place, tensor in enumerate((x, weight)):
-                    amax = tensor.detach().abs().amax() if tensor.numel() else torch.tensor(0.0)
-                    latest[3 * index + place] = torch.maximum(latest[3 * index + place], amax)
-            FP8GlobalStateManager.modules[id(self)] = self
-
-    def _split(self, inputs, outputs):
-        assert (outputs if self.parallel_mode == "column" else inputs) % self.tp_size == 0
-        return (
-            inputs // self.tp_size if self.parallel_mode == "row" else inputs,
-            outputs // self.tp_size if self.parallel_mode == "column" else outputs,
-        )
-
-    def _add(self, suffix, inputs, outputs, init_method):
-        weight = torch.nn.Parameter(torch.empty(outputs, inputs, **self._like))
-        tracker = self._tracker() if self._tracker else None
-        with tracker.fork() if tracker else contextlib.nullcontext(), torch.no_grad():
-            init_method(weight)
-        weight.tensor_model_parallel, weight.partition_stride = True, 1
-        weight.partition_dim = 1 if self.parallel_mode == "row" else 0
-        self.register_parameter(f"weight{suffix}", weight)
-        if not self.use_bias:
-            setattr(self, f"bias{suffix}", torch.Tensor().to(**self._like))
-            return
-        bias = torch.nn.Parameter(torch.zeros(outputs, **self._like))
-        if self.parallel_mode == "row":
-            bias.sequence_parallel = self.sequence_parallel
-        elif self.parallel_mode == "column":
-            bias.tensor_model_parallel, bias.partition_dim, bias.partition_stride = True, 0, 1
-        self.register_parameter(f"bias{suffix}", bias)
-
-    def _product(self, x):
-        from megatron.core.tensor_parallel import mappings
-
-        parallel = {} if self.tp_group is None else {"group": self.tp_group}
-        if self.parallel_mode == "column" and self.tp_size > 1:
-            into = (
-                "gather_from_sequence_parallel_region"
-                if self.sequence_parallel
-                else "copy_to_tensor_model_parallel_region"
-            )
-            x = getattr(mappings, into)(x, **parallel)
-        self._in_fp8([x], [self.weight])
-        out = torch.nn.functional.linear(x, self.weight)
-        if self.parallel_mode == "row" and self.tp_size > 1:
-            reduce = (
-                "reduce_scatter_to_sequence_parallel_region"
-                if self.sequence_parallel
-                else "reduce_from_tensor_model_parallel_region"
-            )
-            out = getattr(mappings, reduce)(out, **parallel)
-        if self.apply_bias:
-            out = out + self.bias
-        return (out, self.bias) if self.return_bias else out
-
-
-class Linear(_Base):
-    def __init__(
-        self, in_features, out_features, sequence_parallel=False, fuse_wgrad_accumulation=False, tp_group=None, tp_size=1,
-        get_rng_state_tracker=None, rng_tracker_name=None, init_method=None, bias=True, return_bias=False,
-        params_dtype=None, parallel_mode=None, parameters_split=None, device="cuda", ub_overlap_ag=False,
-        ub_overlap_rs=False, ub_overlap_rs_dgrad=False, ub_bulk_dgrad=False, ub_bulk_wgrad=False, ub_name=None,
-        delay_wgrad_compute=False, symmetric_ar_type=None, save_original_input=False, name=None,
-    ):  # fmt: skip
-        self._prepare(
-            tp_group, tp_size, parallel_mode, sequence_parallel, bias, return_bias, get_rng_state_tracker, params_dtype,
-            device,
-        )  # fmt: skip
-        self.in_features, self.out_features = self._split(in_features, out_features)
-        self._add("", self.in_features, self.out_features, init_method)
-
-    def forward(self, inp, is_first_microbatch=None, fp8_output=False, fp8_grad=False):
-        return self._product(inp)
-
-
-class LayerNormLinear(_Base):
-    def __init__(
-        self, in_features, out_features, eps=1e-5, sequence_parallel=False, fuse_wgrad_accumulation=False, tp_group=None,
-        tp_size=1, get_rng_state_tracker=None, init_method=None, bias=True, normalization="LayerNorm",
-        return_bias=False, params_dtype=None, parallel_mode=None, return_layernorm_output=False,
-        return_layernorm_output_gathered=False, parameters_split=None, zero_centered_gamma=False, device="cuda",
-        ub_overlap_ag=False, ub_overlap_rs=False, ub_overlap_rs_dgrad=False, ub_bulk_wgrad=False, ub_bulk_dgrad=False,
-        ub_name=None, delay_wgrad_compute=False, symmetric_ar_type=None, name=None,
-    ):  # fmt: skip
-        assert normalization in ("LayerNorm", "RMSNorm")
-        self._prepare(
-            tp_group, tp_size, parallel_mode, sequence_parallel, bias, return_bias, get_rng_state_tracker, params_dtype,
-            device,
-        )  # fmt: skip
-        assert parallel_mode != "row"
-        self.in_features, self.out_features = self._split(in_features, out_features)
-        self.eps, self.zero_centered_gamma, self.normalization = eps, zero_centered_gamma, normalization
-        start = torch.zeros if zero_centered_gamma else torch.ones
-        self.layer_norm_weight = torch.nn.Parameter(start(in_features, **self._like))
-        self.layer_norm_weight.sequence_parallel = self.sequence_parallel
-        self.layer_norm_bias = None
-        if normalization == "LayerNorm":
-            self.layer_norm_bias = torch.nn.Parameter(torch.zeros(in_features, **self._like))
-            self.layer_norm_bias.sequence_parallel = self.sequence_parallel
-        self._add("", self.in_features, self.out_features, init_method)
-
-    def forward(self, inp, is_first_microbatch=None, fp8_grad=False):
-        return self._product(_norm(inp, self.layer_norm_weight, self.layer_norm_bias, self))
-
-
-class GroupedLinear(_Base):
-    def __init__(
-        self, num_gemms, in_features, out_features, sequence_parallel=False, fuse_wgrad_accumulation=False, tp_group=None,
-        tp_size=1, get_rng_state_tracker=None, rng_tracker_name=None, init_method=None, bias=True, return_bias=False,
-        params_dtype=None, parallel_mode=None, device="cuda", ub_overlap_rs=False, ub_overlap_ag=False, ub_name=None,
-        delay_wgrad_compute=False, save_original_input=False, single_grouped_weight=False, single_grouped_bias=False,
-        name=None, use_grouped_tensor=None,
-    ):  # fmt: skip
-        assert not single_grouped_weight
-        assert not single_grouped_bias
-        self._prepare(
-            tp_group, tp_size, parallel_mode, sequence_parallel, bias, return_bias, get_rng_state_tracker, params_dtype,
-            device,
-        )  # fmt: skip
-        assert self.tp_size == 1 or not bias
-        self.num_gemms = num_gemms
-        self.single_grouped_weight, self.single_grouped_bias = single_grouped_weight, single_grouped_bias
-        self.in_features, self.out_features = self._split(in_features, out_features)
-        for index in range(num_gemms):
-            self._add(index, self.in_features, self.out_features, init_method)
-
-    def forward(self, inp, m_splits, is_first_microbatch=None):
-        assert len(m_splits) == self.num_gemms
-        biases = [getattr(self, f"bias{index}") for index in range(self.num_gemms)]
-        parts = []
-        self._in_fp8(inp.split(m_splits), [getattr(self, f"weight{index}") for index in range(self.num_gemms)])
-        for index, rows in enumerate(inp.split(m_splits)):
-            part = torch.nn.functional.linear(rows, getattr(self, f"weight{index}"))
-            parts.append(part + biases[index] if self.apply_bias else part)
-        return (torch.cat(parts), biases) if self.return_bias else torch.cat(parts)
-
-
-class _Norm(_ExtraState, torch.nn.Module):
-    normalization = ""
-
-    def __init__(
-        self, normalized_shape=None, eps=1e-5, sequence_parallel=None, params_dtype=None, zero_centered_gamma=False,
-        hidden_size=None, device=None, dtype=None,
-    ):  # fmt: skip
-        super().__init__()
-        assert hidden_size is None
-        assert params_dtype is None or dtype is None
-        self.eps, self.zero_centered_gamma = eps, zero_centered_gamma
-        like = {"device": device, "dtype": params_dtype or dtype}
-        start = torch.zeros if zero_centered_gamma else torch.ones
-        self.weight = torch.nn.Parameter(start(normalized_shape, **like))
-        self.bias = (
-            torch.nn.Parameter(torch.zeros(normalized_shape, **like)) if self.normalization == "LayerNorm" else None
-        )
-        for parameter in self.parameters():
-            if sequence_parallel is not None:
-                parameter.sequence_parallel = sequence_parallel
+        self.kind, self.eps, self.zero_centered_gamma = kind, eps, zero_centered_gamma
+        self.hold(weight=(size,), **({"bias": (size,)} if kind == "LayerNorm" else {}))
 
     def forward(self, x):
-        return _norm(x, self.weight, self.bias, self)
+        bias = getattr(self, "bias", None)
+        return normalized(x, self.weight, bias, self.kind, self.eps, self.zero_centered_gamma)
 
 
-class LayerNorm(_Norm):
-    normalization = "LayerNorm"
+class Linear(Stateful):
+    def __init__(self, columns, rows, bias):
+        super().__init__()
+        self.hold(weight=(rows, columns), **({"bias": (rows,)} if bias else {}))
+
+    def forward(self, x):
+        return functional.linear(x, self.weight, getattr(self, "bias", None))
 
 
-class RMSNorm(_Norm):
-    normalization = "RMSNorm"
+class LayerNormLinear(Linear):
+    def __init__(self, columns, rows, bias, kind, eps, zero_centered_gamma):
+        super().__init__(columns, rows, bias)
+        self.norm = kind, eps, zero_centered_gamma
+        self.hold(layer_norm_weight=(columns,), **({"layer_norm_bias": (columns,)} if kind == "LayerNorm" else {}))
+
+    def forward(self, x):
+        return super().forward(
+            normalized(x, self.layer_norm_weight, getattr(self, "layer_norm_bias", None), *self.norm)
+        )
 
 
-def _norm(x, weight, bias, of):
-    """In fp32, one downcast."""
-    states = x.float()
-    if of.normalization == "LayerNorm":
-        states = states - states.mean(-1, keepdim=True)
-    states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + of.eps)
-    states = states * (1.0 + weight.float() if of.zero_centered_gamma else weight.float())
-    return (states if bias is None else states + bias.float()).to(x.dtype)
+class LayerNormMLP(Stateful):
+    def __init__(self, hidden_size, ffn_hidden_size, eps, bias, normalization, zero_centered_gamma, activation):
+        super().__init__()
+        self.norm, self.activation = (normalization, eps, zero_centered_gamma), activation
+        rows = ffn_hidden_size * (2 if activation in GATED else 1)
+        self.hold(layer_norm_weight=(hidden_size,), fc1_weight=(rows, hidden_size))
+        self.hold(fc2_weight=(hidden_size, ffn_hidden_size))
+        if normalization == "LayerNorm":
+            self.hold(layer_norm_bias=(hidden_size,))
+        if bias:
+            self.hold(fc1_bias=(rows,), fc2_bias=(hidden_size,))
+
+    def forward(self, x):
+        x = normalized(x, self.layer_norm_weight, getattr(self, "layer_norm_bias", None), *self.norm)
+        x = functional.linear(x, self.fc1_weight, getattr(self, "fc1_bias", None))
+        if self.activation in GATED:
+            first, second = x.chunk(2, -1)
+            x = ACTIVATIONS[GATED[self.activation]](first) * second
+        else:
+            x = ACTIVATIONS[self.activation](x)
+        return functional.linear(x, self.fc2_weight, getattr(self, "fc2_bias", None))
 
 
-class _NotHere(torch.nn.Module):
-    """A class that Megatron-Core derives from and Baton does not use."""
+class MultiheadAttention(nn.Module):
+    def __init__(
+        self,
+        hidden_size,
+        num_attention_heads,
+        num_gqa_groups,
+        kv_channels,
+        layernorm_epsilon,
+        window_size,
+        bias,
+        normalization,
+        zero_centered_gamma,
+        qkv_weight_interleaved,
+        rotary_pos_interleaved,
+        qk_norm_type,
+        qk_norm_eps,
+        qk_norm_before_rope,
+    ):
+        super().__init__()
+        self.heads, self.groups, self.size = num_attention_heads, num_gqa_groups, kv_channels
+        self.window_size, self.grouped, self.interleaved = window_size, qkv_weight_interleaved, rotary_pos_interleaved
+        self.norm_first = qk_norm_before_rope
+        rows = (num_attention_heads + 2 * num_gqa_groups) * kv_channels
+        self.layernorm_qkv = LayerNormLinear(
+            hidden_size, rows, bias, normalization, layernorm_epsilon, zero_centered_gamma
+        )
+        self.core_attention = Stateful()
+        self.proj = Linear(num_attention_heads * kv_channels, hidden_size, bias)
+        self.q_norm = self.k_norm = None
+        if qk_norm_type:
+            self.q_norm = Norm(qk_norm_type, kv_channels, qk_norm_eps)
+            self.k_norm = Norm(qk_norm_type, kv_channels, qk_norm_eps)
 
-    def __init__(self, *given, **named):
-        raise AssertionError(type(self).__name__)
+    def split(self, mixed):
+        """Queries `[.., heads, size]`, keys and values `[.., groups, size]`."""
+        each, outer = self.heads // self.groups, mixed.shape[:-1]
+        if self.grouped:
+            parts = mixed.view(*outer, self.groups, each + 2, self.size).split([each, 1, 1], -2)
+        else:
+            parts = mixed.view(*outer, each + 2, self.groups, self.size).split([each, 1, 1], -3)
+        return [part.reshape(*outer, -1, self.size) for part in parts]
+
+    def rotated(self, x, angles):
+        """Pairs are neighbours, or elements half of the rotated part apart; what follows it stays."""
+        part, rest = x[..., : angles.shape[-1]], x[..., angles.shape[-1] :]
+        if self.interleaved:
+            other = torch.stack([-part[..., 1::2], part[..., 0::2]], -1).flatten(-2)
+        else:
+            a, b = part.chunk(2, -1)
+            other = torch.cat([-b, a], -1)
+        return torch.cat([part * angles.cos() + other * angles.sin(), rest], -1)
+
+    def forward(self, x, rotary_pos_emb=None, core_attention_bias_type="no_bias"):
+        q, k, v = self.split(self.layernorm_qkv(x))
+        if self.q_norm and self.norm_first:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary_pos_emb is not None:
+            q, k = self.rotated(q, rotary_pos_emb), self.rotated(k, rotary_pos_emb)
+        if self.q_norm and not self.norm_first:
+            q, k = self.q_norm(q), self.k_norm(k)
+        k, v = (part.repeat_interleave(self.heads // self.groups, -2) for part in (k, v))
+        scores = torch.einsum("sbhd,tbhd->bhst", q, k) / math.sqrt(self.size)
+        positions = torch.arange(len(x))
+        distance = positions[:, None] - positions[None, :]
+        if core_attention_bias_type == "alibi":
+            scores = scores - slopes(self.heads)[:, None, None] * distance
+        seen = distance >= 0
+        if self.window_size is not None:
+            seen &= distance <= self.window_size[0]
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        return self.proj(torch.einsum("bhst,tbhd->sbhd", weights, v).flatten(-2))
 
 
-def install():
-    """The packages, in `sys.modules`."""
+def slopes(heads):
+    """ALiBi's, of TransformerEngine's default: a power of two heads, then every other one of twice as many."""
+    power = 2 ** math.floor(math.log2(heads))
+    first = [2 ** (-8 * i / power) for i in range(1, power + 1)]
+    return torch.tensor(first + [2 ** (-4 * i / power) for i in range(1, 2 * (heads - power), 2)])
 
-    def module(name, **content):
-        made = sys.modules[name] = ModuleType(name)
-        made.__path__, made.__spec__ = [], importlib.machinery.ModuleSpec(name, None)
-        vars(made).update(content)
-        return made
 
-    def unused(name):
-        return type(name, (_NotHere,), {})
+class TransformerLayer(nn.Module):
+    def __init__(
+        self,
+        *,
+        hidden_size,
+        ffn_hidden_size,
+        layernorm_epsilon,
+        bias,
+        normalization,
+        zero_centered_gamma,
+        activation,
+        parallel_attention_mlp,
+        self_attn_mask_type,
+        fuse_qkv_params,
+        layer_number,
+        attention_dropout,
+        hidden_dropout,
+        **attention,
+    ):
+        super().__init__()
+        assert self_attn_mask_type == "causal"
+        assert fuse_qkv_params
+        assert layer_number > 0
+        assert 0 <= attention_dropout < 1
+        assert 0 <= hidden_dropout < 1
+        self.parallel = parallel_attention_mlp
+        self.self_attention = MultiheadAttention(
+            hidden_size=hidden_size,
+            layernorm_epsilon=layernorm_epsilon,
+            bias=bias,
+            normalization=normalization,
+            zero_centered_gamma=zero_centered_gamma,
+            **attention,
+        )
+        self.layernorm_mlp = LayerNormMLP(
+            hidden_size, ffn_hidden_size, layernorm_epsilon, bias, normalization, zero_centered_gamma, activation
+        )
 
-    # Of FP8 and of fused routers: imported by Megatron-Core, and not called.
-    module("transformer_engine.pytorch.tensor", QuantizedTensor=unused("QuantizedTensor"))
-    names = ("fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss", "fused_topk_with_score_function")
-    module("transformer_engine.pytorch.router", **dict.fromkeys(names))
-    modules = (Linear, LayerNormLinear, GroupedLinear, LayerNorm, RMSNorm)
-    fp8 = module(
-        "transformer_engine.pytorch.fp8",
-        FP8GlobalStateManager=FP8GlobalStateManager,
-        fp8_autocast=fp8_autocast,
-        fp8_model_init=None,
-    )
-    distributed = module(
-        "transformer_engine.pytorch.distributed",
-        CudaRNGStatesTracker=unused("CudaRNGStatesTracker"),
-        activation_recompute_forward=None,
-    )
-    recipes = (Format, DelayedScaling, Float8CurrentScaling, Float8BlockScaling, MXFP8BlockScaling)
-    recipe = module(_RECIPES, _FormatHelper=_FormatHelper, **{each.__name__: each for each in recipes})
-    pytorch = module(
-        "transformer_engine.pytorch",
-        **{each.__name__: each for each in modules},
-        DotProductAttention=unused("DotProductAttention"),
-        Fp8Padding=Fp8Padding,
-        Fp8Unpadding=Fp8Unpadding,
-        fp8_autocast=fp8_autocast,
-        fp8=fp8,
-        distributed=distributed,
-    )
-    common = module("transformer_engine.common", recipe=recipe)
-    module("transformer_engine", __version__=VERSION, pytorch=pytorch, common=common)
+    def forward(self, x, **call):
+        attended = self.self_attention(x, **call)
+        if self.parallel:
+            return x + attended + self.layernorm_mlp(x)
+        x = x + attended
+        return x + self.layernorm_mlp(x)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 warnings.filterwarnings("ignore")
 
-from tests.references import transformer_engine as written_out  # noqa: E402
+from tests.references import transformer_engine_modules as written_out  # noqa: E402
 from tests.workers import forked_world  # noqa: E402
 
 # Saved by one backend and loaded by the other.
