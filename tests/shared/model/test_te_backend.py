@@ -1,7 +1,8 @@
 """TransformerEngine's backend beside the local one: the same checkpoints, losses and gradients.
 
-Without a GPU Megatron-Core's wrappers run on modules written out in plain torch (`tests.references.transformer_engine_modules`), in one
-process for all models. The tests with the marker `gpu` run on TransformerEngine itself.
+Without a GPU Megatron-Core's wrappers run on modules written out in plain torch
+(`tests.references.transformer_engine_modules`), in one process for all models. The tests with the marker
+`gpu` run on TransformerEngine itself.
 """
 
 import importlib.util
