@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.checkpoint.copy.journal import JOURNAL
+from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.checkpoint.directory.manifest import Inputs
 from shared.checkpoint.directory.publish import publish
 from shared.cli import log, progress
@@ -44,7 +45,9 @@ def run(
     rows = read_prompts(prompts, _ADDED)
     arguments = template_arguments(template_argument)
     if json_schema:
-        sampling = sampling.model_copy(update={"json_schema": _read_schema(json_schema)})
+        schema = read_config(json_schema)
+        check_schema(schema, f"--json-schema {json_schema}")
+        sampling = sampling.model_copy(update={"json_schema": schema})
     samplings = _of_rows(rows, sampling)
     inputs: Inputs = {"source": source, "prompts": prompts} | ({"json_schema": json_schema} if json_schema else {})
     with publish(target, kind="result", inputs=inputs, overwrite=overwrite, resumable=True) as out:
@@ -151,17 +154,6 @@ def _of_rows(rows: Sequence[Prompt], sampling: Sampling) -> list[Sampling]:
         found.append(own)
         seed += own.samples
     return found
-
-
-def _read_schema(path: Path) -> dict[str, Any]:
-    try:
-        schema = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"--json-schema {path} is not JSON: {error}") from None
-    if not isinstance(schema, dict):
-        raise UserError(f"--json-schema {path} is not a JSON object")
-    check_schema(schema, f"--json-schema {path}")
-    return schema
 
 
 def _answer(prompt_tokens: int, samples: list[Completion], tokenizer: Any) -> dict[str, Any]:

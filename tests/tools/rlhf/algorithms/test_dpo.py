@@ -55,7 +55,7 @@ def test_at_learning_rate_zero_nothing_moves(world, rlhf, metrics):
 
 
 def test_a_stopped_run_resumes_to_the_same_result(world, rlhf, trained, metrics, signalled, monkeypatch):
-    """Also: what the reference says of every row is not computed again."""
+    """The resumed run takes the reference's log-probabilities from the state."""
     target = flags(world, "dpo-stopped")
     signalled(5)
     assert rlhf("dpo", **target) == 75
