@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoint.formats.hugging_face import check_not_left_over
+from shared.checkpoint.formats.hugging_face import HfReader, check_not_left_over
 from shared.errors import UserError
 from shared.families.common.transformers_workarounds import with_workarounds
 
@@ -16,9 +16,19 @@ _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq
 
 
 def load_config(path: Path, *, place: str) -> Any:
-    """The transformers configuration of a directory. UserError for a family that transformers does not have."""
+    """The transformers configuration of a directory.
+
+    Raises:
+        UserError: transformers does not have the family; weights are quantised, or config.json says so of plain ones.
+    """
     from transformers import AutoConfig
 
+    check_not_left_over(path, place)
+    if scheme := HfReader(path, place).scheme:
+        raise UserError(
+            f"{place}: the weights are quantised ({scheme.title}) and rlhf takes plain ones; "
+            "`convert to-megatron`, then `convert to-hf`, makes a directory in bf16"
+        )
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
@@ -90,7 +100,6 @@ def load_transformers_model(kind: Any, path: Path, *, place: str, other_head: bo
     """
     from transformers.utils import logging
 
-    check_not_left_over(path, place)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of several lines, and a warning of the new head
     try:

@@ -29,6 +29,7 @@ from shared.checkpoint.formats.safetensors_file import (
     tensor_bytes,
     weight_map_of,
 )
+from shared.console import log
 from shared.errors import UserError
 from shared.mapping.layout import Shape
 from shared.quantized.scheme import QuantizationScheme, quantization_scheme
@@ -158,6 +159,8 @@ class HfReader:
         self.config = read_config(path / "config.json")
         stored = stored_weights(path, flag)
         if strip_prefix:
+            if heads := [name for name in stored.tensors() if name.startswith(_VALUE_HEAD)]:
+                log(f"{flag} {path}: left out, TRL's value head: {', '.join(heads)}")
             stored = stored.without_prefix(strip_prefix, _VALUE_HEAD)
         self.files = [shard.file for shard in stored.shards]
         self.tensors: dict[str, TensorInfo] = stored.tensors()

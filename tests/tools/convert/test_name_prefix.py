@@ -44,6 +44,7 @@ def test_prefix_is_named_and_stripped(convert: Any, tmp_path: Path, size: str, p
     assert convert(*command, "--strip-prefix", "other.").code == 2
     done = convert(*command, "--strip-prefix", prefix)
     assert done.code == 0, done.err
+    assert ("left out, TRL's value head: v_head.summary.weight" in done.err) == (prefix == "pretrained_model.")
     assert json.loads((tmp_path / "mg" / "manifest.json").read_text())["facts"]["stripped_prefix"] == prefix
     assert convert("verify", "--source", tmp_path / "hf", "--target", tmp_path / "mg", "--no-logits").code == 0
     assert convert("to-hf", "--source", tmp_path / "mg", "--target", tmp_path / "back").code == 0

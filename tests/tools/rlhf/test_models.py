@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -111,6 +112,25 @@ def test_every_tensor_is_accounted_for(tmp_path: Path, kind: str, fault: str, re
         with pytest.raises(UserError, match=f"^[^\\n]*{name}[^\\n]*{fault}[^\\n]*$"):
             load()
         assert not reports  # the error is the one line
+
+
+@pytest.mark.parametrize("kind", ["policy", "reward"])
+@pytest.mark.parametrize(
+    ("quantised", "why"), [(True, r"quantised \(FP8.*convert to-hf"), (False, "no weight is quantised")]
+)
+def test_quantised_weights_are_refused(tmp_path: Path, kind: str, quantised: bool, why: str) -> None:
+    weights = _write(tmp_path, kind)
+    if quantised:
+        name = CUT[kind]
+        weights[name] = weights[name].to(torch.float8_e4m3fn)
+        weights[f"{name}_scale_inv"] = torch.ones(1, 1)
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for load in _loaders(tmp_path, kind):
+        with pytest.raises(UserError, match=f"^[^\\n]*{why}[^\\n]*$"):
+            load()
 
 
 def test_a_tied_embedding_is_missing_under_its_own_name(tmp_path: Path) -> None:

@@ -7,9 +7,12 @@ gloo.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import pickle
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shared.errors import UserError
 from shared.precision import TrainingPrecision
 from shared.runtime.world import join_world
 from tools.rlhf.engines.distributed import DistributedContext
+
+_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load(weights_only=True), whatever its caller asks for
 
 
 def initialize_distributed() -> DistributedContext:
@@ -137,7 +143,37 @@ class DeepSpeedEngine:
 
     def load(self, directory: Path) -> None:
         """See `Engine`."""
-        self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
+        with _pickles_run_no_code(directory):
+            self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
+
+
+@contextlib.contextmanager
+def _pickles_run_no_code(directory: Path) -> Iterator[None]:
+    """Context manager: torch.load makes tensors, plain values and three classes of DeepSpeed, which would let it make anything.
+
+    Raises:
+        UserError: a file holds something else.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    before = os.environ.get(_WEIGHTS_ONLY)
+    os.environ[_WEIGHTS_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    except pickle.UnpicklingError as error:
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0])
+        raise UserError(
+            f"{directory}: a file of this state would run code when it is read ({reason.strip()}); "
+            "start anew with --overwrite"
+        ) from None
+    finally:
+        if before is None:
+            del os.environ[_WEIGHTS_ONLY]
+        else:
+            os.environ[_WEIGHTS_ONLY] = before
 
 
 def frozen_model(model: nn.Module, options: EngineOptions) -> Any:

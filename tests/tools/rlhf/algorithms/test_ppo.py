@@ -2,8 +2,10 @@
 
 import json
 import signal
+from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 STEPS = 10
@@ -93,6 +95,29 @@ def test_state_of_other_options_is_not_resumed(world, rlhf, capsys):
     assert rlhf("ppo", **target | {"learning_rate": 1e-3}) == 2
     assert "changed.state holds the state of an unfinished run" in capsys.readouterr().err
     assert rlhf("ppo", **target | {"learning_rate": 1e-3, "overwrite": True, "steps": 1}) == 0
+
+
+def test_state_that_would_run_code_is_refused(world, rlhf, capsys):
+    """DeepSpeed unpickles whatever a file holds."""
+    target = flags(world, "code", zero=2)
+    world.order.write_text(str(int(signal.SIGTERM)))
+    assert rlhf("ppo", **target) == 75
+    (file,) = target["target"].with_name("code.state").glob("step_*/actor/*optim_states.pt")
+    torch.save({"optimizer_state_dict": Mine(world.root / "ran")}, file)
+    assert rlhf("ppo", **target) == 2
+    refused = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(words in refused for words in ("code.state", "would run code", "--overwrite"))
+    assert not (world.root / "ran").exists()
+
+
+class Mine:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
 
 
 def test_micro_batches_do_not_change_the_result(world, rlhf, metrics):
