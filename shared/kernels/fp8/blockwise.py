@@ -11,20 +11,19 @@ from torch.nn import functional
 BLOCK = 128
 
 
-def block_amax(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """Largest absolute value of each block of `rows` x 128 elements of a matrix `[M, K]`: fp32 `[ceil(M / rows), B]`.
+def block_amax(x: torch.Tensor, rows: int, width: int = BLOCK) -> torch.Tensor:
+    """Largest absolute value of each block of `rows` x `width` elements of a matrix `[M, K]`: fp32 `[ceil(M / rows), B]`.
 
     The last blocks may be smaller.
     """
-    height, width = x.shape
-    padded = functional.pad(x.abs(), (0, -width % BLOCK, 0, -height % rows))
-    blocks = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // BLOCK, BLOCK)
+    padded = functional.pad(x.abs(), (0, -x.shape[1] % width, 0, -x.shape[0] % rows)).contiguous()
+    blocks = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // width, width)
     return blocks.amax((1, 3)).float()
 
 
-def spread(scale: torch.Tensor, shape: torch.Size, rows: int) -> torch.Tensor:
-    """The scale of each element of a matrix of `shape`; `scale`: of blocks of `rows` x 128 elements."""
-    wide = scale.repeat_interleave(BLOCK, 1)[:, : shape[1]]
+def spread(scale: torch.Tensor, shape: torch.Size, rows: int, width: int = BLOCK) -> torch.Tensor:
+    """The scale of each element of a matrix of `shape`; `scale`: of blocks of `rows` x `width` elements."""
+    wide = scale.repeat_interleave(width, 1)[:, : shape[1]]
     return wide.repeat_interleave(rows, 0)[: shape[0]] if rows > 1 else wide
 
 

@@ -21,14 +21,9 @@ import torch
 from torch.distributed import ProcessGroup, all_gather_into_tensor
 from torch.nn import functional
 
-from shared.kernels.fp8.blockwise import BLOCK, block_amax, spread
-from shared.kernels.fp8.codes import count, encode
 from shared.kernels.fp8.product import Quantized, product
-from shared.kernels.fp8.recipes import Kind
-from shared.kernels.fp8.scales import amax, scale_of
+from shared.kernels.fp8.quantize import Groups, quantize, transposed_weight
 from shared.kernels.fp8.tensor_state import LinearState
-
-type Groups = tuple[ProcessGroup, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +64,16 @@ class _Fp8Linear(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, state: LinearState, shards: Shards, training: bool
     ) -> torch.Tensor:
         ctx.state, ctx.shards = state, shards
-        activations = quantize(x, state, "activations", (shards.tokens, shards.inputs), record=training)
-        weights = quantize(weight, state, "weights", (shards.outputs, shards.inputs), record=training)
+        keeps = training and ctx.needs_input_grad[1]
+        activations, by_column = quantize(
+            x, state, "activations", (shards.tokens, shards.inputs), record=training, transposed=keeps
+        )
+        weights, _ = quantize(weight, state, "weights", (shards.outputs, shards.inputs), record=training)
         if training:
             ctx.dtypes = x.dtype, weight.dtype
             kept: list[torch.Tensor | None] = [None, None]
-            if ctx.needs_input_grad[1]:
-                by_column = _transposed(x, activations, state, "activations", (shards.inputs, shards.tokens))
-                kept = [_own_tokens(by_column.codes.t(), shards.sequence), by_column.scale]
+            if by_column is not None:
+                kept = [_own_tokens(by_column.codes, shards.sequence), by_column.scale]
             ctx.save_for_backward(weight, weights.scale, *kept)
         return product(activations, weights, x.dtype)
 
@@ -86,85 +83,29 @@ class _Fp8Linear(torch.autograd.Function):
         state, shards = ctx.state, ctx.shards
         x_dtype, weight_dtype = ctx.dtypes
         (g,) = gradients
-        by_row = quantize(g, state, "gradients", (shards.tokens, shards.outputs), record=True)
+        by_row, by_column = quantize(
+            g, state, "gradients", (shards.tokens, shards.outputs), record=True, transposed=codes is not None
+        )
         of_x = of_weight = None
         if ctx.needs_input_grad[0]:
-            weights = _transposed_weight(weight, scale, state, shards)
+            weights = transposed_weight(weight, scale, state, (shards.outputs, shards.inputs))
             of_x = product(by_row, weights, x_dtype)
-        if codes is not None:
-            by_column = _transposed(g, by_row, state, "gradients", (shards.outputs, shards.tokens))
-            x = Quantized(
-                codes=_all_tokens(codes, shards.sequence).t().contiguous(),
-                scale=codes_scale,
-                blocks=state.recipe.name == "blockwise",
-            )
+        if by_column is not None:
+            x = Quantized(codes=_all_tokens(codes, shards.sequence), scale=codes_scale, blocks=by_row.blocks)
             of_weight = product(by_column, x, weight_dtype)
         return of_x, of_weight, None, None, None
 
 
-def quantize(
-    x: torch.Tensor, state: LinearState, kind: Kind, groups: tuple[Groups, Groups], *, record: bool
-) -> Quantized:
-    """The codes of a matrix, for a product that sums over its columns.
-
-    Args:
-        x: `[rows, columns]`.
-        state: of the layer; its recipe says which elements share a scale.
-        kind: of tensor.
-        groups: ranks that hold other rows, and other columns.
-        record: add amax and counts to the state.
-    """
-    recipe, tensor = state.recipe, state.tensors[kind]
-    block_rows = BLOCK if kind == "weights" else 1
-    if recipe.scales_of_tensors:
-        highest = tensor.history.highest if tensor.scaling == "delayed" else None
-        if highest is None:
-            found = amax(x, (0, 1), (*groups[0], *groups[1])).view(())
-        else:
-            found = amax(x, (0, 1)).view(()) if record else torch.zeros((), device=x.device)
-        known = found if highest is None else torch.full_like(found, highest)
-    elif recipe.name == "rowwise":
-        found = known = amax(x, (1,), groups[1])
-    else:
-        found = known = block_amax(x, block_rows)
-    scale = scale_of(known, tensor.dtype, power_of_two=recipe.power_of_two_scales)
-    blocks = recipe.name == "blockwise"
-    scaled = x.float() / (spread(scale, x.shape, block_rows) if blocks else scale)
-    if record:
-        tensor.record(found.amax() if found.numel() else found.new_zeros(()), count(scaled, tensor.dtype))
-    return Quantized(codes=encode(scaled, tensor.dtype), scale=scale, blocks=blocks)
-
-
-def _transposed(
-    x: torch.Tensor, known: Quantized, state: LinearState, kind: Kind, groups: tuple[Groups, Groups]
-) -> Quantized:
-    """The codes of `x^T`. `known`: those of `x`, the same numbers if the tensor has one scale; `groups`: of `x^T`."""
-    if state.recipe.scales_of_tensors:
-        return Quantized(codes=known.codes.t().contiguous(), scale=known.scale)
-    return quantize(x.t().contiguous(), state, kind, groups, record=False)
-
-
-def _transposed_weight(weight: torch.Tensor, scale: torch.Tensor, state: LinearState, shards: Shards) -> Quantized:
-    """The codes of `W^T`. `scale`: of the forward pass, which made these codes but for scales of rows."""
-    if state.recipe.name == "rowwise":
-        return quantize(weight.t().contiguous(), state, "weights", (shards.inputs, shards.outputs), record=False)
-    blocks = state.recipe.name == "blockwise"
-    scaled = weight.float() / (spread(scale, weight.shape, BLOCK) if blocks else scale)
-    codes = encode(scaled, state.tensors["weights"].dtype)
-    return Quantized(codes=codes.t().contiguous(), scale=scale.t().contiguous() if blocks else scale, blocks=blocks)
-
-
 def _own_tokens(codes: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
-    """This rank's part of codes `[T, K]`."""
-    if group is None:
-        return codes.contiguous()
-    return codes.chunk(group.size())[group.rank()].contiguous()
+    """This rank's part of codes `[K, T]`."""
+    return codes if group is None else codes.chunk(group.size(), 1)[group.rank()].contiguous()
 
 
 def _all_tokens(codes: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
-    """Codes `[T, K]` of all ranks of a group. As bytes: gloo and NCCL gather no FP8 numbers."""
+    """Codes `[K, T]` of all ranks of a group. As bytes: gloo and NCCL gather no FP8 numbers."""
     if group is None:
         return codes
-    gathered = torch.empty((len(codes) * group.size(), codes.shape[1]), dtype=torch.uint8, device=codes.device)
+    inputs, tokens = codes.shape
+    gathered = torch.empty((group.size() * inputs, tokens), dtype=torch.uint8, device=codes.device)
     all_gather_into_tensor(gathered, codes.view(torch.uint8), group=group)
-    return gathered.view(codes.dtype)
+    return gathered.view(-1, inputs, tokens).transpose(0, 1).reshape(inputs, -1).view(codes.dtype)

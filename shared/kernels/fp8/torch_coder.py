@@ -1,0 +1,99 @@
+"""Amax and codes of matrices by torch's operations: on CPUs, and what `triton_coder` is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from shared.kernels.fp8.blockwise import BLOCK, block_amax, spread
+from shared.kernels.fp8.codes import count, encode
+from shared.kernels.fp8.scales import amax, scale_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Codes of a matrix `[M, N]`.
+
+    Attributes:
+        codes: `[M, N]`, contiguous.
+        scale: fp32; as in `Quantized`.
+        transposed: codes of its transpose `[N, M]`, contiguous; None if not asked for.
+        transposed_scale: scale of these.
+        amax: fp32 `[]` of the matrix; None unless recorded.
+        counts: int64 `[3]` of `codes.count`; None unless recorded.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    transposed: torch.Tensor | None = None
+    transposed_scale: torch.Tensor | None = None
+    amax: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
+
+
+def row_amax(x: torch.Tensor) -> torch.Tensor:
+    """The largest absolute value of each row of `[M, N]`: fp32 `[M, 1]`. NaN if the row has one; 0 of no elements."""
+    return amax(x, (1,))
+
+
+def encode_matrix(
+    x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, *, transposed: bool = False, record: bool = False
+) -> Encoded:
+    """Codes with a known scale.
+
+    Args:
+        x: `[M, N]`, bf16 or fp32, of any strides.
+        scale: fp32, of the tensor `[]` or of rows `[M, 1]`.
+        dtype: E4M3 or E5M2.
+        transposed: give the codes of the transpose, too; only with a scale of the tensor.
+        record: give amax and counts.
+    """
+    assert not (transposed and scale.dim()), "the transpose has other scales"
+    scaled = x.float() / scale
+    codes = encode(scaled, dtype).contiguous()
+    return Encoded(
+        codes=codes,
+        scale=scale,
+        transposed=codes.t().contiguous() if transposed else None,
+        transposed_scale=scale if transposed else None,
+        amax=amax(x, (0, 1)).view(()) if record else None,
+        counts=count(scaled, dtype) if record else None,
+    )
+
+
+def encode_blocks(
+    x: torch.Tensor,
+    rows: int,
+    dtype: torch.dtype,
+    *,
+    power_of_two: bool,
+    transposed: bool = False,
+    record: bool = False,
+    width: int = BLOCK,
+) -> Encoded:
+    """Codes with scales of blocks.
+
+    Args:
+        x: `[M, N]`, bf16 or fp32, of any strides.
+        rows: of a block, 1 or `width`.
+        dtype: E4M3 or E5M2.
+        power_of_two: as in `scale_of`.
+        transposed: give the codes of the transpose, too, in blocks of the same shape.
+        record: give amax and counts, the latter of the codes that are not transposed.
+        width: columns of a block: 128, or MXFP8's 32.
+    """
+    found = block_amax(x, rows, width)
+    scale = scale_of(found, dtype, power_of_two=power_of_two)
+    scaled = x.float() / spread(scale, x.shape, rows, width)
+    other = None
+    if transposed:
+        other = encode_blocks(x.t(), rows, dtype, power_of_two=power_of_two, width=width)
+    return Encoded(
+        codes=encode(scaled, dtype).contiguous(),
+        scale=scale,
+        transposed=other.codes if other else None,
+        transposed_scale=other.scale if other else None,
+        amax=(found.amax() if found.numel() else found.new_zeros(())) if record else None,
+        counts=count(scaled, dtype) if record else None,
+    )
