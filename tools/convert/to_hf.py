@@ -116,7 +116,12 @@ def run(
 
 
 def _log_export(plan: ExportPlan, reader: MegatronReader, dtype: Precision | None) -> None:
-    """Log downcasts and pass-through tensors."""
+    """Log downcasts, pass-through tensors and what a Hugging Face directory has no place for."""
+    if isinstance(reader, TorchDistReader | TeReader) and (states := reader.fp8_states()):
+        log(
+            f"{abbreviated(states)}: FP8 scales and amax histories, left out: a Hugging Face directory has no place for them; "
+            "training in FP8 from it makes them anew"
+        )
     tensors = plan.layout.tensors()
     if plan.downcast:
         held = sorted(

@@ -58,6 +58,9 @@ class DistTensor:
         return prod(self.shape) * self.dtype.size
 
 
+_EMPTY_PICKLE = 512  # bytes: None, an empty tensor or an empty buffer take less
+
+
 class TorchDistReader:
     """The tensors of one iteration.
 
@@ -80,6 +83,9 @@ class TorchDistReader:
         except (AttributeError, TypeError, ValueError) as error:
             raise UserError(f"{path} is not a torch.distributed.checkpoint metadata file: {error}") from None
         self.objects = {key for key, state in states.items() if not hasattr(state, "size")}
+        self._states = {
+            key: places[key, None] for key in self.objects if "._extra_state/" in key and (key, None) in places
+        }
         self.tensors: dict[str, DistTensor] = {}
         self.non_weights: dict[str, str] = {}  # tensors other than weights: key -> dtype
         for key, state in states.items():
@@ -94,6 +100,27 @@ class TorchDistReader:
                 self.tensors[key] = self._tensor(key, state, places)
         for key in [key for key in self.tensors if key.endswith(_GATE) and key[: -len(_GATE)] + _UP in self.tensors]:
             self._join(key[: -len(_GATE)])
+
+    def fp8_states(self) -> list[str]:
+        """Keys of FP8 states (scales, amax histories): of `_extra_state` objects that hold something. None is unpickled.
+
+        An object is an archive of `torch.save`: the bytes of tensors are apart from the pickle, which is 4 bytes long for None.
+        """
+        found = []
+        for key, info in sorted(self._states.items()):
+            with (self.directory / info.relative_path).open("rb") as file:
+                file.seek(info.offset)
+                content = file.read(info.length)
+            try:
+                entries = zipfile.ZipFile(io.BytesIO(content)).infolist()
+            except zipfile.BadZipFile:
+                continue  # no archive of torch.save: not a state of FP8
+            data = sum(entry.file_size for entry in entries if "/data/" in entry.filename)
+            if data or any(
+                entry.filename.endswith("/data.pkl") and entry.file_size > _EMPTY_PICKLE for entry in entries
+            ):
+                found.append(key)
+        return found
 
     def _join(self, key: str) -> None:
         """Join the halves of a gated fc1, `[gate ; up]`, that `singleton_local_shards` stores under two keys."""

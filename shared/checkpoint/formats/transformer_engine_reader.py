@@ -52,12 +52,18 @@ class TeReader:
         self._files = OpenFiles()
         self.tensors: dict[str, TeTensor] = {}
         self.non_weights: dict[str, str] = {}  # `_extra_state` entries: name -> dtype
+        self._states: list[str] = []  # those that are not empty
         for name, tensor in stored_weights(directory, flag).tensors().items():
             if name.rpartition(".")[2] == STATE:
                 self.non_weights[name] = tensor.dtype
+                self._states += [name] if tensor.size else []
                 continue
             dtype = weight_dtype(tensor.dtype, name, tensor.place)
             self.tensors[name] = TeTensor(key=name, dtype=dtype, shape=tensor.shape, stored=tensor)
+
+    def fp8_states(self) -> list[str]:
+        """Names of FP8 states (scales, amax histories): of `_extra_state` entries that are not empty."""
+        return sorted(self._states)
 
     def rows(self, key: str, index: Shape, first: int, count: int) -> Iterator[memoryview]:
         """Rows `first` to `first + count` of `tensor[index]` in blocks of whole rows.

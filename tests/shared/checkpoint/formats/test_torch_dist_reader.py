@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from functools import partial
 from itertools import pairwise, product
@@ -73,6 +74,36 @@ def test_objects_and_common_values(tmp_path: Path) -> None:
     reader = TorchDistReader(write(tmp_path / "d", CHUNKINGS["one"]))
     assert reader.objects == {"w._extra_state/shard_0_1"}
     assert reader.common() == {"iteration": 3}
+
+
+def test_fp8_states_that_are_not_empty_are_named(tmp_path: Path) -> None:
+    """As Megatron-Core saves them: archives of torch.save of None, tensors, or buffers with a pickle; read without unpickling."""
+    torch = pytest.importorskip("torch")
+    from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    class Planner(DefaultSavePlanner):
+        """Archives are written as they are, as by Megatron-Core's planner."""
+
+        def transform_object(self, write_item, object):
+            return object
+
+    states = {
+        "none": None,
+        "empty": torch.empty(0, dtype=torch.uint8),
+        "bytes": torch.arange(9, dtype=torch.uint8),
+        "numbers": torch.ones(10),
+        "buffer": io.BytesIO(bytes(2000)),
+    }
+    content = {}
+    for name, state in states.items():
+        content[f"layers.{name}._extra_state/shard_0_1"] = archive = io.BytesIO()
+        torch.save(state, archive)
+    content["other/shard_0_1"] = content["layers.bytes._extra_state/shard_0_1"]
+    save(content, storage_writer=FileSystemWriter(tmp_path / "d"), planner=Planner(), no_dist=True)
+    found = TorchDistReader(tmp_path / "d").fp8_states()
+    assert found == [f"layers.{name}._extra_state/shard_0_1" for name in ("buffer", "bytes", "numbers")]
+    assert TorchDistReader(write(tmp_path / "written", CHUNKINGS["one"])).fp8_states() == []
 
 
 def test_optimizer_state_is_set_apart(tmp_path: Path) -> None:
