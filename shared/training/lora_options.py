@@ -38,8 +38,6 @@ def lora_settings(options: TrainingOptions, adapter: LoraSettings | None = None)
         if flag := _given(shape | others):
             raise UserError(f"{flag} belongs to LoRA; give --lora-rank, or leave it out")
         return None
-    if options.precision == "fp8":
-        raise UserError("--precision fp8 trains all weights, not adapters; give --precision bf16 with LoRA")
     if options.backend == "te":
         raise UserError(
             "--backend te: its modules join the norm with the linear layer that an adapter needs apart; leave it out"

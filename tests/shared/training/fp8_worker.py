@@ -1,7 +1,8 @@
 """FP8 in a world of two forked processes: linear layers, and tiny models trained and resumed.
 
 Run as `python fp8_worker.py DIRECTORY`: reads `DIRECTORY/cases.json` (cases of models by name: configuration, architecture,
-layout, a checkpoint of weights and one of one process after update 2, or null), writes `DIRECTORY/results.json`.
+layout, whether adapters are trained, a checkpoint of weights and one of one process after update 2, or null), writes
+`DIRECTORY/results.json`.
 """
 
 import json
@@ -20,16 +21,20 @@ from shared.architecture import dictionary  # noqa: E402
 from shared.kernels.fp8.matmul import Shards, fp8_linear  # noqa: E402
 from shared.kernels.fp8.recipes import KINDS, Fp8Recipe  # noqa: E402
 from shared.kernels.fp8.tensor_state import LinearState  # noqa: E402
+from shared.mapping.adapters import LoraSettings  # noqa: E402
 from shared.model.fp8_linear import fp8_class  # noqa: E402
 from shared.parallel import ParallelConfig  # noqa: E402
 from shared.runtime import process_groups  # noqa: E402
 from shared.training import loop  # noqa: E402, F401 -- imported before the fork
 from shared.training.config import TrainingConfig  # noqa: E402
 from shared.training.fp8_update import linears_of  # noqa: E402
+from shared.training.trainable import Lora  # noqa: E402
 from tests.shared.kernels.fp8.examples import recipe  # noqa: E402
 from tests.shared.training.layouts_worker import Session  # noqa: E402
 from tests.workers import forked_world  # noqa: E402
 
+# B starts at zero: a few updates of a high scale until it matters.
+LORA = Lora(LoraSettings(rank=4, alpha=64.0, rslora=False, dropout=0.0, targets=("all-linear",)), seed=1)
 RECIPES = ("tensorwise", "delayed", "rowwise", "blockwise")
 SEQUENCE, BATCH, INPUTS, OUTPUTS = 128, 2, 256, 256  # halves are whole blocks, of tokens too
 
@@ -133,8 +138,9 @@ def train(directory: Path, case: dict) -> dict:
     """Two updates; where `one_process` is given a checkpoint and two more, which are made again from both checkpoints."""
     config = configuration(case["config"], parallel=ParallelConfig(processes=2, **case["layout"]))
     architecture = dictionary.read(case["architecture"])
-    session = SlowSession(config, architecture, Path(case["start"]), restore=False)
-    results = {"first": session.train(0, 2)}
+    trainable = LORA if case["lora"] else None
+    session = SlowSession(config, architecture, Path(case["start"]), restore=False, trainable=trainable)
+    results = {"first": session.train(0, 4 if case["lora"] else 2)}
     gathered = [None, None]
     torch.distributed.all_gather_object(gathered, histories(session))
     assert all(gathered[0][name] == gathered[1][name] for name in gathered[0].keys() & gathered[1].keys())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import torch
 
 from shared.families import registry
 from shared.kernels.fp8.recipes import KINDS
-from shared.training import fp8_update
+from shared.kernels.fp8.tensor_state import LinearState
+from shared.model import weights
+from shared.training import fp8_update, state
 from shared.training.fp8_update import linears_of
 from tests.shared.kernels.fp8.examples import recipe
-from tests.shared.training.fp8_worker import RECIPES, SlowSession, histories
+from tests.shared.training.fp8_worker import LORA, RECIPES, SlowSession, histories
 
 MODEL = registry.from_config(
     {
@@ -44,6 +47,8 @@ CASES = {
     **{f"delayed {layout}": ("delayed", layout) for layout in ("context", "pipeline", "data", "expert")},
 }
 DELAYED = [key for key, (name, _) in CASES.items() if name == "delayed"]
+# Adapters on an FP8 base.
+LORA_CASES = {"lora sequence": ("delayed", "sequence"), "lora expert": ("delayed", "expert")}
 # fp32 sums in another order give other last digits, and a number near the middle of two codes the other code: then an
 # element is up to 6% off (E4M3), and its product with it. Seen: 7e-4 of the loss of the second update; mostly 1e-8.
 TOLERANCE = 2e-3
@@ -80,7 +85,7 @@ def alone(starts, tiny_run, tmp_path_factory) -> dict[str, dict]:
 def together(starts, alone, tiny_run, run_cases) -> dict:
     """Two processes."""
     cases = {}
-    for key, (name, layout) in CASES.items():
+    for key, (name, layout) in (CASES | LORA_CASES).items():
         expert = layout == "expert"
         config = config_of(tiny_run, name, moe=expert)
         if layout in ("data", "expert"):
@@ -90,6 +95,7 @@ def together(starts, alone, tiny_run, run_cases) -> dict:
             "architecture": (MOE if expert else MODEL).to_dict(),
             "layout": LAYOUTS[layout],
             "start": str(starts["moe" if expert else "dense"]),
+            "lora": key in LORA_CASES,
             "one_process": str(alone["expert" if expert else name]["saved"]) if key in DELAYED else None,
         }
     return run_cases(cases, worker="fp8_worker.py")[1]
@@ -117,6 +123,36 @@ def test_losses_are_those_of_one_process(together, alone, key):
         for one, other in zip(found, wanted, strict=True):
             assert one[0] == pytest.approx(other[0], rel=TOLERANCE)
             assert one[2] == pytest.approx(other[2], rel=10 * TOLERANCE)
+
+
+def adapted(starts, tiny_run, layout: str) -> SlowSession:
+    """Adapters on an FP8 base in one process."""
+    moe = layout == "expert"
+    config = config_of(tiny_run, "delayed", moe=moe)
+    start = starts["moe" if moe else "dense"]
+    return SlowSession(config, MOE if moe else MODEL, start, restore=False, trainable=LORA)
+
+
+@pytest.mark.parametrize("key", LORA_CASES)
+def test_adapters_on_an_fp8_base_train_as_in_one_process(together, starts, tiny_run, key):
+    session = adapted(starts, tiny_run, LORA_CASES[key][1])
+    wanted = session.train(0, 4)
+    for one, other in zip(together["models"][key]["first"], wanted, strict=True):
+        assert one[0] == pytest.approx(other[0], rel=TOLERANCE)
+        assert one[2] == pytest.approx(other[2], rel=10 * TOLERANCE)
+    assert wanted[-1][0] < wanted[0][0] - 0.05  # the adapters have learnt
+
+
+def test_adapters_on_an_fp8_base_resume_to_the_last_digit(starts, tiny_run, tmp_path):
+    session = adapted(starts, tiny_run, "sequence")
+    session.train(0, 2)
+    session.save(tmp_path / "2", step=2)
+    wanted = session.train(2, 4)
+    again = adapted(starts, tiny_run, "sequence")
+    weights.load_adapters([chunk.module for chunk in again.model], tmp_path / "2")
+    state.load(tmp_path / "2", again.model, again.optimizer, fp8=session.config.fp8)
+    assert all(len(values) == 1 for kinds in histories(again).values() for values in kinds)
+    assert again.train(2, 4) == wanted
 
 
 @pytest.mark.parametrize("key", DELAYED)
@@ -202,6 +238,76 @@ def test_a_planted_overflow_is_caught_and_recorded(alone, tiny_run, tmp_path, na
     session.save(tmp_path / "fallen", step=3)
     again = SlowSession(config, MODEL, tmp_path / "fallen")
     assert dict(linears_of(again.model))[place].fp8_state.tensors["weights"].scaling == wanted
+
+
+class StillSession(SlowSession):
+    """Updates that change no weight: all are alike but for what is planted."""
+
+    learning_rate = 0.0
+
+
+@pytest.fixture(scope="module")
+def still(alone, tiny_run) -> StillSession:
+    """A run of the delayed recipe, in one process."""
+    session = StillSession(config_of(tiny_run, "delayed"), MODEL, alone["delayed"]["saved"])
+    for _, linear in linears_of(session.model):
+        linear.fp8_state = LinearState(linear.recipe)
+    session.train(2, 3)  # histories of the update that is made again and again
+    return session
+
+
+@contextlib.contextmanager
+def planted(linear: torch.nn.Module, kind: str, channel: int, factor: float):
+    """A channel of a linear layer's weight, input or gradient of the output, `factor` times as large."""
+
+    def larger(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.clone()
+        tensor[..., channel] *= factor
+        return tensor
+
+    def look(module: torch.nn.Module, given: tuple[torch.Tensor], output: tuple[torch.Tensor, None]) -> None:
+        output[0].register_hook(larger)
+
+    before = linear.weight.detach().clone()
+    if kind == "weights":
+        linear.weight.data.copy_(larger(before))
+    hooks = {
+        "activations": lambda: [linear.register_forward_pre_hook(lambda module, given: (larger(given[0]),))],
+        "gradients": lambda: [linear.register_forward_hook(look)],
+    }
+    handles = hooks.get(kind, list)()
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        linear.weight.data.copy_(before)
+
+
+@pytest.mark.parametrize("planting", range(20))
+def test_every_overflow_planted_in_the_trainer_is_caught_within_one_update(still, planting):
+    """delayed -> current -> bf16: each step in the update of the planting, announced, recorded, and of no other kind before."""
+    linears = sorted(linears_of(still.model), key=lambda each: each[0])
+    states = {name: linear.fp8_state.encode() for name, linear in linears}
+    name, linear = linears[7 * planting % len(linears)]
+    kind = KINDS[planting % 3]
+    factor = {"gradients": 1e10}.get(kind, 1e6) * 2.0 ** (planting % 4)
+    still.train(2, 3)
+    assert still.fp8[0].fallbacks == []
+    with planted(linear, kind, (37 * planting) % min(linear.weight.shape), factor):
+        for wanted, words in (("current", "own amax"), ("bf16", "computed in bf16")):
+            still.train(2, 3)
+            update = still.fp8[0]
+            assert linear.fp8_state.tensors[kind].scaling == wanted
+            (line,) = [line for line in update.fallbacks if line.startswith(f"{kind} of {name}: ")]
+            assert line.endswith(words)
+            assert update.row(layers=False)["fp8_fallbacks"] > 0
+            assert update.not_finite is None
+    for each, module in linears:
+        module.fp8_state = LinearState(module.recipe)
+        module.set_extra_state(states[each])
+    still.train(2, 3)
+    assert still.fp8[0].row(layers=False)["fp8_fallbacks"] == 0
 
 
 def test_an_infinity_is_found_though_the_codes_are_finite(alone, tiny_run):

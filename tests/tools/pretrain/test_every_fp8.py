@@ -97,12 +97,30 @@ def test_precision_is_switched_by_extend_and_said(fp8, source, data, tmp_path, c
 def test_the_export_passes_over_the_state(fp8, tmp_path):
     convert = REPOSITORY / "tools/convert/.venv/bin/convert"
     target = tmp_path / "hf"
-    subprocess.run([str(convert), "to-hf", f"--source={fp8}", f"--target={target}"], check=True, timeout=400)
+    words = [str(convert), "to-hf", f"--source={fp8}", f"--target={target}"]
+    done = subprocess.run(words, check=True, timeout=400, capture_output=True, text=True)
+    assert re.search(
+        r"decoder.layers\.\S+_extra_state/\S+ and 3 more: FP8 scales and amax histories, left out", done.stderr
+    )
     (file,) = target.glob("*.safetensors")
     exported, weights = load_file(file), tensors(fp8)
     assert not any("extra_state" in name for name in exported)
     wanted = weights["decoder.layers.mlp.linear_fc2.weight"]
     assert all(torch.equal(exported[f"model.layers.{index}.mlp.down_proj.weight"], wanted[index]) for index in range(2))
+
+
+def test_adapters_are_trained_on_an_fp8_base_and_published(source, data, tmp_path):
+    options = {**FP8, "fp8_recipe": "rowwise", "lora_rank": 4, "steps": 4}
+    options.pop("fp8_amax_history")
+    assert run(source, data, tmp_path / "run", **options) == 0
+    rows = [row for row in record(tmp_path / "run") if "loss" in row]
+    assert 0 < rows[0]["fp8_underflow_weights"] < 0.01
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    convert = REPOSITORY / "tools/convert/.venv/bin/convert"
+    words = [str(convert), "to-hf", f"--source={tmp_path / 'run'}", f"--base={source}", f"--target={tmp_path / 'hf'}"]
+    subprocess.run(words, check=True, timeout=400)
+    adapter = load_file(tmp_path / "hf" / "adapter_model.safetensors")
+    assert any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
 
 
 def test_an_infinity_stops_the_run_though_the_loss_is_finite(source, data, tmp_path, capsys, monkeypatch):

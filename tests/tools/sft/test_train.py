@@ -360,7 +360,6 @@ def test_the_plan_of_lora_says_what_it_saves(source, data, tmp_path, capfd):
         ({"rslora": "true"}, "--rslora belongs to LoRA"),
         ({"lora_rank": 4, "lora_targets": "query"}, "the model has no linear layer query; it has down_proj"),
         ({"lora_rank": 4, "mtp_loss_scaling_factor": 0.1}, "are not run with LoRA"),
-        ({"lora_rank": 4, "precision": "fp8"}, "give --precision bf16 with LoRA"),
         ({"lora_rank": 4, "backend": "te"}, "--backend te: its modules join the norm"),
         ({"lora_rank": 0}, "--lora-rank"),
         ({"lora_rank": 4, "lora_dropout": 1.0}, "--lora-dropout"),
