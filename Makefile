@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 2
 # where it is set, every start of a tool compiles its libraries anew, for half a minute
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save bench-fp8 proofs layouts command-line
+.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -80,8 +80,14 @@ peers: tests/peers/.venv/.ready ## Megatron-Bridge, mbridge and mcore-bridge, fo
 bench-convert: setup ## how fast conversions are beside copying the same bytes (20 GB of disk at BENCH_WORK)
 	OMP_NUM_THREADS=1 tools/convert/.venv/bin/python tests/benchmarks/bench_convert.py --work $(BENCH_WORK)
 
-bench-fp8: setup ## convergence of FP8 training beside bf16 and fp32: days of one core, resumed where it stopped (at BENCH_WORK)
-	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/benchmarks/bench_fp8.py --work $(BENCH_WORK)
+bench-fp8: setup ## convergence of FP8 training beside bf16 and fp32: hours of one core, resumed where it stopped (at BENCH_WORK), recorded by cell
+	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/benchmarks/bench_fp8.py --work $(BENCH_WORK) --record
+
+bench-fp8-memory: setup ## bytes of activations that a layer keeps in bf16 and in FP8
+	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/benchmarks/bench_fp8_memory.py
+
+bench-fp8-gpu: setup ## FP8 kernels, linear layers and whole updates on a GPU, beside bf16 and TransformerEngine
+	tools/pretrain/.venv/bin/python tests/benchmarks/bench_fp8_gpu.py --work $(BENCH_WORK)
 
 bench-train: setup ## tokens per second of training beside plain torch loops of Megatron-Core and of transformers
 	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/benchmarks/bench_train.py

@@ -3,11 +3,16 @@
     python tests/benchmarks/bench_fp8.py --work DIR [--size 20m] [--updates 500] [--seeds 3] [--record]
 
 Every cell, a precision and a seed (of the weights and of the order of the data), is one run of `pretrain train`. A finished
-cell is kept, a killed one is resumed from its last save: stop at any time, and run the same command again.
+cell is kept, a killed one is resumed from its last save: stop at any time, and run the same command again. With `--record` a cell
+goes into `results/` when it is finished, and cells that are there are not trained again, on whatever machine: only the same text
+and number of updates make them comparable, which is checked.
 
 The hard case has outlier channels planted in the weights: the rows of one query head, 2^16 times as large. The query norm takes
 the factor out, so that the model computes the same; a scale of the whole matrix drowns the other heads, one of blocks does not.
 It is run with the guard and, tensorwise, without.
+
+A CPU without bf16 units computes bf16 and FP8 products in fp32 (`cpu_products`): the same numbers but for the order of fp32 sums,
+in a tenth of the time.
 
 Written are a page with the curves in one picture and the table, and the figures as JSON, in --work; `--record` copies both to
 `results/`. The table gives the mean loss over the last tenth of the updates, relative to bf16 with the same seed, beside the
@@ -17,6 +22,7 @@ differences of bf16 seeds from each other: below that floor a difference says no
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -29,6 +35,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from importlib import metadata
 from pathlib import Path
@@ -50,6 +57,7 @@ GOALS = {"blockwise": 0.0025, "tensorwise": 0.005, "delayed": 0.005}  # of the r
 
 _TOOL = "import sys; from tools.pretrain.cli import tool; tool.run(sys.argv[1:])"
 # There is no flag for it: what the guard prevents is shown here only.
+_FAST = "from tests.benchmarks import cpu_products as c; c.needed() and c.install(); "
 _WITHOUT_GUARD = (
     "from shared.kernels.fp8 import tensor_state as t; t.CLIPPED_LIMIT = t.UNDERFLOW_LIMIT = float('inf'); "
 )
@@ -161,7 +169,7 @@ def plant(chunk: Any) -> None:
 
 def pretrain(*words: str | Path, guard: bool = True) -> None:
     """The tool, in a process of its own. RuntimeError with what it said."""
-    program = "" if guard else _WITHOUT_GUARD
+    program = ("" if torch_is_cuda() else _FAST) + ("" if guard else _WITHOUT_GUARD)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", program + _TOOL, *map(str, words)],
@@ -172,6 +180,12 @@ def pretrain(*words: str | Path, guard: bool = True) -> None:
     )
     if done.returncode:
         raise RuntimeError(f"pretrain {' '.join(map(str, words))} ended with {done.returncode}: {done.stderr[-2000:]}")
+
+
+def torch_is_cuda() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
 
 
 def finished(target: Path) -> bool:
@@ -208,7 +222,7 @@ def train(work: Path, size: Size, cell: Cell, updates: int) -> None:
 
 
 def figures(work: Path, updates: int, seeds: int) -> dict[str, Any]:
-    """Of the finished cells: curve, mean loss over the last tenth, seconds per update, shares and fallbacks of FP8."""
+    """Of cells finished here: curve, mean loss over the last tenth, seconds per update, shares and fallbacks of FP8."""
     found = {}
     for cell in cells(seeds):
         target = work / f"runs-{updates}" / cell.name
@@ -224,6 +238,7 @@ def figures(work: Path, updates: int, seeds: int) -> dict[str, Any]:
             "loss": round(statistics.mean(row["loss"] for row in last), 6),
             "seconds": round(statistics.median(row["seconds"] for row in rows), 3),
             "curve": [round(row["loss"], 4) for row in rows],
+            "machine": processor(),
             **{
                 name: max(row[f"fp8_{name}_{kind}"] for row in rows for kind in ("activations", "weights", "gradients"))
                 for name in ("clipped", "underflow")
@@ -302,16 +317,41 @@ def page_of(found: Mapping[str, Any], described: Mapping[str, Any], updates: int
     return page.render(title=f"FP8 training, {updates} updates", subtitle=subtitle, tiles={}, figures=shown)
 
 
-def machine(size: Size) -> dict[str, Any]:
+def recorded(file: Path, described: Mapping[str, Any], updates: int) -> dict[str, Any]:
+    """Cells of an earlier record, maybe another machine's; none if it is of another text, model or length: said."""
+    if not file.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    same = {"text", "parameters", "device"}
+    apart = [name for name in sorted(same) if found["machine"].get(name) != described[name]]
+    if found["updates"] != updates:
+        apart.append("updates")
+    if apart:
+        print(f"{file} is of other {', '.join(apart)}: its cells are not used", flush=True)
+        return {}
+    return dict(found["cells"])
+
+
+def shortened(content: str) -> str:
+    """JSON with each list of numbers on one line."""
+    return re.sub(r"\[[^\[\]{}\"]*\]", lambda found: re.sub(r"\s+", " ", found[0]), content) + "\n"
+
+
+@cache
+def processor() -> str:
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    return cpu[1].strip() if cpu else platform.processor()
+
+
+def machine(work: Path, size: Size) -> dict[str, Any]:
     """What was trained, and on what."""
     import torch
 
     from shared.families import registry
 
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "cpu": cpu[1].strip() if cpu else platform.processor(),
+        "device": torch.cuda.get_device_name() if torch_is_cuda() else "CPU",
+        "text": hashlib.sha256((work / "text.jsonl").read_bytes()).hexdigest()[:16],
         "parameters": registry.from_config(size.config()).parameter_count(),
         **{name: metadata.version(name) for name in ("torch", "megatron-core")},
     }
@@ -330,22 +370,25 @@ def main(words: Sequence[str] | None = None) -> int:
     size, work = SIZES[given.size], given.work / given.size
     work.mkdir(parents=True, exist_ok=True)
     prepare(work, size, given.seeds)
-    described = machine(size)
+    described = machine(work, size)
     name = f"fp8-{given.size}-{re.sub(r'[^a-z0-9]+', '-', described['device'].lower())}"
+    earlier = recorded(given.results / f"{name}.json", described, given.updates)
     todo = [cell for cell in cells(given.seeds) if given.only in cell.name]
+    found = earlier | figures(work, given.updates, given.seeds)
     for index, cell in enumerate(todo, 1):
         print(f"cell {index} of {len(todo)}: {cell.name}", flush=True)
-        train(work, size, cell, given.updates)
-        found = figures(work, given.updates, given.seeds)
+        if cell.name not in found:
+            train(work, size, cell, given.updates)
+        found = earlier | figures(work, given.updates, given.seeds)
         content = json.dumps({"machine": described, "updates": given.updates, "cells": found}, indent=1)
-        (work / f"{name}.json").write_text(content + "\n", encoding="utf-8")
+        (work / f"{name}.json").write_text(shortened(content), encoding="utf-8")
         (work / f"{name}.html").write_text(page_of(found, described, given.updates), encoding="utf-8")
-    for row in table(figures(work, given.updates, given.seeds)):
+        if given.record:
+            given.results.mkdir(exist_ok=True)
+            for kind in ("json", "html"):
+                shutil.copyfile(work / f"{name}.{kind}", given.results / f"{name}.{kind}")
+    for row in table(found):
         print(f"| {' | '.join(row)} |")
-    if given.record:
-        given.results.mkdir(exist_ok=True)
-        for kind in ("json", "html"):
-            shutil.copyfile(work / f"{name}.{kind}", given.results / f"{name}.{kind}")
     return 0
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.bench_fp8 import HARD, SIZES, WAYS, cells, differences, figures, floor, page_of, table
+from tests.benchmarks.bench_fp8 import HARD, SIZES, WAYS, cells, differences, figures, floor, page_of, recorded, table
 
 BENCHMARK = Path(__file__).with_name("bench_fp8.py")
 PYTHON = Path(__file__).parents[2] / "tools/pretrain/.venv/bin/python"
@@ -100,3 +101,58 @@ def test_cells_are_trained_once_and_go_on(tmp_path: Path) -> None:
     runs = {path: path.stat().st_mtime_ns for path in (tmp_path / "tiny").rglob("manifest.json")}
     subprocess.run([PYTHON, BENCHMARK, *words[:-1]], env=environment, capture_output=True, check=True)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "tiny").rglob("manifest.json")} == runs
+    # Elsewhere, the recorded cells are taken and not trained.
+    shutil.rmtree(tmp_path / "tiny" / "runs-4")
+    subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert not (tmp_path / "tiny" / "runs-4").exists()
+    assert json.loads(file.read_text())["cells"] == found
+
+
+def test_a_record_of_another_text_is_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    described = {"text": "1", "parameters": 2, "device": "CPU"}
+    file = tmp_path / "record.json"
+    assert recorded(file, described, 4) == {}
+    file.write_text(json.dumps({"machine": described, "updates": 4, "cells": FOUND}))
+    assert recorded(file, described, 4) == FOUND
+    assert recorded(file, described | {"text": "3"}, 4) == {}
+    assert recorded(file, described, 5) == {}
+    assert [line.partition(" is of other ")[2] for line in capsys.readouterr().out.splitlines()] == [
+        "text: its cells are not used",
+        "updates: its cells are not used",
+    ]
+
+
+PRODUCTS = """
+import torch
+from tests.benchmarks import cpu_products as c
+from torch.nn import functional
+generator = torch.Generator().manual_seed(0)
+a, b = (torch.randn(96, 160, generator=generator).bfloat16() for _ in range(2))
+g = torch.randn(96, 96, generator=generator).bfloat16()
+codes = [torch.arange(256).to(torch.uint8).view(dtype) for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)]
+def run():
+    x, w = a.clone().requires_grad_(), b.clone().requires_grad_()
+    y = functional.linear(x, w, a[0, :96])
+    y.backward(g)
+    given = {"scale_a": torch.full((96, 1), 0.3), "scale_b": torch.full((1, 96), 0.7), "out_dtype": torch.float32}
+    q, p = a.to(codes[0].dtype), b.to(codes[1].dtype)
+    z = torch.bmm(a.view(2, 48, 160), b.view(2, 160, 48))
+    return [y, x.grad, w.grad, z, torch._scaled_mm(q, p.t(), **given), a.float() @ b.float().t()]
+plain = run()
+c.install()
+for ours, theirs in zip(run(), plain):
+    assert ours.dtype == theirs.dtype
+    step = 2**-7 if ours.dtype == torch.bfloat16 else 2**-20  # a bit of bf16; fp32 sums of 160 numbers
+    assert (ours.float() - theirs.float()).abs().max() <= step * theirs.float().abs().max()
+    assert (ours != theirs).float().mean() < 0.01 or ours.dtype == torch.float32
+for each in codes:
+    number = each.float()
+    finite = number.isfinite()
+    assert torch.equal(c.decoded(each)[finite], number[finite])
+"""
+
+
+def test_products_by_fp32_units_differ_by_the_order_of_the_sum() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCHMARK.parents[2])}
+    done = subprocess.run([PYTHON, "-c", PRODUCTS], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
