@@ -12,7 +12,7 @@ the factor out, so that the model computes the same; a scale of the whole matrix
 It is run with the guard and, tensorwise, without.
 
 A CPU without bf16 units computes bf16 and FP8 products in fp32 (`cpu_products`): the same numbers but for the order of fp32 sums,
-in a tenth of the time.
+many times as fast.
 
 Written are a page with the curves in one picture and the table, and the figures as JSON, in --work; `--record` copies both to
 `results/`. The table gives the mean loss over the last tenth of the updates, relative to bf16 with the same seed, beside the

@@ -1,6 +1,6 @@
 """Products of bf16 and of FP8 matrices on a CPU without bf16 units, by its fp32 units: `install()`, for a process of a benchmark.
 
-torch multiplies bf16 matrices on such CPUs by a loop that is six to twenty times slower than its fp32 product, and decodes FP8
+torch multiplies bf16 matrices on such CPUs by a loop that is four to seventy times slower than its fp32 product, and decodes FP8
 numbers one by one. A product of two bf16 or FP8 numbers is exact in fp32, and both ways sum in fp32 and round the sum once:
 results differ by the order of the sum only, that is in the last bit of a few in ten thousand.
 """
