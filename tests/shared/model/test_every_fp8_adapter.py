@@ -52,14 +52,15 @@ def test_an_adapted_layer_is_that_of_the_formulas(size, name):
     def look(module: Any, given: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, Any]) -> None:
         x, y = given[0], output[0]
         kept = seen.setdefault(module, {"x": x.detach(), "y": y.detach()})
-        y.register_hook(lambda gradient: kept.setdefault("g", gradient))
+        y.register_hook(lambda gradient: kept.update(g=gradient))
 
     modules = list(lora.adapted_modules(chunks))
-    for module in modules:
-        module.register_forward_hook(look)
+    handles = [module.register_forward_hook(look) for module in modules]
     ids = torch.arange(24)[None]
     logits = chunks[0](ids, ids, None)
     (logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
+    for handle in handles:
+        handle.remove()
     two = modules[0].recipe.power_of_two_scales
     gradient = E5M2 if modules[0].recipe.format == "hybrid" else E4M3
     checked = 0
