@@ -43,6 +43,17 @@ def test_the_codes_of_the_transpose_are_those_of_a_transposed_matrix(name, kind)
         assert torch.equal(again.scale, other.scale)
 
 
+@pytest.mark.parametrize("kind", ["activations", "weights"])
+@pytest.mark.parametrize("name", NAMES)
+def test_amax_and_counts_are_recorded_once_for_both_ways(name, kind):
+    x = torch.randn(150, 300, generator=torch.Generator().manual_seed(1))
+    state = LinearState(recipe(name))
+    quantize.quantize(x, state, kind, ((), ()), record=True, transposed=True)
+    amax, counts = state.tensors[kind].take()
+    assert amax == x.abs().max()
+    assert counts[2] == torch.count_nonzero(x)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", NAMES)
