@@ -54,16 +54,18 @@ def kernels() -> Iterator[list[str]]:
     """Each kernel's bandwidth beside that of a copy of as many bytes."""
     from shared.kernels.fp8 import triton_coder as coder
     from shared.kernels.fp8.codes import E4M3
+    from shared.kernels.fp8.torch_coder import Blocks
 
     x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     one, read, code = torch.ones((), device="cuda"), x.nbytes, x.numel()
     both = {"transposed": True, "record": True}
+    rows, squares = (Blocks(rows=each, power_of_two=True) for each in (1, 128))
     cases: dict[str, tuple[int, Callable[[], Any]]] = {
         "amax of rows": (read, lambda: coder.row_amax(x)),
         "codes": (read + code, lambda: coder.encode_matrix(x, one, E4M3, record=True)),
         "codes and transpose": (read + 2 * code, lambda: coder.encode_matrix(x, one, E4M3, **both)),
-        "1 x 128, both ways": (read + 2 * code, lambda: coder.encode_blocks(x, 1, E4M3, power_of_two=True, **both)),
-        "128 x 128, both ways": (read + 2 * code, lambda: coder.encode_blocks(x, 128, E4M3, power_of_two=True, **both)),
+        "1 x 128, both ways": (read + 2 * code, lambda: coder.encode_blocks(x, rows, E4M3, **both)),
+        "128 x 128, both ways": (read + 2 * code, lambda: coder.encode_blocks(x, squares, E4M3, **both)),
     }
     other = torch.empty_like(x)
     copied = 2 * read / milliseconds(lambda: other.copy_(x))

@@ -16,7 +16,7 @@ from shared.kernels.fp8.product import Quantized
 from shared.kernels.fp8.recipes import Kind
 from shared.kernels.fp8.scales import scale_of
 from shared.kernels.fp8.tensor_state import LinearState
-from shared.kernels.fp8.torch_coder import Encoded
+from shared.kernels.fp8.torch_coder import Blocks, Encoded
 
 type Groups = tuple[ProcessGroup, ...]
 
@@ -63,8 +63,8 @@ def quantize(
     recipe, tensor, by = state.recipe, state.tensors[kind], coder(x.device)
     two, dtype = recipe.power_of_two_scales, tensor.dtype
     if recipe.name == "blockwise":
-        rows = BLOCK if kind == "weights" else 1
-        done: Encoded = by.encode_blocks(x, rows, dtype, power_of_two=two, transposed=transposed, record=record)
+        blocks = Blocks(rows=BLOCK if kind == "weights" else 1, power_of_two=two)
+        done: Encoded = by.encode_blocks(x, blocks, dtype, transposed=transposed, record=record)
         found = done.amax
     elif recipe.name == "rowwise":
         rows_found = _over(by.row_amax(x), groups[1])

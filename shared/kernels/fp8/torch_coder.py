@@ -32,6 +32,21 @@ class Encoded:
     counts: torch.Tensor | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Blocks of a matrix.
+
+    Attributes:
+        rows: 1 or `width`.
+        width: columns: 128, or MXFP8's 32.
+        power_of_two: as in `scale_of`.
+    """
+
+    rows: int
+    width: int = BLOCK
+    power_of_two: bool
+
+
 def row_amax(x: torch.Tensor) -> torch.Tensor:
     """The largest absolute value of each row of `[M, N]`: fp32 `[M, 1]`. NaN if the row has one; 0 of no elements."""
     return amax(x, (1,))
@@ -63,32 +78,21 @@ def encode_matrix(
 
 
 def encode_blocks(
-    x: torch.Tensor,
-    rows: int,
-    dtype: torch.dtype,
-    *,
-    power_of_two: bool,
-    transposed: bool = False,
-    record: bool = False,
-    width: int = BLOCK,
+    x: torch.Tensor, blocks: Blocks, dtype: torch.dtype, *, transposed: bool = False, record: bool = False
 ) -> Encoded:
     """Codes with scales of blocks.
 
     Args:
         x: `[M, N]`, bf16 or fp32, of any strides.
-        rows: of a block, 1 or `width`.
+        blocks: that share a scale.
         dtype: E4M3 or E5M2.
-        power_of_two: as in `scale_of`.
         transposed: give the codes of the transpose, too, in blocks of the same shape.
         record: give amax and counts, the latter of the codes that are not transposed.
-        width: columns of a block: 128, or MXFP8's 32.
     """
-    found = block_amax(x, rows, width)
-    scale = scale_of(found, dtype, power_of_two=power_of_two)
-    scaled = x.float() / spread(scale, x.shape, rows, width)
-    other = None
-    if transposed:
-        other = encode_blocks(x.t(), rows, dtype, power_of_two=power_of_two, width=width)
+    found = block_amax(x, blocks.rows, blocks.width)
+    scale = scale_of(found, dtype, power_of_two=blocks.power_of_two)
+    scaled = x.float() / spread(scale, x.shape, blocks.rows, blocks.width)
+    other = encode_blocks(x.t(), blocks, dtype) if transposed else None
     return Encoded(
         codes=encode(scaled, dtype).contiguous(),
         scale=scale,

@@ -17,9 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from shared.kernels.fp8.blockwise import BLOCK
 from shared.kernels.fp8.codes import E4M3, LARGEST
-from shared.kernels.fp8.torch_coder import Encoded
+from shared.kernels.fp8.torch_coder import Blocks, Encoded
 
 # (mantissa bits, bias, largest number, its bits, bits of the first clipped number, bits of the last that rounds to zero): the
 # constants of `codes`, as fp32.
@@ -196,21 +195,15 @@ def encode_matrix(
 
 
 def encode_blocks(
-    x: torch.Tensor,
-    rows: int,
-    dtype: torch.dtype,
-    *,
-    power_of_two: bool,
-    transposed: bool = False,
-    record: bool = False,
-    width: int = BLOCK,
+    x: torch.Tensor, blocks: Blocks, dtype: torch.dtype, *, transposed: bool = False, record: bool = False
 ) -> Encoded:
     """As `torch_coder.encode_blocks`, in one pass."""
+    rows, width = blocks.rows, blocks.width
     codes, other, partial = _outputs(x, width, transposed, record)
     high, wide = (triton.cdiv(size, width) for size in x.shape)
 
-    def scales(along: int, across: int, blocks: int) -> torch.Tensor:
-        return torch.empty(along if rows == 1 else across, blocks, dtype=torch.float32, device=x.device)
+    def scales(along: int, across: int, columns: int) -> torch.Tensor:
+        return torch.empty(along if rows == 1 else across, columns, dtype=torch.float32, device=x.device)
 
     scale, other_scale = scales(x.shape[0], high, wide), scales(x.shape[1], wide, high)
     mantissa, bias, largest, largest_bits, clipped, zero = _CONSTANTS[dtype]
@@ -218,7 +211,7 @@ def encode_blocks(
         _encode_block[high, wide](
             x, codes, scale, other, other_scale, partial, *x.shape, *x.stride(),
             MANTISSA=mantissa, BIAS=bias, LARGEST=largest, LARGEST_BITS=largest_bits, CLIPPED_BITS=clipped, ZERO_BITS=zero,
-            SQUARE=rows > 1, POWER_OF_TWO=power_of_two, TRANSPOSED=transposed, RECORD=record, TILE=width, num_warps=8,
+            SQUARE=rows > 1, POWER_OF_TWO=blocks.power_of_two, TRANSPOSED=transposed, RECORD=record, TILE=width, num_warps=8,
         )  # fmt: skip
     return Encoded(
         codes=codes.view(dtype),

@@ -118,7 +118,13 @@ def test_adapters_are_trained_on_an_fp8_base_and_published(source, data, tmp_pat
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["facts"]["fp8"].startswith("rowwise")
     assert rows[-1]["loss"] < rows[0]["loss"]
     convert = REPOSITORY / "tools/convert/.venv/bin/convert"
-    words = [str(convert), "to-hf", f"--source={tmp_path / 'run'}", f"--base={source / 'hf'}", f"--target={tmp_path / 'hf'}"]
+    words = [
+        str(convert),
+        "to-hf",
+        f"--source={tmp_path / 'run'}",
+        f"--base={source / 'hf'}",
+        f"--target={tmp_path / 'hf'}",
+    ]
     subprocess.run(words, check=True, timeout=400)
     adapter = load_file(tmp_path / "hf" / "adapter_model.safetensors")
     assert any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)

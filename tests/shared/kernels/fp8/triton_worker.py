@@ -95,8 +95,8 @@ def compared(triton_coder, device: str) -> dict[str, list[str]]:
             (E4M3, 128, 128, False),
             (E5M2, 1, 32, True),
         ):
-            options = {"power_of_two": two, "width": width, "transposed": True, "record": True}
-            compare(f"{name} {dtype} {rows} x {width}", "encode_blocks", x, rows, dtype, **options)
+            blocks = torch_coder.Blocks(rows=rows, width=width, power_of_two=two)
+            compare(f"{name} {dtype} {rows} x {width}", "encode_blocks", x, blocks, dtype, transposed=True, record=True)
     return found
 
 
