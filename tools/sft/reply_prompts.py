@@ -38,7 +38,7 @@ def replies_of(path: Path, *, every: int, limit: int, config: TrainingConfig, in
     data: DataSource = inputs.data[0]
     tokenizer = open_tokenizer(data.tokenizer, flag="--data")
     context = inputs.architecture.max_position_embeddings
-    prompts = []
+    prompts: list[Prompt] = []
     for row in rows_of(path, flag="--prompts"):
         if len(prompts) == MOST:
             raise UserError(f"--prompts {path} has more than {MOST} rows; replies are made token by token: give fewer")
