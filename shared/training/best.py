@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
@@ -29,7 +30,7 @@ class Best:
 
 
 def after(best: Best | None, *, loss: float, targets: int, iteration: int) -> Best:
-    """The best one after a further validation. An equal loss is no improvement."""
-    if best is None or best.targets != targets or loss < best.loss:
+    """The best one after a further validation. An equal loss is no improvement, a number is one on NaN."""
+    if best is None or best.targets != targets or math.isnan(best.loss) or loss < best.loss:
         return Best(loss=loss, iteration=iteration, targets=targets)
     return replace(best, since=best.since + 1)

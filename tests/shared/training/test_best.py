@@ -22,6 +22,10 @@ def test_the_first_of_the_lowest(losses, iteration, since):
     assert (best.loss, best.iteration, best.since) == (min(losses), iteration, since)
 
 
+def test_a_loss_that_is_no_number_is_no_best() -> None:
+    assert noted(float("nan"), 3.0, float("nan")) == Best(loss=3.0, iteration=1, targets=5, since=1)
+
+
 def test_losses_over_other_targets_are_not_compared():
     assert after(noted(1.0), loss=2.0, targets=6, iteration=4) == Best(loss=2.0, iteration=4, targets=6)
 
