@@ -110,6 +110,8 @@ def test_a_stopped_run_gives_the_same_ones_and_no_number_moves(answered, given, 
     target = tmp_path / "run"
     with signalled(signal.SIGTERM, after=4):
         assert run(given, target, **asked(given)) == 75
+    with (target / "replies.jsonl").open("a") as file:  # of an update that a killed run did not save
+        file.write(json.dumps(replies(target)[-1] | {"step": 5}) + "\n")
     assert run(given, target, **asked(given)) == 0
     assert replies(target) == replies(answered)
     assert training_runs.record(target) == training_runs.record(answered)
