@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 2
 # where it is set, every start of a tool compiles its libraries anew, for half a minute
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line
+.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -95,6 +95,9 @@ bench-train: setup ## tokens per second of training beside plain torch loops of 
 bench-save: setup ## what training waits for a save, blocking and with --async-save (6 GB of disk)
 	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/benchmarks/bench_save.py
 
+bench-lora: setup ## bytes of weights, gradients, optimizer and checkpoint: LoRA beside training all weights
+	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/benchmarks/bench_lora.py --record
+
 proofs: setup ## run what proves each family and record it for `convert families`; FAMILIES="gemma2 glm" for some
 	rm -rf $(PROOFS) && mkdir -p $(PROOFS)
 	-PROOFS=$(PROOFS) OMP_NUM_THREADS=1 tools/convert/.venv/bin/python $(PYTEST) tests/shared/families tests/tools/convert
@@ -105,6 +108,9 @@ proofs: setup ## run what proves each family and record it for `convert families
 
 layouts: setup ## train and resume every model kind in every parallel layout, into tools/pretrain/LAYOUTS.md; goes on where it stopped
 	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/layouts/record.py $(CURDIR)/.layouts
+
+parity: setup ## 20 updates of sft train beside TRL's SFTTrainer, full and LoRA, into tools/sft/PARITY.md
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 tools/sft/.venv/bin/python -m tests.tools.sft.parity
 
 lint: tests/lint/.venv/.ready setup ## ruff, mypy, shellcheck, hadolint, compose
 	tests/lint/.venv/bin/ruff check .

@@ -10,6 +10,7 @@ from typing import Any
 
 import xxhash
 
+from shared.data.tokenizer_conversion import convert, convertible
 from shared.errors import UserError
 
 # Files of a Hugging Face tokenizer; a directory has some of them.
@@ -21,6 +22,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "qwen.tiktoken",
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -89,7 +91,7 @@ def set_chat_templates(directory: Path, templates: Mapping[str, str]) -> None:
 
 
 def open_tokenizer(directory: Path, *, flag: str = "--tokenizer", needs_eos: bool = True) -> Any:
-    """The directory's tokenizer as a fast `transformers` tokenizer.
+    """The directory's tokenizer as a fast `transformers` tokenizer, converted where there is no tokenizer.json.
 
     Raises:
         UserError: the directory has no tokenizer, no fast tokenizer, or, with `needs_eos`, no EOS token.
@@ -102,12 +104,21 @@ def open_tokenizer(directory: Path, *, flag: str = "--tokenizer", needs_eos: boo
 
     if not tokenizer_files(directory):
         raise UserError(f"{flag} {directory}: no tokenizer in it (no tokenizer.json)")
+    if convertible(directory):
+        tokenizer = convert(directory, flag=flag)
+        templates = chat_templates(directory) or {}
+        tokenizer.chat_template = templates.get("default") if set(templates) <= {"default"} else templates
+        return _with_eos(tokenizer, directory, flag, needs_eos)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for a damaged directory
         raise UserError(f"{flag} {directory}: not a readable tokenizer ({str(error).splitlines()[0]})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{flag} {directory}: {type(tokenizer).__name__} has no fast form (tokenizer.json)")
+    return _with_eos(tokenizer, directory, flag, needs_eos)
+
+
+def _with_eos(tokenizer: Any, directory: Path, flag: str, needs_eos: bool) -> Any:
     if needs_eos and tokenizer.eos_token_id is None:
         raise UserError(f"{flag} {directory}: no eos_token in tokenizer_config.json, so documents cannot be ended")
     return tokenizer

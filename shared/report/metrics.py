@@ -18,6 +18,7 @@ from shared.architecture.architecture import Architecture, GatedDeltaNet
 from shared.report.track import DEFAULT, Track, Trackers
 
 METRICS = "metrics.jsonl"
+REPLIES = "replies.jsonl"  # of the model to prompts, in a training run
 
 # Dense bf16 peak of matrix units in FLOP/s, without sparsity, from the vendors' data sheets. By words of the device's name.
 _PEAK_FLOPS = {
@@ -95,7 +96,33 @@ def peak_memory() -> int:
     return kibibytes * 1024
 
 
-class Metrics:
+class Rows:
+    """An append-only file of JSON lines in a run directory, each with a `step`."""
+
+    def __init__(self, path: Path, *, resumed_step: int | None) -> None:
+        """Open it; a resume drops rows after `resumed_step`, None drops all."""
+        self.path = path
+        self.rows = [row for row in read(path) if resumed_step is not None and row["step"] <= resumed_step]
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        os.replace(partial, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, **row: Any) -> None:
+        """Record one row. It must have a `step`."""
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """fsync all rows; called before a checkpoint is published."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Metrics(Rows):
     """Append-only metrics of a run."""
 
     def __init__(
@@ -106,33 +133,25 @@ class Metrics:
         track: Sequence[Track] = DEFAULT,
         name: str | None = None,
     ) -> None:
-        """Open the metrics in `directory`; a resume drops rows after `resumed_step`, None drops all.
+        """Open the metrics in `directory`.
 
         `track`: trackers that get the same values, for a run called `name` (by default as its directory).
         """
-        self.path = directory / METRICS
-        kept = [row for row in read(self.path) if resumed_step is not None and row["step"] <= resumed_step]
-        self.rows = kept
-        partial = self.path.with_name(f"{METRICS}.partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(partial, self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        super().__init__(directory / METRICS, resumed_step=resumed_step)
         self._trackers = Trackers(track, directory, name=name or directory.name, resumed_step=resumed_step)
 
     def append(self, **row: Any) -> None:
         """Record one row. It must have a `step`."""
-        self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        super().append(**row)
         self._trackers.log(row["step"], {name: value for name, value in row.items() if name != "step"})
 
     def sync(self) -> None:
         """fsync all rows; called before a checkpoint is published."""
-        os.fsync(self._file.fileno())
+        super().sync()
         self._trackers.flush()
 
     def close(self) -> None:
-        self._file.close()
+        super().close()
         self._trackers.close()
 
 

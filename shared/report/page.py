@@ -49,6 +49,9 @@ polyline.faint { stroke: var(--one); opacity: .28; stroke-width: 1; }
 circle { stroke: none; } circle.one { fill: var(--one); } circle.two { fill: var(--two); } circle.three { fill: var(--three); }
 circle.four { fill: var(--four); } circle.five { fill: var(--five); } circle.six { fill: var(--six); }
 circle.faint { fill: var(--one); }
+figure pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 8px 0 0; font: 13px/1.45 ui-monospace, monospace; }
+figure dl.replies { display: block; } dl.replies div { margin-top: 8px; }
+dl.replies dd { font-size: 13px; font-weight: 400; white-space: pre-wrap; overflow-wrap: anywhere; }
 .one i { background: var(--one); } .two i { background: var(--two); } .three i { background: var(--three); }
 .four i { background: var(--four); } .five i { background: var(--five); } .six i { background: var(--six); }
 .faint i { background: var(--one); opacity: .35; }
@@ -74,6 +77,15 @@ def render(*, title: str, subtitle: str = "", tiles: Mapping[str, str], figures:
         f"<title>{escape(title)}</title><style>{_STYLE}</style>"
         f"<main>{heading}<dl>{boxes}</dl>"
         f"<section>{''.join(figures)}</section></main></html>\n"
+    )
+
+
+def quoted(title: str, text: str, answers: Mapping[str, str]) -> str:
+    """A `<figure>` of a text, as it is, and of what was said to it: heading -> answer."""
+    said = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(answer)}</dd></div>" for name, answer in answers.items())
+    return (
+        f"<figure><figcaption><h2>{escape(title)}</h2></figcaption><pre>{escape(text)}</pre>"
+        f'<dl class="replies">{said}</dl></figure>'
     )
 
 

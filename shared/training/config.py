@@ -55,6 +55,8 @@ class TrainingConfig:
     validation_sequences: int  # at most; the same in every validation
     overlap: bool  # reduce gradients and gather weights during computation, where there are data-parallel ranks
     lora: LoraSettings | None = None  # adapters are trained instead of weights
+    keep_best: bool = False  # the iteration with the lowest validation loss is saved, and kept
+    early_stop: int | None = None  # validations without a lower loss after which the run ends
 
     @property
     def micro_batches(self) -> int:

@@ -37,10 +37,12 @@ from shared.model.te_backend import TEBackend
 from shared.model.te_fp8 import check_sizes
 from shared.report.track import Track
 from shared.runtime import process_groups, progress
+from shared.runtime.agreement import on_rank_0
 from shared.runtime.extensions import compile_share_storage
 from shared.runtime.stop_request import StopRequest
 from shared.training import fp8_update, state
 from shared.training.balance import take_balance
+from shared.training.best import Best, after
 from shared.training.blend import Blend
 from shared.training.config import TrainingConfig
 from shared.training.data import Batch, Dataset
@@ -49,6 +51,7 @@ from shared.training.optimizer import build_optimizer, held_bytes, set_learning_
 from shared.training.plan import Inputs
 from shared.training.read_ahead import ReadAhead
 from shared.training.recorder import Recorder, SharedRunDirectory, open_run, samples_before
+from shared.training.replies import Replies, greedy
 from shared.training.samplers import Order, batch_positions
 from shared.training.saver import Saver
 from shared.training.trainable import FULL, Frozen, Lora, Trainable
@@ -69,6 +72,7 @@ class Run:
     packed: bool  # rows have several segments
     track: tuple[Track, ...]
     bytes_per_token: float | None = None  # UTF-8 bytes of the validation split per token
+    replies: Replies | None = None  # prompts that are answered during the run
 
 
 def train(run: Run) -> None:
@@ -180,10 +184,31 @@ def _train(
     earlier = samples_before(config, directory)
     if resumed is not None:
         fp8_update.announce_switch(directory.facts.get("fp8"), config.fp8, by_te=by_te)
-    recorder = Recorder(run.config, run.inputs, directory, blend=run.blend, order=order, track=run.track)
+    recorder = Recorder(
+        *(run.config, run.inputs, directory),
+        blend=run.blend,
+        order=order,
+        track=run.track,
+        replies=run.replies is not None,
+    )
     stack.callback(recorder.close)
+    best = Best.of(directory.facts)
+    if config.keep_best and best and best.iteration and not on_rank_0(partial(is_kept, directory.path, best.iteration)):
+        best = None  # it was noted by a run without --keep-best
+
+    def validated(best: Best | None) -> Best | None:
+        result = validate(config, model, validation, device)
+        recorder.validated(step, result, run.bytes_per_token)
+        return after(best, loss=result.mean, targets=result.targets, iteration=step) if result else None
+
+    def replied(replies: Replies) -> None:
+        progress.at("replies to prompts", long=True)
+        recorder.replied(step, greedy(model, replies))
+
     if step == 0:
-        recorder.validated(0, validate(config, model, validation, device), run.bytes_per_token)
+        best = validated(best)
+        if run.replies:
+            replied(run.replies)
     first_update = True
     with Saver(config, directory, recorder, model, optimizer, device) as saver:
         while step < config.steps:
@@ -222,12 +247,27 @@ def _train(
 
             finished, stopping = step == config.steps, stop.agreed(device)
             if finished or (config.validate_every and step % config.validate_every == 0):
-                recorder.validated(step, validate(config, model, validation, device), run.bytes_per_token)
-            if finished or stopping or step % config.save_every == 0:
-                saver.save(step, finished=finished, last=finished or stopping)
-            if stopping and not finished:
+                best = validated(best)
+            if config.early_stop and best and best.since >= config.early_stop and not finished:
+                finished = True
+                log(f"stopped early: no lower validation loss in {best.since} validations (--early-stop)")
+            if run.replies and run.replies.due(step, finished=finished):
+                replied(run.replies)
+            improved = config.keep_best and best is not None and best.iteration == step
+            noted = best if config.keep_best or config.early_stop else None
+            if finished or stopping or improved or step % config.save_every == 0:
+                saver.save(step, finished=finished, last=finished or stopping, best=noted)
+            if finished:
+                recorder.ended(best)
+                return None
+            if stopping:
                 return step
     return None
+
+
+def is_kept(directory: Path, iteration: int) -> bool:
+    """Whether a run directory has this iteration."""
+    return (directory / iteration_name(iteration)).is_dir()
 
 
 def backend_of(config: TrainingConfig, architecture: Architecture) -> tuple[Backend, str]:

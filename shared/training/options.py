@@ -39,20 +39,21 @@ NOT_FINGERPRINTED = (
     *("micro_batch_size", "tensor_parallel", "pipeline_parallel", "virtual_pipeline", "pipeline_layers"),
     *("sequence_parallel", "expert_parallel", "expert_tensor_parallel", "context_parallel"),
     *("context_parallel_exchange", "backend", "attention_backend", "processes", "recompute", "overlap"),
-    *("save_every", "keep", "async_save", "hang_timeout", "log_every", "track", "extend"),
+    *("save_every", "keep", "keep_best", "async_save", "hang_timeout", "log_every", "track", "extend"),
 )
 
 # Options that the first version did not have: at their defaults its runs are resumed.
 ADDED = (
     *("iteration", "data_weights", "fp8_recipe", "fp8_format", "fp8_amax_history", "fp8_bf16_layers"),
     *("lora_rank", "lora_alpha", "lora_targets", "lora_dropout", "rslora", "lora_weight_decay", "adapter"),
+    "early_stop",
 )
 
 # Options that `extend` may change: from the resumed update on they are those of the command.
 EXTENDABLE = (
     *("steps", "epochs", "global_batch_size", "learning_rate", "min_learning_rate", "schedule", "warmup_steps"),
     *("decay_steps", "weight_decay", "lora_weight_decay", "clip_grad", "adam_beta1", "adam_beta2"),
-    *("validate_every", "validation_sequences", "moe_router_bias_update_rate"),
+    *("validate_every", "validation_sequences", "early_stop", "moe_router_bias_update_rate"),
     *("precision", "fp8_recipe", "fp8_format", "fp8_amax_history", "fp8_bf16_layers"),
 )
 
@@ -119,6 +120,8 @@ class TrainingOptions:
             write to the target unless their own environment variables name a server.
         validate_every: updates between validations, 0 for only the first and the last; by default a tenth of the steps.
         validation_sequences: sequences per validation, at most; the same in every validation.
+        keep_best: save the iteration with the lowest validation loss at its validation, and keep it beside the newest.
+        early_stop: end the run after so many validations without a lower loss.
         hang_timeout: seconds without progress after which a rank hangs and the job is ended; an update may take ten times the
             median of the last ones, the first 10 minutes, opening, loading and saving 30 minutes. 0: no watch.
         overwrite: replace another run's result at the target.
@@ -179,6 +182,8 @@ class TrainingOptions:
     track: tuple[Track, ...] = DEFAULT
     validate_every: NonNegative | None = None
     validation_sequences: Positive = 1024
+    keep_best: bool = False
+    early_stop: Positive | None = None
     hang_timeout: NonNegative = 50
     overwrite: bool = False
     extend: bool = False

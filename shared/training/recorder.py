@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
@@ -21,19 +22,23 @@ from shared.console import log, quantity
 from shared.families.registry import recorded_ignored
 from shared.precision import DTYPES
 from shared.report import metrics, page
-from shared.report.metrics import Metrics, device_name, flops_per_token, peak_flops, peak_memory
+from shared.report.metrics import Metrics, Rows, device_name, flops_per_token, peak_flops, peak_memory
 from shared.report.track import Track
 from shared.runtime.agreement import on_rank_0
 from shared.training.balance import Balance, loss_over_micro_batch
+from shared.training.best import Best
 from shared.training.blend import Blend
 from shared.training.config import TrainingConfig
 from shared.training.fp8_update import Fp8Update
 from shared.training.loss import Loss
 from shared.training.options import EXTENDABLE
 from shared.training.plan import Inputs
+from shared.training.replies import Reply
 from shared.training.report import render
 from shared.training.run_hf_files import run_hf_files
 from shared.training.samplers import Order
+
+_LOGGED = 160  # characters of a reply
 
 
 class SharedRunDirectory:
@@ -50,14 +55,27 @@ class SharedRunDirectory:
         """The partial directory of an iteration, the same on every rank."""
         return on_rank_0(lambda: self._rank0().begin(step))
 
-    def commit(self, written: Path, step: int, *, facts: dict[str, Any], finished: bool, keep: int) -> None:
+    def commit(
+        self, written: Path, step: int, *, facts: dict[str, Any], finished: bool, keep: int, protected: int | None
+    ) -> None:
         """Publish the iteration in `written` after every rank has written its shards. Each rank hashes its share of the files."""
         torch.distributed.barrier()
         entries = self._entries(written, {})
-        on_rank_0(lambda: self._rank0().commit(step, facts=facts, entries=entries, finished=finished, keep=keep))
+        on_rank_0(
+            lambda: self._rank0().commit(
+                step, facts=facts, entries=entries, finished=finished, keep=keep, protected=protected
+            )
+        )
 
     def begin_commit(
-        self, written: Path, step: int, *, facts: dict[str, Any], keep: int, hashed: dict[str, FileEntry]
+        self,
+        written: Path,
+        step: int,
+        *,
+        facts: dict[str, Any],
+        keep: int,
+        protected: int | None,
+        hashed: dict[str, FileEntry],
     ) -> None:
         """`commit` in a thread of rank 0, which waits for the disk. `finish_commit` when `committed` on every rank.
 
@@ -66,7 +84,7 @@ class SharedRunDirectory:
         entries = self._entries(written, _merged(_gathered(hashed)))
         if self._directory is not None:
             pool = ThreadPoolExecutor(1)
-            commit = partial(self._directory.commit, step, facts=facts, entries=entries, keep=keep)
+            commit = partial(self._directory.commit, step, facts=facts, entries=entries, keep=keep, protected=protected)
             self._committing = pool.submit(copy_context().run, commit)  # the thread knows the invocation
             pool.shutdown(wait=False)
 
@@ -172,6 +190,7 @@ class Recorder:
         blend: Blend,
         order: Order,
         track: Sequence[Track],
+        replies: bool = False,
     ) -> None:
         self._config, self._inputs, self._directory = config, inputs, directory
         self._blend, self._order = blend, order
@@ -185,6 +204,12 @@ class Recorder:
         self._metrics = (
             Metrics(directory.path, resumed_step=directory.resumed, track=track)
             if torch.distributed.get_rank() == 0
+            else None
+        )
+        path = directory.path / metrics.REPLIES
+        self._replies = (
+            Rows(path, resumed_step=directory.resumed)
+            if self._metrics is not None and (replies or path.exists())  # those after a resumed update are dropped
             else None
         )
 
@@ -251,18 +276,44 @@ class Recorder:
         self._metrics.append(**row)
         log(text)
 
+    def replied(self, step: int, replies: Sequence[Reply]) -> None:
+        """Record replies to the prompts after update `step`, into replies.jsonl."""
+        if self._replies is None:
+            return
+        for number, reply in enumerate(replies):
+            self._replies.append(
+                step=step, prompt=number, text=reply.prompt, reply=reply.text, tokens=reply.tokens, ended=reply.ended
+            )
+        first = replies[0].text if len(replies[0].text) <= _LOGGED else replies[0].text[:_LOGGED] + " ..."
+        log(f"reply after update {step} to prompt 1 of {len(replies)}: {json.dumps(first, ensure_ascii=False)}")
+
     def saving(self) -> None:
         """fsync the metrics and write the report, before the checkpoint is written."""
         if self._metrics is not None:
             self._metrics.sync()
+            if self._replies is not None:
+                self._replies.sync()
             path = self._directory.path
             device = f"{self._config.parallel.processes} x {self._device}"
-            page.write(path / page.REPORT, render(self._metrics.rows, self._facts(), title=path.name, device=device))
+            replies = self._replies.rows if self._replies else ()
+            report = render(self._metrics.rows, self._facts(), title=path.name, device=device, replies=replies)
+            page.write(path / page.REPORT, report)
 
     def close(self) -> None:
         """End the record; trackers write what they hold."""
-        if self._metrics is not None:
-            self._metrics.close()
+        for rows in (self._metrics, self._replies):
+            if rows is not None:
+                rows.close()
+
+    def ended(self, best: Best | None) -> None:
+        """Say which iteration had the lowest validation loss, if it is kept."""
+        if self._config.keep_best and best:
+            place = (
+                f"update {best.iteration}, which is kept: --iteration {best.iteration}"
+                if best.iteration
+                else "--source"
+            )
+            log(f"lowest validation loss: {best.loss:.4f}, of {place}")
 
     def saved(self, step: int) -> None:
         """Note that the checkpoint of update `step` is published."""

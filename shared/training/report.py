@@ -7,15 +7,24 @@ from typing import Any
 
 from shared.kernels.fp8.recipes import KINDS
 from shared.report import page
-from shared.report.charts import Line, chart, number, smoothed
+from shared.report.charts import Line, Points, chart, number, smoothed
 from shared.report.page import STYLES, curve
 
 _GIB = 1 << 30
+_SHOWN = 6  # replies to a prompt
+_FEW = 3  # validations: of two, before and after, nothing is lowest
 _MOE = "moe_"  # prefix of the metrics of MoE layers
 _FP8 = {"clipped": "clipped", "underflow": "rounded to zero"}  # shares of elements
 
 
-def render(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], *, title: str, device: str) -> str:
+def render(
+    rows: Sequence[Mapping[str, Any]],
+    facts: Mapping[str, Any],
+    *,
+    title: str,
+    device: str,
+    replies: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """report.html as text.
 
     Args:
@@ -23,6 +32,7 @@ def render(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], *, title
         facts: `family`, `parameters` and `dtype` of the model.
         title: the heading.
         device: number and name of the devices.
+        replies: rows of replies.jsonl; of each prompt the first reply and the last five are shown.
     """
     loss = curve(rows, "loss")
     memory = [(step, size / _GIB) for step, size in curve(rows, "memory_bytes")]
@@ -31,6 +41,7 @@ def render(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], *, title
         "tokens": number(_last(rows, "tokens") or 0),
         "loss": _shown(_last(rows, "loss")),
         "validation loss": _shown(_last(rows, "validation_loss")),
+        "lowest validation loss": _lowest(curve(rows, "validation_loss")),
         "bits per byte": _shown(_last(rows, "bits_per_byte")),
         "tokens per second": _shown(_last(rows, "tokens_per_second")),
         "MFU": _shown(_last(rows, "mfu")),
@@ -74,7 +85,30 @@ def render(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], *, title
     model = f"{facts['family']}, {number(facts['parameters'])} parameters, {facts['dtype']}, on {device}"
     if rows and _last(rows, "mfu") is None:
         model += "; no MFU: the peak of this device is not known"
-    return page.render(title=title, subtitle=model, tiles=tiles, figures=charts)
+    return page.render(title=title, subtitle=model, tiles=tiles, figures=[*charts, *_replies(replies)])
+
+
+def _replies(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A figure for each prompt, in the order of the file, the newest reply first."""
+    of_prompts: dict[int, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        of_prompts.setdefault(row["prompt"], []).append(row)
+    figures = []
+    for place, replies in sorted(of_prompts.items()):
+        shown = replies if len(replies) <= _SHOWN else [replies[0], *replies[1 - _SHOWN :]]
+        answers = {
+            f"after update {row['step']:,}": row["reply"] + ("" if row["ended"] else " ...") for row in reversed(shown)
+        }
+        figures.append(page.quoted(f"Prompt {place + 1}", replies[-1]["text"], answers))
+    return figures
+
+
+def _lowest(points: Points) -> str:
+    """The lowest value of several and the update that had it first."""
+    if len(points) < _FEW:
+        return ""
+    step, value = min(points, key=lambda point: point[1])
+    return f"{number(value)} after update {step:,}"
 
 
 def _fp8_chart(rows: Sequence[Mapping[str, Any]], name: str, title: str) -> str:

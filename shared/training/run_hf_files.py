@@ -57,6 +57,11 @@ def run_hf_files(inputs: Inputs) -> Iterator[Path]:
         yield merged
 
 
+def end_tokens(inputs: Inputs) -> set[int]:
+    """The tokens that generation stops at: the model's own, and those that end turns in the data."""
+    return {*_known_ends(inputs.source.hf_files), *_further_ends(inputs.source.hf_files, list(inputs.data))}
+
+
 def _further_ends(own: Path, chats: list[DataSource]) -> list[int]:
     """Tokens that end the assistant's turns in the data, and that generation would not stop at."""
     ends = {int(number) for source in chats for number in source.facts.get("turn_end_token_ids", [])}

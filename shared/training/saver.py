@@ -18,6 +18,7 @@ from shared.runtime import progress
 from shared.runtime.agreement import on_every_rank
 from shared.training import state
 from shared.training.background_writer import BackgroundWriter
+from shared.training.best import Best
 from shared.training.config import TrainingConfig
 from shared.training.recorder import Recorder, SharedRunDirectory
 
@@ -32,6 +33,7 @@ class _InFlight:
     step: int
     written: Path
     facts: dict[str, Any]  # as of that update
+    protected: int | None  # an older iteration that is kept
     request: AsyncRequest
     writer: BackgroundWriter
     published: bool = False  # all writers have ended, and the publication has begun
@@ -60,13 +62,14 @@ class Saver:
         self._model, self._optimizer, self._device = model, optimizer, device
         self._in_flight: _InFlight | None = None
 
-    def save(self, step: int, *, finished: bool, last: bool) -> None:
+    def save(self, step: int, *, finished: bool, last: bool, best: Best | None = None) -> None:
         """Save the state after update `step`.
 
         Args:
             step: updates done.
             finished: whether the run ends with it.
             last: whether this process ends after it: the save is blocking.
+            best: the lowest validation loss so far, for the manifest; with `config.keep_best` its iteration is kept.
 
         Raises:
             StageError: this save, or the one before it, could not be written.
@@ -75,13 +78,19 @@ class Saver:
         self.finish(announced=not last)
         self._recorder.saving()
         written, facts = self._directory.begin(step), self._recorder.facts(step)
+        facts |= best.facts() if best else {}
+        protected = best.iteration if best and self._config.keep_best else None
         if self._config.async_save and not last:
             request = state.describe(written, self._model, self._optimizer, step=step)
             writer = BackgroundWriter(request, written)
-            self._in_flight = _InFlight(step=step, written=written, facts=facts, request=request, writer=writer)
+            self._in_flight = _InFlight(
+                step=step, written=written, facts=facts, protected=protected, request=request, writer=writer
+            )
             return
         state.save(written, self._model, self._optimizer, step=step)
-        self._directory.commit(written, step, facts=facts, finished=finished, keep=self._config.keep)
+        self._directory.commit(
+            written, step, facts=facts, finished=finished, keep=self._config.keep, protected=protected
+        )
         self._recorder.saved(step)
 
     def poll(self) -> bool:
@@ -100,7 +109,12 @@ class Saver:
                 for complete in save.request.finalize_fns:
                     complete()
             self._directory.begin_commit(
-                save.written, save.step, facts=save.facts, keep=self._config.keep, hashed=save.writer.entries
+                save.written,
+                save.step,
+                facts=save.facts,
+                keep=self._config.keep,
+                protected=save.protected,
+                hashed=save.writer.entries,
             )
             save.published, self._in_flight = True, save
             return False

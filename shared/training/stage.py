@@ -31,9 +31,11 @@ from shared.training.config import (
     default_micro_batch_size,
     default_warmup_steps,
 )
+from shared.training.data_sources import DataSource
 from shared.training.lora_options import lora_settings, mtp_loss_scaling_factor, weight_decay
 from shared.training.options import EXTENDABLE, TrainingOptions
 from shared.training.plan import Inputs, announce, default_processes, visible_gpus
+from shared.training.replies import Replies
 from shared.training.samplers import Order, default_order
 
 if TYPE_CHECKING:
@@ -92,6 +94,8 @@ def plan(
         log_every=options.log_every,
         validate_every=max(steps // 10, 1) if options.validate_every is None else options.validate_every,
         validation_sequences=options.validation_sequences,
+        keep_best=options.keep_best,
+        early_stop=options.early_stop,
     )
 
 
@@ -176,6 +180,7 @@ def run(
     packed: bool,
     bytes_per_token: float | None = None,
     notes: Sequence[str] = (),
+    replies: Replies | None = None,
 ) -> int | None:
     """Print the plan and train in `config.parallel.processes` processes.
 
@@ -191,6 +196,7 @@ def run(
         packed: whether rows have several segments.
         bytes_per_token: UTF-8 bytes per token of the validation split; None if the dataset does not record it.
         notes: further lines of the plan.
+        replies: the prompts that are answered during the run.
     """
     check_supported(inputs.architecture)
     config.check_model(inputs.architecture)
@@ -205,6 +211,7 @@ def run(
             "--moe-router-bias-update-rate belongs to MoE models whose router has a correction bias (DeepSeek V3, GLM-4.5), "
             f"and the model of --source {options.source} has none; leave it out"
         )
+    check_validation(options, inputs)
     check_installed(options.track)
     check_backend(options.backend, gpus=visible_gpus())
     _leave_if_done(options, config, inputs)
@@ -215,9 +222,10 @@ def run(
     announce(config, inputs, blend)
     for line in notes:
         log(line)
-    if not any("validation" in source.splits for source in inputs.data):
+    without = [source.name for source in inputs.data if not has_validation(source)]
+    if len(without) == len(inputs.data):
         log("validation  none: the data has no validation split")
-    elif without := [source.name for source in inputs.data if "validation" not in source.splits]:
+    elif without:
         log(f"validation  without {', '.join(without)}, which has no validation split")
     silence()
     progress.begin(options.hang_timeout)
@@ -237,6 +245,7 @@ def run(
                 packed=packed,
                 bytes_per_token=bytes_per_token,
                 track=options.track,
+                replies=replies,
             )
         )
     except (OSError, StageError) as error:
@@ -246,6 +255,29 @@ def run(
     finally:
         progress.end()
     return None
+
+
+def has_validation(source: DataSource) -> bool:
+    """Whether a dataset has a validation split with a loss."""
+    split = source.splits.get("validation")
+    return split is not None and bool(split.get("target_tokens", 1))
+
+
+def check_validation(options: TrainingOptions, inputs: Inputs) -> None:
+    """UserError for an option that needs validations, where none would be made."""
+    given = {
+        "--validate-every": bool(options.validate_every),
+        "--keep-best": options.keep_best,
+        "--early-stop": options.early_stop is not None,
+    }
+    flag = next((flag for flag, value in given.items() if value), None)
+    if flag and not any(map(has_validation, inputs.data)):
+        raise UserError(
+            f"{flag}: --data {', '.join(str(source.path) for source in inputs.data)} has no validation split; prepare it with "
+            f"--validation-fraction 0.05, or leave {flag} out"
+        )
+    if options.validate_every == 0 and flag:
+        raise UserError(f"{flag} needs validations during the run, and --validate-every is 0; leave one out")
 
 
 def _leave_if_done(options: TrainingOptions, config: TrainingConfig, inputs: Inputs) -> None:

@@ -261,8 +261,8 @@ def verify(
     modules need a GPU). Exit 1 on any difference. The result is a JSON certificate.
 
     Args:
-        source: the Hugging Face directory.
-        target: the directory of kind megatron or te converted from it.
+        source: the Hugging Face directory; for a run with LoRA the PEFT directory that to-hf --base made of it.
+        target: the directory of kind megatron or te converted from it, or a run with LoRA.
         certificate: file of the result; by default TARGET.certificate.json beside the target.
         logits: compare logits too, which builds both models.
         positions: length of the random sequence in tokens, at most the model's context length.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared.checkpoint.directory.adapter_directory import CONFIG, FACT, WEIGHTS, is_base
 from shared.checkpoint.directory.auxiliary_files import read_config
+from shared.checkpoint.directory.model_card import Stage, write_adapter_card
 from shared.checkpoint.directory.open import Checkpoint, open_checkpoint, verify_content
 from shared.checkpoint.directory.publish import publish
 from shared.checkpoint.dtypes import Dtype
@@ -63,6 +64,7 @@ def publish_adapter(
         for name in FILES:
             if (run.hf_files / name).is_file():
                 shutil.copyfile(run.hf_files / name, out.path / name)
+        write_adapter_card(out.path, Stage.of_run(run.manifest), name=target.name, base=base, link=relative)
         parameters = sum(tensor.size for tensor in tensors.values())
         out.describe(
             family=run.facts["family"],

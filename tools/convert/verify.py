@@ -29,6 +29,7 @@ from tools.convert.plan_export import ExportPlan, changed_constant, exported_row
 from tools.convert.planning import MegatronReader
 from tools.convert.remote import remote_class
 from tools.convert.to_hf import open_export
+from tools.convert.verify_adapter import compare_adapter, holds_adapters
 
 MAX_DIFFERENCES = 20  # logged at most
 LOGITS_NEED = {"torch": "torch", "transformers": "transformers", "megatron.core": "megatron-core"}
@@ -72,12 +73,63 @@ def run(
             )
     if certificate.is_dir():
         raise UserError(f"--certificate {certificate} is a directory; name a file")
+    findings = Findings()
+    if holds_adapters(target):
+        if hf_files is not None:
+            raise UserError(f"--hf-files belongs to models, and --target {target} holds LoRA adapters; leave it out")
+        compare_adapter(
+            source, target, findings, logits=logits, positions=positions, seed=seed, remote=trust_remote_code
+        )
+    else:
+        _compare_model(
+            source,
+            target,
+            findings,
+            logits=logits,
+            positions=positions,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            hf_files=hf_files,
+        )
+    seconds = time.monotonic() - started
+    content = {
+        "passed": not findings.differences,
+        "tool": f"{invocation().tool} {invocation().version}",
+        "source": {"name": source.resolve().name, "fingerprint": input_fingerprint(source)},
+        "target": {"name": target.resolve().name, "fingerprint": input_fingerprint(target)},
+        **asdict(findings),
+        "seconds": round(seconds, 1),
+    }
+    certificate.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(certificate, (json.dumps(content, indent=1) + "\n").encode())
+    for difference in findings.differences[:MAX_DIFFERENCES]:
+        log(f"different: {difference}")
+    if findings.not_finite:
+        log(f"not finite on both sides: {', '.join(findings.not_finite)}")
+    if findings.differences:
+        raise StageError(
+            f"{target} differs from {source}: {findings.differences[0]} ({len(findings.differences)} in all; {certificate})"
+        )
+    print(_summary(findings, certificate))
+
+
+def _compare_model(
+    source: Path,
+    target: Path,
+    findings: Findings,
+    *,
+    logits: bool,
+    positions: int,
+    seed: int,
+    trust_remote_code: bool,
+    hf_files: Path | None,
+) -> None:
+    """Compare a model with its Hugging Face source."""
     made = open_checkpoint(target, kinds=("megatron", "te"), flag="--target")
     prefix = made.facts.get("stripped_prefix")
     _, reader = open_hf_source(source, hf_files, verify="content", strip_prefix=prefix)
     if logits:
         _require_class(reader, source, trust_remote_code)
-    findings = Findings()
     _compare_config(reader.config, read_config(made.hf_files / "config.json"), findings)
     if not findings.differences:  # a different config.json may imply other shapes
         quantized = any(weight.quantized for weight in reader.weights.values())
@@ -105,26 +157,6 @@ def run(
                 findings.differences.append(
                     f"logits differ by {found['max_difference']:.3g}, more than {found['tolerance']:.3g}"
                 )
-    seconds = time.monotonic() - started
-    content = {
-        "passed": not findings.differences,
-        "tool": f"{invocation().tool} {invocation().version}",
-        "source": {"name": source.resolve().name, "fingerprint": input_fingerprint(source)},
-        "target": {"name": target.resolve().name, "fingerprint": input_fingerprint(target)},
-        **asdict(findings),
-        "seconds": round(seconds, 1),
-    }
-    certificate.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(certificate, (json.dumps(content, indent=1) + "\n").encode())
-    for difference in findings.differences[:MAX_DIFFERENCES]:
-        log(f"different: {difference}")
-    if findings.not_finite:
-        log(f"not finite on both sides: {', '.join(findings.not_finite)}")
-    if findings.differences:
-        raise StageError(
-            f"{target} differs from {source}: {findings.differences[0]} ({len(findings.differences)} in all; {certificate})"
-        )
-    print(_summary(findings, certificate))
 
 
 def _require_models() -> None:

@@ -22,6 +22,7 @@ from shared.errors import StageError
 from shared.families import registry
 from shared.families.common.transformers_workarounds import with_workarounds
 from shared.kernels.attention import masks
+from shared.mapping.adapters import LoraSettings
 from shared.model.prefix_lm import prefix_inputs, with_blank
 from tools.convert.remote import remote_class
 
@@ -38,8 +39,11 @@ def compare_logits(
     positions: int,
     seed: int,
     trust_remote_code: bool = False,
+    adapters: tuple[LoraSettings, Path] | None = None,
 ) -> dict[str, Any]:
     """Build one model after the other in fp32 and compare all logits of one random sequence.
+
+    `adapters`: settings and iteration of LoRA adapters, which the source has in its weights.
 
     Returns:
         Certificate fields: positions, largest difference, tolerance with its reason, passed.
@@ -53,7 +57,7 @@ def compare_logits(
     ids = torch.randint(architecture.vocab_size, (1, positions), generator=generator)
     ids = with_blank(ids, architecture)
     with _quiet():
-        ours = _megatron(architecture, iteration, ids)
+        ours = _megatron(architecture, iteration, ids, adapters)
         theirs = _transformers(source, architecture, ids, trust_remote_code)
     spread = theirs.std().item()
     difference = (ours - theirs).abs().max().item()
@@ -98,9 +102,11 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _megatron(architecture: Architecture, iteration: Path, ids: torch.Tensor) -> torch.Tensor:
+def _megatron(
+    architecture: Architecture, iteration: Path, ids: torch.Tensor, adapters: tuple[LoraSettings, Path] | None
+) -> torch.Tensor:
     shared.runtime.device.select_device()  # before any import of Megatron-Core
-    from shared.model import gpt, logits, weights
+    from shared.model import gpt, logits, lora, weights
     from shared.parallel import ParallelConfig
     from shared.runtime.process_groups import initialize
 
@@ -109,6 +115,9 @@ def _megatron(architecture: Architecture, iteration: Path, ids: torch.Tensor) ->
     try:
         chunks = gpt.build(architecture, layout, dtype=torch.float32)
         weights.load(chunks, iteration)
+        if adapters is not None:
+            lora.attach(chunks, adapters[0], seed=0)
+            weights.load_adapters(chunks, adapters[1])
         result = logits.logits(chunks, ids).cpu()
         del chunks
         return result

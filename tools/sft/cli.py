@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from shared.cli import Existing, ExistingDir, NonNegative, Positive, Tool
+from shared.cli import Existing, ExistingDir, ExistingFile, NonNegative, Positive, Tool
 from shared.training.options import ADDED, NOT_FINGERPRINTED, Rate, TrainingOptions
 from tools.sft.options import ADDED as ADDED_READING
 from tools.sft.options import ReadingOptions
@@ -93,27 +93,44 @@ class FineTuningOptions(TrainingOptions):
     Attributes:
         data: datasets of `sft prepare`, separated by commas.
         steps: updates; instead of --epochs.
+        prompts: rows of conversations or prompts, up to 64, which the model answers during the run: into replies.jsonl and
+            report.html.
+        prompts_every: updates between replies, which are also made before the first and after the last; by default as many
+            as between validations.
+        reply_tokens: tokens of a reply, at most; by default 128.
     """
 
     global_batch_size: Positive = 32
     learning_rate: Rate = 2e-5
     weight_decay: Rate = 0.0
+    prompts: ExistingFile | None = None
+    prompts_every: Positive | None = None
+    reply_tokens: Positive | None = None
 
 
-@tool.command(not_fingerprinted=NOT_FINGERPRINTED, added=ADDED)
+REPLYING = ("prompts", "prompts_every", "reply_tokens")  # they change no weight
+
+
+@tool.command(not_fingerprinted=(*NOT_FINGERPRINTED, *REPLYING), added=ADDED)
 def train(options: FineTuningOptions, epochs: Positive | None = None) -> int | None:
     """Fine-tune a model of a Megatron checkpoint on packed conversations, into a run directory of checkpoints.
 
     Only the tokens of the assistant have a loss, and attention stays within a conversation. Killed or told to stop
     (SIGTERM, SIGUSR1: saved first, exit code 75), the same command resumes, also with other numbers of
-    processes. The target has metrics.jsonl, report.html and the folders of trackers.
+    processes. The target has metrics.jsonl, report.html and the folders of trackers, with --prompts replies.jsonl.
 
     Args:
         epochs: passes over the data; by default 3, unless --steps says how long.
     """
     from tools.sft.train import run
 
-    return run(options, epochs=epochs)
+    return run(
+        options,
+        epochs=epochs,
+        prompts=options.prompts,
+        prompts_every=options.prompts_every,
+        reply_tokens=options.reply_tokens,
+    )
 
 
 def main() -> None:

@@ -22,7 +22,15 @@ WEIGHT_SUFFIXES = (
 _INDEX_SUFFIXES = (".index.json",)
 _BATON_FILES = {MANIFEST, "weights.json", "asides.safetensors"}  # valid for one directory only: never copied
 _TRACKER_FOLDERS = ("tensorboard/", "wandb/", "mlruns/", "trackio/")
-_RUN_FILES = ("metrics.jsonl", "report.html", "run.json", "state/", "runs/", *_TRACKER_FOLDERS)  # of a training run
+_RUN_FILES = (
+    "metrics.jsonl",
+    "replies.jsonl",
+    "report.html",
+    "run.json",
+    "state/",
+    "runs/",
+    *_TRACKER_FOLDERS,
+)  # of a training run
 _DOWNLOAD_FOLDERS = {".git", ".cache"}  # of git and huggingface_hub
 # Checkpoints of a trainer beside the weights: Trainer's, DeepSpeed's and Megatron-LM's.
 _TRAINER_FOLDER = re.compile(r"checkpoint-\d+|global_step\d+|iter_\d{7}")

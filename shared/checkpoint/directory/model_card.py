@@ -26,6 +26,7 @@ _FRONT_MATTER = re.compile(r"---\r?\n(.*?\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTAL
 _OF_OTHER_WEIGHTS = ("model-index", "eval_results")  # measured before this stage
 _OF_THE_MODEL = ("tensors", "parameters", "micro_batch_size")  # numbers among a manifest's facts that are no results
 _MAKES_WEIGHTS = ("pretrain", "sft")
+_OF_THE_LICENCE = ("license", "license_name", "license_link", "language")  # of the base, and of what was made from it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,49 @@ def write_card(directory: Path, stage: Stage, *, name: str) -> None:
     path.write_bytes(f"---\n{front}---\n\n{body.lstrip()}".encode(errors="surrogateescape"))
 
 
+def write_adapter_card(directory: Path, stage: Stage | None, *, name: str, base: Path, link: str) -> None:
+    """Write README.md of a directory of PEFT: licence and lineage of the base, and this training.
+
+    The text of the base's own card is about the base, and is not repeated.
+
+    Args:
+        directory: of the adapter.
+        stage: the training; None if nothing says which.
+        name: of the directory when published.
+        base: the Hugging Face directory of the base, with its config.json.
+        link: the base as adapter_config.json names it.
+    """
+    text = (base / CARD).read_bytes().decode(errors="surrogateescape") if (base / CARD).is_file() else ""
+    fields, body = _parted(text)
+    earlier = _SECTION.search(body)
+    lines = [line for line in earlier[1].splitlines() if line.startswith("1. ")] if earlier else []
+    loader = _loader(base)
+    front = {
+        **{key: fields[key] for key in _OF_THE_LICENCE if key in fields},
+        "library_name": "peft",
+        "base_model": base.resolve().name,
+        "base_model_relation": "adapter",
+        "tags": ["lora"],
+        **({"pipeline_tag": loader[1]} if loader else {}),
+        **(_of_the_data(stage, []) if stage else {}),
+    }
+    parts = [f"# {name}", "", f"A LoRA adapter of `{base.resolve().name}`.", "", "## How it was made", ""]
+    parts += [*lines, *([stage.line()] if stage else []), ""]
+    if loader:
+        remote = ", trust_remote_code=True" * ("auto_map" in read_config(base / "config.json"))
+        parts += [
+            *("## How to load it", "", "```python", "from peft import PeftModel"),
+            *(f"from transformers import {loader[0]}, AutoTokenizer", ""),
+            f'base = {loader[0]}.from_pretrained("{link}", dtype="auto"{remote})  # as seen from here',
+            f'model = PeftModel.from_pretrained(base, "{name}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}"{remote})',
+            *("```", ""),
+        ]
+    section = "\n".join([BEGIN, *parts, END, ""])
+    written = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    (directory / CARD).write_bytes(f"---\n{written}---\n\n{section}".encode(errors="surrogateescape"))
+
+
 def _parted(text: str) -> tuple[dict[str, Any], str]:
     """Front matter and text; all is text if there is no front matter that can be read."""
     found = _FRONT_MATTER.match(text)
@@ -128,10 +172,14 @@ def _fields(fields: Mapping[str, Any], stage: Stage, base: str | None, directory
         result |= {"base_model": base, "base_model_relation": "finetune"}
     if loader := _loader(directory):
         result["pipeline_tag"] = loader[1]
+    return result | _of_the_data(stage, _listed(fields.get("datasets")))
+
+
+def _of_the_data(stage: Stage, earlier: Sequence[Any]) -> dict[str, Any]:
+    """The fields that name data and metrics."""
     datasets = [name for flag, name in stage.inputs if flag in ("data", "prompts")]
-    result["datasets"] = list(dict.fromkeys([*_listed(fields.get("datasets")), *datasets]))
     metrics = [name for name, value in stage.figures.items() if isinstance(value, float)]
-    return result | {"metrics": metrics} if metrics else result
+    return {"datasets": list(dict.fromkeys([*earlier, *datasets])), **({"metrics": metrics} if metrics else {})}
 
 
 def _listed(value: Any) -> list[Any]:

@@ -146,10 +146,17 @@ class RunDirectory:
         entries: dict[str, FileEntry] | None = None,
         finished: bool = False,
         keep: int = 2,
+        protected: int | None = None,
     ) -> None:
         """Publish the iteration of the last `begin`; remove all but the newest `keep` iterations.
 
-        `entries`: sizes and hashes of the iteration's files, if they are known; else they are read here.
+        Args:
+            iteration: updates done.
+            facts: of the manifest.
+            entries: sizes and hashes of the iteration's files, if they are known; else they are read here.
+            finished: whether the run ends with it.
+            keep: newest iterations that stay.
+            protected: a further iteration that stays.
         """
         name = iteration_name(iteration)
         if entries is None:
@@ -172,7 +179,8 @@ class RunDirectory:
         commit_directory(self._partial, self.path / name)
         self._record(manifest)
         for folder in self._iterations()[: -max(keep, 1)]:
-            remove_tree(folder)
+            if protected is None or folder.name != iteration_name(protected):
+                remove_tree(folder)
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 
 from shared.checkpoint.directory.adapter_directory import FACT, base_of
 from shared.checkpoint.directory.manifest import read_manifest
@@ -159,6 +160,12 @@ def test_what_is_published(published: dict[str, Published]) -> None:
     assert "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight" in names
     assert len(names) == 2 * 2 * 3
     assert (made.adapter / "chat_template.jinja").read_text() == (made.base / "chat_template.jinja").read_text()
+    card = ModelCard.load(made.adapter / "README.md")
+    fields = card.data.to_dict()
+    assert (fields["library_name"], fields["base_model"], fields["base_model_relation"]) == ("peft", "hf", "adapter")
+    assert "1. `sft train` " in card.text
+    assert "`--source megatron`" in card.text
+    assert 'from_pretrained("../hf", dtype="auto")' in card.text
     manifest = read_manifest(made.adapter, flag="--source")
     assert manifest is not None
     assert (manifest.kind, manifest.facts["tensors"]) == ("adapter", 12)

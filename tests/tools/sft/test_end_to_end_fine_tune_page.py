@@ -10,11 +10,23 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from shared.families import registry
 from tests.tools.sft.test_every_template import TEMPLATES, TOKENIZER
+from tests.training_runs import random_model
 from tools.sft.cli import tool
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "fine-tune.md").read_text(encoding="utf-8")
+MODEL = {
+    "model_type": "qwen3",
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 4096,
+}
 TEMPLATE = TEMPLATES / "reasoning_last.jinja"
 
 
@@ -39,15 +51,21 @@ def test_every_command_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monk
     TOKENIZER.save_pretrained(tmp_path / "models/Qwen3-8B")
     shutil.copy(TEMPLATE, tmp_path / "chat.jinja")
     monkeypatch.chdir(tmp_path)
-    lines = re.findall(r"^(sft (?:prepare|preview) .*)$", PAGE, re.MULTILINE)
-    assert len(lines) > 12
+    random_model(tmp_path / "work/qwen3-mg", registry.from_config(MODEL | {"vocab_size": len(TOKENIZER)}))
+    lines = re.findall(r"^(sft (?:prepare|preview) .*|sft train .*(?:watched|lora).*)$", PAGE, re.MULTILINE)
+    assert len(lines) > 14
     for line in lines:
         with pytest.raises(SystemExit) as ended:
             tool.run(shlex.split(line)[1:])
         assert ended.value.code == 0, line
     trained = {path.parent.name: json.loads(path.read_text())["facts"] for path in Path("work").glob("*/manifest.json")}
+    assert trained.pop("lora-mg")["adapter"]["rank"] == 16
+    watched = trained.pop("watched-mg")
+    assert (watched["step"], watched["best_validation"]["targets"] > 0) == (1, True)  # one row
+    assert len(Path("work/watched-mg/replies.jsonl").read_text().splitlines()) == 2 * 2
     assert {name: facts["splits"]["train"]["conversations"] for name, facts in trained.items()} == {
         "chats": 2,
+        "split": 1,
         "from-messages": 2,
         "from-sharegpt": 1,
         "from-alpaca": 1,

@@ -1,7 +1,9 @@
 """Packed rows against an independent implementation."""
 
+import base64
 import json
 import random
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -312,3 +314,26 @@ def test_parts_of_a_row_that_the_template_leaves_out_are_counted(
     note = "the chat template does not render 'tools', so the model does not see them"
     assert facts["notes"] == {note: 1}
     assert f"1 conversation: {note}" in capfd.readouterr().err
+
+
+def test_a_tokenizer_without_tokenizer_json_prepares_too(
+    tokenizers: Callable[..., Path], talks: list[list[dict[str, str]]], tmp_path: Path
+) -> None:
+    """Qwen 1's: a table of tiktoken, here of single bytes, and tokens that its class adds. A template comes from elsewhere."""
+    own = tmp_path / "qwen"
+    own.mkdir()
+    ranks = [base64.b64encode(bytes([number])) + b" %d\n" % number for number in range(256)]
+    (own / "qwen.tiktoken").write_bytes(b"".join(ranks))
+    (own / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "QWenTokenizer"}))
+    (own / "config.json").write_text(json.dumps({"model_type": "qwen", "max_position_embeddings": 1024}))
+    (own / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    template = tokenizers("chatml") / "chat_template.jinja"
+    facts = _prepare(tmp_path, own, reading=ReadingOptions(chat_template=template), sequence_length=1024)
+    assert facts["vocab_size"] == 256 + 208
+    assert facts["turn_end_token_ids"] == [258]
+    out = tmp_path / "out"
+    assert (out / "tokenizer" / "qwen.tiktoken").read_bytes() == (own / "qwen.tiktoken").read_bytes()
+    _, labels, _ = _arrays(out)
+    ids = [number for number in labels[labels != -100].tolist() if number != 258]
+    said = "".join(message["content"] for talk in talks for message in talk if message["role"] == "assistant")
+    assert Counter(bytes(ids)) == Counter(unicodedata.normalize("NFC", said).encode())

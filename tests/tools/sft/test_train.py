@@ -378,3 +378,66 @@ def test_mistakes_of_lora(peft, source, data, tmp_path, capfd, options, text):
 def test_a_run_with_lora_is_no_source(adapted, data, tmp_path, capfd):
     assert run(adapted, data, tmp_path / "run") == 2
     assert "holds LoRA adapters only, without their base" in capfd.readouterr().err
+
+
+WORSE = {  # than before, soon
+    "epochs": None,
+    "steps": 12,
+    "learning_rate": 0.1,
+    "schedule": "constant",
+    "validate_every": 1,
+    "save_every": 5,
+    "keep": 1,
+}
+
+
+def test_the_best_iteration_is_kept_and_a_run_that_gets_worse_ends(source, data, tmp_path, capfd):
+    target = tmp_path / "run"
+    assert run(source, data, target, **WORSE, early_stop=2, keep_best="true") == 0
+    losses = {row["step"]: row["validation_loss"] for row in record(target) if "validation_loss" in row}
+    best = min(losses, key=lambda step: losses[step])
+    manifest = json.loads((target / "manifest.json").read_text())
+    assert 0 < best < 10
+    assert (manifest["state"], manifest["iteration"]) == ("finished", best + 2)
+    assert sorted(path.name for path in target.glob("iter_*")) == [f"iter_{step:07}" for step in (best, best + 2)]
+    wanted = {
+        "loss": losses[best],
+        "iteration": best,
+        "targets": manifest["facts"]["best_validation"]["targets"],
+        "since": 2,
+    }
+    assert manifest["facts"]["best_validation"] == wanted
+    said = capfd.readouterr().err
+    assert "stopped early: no lower validation loss in 2 validations (--early-stop)" in said
+    assert f"lowest validation loss: {losses[best]:.4f}, of update {best}, which is kept: --iteration {best}\n" in said
+    assert f"after update {best}</dd>" in (target / "report.html").read_text()
+    assert run(source, data, target, **WORSE, early_stop=2, keep_best="true") == 0  # already done
+    # its weights are those that were validated
+    assert run(target, data, tmp_path / "more", epochs=None, steps=1, iteration=best) == 0
+    assert record(tmp_path / "more")[0]["validation_loss"] == losses[best]
+
+    stopped = tmp_path / "stopped"
+    with signalled(signal.SIGTERM, after=best + 1):
+        assert run(source, data, stopped, **WORSE, early_stop=2, keep_best="true", async_save="true") == 75
+    assert run(source, data, stopped, **WORSE, early_stop=2, keep_best="true") == 0
+    assert record(stopped) == record(target)
+    assert json.loads((stopped / "manifest.json").read_text())["facts"]["best_validation"] == wanted
+    assert (stopped / f"iter_{best:07}").is_dir()
+
+
+@pytest.mark.parametrize("flag", ["validate_every", "keep_best", "early_stop"])
+def test_validations_need_a_split(source, data, tmp_path, capfd, flag):
+    without = shutil.copytree(data, tmp_path / "data")
+    manifest = json.loads((without / "manifest.json").read_text())
+    del manifest["facts"]["splits"]["validation"]
+    (without / "manifest.json").write_text(json.dumps(manifest))
+    name, value = f"--{flag.replace('_', '-')}", "true" if flag == "keep_best" else 2
+    assert run(source, without, tmp_path / "run", **{flag: value}) == 2
+    assert (
+        f"{name}: --data {without} has no validation split; prepare it with --validation-fraction"
+        in capfd.readouterr().err
+    )
+    if flag != "validate_every":
+        assert run(source, data, tmp_path / "run", **{flag: value}, validate_every=0) == 2
+        assert f"{name} needs validations during the run, and --validate-every is 0" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()

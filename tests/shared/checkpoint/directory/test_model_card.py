@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from shared.checkpoint.directory.model_card import BEGIN, CARD, END, Stage, write_card
+from shared.checkpoint.directory.model_card import BEGIN, CARD, END, Stage, write_adapter_card, write_card
 
 SFT = Stage(
     command="sft train",
@@ -103,3 +103,39 @@ def test_a_class_of_another_task_gets_no_loader(directory: Path) -> None:
     text = (directory / CARD).read_text()
     assert "pipeline_tag" not in text
     assert "from transformers" not in text
+
+
+def test_an_adapter_has_the_licence_and_the_lineage_of_its_base(directory: Path) -> None:
+    (directory / CARD).write_bytes(THEIRS)
+    write_card(directory, SFT, name=directory.name)
+    adapter = directory / "adapter"
+    adapter.mkdir()
+    lora = Stage(
+        command="sft train", version="0.3.0", inputs=[("source", "mg"), ("data", "more")], figures={"loss": 1.0}
+    )
+    write_adapter_card(adapter, lora, name="adapter", base=directory, link="..")
+    card = ModelCard.load(adapter / CARD)
+    assert card.data.to_dict() == {
+        "license": "llama3.2",
+        "license_link": "LICENSE",
+        "language": ["en", "de"],
+        "library_name": "peft",
+        "base_model": directory.name,
+        "base_model_relation": "adapter",
+        "tags": ["lora"],
+        "pipeline_tag": "text-generation",
+        "datasets": ["more"],
+        "metrics": ["loss"],
+    }
+    stages = [line for line in card.text.splitlines() if line.startswith("1. ")]
+    assert [stage.split(":")[0] for stage in stages] == ["1. `sft train` 0.1.0", "1. `sft train` 0.3.0"]
+    assert "Scores 63" not in card.text
+    assert 'base = AutoModelForCausalLM.from_pretrained("..", dtype="auto")' in card.text
+    assert 'model = PeftModel.from_pretrained(base, "adapter")' in card.text
+
+
+def test_an_adapter_of_an_unknown_training_has_a_card(directory: Path) -> None:
+    adapter = directory / "adapter"
+    adapter.mkdir()
+    write_adapter_card(adapter, None, name="adapter", base=directory, link="..")
+    assert "datasets" not in ModelCard.load(adapter / CARD).data.to_dict()
