@@ -312,12 +312,15 @@ def chat(
     temperature: Temperature = 0.0,
     top_p: Fraction = 1.0,
     seed: Seed = 0,
+    thinking: Literal["shown", "hidden"] = "shown",
+    template_argument: tuple[str, ...] = (),
     *,
     model: ModelOptions,
 ) -> None:
     """Talk to a model in the terminal.
 
-    /reset starts a new conversation, /exit or end of input leaves. Each line of a pipe is a turn of one conversation.
+    Enter sends; Alt-Enter or a backslash before Enter begin a new line. Ctrl-C stops a reply. /reset starts a new
+    conversation, /exit or Ctrl-D leaves, /help lists keys. Each line of a pipe is a turn of one conversation.
 
     Args:
         source: Hugging Face directory of the model; its tokenizer must have a chat template.
@@ -326,7 +329,10 @@ def chat(
         temperature: 0 decodes greedily; above, samples.
         top_p: nucleus sampling: the most likely tokens that together have this probability.
         seed: sampling seed.
+        thinking: whether the part of a reply between <think> and </think> is shown or hidden.
+        template_argument: variables of the chat template, separated by commas: enable_thinking=false.
     """
+    from shared.data.chat_template import template_arguments
     from tools.infer.chat import run
 
     run(
@@ -334,6 +340,8 @@ def chat(
         system=system,
         sampling=Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed),
         settings=model.settings(batch_size=1, seed=seed),
+        thinking=thinking,
+        arguments=template_arguments(template_argument),
     )
 
 

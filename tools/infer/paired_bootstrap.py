@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Values = NDArray[np.float64]  # of one example each: [examples], or [examples, 2] with a weight
+type Values = NDArray[np.float64]  # of one example each: [examples], or [examples, 2] with a weight
 # Draws of examples, [resamples, examples] or [resamples, examples, 2] -> a number each.
-Statistic = Callable[[Values], Values]
+type Statistic = Callable[[Values], Values]
 
 CONFIDENCE = 0.95
 _AT_ONCE = 4_000_000  # numbers drawn at once
