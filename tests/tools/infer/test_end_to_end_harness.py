@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from lm_eval.utils import sanitize_list
 
+from tests.tools.infer.http_server import Server
+
 WORKER = Path(__file__).with_name("harness_worker.py")
 ROLLING = """
 task: held_out
@@ -63,6 +65,7 @@ filter_list:
   - {name: words, filter: [{function: regex, regex_pattern: "([a-z]+)"}, {function: take_first}]}
 metric_list: [{metric: exact_match}, {metric: bleu}]
 """
+TASKS = ("held_out", "questions", "writes")
 NUMBERS = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples")
 
 
@@ -97,9 +100,27 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def ours(launcher, models, tasks, tmp_path_factory):
+    """A function from an engine to the result that infer publishes; made once."""
+    made: dict[str, Path] = {}
+
+    def evaluated(engine: str) -> Path:
+        if engine not in made:
+            target = tmp_path_factory.mktemp("ours") / engine
+            words = ("--source", models("llama"), "--target", target, "--engine", engine, "--precision", "fp32")
+            named = ",".join(str(tasks / f"{name}.yaml") for name in TASKS)
+            done = launcher("evaluate", *words, "--tasks", named, *CASES[engine][1], "--keep-samples")
+            assert done.code == 0, done.stderr
+            made[engine] = target
+        return made[engine]
+
+    return evaluated
+
+
 @pytest.mark.parametrize("engine", CASES)
-def test_results_are_those_of_the_harness_command_line(engine, launcher, models, tasks, tmp_path):
-    theirs, ours = CASES[engine]
+def test_results_are_those_of_the_harness_command_line(engine, ours, launcher, models, tasks, tmp_path):
+    theirs, _ = CASES[engine]
     source = models("llama")
     # The same KV cache as infer's; the default takes most of the memory. The harness's cache of logits is off: it is wrong.
     further = {
@@ -114,11 +135,8 @@ def test_results_are_those_of_the_harness_command_line(engine, launcher, models,
     (written,) = (tmp_path / "harness").glob("*/results_*.json")
     wanted = json.loads(written.read_text())
 
-    words = ("--source", source, "--target", tmp_path / "out", "--engine", engine, "--precision", "fp32")
-    named = ",".join(str(tasks / f"{name}.yaml") for name in ("held_out", "questions", "writes"))
-    done = launcher("evaluate", *words, "--tasks", named, *ours, "--keep-samples")
-    assert done.code == 0, done.stderr
-    found = json.loads((tmp_path / "out/results.json").read_text())
+    out = ours(engine)
+    found = json.loads((out / "results.json").read_text())
 
     assert {name: found[name] for name in NUMBERS} == {name: wanted[name] for name in NUMBERS}
     assert found["results"]["next_word"]["perplexity_stderr,none"] > 0  # of the bootstrap
@@ -134,10 +152,35 @@ def test_results_are_those_of_the_harness_command_line(engine, launcher, models,
         )
     for task in wanted["task_hashes"]:
         (theirs_of,) = written.parent.glob(f"samples_{task}_*.jsonl")
-        rows = [json.loads(line) for line in (tmp_path / f"out/samples_{task}.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (out / f"samples_{task}.jsonl").read_text().splitlines()]
         other = [json.loads(line) for line in theirs_of.read_text().splitlines()]
         # The harness writes numbers as texts there.
         assert [sanitize_list(row["filtered_resps"]) for row in rows] == [row["filtered_resps"] for row in other]
-    page = (tmp_path / "out/report.html").read_text()
+    page = (out / "report.html").read_text()
     assert page.count("<table>") == 5  # the results, and the examples of four tasks
     assert f"{found['results']['held_out']['bits_per_byte,none']:.4f}" in page
+
+
+def test_results_of_a_server_are_those_of_its_engine(ours, launcher, models, tasks, tmp_path):
+    source = models("llama")
+    (tmp_path / "keys").write_text("secret\n")
+    key = ("--api-key-file", tmp_path / "keys", "--served-model-name", "mine")
+    server = Server(launcher, "serve", "--source", source, "--port", 0, "--precision", "fp32", *key)
+    named = ",".join(str(tasks / f"{name}.yaml") for name in TASKS)
+    words = ("evaluate", "--source", source, "--tasks", named, *CASES["vllm"][1], "--keep-samples")
+    done = launcher(*words, "--target", tmp_path / "out", "--url", server.url, *key)
+    assert done.code == 0, done.stderr
+    assert server.stop().code == 0
+
+    here, there = (json.loads((path / "results.json").read_text()) for path in (ours("vllm"), tmp_path / "out"))
+    assert there["engine"] == "server"
+    assert there["config"]["model_args"]["base_url"] == server.url
+    for task, values in here["results"].items():
+        for name, value in values.items():
+            # Other batches: the last digits of sums differ.
+            wanted = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+            assert there["results"][task][name] == wanted, (task, name)
+    assert there["n-samples"] == here["n-samples"]
+    files = [path / "samples_writes.jsonl" for path in (ours("vllm"), tmp_path / "out")]
+    one, other = ([json.loads(line)["resps"] for line in file.read_text().splitlines()] for file in files)
+    assert one == other

@@ -49,8 +49,8 @@ def served_model(base: str, name: str | None, key: str | None) -> Served:
         reason = "needs a key: give --api-key-file" if error.code == HTTPStatus.UNAUTHORIZED else f"status {error.code}"
         raise UserError(f"--url {base}: {reason}") from None
     except (urllib.error.URLError, TimeoutError) as error:
-        reason = getattr(error, "reason", error)
-        raise UserError(f"--url {base}: {getattr(reason, 'strerror', None) or reason}") from None
+        cause: Any = getattr(error, "reason", error)
+        raise UserError(f"--url {base}: {getattr(cause, 'strerror', None) or cause}") from None
     except (HTTPException, ConnectionError, ValueError, KeyError, TypeError):
         raise UserError(f"--url {base}: its /models is no answer of OpenAI's API") from None
     if not lengths or (name is not None and name not in lengths):

@@ -1,4 +1,4 @@
-"""`infer evaluate --url`: a running server gives the results of its engine in this process."""
+"""What is asked of a server before an evaluation; the evaluation itself: test_end_to_end_harness.py."""
 
 from __future__ import annotations
 
@@ -9,56 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from shared.errors import UserError
-from tests.tools.infer.http_server import Server
-from tests.tools.infer.test_end_to_end_harness import tasks
 from tools.infer.engines.server import served_model
-
-__all__ = ["tasks"]  # a fixture
-
-
-def test_results_of_a_server_are_those_of_its_engine(launcher, models, tasks, tmp_path):
-    source = models("llama")
-    (tmp_path / "keys").write_text("secret\n")
-    server = Server(
-        *(launcher, "serve", "--source", source, "--port", 0, "--precision", "fp32"),
-        *("--api-key-file", tmp_path / "keys", "--served-model-name", "mine"),
-    )
-    named = ",".join(str(tasks / f"{name}.yaml") for name in ("held_out", "questions", "writes"))
-    words = (
-        "evaluate",
-        "--source",
-        source,
-        "--tasks",
-        named,
-        "--generation-argument",
-        "max_gen_toks=9",
-        "--keep-samples",
-    )
-    here = launcher(*words, "--target", tmp_path / "here", "--precision", "fp32")
-    assert here.code == 0, here.stderr
-    key = ("--api-key-file", tmp_path / "keys")
-    done = launcher(*words, "--target", tmp_path / "there", "--url", server.url, *key, "--served-model-name", "mine")
-    assert done.code == 0, done.stderr
-    wrong = launcher(*words, "--target", tmp_path / "wrong", "--url", server.url)
-    assert wrong.code == 2
-    assert f"--url {server.url}: needs a key: give --api-key-file" in wrong.stderr
-    wrong = launcher(*words, "--target", tmp_path / "wrong", "--url", server.url, *key, "--served-model-name", "other")
-    assert wrong.code == 2
-    assert "--served-model-name other: the server has mine" in wrong.stderr
-    assert server.stop().code == 0
-
-    first, second = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("here", "there"))
-    assert second["engine"] == "server"
-    assert second["config"]["model_args"]["base_url"] == server.url
-    for task, values in first["results"].items():
-        for name, value in values.items():
-            # Other batches: the last digits of sums differ.
-            wanted = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
-            assert second["results"][task][name] == wanted, (task, name)
-    assert second["n-samples"] == first["n-samples"]
-    written = [(tmp_path / side / "samples_writes.jsonl").read_text().splitlines() for side in ("here", "there")]
-    one, other = ([json.loads(line)["resps"] for line in lines] for lines in written)
-    assert one == other
 
 
 @pytest.fixture
@@ -104,6 +55,12 @@ def test_an_adapter_has_the_context_of_its_base(answering):
     url = answering(200, {"data": [{"id": "base", "max_model_len": 99}, {"id": "legal", "parent": "base"}]})
     assert served_model(url, "legal", None).context_length == 99
     assert served_model(url, None, None).name == "base"
+
+
+def test_another_model_than_the_server_has_is_named(answering):
+    url = answering(200, {"data": [{"id": "mine", "max_model_len": 99}]})
+    with pytest.raises(UserError, match="--served-model-name other: the server has mine"):
+        served_model(url, "other", None)
 
 
 def test_a_closed_port_is_named():
