@@ -77,7 +77,7 @@ class ServerEngine:
         from lm_eval.models.openai_completions import LocalCompletionsAPI
         from lm_eval.models.vllm_causallms import VLLM
 
-        served = self._served
+        served, seed = self._served, self._settings.seed
 
         class Model(CheckedRequests, LocalCompletionsAPI):
             longest_continuation = served.context_length - 2
@@ -110,7 +110,7 @@ class ServerEngine:
                     gen_kwargs or {}, eos=self.eos_string, default_max_gen_toks=self.max_gen_toks
                 )
                 asked = {"model": self.model, "prompt": messages, "max_tokens": most, "stop": stop}
-                return asked | {"seed": self._seed} | own
+                return asked | {"seed": seed} | own
 
             @cached_property
             def api_key(self) -> str:
@@ -125,7 +125,7 @@ class ServerEngine:
             num_concurrent=max(self._settings.batch_size or _AT_ONCE, 2),  # 1 is another way through the harness
             max_length=served.context_length,
             add_bos_token=None,
-            seed=self._settings.seed,
+            seed=seed,
             timeout=_TIMEOUT,
         )
 
