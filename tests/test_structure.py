@@ -70,6 +70,7 @@ SHARED_NAMES = {
     "options.py": "the flags of training and of rlhf",
     "prepare.py": "the command of that name in pretrain and in sft",
     "train.py": "the command of that name in pretrain and in sft",
+    "evaluate_text.py": "the command of that name in pretrain and in infer",
     "attention.py": _SUBJECT,
     "embedding_and_head.py": _SUBJECT,
     "gated_delta_net.py": _SUBJECT,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.report.charts import Line, Points, chart
+from shared.report.tables import TABLE_STYLE
 
 REPORT = "report.html"
 STYLES = ("one", "two", "three", "four", "five", "six")  # CSS classes of a chart's lines
@@ -58,7 +59,9 @@ dl.replies dd { font-size: 13px; font-weight: 400; white-space: pre-wrap; overfl
 """
 
 
-def render(*, title: str, subtitle: str = "", tiles: Mapping[str, str], figures: Sequence[str]) -> str:
+def render(
+    *, title: str, subtitle: str = "", tiles: Mapping[str, str], figures: Sequence[str], tables: Sequence[str] = ()
+) -> str:
     """The page as text.
 
     Args:
@@ -66,6 +69,7 @@ def render(*, title: str, subtitle: str = "", tiles: Mapping[str, str], figures:
         subtitle: a line below it.
         tiles: name -> value; empty values are left out.
         figures: from `chart` or `line_charts`.
+        tables: from `table`, each as wide as the page.
     """
     heading = f"<h1>{escape(title)}</h1>" + (f"<p>{escape(subtitle)}</p>" if subtitle else "")
     boxes = "".join(
@@ -74,9 +78,11 @@ def render(*, title: str, subtitle: str = "", tiles: Mapping[str, str], figures:
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style>"
+        f"<title>{escape(title)}</title><style>{_STYLE}{TABLE_STYLE if tables else ''}</style>"
         f"<main>{heading}<dl>{boxes}</dl>"
-        f"<section>{''.join(figures)}</section></main></html>\n"
+        + (f'<section class="tables">{"".join(tables)}</section>' if tables else "")
+        + (f"<section>{''.join(figures)}</section>" if figures or not tables else "")
+        + "</main></html>\n"
     )
 
 

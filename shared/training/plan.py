@@ -58,7 +58,7 @@ class Inputs:
         """
         model = open_checkpoint(source, kinds=("megatron",), flag="--source", verify="sizes", iteration=iteration)
         sources = open_data(data, data_format=data_format, tokenizer=tokenizer)
-        architecture = _architecture(model)
+        architecture = architecture_of(model)
         own = model.hf_files if (model.hf_files / "tokenizer.json").is_file() else sources[0].tokenizer
         for each in sources:
             if each.vocab_size > architecture.vocab_size:
@@ -107,7 +107,8 @@ def _tokenizers_differ(one: Path, other: Path) -> bool:
     return any(first.get(part) != second.get(part) for part in ("model", "added_tokens", "pre_tokenizer", "normalizer"))
 
 
-def _architecture(model: Checkpoint) -> Architecture:
+def architecture_of(model: Checkpoint) -> Architecture:
+    """What a Megatron directory says its model is. UserError if it says nothing."""
     if not (model.hf_files / "config.json").is_file():
         raise UserError(
             f"--source {model.path} has no hf/config.json that says what the model is; "

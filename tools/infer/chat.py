@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, Literal
 
 from shared.cli import log
 from shared.errors import UserError
@@ -15,12 +19,36 @@ from tools.infer.engines.sampling import Sampling
 from tools.infer.environment import prepare_environment
 from tools.infer.prompts import check_length, encode, load_tokenizer
 from tools.infer.source import open_hf_directory
+from tools.infer.terminal_input import history_file, messages
+from tools.infer.thinking import BEGIN, END, Part, parts
 
 Message = dict[str, Any]
+Thinking = Literal["shown", "hidden"]
+Pieces = Generator[Part, None, None]
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+_HELP = """\
+/reset   start a new conversation
+/exit    leave, as Ctrl-D does
+/help    this list
+Enter sends; Alt-Enter or \\ before Enter begin a new line; Ctrl-C stops a reply"""
 
 
-def run(source: Path, *, system: str | None, sampling: Sampling, settings: EngineSettings) -> None:
-    """Converse until /exit or the end of the input."""
+def run(
+    source: Path,
+    *,
+    system: str | None,
+    sampling: Sampling,
+    settings: EngineSettings,
+    thinking: Thinking = "shown",
+    arguments: dict[str, Any] | None = None,
+) -> None:
+    """Converse until /exit or the end of the input.
+
+    `arguments`: further variables of the chat template.
+    """
+    if settings.tensor_parallel == 1:
+        # In a process of its own vLLM's engine gets the terminal's Ctrl-C, too, and ends.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     prepare_environment()
     model = open_hf_directory(source)
     with closing(open_engine(model, settings)) as engine:  # before the tokenizer, which may be remote code
@@ -31,60 +59,93 @@ def run(source: Path, *, system: str | None, sampling: Sampling, settings: Engin
             )
         engine.load()
 
-        def reply(messages: list[Message]) -> Iterator[str]:
-            ids = encode(tokenizer, messages, "the conversation")
+        def reply(asked: list[Message]) -> Pieces:
+            ids = encode(tokenizer, asked, "the conversation", arguments=arguments)
             check_length(ids, engine.context_length, "the conversation")
-            return engine.stream(Request(prompt=ids, sampling=sampling))
+            opened = tokenizer.decode(ids[-8:]).rstrip().endswith(BEGIN)
+            return parts(engine.stream(Request(prompt=ids, sampling=sampling)), thinking=opened)
 
-        if sys.stdin.isatty():
-            log("/reset starts a new conversation, /exit leaves")
-        converse(_lines(), reply, system)
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            log("/help lists commands and keys")
+            converse(messages(history_file()), reply, system, thinking)
+        else:
+            converse(iter(sys.stdin), reply, system, thinking)
 
 
-def converse(lines: Iterator[str], reply: Callable[[list[Message]], Iterator[str]], system: str | None) -> None:
-    """Answer each line on stdout.
+def converse(
+    lines: Iterator[str],
+    reply: Callable[[list[Message]], Pieces],
+    system: str | None,
+    thinking: Thinking = "shown",
+) -> None:
+    """Answer each message on stdout.
 
     Args:
-        lines: the user's input; /reset and /exit are commands.
+        lines: the user's messages; /reset, /exit and /help are commands.
         reply: conversation -> reply in pieces; UserError if the chat template or the context length rejects it.
         system: system message at the start of the conversation.
+        thinking: whether the thinking of a reply is printed; it is no part of the conversation's content either way.
     """
     opening: list[Message] = [{"role": "system", "content": system}] if system else []
-    messages = list(opening)
+    conversation = list(opening)
     for line in lines:
         words = line.strip()
         if words == "/exit":
             return
         if words == "/reset":
-            messages = list(opening)
+            conversation = list(opening)
             log("new conversation")
+            continue
+        if words == "/help":
+            log(_HELP)
             continue
         if not words:
             continue
-        asked = [*messages, {"role": "user", "content": words}]
-        answer = []
+        asked = [*conversation, {"role": "user", "content": words}]
         try:
-            for piece in reply(asked):
-                print(piece, end="", flush=True)
-                answer.append(piece)
+            answer = _answer(reply(asked), thinking)
         except UserError as error:
             if not sys.stdin.isatty():
                 raise
-            log(f"{error}; or /reset")  # the context is full: this line is dropped from the conversation
+            log(f"{error}; or /reset")  # the context is full: this message is dropped from the conversation
             continue
-        print(flush=True)
-        messages = [*asked, {"role": "assistant", "content": "".join(answer)}]
+        conversation = [*asked, answer]
 
 
-def _lines() -> Iterator[str]:
-    """Lines from a terminal (with editing and history) or from a pipe."""
+def _answer(pieces: Pieces, thinking: Thinking) -> Message:
+    """Print a reply as it comes. Ctrl-C on a terminal ends it; what has come stays in the conversation."""
+    screen = sys.stdout.isatty()
+    texts = {"answer": "", "thinking": "", "tag": ""}
+    with _stop_by_interrupt() as stopped:
+        for kind, text in pieces:
+            texts[kind] += text
+            if kind == "answer" or (thinking == "shown" and not screen):
+                print(text, end="", flush=True)
+            elif thinking == "shown" and kind == "thinking":
+                print(f"{_DIM}{text}{_PLAIN}", end="", flush=True)
+            elif thinking == "shown" and END in text:
+                print("\n", flush=True)
+            if stopped():
+                pieces.close()
+                break
+    print(flush=True)
+    answer: Message = {"role": "assistant", "content": texts["answer"]}
+    return answer | ({"reasoning_content": texts["thinking"].strip()} if texts["thinking"].strip() else {})
+
+
+@contextlib.contextmanager
+def _stop_by_interrupt() -> Iterator[Callable[[], bool]]:
+    """Context manager: on a terminal, SIGINT is remembered, since an engine must not be left within a step."""
     if not sys.stdin.isatty():
-        yield from sys.stdin
+        yield lambda: False
         return
-    import readline  # noqa: F401 -- its import gives input() editing and history
+    came: list[int] = []
 
-    while True:
-        try:
-            yield input("> ")
-        except EOFError:
-            return
+    def remember(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    earlier = signal.signal(signal.SIGINT, remember)
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGINT, earlier)

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from shared.cli import Existing, ExistingDir, ExistingFile, NonNegative, Positive, Seed, Tool
+from shared.data.text_options import TextOptions
+from shared.errors import UserError
 from shared.precision import Precision
 from tools.infer.engines.engine import EngineName, EngineSettings
 from tools.infer.engines.sampling import Sampling
@@ -152,55 +154,154 @@ def generate(
     )
 
 
-@tool.command(not_fingerprinted=("batch_size", "tensor_parallel"))
+@tool.command(
+    not_fingerprinted=("batch_size", "tensor_parallel", "api_key_file"),
+    added=("generation_argument", "bootstrap", "url", "served_model_name"),
+)
 def evaluate(
     source: ExistingDir,
     tasks: tuple[str, ...],
     target: Path,
-    engine: EngineName = "vllm",
+    engine: EngineName | None = None,
+    url: str | None = None,
+    served_model_name: str | None = None,
+    api_key_file: ExistingFile | None = None,
     limit: Positive | None = None,
     num_fewshot: NonNegative | None = None,
     batch_size: Positive | None = None,
     apply_chat_template: bool = False,
     keep_samples: bool = False,
+    generation_argument: tuple[str, ...] = (),
+    bootstrap: NonNegative = 100_000,
     *,
     model: ModelOptions,
-    seed: Seed = 0,
+    seed: Seed | None = None,
     overwrite: bool = False,
 ) -> None:
     """Measure a model with lm-evaluation-harness.
 
     A task is a YAML file, a directory of them, or the name of a task of the harness. A YAML file may be a group; the
     tasks it lists are in it, in files beside it, or the harness's. Files that a YAML names (data_files, include,
-    !function) are relative to it. Publishes TARGET/results.json and prints a table.
+    !function) are relative to it. Publishes TARGET/results.json and report.html and prints a table. The
+    numbers are those of the harness's own command line.
 
     Args:
         source: Hugging Face directory of the model.
         tasks: task files, directories or names, comma separated.
         target: directory to publish.
-        engine: vllm, or hf (transformers) to check against.
+        engine: vllm, or hf (transformers); by default vllm, and hf for models that vLLM does not run.
+        url: address of a running server of the model, as in its ready line; --source then gives the tokenizer only.
+        served_model_name: model name in requests to --url; by default the server's first.
+        api_key_file: file with the key of the server of --url.
         limit: evaluate only this many examples of each task.
         num_fewshot: few-shot examples before each question; by default the task's own number. A task that says 0 keeps it.
         batch_size: most sequences at once; by default the engine's choice.
         apply_chat_template: put each prompt through the chat template.
         keep_samples: also publish samples_TASK.jsonl, every example with the model's answer.
+        generation_argument: settings of tasks that generate text, in place of their own, separated by commas:
+            max_gen_toks=64, temperature=0.7, do_sample=true.
+        bootstrap: resamples of standard errors that have no closed form; 0 leaves those errors out.
         tensor_parallel: GPUs that share the model (vllm only).
-        seed: of few-shot examples and sampling.
+        seed: of few-shot examples and sampling; by default the harness's own.
         overwrite: replace what is published at the target.
     """
-    from tools.infer.evaluate import run
+    from tools.infer.evaluate import ServerOptions, run
 
+    if url is None:
+        for flag, value in (("--served-model-name", served_model_name), ("--api-key-file", api_key_file)):
+            if value is not None:
+                raise UserError(f"{flag} belongs to --url; leave it out")
     run(
         source,
         tasks,
         target,
+        server=None if url is None else ServerOptions(url=url, name=served_model_name, api_key_file=api_key_file),
         limit=limit,
         num_fewshot=num_fewshot,
         apply_chat_template=apply_chat_template,
         keep_samples=keep_samples,
-        settings=model.settings(engine=engine, batch_size=batch_size, seed=seed),
+        settings=model.settings(engine=engine, batch_size=batch_size),
         overwrite=overwrite,
+        generation_argument=generation_argument,
+        bootstrap=bootstrap,
+        seed=seed,
     )
+
+
+@tool.command(not_fingerprinted=("batch_size", "tensor_parallel"))
+def evaluate_text(
+    source: ExistingDir,
+    options: TextOptions,
+    engine: EngineName | None = None,
+    batch_size: Positive | None = None,
+    *,
+    model: ModelOptions,
+) -> None:
+    """Measure the bits per byte of text files.
+
+    Each file is a document, or has one a row. Every token is predicted once, in windows of --window tokens. Publishes
+    TARGET/results.json, samples_FILE.jsonl and report.html; `pretrain evaluate-text` measures Megatron checkpoints,
+    and `infer compare` compares two results.
+
+    Args:
+        source: Hugging Face directory of the model.
+        engine: vllm, or hf (transformers); by default vllm, and hf for models that vLLM does not run.
+        batch_size: most windows at once; by default the engine's choice.
+    """
+    from tools.infer.evaluate_text import run
+
+    run(source, options, settings=model.settings(engine=engine, batch_size=batch_size))
+
+
+@tool.command(positional=("baseline", "source"))
+def compare(
+    baseline: ExistingDir,
+    source: ExistingDir,
+    target: Path,
+    resamples: Positive = 10_000,
+    seed: Seed = 0,
+    overwrite: bool = False,
+) -> None:
+    """Compare two results of `infer evaluate --keep-samples` on the same examples, by paired bootstrap.
+
+    For every metric of every task: the difference, its standard error and 95% interval, the share of draws in which the
+    second is larger, and a two-sided p. Publishes TARGET/comparison.json and report.html and prints a table.
+
+    Args:
+        baseline: the first result.
+        source: the second result, from which the first is subtracted.
+        target: directory to publish.
+        resamples: draws of the examples.
+        seed: of the draws.
+        overwrite: replace what is published at the target.
+    """
+    from tools.infer.compare import run
+
+    run(baseline, source, target, resamples=resamples, seed=seed, overwrite=overwrite)
+
+
+@tool.command
+def card(
+    source: ExistingDir,
+    results: tuple[ExistingDir, ...],
+    target: Path,
+    overwrite: bool = False,
+) -> None:
+    """Publish a model with the results of its evaluations in its model card.
+
+    The target is the source with another README.md: `model-index` in its front matter has the metrics of the results, each
+    with its task and the number of few-shot examples. Text and other fields stay. Weights are hard links where source and
+    target are on one file system, else copies.
+
+    Args:
+        source: Hugging Face directory of the model.
+        results: directories of `infer evaluate` of this model, comma separated.
+        target: directory to publish.
+        overwrite: replace what is published at the target.
+    """
+    from tools.infer.card import run
+
+    run(source, results, target, overwrite=overwrite)
 
 
 @tool.command
@@ -211,12 +312,15 @@ def chat(
     temperature: Temperature = 0.0,
     top_p: Fraction = 1.0,
     seed: Seed = 0,
+    thinking: Literal["shown", "hidden"] = "shown",
+    template_argument: tuple[str, ...] = (),
     *,
     model: ModelOptions,
 ) -> None:
     """Talk to a model in the terminal.
 
-    /reset starts a new conversation, /exit or end of input leaves. Each line of a pipe is a turn of one conversation.
+    Enter sends; Alt-Enter or a backslash before Enter begin a new line. Ctrl-C stops a reply. /reset starts a new
+    conversation, /exit or Ctrl-D leaves, /help lists keys. Each line of a pipe is a turn of one conversation.
 
     Args:
         source: Hugging Face directory of the model; its tokenizer must have a chat template.
@@ -225,7 +329,10 @@ def chat(
         temperature: 0 decodes greedily; above, samples.
         top_p: nucleus sampling: the most likely tokens that together have this probability.
         seed: sampling seed.
+        thinking: whether the part of a reply between <think> and </think> is shown or hidden.
+        template_argument: variables of the chat template, separated by commas: enable_thinking=false.
     """
+    from shared.data.chat_template import template_arguments
     from tools.infer.chat import run
 
     run(
@@ -233,6 +340,8 @@ def chat(
         system=system,
         sampling=Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed),
         settings=model.settings(batch_size=1, seed=seed),
+        thinking=thinking,
+        arguments=template_arguments(template_argument),
     )
 
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.checkpoint.directory.publish import publish
 from shared.cli import log
 from shared.errors import UserError
-from tools.infer.engines.engine import EngineSettings, open_engine
+from shared.report.page import write
+from tools.infer.api_keys import api_keys
+from tools.infer.engines.engine import Engine, EngineSettings, open_engine
+from tools.infer.engines.server import ServerEngine, served_model
 from tools.infer.environment import prepare_environment
+from tools.infer.evaluation_page import PAGE, page
+from tools.infer.evaluation_record import OUTPUT, HarnessRun, Seeds, plain, record
+from tools.infer.reload import base_of
 from tools.infer.source import open_hf_directory
 
 if TYPE_CHECKING:
@@ -26,10 +31,6 @@ if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict
 
     from tools.infer.tasks import Chosen
-
-OUTPUT = "results.json"
-_BOOTSTRAP = 1000  # resamples for standard errors without a closed form; the harness's 100,000 take minutes
-_PUBLISHED = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples")
 
 
 def run(
@@ -43,37 +44,110 @@ def run(
     keep_samples: bool,
     settings: EngineSettings,
     overwrite: bool,
+    generation_argument: Sequence[str],
+    bootstrap: int,
+    seed: int | None,
+    server: ServerOptions | None = None,
 ) -> None:
-    """Evaluate and publish `target`. UserError for an invalid task or file."""
+    """Evaluate and publish `target`. UserError for an invalid task or file.
+
+    `server`: ask this server, of the model `source`, instead of loading it.
+    """
     prepare_environment()
     with tempfile.TemporaryDirectory(prefix="infer-") as cache:
         from tools.infer.tasks import choose  # imports the harness, which reads the environment
 
+        generation = generation_arguments(generation_argument)
+        seeds = Seeds.of(seed)
+        settings = replace(settings, seed=seeds.torch)
         chosen = choose(tasks, Path(cache))
         inputs: dict[str, Path | Sequence[Path]] = {"source": source, "tasks": chosen.files}
         with publish(target, kind="result", inputs=inputs, overwrite=overwrite) as out:
             model = open_hf_directory(source)
             if apply_chat_template:
                 _check_chat_template(model)
-            loaded = _load_tasks(chosen, num_fewshot, settings.seed)
+            _seed(seeds)
+            loaded = _load_tasks(chosen, num_fewshot, seeds.fewshot, generation)
             began = time.monotonic()
-            with closing(open_engine(model, settings)) as engine:
+            opened: Engine | ServerEngine = server.engine(model, settings) if server else open_engine(model, settings)
+            with closing(opened) as engine:
+                _seed(seeds)  # before the model is loaded, as on the harness's command line
                 lm = engine.harness_model()
                 ready = time.monotonic()
-                results = _evaluate(lm, loaded, limit, apply_chat_template, settings.seed)
+                results = _evaluate(lm, loaded, limit, apply_chat_template, bootstrap)
                 seconds = time.monotonic() - ready
+                harness_run = HarnessRun(
+                    source=source,
+                    engine=engine.name,
+                    settings=settings,
+                    limit=limit,
+                    bootstrap=bootstrap,
+                    generation=generation,
+                    seeds=seeds,
+                    url=server.url if server else None,
+                    chat_template=lm.chat_template(True) if apply_chat_template else None,
+                    seconds=time.monotonic() - began,
+                )
+                report = record(results, lm, harness_run)
             if keep_samples:
                 _write_samples(out.path, results["samples"])
-            report = {key: results[key] for key in _PUBLISHED if key in results}
-            report |= {"engine": engine.name, "lm_eval": version("lm-eval"), "limit": limit, "seed": settings.seed}
-            (out.path / OUTPUT).write_text(json.dumps(_plain(report), indent=1) + "\n", encoding="utf-8")
+            (out.path / OUTPUT).write_text(
+                json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+            write(out.path / PAGE, page(source.resolve().name, report, results["samples"]))
             metrics = {task: _metrics(values) for task, values in results["results"].items()}
             out.describe(engine=engine.name, metrics=metrics, seconds=round(seconds, 2))
-    log(f"evaluated in {seconds:.1f} s after {ready - began:.1f} s to load: {target / OUTPUT}")
+    log(f"evaluated in {seconds:.1f} s after {ready - began:.1f} s to load: {target / OUTPUT}, {PAGE}")
     print(table(metrics, {task: count["effective"] for task, count in results["n-samples"].items()}))
 
 
-def _load_tasks(chosen: Chosen, num_fewshot: int | None, seed: int) -> TaskDict:
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """The server of --url."""
+
+    url: str
+    name: str | None  # of the model in requests; None: the server's first
+    api_key_file: Path | None
+
+    def engine(self, model: Path, settings: EngineSettings) -> ServerEngine:
+        """UserError if the server is not there, or does not have the model."""
+        for name, value in (
+            ("--engine", settings.engine),
+            ("--precision", settings.precision),
+            ("--max-model-len", settings.max_model_len),
+            ("--tensor-parallel", settings.tensor_parallel - 1),
+        ):
+            if value:
+                raise UserError(f"{name} is the server's own with --url; leave it out")
+        key = api_keys(self.api_key_file)[0] if self.api_key_file else None
+        return ServerEngine(model, served_model(base_of(self.url), self.name, key), settings)
+
+
+def generation_arguments(words: Sequence[str]) -> dict[str, Any]:
+    """`--generation-argument` as the harness reads its --gen_kwargs: numbers and true or false by themselves, else text."""
+    from lm_eval.utils import handle_arg_string
+
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name.isidentifier() or not value:
+            raise UserError(f"--generation-argument {word}: write NAME=VALUE, such as max_gen_toks=64")
+        if name in found:
+            raise UserError(f"--generation-argument {name} is given twice")
+        found[name] = handle_arg_string(value)
+    return found
+
+
+def _seed(seeds: Seeds) -> None:
+    import numpy
+    import torch
+
+    random.seed(seeds.python)
+    numpy.random.seed(seeds.numpy)
+    torch.manual_seed(seeds.torch)
+
+
+def _load_tasks(chosen: Chosen, num_fewshot: int | None, seed: int, generation: Mapping[str, Any]) -> TaskDict:
     """The harness's tasks with their data. UserError if a task's data cannot be loaded."""
     found: list[Any] = []
     for spec in chosen.specs:
@@ -95,6 +169,13 @@ def _load_tasks(chosen: Chosen, num_fewshot: int | None, seed: int) -> TaskDict:
     for name, task in tasks["tasks"].items():
         _set_fewshot(name, task, num_fewshot)
         task.set_fewshot_seed(seed=seed)
+    generating = [task for task in tasks["tasks"].values() if task.get_config("output_type") == "generate_until"]
+    if generation and not generating:
+        raise UserError(
+            f"--generation-argument {next(iter(generation))}: no task of --tasks generates text; leave it out"
+        )
+    for task in generating if generation else ():
+        task.set_config(key="generation_kwargs", value=dict(generation), update=True)
     return tasks
 
 
@@ -127,22 +208,17 @@ def _set_fewshot(name: str, task: Any, wanted: int | None) -> None:
         )
 
 
-def _evaluate(lm: LM, tasks: TaskDict, limit: int | None, apply_chat_template: bool, seed: int) -> dict[str, Any]:
+def _evaluate(lm: LM, tasks: TaskDict, limit: int | None, apply_chat_template: bool, bootstrap: int) -> dict[str, Any]:
     """The harness's results. Its `simple_evaluate` is avoided: it runs pip and git to describe the machine."""
-    import numpy
-    import torch
     from lm_eval.evaluator import evaluate
 
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)
     try:
         results = evaluate(
             lm,
             tasks,
             limit=limit,
             apply_chat_template=apply_chat_template,
-            bootstrap_iters=_BOOTSTRAP,
+            bootstrap_iters=bootstrap,
             fewshot_as_multiturn=True,
         )
     except UserError:
@@ -218,17 +294,4 @@ def _write_samples(directory: Path, samples: Mapping[str, list[dict[str, Any]]])
     for task, rows in samples.items():
         with (directory / f"samples_{task.replace('/', '_')}.jsonl").open("w", encoding="utf-8") as file:
             for row in rows:
-                file.write(json.dumps(_plain(row), ensure_ascii=False) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    """JSON values: functions by name, NaN and infinity as null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, int, bool)):
-        return value
-    return getattr(value, "__name__", str(value))
+                file.write(json.dumps(plain(row), ensure_ascii=False) + "\n")

@@ -8,6 +8,9 @@ from typing import Annotated
 from pydantic import Field
 
 from shared.cli import Existing, ExistingDir, NonNegative, Positive, Tool
+from shared.data.text_options import TextOptions
+from shared.parallel import ParallelConfig, ranks_needed
+from shared.precision import TrainingPrecision
 from shared.training.options import ADDED, NOT_FINGERPRINTED, TrainingOptions
 
 tool = Tool("pretrain", summary="Train a tokenizer, prepare text and pretrain with Megatron-Core.")
@@ -115,6 +118,73 @@ def train(
         epochs=epochs,
         document_mask=document_mask,
         tokenizer=tokenizer,
+    )
+
+
+_LAYOUT = ("tensor_parallel", "pipeline_parallel", "sequence_parallel", "context_parallel", "expert_parallel")
+
+
+@tool.command(not_fingerprinted=(*_LAYOUT, "expert_tensor_parallel", "processes", "micro_batch_size"))
+def evaluate_text(
+    source: ExistingDir,
+    options: TextOptions,
+    micro_batch_size: Positive | None = None,
+    precision: TrainingPrecision | None = None,
+    iteration: NonNegative | None = None,
+    tensor_parallel: Positive = 1,
+    pipeline_parallel: Positive = 1,
+    sequence_parallel: bool = False,
+    context_parallel: Positive = 1,
+    expert_parallel: Positive = 1,
+    expert_tensor_parallel: Positive | None = None,
+    processes: Positive | None = None,
+) -> int | None:
+    """Measure the bits per byte of text files with a Megatron checkpoint, without an export.
+
+    A text file is one document, a JSON-lines file one document a row. Each token is predicted once: the first window of a
+    document predicts up to --window tokens after one BOS (else EOS) token, each further window the next --stride tokens.
+    Publishes TARGET/results.json, samples_FILE.jsonl and report.html, as `infer evaluate-text` does for Hugging Face
+    directories; `infer compare` compares two.
+
+    Args:
+        source: a Megatron checkpoint or a run directory, with its tokenizer.
+        micro_batch_size: windows of a forward pass; by default as many as make 8192 tokens.
+        precision: fp32 or bf16; by default fp32 where the checkpoint has fp32 weights.
+        iteration: a kept iteration of the source, a run directory; by default the newest.
+        tensor_parallel: tensor parallel size.
+        pipeline_parallel: pipeline parallel size.
+        sequence_parallel: split norms and residuals along the sequence over the tensor-parallel ranks.
+        context_parallel: context parallel size.
+        expert_parallel: expert parallel size, for MoE.
+        expert_tensor_parallel: tensor parallel size of experts; by default --tensor-parallel.
+        processes: world size; by default one process per GPU, without GPUs as many as the layout needs.
+    """
+    from shared.training.plan import default_processes
+    from tools.pretrain.evaluate_text import run
+
+    needed = ranks_needed(
+        tensor=tensor_parallel,
+        pipeline=pipeline_parallel,
+        context=context_parallel,
+        expert=expert_parallel,
+        expert_tensor=expert_tensor_parallel,
+    )
+    parallel = ParallelConfig(
+        processes=processes or default_processes(needed),
+        tensor=tensor_parallel,
+        pipeline=pipeline_parallel,
+        sequence_parallel=sequence_parallel,
+        context=context_parallel,
+        expert=expert_parallel,
+        expert_tensor=expert_tensor_parallel,
+    )
+    return run(
+        source,
+        options,
+        micro_batch_size=micro_batch_size,
+        precision=precision,
+        iteration=iteration,
+        parallel=parallel,
     )
 
 

@@ -148,6 +148,19 @@ def write_adapter_card(directory: Path, stage: Stage | None, *, name: str, base:
     (directory / CARD).write_bytes(f"---\n{written}---\n\n{section}".encode(errors="surrogateescape"))
 
 
+def set_fields(path: Path, fields: Mapping[str, Any]) -> None:
+    """Set fields of the front matter of a README.md, which may be absent. The text below it is kept to the byte."""
+    text = path.read_bytes().decode(errors="surrogateescape") if path.is_file() else ""
+    earlier, body = _parted(text)
+    front = yaml.safe_dump({**earlier, **fields}, sort_keys=False, allow_unicode=True)
+    path.write_bytes(f"---\n{front}---\n{body}".encode(errors="surrogateescape"))
+
+
+def card_fields(path: Path) -> dict[str, Any]:
+    """The front matter of a README.md; empty without one."""
+    return _parted(path.read_bytes().decode(errors="surrogateescape"))[0] if path.is_file() else {}
+
+
 def _parted(text: str) -> tuple[dict[str, Any], str]:
     """Front matter and text; all is text if there is no front matter that can be read."""
     found = _FRONT_MATTER.match(text)

@@ -40,7 +40,12 @@ class Launcher:
         self.directory = directory
         self.count = 0
         self.process = subprocess.Popen(
-            [sys.executable, str(LAUNCHER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=directory
+            [sys.executable, str(LAUNCHER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=directory,
+            env=os.environ | {"XDG_STATE_HOME": str(directory), "TERM": "xterm"},  # of `infer chat`
         )
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -1,16 +1,21 @@
-"""`infer chat`: the conversation it keeps, and one real exchange."""
+"""`infer chat`: the conversation it keeps, and real exchanges through a pipe and a terminal."""
 
 from __future__ import annotations
 
 import io
+import os
+import signal
+from types import SimpleNamespace
 
 import pytest
 
 from tests.tools.infer.engines.double import EngineDouble
+from tests.tools.infer.terminal import Terminal
 from tools.infer import chat
 from tools.infer.chat import converse
 from tools.infer.engines.engine import EngineSettings
 from tools.infer.engines.sampling import Sampling
+from tools.infer.thinking import parts
 
 
 def conversation(lines: list[str], system: str | None = None) -> list[list[dict]]:
@@ -19,7 +24,7 @@ def conversation(lines: list[str], system: str | None = None) -> list[list[dict]
 
     def reply(messages):
         asked.append(messages)
-        yield from ("n=", str(len(messages)))
+        return parts(["n=", str(len(messages))], thinking=False)
 
     converse(iter(lines), reply, system)
     return asked
@@ -63,3 +68,81 @@ def test_a_conversation_goes_to_any_engine(models, monkeypatch, capsys):
     assert [request.sampling for request in double.requests] == [sampling, sampling]
     first, second = (request.prompt for request in double.requests)
     assert len(second) > len(first)  # it holds the first turn
+
+
+@pytest.mark.parametrize("shown", ["shown", "hidden"])
+def test_thinking_is_shown_or_hidden_and_never_content(shown, capsys):
+    asked = []
+
+    def reply(messages):
+        asked.append(messages)
+        return parts(["<thi", "nk>sum", " it</think>\n\n", "4"], thinking=False)
+
+    converse(iter(["2+2", "and 3+3"]), reply, None, shown)
+    whole = "<think>sum it</think>\n\n4\n" if shown == "shown" else "4\n"
+    assert capsys.readouterr().out == whole * 2
+    assert asked[1][1] == {"role": "assistant", "content": "4", "reasoning_content": "sum it"}
+
+
+def test_an_interrupt_ends_the_reply_and_not_the_conversation(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    asked, closed = [], []
+
+    def pieces():
+        try:
+            yield "a"
+            os.kill(os.getpid(), signal.SIGINT)
+            yield "b"
+            yield "c"
+        finally:
+            closed.append(True)
+
+    def reply(messages):
+        asked.append(messages)
+        return parts(pieces(), thinking=False)
+
+    handler = signal.getsignal(signal.SIGINT)
+    converse(iter(["one", "two"]), reply, None)
+    assert capsys.readouterr().out == "ab\nab\n"
+    assert asked[1][1]["content"] == "ab"
+    assert closed == [True, True]
+    assert signal.getsignal(signal.SIGINT) == handler
+
+
+@pytest.fixture(scope="module")
+def terminal(launcher, models):
+    """`infer chat` of the tiny LLaMA on a terminal, after its first prompt."""
+    terminal = Terminal()
+    words = ["chat", "--source", models("llama"), "--system", "be brief", "--max-tokens", 8]
+    request = {
+        "run": [str(word) for word in words],
+        "stdin": terminal.path,
+        "stdout": terminal.path,
+        "stderr": terminal.path,
+    }
+    terminal.pid = launcher.ask(request)["pid"]
+    terminal.expect("/help lists commands and keys", seconds=240)
+    terminal.expect(">")
+    yield terminal
+    terminal.close()
+
+
+def test_a_conversation_is_typed_on_a_terminal(terminal, launcher, models, greedy):
+    source = models("llama")
+    system = {"role": "system", "content": "be brief"}
+    terminal.type("fox?\x1b\rand the dog\x7f\x7f\x7fcat?\r")  # Alt-Enter; three letters taken back
+    first = [system, {"role": "user", "content": "fox?\nand the cat?"}]
+    wanted = greedy(source, first, 8)
+    terminal.expect(wanted.strip())
+    terminal.type("/reset\r")
+    terminal.expect("new conversation")
+    terminal.type("\x1b[A\x1b[A\r")  # two up: the message before /reset
+    terminal.expect(wanted.strip())
+    terminal.type("/help\r")
+    terminal.expect("Alt-Enter")
+    terminal.type("quick \\\rbrown\r")  # a backslash before Enter
+    second = [*first, {"role": "assistant", "content": wanted}, {"role": "user", "content": "quick \nbrown"}]
+    terminal.expect(greedy(source, second, 8).strip())
+    terminal.expect(">")
+    terminal.type("\x04")
+    assert launcher.ask({"wait": terminal.pid})["code"] == 0

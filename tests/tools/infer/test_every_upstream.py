@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import inspect
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -12,11 +14,16 @@ from fastapi import APIRouter, FastAPI
 from fastapi.testclient import TestClient
 from lm_eval import evaluator
 from lm_eval.api.model import TemplateLM
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.loggers.utils import add_tokenizer_info
+from lm_eval.models.api_models import TemplateAPI
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.models.vllm_causallms import VLLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
+from lm_eval.utils import handle_arg_string, hash_string, sanitize_model_name
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.mpt.modeling_mpt import MptModel
 from vllm import LLM, AsyncEngineArgs, ModelRegistry
@@ -311,6 +318,35 @@ def test_windows_of_long_texts() -> None:
     ours = "tools/infer/engines/transformers.py"
     calls(ours, VLLM.loglikelihood_rolling, "get_rolling_token_windows", max_seq_len="self.max_length - 2")
     calls(ours, HFLM.loglikelihood_rolling, "utils.get_rolling_token_windows", max_seq_len="self.max_length")
+
+
+def test_a_class_for_servers_tokenizes_as_that_for_vllm() -> None:
+    ours = "tools/infer/engines/server.py"
+    binds(ours, VLLM.tok_encode, None, "text", add_special_tokens=None)
+    binds(ours, VLLM.modify_gen_kwargs, {}, eos="e", default_max_gen_toks=2)
+    binds(ours, LocalCompletionsAPI._create_payload, None, [[1]], generate=False, seed=1, eos="e")
+    names = {name for name in VLLM.tok_encode.__code__.co_names if name.startswith(("add_bos", "prefix_token"))}
+    assert names == {"add_bos_token", "prefix_token_id"}, (
+        f"re-read {ours}: other fields than those of LocalCompletionsAPI"
+    )
+    source = inspect.getsource(TemplateAPI)
+    for line in (
+        "max_context_len = self.max_length - max_gen_toks",
+        "inp = (context_enc + continuation_enc)[-self.max_length :]",
+        "max_seq_len=self.max_length - 1,",
+        "self.max_length = max_length - 1",
+    ):
+        assert line in source, f"re-read {ours}: {line}"
+
+
+def test_a_record_is_made_of_the_harness_functions() -> None:
+    assert (DEFAULT_RANDOM_SEED, DEFAULT_OTHER_SEED) == (0, 1234), "README of infer says so"
+    found: dict[str, object] = {}
+    add_tokenizer_info(found, SimpleNamespace(tokenizer=None))
+    assert handle_arg_string("true") is True
+    assert handle_arg_string("0.5") == 0.5
+    assert hash_string("a") == hashlib.sha256(b"a").hexdigest()
+    assert "/" not in sanitize_model_name("a/b")
 
 
 def test_fields_that_are_none_come_from_the_models_own_configuration() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BATCH_SIZE = 8
+
+
+class _EndedError(Exception):
+    """Ends `generate` of transformers, which has no other way out."""
 
 
 class TransformersEngine:
@@ -78,8 +83,9 @@ class TransformersEngine:
                     # The harness's logits cache is wrong for a context that extends another example's context by the first
                     # tokens of its continuation: it returns the other example's scores.
                     logits_cache=False,
-                    # Minus 2, as the harness does for vLLM: both engines truncate long texts at the same token.
-                    max_length=self._given - 2 if self._given else None,
+                    # Without it the harness asks the configuration, as on its own command line. It cuts a text that is
+                    # longer at `max_length`, and in its class for vLLM two tokens before.
+                    max_length=self._settings.max_model_len,
                 )
             except (ValueError, OSError) as error:
                 raise UserError(f"--source {self._source}: {str(error).strip().splitlines()[0]}") from None
@@ -137,11 +143,14 @@ class TransformersEngine:
     def _growing(self, request: Request) -> Iterator[tuple[str, bool]]:
         """(text so far, whether it is finished) after each token; `generate` runs in a thread."""
         arrived: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
+        ended = threading.Event()  # the caller wants no more
 
         class Streamer:
             """Receives the prompt, then each token, from transformers."""
 
             def put(self, value: Any) -> None:
+                if ended.is_set():
+                    raise _EndedError
                 arrived.put(value.flatten().tolist())
 
             def end(self) -> None:
@@ -151,11 +160,14 @@ class TransformersEngine:
         with ThreadPoolExecutor(1) as thread:
             running = thread.submit(self._complete, request, 0, Streamer())
             running.add_done_callback(lambda _: arrived.put(None))
-            if arrived.get() is not None:  # the prompt
-                while (new := arrived.get()) is not None:
-                    tokens += new
-                    yield self._decode(tokens), False
-            yield running.result().text, True
+            try:
+                if arrived.get() is not None:  # the prompt
+                    while (new := arrived.get()) is not None:
+                        tokens += new
+                        yield self._decode(tokens), False
+                yield running.result().text, True
+            finally:
+                ended.set()
 
     def _decode(self, tokens: list[int]) -> str:
         return self.harness_model().tokenizer.decode(tokens, skip_special_tokens=True)

@@ -110,10 +110,16 @@ class VllmEngine:
         self.load()
         assert self._llm is not None
         engine = self._llm.llm_engine
+        names = []
         for index, (ids, sampling) in enumerate(prompts):
-            engine.add_request(str(index), TokensPrompt(prompt_token_ids=ids), sampling)
-        while engine.has_unfinished_requests():
-            yield from engine.step()
+            names.append(str(index))
+            engine.add_request(names[-1], TokensPrompt(prompt_token_ids=ids), sampling)
+        try:
+            while engine.has_unfinished_requests():
+                yield from engine.step()
+        finally:
+            if engine.has_unfinished_requests():  # the caller wants no more
+                engine.abort_request(names)
 
 
 def checked_arguments(

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from shared.checkpoint.directory.model_card import BEGIN, CARD, END, Stage, write_adapter_card, write_card
+from shared.checkpoint.directory.model_card import (
+    BEGIN,
+    CARD,
+    END,
+    Stage,
+    card_fields,
+    set_fields,
+    write_adapter_card,
+    write_card,
+)
 
 SFT = Stage(
     command="sft train",
@@ -139,3 +148,19 @@ def test_an_adapter_of_an_unknown_training_has_a_card(directory: Path) -> None:
     adapter.mkdir()
     write_adapter_card(adapter, None, name="adapter", base=directory, link="..")
     assert "datasets" not in ModelCard.load(adapter / CARD).data.to_dict()
+
+
+def test_fields_are_set_and_the_text_is_kept_to_the_byte(tmp_path: Path) -> None:
+    path = tmp_path / CARD
+    assert card_fields(path) == {}
+    set_fields(path, {"license": "mit"})
+    assert card_fields(path) == {"license": "mit"}
+    path.write_bytes(THEIRS)
+    set_fields(path, {"model-index": [{"name": "a", "results": [1]}], "tags": ["é"]})
+    assert path.read_bytes().partition(b"\n---\n")[2] == THEIRS.partition(b"\n---\n")[2]
+    fields = card_fields(path)
+    assert fields["model-index"] == [{"name": "a", "results": [1]}]
+    assert (fields["license"], fields["tags"]) == ("llama3.2", ["é"])
+    path.write_text("no front matter\n")
+    set_fields(path, {"license": "mit"})
+    assert path.read_text() == "---\nlicense: mit\n---\nno front matter\n"

@@ -42,6 +42,9 @@ def main(name: str, source: Path, given: dict[str, Any], precision: Any = None) 
     greedy = Sampling(max_tokens=given["tokens"], temperature=0.0, top_p=1.0)
     requests = [Request(prompt=ids, sampling=greedy) for ids in given["prompts"]]
     answer["greedy"] = [[asdict(sample) for sample in samples] for samples in all_of(engine, requests)]
+    left = engine.stream(Request(prompt=given["prompts"][0], sampling=greedy.model_copy(update={"max_tokens": 100})))
+    next(left)
+    left.close()  # type: ignore[attr-defined] -- a generator
     answer["streamed"] = [list(engine.stream(request)) for request in requests]
     full = Sampling(max_tokens=10_000, temperature=0.0, top_p=1.0)
     (answer["full"],) = all_of(engine, [Request(prompt=given["prompts"][0], sampling=full)])[0]
