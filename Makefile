@@ -3,13 +3,14 @@ TOOLS := convert pretrain sft rlhf infer
 ENVIRONMENTS := $(TOOLS:%=tools/%/.venv/.ready)
 WORK ?= demo-work
 BENCH_WORK ?= bench-work
+MINUTES ?= 30
 PROOFS := $(CURDIR)/.proofs
 PYTEST := -m pytest -q --numprocesses 2 --durations 5
 export OMP_NUM_THREADS ?= 2
 # where it is set, every start of a tool compiles its libraries anew, for half a minute
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity
+.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity test-hostile
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -22,6 +23,9 @@ tools/%/.venv/.ready: tools/%/requirements.lock tools/%/pyproject.toml tests/req
 
 tests/lint/.venv/.ready: tests/lint/requirements.lock tools/environment.sh
 	tools/environment.sh tests/lint
+
+tests/hostile/.venv/.ready: tests/hostile/requirements.lock tools/environment.sh
+	tools/environment.sh tests/hostile
 
 tests/peers/.venv/.ready: tests/peers/requirements.lock tools/environment.sh
 	tools/environment.sh tests/peers
@@ -43,11 +47,11 @@ pipeline-docker: containers/.venv/.ready ## the demo in containers, one for each
 
 test: lint $(TOOLS:%=test-%) test-pipeline ## every test, each in its tool's environment
 
-test-convert: setup ## the contract, families, mapping, convert and the command lines
+test-convert: setup tests/hostile/.venv/.ready ## the contract, families, mapping, convert and the command lines
 	OMP_NUM_THREADS=1 tools/convert/.venv/bin/python $(PYTEST) tests/test_*.py \
 	    $(filter-out tests/shared/test_weight_account.py,$(wildcard tests/shared/test_*.py)) tests/shared/checkpoint tests/shared/architecture \
 	    tests/shared/families tests/shared/mapping tests/shared/quantized tests/tools/convert tests/tools/test_every_command.py \
-	    tests/containers/test_compose.py tests/containers/test_dockerfiles.py tests/benchmarks
+	    tests/containers/test_compose.py tests/containers/test_dockerfiles.py tests/benchmarks tests/hostile
 
 test-pretrain: setup ## Megatron-Core on this machine, data, pretraining
 	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python $(PYTEST) tests/shared/data tests/shared/kernels tests/shared/model \
@@ -59,7 +63,7 @@ test-sft: setup ## supervised fine-tuning
 test-rlhf: setup ## reward model, PPO, GRPO
 	OMP_NUM_THREADS=1 tools/rlhf/.venv/bin/python $(PYTEST) tests/shared/test_weight_account.py tests/tools/rlhf
 
-test-infer: setup ## vLLM and lm-evaluation-harness
+test-infer: setup tests/hostile/.venv/.ready ## vLLM and lm-evaluation-harness
 	OMP_NUM_THREADS=1 tools/infer/.venv/bin/python $(PYTEST) tests/tools/infer
 
 test-pipeline: setup ## the stages, through their commands and directories only, and test-golden
@@ -91,6 +95,9 @@ bench-fp8-gpu: setup ## FP8 kernels, linear layers and whole updates on a GPU, b
 
 bench-train: setup ## tokens per second of training beside plain torch loops of Megatron-Core and of transformers
 	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/benchmarks/bench_train.py
+
+test-hostile: setup tests/hostile/.venv/.ready ## random and hostile requests to a server, with its memory; MINUTES=30
+	OMP_NUM_THREADS=1 tools/infer/.venv/bin/python tests/hostile/hostile.py --minutes $(MINUTES)
 
 bench-save: setup ## what training waits for a save, blocking and with --async-save (6 GB of disk)
 	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/benchmarks/bench_save.py
@@ -132,4 +139,4 @@ lock: tools/pretrain/.venv/.ready ## resolve every requirements.lock anew
 	tools/lock.sh $(TOOLS)
 
 clean: ## remove the environments and the demo
-	rm -rf $(TOOLS:%=tools/%/.venv) tests/lint/.venv tests/peers/.venv containers/.venv .uv $(WORK)
+	rm -rf $(TOOLS:%=tools/%/.venv) tests/lint/.venv tests/peers/.venv tests/hostile/.venv containers/.venv .uv $(WORK)

@@ -24,6 +24,7 @@ for tool in "$@"; do
 done
 lock tests requirements.in
 lock tests/lint requirements.in
+lock tests/hostile requirements.in
 lock tests/peers requirements.in requirements.lock --override overrides.txt
 lock containers requirements.in
 lock containers/install installer.in installer.lock

@@ -24,8 +24,11 @@ class Line:
     dots: bool = False
 
 
-def chart(title: str, lines: Sequence[Line], *, unit: str = "", from_zero: bool = False) -> str:
-    """A `<figure>` of curves over steps, with a legend and last values; an empty string without points."""
+def chart(title: str, lines: Sequence[Line], *, unit: str = "", from_zero: bool = False, over: str = "updates") -> str:
+    """A `<figure>` of curves over steps, with a legend and last values; an empty string without points.
+
+    `over`: what a step is, for those who do not see the picture.
+    """
     drawn = [line for line in lines if line.points]
     if not drawn:
         return ""
@@ -62,7 +65,7 @@ def chart(title: str, lines: Sequence[Line], *, unit: str = "", from_zero: bool 
     )
     return (
         f"<figure><figcaption><h2>{escape(title)}</h2><div>{legend}</div></figcaption>"
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)} over updates">'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)} over {escape(over)}">'
         f"{''.join(parts)}</svg></figure>"
     )
 

@@ -37,7 +37,7 @@ def measure(words: Sequence[str | Path], first_to_end: bool = False) -> Measured
             Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000", encoding="ascii")
         while process.poll() is None:
             looked = time.perf_counter()
-            memory = max(memory, _anonymous(_tree(process.pid)))
+            memory = max(memory, anonymous(tree(process.pid)))
             time.sleep(max(_EVERY, 20 * (time.perf_counter() - looked)))
         seconds = time.perf_counter() - started
         if process.returncode:
@@ -49,17 +49,18 @@ def measure(words: Sequence[str | Path], first_to_end: bool = False) -> Measured
     return Measured(seconds=seconds, processor=processor, memory=memory)
 
 
-def _tree(pid: int) -> list[int]:
+def tree(pid: int) -> list[int]:
+    """A process and all below it."""
     found = [pid]
     with contextlib.suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task"):
             children = Path(f"/proc/{pid}/task/{thread}/children").read_text(encoding="ascii")
             for child in children.split():
-                found += _tree(int(child))
+                found += tree(int(child))
     return found
 
 
-def _anonymous(pids: Sequence[int]) -> int:
+def anonymous(pids: Sequence[int]) -> int:
     """Bytes; what a process shares with those that it forked counts once."""
     file, field = ("status", "RssAnon:") if len(pids) == 1 else ("smaps_rollup", "Pss_Anon:")
     total = 0

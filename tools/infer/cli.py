@@ -449,6 +449,53 @@ def reload(
     run(url, source, version=version, api_key_file=api_key_file, timeout=timeout)
 
 
+@tool.command(positional=("url",), not_fingerprinted=("api_key_file",))
+def bench(
+    url: str,
+    source: ExistingDir,
+    target: Path,
+    concurrency: tuple[Positive, ...] = (1, 8, 32),
+    requests: Positive = 200,
+    input_tokens: Positive = 256,
+    output_tokens: Positive = 128,
+    model: str | None = None,
+    api_key_file: ExistingFile | None = None,
+    seed: Seed = 0,
+    overwrite: bool = False,
+) -> None:
+    """Measure a running server with vLLM's benchmark client.
+
+    Sends random prompts to /v1/completions, at one concurrency after the other, and takes streamed greedy replies of full length.
+    Publishes TARGET/bench.json and TARGET/report.html: tokens per second, and mean, p50 and p99 of the time to the first token
+    (TTFT), per later token (TPOT), between tokens (ITL) and of whole replies. Prints a table.
+
+    Args:
+        url: address of the server, as in its ready line.
+        source: directory that it serves, for its tokenizer.
+        target: directory to publish.
+        concurrency: requests at once, comma separated: a run for each.
+        requests: of each run; as many as the concurrency come before it and are not measured.
+        input_tokens: length of a prompt.
+        output_tokens: length of a reply.
+        model: name of the model or adapter; by default the server's first.
+        api_key_file: file with the server's key.
+        seed: of the prompts.
+        overwrite: replace what is published at the target.
+    """
+    from tools.infer.bench import Load, run
+
+    run(
+        url,
+        source,
+        target,
+        concurrency=concurrency,
+        load=Load(requests=requests, input_tokens=input_tokens, output_tokens=output_tokens, seed=seed),
+        model=model,
+        api_key_file=api_key_file,
+        overwrite=overwrite,
+    )
+
+
 def main() -> None:
     """The console script."""
     tool.run()

@@ -13,15 +13,12 @@ from typing import Any
 
 import pytest
 
+from tests.tools.infer.tiny_models import tiny_model
+
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-TEXT = "The quick brown fox jumps over the lazy dog. def f(x): return x + 1\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,53 +82,12 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """family -> a directory with a tiny random model. LLaMA's tokenizer has a chat template, the others' have none.
-
-    head_dim 32 is the smallest of vLLM's CPU attention. Weights have a large deviation, so that the most likely token
-    leads by far and rounding does not change greedy decoding.
-    """
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
+    """family -> a directory with a tiny random model. LLaMA's tokenizer has a chat template, the others' have none."""
     root = tmp_path_factory.mktemp("models")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    # ASCII only: no token is part of a character, so that equal texts are equal tokens.
-    alphabet = [c for c in pre_tokenizers.ByteLevel.alphabet() if c.isascii() or c in "\u0120\u010a"]
-    bpe.train_from_iterator(
-        [TEXT] * 4, trainers.BpeTrainer(vocab_size=140, special_tokens=["<eos>"], initial_alphabet=alphabet)
-    )
 
     def make(family: str, head_dim: int = 32) -> Path:
         path = root / (family if head_dim == 32 else f"{family}-{head_dim}")
-        if path.exists():
-            return path
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>")
-        if family == "llama":
-            tokenizer.chat_template = TEMPLATE
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(
-            family,
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=head_dim,
-            max_position_embeddings=128,
-            initializer_range=0.3,
-            bos_token_id=None,
-            eos_token_id=0,
-            pad_token_id=None,
-        )
-        model = AutoModelForCausalLM.from_config(config)
-        model.generation_config.eos_token_id = 0
-        model.save_pretrained(path)
-        tokenizer.save_pretrained(path)
-        return path
+        return path if path.exists() else tiny_model(family, path, head_dim=head_dim)
 
     return make
 

@@ -1,17 +1,22 @@
-"""Greedy continuation and log-probabilities in vLLM and in transformers: `family_worker.py DIRECTORY`, in a fork of the launcher.
+"""Greedy continuation and log-probabilities in vLLM and in transformers, in a fork of the launcher.
+
+    family_worker.py DIRECTORY [exchange]
 
 vLLM loads DIRECTORY, the export; transformers loads DIRECTORY.source, the model as its family publishes it. Writes
-DIRECTORY.json: both continuations and the log-probability of every given token, or the reason why `infer` refuses the model.
+DIRECTORY.json: both continuations and the log-probability of every given token, or the reason why `infer` refuses the model. With
+`exchange` the engine takes other weights, as by `infer reload`, and those of DIRECTORY again.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.errors import UserError
@@ -20,7 +25,9 @@ from tests.tools.infer import multimodal
 from tools.infer.engines.engine import EngineSettings
 from tools.infer.engines.vllm import load
 from tools.infer.engines.vllm_arguments import engine_arguments
-from tools.infer.engines.vllm_support import check_supported, model_config
+from tools.infer.engines.vllm_support import check_exchange, check_supported, model_config
+from tools.infer.engines.weight_swap import WeightSwap
+from tools.infer.weight_check import ServedWeights
 
 GIVEN, CONTINUED = 224, 24  # tokens: beyond the windows and original lengths of tiny sizes
 
@@ -42,21 +49,52 @@ def of_transformers(source: Path, ids: torch.Tensor, dtype: torch.dtype) -> dict
     return {"tokens": ids[0, GIVEN:].tolist(), "log_probabilities": known[:, 0].tolist()}
 
 
-def of_vllm(source: Path, arguments: dict[str, Any], ids: list[int], has_images: bool) -> dict[str, Any]:
+def of_vllm(
+    source: Path, arguments: dict[str, Any], ids: list[int], has_images: bool, other: Path | None
+) -> dict[str, Any]:
     from vllm import SamplingParams, TokensPrompt
 
     sampling = SamplingParams(
         temperature=0.0, max_tokens=CONTINUED, ignore_eos=True, detokenize=False, prompt_logprobs=0
     )
-    llm = load(arguments)
-    (answer,) = llm.generate([TokensPrompt(prompt_token_ids=ids)], sampling, use_tqdm=False)
-    given = zip(answer.prompt_logprobs[1:], ids[1:], strict=True)
-    known = [position[token].logprob for position, token in given]
-    seen = {"seen": multimodal.of_vllm(llm, source, sampling)} if has_images else {}
-    return {"tokens": list(answer.outputs[0].token_ids), "log_probabilities": known, **seen}
+    llm = load(arguments | ({"worker_extension_cls": WeightSwap.path} if other else {}))
+
+    def continued() -> dict[str, Any]:
+        (answer,) = llm.generate([TokensPrompt(prompt_token_ids=ids)], sampling, use_tqdm=False)
+        given = zip(answer.prompt_logprobs[1:], ids[1:], strict=True)
+        known = [position[token].logprob for position, token in given]
+        return {"tokens": list(answer.outputs[0].token_ids), "log_probabilities": known}
+
+    found = continued() | ({"seen": multimodal.of_vllm(llm, source, sampling)} if has_images else {})
+    if other:
+        served = ServedWeights.read(source)
+        check_exchange(llm.llm_engine.vllm_config, "--reload-from")
+        for name, path in (("other", other), ("again", source)):
+            files = [(file.path, file.size, file.modified) for file in served.check(path)]
+            assert llm.collective_rpc(WeightSwap.baton_open.__name__, args=(files,)) == [""]
+            llm.collective_rpc(WeightSwap.baton_swap.__name__)
+            assert llm.reset_prefix_cache()
+            found[name] = continued()
+    return found
 
 
-def both(source: Path) -> dict[str, Any]:
+def with_other_weights(source: Path) -> Path:
+    """A directory like `source` with noise on every weight."""
+    other = source.with_name(f"{source.name}.other")
+    other.mkdir()
+    for path in (source / "config.json", *source.glob("generation_config.json"), *source.glob("*.py")):
+        shutil.copy(path, other)
+    noise = torch.Generator().manual_seed(2)
+    weights = load_file(source / "model.safetensors")
+    for name, tensor in weights.items():
+        if tensor.is_floating_point():
+            scale = 0.2 * float(tensor.float().square().mean().sqrt())
+            weights[name] = tensor + scale * torch.randn(tensor.shape, generator=noise).to(tensor.dtype)
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    return other
+
+
+def both(source: Path, exchange: bool) -> dict[str, Any]:
     config = read_config(source / "config.json")
     try:
         check_supported(source)
@@ -83,7 +121,11 @@ def both(source: Path) -> dict[str, Any]:
     if precision == "bf16":
         answer["rounded"] = of_transformers(original, ids, torch.bfloat16)
     try:
-        return answer | {"vllm": of_vllm(source, arguments, ids[0].tolist(), has_images)}
+        other = with_other_weights(source) if exchange else None
+        answer |= {"vllm": of_vllm(source, arguments, ids[0].tolist(), has_images, other)}
+        if other:
+            answer["other"] = of_transformers(other, ids, torch.float32)
+        return answer
     except UserError as error:
         return {"refused": str(error).replace(f"--source {source}: ", "")}
 
@@ -91,4 +133,4 @@ def both(source: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     directory = Path(sys.argv[1])
-    directory.with_name(f"{directory.name}.json").write_text(json.dumps(both(directory)))
+    directory.with_name(f"{directory.name}.json").write_text(json.dumps(both(directory, sys.argv[2:] == ["exchange"])))

@@ -27,6 +27,7 @@ from lm_eval.utils import handle_arg_string, hash_string, sanitize_model_name
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.mpt.modeling_mpt import MptModel
 from vllm import LLM, AsyncEngineArgs, ModelRegistry
+from vllm.benchmarks import serve as benchmark_client
 from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 from vllm.config.lora import LoRAConfig, MaxLoRARanks
 from vllm.config.model import LogprobsMode
@@ -41,7 +42,12 @@ from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadL
 from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX, AuthenticationMiddleware
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 from vllm.lora.peft_helper import PEFTHelper
-from vllm.model_executor.model_loader.reload import inplace
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader.reload import inplace, layerwise
+from vllm.model_executor.models.gpt_oss import GptOssModel
 from vllm.model_executor.models.registry import _PREVIOUSLY_SUPPORTED_MODELS, _LazyRegisteredModel
 from vllm.platforms.cpu import CpuPlatform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -59,10 +65,12 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from tests.upstream import attributes_set, binds, calls, relies_on, says_nothing_of
 from tools.infer import served_adapters
+from tools.infer.bench import LATENCIES
 from tools.infer.engines import vllm_arguments, vllm_support
-from tools.infer.engines.weight_swap import WeightSwap
+from tools.infer.engines.weight_swap import RELOAD_LOGGER, WeightSwap
 from tools.infer.rollouts import SAMPLING
 
+BENCH = "tools/infer/bench.py"
 DRAIN = "tools/infer/drain.py"
 ENGINE = "tools/infer/engines/vllm.py"
 EVALUATE = "tools/infer/evaluate.py"
@@ -143,6 +151,25 @@ def test_options_of_a_server_are_its_parsers() -> None:
     assert (options.model, options.served_model_name, options.host, options.port) == ("m", ["n"], "h", 1), SERVE
 
 
+def test_a_benchmark_is_a_command_line_and_a_dictionary() -> None:
+    binds(BENCH, benchmark_client.main_async, None)
+    words = ["--backend", "openai", "--base-url", "http://h:1", "--model", "m", "--tokenizer", "t", "--dataset-name"]
+    words += ["random", "--random-input-len", "1", "--random-output-len", "2", "--num-prompts", "3", "--seed", "4"]
+    words += ["--max-concurrency", "5", "--num-warmups", "5", "--temperature", "0", "--metric-percentiles", "50,99"]
+    words += ["--percentile-metrics", ",".join(LATENCIES), "--extra-body", "{}", "--header", "a=b"]
+    parser = FlexibleArgumentParser()
+    benchmark_client.add_cli_args(parser)
+    asked = parser.parse_args([*words, "--save-detailed", "--disable-tqdm"])
+    assert (asked.random_input_len, asked.num_prompts, asked.seed, asked.extra_body) == (1, 3, 4, {}), BENCH
+    relies_on(
+        BENCH,
+        benchmark_client.benchmark,
+        'result[f"mean_{metric_attribute_name}_ms"] = mean',
+        'result[f"p{p_word}_{metric_attribute_name}_ms"] = value',
+    )
+    relies_on(BENCH, benchmark_client.main_async, "args.header", "return result_json", "args.ignore_eos = True")
+
+
 def test_the_server_is_in_the_state_of_its_application() -> None:
     relies_on(
         DRAIN,
@@ -203,6 +230,34 @@ def test_weights_are_reloaded_from_an_iterator() -> None:
     relies_on(SWAP, GPUModelRunner.reload_weights, "self.reset_lora_state()", "self.reset_encoder_cache()")
     says_nothing_of(POLICY, GPUModelRunner.reload_weights, "reset_prefix_cache")
     relies_on(SWAP, inplace.reload_weights, "loaded_weights = model.load_weights(weights_iterator)")
+
+
+def test_experts_are_packed_for_the_cpu_when_their_kernel_is_made() -> None:
+    relies_on(SWAP, FusedMoEMethodBase.__init__, "self.moe_kernel: mk.FusedMoEKernel | None = None")
+    relies_on(SWAP, UnquantizedFusedMoEMethod._setup_kernel, "is_weight_update = self.moe_kernel is not None")
+    relies_on(SWAP, CPUUnquantizedExperts.process_weights_after_loading, "self._pad_moe_intermediate(layer)")
+
+
+def test_a_tied_head_is_packed_by_itself() -> None:
+    relies_on(SWAP, UnquantizedEmbeddingMethod.tie_weights, "layer.weight = embed_tokens.weight")
+    method = UnquantizedEmbeddingMethod.process_weights_after_loading
+    calls(SWAP, method, "dispatch_cpu_unquantized_gemm", "layer", remove_weight="False")
+    says_nothing_of(SWAP, layerwise, "cpu_linear", "tie_weights")
+
+
+def test_a_layer_without_new_weights_is_a_warning() -> None:
+    calls(
+        SWAP,
+        layerwise.finalize_layerwise_processing,
+        "logger.warning",
+        "'%s: Failed to load weights'",
+        "layer.__class__.__name__",
+    )
+    assert layerwise.logger.name == RELOAD_LOGGER
+
+
+def test_experts_of_gpt_oss_are_written_past_the_reload() -> None:
+    relies_on("tools/infer/engines/vllm_support.py", GptOssModel._load_weights_other, "param.copy_(narrow_weight)")
 
 
 def test_generation_is_paused_for_an_exchange() -> None:

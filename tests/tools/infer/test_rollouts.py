@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.hostile.hostile import attack
 from tests.tools.infer.http_server import Server, call
 
 TEMPERATURE = 0.7
 TOLERANCE = 2e-5  # transformers and vLLM add in other orders, both in fp32, in 2 layers
 PROMPT = [5, 9, 33, 70]
+SECONDS = 20  # of hostile requests
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +110,38 @@ def test_a_published_policy_is_the_one_that_answers(server, first, policies):
         assert call(url)[1]["version"] == "run-2"
         assert reply(server, 2) == last
     assert call(url, {"path": str(broken)})[0] == 400, "a publication without a version"
+
+
+def totals(server):
+    """The server's own counters of prompt tokens, generated tokens and requests."""
+    with urllib.request.urlopen(server.url.removesuffix("/v1") + "/metrics", timeout=60) as answer:
+        text = answer.read().decode()
+
+    def total(name):
+        return sum(float(value) for value in re.findall(rf"^vllm:{name}{{[^}}]*}} (\S+)$", text, re.MULTILINE))
+
+    return [total("prompt_tokens_total"), total("generation_tokens_total"), total("request_success_total")]
+
+
+def test_a_benchmark_counts_what_the_server_counts(server, launcher, first, tmp_path):
+    words = ["--source", first, "--target", tmp_path / "bench", "--concurrency", 4, "--requests", 12]
+    before = totals(server)
+    done = launcher("bench", server.url, *words, "--input-tokens", 24, "--output-tokens", 16)
+    assert done.code == 0, done.stderr
+    (run,) = json.loads((tmp_path / "bench" / "bench.json").read_text())["runs"]
+    assert (run["requests"], run["input_tokens"], run["output_tokens"]) == (12, 12 * 24, 12 * 16)
+    counted = [now - then for now, then in zip(totals(server), before, strict=True)]
+    assert counted == [16 * 24, 16 * 16, 16]  # and the four requests before the run
+    assert 0 < run["ttft_ms"]["p50"] <= run["ttft_ms"]["p99"] <= run["e2el_ms"]["p99"]
+
+
+def test_hostile_requests_are_answered(server):
+    """`make test-hostile` is the same for 30 minutes, with its memory."""
+    found = attack(server.url, server.pid, SECONDS)
+    assert found.wrong == []
+    assert found.statuses["ordinary"] > 20
+    assert found.statuses.total() > 100
+    assert any(status.startswith("4") for status in found.statuses)
 
 
 def test_flags_that_change_the_distribution_are_refused(launcher, first, policies):

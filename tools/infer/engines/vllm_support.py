@@ -117,6 +117,7 @@ def check_exchange(config: Any, flag: str) -> None:
     refused = {
         "vLLM repacks quantised weights": model.quantization is not None,
         "vLLM's reload changes the state of recurrent layers": model.is_hybrid or model.has_inner_state,
+        "vLLM's gpt-oss writes its experts past the reload": model.hf_config.model_type == "gpt_oss",
         "a draft model would keep its weights": config.speculative_config is not None,
         "replicas of --data-parallel-size would get them one after the other": config.parallel_config.data_parallel_size
         > 1,

@@ -12,6 +12,7 @@ from tools.infer.engines.vllm_support import check_exchange
 
 def config(speculative=None, replicas=1, **model):
     plain = {"quantization": None, "is_hybrid": False, "has_inner_state": False}
+    plain["hf_config"] = SimpleNamespace(model_type="llama")
     return SimpleNamespace(
         model_config=SimpleNamespace(**plain | model),
         speculative_config=speculative,
@@ -29,6 +30,7 @@ def test_a_plain_model_is_taken():
         ({"quantization": "fp8"}, "quantised weights"),
         ({"is_hybrid": True}, "recurrent layers"),
         ({"has_inner_state": True}, "recurrent layers"),
+        ({"hf_config": SimpleNamespace(model_type="gpt_oss")}, "gpt-oss"),
         ({"speculative": object()}, "draft model"),
         ({"replicas": 2}, "--data-parallel-size"),
     ],

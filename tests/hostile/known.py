@@ -1,0 +1,31 @@
+"""Answers of status 5xx that are vLLM's own, each with its reason. Everything else that is 5xx is a fault of ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """A request that vLLM itself answers with 5xx, with `vllm serve` as with `infer serve`."""
+
+    name: str
+    path: str  # regular expression
+    said: str  # regular expression, in the answer
+    why: str
+
+
+KNOWN: tuple[Known, ...] = ()
+
+
+def is_known(row: Mapping[str, Any]) -> str | None:
+    """The name of a known 5xx, None for any other. `row`: of hooks.py."""
+    if row["status"] is None:
+        return None
+    for each in KNOWN:
+        if re.fullmatch(each.path, row["path"]) and re.search(each.said, row["said"]):
+            return each.name
+    return None
