@@ -11,6 +11,9 @@ tool = Tool(
 )
 
 _NOT_FINGERPRINTED = ("save_every", "log_every", "track")
+# Where replies are sampled, and when a run is given up: not what is computed.
+_ROLLOUTS = ("reward_timeout", "rollouts", "policies", "rollout_key_file", "rollout_timeout", "log_prob_gap_limit")
+_IMPORTANCE = ("importance_correction", "importance_cap")
 
 
 @tool.command(not_fingerprinted=_NOT_FINGERPRINTED)
@@ -60,7 +63,7 @@ def kto(options: KTOOptions) -> int | None:
     return code
 
 
-@tool.command(not_fingerprinted=(*_NOT_FINGERPRINTED, "reward_timeout"))
+@tool.command(not_fingerprinted=(*_NOT_FINGERPRINTED, *_ROLLOUTS), added=_IMPORTANCE)
 def ppo(options: PPOOptions) -> int | None:
     """Train a policy on rewards by PPO, on DeepSpeed engines.
 
@@ -76,7 +79,8 @@ def ppo(options: PPOOptions) -> int | None:
 
 
 @tool.command(
-    not_fingerprinted=(*_NOT_FINGERPRINTED, "reward_timeout"), added=("loss", "reward_normalisation", "scale_rewards")
+    not_fingerprinted=(*_NOT_FINGERPRINTED, *_ROLLOUTS),
+    added=("loss", "reward_normalisation", "scale_rewards", *_IMPORTANCE),
 )
 def grpo(options: GRPOOptions) -> int | None:
     """Train a policy on rewards by GRPO, with TRL's GRPOTrainer: no critic, advantages are relative to a prompt's replies.
@@ -91,7 +95,7 @@ def grpo(options: GRPOOptions) -> int | None:
     return code
 
 
-@tool.command(not_fingerprinted=(*_NOT_FINGERPRINTED, "reward_timeout"))
+@tool.command(not_fingerprinted=(*_NOT_FINGERPRINTED, *_ROLLOUTS))
 def rloo(options: RLOOOptions) -> int | None:
     """Train a policy on rewards by RLOO, with TRL's RLOOTrainer: a reply's baseline is the mean of the prompt's other replies.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
@@ -198,6 +199,14 @@ class PolicyOptions(Options):
         global_batch_size: replies per update, over all processes.
         micro_batch_size: replies per forward pass of a process.
         seed: of sampling and shuffling.
+        rollouts: addresses of `infer rollouts`, separated by commas, that sample the replies, such as http://127.0.0.1:8000/v1;
+            by default this command samples itself. Needs --policies.
+        policies: folder in which the policy is published for --rollouts; the servers' --policies, under the same path.
+        rollout_key_file: file with the API key of --rollouts.
+        rollout_timeout: seconds that --rollouts may take for the replies of a process, or to take over a policy; then the run
+            ends.
+        log_prob_gap_limit: largest mean difference between the sampler's and the trainer's log-probabilities of a roll-out, nats
+            a token; above it the run ends. By default 0.001 if both compute in fp32, of fp32 weights, else 0.1.
     """
 
     prompts: Existing
@@ -207,10 +216,21 @@ class PolicyOptions(Options):
     max_new_tokens: Positive = 128
     temperature: Temperature = 1.0
     clip_range: Above = 0.2
+    rollouts: tuple[str, ...] = ()
+    policies: ExistingDir | None = None
+    rollout_key_file: Existing | None = None
+    rollout_timeout: Above = 3600.0
+    log_prob_gap_limit: Above | None = None
 
     def __post_init__(self) -> None:
-        """Check `reward` early."""
+        """Check `reward` and the addresses early, and that the flags of servers are given with them."""
         parse(self.reward)
+        _check_addresses(self.rollouts)
+        if self.rollouts and self.policies is None:
+            raise UserError("--rollouts needs --policies, the folder from which the servers take the policy")
+        for flag, given in (("--policies", self.policies), ("--rollout-key-file", self.rollout_key_file)):
+            if given is not None and not self.rollouts:
+                raise UserError(f"{flag} is for servers that sample the replies: give --rollouts, too, or leave it out")
 
     @cached_property
     def rewards(self) -> tuple[RewardSpec, ...]:
@@ -222,6 +242,32 @@ class PolicyOptions(Options):
         """Input files and directories, those in `reward` included, with the modules beside a Python file that it imports."""
         rewards = [path for spec in self.rewards for path in spec.files]
         return {"source": self.source, "prompts": self.prompts, "reward_source": rewards}
+
+
+_OF_ADDRESSES = {chr(code) for code in range(0x21, 0x7F)}  # printable ASCII without the blank
+
+
+def _check_addresses(addresses: tuple[str, ...]) -> None:
+    for address in addresses:
+        try:
+            parts = urlsplit(address)
+            known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            known = known and not (parts.query or parts.fragment or set(address) - _OF_ADDRESSES)
+        except ValueError:  # of the port, or of an IPv6 host
+            known = False
+        if not known:
+            raise UserError(f"--rollouts {address} is not an address such as http://127.0.0.1:8000/v1")
+        if addresses.count(address) > 1:
+            raise UserError(f"--rollouts names {address} twice")
+
+
+ImportanceCorrection = Literal["none", "token_truncate", "token_mask", "sequence_mask"]
+_CAP = 2.0
+
+
+def _check_cap(correction: ImportanceCorrection, cap: float) -> None:
+    if correction == "none" and cap != _CAP:
+        raise UserError(f"--importance-cap {cap:g} acts with --importance-correction only; give both, or neither")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +293,9 @@ class PPOOptions(PolicyOptions):
         missing_eos_penalty: subtracted from the reward of a reply without an EOS within --max-new-tokens.
         zero: ZeRO stage; 1 shards optimizer state over processes, 2 also gradients, 3 also parameters.
         precision: of weights and activations; by default bf16 on a GPU and fp32 elsewhere.
+        importance_correction: weight of a token in the policy's loss, from the ratio of trainer to sampler: capped, or the ratio
+            within the bounds and 0 beyond, of a token or of its whole reply. README.md has the formulas and papers.
+        importance_cap: the largest ratio; the smallest of the masks is its inverse.
     """
 
     critic: ExistingDir | None = None
@@ -262,6 +311,13 @@ class PPOOptions(PolicyOptions):
     whiten_advantages: bool = True
     missing_eos_penalty: Rate = 0.0
     zero: Annotated[int, Field(ge=0, le=3)] = 0
+    importance_correction: ImportanceCorrection = "none"
+    importance_cap: Annotated[float, Field(gt=1)] = _CAP
+
+    def __post_init__(self) -> None:
+        """As in `PolicyOptions`; also, a cap is given where it acts."""
+        super().__post_init__()
+        _check_cap(self.importance_correction, self.importance_cap)
 
     def check(self, world_size: int) -> None:
         """As in `Options`; also, rollout_batch_size must be a multiple of global_batch_size."""
@@ -327,15 +383,21 @@ class GRPOOptions(GroupOptions):
         reward_normalisation: of several rewards: their weighted sum is normalised over a prompt's replies, or each of them is,
             and then the sum over the update.
         scale_rewards: whose deviation advantages are divided by: the prompt's replies, the update's, or none.
+        importance_correction: weight of a token in the loss, from the ratio of trainer to sampler: capped, or the ratio within
+            the bounds and 0 beyond, of a token or of its whole reply. README.md has the formulas and papers.
+        importance_cap: the largest ratio; the smallest of the masks is its inverse.
     """
 
     loss: GRPOLoss = "dapo"
     reward_normalisation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     scale_rewards: Literal["group", "batch", "none"] = "group"
+    importance_correction: ImportanceCorrection = "none"
+    importance_cap: Annotated[float, Field(gt=1)] = _CAP
 
     def __post_init__(self) -> None:
-        """As in `PolicyOptions`; also, a scale is given where it acts."""
+        """As in `PolicyOptions`; also, a scale and a cap are given where they act."""
         super().__post_init__()
+        _check_cap(self.importance_correction, self.importance_cap)
         if self.reward_normalisation == "normalize_then_sum" and self.scale_rewards != "group":
             raise UserError(
                 f"--scale-rewards {self.scale_rewards} with --reward-normalisation normalize_then_sum, which scales each "

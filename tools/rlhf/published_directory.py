@@ -45,21 +45,9 @@ def save_hf(
     Returns:
         manifest entries.
     """
-    from transformers.modeling_utils import remove_tied_weights_from_state_dict
-
-    weights = model.state_dict() if weights is None else weights
-    for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            raise StageError(f"{name} is not finite after training; nothing is published. Lower --learning-rate")
-    reader = HfReader(source.path)
-    weights = _named_as_in_the_source(model, remove_tied_weights_from_state_dict(weights, model), reader)
-    weights = {name: tensor.to(_dtype(name, tensor, reader, source)) for name, tensor in weights.items()}
-    tied = model.all_tied_weights_keys | {n: of for n, of in tied_copies(source.path).items() if n in source.aside}
-    for name, of in tied.items():
-        if name in reader.tensors and name not in weights and of in weights:
-            weights[name] = weights[of].clone()
+    weights, tied = _source_weights(model, source, model.state_dict() if weights is None else weights)
     unchanged = sorted(set(source.aside) - set(weights))
-    weights |= _as_they_are(reader, unchanged)
+    weights |= _as_they_are(HfReader(source.path), unchanged)
     count = len(weights)
     parameters = sum(tensor.numel() for name, tensor in weights.items() if name not in tied)
     model.config.dtype = source.dtype
@@ -76,6 +64,35 @@ def save_hf(
         "parameters": parameters,
         "tensors_unchanged": unchanged,
     }
+
+
+def source_weights(model: Any, source: Source, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Trained weights under the names and in the dtypes of the source, with its tensors aside.
+
+    Args:
+        model: the transformers model.
+        source: the initial model's directory.
+        weights: the model's unsharded state dict.
+    """
+    weights, _ = _source_weights(model, source, weights)
+    return weights | _as_they_are(HfReader(source.path), sorted(set(source.aside) - set(weights)))
+
+
+def _source_weights(model: Any, source: Source, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As `source_weights`, without tensors aside that are as they were; and which tensor is tied to which."""
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise StageError(f"{name} is not finite after training; nothing is published. Lower --learning-rate")
+    reader = HfReader(source.path)
+    weights = _named_as_in_the_source(model, remove_tied_weights_from_state_dict(weights, model), reader)
+    weights = {name: tensor.to(_dtype(name, tensor, reader, source)) for name, tensor in weights.items()}
+    tied = model.all_tied_weights_keys | {n: of for n, of in tied_copies(source.path).items() if n in source.aside}
+    for name, of in tied.items():
+        if name in reader.tensors and name not in weights and of in weights:
+            weights[name] = weights[of].clone()
+    return weights, tied
 
 
 def _named_as_in_the_source(model: Any, weights: dict[str, Tensor], reader: HfReader) -> dict[str, Tensor]:

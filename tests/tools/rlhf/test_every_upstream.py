@@ -156,6 +156,19 @@ def test_replies_are_sampled_and_scored_in_these_methods(kind: type) -> None:
     calls(place, kind._compute_loss, "self._get_per_token_logps_and_entropies")
     named = list(inspect.signature(kind._get_per_token_logps_and_entropies).parameters)
     assert named[1:6] == ["model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"], place
+    relies_on(place, kind.log, "self._metrics[mode].items()")
+
+
+def test_the_loss_takes_weights_of_tokens() -> None:
+    place = "tools/rlhf/engines/group_trainers.py"
+    relies_on(
+        place,
+        GRPOTrainer._compute_loss,
+        "advantages.dim() == 1",
+        'mask = completion_mask if "tool_mask" not in inputs else completion_mask * inputs["tool_mask"]',
+        "attention_mask = torch.cat([prompt_mask, completion_mask], dim=1)",
+        'normalizer = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes',
+    )
 
 
 PREFERENCES = "tools/rlhf/engines/preference_trainers.py"

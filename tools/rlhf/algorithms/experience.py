@@ -5,6 +5,7 @@ Shapes: B replies on this rank, P prompt columns, T reply columns, as in `tools.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,8 @@ class Experience:
     values: Tensor
     advantages: Tensor
     returns: Tensor
+    weights: Tensor
+    """Of each token in the policy's loss: 1 on reply tokens, or the importance correction's; 0 elsewhere."""
 
 
 def reply_logits(model: Any, sequences: Sequences) -> Tensor:
@@ -102,19 +105,48 @@ def collect(
         advantages = losses.whiten(advantages, learned, distributed.sum)
     advantages = advantages * learned
 
-    gap = (rollout.sampler_log_probs - log_probs).abs() * mask
+    weights = mask
+    if options.importance_correction != "none":
+        weights = losses.importance_weights(
+            log_probs, rollout.sampler_log_probs, mask, options.importance_correction, options.importance_cap
+        )
     replies = torch.ones_like(ended)
     metrics = {
         "kl": losses.masked_mean(kl, mask, distributed.sum).item(),
         "kl_reply": losses.masked_mean((kl * mask).sum(-1), replies, distributed.sum).item(),
         "entropy": losses.masked_mean(entropies, mask, distributed.sum).item(),
-        "log_prob_gap": losses.masked_mean(gap, mask, distributed.sum).item(),
-        "log_prob_gap_max": distributed.maximum(gap.max().item()),
+        **agreement(rollout.sampler_log_probs, log_probs, mask, distributed),
         "explained_variance": explained.item(),
         "reply_tokens": losses.masked_mean(mask.sum(-1), replies, distributed.sum).item(),
         "ended": losses.masked_mean(ended, replies, distributed.sum).item(),
     }
+    if weights is not mask:
+        metrics["importance_dropped"] = losses.masked_mean((weights == 0).float(), mask, distributed.sum).item()
     experience = Experience(
-        sequences=sequences, log_probs=log_probs, values=values, advantages=advantages, returns=returns
+        sequences=sequences, log_probs=log_probs, values=values, advantages=advantages, returns=returns, weights=weights
     )
     return experience, metrics
+
+
+def agreement(
+    sampler_log_probs: Tensor, log_probs: Tensor, mask: Tensor, distributed: DistributedContext
+) -> dict[str, float]:
+    """How far sampler and trainer agree on the reply tokens of all ranks; log-probabilities and mask are [B, T].
+
+    log_prob_gap, log_prob_gap_max: mean and largest absolute difference, nats; sampler_kl: estimate k3 of KL(sampler || trainer);
+    importance_ratio_min, importance_ratio_max: of trainer to sampler.
+    """
+    difference = torch.where(mask.bool(), log_probs - sampler_log_probs, 0.0)
+    lowest, highest = difference.min().item(), difference.max().item()
+    kl = losses.kl_divergence(sampler_log_probs * mask, log_probs * mask, "k3")
+    return {
+        "log_prob_gap": losses.masked_mean(difference.abs(), mask, distributed.sum).item(),
+        "log_prob_gap_max": distributed.maximum(max(-lowest, highest)),
+        "sampler_kl": losses.masked_mean(kl, mask, distributed.sum).item(),
+        "importance_ratio_min": math.exp(-distributed.maximum(-lowest)),
+        "importance_ratio_max": _exp(distributed.maximum(highest)),
+    }
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 700.0))  # a double overflows above

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from tools.rlhf.published_directory import log_aside, save_hf
 from tools.rlhf.rewards import weighted_sum
 from tools.rlhf.rewards.spec import RewardSpec
 from tools.rlhf.rollout.log_prob_gap import log_prob_gap_limit
+from tools.rlhf.rollout.on_servers import ServerSampler, log_sampler, server_sampler
 from tools.rlhf.rollout.rollout import Reply
 from tools.rlhf.run_context import RunContext, open_run
 
@@ -37,6 +38,8 @@ class Algorithm:
     settings: Mapping[str, Any]
     plan: str
     """The line of the plan that names the loss."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the trainer."""
 
 
 def train_and_publish(options: GroupOptions, make: Callable[[], Algorithm]) -> None:
@@ -56,8 +59,9 @@ def train_and_publish(options: GroupOptions, make: Callable[[], Algorithm]) -> N
             timeout=options.reward_timeout,
         )
         algorithm = make()
-        _print_plan(options, algorithm, source, prompts, distributed)
-        trained, updates = _train(options, algorithm, source, prompts, reward, context, distributed)
+        with server_sampler(options, source, prompts, distributed) as servers:
+            _print_plan(options, algorithm, source, prompts, distributed, servers)
+            trained, updates = _train(options, algorithm, source, prompts, reward, context, distributed, servers)
         if context.out is not None:
             facts = save_hf(trained, context.out.path, source) | {"updates": updates, "prompts": len(prompts)}
             context.out.describe(**facts)
@@ -71,6 +75,9 @@ def _charts(reward: weighted_sum.Reward) -> dict[str, tuple[str, ...]]:
         "Reward": ("reward", *(components if len(components) > 1 else ())),
         "Spread of rewards": ("reward_std",),
         "Entropy, nats a token": ("entropy",),
+        "Gap between roll-out and trainer log-probabilities, nats": ("log_prob_gap", "log_prob_gap_max"),
+        "Ratio of trainer to sampler": ("importance_ratio_min", "importance_ratio_max"),
+        "Tokens dropped by the importance correction": ("importance_dropped",),
         "KL from the source, nats a token": ("kl",),
         "Reply length, tokens": ("completions/mean_length",),
         "Gradient norm": ("grad_norm",),
@@ -95,11 +102,13 @@ def _print_plan(
     source: Source,
     prompts: Sequence[Prompt],
     distributed: DistributedContext,
+    servers: ServerSampler | None,
 ) -> None:
     groups = options.global_batch_size // options.generations
     log(f"policy    {source.path}, context {source.context_length}")
     log_aside(source)
     log(f"reward    {' + '.join(f'{spec.weight:g} * {spec.name}' for spec in options.rewards)}")
+    log_sampler(options, servers)
     log(f"prompts   {len(prompts)} used, none dropped")
     log(
         f"update    {groups} prompts with {options.generations} replies each of up to {options.max_new_tokens} tokens; "
@@ -117,6 +126,7 @@ def _train(
     reward: weighted_sum.Reward,
     context: RunContext,
     distributed: DistributedContext,
+    servers: ServerSampler | None,
 ) -> tuple[torch.nn.Module, int]:
     """The trained policy and the updates made."""
     from datasets import Dataset
@@ -134,11 +144,16 @@ def _train(
         reward_weights=[spec.weight for spec in options.rewards],
         **algorithm.settings,
     )
+    precision = options.precision_on(distributed.device.type)
     policy = load_policy(source, torch.float32)
     keep_in_evaluation_mode(policy)
     trainer = algorithm.trainer(
         distributed=distributed,
-        log_prob_gap_limit=log_prob_gap_limit(options.precision_on(distributed.device.type)),
+        log_prob_gap_limit=log_prob_gap_limit(
+            precision, servers.precision if servers else precision, given=options.log_prob_gap_limit
+        ),
+        servers=servers,
+        **algorithm.arguments,
         model=policy,
         reward_funcs=[_reward_function(spec, scorer, prompts, source) for spec, scorer in reward.components],
         args=arguments,
@@ -157,7 +172,8 @@ def _line(row: Mapping[str, float]) -> str:
     if "reward" not in row:  # a second update on the same replies
         return f"loss {row['loss']:.4f}, entropy {row['entropy']:.3f}"
     return (
-        f"reward {row['reward']:.4f}, spread {row['reward_std']:.4f}, entropy {row['entropy']:.3f}, "
+        f"reward {row['reward']:.4f}, spread {row['reward_std']:.4f}, gap {row['log_prob_gap']:.1e}, "
+        f"entropy {row['entropy']:.3f}, "
         f"{row['completions/mean_length']:.1f} tokens, {row['step_time']:.1f} s"
     )
 

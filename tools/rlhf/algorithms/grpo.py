@@ -26,9 +26,17 @@ def algorithm(options: GRPOOptions) -> Algorithm:
     """GRPO with the options' loss and normalisation."""
     from trl import GRPOConfig
 
-    from tools.rlhf.engines.group_trainers import CheckedGRPOTrainer
+    from tools.rlhf.engines.group_trainers import CheckedGRPOTrainer, Importance
 
     bound = 1 + options.clip_range if options.loss == "cispo" else None  # TRL's bound of CISPO is of the ratio itself
+    importance = (
+        {"importance": Importance(correction=options.importance_correction, cap=options.importance_cap)}
+        if options.importance_correction != "none"
+        else {}
+    )
+    plan = f"loss      {options.loss}; rewards {options.reward_normalisation}, scaled by {options.scale_rewards}"
+    if importance:
+        plan += f"; importance correction {options.importance_correction}, cap {options.importance_cap:g}"
     return Algorithm(
         name="GRPO",
         trainer=CheckedGRPOTrainer,
@@ -40,5 +48,6 @@ def algorithm(options: GRPOOptions) -> Algorithm:
             "multi_objective_aggregation": options.reward_normalisation,
             "scale_rewards": options.scale_rewards,
         },
-        plan=f"loss      {options.loss}; rewards {options.reward_normalisation}, scaled by {options.scale_rewards}",
+        plan=plan,
+        arguments=importance,
     )

@@ -4,7 +4,9 @@ Shapes: B replies, T positions of the longest reply. `mask` [B, T] is 1 on reply
 action that emits reply token t: log-probability and advantage are of this action, the value is of the state before it.
 
 Papers: PPO arXiv:1707.06347, GAE arXiv:1506.02438, per-token KL penalty (InstructGPT) arXiv:2203.02155, adaptive KL
-coefficient arXiv:1909.08593. k1 and k3 are John Schulman's estimators of KL(policy || reference).
+coefficient arXiv:1909.08593. Weights of sampled tokens: Ionides, "Truncated importance sampling" (2008), as V-trace's
+arXiv:1802.01561; a mask of tokens with both bounds, IcePop, arXiv:2510.18855. k1 and k3 are John Schulman's estimators of
+KL(policy || reference).
 """
 
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 KLEstimator = Literal["k1", "k3"]
+Correction = Literal["token_truncate", "token_mask", "sequence_mask"]
 Reduce = Callable[[Tensor], Tensor]
 """Sum of a tensor over the data-parallel ranks; the identity on one process."""
 
@@ -109,6 +112,35 @@ def generalized_advantages(
     return advantages, (advantages + values) * mask
 
 
+def importance_weights(
+    log_probs: Tensor, sampler_log_probs: Tensor, mask: Tensor, correction: Correction, cap: float
+) -> Tensor:
+    """Weights [B, T] that make means over the sampler's tokens means over the trainer's; 0 outside the mask, no gradient.
+
+    With the ratio r = exp(log_probs - sampler_log_probs) of a token, and R the product of a reply's:
+
+    token_truncate  min(r, cap)
+    token_mask      r if 1 / cap <= r <= cap, else 0
+    sequence_mask   R, for every token of the reply, if 1 / cap <= R <= cap, else 0
+
+    A token of weight 0 is not learned from: it leaves the number of tokens that a loss is divided by, too.
+
+    Args:
+        log_probs: [B, T], the trainer's of the weights that sampled.
+        sampler_log_probs: [B, T], the sampler's.
+        mask: [B, T].
+        correction: which of the weights.
+        cap: above 1.
+    """
+    difference = ((log_probs - sampler_log_probs) * mask).detach()
+    if correction == "sequence_mask":
+        difference = difference.sum(-1, keepdim=True)
+    ratio = difference.exp()
+    if correction == "token_truncate":
+        return ratio.clamp(max=cap) * mask
+    return torch.where((ratio >= 1 / cap) & (ratio <= cap), ratio, 0.0) * mask
+
+
 def policy_loss(
     log_probs: Tensor,
     old_log_probs: Tensor,
@@ -118,6 +150,8 @@ def policy_loss(
     tokens: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate loss, summed over the masked tokens and divided by `tokens`.
+
+    `mask` may hold the weights of `importance_weights`. A token is counted as clipped whatever its weight, if that is not 0.
 
     `tokens` is the number of masked tokens in the mini-batch, over all micro-batches and ranks. The sum over micro-batches
     and ranks is the mini-batch's mean per token: invariant to micro-batch size and number of ranks.
@@ -129,7 +163,7 @@ def policy_loss(
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = (torch.maximum(unclipped, clipped) * mask).sum() / tokens
-    return loss, ((clipped > unclipped) * mask).sum().detach()
+    return loss, ((clipped > unclipped) * (mask > 0)).sum().detach()
 
 
 def value_loss(

@@ -19,6 +19,7 @@ from tools.rlhf.published_directory import log_aside, save_hf
 from tools.rlhf.rewards import weighted_sum
 from tools.rlhf.rollout.in_process import InProcessSampler
 from tools.rlhf.rollout.log_prob_gap import log_prob_gap_limit
+from tools.rlhf.rollout.on_servers import ServerSampler, log_sampler, server_sampler
 from tools.rlhf.rollout.publisher import InProcessPublisher
 from tools.rlhf.run_context import open_run
 from tools.rlhf.state import State
@@ -30,9 +31,10 @@ def run(options: PPOOptions) -> None:
     options.check(distributed.world_size)
     with open_run(options.target, options.inputs, overwrite=options.overwrite) as context:
         source, prompts = open_policy(options)
-        ppo = _build(options, source, prompts, context.state, distributed)
-        _print_plan(ppo, source)
-        ppo.train()
+        with server_sampler(options, source, prompts, distributed) as servers:
+            ppo = _build(options, source, prompts, context.state, distributed, servers)
+            _print_plan(ppo, source)
+            ppo.train()
         weights = ppo.actor.full_weights()
         if context.out is not None:
             facts = save_hf(ppo.actor.module, context.out.path, source, weights=weights)
@@ -55,12 +57,19 @@ def _charts(reward: weighted_sum.Reward) -> dict[str, tuple[str, ...]]:
         "Explained variance of the returns": ("explained_variance",),
         "Reply length, tokens": ("reply_tokens",),
         "Gap between roll-out and trainer log-probabilities, nats": ("log_prob_gap", "log_prob_gap_max"),
+        "Ratio of trainer to sampler": ("importance_ratio_min", "importance_ratio_max"),
+        "Tokens dropped by the importance correction": ("importance_dropped",),
         "Time of an iteration, s": ("seconds", "seconds_rollout", "seconds_update"),
     }
 
 
 def _build(
-    options: PPOOptions, source: Source, prompts: Sequence[Prompt], state: State, distributed: DistributedContext
+    options: PPOOptions,
+    source: Source,
+    prompts: Sequence[Prompt],
+    state: State,
+    distributed: DistributedContext,
+    servers: ServerSampler | None,
 ) -> PPO:
     precision = options.precision_on(distributed.device.type)
     dtype = getattr(torch, DTYPES[precision])
@@ -93,7 +102,8 @@ def _build(
         critic=DeepSpeedEngine(critic, engine, distributed),
         reference=frozen_model(load_policy(source, dtype), engine),
         reward=reward,
-        sampler=InProcessSampler(
+        sampler=servers
+        or InProcessSampler(
             model=actor.module,
             tokenizer=source.tokenizer,
             max_new_tokens=options.max_new_tokens,
@@ -102,8 +112,10 @@ def _build(
             pad_id=source.pad_id,
             synced_gpus=options.zero == 3 and distributed.world_size > 1,
         ),
-        publisher=InProcessPublisher(),
-        log_prob_gap_limit=log_prob_gap_limit(precision),
+        publisher=servers.publisher if servers else InProcessPublisher(),
+        log_prob_gap_limit=log_prob_gap_limit(
+            precision, servers.precision if servers else precision, given=options.log_prob_gap_limit
+        ),
         state=state,
         distributed=distributed,
     )
@@ -117,6 +129,7 @@ def _print_plan(ppo: PPO, source: Source) -> None:
     log_aside(source)
     log(f"critic    from {options.critic_path}")
     log(f"reward    {' + '.join(f'{spec.weight:g} * {spec.name}' for spec in options.rewards)}")
+    log_sampler(options, ppo.sampler)
     log(f"prompts   {prompts} used, none dropped; {replies / prompts:.1f} replies to each over the run")
     log(
         f"iteration {options.rollout_batch_size} replies of up to {options.max_new_tokens} tokens, then {updates} updates "

@@ -31,7 +31,7 @@ from tools.rlhf.options import PPOOptions
 from tools.rlhf.rewards.weighted_sum import Reward
 from tools.rlhf.rollout.log_prob_gap import check_log_prob_gap
 from tools.rlhf.rollout.publisher import Publisher
-from tools.rlhf.rollout.sampler import Sampler
+from tools.rlhf.rollout.sampler import Sampler, rollout_seed
 from tools.rlhf.state import State
 
 _KL_HORIZON = 10.0  # iterations; K_beta = 0.1 of arXiv:1909.08593
@@ -53,7 +53,7 @@ class PPO:
     state: State
     distributed: DistributedContext
     log_prob_gap_limit: float = math.inf
-    """Largest mean gap of the first iteration between sampler and trainer, nats."""
+    """Largest mean gap of an iteration between sampler and trainer, nats."""
 
     def train(self) -> None:
         """Train to the last iteration; resumes from a saved state.
@@ -74,8 +74,7 @@ class PPO:
             self.actor.set_learning_rate(learning_rate)
             self.critic.set_learning_rate(_rate(options, critic_rate, step))
             experience, row = self._experience(step, kl_coefficient)
-            if step == first:
-                check_log_prob_gap(row["log_prob_gap"], self.log_prob_gap_limit)
+            check_log_prob_gap(row["log_prob_gap"], self.log_prob_gap_limit, first=step == first)
             collected = time.perf_counter()
             row |= self._update(experience, step)
             now = time.perf_counter()
@@ -112,7 +111,7 @@ class PPO:
         started = time.perf_counter()
         self.publisher.publish(self.actor, step - 1)
         prompts = self._prompts(step)
-        rollout = self.sampler.sample(prompts, seed=_seed(self.options.seed, step, self.distributed.rank))
+        rollout = self.sampler.sample(prompts, seed=rollout_seed(self.options.seed, step, self.distributed.rank))
         sampled = time.perf_counter()
         scores, components = self.reward(rollout.prompts, rollout.replies)
         experience, row = collect(
@@ -138,24 +137,26 @@ class PPO:
         """Several epochs of clipped updates over shuffled mini-batches. Returns metrics, averaged over the updates.
 
         A mini-batch's loss is the mean over its tokens on all ranks: each micro-batch's sum is divided by the mini-batch's
-        token count. The gradient is invariant to micro-batch size and number of ranks.
+        token count, of the policy without the tokens of weight 0. The gradient is invariant to micro-batch size and number of
+        ranks.
         """
         options, distributed = self.options, self.distributed
         sequences, device = experience.sequences, experience.log_probs.device
         rows = len(experience.log_probs)
         updates = options.rollout_batch_size // options.global_batch_size
-        generator = torch.Generator().manual_seed(_seed(options.seed, step, distributed.rank))
+        generator = torch.Generator().manual_seed(rollout_seed(options.seed, step, distributed.rank))
         totals = torch.zeros(4, dtype=torch.float64, device=device)
         norms: list[float] = []
         for _ in range(options.epochs):
             for mini_batch in torch.randperm(rows, generator=generator).to(device).split(rows // updates):
                 tokens = distributed.sum(sequences.reply_mask[mini_batch].sum())
+                kept = distributed.sum((experience.weights[mini_batch] > 0).sum().float()).clamp(min=1)
                 for index, part in sequences.micro_batches(mini_batch, options.micro_batch_size):
                     mask = part.reply_mask
                     old = (index, slice(mask.shape[1]))
                     loss, clipped = losses.policy_loss(
                         policy_log_probs(self.actor, part, options.temperature),
-                        experience.log_probs[old], experience.advantages[old], mask, options.clip_range, tokens,
+                        experience.log_probs[old], experience.advantages[old], experience.weights[old], options.clip_range, kept,
                     )  # fmt: skip
                     self.actor.backward(loss)
                     value_loss, value_clipped = losses.value_loss(
@@ -163,7 +164,7 @@ class PPO:
                         experience.values[old], experience.returns[old], mask, options.value_clip_range, tokens,
                     )  # fmt: skip
                     self.critic.backward(value_loss)
-                    totals += torch.stack([loss, value_loss, clipped / tokens, value_clipped / tokens]).detach()
+                    totals += torch.stack([loss, value_loss, clipped / kept, value_clipped / tokens]).detach()
                 self.actor.step()
                 self.critic.step()
                 if (norm := self.actor.gradient_norm()) is not None:
@@ -209,14 +210,9 @@ class PPO:
 
 def _order(count: int, seed: int, begin: int, end: int) -> Iterator[int]:
     for epoch in range(begin // count, (end - 1) // count + 1):
-        generator = torch.Generator().manual_seed(_seed(seed, epoch, -1))
+        generator = torch.Generator().manual_seed(rollout_seed(seed, epoch, -1))
         order = torch.randperm(count, generator=generator).tolist()
         yield from order[max(begin - epoch * count, 0) : end - epoch * count]
-
-
-def _seed(seed: int, step: int, rank: int) -> int:
-    """A distinct seed per (seed, step, rank), by a multiplicative hash within torch's 63 bits."""
-    return ((seed * 1_000_003 + step) * 1_000_003 + rank + 1) % 2**63
 
 
 def _rate(options: PPOOptions, peak: float, step: int) -> float:

@@ -176,6 +176,25 @@ def train(trainer: Any, callback: StageCallback, resumed: Path | None) -> int:
     return made
 
 
+class TrainedPolicy:
+    """The model of a Trainer, as a `Publisher` takes it."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    @property
+    def module(self) -> Any:
+        """The transformers model."""
+        return self._trainer.accelerator.unwrap_model(self._trainer.model)
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        """See `Policy`."""
+        weights = self._trainer.accelerator.get_state_dict(self._trainer.model)
+        if torch.distributed.get_rank() != 0:
+            return {}
+        return {name: tensor.detach().cpu() for name, tensor in weights.items()}
+
+
 def unwrapped_model(trainer: Any) -> torch.nn.Module:
     """The trained model on the CPU, without the wrappers of DDP and accelerate."""
     return trainer.accelerator.unwrap_model(trainer.model).to("cpu")

@@ -22,3 +22,8 @@ class Sampler(Protocol):
             seed: seed of the replies; equal seed, prompts and weights give equal replies.
         """
         ...
+
+
+def rollout_seed(seed: int, step: int, rank: int) -> int:
+    """A distinct seed per (seed, step, rank), by a multiplicative hash within torch's 63 bits."""
+    return ((seed * 1_000_003 + step) * 1_000_003 + rank + 1) % 2**63

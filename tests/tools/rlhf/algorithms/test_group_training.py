@@ -37,7 +37,7 @@ def make(world, tmp_path_factory):
         made = algorithm.trainer(
             distributed=distributed, log_prob_gap_limit=1e-3, model=policy, args=arguments,
             reward_funcs=[lambda **unused: [0.0]] * len(weights), processing_class=source.tokenizer,
-            train_dataset=Dataset.from_list([{"prompt": "colors:"}] * 8),
+            train_dataset=Dataset.from_list([{"prompt": "colors:"}] * 8), **algorithm.arguments,
         )  # fmt: skip
         made.model.train()
         made.current_gradient_accumulation_steps = 1
@@ -89,6 +89,44 @@ def test_every_loss_of_grpo_is_its_papers(make, options, loss):
         "grpo": sum(sum(tokens) / len(tokens) for tokens in per_reply) / B,
         "bnpo": total / count,
         "dr_grpo": total / (B * 10),  # max_completion_length
+    }[loss]
+    assert found.item() == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("correction", ["token_truncate", "token_mask", "sequence_mask"])
+@pytest.mark.parametrize("loss", ["dapo", "grpo", "bnpo", "dr_grpo", "cispo"])
+def test_every_loss_of_grpo_is_weighed(make, options, loss, correction):
+    """A token's loss times its weight; tokens of weight 0 are counted in no denominator but dr_grpo's constant."""
+    trainer = make(grpo.algorithm(options(GRPOOptions, loss=loss, importance_correction=correction)))
+    new, old, advantages = random(1, B, T) / 4 - 2, random(2, B, T) / 4 - 2, random(3, B)
+    sampled = old + random(6, B, T) * 0.7
+    output = batch({"old_per_token_logps": old, "advantages": advantages})
+    row = trainer._correct(output, sampled, old, MASK)
+    trainer._get_per_token_logps_and_entropies = given(new)
+    found = trainer._compute_loss(None, output)
+    per_reply, kept = [], 0
+    for i in range(B):
+        ratios = [math.exp(old[i, t] - sampled[i, t]) for t in range(int(MASK[i].sum()))]
+        tokens = []
+        for t, ratio in enumerate(ratios):
+            a, r = advantages[i].item(), math.exp(new[i, t] - old[i, t])
+            weight = math.prod(ratios) if correction == "sequence_mask" else ratio
+            weight = min(weight, 2.0) if correction == "token_truncate" else weight * (0.5 <= weight <= 2.0)
+            if weight == 0:
+                continue
+            plain = -min(r * a, min(max(r, 1 - EPSILON), 1 + EPSILON) * a)
+            tokens.append(weight * (-min(r, 1 + EPSILON) * a * new[i, t].item() if loss == "cispo" else plain))
+        per_reply.append(tokens)
+        kept += len(tokens)
+    assert row["importance_dropped"] == pytest.approx(1 - kept / MASK.sum().item())
+    assert (kept < MASK.sum()) == (correction != "token_truncate")
+    total = sum(map(sum, per_reply))
+    expected = {
+        "dapo": total / kept,
+        "cispo": total / kept,
+        "grpo": sum(sum(tokens) / max(len(tokens), 1) for tokens in per_reply) / B,
+        "bnpo": total / kept,
+        "dr_grpo": total / (B * 10),
     }[loss]
     assert found.item() == pytest.approx(expected, abs=1e-9)
 

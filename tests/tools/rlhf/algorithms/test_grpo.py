@@ -178,5 +178,5 @@ def test_a_sampler_of_another_distribution_is_an_error(world, rlhf, capsys, monk
     monkeypatch.setattr(group_training if command == "grpo" else ppo, "load_policy", penalized)
     changes = {"reward": world.reward("red")} | ({"rollout_batch_size": 32} if command == "ppo" else {})
     assert rlhf(command, **flags(world, tmp_path / "out", **changes)) == 1
-    assert "nats a token before the first update (limit 1e-03 in fp32)" in capsys.readouterr().err
+    assert "nats a token before the first update (--log-prob-gap-limit 0.001)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

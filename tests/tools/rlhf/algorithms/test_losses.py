@@ -188,3 +188,45 @@ def test_kl_coefficient_moves_towards_the_target(kl, direction):
     """Section 2.2 of arXiv:1909.08593: at most 20% of an error counts."""
     new = losses.adapt_kl_coefficient(0.1, kl, target=6.0, horizon=10.0)
     assert new == pytest.approx(0.1 * (1 + 0.02 * direction))
+
+
+@pytest.mark.parametrize("correction", ["token_truncate", "token_mask", "sequence_mask"])
+def test_importance_weights_are_their_formulas(batch, correction):
+    cap, mask = 2.0, batch["mask"]
+    trained, sampled = batch["log_probs"], batch["log_probs"] + 0.6 * batch["values"]
+    found = losses.importance_weights(trained.clone().requires_grad_(), sampled, mask, correction, cap)
+    assert not found.requires_grad
+    dropped = kept = 0
+    for row, length in enumerate(lengths(mask)):
+        ratios = [math.exp(trained[row, t] - sampled[row, t]) for t in range(length)]
+        for t, ratio in enumerate(ratios):
+            if correction == "sequence_mask":
+                ratio = math.prod(ratios)
+            within = 1 / cap <= ratio <= cap
+            expected = min(ratio, cap) if correction == "token_truncate" else ratio if within else 0.0
+            dropped, kept = dropped + (not within), kept + within
+            assert found[row, t].item() == pytest.approx(expected, abs=TOLERANCE)
+        assert not found[row, length:].any()
+    assert min(dropped, kept) > 0
+
+
+def test_the_policy_loss_takes_weights_for_its_mask(batch):
+    """w max(-r A, -clip(r) A), divided by the number of tokens with a weight above 0; weights scale, they do not clip."""
+    weights = losses.importance_weights(
+        batch["log_probs"], batch["log_probs"] + 0.6 * batch["values"], batch["mask"], "token_mask", 2.0
+    )
+    kept = int((weights > 0).sum())
+    assert 0 < kept < batch["mask"].sum()
+    loss, clipped = losses.policy_loss(
+        batch["log_probs"], batch["old_log_probs"], batch["advantages"], weights, 0.2, kept
+    )
+    total, count = 0.0, 0
+    for row, length in enumerate(lengths(batch["mask"])):
+        for t in range(length):
+            weight, a = weights[row, t].item(), batch["advantages"][row, t].item()
+            ratio = math.exp(batch["log_probs"][row, t] - batch["old_log_probs"][row, t])
+            cut = min(max(ratio, 0.8), 1.2)
+            total += weight * max(-ratio * a, -cut * a)
+            count += weight > 0 and -cut * a > -ratio * a
+    assert loss.item() == pytest.approx(total / kept, abs=TOLERANCE)
+    assert clipped.item() == count

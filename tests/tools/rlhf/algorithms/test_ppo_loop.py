@@ -224,3 +224,58 @@ def test_a_gap_before_the_first_update_is_an_error(build, tmp_path):
     ppo, _ = build(PlainEngine, tmp_path / "state")
     with pytest.raises(StageError, match="before the first update"):
         replace(ppo, log_prob_gap_limit=1e-3).train()
+
+
+def test_a_gap_after_an_update_is_another_error(build, tmp_path):
+    """The sampler keeps the first weights: what it says of its tokens is right once."""
+    ppo, record = build(PlainEngine, tmp_path / "state", learning_rate=1e-2)
+    whole = record.sample
+
+    def sample(prompts: Sequence[Prompt], *, seed: int) -> Rollout:
+        rollout = whole(prompts, seed=seed)
+        with torch.no_grad():
+            known = policy_log_probs(ppo.reference, rollout.sequences, 1.0) * rollout.sequences.reply_mask
+        return replace(rollout, sampler_log_probs=known)
+
+    record.sample = sample
+    with pytest.raises(StageError, match="the sampler has other weights than the trainer"):
+        replace(ppo, log_prob_gap_limit=1e-3).train()
+    assert [version for kind, version in record.events if kind == "publish"] == [0, 1]  # within one iteration
+
+
+def test_weights_of_the_correction_reach_the_update(build, tmp_path, metrics):
+    """The sampler's log-probabilities are wrong by far: every token is dropped, and the policy stays; the critic learns."""
+    kept, _ = build(PlainEngine, tmp_path / "kept")
+    dropped, _ = build(PlainEngine, tmp_path / "dropped", importance_correction="sequence_mask")
+    for ppo in (kept, dropped):
+        replace(ppo, options=replace(ppo.options, steps=2)).train()
+    assert [row["importance_dropped"] for row in rows(dropped, metrics)] == [1.0, 1.0]
+    assert all("importance_dropped" not in row for row in rows(kept, metrics))
+    reference = dropped.reference.state_dict()
+    assert all(torch.equal(tensor, reference[name]) for name, tensor in dropped.actor.full_weights().items())
+    assert not all(torch.equal(tensor, reference[name]) for name, tensor in kept.actor.full_weights().items())
+    assert rows(dropped, metrics)[0]["value_loss"] == rows(kept, metrics)[0]["value_loss"]
+    assert rows(dropped, metrics)[0]["policy_loss"] == 0
+
+
+def test_tokens_of_weight_0_leave_the_denominator(build, tmp_path):
+    """The sampler is right about every other reply. The ratio to the old policy is 1 in a single update."""
+    ppo, record = build(
+        PlainEngine, tmp_path / "state", importance_correction="sequence_mask", epochs=1, global_batch_size=8
+    )
+    whole = record.sample
+
+    def sample(prompts: Sequence[Prompt], *, seed: int) -> Rollout:
+        rollout = whole(prompts, seed=seed)
+        with torch.no_grad():
+            known = policy_log_probs(ppo.actor, rollout.sequences, 1.0) * rollout.sequences.reply_mask
+        known[1::2] -= 1
+        return replace(rollout, sampler_log_probs=known)
+
+    record.sample = sample
+    experience, row = ppo._experience(1, 0.05)
+    mask = experience.sequences.reply_mask
+    kept = mask[0::2].sum()
+    assert row["importance_dropped"] == pytest.approx(1 - (kept / mask.sum()).item())
+    expected = -experience.advantages[0::2].sum() / kept
+    assert ppo._update(experience, 1)["policy_loss"] == pytest.approx(expected.item(), rel=1e-4)  # float32

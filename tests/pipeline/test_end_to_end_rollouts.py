@@ -1,0 +1,135 @@
+"""`rlhf --rollouts` against a server of `infer rollouts`: each in its own environment, one folder between them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.conftest import ROOT, command
+
+Baton = Callable[..., subprocess.CompletedProcess[str]]
+
+CONFIG = {  # heads of 32, the smallest for which vLLM has attention on the CPU
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "vocab_size": 320,
+}
+
+# Floats in other orders: vLLM's kernels and transformers', both fp32.
+GAP = 1e-5
+TRAIN = (
+    "--max-new-tokens 8 --global-batch-size 8 --micro-batch-size 8 --precision fp32 --save-every 1 --temperature 0.7 "
+    "--learning-rate 1e-3"
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("rollouts")
+    (place / "policies").mkdir()
+    words = ("one", "two", "three", "four five")
+    (place / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{w} and"}) + "\n" for w in words))
+    (place / "reward.py").write_text(
+        "def short(prompts, completions, **columns):\n    return [-len(text) / 10 for text in completions]\n"
+    )
+    return place
+
+
+@pytest.fixture(scope="module")
+def source(inputs: Path, baton: Baton) -> Path:
+    """A random model in fp32: a policy is published in the dtype of its source."""
+    words = ("one", "two", "three", "four", "five", "and", "then")
+    lines = [" ".join(words[i % 7 :] + words[: i % 5]) for i in range(200)]
+    (inputs / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    (inputs / "config.json").write_text(json.dumps(CONFIG))
+    tokenizer = inputs / "tokenizer"
+    baton("pretrain", "tokenizer", "--source", inputs / "text.jsonl", "--target", tokenizer, "--vocab-size", 320)
+    init = ("--model-config", inputs / "config.json", "--tokenizer", tokenizer, "--dtype", "fp32")
+    baton("convert", "init", *init, "--target", inputs / "hf")
+    return inputs / "hf"
+
+
+@pytest.fixture(scope="module")
+def server(source: Path, inputs: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The address and the process of a server."""
+    words = command("infer", "rollouts", "--source", source, "--policies", inputs / "policies", "--port", 0)
+    words += ["--max-model-len", "64", "--batch-size", "16", "--precision", "fp32"]
+    log = (inputs / "server.log").open("w")
+    running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT)
+    assert running.stdout is not None
+    ready = running.stdout.readline().split()
+    assert ready[:1] == ["ready"], (inputs / "server.log").read_text()
+    yield ready[1], running
+    running.send_signal(signal.SIGTERM)
+    running.wait(timeout=60)
+
+
+def flags(source: Path, inputs: Path, url: str, target: str, steps: int) -> tuple[object, ...]:
+    return (
+        *(
+            "--source",
+            source,
+            "--prompts",
+            inputs / "prompts.jsonl",
+            "--reward",
+            f"py:{inputs / 'reward.py'}:short",
+        ),
+        *(
+            "--target",
+            inputs / target,
+            "--rollouts",
+            url,
+            "--policies",
+            inputs / "policies",
+            "--steps",
+            steps,
+            *TRAIN.split(),
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("ppo", ("--rollout-batch-size", 8)), ("grpo", ("--generations", 4)), ("rloo", ("--generations", 4))],
+)
+def test_vllm_samples_from_the_policy_of_the_trainer(name, more, server, source, inputs, baton):
+    url, _ = server
+    baton("rlhf", name, *flags(source, inputs, url, name, 3), *more)
+    rows = [json.loads(line) for line in (inputs / name / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 3
+    assert max(row["log_prob_gap"] for row in rows) < GAP
+    assert max(row["log_prob_gap_max"] for row in rows) < 10 * GAP
+    assert list((inputs / "policies").iterdir()) == []
+
+
+def test_a_killed_server_is_named_within_a_minute(server, source, inputs, baton):
+    """It dies in the midst of a run; the state of the last save is kept."""
+    url, running = server
+    state = inputs / "killed.state"
+    with (inputs / "killed.log").open("w") as log:
+        words = command("rlhf", "ppo", *flags(source, inputs, url, "killed", 500), "--rollout-batch-size", 8)
+        trainer = subprocess.Popen(words, stdout=log, stderr=log, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        until = time.monotonic() + 120
+        while not list(state.glob("step_*/facts.json")) and time.monotonic() < until and trainer.poll() is None:
+            time.sleep(0.1)
+        running.kill()
+        died = time.monotonic()
+        assert trainer.wait(timeout=120) == 1
+    assert time.monotonic() - died < 60
+    said = (inputs / "killed.log").read_text().splitlines()
+    assert f"--rollouts {url} has not answered for 30 s" in said[-1], said
+    assert "the last saved state is kept" in said[-1]
+    assert list(state.glob("step_*/facts.json"))

@@ -1,0 +1,150 @@
+"""A small server that speaks as `infer rollouts` does, on transformers; it can be told to go wrong."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+
+class RolloutServer:
+    """The state of a server.
+
+    Attributes:
+        published: (path, version) of each POST of /v1/policy.
+        requests: bodies of /v1/completions.
+        before: called with each request's body ahead of the answer; may change the server, or raise.
+        lies: takes a publication without its weights.
+        dumb: answers nothing, and keeps connections open.
+        failing: status of every answer.
+        key: needed in every request.
+        answer: changes the choice of a reply.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.url = directory, ""
+        self.published: list[tuple[str, str]] = []
+        self.requests: list[dict[str, Any]] = []
+        self.before: Callable[[dict[str, Any]], None] = lambda body: None
+        self.answer: Callable[[dict[str, Any]], None] = lambda choice: None
+        self.lies = self.dumb = False
+        self.failing: int | None = None
+        self.key: str | None = None
+        self.max_model_len = 96
+        self.precision = "fp32"
+        self._lock = threading.Lock()
+        self.restart()
+
+    def restart(self) -> None:
+        """As a new process: the first weights, and the first version."""
+        self.model = AutoModelForCausalLM.from_pretrained(self.directory, dtype=torch.float32).eval()
+        self.version, self.path = "default", str(self.directory)
+
+    def get(self, path: str) -> tuple[int, Any]:
+        """The answer of a GET."""
+        policy = {"version": self.version, "path": self.path, "precision": self.precision}
+        models = {"data": [{"id": "policy", "max_model_len": self.max_model_len}]}
+        answers = {"/v1/policy": policy, "/v1/models": models, "/health": {}}
+        return (200, answers[path]) if path in answers else (404, {})
+
+    def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        """The answer of a POST."""
+        if path == "/v1/policy":
+            return self._publish(body)
+        with self._lock:
+            self.requests.append(body)
+            self.before(body)
+            choice = self._complete(body)
+        self.answer(choice)
+        return 200, {"choices": [choice]}
+
+    def _publish(self, body: dict[str, Any]) -> tuple[int, Any]:
+        self.published.append((body["path"], body["version"]))
+        weights = load_file(Path(body["path"]) / "model.safetensors")
+        first = load_file(self.directory / "model.safetensors")
+        if lacking := sorted(first.keys() - weights.keys()):
+            return 409, {"error": {"message": f"path {body['path']} lacks {lacking[0]}"}}
+        assert {n: (t.shape, t.dtype) for n, t in weights.items()} == {n: (t.shape, t.dtype) for n, t in first.items()}
+        if not self.lies:
+            self.model.load_state_dict(weights, strict=False)  # tied ones are absent
+        self.version, self.path = body["version"], body["path"]
+        return 200, self.get("/v1/policy")[1]
+
+    @torch.no_grad()
+    def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        assert body["ignore_eos"]
+        assert body["return_token_ids"]
+        assert (body["top_p"], body["top_k"], body["logprobs"]) == (1.0, 0, 0)
+        generator = torch.Generator().manual_seed(body["seed"])
+        ids, cache, chosen, said = torch.tensor([body["prompt"]]), None, [], []
+        while len(chosen) < body["max_tokens"] and not (chosen and chosen[-1] in body["stop_token_ids"]):
+            out = self.model(ids, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            log_probs = (out.logits[0, -1] / body["temperature"]).log_softmax(-1)
+            chosen.append(int(torch.multinomial(log_probs.exp(), 1, generator=generator)))
+            said.append(float(log_probs[chosen[-1]]))
+            ids = torch.tensor([[chosen[-1]]])
+        reason = "stop" if chosen[-1] in body["stop_token_ids"] else "length"
+        return {"token_ids": chosen, "logprobs": {"token_logprobs": said}, "finish_reason": reason}
+
+
+@contextmanager
+def serving(directory: Path) -> Iterator[RolloutServer]:
+    """A server of a directory, on a free port."""
+    server = RolloutServer(directory)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *words: object) -> None:
+            """Say nothing."""
+
+        def do_GET(self) -> None:
+            self._answer(lambda body: server.get(self.path))
+
+        def do_POST(self) -> None:
+            self._answer(lambda body: server.post(self.path, body))
+
+        def _answer(self, make: Callable[[Any], tuple[int, Any]]) -> None:
+            length = int(self.headers.get("Content-Length", 0))
+            body = json.loads(self.rfile.read(length)) if length else None
+            while server.dumb:
+                time.sleep(0.05)
+            if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
+                status, content = 401, {"error": {"message": "no key"}}
+            elif server.failing:
+                status, content = server.failing, {"error": {"message": "the engine died"}}
+            else:
+                status, content = make(body)
+            data = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    class Http(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, *words: object) -> None:
+            """A client that has given up closes its connections: nothing to say."""
+
+    http = Http(("127.0.0.1", 0), Handler)
+    server.url = f"http://127.0.0.1:{http.server_port}/v1"
+    thread = threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.dumb = False
+        http.shutdown()
+        http.server_close()
