@@ -1,7 +1,7 @@
 // The CUDA runtime and cuBLAS of a GPU that is not there, preloaded below an unchanged torch.
 //
 // Memory is address space: it has addresses, sizes and a limit, and is never touched. Kernels and matrix products are not run.
-// Copies from the host are made, others if they are small, so that numbers come back to the host as zeros or as they were sent.
+// Numbers that the host sends come back to it as they were, all others as zeros.
 //
 // Declared by hand, after CUDA 13: the headers in torch's wheels are incomplete. tests/shared/rehearsal/test_stubs.py compares
 // what torch reads with what is written here.
@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <mutex>
 
@@ -23,8 +24,7 @@ namespace {
 using Error = int;
 constexpr Error SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2;
 constexpr int VERSION = 13000;
-constexpr size_t SMALL = size_t{1} << 16;  // copies within the GPU up to here are made: larger ones would fill the host's memory
-constexpr size_t FROM_HOST = size_t{1} << 24;  // copies from the host up to here: rows of tokens; weights are larger
+constexpr size_t FROM_HOST = size_t{1} << 24;  // larger copies from the host are not made: weights, not rows of tokens
 constexpr int SHARED_MEMORY = 49152, SHARED_MEMORY_OPT_IN = 232448, SHARED_MEMORY_OF_PROCESSOR = 233472;
 constexpr int THREADS = 1024, THREADS_OF_PROCESSOR = 2048, BLOCKS_OF_PROCESSOR = 32, WARP = 32, REGISTERS = 65536;
 
@@ -83,19 +83,16 @@ size_t memory() {
   static const size_t value = number("BATON_STUB_MEMORY", size_t{80} << 30);
   return value;
 }
-// Read at each allocation: a rank is played in a fork, which sets its own.
+// Read each time: a rank is played in a fork, which sets its own.
 size_t limit() { return number("BATON_STUB_LIMIT", memory()); }
-int capability() {
-  static const int value = static_cast<int>(number("BATON_STUB_CAPABILITY", 90));
-  return value;
-}
+int capability() { return static_cast<int>(number("BATON_STUB_CAPABILITY", 90)); }
 int processors() {
   static const int value = static_cast<int>(number("BATON_STUB_PROCESSORS", 132));
   return value;
 }
 
 std::mutex guard;
-std::map<char*, size_t> device_blocks, host_blocks;
+std::map<char*, size_t> device_blocks, host_blocks, sent;  // sent: copies from the host, by where they are
 size_t used = 0;
 thread_local Error last_error = SUCCESS;
 
@@ -122,13 +119,23 @@ Error allocate(void** address, size_t size) {
   return SUCCESS;
 }
 
+// Forget what the host sent to these bytes. With the lock.
+void overwritten(char* begin, size_t size) {
+  auto first = sent.upper_bound(begin);
+  if (first != sent.begin() && std::prev(first)->first + std::prev(first)->second > begin) --first;
+  while (first != sent.end() && first->first < begin + size) first = sent.erase(first);
+}
+
 Error release(std::map<char*, size_t>& blocks, void* address, size_t* counter) {
   if (!address) return SUCCESS;
   std::lock_guard<std::mutex> locked(guard);
   auto found = blocks.find(static_cast<char*>(address));
   if (found == blocks.end()) return last_error = INVALID_VALUE;
   munmap(found->first, found->second ? found->second : 1);
-  if (counter) *counter -= found->second;
+  if (counter) {  // the GPU's
+    overwritten(found->first, found->second);
+    *counter -= found->second;
+  }
   blocks.erase(found);
   return SUCCESS;
 }
@@ -142,20 +149,27 @@ Error allocate_on_host(void** address, size_t size) {
   return SUCCESS;
 }
 
+// What the host has sent to the GPU comes back as it was. Anything else there is the result of a kernel, which did not run: zeros.
 Error copy(void* to, const void* from, size_t size) {
   if (!size) return SUCCESS;
-  bool to_device, from_device;
-  {
-    std::lock_guard<std::mutex> locked(guard);
-    to_device = within(device_blocks, to);
-    from_device = within(device_blocks, from);
+  std::lock_guard<std::mutex> locked(guard);
+  char *target = static_cast<char*>(to), *source = static_cast<char*>(const_cast<void*>(from));
+  bool to_device = within(device_blocks, to), from_device = within(device_blocks, from);
+  auto found = sent.find(source);
+  bool known = from_device ? found != sent.end() && found->second == size : size <= FROM_HOST;
+  if (to_device) overwritten(target, size);
+  if (known) {
+    memmove(to, from, size);
+    if (to_device) sent[target] = size;
+  } else if (!to_device) {
+    from_device ? memset(to, 0, size) : memmove(to, from, size);
   }
-  if (!to_device || size <= (from_device ? SMALL : FROM_HOST)) memmove(to, from, size);
   return SUCCESS;
 }
 
-Error fill(void* at, int value, size_t size) {
-  if (size <= SMALL) memset(at, value, size);
+Error fill(void* at, size_t size) {
+  std::lock_guard<std::mutex> locked(guard);
+  overwritten(static_cast<char*>(at), size);
   return SUCCESS;
 }
 
@@ -271,8 +285,8 @@ API Error cudaGetSymbolAddress(void** address, const void*) { return allocate(ad
 API Error cudaMemcpy(void* to, const void* from, size_t size, int) { return copy(to, from, size); }
 API Error cudaMemcpyAsync(void* to, const void* from, size_t size, int, void*) { return copy(to, from, size); }
 API Error cudaMemcpyPeerAsync(void* to, int, const void* from, int, size_t size, void*) { return copy(to, from, size); }
-API Error cudaMemset(void* at, int value, size_t size) { return fill(at, value, size); }
-API Error cudaMemsetAsync(void* at, int value, size_t size, void*) { return fill(at, value, size); }
+API Error cudaMemset(void* at, int, size_t size) { return fill(at, size); }
+API Error cudaMemsetAsync(void* at, int, size_t size, void*) { return fill(at, size); }
 
 // Streams and events: all work is done at once
 API Error cudaStreamCreate(void** stream) { return give_token(stream); }

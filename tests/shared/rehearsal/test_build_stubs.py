@@ -63,7 +63,7 @@ def test_stubs_are_built_once_for_sources_and_torch(elsewhere, monkeypatch) -> N
     )
     assert build_stubs.ensure() == ["cudaProfilerStart", "cuLaunchKernel"]
     exported = subprocess.run(
-        ["nm", "-D", "--defined-only", elsewhere / build_stubs.RUNTIME], capture_output=True, text=True
+        ["nm", "-D", "--defined-only", elsewhere / build_stubs.RUNTIME], capture_output=True, text=True, check=True
     )
     assert build_stubs.wanted_of_runtime(TORCH) <= {line.split()[-1] for line in exported.stdout.splitlines()}
     built = (elsewhere / build_stubs.RUNTIME).stat().st_ino
@@ -79,12 +79,19 @@ import json, torch
 GiB = 2**30
 said = {}
 properties = torch.cuda.get_device_properties(0)
-said["properties"] = [properties.name, properties.major, properties.minor, properties.total_memory, properties.multi_processor_count,
-    properties.warp_size, properties.max_threads_per_multi_processor, properties.regs_per_multiprocessor,
+said["properties"] = [properties.name, properties.major, properties.minor, properties.total_memory,
+    properties.multi_processor_count, properties.warp_size,
+    properties.max_threads_per_multi_processor, properties.regs_per_multiprocessor,
     properties.shared_memory_per_block, properties.shared_memory_per_block_optin, properties.shared_memory_per_multiprocessor,
     properties.L2_cache_size, properties.is_integrated]
 tokens = torch.arange(100_000).cuda()  # rows of tokens go there and back
 said["there and back"] = bool((tokens.cpu() == torch.arange(100_000)).all())
+sent = torch.full((1000,), torch.nan).cuda()
+copied = sent.clone()
+said["copied"] = bool(copied.isnan().cpu().any() or not copied.cpu().isnan().all())
+del sent, copied
+said["computed"] = max(torch.ones(size, device="cuda").mul(2).cpu().abs().sum().item() for size in (250, 999, 1001))
+said["part"] = torch.full((1000,), torch.nan).cuda()[3].item()
 a = torch.ones(4096, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 before = torch.cuda.memory_allocated()
 b = a @ a
@@ -131,6 +138,9 @@ def test_torch_reads_what_the_stubs_say() -> None:
         *(32, 2048, 65536, 48 * 1024, 227 * 1024, 228 * 1024, 50 * 2**20, False),
     ]
     assert said["there and back"]
+    assert not said["copied"]  # what was sent is copied; nothing is computed of it
+    assert said["computed"] == 0.0  # in memory that something else was sent to
+    assert said["part"] == 0.0
     assert said["product"] in range(0, 64 * 2**20)  # and cuBLAS's workspace
     assert said["gradient"] == ["cuda", 4096, 0.0]
     assert said["free"]
