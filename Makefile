@@ -55,7 +55,7 @@ test-convert: setup tests/hostile/.venv/.ready ## the contract, families, mappin
 
 test-pretrain: setup ## Megatron-Core on this machine, data, pretraining
 	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python $(PYTEST) tests/shared/data tests/shared/kernels tests/shared/model \
-	    tests/shared/report tests/shared/runtime tests/shared/training tests/tools/pretrain tests/layouts tests/demo
+	    tests/shared/rehearsal tests/shared/report tests/shared/runtime tests/shared/training tests/tools/pretrain tests/layouts tests/demo
 
 test-sft: setup ## supervised fine-tuning
 	OMP_NUM_THREADS=1 tools/sft/.venv/bin/python $(PYTEST) tests/tools/sft

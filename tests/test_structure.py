@@ -37,7 +37,7 @@ LAYERS = (
     ("shared.checkpoint.directory",),
     ("shared.families",),
     ("shared.weight_account",),
-    ("shared.runtime",),
+    ("shared.runtime", "shared.rehearsal"),
     ("shared.data", "shared.report"),
     ("shared.model",),
     ("shared.training",),

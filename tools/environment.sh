@@ -48,4 +48,6 @@ if [ -f "$folder/pyproject.toml" ]; then
 fi
 # tools/infer/vllm-metadata says why; the CUDA build does not need it
 if [ -d "$folder/vllm-metadata" ] && [ "$lock" = "$folder/requirements.lock" ]; then install "./$folder/vllm-metadata"; fi
+# the CUDA runtime of stubs that --rehearse preloads; a line says so where there is no compiler
+case $folder in tools/pretrain | tools/sft) "$environment/bin/python" -m shared.rehearsal.build_stubs ;; esac
 touch "$environment/.ready"

@@ -52,6 +52,8 @@ tool)
     cp -R "$2/." "$source"
     install "$ENVIRONMENT/bin/python" --compile-bytecode --reinstall "$source/$3"
     rm -rf "$source"
+    # the CUDA runtime of stubs that --rehearse preloads, for the torch of this image
+    case $3 in tools/pretrain | tools/sft) (cd / && "$ENVIRONMENT/bin/python" -m shared.rehearsal.build_stubs) ;; esac
     ;;
 base)
     install "$(command -v python3)" --require-hashes --requirement "$2"

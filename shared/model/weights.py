@@ -10,6 +10,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
+from shared.architecture.architecture import Architecture
 from shared.checkpoint.formats.torch_dist_reader import NON_WEIGHT_PREFIXES
 from shared.checkpoint.formats.torch_pickle import read_pickle
 from shared.errors import UserError
@@ -41,25 +42,28 @@ def load(chunks: Sequence[LanguageModel], iteration_path: Path) -> None:
         UserError: a tensor is missing, unknown to the model, or of another shape; `.metadata` is no checkpoint's. Nothing is
             filled then.
     """
+    saved = saved_shapes(iteration_path)
+    wanted = _wanted(chunks, saved)
+    check_shapes(_everywhere(_shapes(wanted)), saved, chunks[0].architecture, iteration_path)
+    loaded = dist_checkpointing.load(wanted, str(iteration_path))
+    for name, chunk in zip(wanted, chunks, strict=True):
+        chunk.load_state_dict(loaded[name], strict=False)  # extra states are missing; `check_shapes` is strict
+        _clear_padding(chunk)
+
+
+def saved_shapes(iteration_path: Path) -> dict[str, tuple[int, ...]]:
+    """Global shapes of the weights in a torch_dist directory, by key. UserError: `.metadata` is no checkpoint's."""
     read_pickle((iteration_path / ".metadata").read_bytes(), iteration_path / ".metadata")
-    saved = {
+    return {
         key: tuple(entry.global_shape)
         for key, entry in dist_checkpointing.load_tensors_metadata(str(iteration_path)).items()
         if not key.startswith(NON_WEIGHT_PREFIXES)
     }
-    # Tensors only: extra states are empty without FP8.
-    wanted = {
-        name: {key: entry for key, entry in state.items() if not isinstance(entry, ShardedObject)}
-        for name, state in sharded_state_dict(chunks, KeyForm.of(saved)).items()
-    }
-    for state in wanted.values():
-        for entry in state.values():
-            entry.key = key_of_norm(entry.key, saved)
-    _check(_all_shapes(wanted), saved, chunks[0], iteration_path)
-    loaded = dist_checkpointing.load(wanted, str(iteration_path))
-    for name, chunk in zip(wanted, chunks, strict=True):
-        chunk.load_state_dict(loaded[name], strict=False)  # extra states are missing; `_check` is strict
-        _clear_padding(chunk)
+
+
+def wanted_shapes(chunks: Sequence[LanguageModel], saved: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Global shapes of what this rank's model reads of a directory with the tensors `saved`, by key."""
+    return _shapes(_wanted(chunks, saved))
 
 
 def load_adapters(chunks: Sequence[LanguageModel], iteration_path: Path) -> None:
@@ -75,7 +79,7 @@ def load_adapters(chunks: Sequence[LanguageModel], iteration_path: Path) -> None
     saved = {key: tuple(entry.global_shape) for key, entry in metadata.items() if lora.is_adapter(key)}
     saved = {key: shape for key, shape in saved.items() if not key.startswith(NON_WEIGHT_PREFIXES)}
     wanted = {name: lora.adapters_of(state) for name, state in sharded_state_dict(chunks, KeyForm.of(saved)).items()}
-    _check(_all_shapes(wanted), saved, chunks[0], iteration_path)
+    check_shapes(_everywhere(_shapes(wanted)), saved, chunks[0].architecture, iteration_path)
     loaded = dist_checkpointing.load(wanted, str(iteration_path))
     for name, chunk in zip(wanted, chunks, strict=True):
         chunk.load_state_dict(loaded[name], strict=False)
@@ -91,14 +95,31 @@ def check_finite(chunks: Sequence[LanguageModel], path: Path) -> None:
                 )
 
 
-def _all_shapes(wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
-    """Global shapes of all tensors, over all pipeline stages."""
+def _wanted(chunks: Sequence[LanguageModel], saved: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, Any]]:
+    """The model's sharded state dict under the keys of a checkpoint. Tensors only: extra states are empty without FP8."""
+    wanted = {
+        name: {key: entry for key, entry in state.items() if not isinstance(entry, ShardedObject)}
+        for name, state in sharded_state_dict(chunks, KeyForm.of(saved)).items()
+    }
+    for state in wanted.values():
+        for entry in state.values():
+            entry.key = key_of_norm(entry.key, saved)
+    return wanted
+
+
+def _shapes(wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
+    """Global shapes of this rank's tensors."""
     shapes: dict[str, tuple[int, ...]] = {}
     for state in wanted.values():
         for entry in state.values():
             built = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
             for tensor in _tensors(built):
                 shapes[tensor.key] = tuple(tensor.global_shape)
+    return shapes
+
+
+def _everywhere(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Those of all ranks, over all pipeline stages."""
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, shapes)
     return {key: shape for shapes in gathered for key, shape in shapes.items()}
@@ -111,12 +132,20 @@ def _tensors(entry: Any) -> list[ShardedTensor]:
     return [tensor for value in values for tensor in _tensors(value)]
 
 
-def _check(
+def check_shapes(
     wanted: Mapping[str, tuple[int, ...]],
     saved: Mapping[str, tuple[int, ...]],
-    model: LanguageModel,
+    architecture: Architecture,
     path: Path,
 ) -> None:
+    """UserError for a tensor that is missing, unknown to the model, or of another shape.
+
+    Args:
+        wanted: of the model, by all ranks.
+        saved: of the checkpoint.
+        architecture: the model.
+        path: of the checkpoint.
+    """
     if missing := sorted(wanted.keys() - saved.keys()):
         raise UserError(f"{path}: {_some(missing)} missing, though the model has it; convert the checkpoint again")
     if unexpected := sorted(saved.keys() - wanted.keys()):
@@ -126,7 +155,7 @@ def _check(
     for key, shape in wanted.items():
         found = saved[key]
         if key in ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias"):
-            fits = found[1:] == shape[1:] and found[0] >= model.architecture.vocab_size
+            fits = found[1:] == shape[1:] and found[0] >= architecture.vocab_size
         else:
             fits = found == shape
         if not fits:

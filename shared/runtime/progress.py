@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 DIRECTORY = "BATON_PROGRESS"  # set by the launcher: where records and stacks of its ranks are
@@ -95,6 +96,7 @@ class _Progress:
 
 
 _current: _Progress | None = None
+_listener: Callable[[str], None] | None = None
 
 
 def paths(directory: Path, rank: int) -> tuple[Path, Path]:
@@ -119,6 +121,12 @@ def end() -> None:
     _current = None
 
 
+def listen(function: Callable[[str], None] | None) -> None:
+    """Have `function` called with the name of each phase when it begins; None: no longer."""
+    global _listener
+    _listener = function
+
+
 def update(number: int) -> None:
     """An update begins, by reading its data."""
     if _current is not None:
@@ -128,6 +136,8 @@ def update(number: int) -> None:
 
 def at(phase: str, *, long: bool = False) -> None:
     """The next phase, of an update unless `long`. Every rank passes the same phases."""
+    if _listener is not None:
+        _listener(phase)
     if _current is None:
         return
     if long:

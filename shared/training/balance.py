@@ -55,8 +55,11 @@ def take_balance(config: TrainingConfig, model: list[DistributedDataParallel], d
             table[_layer(router, architecture)] = taken
     # A layer is on one pipeline stage; tensor-, context- and data-parallel ranks have different tokens each.
     torch.distributed.all_reduce(table)
+    table = table.cpu()  # one copy: what follows depends on the numbers
     tokens, losses = table[:, :-1], table[:, -1]
     ran = tokens.sum(1) > 0
+    if not ran.any():  # a batch of padding only, and in a rehearsal, whose kernels compute nothing
+        return None
     loads = tokens[ran].amax(1) / tokens[ran].mean(1)
     micro_batches = config.global_batch_size // config.micro_batch_size  # of all data-parallel ranks
     mean, highest, loss = torch.stack([loads.mean(), loads.max(), losses[ran].mean() / micro_batches]).tolist()

@@ -50,10 +50,11 @@ from shared.training.loss import Loss, balancing_scale, global_loss, mtp_labels,
 from shared.training.optimizer import build_optimizer, held_bytes, set_learning_rate, wrap
 from shared.training.plan import Inputs
 from shared.training.read_ahead import ReadAhead
-from shared.training.recorder import Recorder, SharedRunDirectory, open_run, samples_before
+from shared.training.recorder import SharedRunDirectory, samples_before
 from shared.training.replies import Replies, greedy
 from shared.training.samplers import Order, batch_positions
 from shared.training.saver import Saver
+from shared.training.storage import DISK, Storage
 from shared.training.trainable import FULL, Frozen, Lora, Trainable
 
 
@@ -73,6 +74,7 @@ class Run:
     track: tuple[Track, ...]
     bytes_per_token: float | None = None  # UTF-8 bytes of the validation split per token
     replies: Replies | None = None  # prompts that are answered during the run
+    storage: Storage = DISK
 
 
 def train(run: Run) -> None:
@@ -94,7 +96,7 @@ def train(run: Run) -> None:
     progress.at("opening the run directory", long=True)
     stop = StopRequest()
     with contextlib.ExitStack() as stack:
-        directory = open_run(run.target, run.inputs, overwrite=run.overwrite, extend=run.extend)
+        directory = run.storage.open_run(run.target, run.inputs, overwrite=run.overwrite, extend=run.extend)
         stack.callback(directory.close)
         stopped_after = _train(run, backend, directory, stop, stack)
     process_groups.destroy()
@@ -166,8 +168,8 @@ def _train(
     progress.at("loading", long=True)
     resumed = None if directory.resumed is None else directory.path / iteration_name(directory.resumed)
     base = run.inputs.source.iteration_path
-    weights.load(chunks, base if config.lora is not None else resumed or base)  # an iteration of LoRA has adapters only
-    weights.check_finite(chunks, run.inputs.source.path)
+    whole = base if config.lora is not None else resumed or base  # an iteration of LoRA has adapters only
+    run.storage.read_weights(chunks, whole, run.inputs.source.path)
     trainable_of(config, architecture).apply(chunks)
     if config.lora is not None and resumed is not None:
         weights.load_adapters(chunks, resumed)
@@ -184,7 +186,7 @@ def _train(
     earlier = samples_before(config, directory)
     if resumed is not None:
         fp8_update.announce_switch(directory.facts.get("fp8"), config.fp8, by_te=by_te)
-    recorder = Recorder(
+    recorder = run.storage.recorder(
         *(run.config, run.inputs, directory),
         blend=run.blend,
         order=order,

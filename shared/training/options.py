@@ -16,6 +16,7 @@ from shared.model.backend_choice import BackendName
 from shared.model.recompute import Recompute
 from shared.parallel import ContextExchange
 from shared.precision import RunPrecision
+from shared.rehearsal.machine import GpuName
 from shared.report.track import DEFAULT, Track
 
 
@@ -40,6 +41,7 @@ NOT_FINGERPRINTED = (
     *("sequence_parallel", "expert_parallel", "expert_tensor_parallel", "context_parallel"),
     *("context_parallel_exchange", "backend", "attention_backend", "processes", "recompute", "overlap"),
     *("save_every", "keep", "keep_best", "async_save", "hang_timeout", "log_every", "track", "extend"),
+    *("rehearse", "gpu", "gpu_memory", "world", "all_ranks"),
 )
 
 # Options that the first version did not have: at their defaults its runs are resumed.
@@ -136,6 +138,11 @@ class TrainingOptions:
         adapter: go on with a LoRA adapter of PEFT (adapter_config.json, adapter_model.safetensors), which says rank, alpha and
             targets; in place of --lora-rank.
         iteration: a kept iteration of the source, a run directory; by default the newest.
+        rehearse: play the run's ranks without GPUs, say what memory each needs and whether they match, and write nothing.
+        gpu: the kind of GPU that --rehearse plays; by default h100-80.
+        gpu_memory: its memory, as 80GiB, in place of that kind's.
+        world: how many GPUs --rehearse plays; by default --processes.
+        all_ranks: rehearse every rank, not only the first of each pipeline stage.
     """
 
     source: ExistingDir
@@ -196,3 +203,8 @@ class TrainingOptions:
     rslora: bool = False
     lora_weight_decay: Rate | None = None
     adapter: ExistingDir | None = None
+    rehearse: bool = False
+    gpu: GpuName | None = None
+    gpu_memory: str | None = None
+    world: Positive | None = None
+    all_ranks: bool = False

@@ -23,6 +23,7 @@ from shared.report.track import check_installed
 from shared.runtime import progress
 from shared.runtime.launch import launch
 from shared.runtime.silence_warnings import silence
+from shared.training import rehearsal_options
 from shared.training.blend import Blend
 from shared.training.config import (
     MOE_ROUTER_BIAS_UPDATE_RATE,
@@ -134,7 +135,7 @@ def parallel_config(options: TrainingOptions) -> ParallelConfig:
         expert_tensor=options.expert_tensor_parallel,
     )
     return ParallelConfig(
-        processes=options.processes or default_processes(needed),
+        processes=rehearsal_options.world(options, needed) or options.processes or default_processes(needed),
         tensor=options.tensor_parallel,
         pipeline=options.pipeline_parallel,
         virtual_pipeline=options.virtual_pipeline,
@@ -213,12 +214,16 @@ def run(
         )
     check_validation(options, inputs)
     check_installed(options.track)
-    check_backend(options.backend, gpus=visible_gpus())
-    _leave_if_done(options, config, inputs)
-    inputs.verify()
-    code = launch(config.parallel.processes)
-    if code is not None:
-        return code
+    gpu = rehearsal_options.gpu(options)
+    if gpu is not None:
+        config = rehearsal_options.enter(config, gpu)
+    else:
+        check_backend(options.backend, gpus=visible_gpus())
+        _leave_if_done(options, config, inputs)
+        inputs.verify()
+        code = launch(config.parallel.processes)
+        if code is not None:
+            return code
     announce(config, inputs, blend)
     for line in notes:
         log(line)
@@ -228,26 +233,34 @@ def run(
     elif without:
         log(f"validation  without {', '.join(without)}, which has no validation split")
     silence()
-    progress.begin(options.hang_timeout)
+    if gpu is not None:
+        from shared.rehearsal import fake_world
+
+        fake_world.before_forking()
+        from shared.training import rehearse
+    else:
+        progress.begin(options.hang_timeout)
     from shared.training import loop  # torch and Megatron-Core, in the workers only
 
+    run = loop.Run(
+        config=config,
+        inputs=inputs,
+        target=options.target,
+        overwrite=options.overwrite,
+        extend=options.extend,
+        blend=blend,
+        order=default_order(items),
+        datasets=datasets,
+        packed=packed,
+        bytes_per_token=bytes_per_token,
+        track=options.track,
+        replies=None if gpu is not None else replies,  # not rehearsed
+    )
+    if gpu is not None:
+        rehearse.rehearse(run, gpu, all_ranks=options.all_ranks)
+        return None
     try:
-        loop.train(
-            loop.Run(
-                config=config,
-                inputs=inputs,
-                target=options.target,
-                overwrite=options.overwrite,
-                extend=options.extend,
-                blend=blend,
-                order=default_order(items),
-                datasets=datasets,
-                packed=packed,
-                bytes_per_token=bytes_per_token,
-                track=options.track,
-                replies=replies,
-            )
-        )
+        loop.train(run)
     except (OSError, StageError) as error:
         if options.target.is_dir():
             raise

@@ -441,3 +441,23 @@ def test_validations_need_a_split(source, data, tmp_path, capfd, flag):
         assert run(source, data, tmp_path / "run", **{flag: value}, validate_every=0) == 2
         assert f"{name} needs validations during the run, and --validate-every is 0" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rehearsal_plays_packed_rows_with_flash_attention_and_writes_nothing(source, data, tmp_path) -> None:
+    """On a GPU without cuDNN's kernel for them (L40S). torch's math kernel would keep all scores."""
+    line = training_runs.words(
+        "train", source=source, data=data, target=tmp_path / "run", **{**OPTIONS, "precision": "bf16"}
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.sft.cli", *line, "--rehearse", "--gpu=l40s", "--world=2"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rehearsal   1 of 2 ranks" in done.stdout
+    assert "on L40S (45.0 GiB" in done.stdout
+    assert "attention   varlen (packed rows, grouped queries)" in done.stderr
+    assert not (tmp_path / "run").exists()
