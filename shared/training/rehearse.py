@@ -135,6 +135,9 @@ def shortened(config: TrainingConfig) -> TrainingConfig:
     return replace(
         config,
         steps=UPDATES,
+        save_every=UPDATES + 1,
+        keep_best=False,
+        early_stop=None,
         schedule="constant",
         min_learning_rate=config.learning_rate,
         warmup_steps=0,
