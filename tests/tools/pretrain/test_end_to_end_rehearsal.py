@@ -34,7 +34,9 @@ def content(*folders: Path) -> dict[str, tuple[int, int]]:
 
 def test_a_run_that_fits_is_said_to_and_nothing_is_written(source, data, tmp_path) -> None:
     before = content(source, data)
-    done = rehearsed(source, data, tmp_path / "run", world=8, pipeline_parallel=2, gpu="a100-80", micro_batch_size=16)
+    saves = {"save_every": 1, "validate_every": 1, "keep_best": "true", "early_stop": 1, "steps": 4}
+    given = {"world": 8, "pipeline_parallel": 2, "gpu": "a100-80", "micro_batch_size": 16, **saves}
+    done = rehearsed(source, data, tmp_path / "run", **given)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith(
