@@ -13,10 +13,11 @@ tool = Tool(
 _NOT_FINGERPRINTED = ("save_every", "log_every", "track")
 # Where replies are sampled, and when a run is given up: not what is computed.
 _ROLLOUTS = ("reward_timeout", "rollouts", "policies", "rollout_key_file", "rollout_timeout", "log_prob_gap_limit")
+_ZERO = ("zero",)
 _IMPORTANCE = ("importance_correction", "importance_cap")
 
 
-@tool.command(not_fingerprinted=_NOT_FINGERPRINTED)
+@tool.command(not_fingerprinted=_NOT_FINGERPRINTED, added=_ZERO)
 def reward(options: RewardOptions) -> int | None:
     """Train a reward model on preference pairs, with TRL's RewardTrainer.
 
@@ -32,7 +33,7 @@ def reward(options: RewardOptions) -> int | None:
     return code
 
 
-@tool.command(not_fingerprinted=_NOT_FINGERPRINTED)
+@tool.command(not_fingerprinted=_NOT_FINGERPRINTED, added=_ZERO)
 def dpo(options: DPOOptions) -> int | None:
     """Train a policy on preference pairs by DPO, with TRL's DPOTrainer: no reward model, no roll-outs.
 
@@ -48,7 +49,7 @@ def dpo(options: DPOOptions) -> int | None:
     return code
 
 
-@tool.command(not_fingerprinted=_NOT_FINGERPRINTED)
+@tool.command(not_fingerprinted=_NOT_FINGERPRINTED, added=_ZERO)
 def kto(options: KTOOptions) -> int | None:
     """Train a policy on replies labelled desirable or not by KTO, with TRL's KTOTrainer.
 
@@ -80,7 +81,7 @@ def ppo(options: PPOOptions) -> int | None:
 
 @tool.command(
     not_fingerprinted=(*_NOT_FINGERPRINTED, *_ROLLOUTS),
-    added=("loss", "reward_normalisation", "scale_rewards", *_IMPORTANCE),
+    added=("loss", "reward_normalisation", "scale_rewards", *_IMPORTANCE, *_ZERO),
 )
 def grpo(options: GRPOOptions) -> int | None:
     """Train a policy on rewards by GRPO, with TRL's GRPOTrainer: no critic, advantages are relative to a prompt's replies.
@@ -95,7 +96,7 @@ def grpo(options: GRPOOptions) -> int | None:
     return code
 
 
-@tool.command(not_fingerprinted=(*_NOT_FINGERPRINTED, *_ROLLOUTS))
+@tool.command(not_fingerprinted=(*_NOT_FINGERPRINTED, *_ROLLOUTS), added=_ZERO)
 def rloo(options: RLOOOptions) -> int | None:
     """Train a policy on rewards by RLOO, with TRL's RLOOTrainer: a reply's baseline is the mean of the prompt's other replies.
 

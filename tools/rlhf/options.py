@@ -35,7 +35,9 @@ class Options:
         learning_rate: of AdamW, constant after the warm-up.
         warmup_steps: steps of linear warm-up from 0.
         max_gradient_norm: gradients are clipped to this norm.
-        precision: of the arithmetic; by default bf16 on a GPU and fp32 elsewhere. Weights are fp32.
+        precision: of the arithmetic; by default bf16 on a GPU and fp32 elsewhere. Main weights are fp32.
+        zero: ZeRO stage; 1 shards optimizer state over processes, 2 also gradients, 3 also parameters. With bf16, what is not
+            main weights is bf16, from stage 1 on.
         processes: world size; by default the launcher's (torchrun, Slurm), else 1. One process per GPU where there are GPUs.
         seed: of every random choice.
         save_every: steps between two saves of the state.
@@ -53,6 +55,7 @@ class Options:
     warmup_steps: NonNegative = 0
     max_gradient_norm: Above = 1.0
     precision: TrainingPrecision | None = None
+    zero: Annotated[int, Field(ge=0, le=3)] = 0
     processes: Positive | None = None
     seed: Seed = 0
     save_every: Positive = 10
@@ -310,7 +313,6 @@ class PPOOptions(PolicyOptions):
     gae_lambda: Fraction = 0.95
     whiten_advantages: bool = True
     missing_eos_penalty: Rate = 0.0
-    zero: Annotated[int, Field(ge=0, le=3)] = 0
     importance_correction: ImportanceCorrection = "none"
     importance_cap: Annotated[float, Field(gt=1)] = _CAP
 

@@ -13,7 +13,7 @@ from shared.errors import UserError
 from tools.rlhf.data import Prompt
 from tools.rlhf.engines.deepspeed import initialize_distributed
 from tools.rlhf.engines.distributed import DistributedContext
-from tools.rlhf.engines.trl import StageCallback, common_arguments, resume_point, train, unwrapped_model
+from tools.rlhf.engines.trl import StageCallback, TrainedPolicy, common_arguments, resume_point, train
 from tools.rlhf.models import Source, keep_in_evaluation_mode, load_policy, open_policy
 from tools.rlhf.options import GroupOptions
 from tools.rlhf.published_directory import log_aside, save_hf
@@ -61,9 +61,14 @@ def train_and_publish(options: GroupOptions, make: Callable[[], Algorithm]) -> N
         algorithm = make()
         with server_sampler(options, source, prompts, distributed) as servers:
             _print_plan(options, algorithm, source, prompts, distributed, servers)
-            trained, updates = _train(options, algorithm, source, prompts, reward, context, distributed, servers)
+            trained, weights, updates = _train(
+                options, algorithm, source, prompts, reward, context, distributed, servers
+            )
         if context.out is not None:
-            facts = save_hf(trained, context.out.path, source) | {"updates": updates, "prompts": len(prompts)}
+            facts = save_hf(trained, context.out.path, source, weights=weights) | {
+                "updates": updates,
+                "prompts": len(prompts),
+            }
             context.out.describe(**facts)
             context.add_report(title=f"{algorithm.name} run {options.target.name}", facts=facts, charts=_charts(reward))
         distributed.barrier()
@@ -115,7 +120,10 @@ def _print_plan(
         f"{options.steps} updates, {options.epochs} on the same replies"
     )
     log(algorithm.plan)
-    log(f"machine   {distributed.world_size} process(es) on {distributed.device.type}")
+    log(
+        f"machine   {distributed.world_size} process(es) on {distributed.device.type}, ZeRO stage {options.zero}, "
+        f"{options.precision_on(distributed.device.type)}"
+    )
 
 
 def _train(
@@ -127,11 +135,15 @@ def _train(
     context: RunContext,
     distributed: DistributedContext,
     servers: ServerSampler | None,
-) -> tuple[torch.nn.Module, int]:
-    """The trained policy and the updates made."""
+) -> tuple[torch.nn.Module, dict[str, torch.Tensor], int]:
+    """The trained policy, its weights (on rank 0) and the updates made."""
     from datasets import Dataset
 
     resumed = resume_point(context)
+    precision = options.precision_on(distributed.device.type)
+    # Before the arguments: with ZeRO-3 among them transformers would shard it while it is loaded.
+    policy = load_policy(source, torch.float32)
+    keep_in_evaluation_mode(policy)
     arguments = algorithm.config(
         **common_arguments(context, options, distributed),
         lr_scheduler_type="constant_with_warmup",
@@ -144,9 +156,6 @@ def _train(
         reward_weights=[spec.weight for spec in options.rewards],
         **algorithm.settings,
     )
-    precision = options.precision_on(distributed.device.type)
-    policy = load_policy(source, torch.float32)
-    keep_in_evaluation_mode(policy)
     trainer = algorithm.trainer(
         distributed=distributed,
         log_prob_gap_limit=log_prob_gap_limit(
@@ -165,7 +174,8 @@ def _train(
     trainer._tokenize_prompts = lambda texts: ([ids[text] for text in texts], None, {})
     callback = StageCallback(context, options, distributed, resumed=resumed, line=_line, period=options.epochs)
     updates = train(trainer, callback, resumed)
-    return unwrapped_model(trainer), updates
+    trained = TrainedPolicy(trainer)
+    return trained.module, trained.full_weights(), updates
 
 
 def _line(row: Mapping[str, float]) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from shared.console import log
 from tools.rlhf.engines.distributed import DistributedContext
-from tools.rlhf.engines.trl import StageCallback, common_arguments, resume_point, train, unwrapped_model
+from tools.rlhf.engines.trl import StageCallback, TrainedPolicy, common_arguments, resume_point, train
 from tools.rlhf.held_out import HeldOut
 from tools.rlhf.models import Source, keep_in_evaluation_mode, load_policy
 from tools.rlhf.options import PreferenceOptions
@@ -60,6 +60,9 @@ def train_and_publish(
 
     _print_plan(algorithm, options, source, rows, distributed)
     resumed = resume_point(context)
+    # Before the arguments: with ZeRO-3 among them transformers would shard it while it is loaded.
+    policy = load_policy(source, torch.float32)
+    keep_in_evaluation_mode(policy)
     arguments = algorithm.config(
         **common_arguments(context, options, distributed),
         num_train_epochs=options.epochs,
@@ -70,8 +73,6 @@ def train_and_publish(
         precompute_ref_log_probs=True,
         **algorithm.settings,
     )
-    policy = load_policy(source, torch.float32)
-    keep_in_evaluation_mode(policy)
     log(
         f"reference log-probabilities of {len(rows.train) + len(rows.validation)} {algorithm.rows}, before the first update"
     )
@@ -90,9 +91,10 @@ def train_and_publish(
         "held_out": len(rows.validation),
         "dropped": rows.dropped_rows,
     }
-    trained = unwrapped_model(trainer)
+    trained = TrainedPolicy(trainer)
+    weights = trained.full_weights()
     if context.out is not None:
-        facts = save_hf(trained, context.out.path, source) | result | {"updates": updates}
+        facts = save_hf(trained.module, context.out.path, source, weights=weights) | result | {"updates": updates}
         context.out.describe(**facts)
         charts = {**CHARTS, **algorithm.charts, **CHARTS_AFTER}
         context.add_report(title=f"{algorithm.name} run {options.target.name}", facts=facts, charts=charts)
@@ -128,4 +130,7 @@ def _print_plan(
     log(
         f"training  about {updates} updates of {options.global_batch_size} {algorithm.rows}, {options.epochs:g} epoch(s)"
     )
-    log(f"machine   {distributed.world_size} process(es) on {distributed.device.type}")
+    log(
+        f"machine   {distributed.world_size} process(es) on {distributed.device.type}, ZeRO stage {options.zero}, "
+        f"{options.precision_on(distributed.device.type)}"
+    )

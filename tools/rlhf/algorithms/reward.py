@@ -7,12 +7,13 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from shared.console import log
 from tools.rlhf.data import Pair, read_preferences
 from tools.rlhf.engines.deepspeed import initialize_distributed
 from tools.rlhf.engines.distributed import DistributedContext
-from tools.rlhf.engines.trl import StageCallback, common_arguments, resume_point, train, unwrapped_model
+from tools.rlhf.engines.trl import StageCallback, TrainedPolicy, common_arguments, resume_point, train
 from tools.rlhf.held_out import HeldOut, hold_out
 from tools.rlhf.models import Source, open_source
 from tools.rlhf.options import RewardOptions
@@ -37,8 +38,9 @@ def run(options: RewardOptions) -> None:
         before = accuracy(model, pairs.validation, options.micro_batch_size, distributed)
         if before is not None:
             log(f"accuracy on held-out pairs before training: {before:.3f}")
-        trained, updates = _train(options, source, pairs, model, context, distributed)
+        weights, updates = _train(options, source, pairs, model, context, distributed)
         if context.out is not None:
+            trained = _with_weights(source, options.seed, weights)
             after = accuracy(trained.to(distributed.device), pairs.validation, options.micro_batch_size, distributed)
             counts = {"pairs": len(pairs.train), "held_out": len(pairs.validation), "dropped": pairs.dropped_rows}
             result = {"accuracy_before": before, "accuracy_after": after, **counts}
@@ -91,7 +93,10 @@ def _print_plan(options: RewardOptions, source: Source, pairs: HeldOut[Pair], di
         f"the longest sequence has {longest} tokens"
     )
     log(f"training  about {updates} updates of {options.global_batch_size} pairs, {options.epochs:g} epoch(s)")
-    log(f"machine   {distributed.world_size} process(es) on {distributed.device.type}")
+    log(
+        f"machine   {distributed.world_size} process(es) on {distributed.device.type}, ZeRO stage {options.zero}, "
+        f"{options.precision_on(distributed.device.type)}"
+    )
 
 
 def accuracy(model: Any, pairs: list[Pair], batch_size: int, distributed: DistributedContext) -> float | None:
@@ -117,8 +122,8 @@ def _train(
     model: Any,
     context: RunContext,
     distributed: DistributedContext,
-) -> tuple[torch.nn.Module, int]:
-    """The trained model and the updates made."""
+) -> tuple[dict[str, Tensor], int]:
+    """The trained weights (on rank 0) and the updates made."""
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
@@ -141,4 +146,14 @@ def _train(
         line=lambda row: f"loss {row['loss']:.4f}, accuracy {row['accuracy']:.3f}, margin {row['margin']:.3f}",
     )
     updates = train(trainer, callback, resumed)
-    return unwrapped_model(trainer).eval(), updates
+    return TrainedPolicy(trainer).full_weights(), updates
+
+
+def _with_weights(source: Source, seed: int, weights: dict[str, Tensor]) -> Any:
+    """A whole model of the trained weights: those of a trained one may be sharded."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    model = new_reward_model(source, seed)
+    model.load_state_dict(weights, strict=False)  # a tied tensor is there once
+    return model.eval()

@@ -7,12 +7,10 @@ gloo.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import pickle
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,6 @@ from shared.errors import UserError
 from shared.precision import TrainingPrecision
 from shared.runtime.world import join_world
 from tools.rlhf.engines.distributed import DistributedContext
-
-_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load(weights_only=True), whatever its caller asks for
 
 
 def initialize_distributed() -> DistributedContext:
@@ -126,16 +122,7 @@ class DeepSpeedEngine:
 
     def full_weights(self) -> dict[str, Tensor]:
         """See `Engine`. ZeRO-3 gathers one parameter at a time: no device holds the full model."""
-        import deepspeed
-
-        module = self._engine.module
-        weights: dict[str, Tensor] = {}
-        persistent = set(module.state_dict(keep_vars=True)) if self._rank == 0 else set()
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
-                if name in persistent:
-                    weights[name] = tensor.detach().to("cpu", copy=True)
-        return weights
+        return gathered_weights(self._engine.module, self._rank)
 
     def save(self, directory: Path) -> None:
         """See `Engine`."""
@@ -143,37 +130,58 @@ class DeepSpeedEngine:
 
     def load(self, directory: Path) -> None:
         """See `Engine`."""
-        with _pickles_run_no_code(directory):
-            self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
+        check_state(directory)
+        self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
 
 
-@contextlib.contextmanager
-def _pickles_run_no_code(directory: Path) -> Iterator[None]:
-    """Context manager: torch.load makes tensors, plain values and three classes of DeepSpeed, which would let it make anything.
+def check_state(directory: Path) -> None:
+    """Check that reading DeepSpeed's files runs no code: DeepSpeed unpickles whatever they hold.
 
     Raises:
-        UserError: a file holds something else.
+        UserError: a file holds more than tensors, plain values and three classes of DeepSpeed, or is damaged.
     """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    before = os.environ.get(_WEIGHTS_ONLY)
-    os.environ[_WEIGHTS_ONLY] = "1"
-    try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-            yield
-    except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0])
-        raise UserError(
-            f"{directory}: a file of this state would run code when it is read ({reason.strip()}); "
-            "start anew with --overwrite"
-        ) from None
-    finally:
-        if before is None:
-            del os.environ[_WEIGHTS_ONLY]
-        else:
-            os.environ[_WEIGHTS_ONLY] = before
+    for path in sorted(directory.rglob("*_states.pt")):
+        try:
+            with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+                torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # mapped: tensors are not read
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            lines = str(error).splitlines()
+            reason = next((line for line in lines if "GLOBAL" in line), lines[0]).strip()
+            raise UserError(
+                f"{path} is no file that this state was saved with, or is damaged ({reason}); start anew with --overwrite"
+            ) from None
+
+
+def gathered_weights(module: nn.Module, rank: int) -> dict[str, Tensor]:
+    """The unsharded state dict of a module on the CPU of rank 0; empty on other ranks. Every rank calls it."""
+    import deepspeed
+
+    weights: dict[str, Tensor] = {}
+    persistent = set(module.state_dict(keep_vars=True)) if rank == 0 else set()
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+            if name in persistent:
+                weights[name] = tensor.detach().to("cpu", copy=True)
+    return weights
+
+
+def trainer_config(zero: int) -> dict[str, Any]:
+    """DeepSpeed's part of a transformers Trainer's arguments: ZeRO, torch's AdamW. The Trainer fills in what is `auto`."""
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    adam = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "optimizer": {"type": "AdamW", "params": adam | {"fused": torch.cuda.is_available()}},
+        "zero_optimization": {"stage": zero},
+        "steps_per_print": 1 << 40,
+    }
 
 
 def frozen_model(model: nn.Module, options: EngineOptions) -> Any:

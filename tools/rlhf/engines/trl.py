@@ -20,6 +20,7 @@ from shared.errors import Interrupted, StageError
 from shared.report.metrics import peak_memory
 from shared.runtime.agreement import on_rank_0
 from shared.runtime.stop_request import StopRequest
+from tools.rlhf.engines.deepspeed import check_state, gathered_weights, trainer_config
 from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.options import Options
 from tools.rlhf.run_context import RunContext
@@ -75,7 +76,8 @@ def common_arguments(context: RunContext, options: Options, distributed: Distrib
         "disable_tqdm": True,
         "dataloader_pin_memory": distributed.device.type == "cuda",
         "ddp_find_unused_parameters": False,
-        "ddp_backend": None if distributed.device.type == "cuda" else "gloo",
+        "ddp_backend": None if distributed.device.type == "cuda" or options.zero else "gloo",
+        **({"deepspeed": trainer_config(options.zero)} if options.zero else {}),
     }
 
 
@@ -163,11 +165,14 @@ def train(trainer: Any, callback: StageCallback, resumed: Path | None) -> int:
         the updates made, those before a resume included.
 
     Raises:
+        UserError: the checkpoint has files that DeepSpeed would run code of.
         Interrupted: a signal stopped it.
         StageError: the Trainer ended before its last update, as it does without a word where its data runs out.
     """
     trainer.remove_callback(PrinterCallback)  # prints every update to stdout, which is for results
     trainer.add_callback(callback)
+    if resumed:
+        check_state(resumed)
     trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     callback.finish(trainer.state.max_steps)
     made, asked = trainer.state.global_step, trainer.state.max_steps
@@ -189,12 +194,4 @@ class TrainedPolicy:
 
     def full_weights(self) -> dict[str, torch.Tensor]:
         """See `Policy`."""
-        weights = self._trainer.accelerator.get_state_dict(self._trainer.model)
-        if torch.distributed.get_rank() != 0:
-            return {}
-        return {name: tensor.detach().cpu() for name, tensor in weights.items()}
-
-
-def unwrapped_model(trainer: Any) -> torch.nn.Module:
-    """The trained model on the CPU, without the wrappers of DDP and accelerate."""
-    return trainer.accelerator.unwrap_model(trainer.model).to("cpu")
+        return gathered_weights(self.module, torch.distributed.get_rank())

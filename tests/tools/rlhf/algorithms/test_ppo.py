@@ -106,8 +106,11 @@ def test_state_that_would_run_code_is_refused(world, rlhf, capsys):
     torch.save({"optimizer_state_dict": Mine(world.root / "ran")}, file)
     assert rlhf("ppo", **target) == 2
     refused = capsys.readouterr().err.strip().splitlines()[-1]
-    assert all(words in refused for words in ("code.state", "would run code", "--overwrite"))
+    assert all(words in refused for words in (str(file), "GLOBAL", "--overwrite"))
     assert not (world.root / "ran").exists()
+    file.write_bytes(file.read_bytes()[:100])
+    assert rlhf("ppo", **target) == 2
+    assert f"{file} is no file" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 class Mine:
