@@ -174,6 +174,8 @@ def play(run: loop.Run, rank: int, limit: int, *, quiet: bool = False) -> Played
     if quiet:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     fake_world.join(rank, run.config.parallel.processes)
+    if run.config.fp8:
+        fake_world.launch_nothing()
     player = _Player(rank)
     progress.listen(player.begin)
     out_of_memory = ""

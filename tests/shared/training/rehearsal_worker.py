@@ -18,9 +18,10 @@ from shared.runtime.silence_warnings import silence
 
 silence()
 
-from shared.rehearsal import fake_world  # noqa: E402
+from shared.rehearsal import fake_world, reexecute  # noqa: E402
 
-fake_world.before_forking()
+if reexecute.playing():  # the tests import LORA from here
+    fake_world.before_forking()
 
 import torch  # noqa: E402
 

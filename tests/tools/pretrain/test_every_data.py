@@ -119,7 +119,7 @@ def pair(tmp_path) -> Path:
 
 
 def test_a_plain_pair_is_trained_on_also_in_a_blend(source, other, pair, tokenizer, tmp_path, capsys):
-    options = {"steps": 3, "tokenizer": tokenizer}
+    options = {"steps": 3, "tokenizer": tokenizer, "validate_every": None}
     assert run(source, pair, tmp_path / "run", **options) == 0
     assert "validation  none: the data has no validation split" in capsys.readouterr().err
     manifest = read_manifest(tmp_path / "run", flag="")
@@ -144,7 +144,7 @@ def test_a_plain_pair_is_trained_on_also_in_a_blend(source, other, pair, tokeniz
 
 def test_mistakes_in_what_is_read_are_one_line_each(source, data, other, pair, tokenizer, tmp_path, capsys):
     def refused(data, says: str, **options) -> None:
-        assert run(source, data, tmp_path / "refused", steps=1, **options) == 2
+        assert run(source, data, tmp_path / "refused", steps=1, validate_every=None, **options) == 2
         said = capsys.readouterr().err.strip()
         assert says in said
         assert said.count("\n") == 0
