@@ -74,7 +74,7 @@ def _replace_counting() -> None:
 
 
 def launch_nothing() -> None:
-    """The casts to FP8 leave their Triton kernels out, which ask the GPU's driver: what they write is allocated by their callers."""
+    """Leave the Triton kernels of the casts to FP8 out: they ask the driver. What they write is allocated by their callers."""
     if importlib.util.find_spec("triton") is None:
         return
     from triton import JITFunction
