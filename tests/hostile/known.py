@@ -18,7 +18,14 @@ class Known:
     why: str
 
 
-KNOWN: tuple[Known, ...] = ()
+KNOWN: tuple[Known, ...] = (
+    Known(
+        name="API of other models",
+        path=r"/.*",
+        said=r'"message": ?"The model does not support the [a-z ]+ API", ?"type": ?"NotImplementedError"',
+        why="vLLM opens routes for models of other kinds (/v1/systemone) and answers 501",
+    ),
+)
 
 
 def is_known(row: Mapping[str, Any]) -> str | None:
