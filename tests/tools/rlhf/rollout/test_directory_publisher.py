@@ -50,6 +50,21 @@ def test_the_newest_policy_is_kept_until_the_end(place, server):
     assert server.published[-1][1] != name, "a policy of an earlier process has the name of this one's"
 
 
+def test_a_server_with_other_weights_gets_the_policy_again(place, server):
+    policy = Policy(load_policy(place[2], torch.float32))
+    with DirectoryPublisher.open(*place) as publisher:
+        publisher.publish(policy, 0)
+        publisher.assure()  # it has them
+        assert len(server.published) == 1
+        for change in (server.restart, lambda: setattr(server, "version", "another-run-0")):
+            change()
+            assert "where 'out-" in publisher.wrong()
+            publisher.assure()
+            assert server.published[-1] == server.published[0]
+            assert publisher.wrong() == ""
+        assert len(server.published) == 3
+
+
 def test_what_a_killed_process_left_is_removed(place):
     policies = place[0]
     with DirectoryPublisher.open(*place):
