@@ -53,6 +53,8 @@ def test_grpo_with_sharded_weights_resumes_to_the_same_result(world, process, me
     world.order.write_text(str(int(signal.SIGKILL)))
     assert process("grpo", **usual, target=killed).returncode not in (0, 2)
     assert not killed.exists()
+    shards = list(killed.with_name("grpo-zero-killed.state").rglob("zero_pp_rank_?_mp_rank_00_model_states.pt"))
+    assert sorted(path.name[13] for path in shards) == ["0", "1"], "each process saves its part of the weights"
     done = process("grpo", **usual, target=killed)
     assert done.returncode == 0, done.stderr
     assert "resuming after update 2" in done.stderr
