@@ -54,6 +54,7 @@ class TrainingConfig:
     validate_every: int  # updates; 0: only before the first and after the last
     validation_sequences: int  # at most; the same in every validation
     overlap: bool  # reduce gradients and gather weights during computation, where there are data-parallel ranks
+    offload_optimizer: bool = False  # AdamW's moments are in host memory between updates
     lora: LoraSettings | None = None  # adapters are trained instead of weights
     keep_best: bool = False  # the iteration with the lowest validation loss is saved, and kept
     early_stop: int | None = None  # validations without a lower loss after which the run ends

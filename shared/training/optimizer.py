@@ -13,6 +13,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
+from shared.training import host_moments
 from shared.training.config import TrainingConfig
 from shared.training.optimizer_shards import param_state
 
@@ -127,12 +128,23 @@ def build_optimizer(config: TrainingConfig, model: list[DistributedDataParallel]
     chunks_config.grad_scale_func = optimizer.scale_loss
     for part in optimizer.chained_optimizers:
         part.get_parameter_state_dp_zero = partial(_room_for_state, part)
+        part.load_state_dict = _nothing_to_load
         for group in part.param_groups:
             # Megatron-Core computes this product in its scheduler, which is not used here.
             group["weight_decay"] = config.weight_decay * group["wd_mult"]
             if isinstance(part.optimizer, torch.optim.AdamW):
                 group["fused"] = True  # one pass over memory instead of a dozen
+        if config.offload_optimizer and part.get_parameters():
+            host_moments.offload(part.optimizer)
     return optimizer
+
+
+def _nothing_to_load(state_dict: dict[str, Any]) -> None:
+    """Megatron-Core's own load of groups and counters, which its sharded state dict begins with: `restore` loads them.
+
+    It would make room for all moments on the GPU, where `offload_optimizer` has none. And with torch's AdamW it would give all
+    parameters the same `step` tensor, to which AdamW adds one for each: the bias correction of a resumed run would run ahead.
+    """
 
 
 def _room_for_state(part: DistributedOptimizer, *, empty_data: bool, **named: Any) -> dict[Any, Any]:
@@ -154,15 +166,19 @@ def _room_for_state(part: DistributedOptimizer, *, empty_data: bool, **named: An
 def held_bytes(model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> dict[str, int]:
     """Bytes of this rank's weights, gradient buffers and optimizer state (with fp32 main weights), after an update."""
     buffers = [buffer for chunk in model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-    states = 0
+    states = on_host = 0
     for part in optimizer.chained_optimizers:
+        if part.optimizer is None:  # no parameter on this rank
+            continue
+        on_host += host_moments.moment_bytes(part.optimizer)
         for parameter, state in part.optimizer.state.items():
             states += sum(each.nbytes for each in state.values() if isinstance(each, torch.Tensor))
             states += parameter.nbytes if model[0].config.bf16 else 0  # fp32 weights are their own main copy
     return {
         "weights": sum(parameter.nbytes for chunk in model for parameter in chunk.parameters()),
         "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
-        "optimizer": states,
+        "optimizer": states - on_host,
+        **({"moments on the host": on_host} if on_host else {}),
     }
 
 
@@ -212,26 +228,22 @@ def restore(optimizer: MegatronOptimizer, saved: dict[Any, Any]) -> None:
 
     Tensors are stored per parameter: one optimizer can load the state of two chained ones, and vice versa. From the stored
     groups only the step is read; learning rate, betas and weight decay come from the configuration.
-
-    With torch's AdamW (no Transformer Engine or Apex) Megatron-Core's own load has two defects. It expects a `step` among
-    the saved tensors of each parameter, but `step` is saved once, with the groups. And all parameters get the same `step`
-    tensor. AdamW increments it once per *parameter*: the bias correction of a resumed run runs ahead. So groups are loaded
-    first, then tensors, with the counters removed in between.
     """
     step, chained = _saved_step(saved), len(optimizer.chained_optimizers) > 1
     for index, part in enumerate(optimizer.chained_optimizers):
         if not part.get_parameters():
             continue
-        state = part.state_dict()
-        for group in state["optimizer"]["param_groups"]:
-            group["step"] = step
-        part.load_state_dict(state)
+        for group in part.optimizer.param_groups:
+            if "step" in group:  # TransformerEngine's FusedAdam
+                group["step"] = int(step)
         states = list(part.optimizer.state.values())
-        counters = [each.pop("step", None) for each in states]  # FusedAdam has its counter in the groups
+        counters = [
+            each.pop("step", None) for each in states
+        ]  # torch's AdamW; upstream would look for them in the file
         part.load_parameter_state_from_fully_reshardable((saved[index] if chained else saved)["param_state"])
         for each, counter in zip(states, counters, strict=True):
             if counter is not None:
-                each["step"] = counter.clone()
+                each["step"] = counter.fill_(step)
 
 
 def _saved_step(saved: dict[Any, Any]) -> Any:

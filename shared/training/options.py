@@ -39,7 +39,15 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 NOT_FINGERPRINTED = (
     *("micro_batch_size", "tensor_parallel", "pipeline_parallel", "virtual_pipeline", "pipeline_layers"),
     *("sequence_parallel", "expert_parallel", "expert_tensor_parallel", "context_parallel"),
-    *("context_parallel_exchange", "backend", "attention_backend", "processes", "recompute", "overlap"),
+    *(
+        "context_parallel_exchange",
+        "backend",
+        "attention_backend",
+        "processes",
+        "recompute",
+        "overlap",
+        "offload_optimizer",
+    ),
     *("save_every", "keep", "keep_best", "async_save", "hang_timeout", "log_every", "track", "extend"),
     *("rehearse", "gpu", "gpu_memory", "world", "all_ranks"),
 )
@@ -112,6 +120,8 @@ class TrainingOptions:
         expert_tensor_parallel: tensor parallel size of experts; by default --tensor-parallel. 1 keeps every expert whole.
         overlap: reduce gradients during the backward pass and gather weights during the next forward pass, with several
             data-parallel ranks.
+        offload_optimizer: keep AdamW's moments in host memory between updates, 8 bytes a parameter; the numbers stay the same, to
+            the bit, and an update takes as long as moving 16 bytes a parameter through the GPU's link.
         processes: world size; by default one process per GPU, without GPUs as many as the layout needs. Data parallel
             size is processes / (tensor x pipeline x context).
         save_every: updates between checkpoints; the last update is always saved.
@@ -181,6 +191,7 @@ class TrainingOptions:
     expert_parallel: Positive = 1
     expert_tensor_parallel: Positive | None = None
     overlap: bool = True
+    offload_optimizer: bool = False
     processes: Positive | None = None
     save_every: Positive = 500
     keep: Positive = 2

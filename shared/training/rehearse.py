@@ -91,15 +91,17 @@ def _refuse(run: loop.Run, given: TrainingConfig, results: dict[int, Played], gp
 
 def _mend(run: loop.Run, given: TrainingConfig, short: list[Played], gpu: Gpu) -> str:
     """Flags with which the ranks that do not fit do."""
-    if all(each.states < gpu.usable for each in short):
-        for flags, config in mends(given):
-            try:
-                found = _play(run, {each.rank: shortened(config) for each in short}, gpu.usable, quiet=True)
-            except UserError:  # such a run is refused
-                continue
-            if not any(each.out_of_memory for each in found.values()):
-                needed = quantity(max(each.reserved for each in found.values()), "bytes")
-                return f"{flags}, which was rehearsed and needs {needed}"
+    held = any(each.states >= gpu.usable for each in short)
+    for flags, config in mends(given):
+        if held and not config.offload_optimizer:  # it saves activations only
+            continue
+        try:
+            found = _play(run, {each.rank: shortened(config) for each in short}, gpu.usable, quiet=True)
+        except UserError:  # such a run is refused
+            continue
+        if not any(each.out_of_memory for each in found.values()):
+            needed = quantity(max(each.reserved for each in found.values()), "bytes")
+            return f"{flags}, which was rehearsed and needs {needed}"
     moe = run.inputs.architecture.moe is not None
     wider = ["--tensor-parallel", "--pipeline-parallel", *["--expert-parallel"] * moe]
     adapters = "" if given.lora else ", or --lora-rank"
@@ -107,7 +109,7 @@ def _mend(run: loop.Run, given: TrainingConfig, short: list[Played], gpu: Gpu) -
 
 
 def mends(config: TrainingConfig) -> Iterator[tuple[str, TrainingConfig]]:
-    """Changes that save activations, and the flags that make them; what costs least time first."""
+    """Changes that save memory, and the flags that make them; what costs least time first."""
     parallel = config.parallel
     smaller = [size for size in range(config.micro_batch_size - 1, 0, -1) if config.micro_batch_size % size == 0]
     for size in smaller:
@@ -117,14 +119,19 @@ def mends(config: TrainingConfig) -> Iterator[tuple[str, TrainingConfig]]:
         by_sequence = replace(parallel, sequence_parallel=True)
         with contextlib.suppress(UserError):  # the sequence does not divide
             yield "--sequence-parallel", replace(config, parallel=by_sequence)
-    if "full" in config.recompute:
-        return
-    for kind in ("selective", "full"):
-        if kind not in config.recompute:
-            yield f"--recompute {kind}", replace(config, recompute=(kind,))
-    if smaller:
-        changed = replace(config, recompute=("full",), micro_batch_size=1)
-        yield "--recompute full --micro-batch-size 1", changed
+    if "full" not in config.recompute:
+        for kind in ("selective", "full"):
+            if kind not in config.recompute:
+                yield f"--recompute {kind}", replace(config, recompute=(kind,))
+        if smaller:
+            changed = replace(config, recompute=("full",), micro_batch_size=1)
+            yield "--recompute full --micro-batch-size 1", changed
+    if not config.offload_optimizer and not config.async_save:
+        yield "--offload-optimizer", replace(config, offload_optimizer=True)
+        least = replace(config, offload_optimizer=True, recompute=("full",), micro_batch_size=1)
+        if least.recompute != config.recompute or smaller:
+            smallest = " --micro-batch-size 1" if smaller else ""
+            yield f"--offload-optimizer --recompute full{smallest}", least
 
 
 def shortened(config: TrainingConfig) -> TrainingConfig:

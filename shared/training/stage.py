@@ -51,6 +51,11 @@ def plan(
     `adapter`: settings of `options.adapter`.
     """
     lora = lora_settings(options, adapter)
+    if options.offload_optimizer and options.async_save:
+        raise UserError(
+            "--offload-optimizer and --async-save exclude each other: updates change the moments in pinned memory, which a fork "
+            "of the process does not copy; leave one out"
+        )
     parallel = parallel_config(options)
     decay = default_decay_steps(steps) if options.decay_steps is None else options.decay_steps
     if options.decay_steps is not None and options.schedule != "wsd":
@@ -88,6 +93,7 @@ def plan(
         attention_backend=options.attention_backend,
         parallel=parallel,
         overlap=options.overlap,
+        offload_optimizer=options.offload_optimizer,
         lora=lora,
         save_every=options.save_every,
         keep=options.keep,
@@ -219,6 +225,10 @@ def run(
         config = rehearsal_options.enter(config, gpu)
     else:
         check_backend(options.backend, gpus=visible_gpus())
+        if options.offload_optimizer and not visible_gpus():
+            raise UserError(
+                "--offload-optimizer moves AdamW's moments from a GPU to the host, and there is no GPU; leave it out"
+            )
         _leave_if_done(options, config, inputs)
         inputs.verify()
         code = launch(config.parallel.processes)

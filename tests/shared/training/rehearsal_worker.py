@@ -42,6 +42,7 @@ LORA = LoraSettings(rank=8, alpha=16, targets=("all-linear",))
 CASES = {
     "one GPU": ("GQA", {}, {}, None),
     "full recomputation": ("GQA", {}, {"recompute": ("full",)}, None),
+    "moments in host memory": ("GQA", {}, {"offload_optimizer": True}, None),
     "LoRA": ("GQA", {}, {"lora": LORA}, None),
     "FP8": ("GQA", {}, {"fp8": FP8}, None),
     "packed, TP 2 SP": ("packed", {"tensor": 2, "sequence_parallel": True}, {}, None),

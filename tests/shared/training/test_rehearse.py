@@ -73,6 +73,13 @@ def test_states_are_the_bytes_of_mixed_precision(played) -> None:
     assert 18 * parameters < states < 18 * parameters + 512 * 200
 
 
+def test_moments_in_host_memory_are_not_on_the_gpu(played) -> None:
+    """8 of the 18 bytes, but for blocks and the step of each parameter."""
+    saved = played["one GPU"][0].states - played["moments in host memory"][0].states
+    parameters = (played["one GPU"][0].states - WORKSPACES) // 18
+    assert 8 * parameters - 512 * 200 < saved < 8 * parameters + 512 * 200
+
+
 def test_every_kind_of_run_is_played_to_its_end(played) -> None:
     for case, ranks in played.items():
         for each in ranks.values():
@@ -141,8 +148,12 @@ def test_what_is_tried_to_mend_costs_time_in_this_order(make_config) -> None:
     assert flags == (
         *("--micro-batch-size 2", "--micro-batch-size 1", "--sequence-parallel"),
         *("--recompute selective", "--recompute full", "--recompute full --micro-batch-size 1"),
+        *("--offload-optimizer", "--offload-optimizer --recompute full --micro-batch-size 1"),
     )
-    assert [each.micro_batch_size for each in changed] == [2, 1, 4, 4, 4, 1]
+    assert [each.micro_batch_size for each in changed] == [2, 1, 4, 4, 4, 1, 4, 1]
     assert changed[2].parallel.sequence_parallel
-    assert changed[-1].recompute == ("full",)
-    assert list(mends(make_config(micro_batch_size=1, recompute=("full",)))) == []
+    assert [each.recompute for each in changed[5:]] == [("full",), ("none",), ("full",)]
+    assert [each.offload_optimizer for each in changed[5:]] == [False, True, True]
+    least = make_config(micro_batch_size=1, recompute=("full",))
+    assert [flags for flags, _ in mends(least)] == ["--offload-optimizer"]
+    assert list(mends(replace(least, offload_optimizer=True))) == []
