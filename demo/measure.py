@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -22,6 +23,8 @@ class Measured:
     """Cost of a stage, summed over its runs: interrupted runs count, runs of a finished stage do not."""
 
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    """Time of all cores, user and system: on a busy machine, what the stage would take alone."""
     peak_bytes: int = 0
     """Peak sum of the processes' resident memory; shared pages count once per process."""
     finished: bool = False
@@ -63,6 +66,7 @@ def run(name: str, command: Sequence[str], record: Record) -> int:
     earlier = record.stages.get(name, Measured())
     process = subprocess.Popen(command, start_new_session=True, preexec_fn=stop_with_parent)  # noqa: PLW1509 -- no threads here
     began = last_line = time.monotonic()
+    cores_began = _cores()
     peak = 0
     try:
         while process.poll() is None:
@@ -70,14 +74,15 @@ def run(name: str, command: Sequence[str], record: Record) -> int:
             now = time.monotonic()
             if now - last_line > LINE_EVERY and not earlier.finished:
                 last_line = now
-                record.stages[name] = _added(earlier, now - began, peak, finished=False)
+                record.stages[name] = _added(earlier, now - began, 0.0, peak, finished=False)
                 record.write(running=[process.pid, _started(process.pid)])
             time.sleep(PERIOD)
     finally:  # interrupted: let the stage save first
         stop(process)
         if not earlier.finished:
             finished = process.returncode == 0
-            record.stages[name] = _added(earlier, time.monotonic() - began, peak, finished=finished)
+            took = time.monotonic() - began
+            record.stages[name] = _added(earlier, took, _cores() - cores_began, peak, finished=finished)
         record.write()
     return process.returncode
 
@@ -113,8 +118,19 @@ def tree_bytes(root: int) -> int:
     return sum(_resident(pid) for pid in found)
 
 
-def _added(earlier: Measured, seconds: float, peak: int, *, finished: bool) -> Measured:
-    return Measured(seconds=earlier.seconds + seconds, peak_bytes=max(earlier.peak_bytes, peak), finished=finished)
+def _added(earlier: Measured, seconds: float, cpu_seconds: float, peak: int, *, finished: bool) -> Measured:
+    return Measured(
+        seconds=earlier.seconds + seconds,
+        cpu_seconds=earlier.cpu_seconds + cpu_seconds,
+        peak_bytes=max(earlier.peak_bytes, peak),
+        finished=finished,
+    )
+
+
+def _cores() -> float:
+    """Seconds of all cores, of the processes that ended and were waited for, and of those that they waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _stat(pid: int) -> list[str] | None:

@@ -12,6 +12,11 @@ def parse_rate(directory: Path) -> float:
     return _score(directory, "replies", "parses,samples")
 
 
+def reply_length(directory: Path) -> float:
+    """Mean characters of the replies to held-out requests."""
+    return _score(directory, "replies", "characters,samples")
+
+
 def bits_per_byte(directory: Path) -> float:
     """Bits per byte of held-out text."""
     return _score(directory, "heldout", "bits_per_byte,none")
@@ -34,6 +39,11 @@ def size_on_disk(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
+def lines(path: Path) -> int:
+    """Lines of a file that are not empty."""
+    return len(_lines(path))
+
+
 def facts(directory: Path) -> dict[str, Any]:
     """Manifest entries of a stage's output."""
     manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
@@ -41,4 +51,8 @@ def facts(directory: Path) -> dict[str, Any]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [json.loads(line) for line in _lines(path)]
+
+
+def _lines(path: Path) -> list[str]:
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -30,10 +30,16 @@ def parses(prompts: list[str], completions: list[str], **columns: Any) -> list[f
 
 
 def share_that_parses(doc: dict[str, Any], results: list[list[str]]) -> dict[str, float]:
-    """The metric of the lm-evaluation-harness task: the mean of `parses` over the replies to one request."""
+    """The metrics of the lm-evaluation-harness task: means over the replies to one request, of `parses` and of the length.
+
+    The length shows what a rise of `parses` is made of: a short body has less that can go wrong.
+    """
     replies = results[0]
     rewards = parses([doc["messages"][-1]["content"]] * len(replies), replies)
-    return {"parses": sum(rewards) / len(rewards)}
+    return {
+        "parses": sum(rewards) / len(rewards),
+        "characters": sum(len(reply.strip()) for reply in replies) / len(replies),
+    }
 
 
 def header_of(prompt: str) -> str:

@@ -1,8 +1,8 @@
-"""Start `infer serve`, send one request over HTTP, write the reply, stop the server.
+"""Start `infer serve`, send requests over HTTP, write the replies, stop the server.
 
     python3 demo/serve.py SERVER_COMMAND_AND_FLAGS... -- PROMPTS.jsonl TARGET.json
 
-Standard library only.
+sends the first prompt. Standard library only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from measure import stop_with_parent
 
@@ -20,7 +22,7 @@ MAX_TOKENS = 64
 
 
 def ask(url: str, model: str, messages: list[dict[str, str]]) -> str:
-    """The assistant's reply, by OpenAI's chat API."""
+    """The assistant's reply, by OpenAI's chat API, greedy."""
     body = {"model": model, "messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0}
     request = urllib.request.Request(
         f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -29,12 +31,11 @@ def ask(url: str, model: str, messages: list[dict[str, str]]) -> str:
         return str(json.load(answer)["choices"][0]["message"]["content"])
 
 
-def main(command: list[str], prompts: Path, target: Path) -> int:
-    """Serve, ask, stop; returns the server's exit code."""
+def main(command: list[str], prompts: Path, target: Path, answers: Callable[[str, str, Path], Any]) -> int:
+    """Serve, ask, stop; write what `answers` returns, given URL, model name and prompts. Returns the server's exit code."""
     if target.exists():
         print(f"already done: {target}", file=sys.stderr)
         return 0
-    messages = json.loads(prompts.read_text(encoding="utf-8").splitlines()[0])["messages"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=stop_with_parent)  # noqa: PLW1509 -- no threads
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     try:
@@ -45,19 +46,31 @@ def main(command: list[str], prompts: Path, target: Path) -> int:
                 break
         else:
             return server.wait() or 1
-        reply = ask(url, name.strip(), messages)
+        content = answers(url, name.strip(), prompts)
     finally:
         server.terminate()
         code = server.wait()
-    print(f"POST {url}/chat/completions\n{messages[-1]['content']}\n--- the model answers ---\n{reply}")
     beside = target.with_name(target.name + ".new")
-    beside.write_text(json.dumps({"messages": messages, "reply": reply}, indent=1) + "\n", encoding="utf-8")
+    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     beside.replace(target)
     return code
 
 
-if __name__ == "__main__":
-    if "--" not in sys.argv:
-        sys.exit("usage: serve.py SERVER_COMMAND... -- PROMPTS.jsonl TARGET.json")
+def first(url: str, name: str, prompts: Path) -> dict[str, Any]:
+    """The first prompt and its reply, which are printed, too."""
+    messages = json.loads(prompts.read_text(encoding="utf-8").splitlines()[0])["messages"]
+    reply = ask(url, name, messages)
+    print(f"POST {url}/chat/completions\n{messages[-1]['content']}\n--- the model answers ---\n{reply}")
+    return {"messages": messages, "reply": reply}
+
+
+def arguments(script: str) -> tuple[list[str], Path, Path]:
+    """The words of the command line: server command, prompts, target."""
+    if "--" not in sys.argv or len(sys.argv) - sys.argv.index("--") != 3:
+        sys.exit(f"usage: {script}.py SERVER_COMMAND... -- PROMPTS.jsonl TARGET.json")
     split = sys.argv.index("--")
-    sys.exit(main(sys.argv[1:split], *map(Path, sys.argv[split + 1 :])))
+    return sys.argv[1:split], Path(sys.argv[split + 1]), Path(sys.argv[split + 2])
+
+
+if __name__ == "__main__":
+    sys.exit(main(*arguments("serve"), first))

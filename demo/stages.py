@@ -235,14 +235,17 @@ def _evaluate(work: Path, data: Path, name: str) -> Stage:
             "--apply-chat-template",
         ),
         output=scores,
-        says=lambda: f"{metrics.bits_per_byte(scores):.3f} bits per byte, {metrics.parse_rate(scores):.1%} of replies parse",
+        says=lambda: (
+            f"{metrics.bits_per_byte(scores):.3f} bits per byte, {metrics.parse_rate(scores):.1%} of replies parse, "
+            f"{metrics.reply_length(scores):.0f} characters each"
+        ),
     )
 
 
-def loss_fell(run: Path) -> str:
-    """Training loss of the first update, and mean of the last twenty."""
+def loss_fell(run: Path, last: int = 20) -> str:
+    """Training loss of the first update, and mean of the last ones."""
     losses = metrics.curve(run, "loss")
-    return f"loss {losses[0]:.2f} -> {sum(losses[-20:]) / len(losses[-20:]):.2f}"
+    return f"loss {losses[0]:.2f} -> {sum(losses[-last:]) / len(losses[-last:]):.2f}"
 
 
 def reward_accuracy(directory: Path) -> str:
@@ -252,7 +255,16 @@ def reward_accuracy(directory: Path) -> str:
 
 
 def reward_moved(directory: Path, window: int) -> str:
-    """Mean verifiable reward of the first and the last `window` iterations."""
-    parsed, drift = metrics.curve(directory, "reward/parses"), metrics.curve(directory, "kl_reply")
-    first, last = sum(parsed[:window]) / window, sum(parsed[-window:]) / window
-    return f"roll-outs that parse {first:.1%} -> {last:.1%}, KL a reply {drift[-1]:.2f}"
+    """Mean verifiable reward and length of the first and the last `window` iterations."""
+    parsed, tokens = (ends(directory, key, window) for key in ("reward/parses", "reply_tokens"))
+    drift = metrics.curve(directory, "kl_reply")
+    return (
+        f"roll-outs that parse {parsed[0]:.1%} -> {parsed[1]:.1%}, {tokens[0]:.0f} -> {tokens[1]:.0f} tokens each, "
+        f"KL a reply {drift[-1]:.2f}"
+    )
+
+
+def ends(directory: Path, key: str, window: int) -> tuple[float, float]:
+    """Mean of a metric over the first and over the last `window` lines."""
+    values = metrics.curve(directory, key)
+    return sum(values[:window]) / window, sum(values[-window:]) / window

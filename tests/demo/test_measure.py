@@ -102,6 +102,18 @@ def test_the_end_of_documents_costs_nothing(tmp_path: Path) -> None:
 
 
 def test_scores_are_what_the_harness_wrote(tmp_path: Path) -> None:
-    results = {"heldout": {"bits_per_byte,none": 2.5}, "replies": {"parses,samples": 0.25}}
+    results = {"heldout": {"bits_per_byte,none": 2.5}, "replies": {"parses,samples": 0.25, "characters,samples": 31.5}}
     (tmp_path / "results.json").write_text(json.dumps({"results": results}))
     assert (metrics.bits_per_byte(tmp_path), metrics.parse_rate(tmp_path)) == (2.5, 0.25)
+    assert metrics.reply_length(tmp_path) == 31.5
+
+
+def test_time_of_cores_is_of_the_whole_tree(tmp_path: Path) -> None:
+    burn = "import time; end = time.process_time() + 0.6\nwhile time.process_time() < end: pass"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn!r}])"
+    record = measure.Record(tmp_path / "demo.json")
+    measure.run("burn", [sys.executable, "-c", code], record)
+    measure.run("sleep", [sys.executable, "-c", "import time; time.sleep(0.8)"], record)
+    assert 0.6 < record.stages["burn"].cpu_seconds < 2
+    assert record.stages["sleep"].cpu_seconds < 0.5
+    assert measure.Record(tmp_path / "demo.json").stages == record.stages

@@ -66,4 +66,7 @@ def test_a_prompt_without_a_function_is_an_error() -> None:
 
 def test_the_metric_is_the_mean_over_the_replies_to_a_request() -> None:
     doc = {"messages": [{"role": "user", "content": PLAIN}]}
-    assert share_that_parses(doc, [["    return width * height", "    return ("]]) == {"parses": 0.5}
+    assert share_that_parses(doc, [["    return width * height", "    return ("]]) == {
+        "parses": 0.5,
+        "characters": (len("return width * height") + len("return (")) / 2,
+    }

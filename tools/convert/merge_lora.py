@@ -108,7 +108,7 @@ def run(
             _rewrite(out.path / "config.json", partial(_resized_config, rows=rows))
         config_json = registry.with_auxiliary_fields(read_config(out.path / "config.json"), out.path)
         architecture = registry.from_config(config_json, passed_over)
-        write_card(out.path, Stage.of_this(invocation(), inputs, {}), name=target.name)
+        write_card(out.path, Stage.of_this(invocation(), inputs, {}), name=target.name, adapter=adapter)
         out.describe(
             family=architecture.family,
             architecture=architecture.to_dict(),

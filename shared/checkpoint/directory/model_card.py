@@ -77,7 +77,7 @@ def _shown(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def write_card(directory: Path, stage: Stage, *, name: str) -> None:
+def write_card(directory: Path, stage: Stage, *, name: str, adapter: Path | None = None) -> None:
     """Write README.md of a Hugging Face directory.
 
     A README.md that is there, the base's, keeps its text, its licence and its other fields; `base_model` becomes the
@@ -87,13 +87,18 @@ def write_card(directory: Path, stage: Stage, *, name: str) -> None:
         directory: it has its config.json, and the README.md of the stage's source if that had one.
         stage: what made the weights.
         name: of the directory when published.
+        adapter: a directory that this stage merges: stages and data of its card go on, too.
     """
     path = directory / CARD
-    text = path.read_bytes().decode(errors="surrogateescape") if path.is_file() else ""
-    fields, body = _parted(text)
+    fields, body = _parted(_text(path))
     base = next((source for flag, source in stage.inputs if flag == "source"), None)
     earlier = _SECTION.search(body)
-    lines = [line for line in earlier[1].splitlines() if line.startswith("1. ")] if earlier else []
+    lines = _stages(body)
+    if adapter:
+        trained, of_adapter = _parted(_text(adapter / CARD))
+        lines += [line for line in _stages(of_adapter) if line not in lines]
+        data = [*_listed(fields.get("datasets")), *_listed(trained.get("datasets"))]
+        fields |= {"datasets": data} if data else {}
     foreign = base if body.strip() and not earlier else None
     section = _section(directory, [*lines, stage.line()], name, foreign)
     body = (
@@ -117,10 +122,8 @@ def write_adapter_card(directory: Path, stage: Stage | None, *, name: str, base:
         base: the Hugging Face directory of the base, with its config.json.
         link: the base as adapter_config.json names it.
     """
-    text = (base / CARD).read_bytes().decode(errors="surrogateescape") if (base / CARD).is_file() else ""
-    fields, body = _parted(text)
-    earlier = _SECTION.search(body)
-    lines = [line for line in earlier[1].splitlines() if line.startswith("1. ")] if earlier else []
+    fields, body = _parted(_text(base / CARD))
+    lines = _stages(body)
     loader = _loader(base)
     front = {
         **{key: fields[key] for key in _OF_THE_LICENCE if key in fields},
@@ -150,15 +153,25 @@ def write_adapter_card(directory: Path, stage: Stage | None, *, name: str, base:
 
 def set_fields(path: Path, fields: Mapping[str, Any]) -> None:
     """Set fields of the front matter of a README.md, which may be absent. The text below it is kept to the byte."""
-    text = path.read_bytes().decode(errors="surrogateescape") if path.is_file() else ""
-    earlier, body = _parted(text)
+    earlier, body = _parted(_text(path))
     front = yaml.safe_dump({**earlier, **fields}, sort_keys=False, allow_unicode=True)
     path.write_bytes(f"---\n{front}---\n{body}".encode(errors="surrogateescape"))
 
 
 def card_fields(path: Path) -> dict[str, Any]:
     """The front matter of a README.md; empty without one."""
-    return _parted(path.read_bytes().decode(errors="surrogateescape"))[0] if path.is_file() else {}
+    return _parted(_text(path))[0]
+
+
+def _text(path: Path) -> str:
+    """Of a README.md; empty without one."""
+    return path.read_bytes().decode(errors="surrogateescape") if path.is_file() else ""
+
+
+def _stages(body: str) -> list[str]:
+    """The lines of earlier stages."""
+    earlier = _SECTION.search(body)
+    return [line for line in earlier[1].splitlines() if line.startswith("1. ")] if earlier else []
 
 
 def _parted(text: str) -> tuple[dict[str, Any], str]:
@@ -192,7 +205,8 @@ def _of_the_data(stage: Stage, earlier: Sequence[Any]) -> dict[str, Any]:
     """The fields that name data and metrics."""
     datasets = [name for flag, name in stage.inputs if flag in ("data", "prompts")]
     metrics = [name for name, value in stage.figures.items() if isinstance(value, float)]
-    return {"datasets": list(dict.fromkeys([*earlier, *datasets])), **({"metrics": metrics} if metrics else {})}
+    every = list(dict.fromkeys([*earlier, *datasets]))
+    return {**({"datasets": every} if every else {}), **({"metrics": metrics} if metrics else {})}
 
 
 def _listed(value: Any) -> list[Any]:

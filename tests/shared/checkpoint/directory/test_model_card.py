@@ -150,6 +150,28 @@ def test_an_adapter_of_an_unknown_training_has_a_card(directory: Path) -> None:
     assert "datasets" not in ModelCard.load(adapter / CARD).data.to_dict()
 
 
+@pytest.mark.parametrize("with_card", [True, False])
+def test_a_merged_adapter_gives_its_training_and_its_data(directory: Path, with_card: bool) -> None:
+    write_card(directory, SFT, name="tuned")
+    adapter = directory / "adapter"
+    adapter.mkdir()
+    if with_card:
+        lora = Stage(command="pretrain train", version="0.3.0", inputs=[("data", "more")], figures={})
+        write_adapter_card(adapter, lora, name="adapter", base=directory, link="..")
+    merge = Stage(command="convert merge-lora", version="0.3.0", inputs=[("source", "tuned")], figures={})
+    write_card(directory, merge, name="merged", adapter=adapter)
+    card = ModelCard.load(directory / CARD)
+    stages = [line.split("`")[1] for line in card.text.splitlines() if line.startswith("1. ")]
+    assert stages == ["sft train", *["pretrain train"] * with_card, "convert merge-lora"]
+    assert card.data.datasets == ["chats", *["more"] * with_card]
+    assert card.data.base_model == "tuned"
+
+
+def test_no_data_is_no_field(directory: Path) -> None:
+    write_card(directory, Stage(command="convert merge-lora", version="0.3.0", inputs=[], figures={}), name="merged")
+    assert "datasets" not in ModelCard.load(directory / CARD).data.to_dict()
+
+
 def test_fields_are_set_and_the_text_is_kept_to_the_byte(tmp_path: Path) -> None:
     path = tmp_path / CARD
     assert card_fields(path) == {}

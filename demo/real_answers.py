@@ -1,0 +1,35 @@
+"""Start `infer serve`, ask every model of it all prompts over HTTP, write the replies, stop the server.
+
+    python3 demo/real_answers.py SERVER_COMMAND_AND_FLAGS... -- PROMPTS.jsonl TARGET.json
+
+TARGET has the questions and, under each model's name, its replies in their order. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from serve import arguments, ask, main
+
+AT_ONCE = 40  # requests that the server has at a time
+
+
+def all_models(url: str, name: str, prompts: Path) -> dict[str, list[str]]:
+    """Questions, and replies by model: the base and its adapters, the base first."""
+    every = [json.loads(line)["messages"] for line in prompts.read_text(encoding="utf-8").splitlines()]
+    with urllib.request.urlopen(f"{url}/models", timeout=60) as answer:
+        models = [model["id"] for model in json.load(answer)["data"]]
+    found = {"questions": [messages[-1]["content"] for messages in every]}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for model in sorted(models, key=lambda model: (model != name, model)):
+            found[model] = list(pool.map(lambda messages, model=model: ask(url, model, messages), every))
+            print(f"{model}: {len(every)} replies", file=sys.stderr)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(*arguments("real_answers"), all_models))

