@@ -41,6 +41,8 @@ def main() -> int:
     choices = tuple(dict.fromkeys(options.stages.split(",")))
     if unknown := [choice for choice in choices if choice not in CHOICES]:
         parser.error(f"--stages {unknown[0]}: no such training; some of: {', '.join(CHOICES)}")
+    if options.source and not (options.source / "config.json").is_file():
+        parser.error(f"--source {options.source}: no Hugging Face directory, it has no config.json")
     source = options.source.resolve() if options.source else None
     work = driver.settle(options.work)
     every = stages(work, choices, source)

@@ -18,7 +18,7 @@ from pathlib import Path
 from data import rows, written_whole
 from real_facts import held_out, training
 
-QUESTIONS = 160  # for DPO and GRPO
+QUESTIONS = 96  # for DPO and GRPO
 
 
 def asked(question: str, *answer: str) -> list[dict[str, str]]:

@@ -162,7 +162,7 @@ def _dpo(work: Path, model: Path) -> list[Stage]:
             name="rlhf dpo",
             command=tool(
                 *("rlhf", "dpo", "--source", model, "--data", pairs, "--target", target, "--precision", "fp32"),
-                *("--learning-rate", "1e-5", "--global-batch-size", 8, "--micro-batch-size", 4),
+                *("--learning-rate", "2e-5", "--global-batch-size", 8, "--micro-batch-size", 4),
                 *("--sequence-length", 160, "--save-every", 4, "--log-every", 1),
             ),
             output=target,

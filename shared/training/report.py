@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shared.checkpoint.directory.manifest import ADAPTER
 from shared.kernels.fp8.recipes import KINDS
 from shared.report import page
 from shared.report.charts import Line, Points, chart, number, smoothed
@@ -82,7 +83,8 @@ def render(
         one("FP8 tensors that the guard took to another scaling", "fp8_fallbacks", "tensors"),
         *_fp8_by_layer(rows),
     ]
-    model = f"{facts['family']}, {number(facts['parameters'])} parameters, {facts['dtype']}, on {device}"
+    lora = f", LoRA of rank {facts[ADAPTER]['rank']}" if facts.get(ADAPTER) else ""
+    model = f"{facts['family']}, {number(facts['parameters'])} parameters, {facts['dtype']}{lora}, on {device}"
     if rows and _last(rows, "mfu") is None:
         model += "; no MFU: the peak of this device is not known"
     return page.render(title=title, subtitle=model, tiles=tiles, figures=[*charts, *_replies(replies)])

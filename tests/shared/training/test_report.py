@@ -70,5 +70,10 @@ def test_what_is_known_of_a_gpu_and_of_experts_is_drawn():
     assert "no MFU" not in text
 
 
+def test_a_run_of_lora_says_so():
+    assert "LoRA of rank 16" in render(ROWS, FACTS | {"adapter": {"rank": 16}}, title="a run", device="1 x CPU")
+    assert "LoRA" not in render(ROWS, FACTS, title="a run", device="1 x CPU")
+
+
 def test_without_rows_there_is_a_page():
     assert page([]).tags.count("svg") == 0
