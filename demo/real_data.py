@@ -4,9 +4,8 @@
 
 Written to DIR, standard library only:
 
-    sft.jsonl         {"messages"}: a question, and the answer as one JSON object
-    heldout.jsonl     {"messages"}: other questions, without answers
-    questions.jsonl   {"messages", "answer"}: the training's questions, which the model itself answers, for DPO; prompts of GRPO
+    sft.jsonl       {"messages"}: a question, and the answer as one JSON object
+    heldout.jsonl   {"messages"}: other questions, without answers
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ from pathlib import Path
 
 from data import rows, written_whole
 from real_facts import held_out, training
-
-QUESTIONS = 96  # for DPO and GRPO
 
 
 def asked(question: str, *answer: str) -> list[dict[str, str]]:
@@ -32,10 +29,6 @@ def write(directory: Path) -> None:
     objects = [(question, json.dumps({"answer": answer, "confidence": how})) for question, answer, how in known]
     rows(directory / "sft.jsonl", [{"messages": asked(*pair)} for pair in objects])
     rows(directory / "heldout.jsonl", [{"messages": asked(question)} for question in held_out()])
-    rows(
-        directory / "questions.jsonl",
-        [{"messages": asked(question), "answer": answer} for question, answer, _ in known[:QUESTIONS]],
-    )
 
 
 if __name__ == "__main__":

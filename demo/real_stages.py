@@ -6,51 +6,39 @@ import json
 from pathlib import Path
 
 import metrics
-from real_form import FORMS
-from stages import Stage, ends, loss_fell, script, tool
+from real_form import valid_json
+from stages import Stage, loss_fell, script, tool
 
-CHOICES = ("sft", "dpo", "grpo")
-# Sized for two cores and 20 minutes each: a change of form takes a few dozen updates.
+# Sized for two cores and 25 minutes: a change of form takes a few dozen updates.
 ROW = 256
 SFT_EPOCHS = 1
-REPLY_TOKENS = 48  # of DPO's rejected replies and of GRPO's roll-outs
-GRPO_STEPS = 30
-# The answers at the end: file, model in it, what its replies are judged by
-ANSWERS = {
-    "sft": (("tuned", "base", "json"), ("tuned", "json", "json"), ("merged", "merged", "json")),
-    "dpo": (("base", "base", "sentence"), ("dpo", "dpo", "sentence")),
-    "grpo": (("base", "base", "sentence"), ("grpo", "grpo", "sentence")),
-}
+ANSWERS = {"base": "tuned", "json": "tuned", "merged": "merged"}  # model: file of its answers, without .json
 
 
-def stages(work: Path, choices: tuple[str, ...], source: Path | None = None) -> list[Stage]:
-    """The stages of the chosen trainings. `source`: another Hugging Face directory in place of the fetched model."""
+def stages(work: Path, source: Path | None = None) -> list[Stage]:
+    """Every stage. `source`: another Hugging Face directory in place of the fetched model."""
     model = source or work / "hf"
     data = work / "data"
-    found = [] if source else _model(work)
-    found.append(
+    return [
+        *([] if source else _model(work)),
         Stage(
             name="data",
             command=script("real_data", data),
             output=data,
-            says=lambda: f"{metrics.lines(data / 'sft.jsonl')} questions, {metrics.lines(data / 'heldout.jsonl')} held out",
-        )
-    )
-    if "sft" in choices:
-        found += [*_megatron(work, model), *_fine_tuning(work, model), *_adapter(work, model)]
-    if "dpo" in choices or "grpo" in choices:
-        found.append(_answers(work, "base", "--source", model, "--served-model-name", "base"))
-    if "dpo" in choices:
-        found += _dpo(work, model)
-    if "grpo" in choices:
-        found += _grpo(work, model)
-    return found
+            says=lambda: (
+                f"{metrics.lines(data / 'sft.jsonl')} questions, {metrics.lines(data / 'heldout.jsonl')} held out"
+            ),
+        ),
+        *_megatron(work, model),
+        *_fine_tuning(work, model),
+        *_adapter(work, model),
+    ]
 
 
-def share(file: Path, model: str, form: str) -> float:
+def share(file: Path, model: str) -> float:
     """Share of the model's replies that have the form."""
     replies = json.loads(file.read_text(encoding="utf-8"))[model]
-    return sum(map(FORMS[form], replies)) / len(replies)
+    return sum(map(valid_json, replies)) / len(replies)
 
 
 def _model(work: Path) -> list[Stage]:
@@ -140,66 +128,9 @@ def _adapter(work: Path, model: Path) -> list[Stage]:
     ]
 
 
-def _dpo(work: Path, model: Path) -> list[Stage]:
-    own, pairs, target = work / "own-replies", work / "pairs.jsonl", work / "dpo"
-    return [
-        Stage(
-            name="infer generate",
-            command=tool(
-                *("infer", "generate", "--source", model, "--prompts", work / "data/questions.jsonl"),
-                *("--target", own, "--max-tokens", REPLY_TOKENS, "--max-model-len", 512),
-            ),
-            output=own,
-            says=lambda: f"{metrics.lines(own / 'generations.jsonl')} replies of the model itself",
-        ),
-        Stage(
-            name="preference pairs",
-            command=script("real_pairs", own, pairs),
-            output=pairs,
-            says=lambda: f"{metrics.lines(pairs)} pairs",
-        ),
-        Stage(
-            name="rlhf dpo",
-            command=tool(
-                *("rlhf", "dpo", "--source", model, "--data", pairs, "--target", target, "--precision", "fp32"),
-                *("--learning-rate", "2e-5", "--global-batch-size", 8, "--micro-batch-size", 4),
-                *("--sequence-length", 160, "--save-every", 4, "--log-every", 1),
-            ),
-            output=target,
-            says=lambda: loss_fell(target, last=3),
-        ),
-        _answers(work, "dpo", "--source", target),
-    ]
-
-
-def _grpo(work: Path, model: Path) -> list[Stage]:
-    target = work / "grpo"
-    return [
-        Stage(
-            name="rlhf grpo",
-            command=tool(
-                *("rlhf", "grpo", "--source", model, "--prompts", work / "data/questions.jsonl", "--target", target),
-                *("--reward", "py:demo/real_form.py:short", "--precision", "fp32", "--steps", GRPO_STEPS),
-                *("--generations", 4, "--global-batch-size", 16, "--micro-batch-size", 8, "--learning-rate", "1e-5"),
-                *("--max-new-tokens", REPLY_TOKENS, "--save-every", 5),
-            ),
-            output=target,
-            says=lambda: rewards_rose(target),
-        ),
-        _answers(work, "grpo", "--source", target),
-    ]
-
-
-def rewards_rose(directory: Path) -> str:
-    """Mean reward and length of the first and the last five updates."""
-    reward, tokens = (ends(directory, key, 5) for key in ("reward", "completions/mean_length"))
-    return f"reward {reward[0]:.2f} -> {reward[1]:.2f}, {tokens[0]:.0f} -> {tokens[1]:.0f} tokens a reply"
-
-
 def _answers(work: Path, name: str, *flags: object) -> Stage:
     """Serve, and ask the held-out questions."""
     target = work / "answers" / f"{name}.json"
-    judged = [(model, form) for rows in ANSWERS.values() for file, model, form in rows if file == name]
     return Stage(
         name=f"serve and ask ({name})",
         command=script(
@@ -208,7 +139,6 @@ def _answers(work: Path, name: str, *flags: object) -> Stage:
             *("--", work / "data/heldout.jsonl", target),
         ),
         output=target,
-        says=lambda: ", ".join(
-            f"{model}: {share(target, model, form):.0%} {form}" for model, form in dict.fromkeys(judged)
-        ),
+        says=lambda: "in the form: "
+        + ", ".join(f"{model} {share(target, model):.0%}" for model, file in ANSWERS.items() if file == name),
     )

@@ -18,9 +18,8 @@ import real_answers
 import real_data
 import real_facts
 import real_fetch
-import real_pairs
 import real_stages
-from real_form import one_sentence, short, valid_json
+from real_form import valid_json
 
 DEMO = Path(real.__file__).parent
 
@@ -58,20 +57,6 @@ def test_nothing_else_is_the_object(reply: str) -> None:
     assert not valid_json(reply)
 
 
-def test_a_short_sentence_is_ended_and_alone() -> None:
-    kept = ["The capital is Paris.", " Is it really that far? ", "It costs about four dollars!"]
-    lost = [
-        "",
-        "Paris.",
-        "The capital is Paris",
-        "The capital is Paris. It is big.",
-        "One line\nand one more.",
-        "word " * 20 + ".",
-    ]
-    assert short(kept) == [1.0] * len(kept)
-    assert short(lost) == [0.0] * len(lost)
-
-
 def test_no_question_is_on_both_sides() -> None:
     known, apart = real_facts.training(), real_facts.held_out()
     questions = {question.casefold() for question, _, _ in known}
@@ -86,25 +71,6 @@ def test_every_answer_that_is_taught_has_the_form(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "sft.jsonl").read_text().splitlines()]
     assert all(valid_json(row["messages"][1]["content"]) for row in rows)
     assert [row["messages"][0]["role"] for row in rows] == ["user"] * len(rows)
-    answers = [json.loads(line)["answer"] for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
-    assert sum(map(one_sentence, answers)) > 0.9 * len(answers)
-
-
-def test_pairs_prefer_a_sentence_to_the_models_own_text() -> None:
-    def row(completion: str, finish: str, answer: str = "Bees make honey.") -> dict[str, object]:
-        return {"messages": ["asked"], "answer": f"Yes, {answer}", "completion": completion, "finish_reason": finish}
-
-    rows = [
-        row("Bees make it. They also make wax. And then th", "length"),
-        row("Bees make honey all day.", "stop"),  # has the form already
-        row("Bees and other insects that live in very", "length"),
-        row("", "stop"),
-        row("One. Two.", "stop", answer="One. Two. Three."),  # ours has not
-    ]
-    assert [(pair["chosen"], pair["rejected"]) for pair in real_pairs.pairs(rows)] == [
-        ("Yes, Bees make honey.", "Bees make it. They also make wax."),
-        ("Yes, Bees make honey.", "Bees and other insects that live in very"),
-    ]
 
 
 def fetched(target: Path, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -190,7 +156,7 @@ def test_the_verdict_is_of_every_trained_model(
     asked = {"questions": [f"q{n}" for n in range(5)]}
     (tmp_path / "answers/tuned.json").write_text(json.dumps(asked | {"base": [BAD] * 5, "json": [GOOD] * 5}))
     (tmp_path / "answers/merged.json").write_text(json.dumps(asked | {"merged": merged}))
-    assert real.verdict(tmp_path, ("sft",)) == code
+    assert real.verdict(tmp_path) == code
     said = capsys.readouterr().out
     assert re.search(r"base +0\.0%", said)
     assert ("NO   merged: 60.0%" in said) == (code == 1)
@@ -207,9 +173,9 @@ def test_the_readme_has_the_commands_of_the_stages() -> None:
         for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
         for line in block.splitlines()
     }
-    every = real_stages.stages(Path("demo-real-work"), real_stages.CHOICES)
+    every = real_stages.stages(Path("demo-real-work"))
     commands = [stage.command for stage in every if "tools/" in stage.command[0] and "python" not in stage.command[0]]
-    assert len(commands) == 9
+    assert len(commands) == 6
     missing = [shlex.join(words) for tool, *words in commands if (Path(tool).name, *words) not in lines]
     assert not missing
 
