@@ -19,6 +19,7 @@ from typing import Any
 from measure import stop_with_parent
 
 MAX_TOKENS = 64
+TIMEOUT = 900  # seconds for a reply: requests wait for each other on a busy machine
 
 
 def ask(url: str, model: str, messages: list[dict[str, str]]) -> str:
@@ -27,7 +28,7 @@ def ask(url: str, model: str, messages: list[dict[str, str]]) -> str:
     request = urllib.request.Request(
         f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=120) as answer:
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
         return str(json.load(answer)["choices"][0]["message"]["content"])
 
 
