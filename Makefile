@@ -42,7 +42,7 @@ demo-real: setup ## a pretrained model of the package index: LoRA to answers in 
 
 images: $(TOOLS:%=image-%) image-convert-logits ## an image for each tool; BASES=registry builds on those for GPUs
 
-image-%: ## image-convert: convert:0.1.0 and convert:latest
+image-%: containers/.venv/.ready ## image-convert: convert:0.1.0 and convert:latest
 	containers/engine.sh
 	containers/build.sh $(subst -, ,$*)
 
@@ -51,11 +51,11 @@ pipeline-docker: containers/.venv/.ready ## the demo in containers, one for each
 
 test: lint $(TOOLS:%=test-%) test-pipeline ## every test, each in its tool's environment
 
-test-convert: setup tests/hostile/.venv/.ready ## the contract, families, mapping, convert and the command lines
+test-convert: setup containers/.venv/.ready tests/hostile/.venv/.ready ## the contract, families, mapping, convert and the command lines
 	OMP_NUM_THREADS=1 tools/convert/.venv/bin/python $(PYTEST) tests/test_*.py \
 	    $(filter-out tests/shared/test_weight_account.py,$(wildcard tests/shared/test_*.py)) tests/shared/checkpoint tests/shared/architecture \
 	    tests/shared/families tests/shared/mapping tests/shared/quantized tests/tools/convert tests/tools/test_every_command.py \
-	    tests/containers/test_compose.py tests/containers/test_dockerfiles.py tests/benchmarks tests/hostile
+	    tests/containers/test_compose.py tests/containers/test_dockerfiles.py tests/containers/test_supply_chain.py tests/benchmarks tests/hostile
 
 test-pretrain: setup ## Megatron-Core on this machine, data, pretraining
 	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python $(PYTEST) tests/shared/data tests/shared/kernels tests/shared/model \

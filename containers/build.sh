@@ -9,11 +9,17 @@
 #   SOURCE_TREE  the tree to build from, by default this one
 #   LATEST=no    leave the tag `latest` where it is
 #   SOURCE       the address of the source, for the image's label
+#   RECORDS      folder for the SBOM and the provenance, by default image-records; `no` for none (supply_chain.py)
+#   CACHE=no     build every step anew
 #   PIP_CONFIG_FILE, PIP_INDEX_URL, SSL_CERT_FILE, PIP_CERT: as for pip; they reach the build as secrets, no image has them
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tool=$1 variant=${2:-}
 tree=${SOURCE_TREE:-$PWD}
+if [ "${RECORDS:-}" != no ] && [ ! -x containers/.venv/bin/python ]; then
+    echo "containers/build.sh: no containers/.venv to write the records with: make containers/.venv/.ready, or RECORDS=no" >&2
+    exit 2
+fi
 
 bases=${BASES:-}
 if [ -z "$bases" ]; then
@@ -86,9 +92,16 @@ revision=$(git -C "$tree" rev-parse HEAD 2>/dev/null || true)
 if [ -n "$revision" ] && [ -n "$(git -C "$tree" status --porcelain -- shared "tools/$tool" containers 2>/dev/null)" ]; then
     revision=$revision-modified
 fi
+lock=$(printf '%s\n' "${arguments[@]}" | sed -n 's/^LOCK=//p')
+lock=$tree/tools/$tool/${lock:-$(sed -n 's/^ARG LOCK=//p' "$tree/containers/$tool/Dockerfile")}
+if [ "${CACHE:-}" = no ]; then arguments+=(--no-cache); fi
 began=$SECONDS
 build "$tool" "$tool:$version$suffix" "${arguments[@]}" --build-arg "BASE_IMAGE=$base" --build-arg "BASE_DIGEST=$digest" \
-    --build-arg "VERSION=$version" --build-arg "REVISION=$revision" --build-arg "SOURCE=${SOURCE:-}"
+    --build-arg "VERSION=$version" --build-arg "REVISION=$revision" --build-arg "SOURCE=${SOURCE:-}" \
+    --label "baton.lock.sha256=$(sha256sum "$lock" | cut -d ' ' -f 1)"
 if [ "${LATEST:-}" != no ]; then docker tag "$tool:$version$suffix" "$tool:${variant:-latest}"; fi
 size=$(docker image inspect --format '{{.Size}}' "$tool:$version$suffix" | awk '{printf "%.0f MB", $1 / 1e6}')
+if [ "${RECORDS:-}" != no ]; then
+    containers/.venv/bin/python containers/supply_chain.py record "$tool:$version$suffix" >&2
+fi
 echo "$tool:$version$suffix on $base: $size, built in $((SECONDS - began)) s"

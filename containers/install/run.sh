@@ -20,6 +20,7 @@ fi
 [ -n "${UV_DEFAULT_INDEX:-}" ] || unset UV_DEFAULT_INDEX
 [ -n "${UV_INDEX:-}" ] || unset UV_INDEX
 unset PIP_CONSTRAINT # NVIDIA's images set it; the lock is stricter
+export PYTHONHASHSEED=0 # the order of sets is in compiled files
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_BREAK_SYSTEM_PACKAGES=1
 export UV_PYTHON_DOWNLOADS=never UV_LINK_MODE=copy UV_HTTP_TIMEOUT=300 UV_NO_PROGRESS=1 UV_BREAK_SYSTEM_PACKAGES=1
 
@@ -48,12 +49,18 @@ dependencies)
     install "$ENVIRONMENT/bin/python" --require-hashes --compile-bytecode --requirement "$wanted"
     ;;
 tool)
-    source=$(mktemp -d) # a build writes beside its source, which is mounted read-only
+    source=/tmp/baton-source # a build writes beside its source, which is mounted read-only; the place is recorded
+    mkdir "$source"
     cp -R "$2/." "$source"
     install "$ENVIRONMENT/bin/python" --compile-bytecode --reinstall "$source/$3"
     rm -rf "$source"
     # the CUDA runtime of stubs that --rehearse preloads, for the torch of this image
     case $3 in tools/pretrain | tools/sft) (cd / && "$ENVIRONMENT/bin/python" -m shared.rehearsal.build_stubs) ;; esac
+    # Two builds of one commit have the same files: without the time of this one.
+    for cached in "$ENVIRONMENT"/lib/python3*/site-packages/*.dist-info/uv_cache.json; do
+        rm -f "$cached"
+        sed -i '/uv_cache\.json/d' "$(dirname "$cached")/RECORD"
+    done
     ;;
 base)
     install "$(command -v python3)" --require-hashes --requirement "$2"

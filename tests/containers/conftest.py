@@ -47,12 +47,14 @@ def engine() -> None:
 
 
 @pytest.fixture(scope="session")
-def build(engine: None) -> Iterator[Callable[..., str]]:
+def build(engine: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
     """Build an image by containers/build.sh; its name and tag. One made from another tree goes with the tests."""
     passing = []
+    records = str(tmp_path_factory.mktemp("records"))
 
     def run(tool: str, *variant: str, **environment: str) -> str:
-        done = shell(ROOT / "containers" / "build.sh", tool, *variant, BASES="local", **environment)
+        chosen = {"BASES": "local", "RECORDS": records} | environment
+        done = shell(ROOT / "containers" / "build.sh", tool, *variant, **chosen)
         image = done.stdout.splitlines()[-1].split()[0]
         if "SOURCE_TREE" in environment:
             passing.append(image)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -120,6 +121,40 @@ def test_who_made_it_from_what(convert: str, inspect: Inspect) -> None:
     assert labels[prefix + "licenses"] == "Apache-2.0"
     assert labels[prefix + "description"]
     assert inspect("convert:latest")["Id"] == inspect(convert)["Id"]
+
+
+def test_two_builds_of_one_commit_have_the_same_content_and_their_records_hold(
+    build: Build, inspect: Inspect, tmp_path: Path
+) -> None:
+    check = (ROOT / "containers/.venv/bin/python", ROOT / "containers/supply_chain.py", "check")
+    layers = []
+    for name in ("first", "second"):
+        records = tmp_path / name
+        image = build("convert", RECORDS=str(records), CACHE="no")
+        done = subprocess.run(
+            [*check, image], env=os.environ | {"RECORDS": str(records)}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        stem = image.replace(":", "-")
+        statement = json.loads((records / f"{stem}.provenance.json").read_text())
+        made = statement["predicate"]["buildDefinition"]["internalParameters"]["layers"]
+        layers.append([each["content"] for each in made])
+        bill = json.loads((records / f"{stem}.spdx.json").read_text())
+        assert {"numpy", "baton-convert", "libc6"} <= {each["name"] for each in bill["packages"]}
+    assert layers[0] == layers[1]
+    assert len(layers[0]) > 2
+    # the records of the first are not those of the second: its files have other times
+    done = subprocess.run(
+        [*check, image],
+        env=os.environ | {"RECORDS": str(tmp_path / "first")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "provenance.json: image " in done.stderr
+    lock = (ROOT / "tools/convert/requirements.slim.lock").read_bytes()
+    assert inspect(image)["Config"]["Labels"]["baton.lock.sha256"] == hashlib.sha256(lock).hexdigest()
 
 
 def test_it_runs_as_nobody_in_particular(convert: str, inspect: Inspect) -> None:
