@@ -122,7 +122,8 @@ def content_hashes(saved: Iterable[bytes], wanted: set[str]) -> dict[str, str]:
 def content_hash(layer: tarfile.TarFile) -> str:
     """SHA-256 over names, kinds, modes, owners, links, contents and extended attributes of a layer's files, by name.
 
-    Extended attributes are file capabilities among others: rights, as modes are. Times of modification are left out: they are those of the build.
+    Extended attributes are file capabilities among others: rights, as modes are. Times of modification are left out: they
+    are those of the build.
     """
     rows = []
     for member in layer:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
-from pathlib import Path
+import tomllib
+from pathlib import Path, PurePath
 
 import check
 import healthy
@@ -145,3 +147,44 @@ def test_the_check_names_the_module_that_does_not_import(
     said = capsys.readouterr()
     assert "without no_such_requirement" in said.out
     assert "the image is to be 9.9.9" in said.err
+
+
+def in_context(path: str) -> bool:
+    """Whether .dockerignore leaves a file in the context: the last pattern decides that matches it or a folder above it."""
+    places = ["/".join(path.split("/")[:length]) for length in range(1, path.count("/") + 2)]
+    seen = True
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        if line and not line.startswith("#"):
+            pattern = (
+                re.escape(line.removeprefix("!"))
+                .replace(r"\*\*/", "(?:.*/)?")
+                .replace(r"\*\*", ".*")
+                .replace(r"\*", "[^/]*")
+            )
+            if any(re.fullmatch(pattern, place) for place in places):
+                seen = line.startswith("!")
+    return seen
+
+
+def test_a_build_sees_all_that_a_tool_is_made_of() -> None:
+    """Modules in any folder, and the data files that setuptools packs."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    needed = {path for path in tracked if path.endswith(".py") and path.startswith(("shared/", "tools/"))}
+    assert "tools/infer/engines/vllm.py" in needed
+    for tool in TOOLS:
+        project = tomllib.loads((ROOT / "tools" / tool / "pyproject.toml").read_text())
+        needed.add(f"tools/{tool}/pyproject.toml")
+        for package, patterns in project["tool"]["setuptools"].get("package-data", {}).items():
+            place = package.replace(".", "/")
+            data = {path for path in tracked for pattern in patterns if PurePath(path).match(f"{place}/{pattern}")}
+            assert data, f"{package}: {patterns}"
+            needed |= data
+    assert sorted(path for path in needed if not in_context(path)) == []
+    for path in (
+        "tests/command_line.py",
+        "README.md",
+        "tools/infer/.venv/bin/x.py",
+        "shared/__pycache__/a.py",
+        ".git/config",
+    ):
+        assert not in_context(path)
