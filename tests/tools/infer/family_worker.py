@@ -120,12 +120,11 @@ def both(source: Path, exchange: bool) -> dict[str, Any]:
         theirs["unseen"] = multimodal.of_transformers(source, blank=True)
     if precision == "bf16":
         answer["rounded"] = of_transformers(original, ids, torch.bfloat16)
+    other = with_other_weights(source) if exchange else None
+    if other:  # before vLLM, whose Transformers backend decorates transformers' classes
+        answer["other"] = of_transformers(other, ids, torch.float32)
     try:
-        other = with_other_weights(source) if exchange else None
-        answer |= {"vllm": of_vllm(source, arguments, ids[0].tolist(), has_images, other)}
-        if other:
-            answer["other"] = of_transformers(other, ids, torch.float32)
-        return answer
+        return answer | {"vllm": of_vllm(source, arguments, ids[0].tolist(), has_images, other)}
     except UserError as error:
         return {"refused": str(error).replace(f"--source {source}: ", "")}
 
