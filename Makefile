@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 2
 # where it is set, every start of a tool compiles its libraries anew, for half a minute
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo demo-real pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity test-hostile
+.PHONY: help setup demo demo-real pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity test-hostile test-terminal
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -79,6 +79,9 @@ test-golden: setup ## losses of tiny runs, equal to those recorded in tests/gold
 test-slurm: setup ## the Slurm scripts on a cluster of two nodes on this machine (Debian, as root)
 	tools/convert/.venv/bin/python -m pytest -q --durations 5 tests/slurm
 
+test-terminal: setup ## infer chat in tmux, as typed (where tmux is)
+	OMP_NUM_THREADS=1 tools/infer/.venv/bin/python -m pytest -q --durations 5 tests/terminal
+
 test-containers: setup containers/.venv/.ready ## images built and run (Debian as root, or where Docker is)
 	-containers/engine.sh
 	tools/convert/.venv/bin/python -m pytest -q --durations 5 tests/containers
@@ -100,8 +103,8 @@ bench-fp8-gpu: setup ## FP8 kernels, linear layers and whole updates on a GPU, b
 bench-train: setup ## tokens per second of training beside plain torch loops of Megatron-Core and of transformers
 	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/benchmarks/bench_train.py
 
-test-hostile: setup tests/hostile/.venv/.ready ## random and hostile requests to a server, with its memory; MINUTES=30
-	OMP_NUM_THREADS=1 tools/infer/.venv/bin/python tests/hostile/hostile.py --minutes $(MINUTES)
+test-hostile: setup tests/hostile/.venv/.ready ## random and hostile requests to a server, with its memory; MINUTES=30, IMAGE=infer:0.1.0
+	OMP_NUM_THREADS=1 tools/infer/.venv/bin/python tests/hostile/hostile.py --minutes $(MINUTES) $(if $(IMAGE),--image $(IMAGE))
 
 bench-save: setup ## what training waits for a save, blocking and with --async-save (6 GB of disk)
 	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/benchmarks/bench_save.py

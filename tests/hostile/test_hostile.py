@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,12 +50,15 @@ class Small(BaseHTTPRequestHandler):
             return self.refuse()
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         faults = self.server.faults  # type: ignore[attr-defined]
-        if len(body.get("prompt", "")) > 1000:
+        if self.path == "/v1/policy" and "refusing" in faults:
+            self.answer(409, "{}")
+        elif len(body.get("prompt", "")) > 1000:
             self.answer(200 if "long" in faults else 400, "{}")
         elif body.get("stream"):
             self.answer(200, "data: {}\n\n" * 9 + ("" if "cut" in faults else "data: [DONE]\n\n"))
         else:
-            text = f"at {time.monotonic()}" if "changing" in faults else "brown fox"
+            adapted = body.get("model") == "operator" and "deaf" not in faults
+            text = f"at {time.monotonic()}" if "changing" in faults else "lazy dog" if adapted else "brown fox"
             self.answer(200, json.dumps({"choices": [{"text": text}]}))
         return None
 
@@ -88,9 +92,14 @@ def small() -> Iterator[Any]:
 def test_faults_and_requests_without_an_answer_are_found(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hostile, "ANSWER", 2)
     small.faults.update(("/faulty", "/slow"))
-    found = attack(small.url, os.getpid(), 6, ordinary=1, every=0.2)
-    rows = [json.loads(each) for each in found.wrong if each.startswith("{")]
-    assert {(row["path"], row["status"]) for row in rows} >= {("/faulty", 500), ("/slow", None)}
+    rows: list[dict[str, Any]] = []
+    wanted = {("/faulty", 500), ("/slow", None)}
+    for seed in range(5):  # the first time is enough but on a busy machine
+        found = attack(small.url, os.getpid(), 6, seed=seed, ordinary=1, every=0.2)
+        rows += [json.loads(each) for each in found.wrong if each.startswith("{")]
+        if {(row["path"], row["status"]) for row in rows} >= wanted:
+            break
+    assert {(row["path"], row["status"]) for row in rows} >= wanted
     faulty = [row for row in rows if row["status"] == 500]  # 501: a method that Python's server does not know
     assert {row["path"] for row in faulty} <= {"/faulty", "/slow"}
     assert all("fault" in row["said"] for row in faulty)
@@ -130,6 +139,29 @@ def test_plain_requests_are_checked(small: Any, fault: str, said: str) -> None:
             wrong.append(str(error))
     assert wrong
     assert all(said in each for each in wrong)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("refusing", "policy is answered with 409"),
+        ("deaf", "the adapter changes nothing"),
+        ("changing", "the adapter's greedy answer is 'at "),
+    ],
+)
+def test_an_operator_is_checked(small: Any, fault: str, said: str, tmp_path: Path) -> None:
+    client = Client(small.url)
+    act = hostile._operator(client, client.greedy(), tmp_path)
+    act()
+    small.faults.add(fault)
+    with pytest.raises(AssertionError, match=said):
+        act()
+
+
+def test_the_operator_acts_beside_the_rest(small: Any, tmp_path: Path) -> None:
+    found = attack(small.url, os.getpid(), 3, ordinary=1, every=0.2, exchanged=tmp_path)
+    assert found.statuses["operator"] > 3
+    assert not [each for each in found.wrong if each.startswith("operator")]
 
 
 def test_growth_is_judged_without_the_warm_up() -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from shared.cli import log
@@ -17,6 +14,7 @@ from shared.errors import UserError
 from tools.infer.engines.engine import EngineSettings, Request, open_engine
 from tools.infer.engines.sampling import Sampling
 from tools.infer.environment import prepare_environment
+from tools.infer.interrupts import kept_from_children, remembered
 from tools.infer.prompts import check_length, encode, load_tokenizer
 from tools.infer.source import open_hf_directory
 from tools.infer.terminal_input import history_file, messages
@@ -46,8 +44,7 @@ def run(
 
     `arguments`: further variables of the chat template.
     """
-    if settings.tensor_parallel == 1:
-        # In a process of its own vLLM's engine gets the terminal's Ctrl-C, too, and ends.
+    if settings.tensor_parallel == 1:  # one conversation gains nothing from a second process
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     prepare_environment()
     model = open_hf_directory(source)
@@ -57,7 +54,8 @@ def run(
             raise UserError(
                 f"--source {source}: its tokenizer has no chat template; `infer generate` completes raw prompts"
             )
-        engine.load()
+        with kept_from_children() if sys.stdin.isatty() else nullcontext():
+            engine.load()
 
         def reply(asked: list[Message]) -> Pieces:
             ids = encode(tokenizer, asked, "the conversation", arguments=arguments)
@@ -116,7 +114,7 @@ def _answer(pieces: Pieces, thinking: Thinking) -> Message:
     """Print a reply as it comes. Ctrl-C on a terminal ends it; what has come stays in the conversation."""
     screen = sys.stdout.isatty()
     texts = {"answer": "", "thinking": "", "tag": ""}
-    with _stop_by_interrupt() as stopped:
+    with remembered() if sys.stdin.isatty() else nullcontext(lambda: False) as stopped:
         for kind, text in pieces:
             texts[kind] += text
             if kind == "answer" or (thinking == "shown" and not screen):
@@ -131,21 +129,3 @@ def _answer(pieces: Pieces, thinking: Thinking) -> Message:
     print(flush=True)
     answer: Message = {"role": "assistant", "content": texts["answer"]}
     return answer | ({"reasoning_content": texts["thinking"].strip()} if texts["thinking"].strip() else {})
-
-
-@contextlib.contextmanager
-def _stop_by_interrupt() -> Iterator[Callable[[], bool]]:
-    """Context manager: on a terminal, SIGINT is remembered, since an engine must not be left within a step."""
-    if not sys.stdin.isatty():
-        yield lambda: False
-        return
-    came: list[int] = []
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-
-    earlier = signal.signal(signal.SIGINT, remember)
-    try:
-        yield lambda: bool(came)
-    finally:
-        signal.signal(signal.SIGINT, earlier)
