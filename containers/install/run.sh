@@ -20,7 +20,8 @@ fi
 [ -n "${UV_DEFAULT_INDEX:-}" ] || unset UV_DEFAULT_INDEX
 [ -n "${UV_INDEX:-}" ] || unset UV_INDEX
 unset PIP_CONSTRAINT # NVIDIA's images set it; the lock is stricter
-export PYTHONHASHSEED=0 # the order of sets is in compiled files
+# Compiled files of two builds are equal: the order of sets is in them, and by default the time at which a source was written.
+export PYTHONHASHSEED=0 PYC_INVALIDATION_MODE=CHECKED_HASH
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_BREAK_SYSTEM_PACKAGES=1
 export UV_PYTHON_DOWNLOADS=never UV_LINK_MODE=copy UV_HTTP_TIMEOUT=300 UV_NO_PROGRESS=1 UV_BREAK_SYSTEM_PACKAGES=1
 
