@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 2
 # where it is set, every start of a tool compiles its libraries anew, for half a minute
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo demo-real pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity test-hostile test-terminal
+.PHONY: help setup demo demo-real pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity test-hostile test-terminal bench-serve
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -102,6 +102,9 @@ bench-fp8-gpu: setup ## FP8 kernels, linear layers and whole updates on a GPU, b
 
 bench-train: setup ## tokens per second of training beside plain torch loops of Megatron-Core and of transformers
 	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/benchmarks/bench_train.py
+
+bench-serve: setup ## throughput and latency of `infer serve` beside bare `vllm serve`
+	OMP_NUM_THREADS=1 tools/infer/.venv/bin/python tests/benchmarks/bench_serve.py
 
 test-hostile: setup tests/hostile/.venv/.ready ## random and hostile requests to a server, with its memory; MINUTES=30, IMAGE=infer:0.1.0
 	OMP_NUM_THREADS=1 tools/infer/.venv/bin/python tests/hostile/hostile.py --minutes $(MINUTES) $(if $(IMAGE),--image $(IMAGE))

@@ -105,8 +105,8 @@ def measure(name: str, updates: int) -> dict[str, Any]:
     return found | {"updates": updates, "peak_memory_bytes": peak_memory()}
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+def machine(*packages: str) -> dict[str, Any]:
+    """What the figures were measured on; by default with the packages of training."""
     import torch
 
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
@@ -115,7 +115,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu[1].strip() if cpu else platform.processor(),
         "cores": os.cpu_count(),
         "threads": 1,
-        **{name: metadata.version(name) for name in ("torch", "megatron-core", "transformers")},
+        **{name: metadata.version(name) for name in packages or ("torch", "megatron-core", "transformers")},
     }
 
 

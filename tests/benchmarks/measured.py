@@ -70,3 +70,14 @@ def anonymous(pids: Sequence[int]) -> int:
                 if line.startswith(field):
                     total += int(line.split()[1]) << 10
     return total
+
+
+def processor(pids: Sequence[int]) -> float:
+    """Seconds of processor that running processes have taken so far, in user and kernel mode, all threads."""
+    ticks = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has ended
+            # behind the name in brackets, which may have any character; fields 14 and 15 of proc_pid_stat(5)
+            fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,312 @@
+"""Throughput and latency of `infer serve` beside bare `vllm serve` on the same directory: `make bench-serve`.
+
+    python tests/benchmarks/bench_serve.py [--size tiny small] [--blocks 12] [--requests 64] [--record | --add]
+
+Both servers run all the time with the same engine (arguments and environment of `infer`'s for this machine); one idles while the
+other is measured. vLLM's benchmark client sends the same load to both in blocks of four runs, infer vllm vllm infer, the next
+vllm infer infer vllm: other load on the machine meets both alike, and what rises or falls within a block cancels. A figure is
+the median over blocks of the ratio infer / vllm, with the interval that holds the true median with 95% (order statistics).
+The goal is 2%: of throughput, and of the 99th percentile of whole replies. Beside them stands the processor time of a
+request, all processes of the server together: what others do on the machine changes it less. And the processor time that the
+code of `infer` itself takes of a streamed reply: it stands between the server and vLLM's application in one place, which
+counts requests in flight (`tools/infer/drain.py`), and is timed there alone.
+
+The mark and the exit code 1: an overhead beyond the goal even at the kinder end of the interval. `--record` replaces the
+record of this kind of machine, `--add` adds blocks to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.benchmarks.bench_train import machine, record_path  # noqa: E402
+from tests.benchmarks.measured import processor, tree  # noqa: E402
+
+RESULTS = Path(__file__).with_name("results")
+GOAL = 0.02
+# hidden, FFN, layers: the smaller the model, the more of a request is the server
+SIZES = {"tiny": (64, 96, 2), "small": (512, 1536, 4)}
+CONCURRENCY = 8
+INPUT, OUTPUT = 64, 32  # tokens
+WAYS = ("infer", "vllm")
+# name -> (where it is in a run of tools.infer.bench, whether more is better); processor_ms is of a request, measured here
+FIGURES = {
+    "processor": (("processor_ms",), False),
+    "throughput": (("output_tokens_per_second",), True),
+    "ttft_p99": (("ttft_ms", "p99"), False),
+    "tpot_p99": (("tpot_ms", "p99"), False),
+    "e2el_p50": (("e2el_ms", "p50"), False),
+    "e2el_p99": (("e2el_ms", "p99"), False),
+}
+JUDGED = ("throughput", "e2el_p99")
+
+
+def overhead(block: Mapping[str, Sequence[Mapping[str, Any]]], figure: str) -> float:
+    """How much worse `infer` is in a figure of a block {"infer": runs, "vllm": runs}: 0.02 is 2%."""
+    path, more_is_better = FIGURES[figure]
+    ours, theirs = (statistics.fmean(_at(run, path) for run in block[way]) for way in WAYS)
+    return theirs / ours - 1 if more_is_better else ours / theirs - 1
+
+
+def _at(found: Mapping[str, Any], path: Sequence[str]) -> float:
+    value: Any = found
+    for name in path:
+        value = value[name]
+    return float(value)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Order statistics between which the true median is with at least 95%; all values where they are fewer than 6."""
+    ordered, count = sorted(values), len(values)
+    outside, rank = 0.0, 0
+    while rank < count // 2 and outside + math.comb(count, rank) / 2**count <= 0.025:
+        outside += math.comb(count, rank) / 2**count
+        rank += 1
+    first = max(0, rank - 1)
+    return ordered[first], ordered[count - 1 - first]
+
+
+def summary(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """{figure: overhead, interval and the medians of both} of blocks."""
+    found = {}
+    for figure, (path, _) in FIGURES.items():
+        values = [overhead(block, figure) for block in blocks]
+        found[figure] = {
+            "overhead": round(statistics.median(values), 4),
+            "interval": [round(each, 4) for each in interval(values)],
+        } | {way: round(statistics.median(_at(run, path) for block in blocks for run in block[way]), 3) for way in WAYS}
+    return found
+
+
+def misses(found: Mapping[str, Any]) -> list[str]:
+    """Figures whose overhead is beyond the goal even at the kinder end of its interval."""
+    return [
+        f"{figure}: {found[figure]['overhead']:+.1%} ({found[figure]['interval'][0]:+.1%} to {found[figure]['interval'][1]:+.1%})"
+        for figure in JUDGED
+        if found[figure]["interval"][0] > GOAL
+    ]
+
+
+def model(size: str, path: Path) -> Path:
+    """A random LLaMA with a tokenizer."""
+    from tests.tools.infer.tiny_models import tiny_model
+
+    hidden, ffn, layers = SIZES[size]
+    return tiny_model("llama", path, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers)
+
+
+def commands(source: Path, port: int) -> dict[str, list[str]]:
+    """The two servers' command lines, for the same engine."""
+    from tools.infer.engines.engine import EngineSettings
+    from tools.infer.engines.vllm_arguments import engine_arguments
+
+    arguments = engine_arguments(source, EngineSettings())
+    words = ["serve", arguments.pop("model"), "--port", str(port + 1), "--served-model-name", "m"]
+    arguments.pop("use_tqdm_on_load")
+    for name, value in arguments.items():
+        flag = f"--{name.replace('_', '-')}"
+        words += [flag] if value is True else [flag, str(value)]
+    bin_ = Path(sys.executable).parent
+    return {
+        "infer": [
+            str(bin_ / "infer"),
+            "serve",
+            "--source",
+            str(source),
+            "--port",
+            str(port),
+            "--served-model-name",
+            "m",
+        ],
+        "vllm": [str(bin_ / "vllm"), *words],
+    }
+
+
+@contextmanager
+def served(words: Sequence[str], port: int, log: Path) -> Iterator[Any]:
+    """A running server: as `tools.infer.bench` knows it, and its process id."""
+    from shared.errors import UserError
+    from tools.infer.bench import find
+
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(words, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        until = time.monotonic() + 300
+        while True:
+            try:
+                there = find(f"http://127.0.0.1:{port}", "m", None)
+                break
+            except UserError:
+                if process.poll() is not None or time.monotonic() > until:
+                    raise RuntimeError(
+                        f"{words[0]} does not serve: {log.read_text(encoding='utf-8')[-3000:]}"
+                    ) from None
+                time.sleep(0.5)
+        yield there, process.pid
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def measure(size: str, blocks: int, requests: int, seed: int) -> list[dict[str, Any]]:
+    """Blocks of four runs in turning order, after one that does not count."""
+    from tools.infer import bench
+    from tools.infer.environment import prepare_environment
+
+    prepare_environment()  # both servers have it from here
+    with tempfile.TemporaryDirectory(prefix="bench-serve-") as place, ExitStack() as stack:
+        source = model(size, Path(place) / "model")
+        port = _free_pair()
+        servers = {
+            way: stack.enter_context(served(words, port + number, Path(place) / f"{way}.log"))
+            for number, (way, words) in enumerate(commands(source, port).items())
+        }
+        found: list[dict[str, Any]] = []
+        for number in range(blocks + 1):
+            block: dict[str, Any] = {way: [] for way in WAYS}
+            for turn, way in enumerate(order(number)):
+                # both ways have the same prompts
+                load = bench.Load(
+                    requests=requests, input_tokens=INPUT, output_tokens=OUTPUT, seed=seed + 2 * number + turn // 2
+                )
+                there, pid = servers[way]
+                before = processor(tree(pid))
+                run = bench.measure(there, source, CONCURRENCY, load)
+                run["processor_ms"] = round(1000 * (processor(tree(pid)) - before) / (requests + CONCURRENCY), 4)
+                block[way].append(run)
+            block["load_average"] = round(os.getloadavg()[0], 2)
+            found.append(block)
+    return found[1:]
+
+
+def own_ms(rounds: int = 2000, repeats: int = 5) -> float:
+    """Processor time, in ms, that `InFlight` adds to a reply of OUTPUT events; the least of some repeats."""
+    from tools.infer.drain import InFlight
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        for _ in range(OUTPUT + 2):  # the head, the events, their end
+            await send({})
+
+    async def nowhere(message: Any) -> None:
+        pass
+
+    async def replies(app: Any) -> float:
+        began = time.process_time()
+        for _ in range(rounds):
+            await app({"type": "http"}, nowhere, nowhere)
+        return 1000 * (time.process_time() - began) / rounds
+
+    def least(app: Any) -> float:
+        return min(asyncio.run(replies(app)) for _ in range(repeats))
+
+    return least(InFlight(answer)) - least(answer)
+
+
+def order(number: int) -> tuple[str, str, str, str]:
+    """The runs of a block: A B B A, or B A A B. The two halves have one run of each way."""
+    first, second = WAYS if number % 2 == 0 else WAYS[::-1]
+    return first, second, second, first
+
+
+def _free_pair() -> int:
+    import socket
+
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = int(first.getsockname()[1])
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Markdown: the overhead of `infer serve` over `vllm serve`."""
+    lines = ["| model | figure | infer | vllm | overhead | 95% |", "|---|---|---|---|---|---|"]
+    for size, result in found.items():
+        for figure in FIGURES:
+            each = result[figure]
+            low, high = each["interval"]
+            cells = size, figure, f"{each['infer']:,.2f}", f"{each['vllm']:,.2f}", f"{each['overhead']:+.1%}"
+            lines.append(f"| {' | '.join(cells)} | {low:+.1%} to {high:+.1%} |")
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=["tiny"])
+    parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--requests", type=int, default=64, help="of a run")
+    written = parser.add_mutually_exclusive_group()
+    written.add_argument("--record", action="store_true", help="replace the record")
+    written.add_argument("--add", action="store_true", help="add the blocks to the record")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    given = parser.parse_args(words)
+    described = machine("torch", "vllm", "transformers")
+    path = record_path(described, given.results, of="serve")
+    blocks: dict[str, list[dict[str, Any]]] = {}
+    if given.add and path.is_file():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["machine"] != described:
+            parser.error(f"--add: {path} was measured on {content['machine']}; give --record")
+        blocks = content["blocks"]
+    for size in given.size:
+        earlier = blocks.get(size, [])
+        # the seeds of its first blocks are taken
+        blocks[size] = earlier + measure(size, given.blocks, given.requests, seed=1000 * len(earlier))
+    found = {size: summary(each) for size, each in blocks.items()}
+    own = round(own_ms(), 5)
+    share = {size: round(own / result["processor"]["vllm"], 6) for size, result in found.items()}
+    print(f"{described}\n\n{table(found)}\n\ninfer's own code: {own} ms of a reply, {share} of vllm's", flush=True)
+    marks = [f"{size}: {each}" for size, result in found.items() for each in misses(result)]
+    marks += [f"{size}: infer's own code {each:.1%}" for size, each in share.items() if each > GOAL]
+    for mark in marks:
+        print(f"BEYOND {GOAL:.0%} {mark}")
+    if given.record or given.add:
+        given.results.mkdir(exist_ok=True)
+        loads = [block["load_average"] for each in blocks.values() for block in each]
+        content = {
+            "machine": described,
+            "load": {"concurrency": CONCURRENCY, "input_tokens": INPUT, "output_tokens": OUTPUT},
+            "load_average": {"least": min(loads), "most": max(loads)},
+            "results": {size: {"blocks": len(blocks[size]), **result} for size, result in found.items()},
+            "own_ms": own,
+            "own_share": share,
+            "blocks": {size: [_short(block) for block in each] for size, each in blocks.items()},
+        }
+        path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        print(f"recorded in {path}")
+    return 1 if marks else 0
+
+
+def _short(block: Mapping[str, Any]) -> dict[str, Any]:
+    """A block with what its figures are made of."""
+    kept = ("requests", "seconds", "output_tokens_per_second", "processor_ms", "ttft_ms", "tpot_ms", "e2el_ms")
+    runs = {way: [{name: run[name] for name in kept} for run in block[way]] for way in WAYS}
+    return {**runs, "load_average": block["load_average"]}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
