@@ -15,6 +15,7 @@ from packageurl import PackageURL
 
 LOCK = "/opt/baton/requirements.lock"  # in every image of ours
 
+ENGINE_TIMEOUT = 1800  # seconds for an answer of the engine: it writes a large image out before it sends the first byte
 _ATTRIBUTE = "SCHILY.xattr."  # in the PAX headers of a layer, as Docker writes them
 
 # Runs inside the image, on its own Python.
@@ -78,7 +79,7 @@ class Image:
 
 def look(name: str) -> Image:
     """Read an image. docker.errors.DockerException if it or the engine is not there."""
-    client = docker.from_env()
+    client = docker.from_env(timeout=ENGINE_TIMEOUT)
     found = client.images.get(name)
     labels = found.attrs["Config"].get("Labels") or {}
     layers = found.attrs["RootFS"]["Layers"]

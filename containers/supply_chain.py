@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf import json_format
-from image_contents import Image, Package, look
+from image_contents import ENGINE_TIMEOUT, Image, Package, look
 from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenance
 from in_toto_attestation.v1.resource_descriptor import ResourceDescriptor
 from in_toto_attestation.v1.statement import Statement
@@ -217,7 +217,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
     try:
         image = look(given.image)
-        server = docker.from_env().version()
+        server = docker.from_env(timeout=ENGINE_TIMEOUT).version()
     except docker.errors.DockerException as error:
         print(f"containers/supply_chain.py: {given.image}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
