@@ -1,6 +1,7 @@
 """`infer chat` in tmux, as typed: several lines, paste, history, streaming, Ctrl-C, and the shell behind it.
 
-The engine is transformers', which starts in seconds. test_interrupts.py has Ctrl-C where an engine has processes of its own.
+The model is one that vLLM does not run: transformers' engine starts in seconds.
+test_interrupts.py has Ctrl-C where an engine has processes of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.terminal.conftest import Pane
-from tests.tools.infer.tiny_models import tiny_model
+from tests.tools.infer.tiny_models import TEMPLATE, tiny_model
 
 TOKENS = 1500  # of a reply: seconds, so that there is something to interrupt
 SYSTEM = "be brief"
@@ -42,7 +43,10 @@ def shown(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model("llama", tmp_path_factory.mktemp("model") / "llama", max_position_embeddings=8192)
+    path = tmp_path_factory.mktemp("model") / "stablelm"
+    tiny_model("stablelm", path, use_parallel_residual=True, max_position_embeddings=8192)
+    (path / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +55,7 @@ def chat(pane: Pane, source: Path) -> Callable[[], None]:
 
     def start() -> None:
         pane.clear()
-        pane.type(f"infer chat --engine hf --source {source} --system '{SYSTEM}' --max-tokens {TOKENS}")
+        pane.type(f"infer chat --source {source} --system '{SYSTEM}' --max-tokens {TOKENS}")
         pane.press("Enter")
         pane.wait(lambda text: text.rstrip().endswith("/help lists commands and keys\n>"), 400)
 
