@@ -102,6 +102,8 @@ def both(source: Path, exchange: bool) -> dict[str, Any]:
         return {"lacking": str(error).replace(f"--source {source}: ", "")}
     has_images = "vision_config" in config
     length = CONTINUED + max(GIVEN, multimodal.write_processor(source) if has_images else 0)
+    if has_images:
+        (source / "manifest.json").unlink()  # it lists the files without the processor's
     precision = "bf16" if "linear_key_head_dim" in config else "fp32"  # vLLM's CPU kernels of delta nets are bf16 only
     arguments = engine_arguments(source, EngineSettings(precision=precision, max_model_len=length, batch_size=1))
     arguments |= {"skip_tokenizer_init": not has_images, "trust_remote_code": "auto_map" in config}
