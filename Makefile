@@ -79,9 +79,6 @@ test-golden: setup ## losses of tiny runs, equal to those recorded in tests/gold
 test-slurm: setup ## the Slurm scripts on a cluster of two nodes on this machine (Debian, as root)
 	tools/convert/.venv/bin/python -m pytest -q --durations 5 tests/slurm
 
-test-terminal: setup ## infer chat in tmux, as typed (where tmux is)
-	OMP_NUM_THREADS=1 tools/infer/.venv/bin/python -m pytest -q --durations 5 tests/terminal
-
 test-containers: setup containers/.venv/.ready ## images built and run (Debian as root, or where Docker is)
 	-containers/engine.sh
 	tools/convert/.venv/bin/python -m pytest -q --durations 5 tests/containers
