@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 2
 # where it is set, every start of a tool compiles its libraries anew, for half a minute
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo demo-real pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity test-hostile test-terminal bench-serve
+.PHONY: help setup demo demo-real pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity test-hostile bench-serve bench-rehearsal
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -111,6 +111,9 @@ bench-save: setup ## what training waits for a save, blocking and with --async-s
 
 bench-lora: setup ## bytes of weights, gradients, optimizer and checkpoint: LoRA beside training all weights
 	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/benchmarks/bench_lora.py --record
+
+bench-rehearsal: setup ## peaks of memory as a rehearsal says them, beside those that torch measures in the same runs on the CPU
+	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/benchmarks/bench_rehearsal.py --record
 
 proofs: setup ## run what proves each family and record it for `convert families`; FAMILIES="gemma2 glm" for some
 	rm -rf $(PROOFS) && mkdir -p $(PROOFS)

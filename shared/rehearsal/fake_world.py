@@ -30,7 +30,8 @@ def join(rank: int, world: int) -> None:
     # cuDNN's attention has no stub. The flash kernel, chosen next, keeps the same tensors for the backward pass.
     torch.backends.cuda.enable_cudnn_sdp(False)
     _replace_groups()
-    _replace_counting()
+    if importlib.util.find_spec("megatron"):
+        _replace_counting()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
 
 

@@ -288,7 +288,7 @@ def trainable_of(config: TrainingConfig, architecture: Architecture) -> Trainabl
     """All weights, or LoRA adapters. With `mtp_loss_scaling_factor` 0 the MTP layers are frozen, and not run."""
     if config.lora is not None:
         return Lora(config.lora, config.seed)
-    return Frozen(("mtp.*",)) if architecture.mtp and not config.mtp_loss_scaling_factor else FULL
+    return Frozen(("mtp.*",), given=False) if architecture.mtp and not config.mtp_loss_scaling_factor else FULL
 
 
 def model_overrides(config: TrainingConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shared.architecture.architecture import Architecture, MoE
+from shared.architecture.architecture import Architecture
 from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.checkpoint.directory.open import Checkpoint, open_checkpoint, verify_content
 from shared.checkpoint.formats.torch_dist_reader import TorchDistReader
@@ -17,6 +17,7 @@ from shared.errors import UserError
 from shared.families import registry
 from shared.mapping.adapters import LoraSettings, adapted_linears
 from shared.runtime.launch import started_by_launch
+from shared.training import states
 from shared.training.blend import Blend
 from shared.training.config import TrainingConfig
 from shared.training.continued_adapter import ContinuedAdapter
@@ -134,60 +135,14 @@ def visible_gpus() -> int:
     return devices if chosen is None else min(devices, len([part for part in chosen.split(",") if part]))
 
 
-def memory_estimate(config: TrainingConfig, architecture: Architecture) -> int:
-    """Approximate bytes per rank: weights, fp32 gradients, AdamW, activations and logits.
-
-    Activations follow Korthikanti et al. (arXiv:2205.05198), s sequence, b micro batch, h hidden size, in 16 bits:
-    `34 s b h` bytes per layer without attention scores. Full recomputation: `2 s b h` per layer, and one whole layer.
-    """
-    width = _BYTES[config.precision]
-    parallel = config.parallel
-    trained = _trained_of_stages(config, architecture)
-    weights = _weights_of_stages(config, architecture) + (trained if config.lora else 0)
-    main = 4 if config.precision == "bf16" else 0  # fp32 weights are their own main copy
-    states = weights * width + trained * (4 + (8 + main) / (parallel.data * parallel.context))
-    tokens = config.micro_batch_size * config.sequence_length / parallel.context
-    layer = 34 * tokens * architecture.hidden_size * width / 2 / parallel.tensor
-    full = "full" in config.recompute
-    kept = 2 * tokens * architecture.hidden_size * width / 2 if full else layer  # of each layer
-    logits = 3 * 4 * tokens * architecture.padded_vocab_size(parallel.tensor) / parallel.tensor
-    # Stage i of PP has PP - i micro batches in flight.
-    fullest = max(
-        states * layers / architecture.num_layers + (kept * layers + layer * full) * (parallel.pipeline - stage)
-        for stage, layers in enumerate(parallel.stage_layers(architecture.num_layers))
-    )
-    return int(fullest + logits)
-
-
-def _weights_of_stages(config: TrainingConfig, architecture: Architecture) -> float:
-    """Parameters of a tensor-parallel rank, about, of all pipeline stages."""
-    parallel = config.parallel
-    experts = sum(
-        layer.mlp.experts * layer.mlp.expert.parameter_count(architecture.hidden_size)
-        for layer in architecture.layers
-        if isinstance(layer.mlp, MoE)
-    )
-    dense = architecture.parameter_count() + architecture.mtp_parameter_count() - experts
-    return dense / parallel.tensor + experts / (parallel.etp * parallel.expert)
-
-
-def _trained_of_stages(config: TrainingConfig, architecture: Architecture) -> float:
-    """Trained parameters of a tensor-parallel rank, about: those of adapters as if A and B were both cut."""
-    if config.lora is None:
-        return _weights_of_stages(config, architecture)
-    return adapter_parameters(config.lora, architecture) / config.parallel.tensor
-
-
 def snapshot_estimate(config: TrainingConfig, architecture: Architecture) -> int:
-    """Bytes on the host, about, of the copy that an asynchronous save is written from.
+    """Bytes on the host, at most, of the copy that an asynchronous save is written from.
 
     With GPUs: trained weights, and this rank's range of their fp32 copies and AdamW. Without, a fork shares memory until training
     changes it, which includes the fp32 gradients.
     """
-    gradients = 0 if visible_gpus() else 4
-    per_weight = _BYTES[config.precision] + gradients + 12 / (config.parallel.data * config.parallel.context)
-    fullest = max(config.parallel.stage_layers(architecture.num_layers)) / architecture.num_layers
-    return int(_trained_of_stages(config, architecture) * fullest * per_weight)
+    held = states.fullest(config, architecture)
+    return held.trained_weights + held.optimizer + (0 if visible_gpus() else held.gradients)
 
 
 def adapter_parameters(lora: LoraSettings, architecture: Architecture) -> int:
@@ -256,18 +211,25 @@ def announce(config: TrainingConfig, inputs: Inputs, blend: Blend) -> None:
         log(f"dropout     not used: {named} of config.json, the model here has none there")
     full = parameters * (width + 12)
     saved = full if config.lora is None else adapter_parameters(config.lora, architecture) * (width + 12)
+    held = states.fullest(config, architecture)
+    parts = {"weights": held.weights, "gradients": held.gradients, "optimizer": held.optimizer}
     log(
-        f"needs       about {quantity(memory_estimate(config, architecture), 'bytes')} of memory per process, "
-        f"{quantity(saved, 'bytes')} of disk per checkpoint, {config.keep} kept"
+        f"states      {quantity(held.total, 'bytes')} on each rank"
+        + " of the fullest stage" * (config.parallel.pipeline > 1)
+        + f": {', '.join(f'{quantity(size, "bytes")} of {name}' for name, size in parts.items())}; "
+        "activations are more: --rehearse says how much"
     )
+    log(f"disk        {quantity(saved, 'bytes')} per checkpoint, {config.keep} kept")
     if config.async_save:
         log(
             f"saves       written while training goes on, from a second copy of the state on the host: at most "
             f"{quantity(snapshot_estimate(config, architecture), 'bytes')} more per process"
         )
     if config.lora is not None:
-        memory = memory_estimate(replace(config, lora=None), architecture)
-        log(f"            trained whole: about {quantity(memory, 'bytes')}, {quantity(full, 'bytes')} per checkpoint")
+        memory = states.fullest(replace(config, lora=None), architecture).total
+        log(
+            f"            trained whole: {quantity(memory, 'bytes')} of states, {quantity(full, 'bytes')} per checkpoint"
+        )
 
 
 def _rates(config: TrainingConfig) -> str:

@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 
 from shared.console import quantity
 from shared.errors import StageError, UserError
@@ -54,10 +57,6 @@ def rehearse(run: loop.Run, gpu: Gpu, *, all_ranks: bool) -> None:
     """
     given, config = run.config, shortened(run.config)
     parallel = config.parallel
-    if config.mtp_loss_scaling_factor == 0 and run.inputs.architecture.mtp and parallel.pipeline > 1:
-        raise UserError(
-            "--rehearse does not play frozen MTP layers (--mtp-loss-scaling-factor 0) with --pipeline-parallel; leave one out"
-        )
     run = replace(run, config=config)
     ranks = range(0, parallel.processes, 1 if all_ranks else parallel.processes // parallel.pipeline)
     played = _play(run, dict.fromkeys(ranks, config), gpu.usable)
@@ -225,10 +224,20 @@ class _Player:
 
     def _read_weights(self, chunks: Sequence[LanguageModel], iteration_path: Path, source: Path) -> None:
         self.shapes = weights.wanted_shapes(chunks, weights.saved_shapes(iteration_path))
+        allocate_as_loading(chunks)
         self.watch.watch(chunks)
 
     def _recorder(self, *given: Any, **named: Any) -> Recorder:
         return _Counter(self)
+
+
+def allocate_as_loading(chunks: Sequence[LanguageModel]) -> None:
+    """Allocate what `weights.load` does on the GPU. Tensors are read into the weights themselves, but for those that are stored
+    in parts, as gate and up projection: Megatron-Core joins the parts of all of them before they are copied.
+    """
+    sharded, _, factories = load_preprocess(weights.sharded_state_dict(chunks))
+    loaded = dict_list_map_outplace(lambda each: each.data if isinstance(each, ShardedTensor) else each, sharded)
+    apply_factory_merges(loaded, factories)
 
 
 _BEFORE_UPDATES = (

@@ -140,18 +140,23 @@ def parallel_config(options: TrainingOptions) -> ParallelConfig:
         expert=options.expert_parallel,
         expert_tensor=options.expert_tensor_parallel,
     )
-    return ParallelConfig(
-        processes=rehearsal_options.world(options, needed) or options.processes or default_processes(needed),
-        tensor=options.tensor_parallel,
-        pipeline=options.pipeline_parallel,
-        virtual_pipeline=options.virtual_pipeline,
-        pipeline_layers=options.pipeline_layers,
-        sequence_parallel=options.sequence_parallel,
-        context=options.context_parallel,
-        context_exchange=options.context_parallel_exchange,
-        expert=options.expert_parallel,
-        expert_tensor=options.expert_tensor_parallel,
-    )
+    try:
+        return ParallelConfig(
+            processes=rehearsal_options.world(options, needed) or options.processes or default_processes(needed),
+            tensor=options.tensor_parallel,
+            pipeline=options.pipeline_parallel,
+            virtual_pipeline=options.virtual_pipeline,
+            pipeline_layers=options.pipeline_layers,
+            sequence_parallel=options.sequence_parallel,
+            context=options.context_parallel,
+            context_exchange=options.context_parallel_exchange,
+            expert=options.expert_parallel,
+            expert_tensor=options.expert_tensor_parallel,
+        )
+    except UserError as error:
+        if options.world is None:
+            raise
+        raise UserError(str(error).replace("--processes", "--world")) from None  # the flag that was given
 
 
 def blend(options: TrainingOptions, inputs: Inputs, sequences: Sequence[int]) -> Blend:

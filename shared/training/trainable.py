@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -37,6 +37,8 @@ class Frozen:
     """
 
     patterns: tuple[str, ...]
+    # By a person, who may misspell one: matches on all ranks are counted. A rehearsal, whose ranks are alone, cannot.
+    given: bool = field(default=True, compare=False)
 
     def apply(self, chunks: list[LanguageModel]) -> None:
         """Freeze parameters of this rank's model chunks. Every rank calls this.
@@ -53,6 +55,8 @@ class Frozen:
                 matched |= matching
                 trained += parameter.requires_grad
             _complete(chunk)
+        if not self.given:
+            return
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, (matched, trained))
         if unknown := sorted(set(self.patterns).difference(*(names for names, _ in gathered))):

@@ -206,3 +206,19 @@ def test_a_function_is_compiled_at_first_use() -> None:
     relies_on(ours, random._get_share_storage, "global _share_storage_ext", "return _share_storage_ext.share_storage")
     relies_on(ours, FileBaton.wait, "os.path.exists(self.lock_file_path)")
     relies_on(ours, cpp_extension._get_build_directory, "os.environ.get('TORCH_EXTENSIONS_DIR')")
+
+
+def test_loads_and_saves_take_this_memory() -> None:
+    """Parts of all factories are joined after everything is read; a save copies each tensor to the host."""
+    rehearse = "shared/training/rehearse.py"
+    relies_on(
+        rehearse,
+        dist_checkpointing.load,
+        "load_preprocess(sharded_state_dict)",
+        "apply_factory_merges(common_state_dict, sh_ten_factories)",
+    )
+    relies_on(
+        rehearse,
+        filesystem_async.FileSystemWriterAsync.preload_tensors,
+        'tensor.to("cpu", non_blocking=non_blocking)',
+    )

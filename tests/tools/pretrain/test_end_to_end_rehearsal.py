@@ -76,6 +76,8 @@ def test_a_run_that_does_not_fit_is_refused_with_what_mends_it(source, data, tmp
         ({"all_ranks": True}, "--all-ranks belongs to --rehearse"),
         ({"rehearse": True, "gpu_memory": "80"}, "--gpu-memory 80: give the memory of a GPU with its unit"),
         ({"rehearse": True, "world": 8, "processes": 4}, "both say how many ranks there are"),
+        ({"rehearse": True, "world": 6, "tensor_parallel": 4}, "--world 6 is not a multiple of --tensor-parallel 4"),
+        ({"rehearse": True, "processes": 6, "tensor_parallel": 4}, "--processes 6 is not a multiple of"),
         ({"rehearse": True, "backend": "te"}, "--rehearse has no stubs for TransformerEngine"),
         ({"rehearse": True, "gpu": "h100"}, "'a100-40', 'a100-80', 'l40s', 'h100-80', 'h200' or 'b200'"),
     ],
