@@ -72,3 +72,15 @@ def test_the_fullest_stage_is_the_one_with_most_layers(make_config, architecture
     assert held(2, 2, 2, 2) == even
     layer = even[0] - uneven[0]
     assert [after - before for before, after in zip(even, uneven, strict=True)] == [-layer, layer, layer, -layer]
+
+
+def test_chunks_of_an_interleaved_pipeline_are_dealt_to_stages_in_turn(make_config, architecture) -> None:
+    model = replace(architecture, layers=architecture.layers[:1] * 8)
+
+    def weights(*layers: int) -> list[int]:
+        parallel = ParallelConfig(processes=2, pipeline=2, virtual_pipeline=2, pipeline_layers=layers)
+        return [each.weights for each in of_stages(make_config(parallel=parallel), model)]
+
+    assert weights(1, 3, 2, 2) == weights(2, 2, 1, 3) == weights(2, 3, 1, 2)
+    even, uneven = weights(2, 2, 2, 2), weights(1, 3, 2, 2)
+    assert even[0] - uneven[0] == uneven[1] - even[1] > 0

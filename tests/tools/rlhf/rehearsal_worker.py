@@ -1,7 +1,7 @@
-"""Plays a command of rlhf on a GPU that is not there: rank 0 of a world of so many, in a CUDA runtime of stubs.
+"""An update of a DeepSpeed engine at each ZeRO stage, on a GPU that is not there: rank 0 of two, in a CUDA runtime of stubs.
 
-Run as `python rehearsal_worker.py FILE WORLD WORDS...` in an environment of `with_stubs`. Writes to `FILE`, as JSON, the exit
-code, and on which device and in which dtypes products and attention were computed.
+Run as `python rehearsal_worker.py POLICY FILE` in an environment of `with_stubs`. Writes to `FILE`, as JSON, by stage: the device
+and dtypes of what was computed, and where parameters are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-COMPUTED = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "embedding", "_fused_adamw_")
+COMPUTED = ("mm", "addmm", "bmm", "embedding", "_fused_adamw_")
+STAGES = (0, 1, 2, 3)
 
 
 class Computed(TorchDispatchMode):
@@ -31,7 +32,7 @@ class Computed(TorchDispatchMode):
         self.found: set[tuple[str, str, str]] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._opname if hasattr(func, "_opname") else func.__name__.partition(".")[0]
+        name = func._opname
         if name in COMPUTED or "attention" in name:
             for each in tree_leaves(args):
                 if isinstance(each, torch.Tensor) and each.is_floating_point() and each.dim():
@@ -39,35 +40,33 @@ class Computed(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def end_generations(tokens: int) -> None:
-    """transformers ends a generation by a number that the GPU computes, which is 0 here: "not finished". Count tokens instead."""
-    from transformers import GenerationMixin
-
-    asked = 0
-
-    def unfinished(self: Any, *given: Any, **named: Any) -> bool:
-        nonlocal asked
-        asked += 1
-        return asked % (tokens + 1) != 0
-
-    GenerationMixin._has_unfinished_sequences = unfinished
-
-
-def main(file: Path, world: int, words: list[str]) -> None:
-    fake_world.join(0, world)
-    end_generations(next(int(word.rpartition("=")[2]) for word in words if word.startswith("--max-new-tokens=")))
+def main(policy: Path, file: Path) -> None:
+    fake_world.join(0, 2)
     os.environ["LOCAL_WORLD_SIZE"] = "1"
-    from tools.rlhf.cli import tool
+    from transformers import AutoModelForCausalLM
 
-    code: Any = None
-    with Computed() as computed:
-        try:
-            tool.run(words)
-        except SystemExit as end:
-            code = end.code
-    peak = torch.cuda.max_memory_allocated()
-    file.write_text(json.dumps({"code": code or 0, "computed": sorted(computed.found), "peak": peak}))
+    from tools.rlhf.engines.deepspeed import DeepSpeedEngine, EngineOptions, initialize_distributed
+
+    distributed = initialize_distributed()
+    found = {}
+    for zero in STAGES:
+        model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.bfloat16)
+        options = EngineOptions(zero=zero, precision="bf16", micro_batch_size=2, accumulation=2, max_gradient_norm=1.0)
+        with Computed() as computed:
+            engine = DeepSpeedEngine(model, options, distributed)
+            engine.set_learning_rate(1e-3)
+            for _ in range(options.accumulation):
+                ids = torch.ones(2, 16, dtype=torch.long, device=distributed.device)
+                logits = engine(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+                engine.backward(logits.float().log_softmax(-1).mean())
+            engine.step()
+        found[zero] = {
+            "computed": sorted(computed.found),
+            "parameters": sorted({(each.device.type, str(each.dtype)) for each in engine.module.parameters()}),
+            "device": str(distributed.device),
+        }
+    file.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
