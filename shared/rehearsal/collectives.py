@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from shared.rehearsal.work import Work
+
 _POINT_TO_POINT = ("send", "recv_")
 
 
@@ -25,6 +27,8 @@ class Operation(NamedTuple):
     module: str  # that is computed
     sent: tuple[int, ...] = ()  # all-to-all: rows to each member
     received: tuple[int, ...] = ()  # rows from each member
+    phase: str = ""  # of the run
+    moved: int = 0  # bytes: as `size`, of an all-to-all what this rank sends
 
 
 class Record(TorchDispatchMode):
@@ -35,11 +39,16 @@ class Record(TorchDispatchMode):
         self.rank = rank
         self.operations: list[Operation] = []
         self.module = lambda: ""  # the one that is computed
+        self.phase = ""  # of the run
+        self.work: Work | None = None  # counts what else is computed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             self._note(func, args)
-        return func(*args, **(kwargs or {}))
+        found = func(*args, **(kwargs or {}))
+        if self.work is not None:
+            self.work.add(self.phase, func, args, kwargs or {}, found)
+        return found
 
     def _note(self, func: Any, args: tuple[Any, ...]) -> None:
         found = next((each for each in tree_leaves(args) if isinstance(each, torch.ScriptObject)), None)
@@ -50,7 +59,7 @@ class Record(TorchDispatchMode):
         kind = func._opname
         if len(members) == 1:
             return
-        size = max((_bytes(part) for part in args[:2]), default=0)
+        size = moved = max((_bytes(part) for part in args[:2]), default=0)
         sent: tuple[int, ...] = ()
         received: tuple[int, ...] = ()
         if kind in _POINT_TO_POINT:
@@ -60,11 +69,11 @@ class Record(TorchDispatchMode):
             output, given, _, of_output, of_input = args[:5]
             received = _rows(output, of_output, len(members))
             sent = _rows(given, of_input, len(members))
-            size = 0  # differs between ranks
+            size, moved = 0, given.nbytes  # differs between ranks
         self.operations.append(
             Operation(
                 kind=kind, group=group.group_desc, members=members, size=size, module=self.module(), sent=sent,
-                received=received,
+                received=received, phase=self.phase, moved=moved,
             )
         )  # fmt: skip
 

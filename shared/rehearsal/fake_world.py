@@ -35,11 +35,18 @@ def join(rank: int, world: int) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
 
 
+# Every group that was made in this process, of all ranks: torch's description of it, and its members.
+groups: list[tuple[str, tuple[int, ...]]] = []
+
+
 def _replace_groups() -> None:
     new_group = dist.new_group
 
     def new_fake_group(*args: Any, **named: Any) -> Any:
         named.pop("pg_options", None)  # NCCL's
+        members = args[0] if args else named.get("ranks")
+        if named.get("backend") != "gloo" and members is not None:
+            groups.append((named.get("group_desc") or "", tuple(members)))
         return new_group(*args, **{**named, "backend": "fake"})
 
     def all_gather_object(found: list[Any], own: Any, group: Any = None) -> None:

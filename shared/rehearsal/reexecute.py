@@ -27,16 +27,16 @@ def unchecked() -> list[str]:
     return os.environ[_PLAYING].split()
 
 
-def check_environment(environment: Mapping[str, str]) -> None:
-    """UserError for what a rehearsal cannot be started in."""
+def check_environment(environment: Mapping[str, str], *, command: str = "--rehearse", flag: str = "--world") -> None:
+    """UserError for what a rehearsal cannot be started in. `command`: what plays the ranks, whose number `flag` says."""
     if "RANK" in environment:
         raise UserError(
-            "--rehearse plays every rank by itself; start it without torchrun or srun, and give the number of GPUs by --world"
+            f"{command} plays every rank by itself; start it without torchrun or srun, and give the number of GPUs by {flag}"
         )
     for name in _ALLOCATOR:
         if "expandable_segments:True" in environment.get(name, ""):
             raise UserError(
-                f"--rehearse has no stub for expandable segments; unset {name}, or take expandable_segments out of it"
+                f"{command} has no stub for expandable segments; unset {name}, or take expandable_segments out of it"
             )
 
 

@@ -24,7 +24,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 import shared.runtime.device
 from shared.architecture.architecture import Architecture
 from shared.checkpoint.directory.recognition import iteration_name
-from shared.console import log, quantity
+from shared.console import log
 from shared.data.labels import IGNORE
 from shared.errors import Interrupted, StageError, UserError
 from shared.model import gpt, lora, weights
@@ -237,8 +237,7 @@ def _train(
                     f"the gradient of update {step + 1} is {gradient_norm}; {recorder.last_saved()}; lower --learning-rate"
                 )
             if first_update:
-                parts = held_bytes(model, optimizer)
-                log("memory      " + ", ".join(f"{quantity(size, 'bytes')} of {name}" for name, size in parts.items()))
+                recorder.holds(held_bytes(model, optimizer))
                 first_update = False
             step += 1
             seconds = time.perf_counter() - started

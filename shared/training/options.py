@@ -49,7 +49,7 @@ NOT_FINGERPRINTED = (
         "offload_optimizer",
     ),
     *("save_every", "keep", "keep_best", "async_save", "hang_timeout", "log_every", "track", "extend"),
-    *("rehearse", "gpu", "gpu_memory", "world", "all_ranks"),
+    *("rehearse", "gpu", "gpu_memory", "world", "gpus_per_node", "all_ranks"),
 )
 
 # Options that the first version did not have: at their defaults its runs are resumed.
@@ -152,6 +152,7 @@ class TrainingOptions:
         gpu: the kind of GPU that --rehearse plays; by default h100-80.
         gpu_memory: its memory, as 80GiB, in place of that kind's.
         world: how many GPUs --rehearse plays; by default --processes.
+        gpus_per_node: GPUs of a node in the launch map of --rehearse; by default 8.
         all_ranks: rehearse every rank, not only the first of each pipeline stage.
     """
 
@@ -218,4 +219,5 @@ class TrainingOptions:
     gpu: GpuName | None = None
     gpu_memory: str | None = None
     world: Positive | None = None
+    gpus_per_node: Positive | None = None
     all_ranks: bool = False

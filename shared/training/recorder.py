@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from dataclasses import asdict
@@ -212,6 +212,10 @@ class Recorder:
             if self._metrics is not None and (replies or path.exists())  # those after a resumed update are dropped
             else None
         )
+
+    def holds(self, parts: Mapping[str, int]) -> None:
+        """What this rank holds after an update, in bytes by kind."""
+        log("memory      " + ", ".join(f"{quantity(size, 'bytes')} of {name}" for name, size in parts.items()))
 
     def updated(
         self,

@@ -8,7 +8,9 @@ from dataclasses import replace
 from shared.console import log
 from shared.errors import UserError
 from shared.rehearsal import reexecute
+from shared.rehearsal.launch_map import Nodes
 from shared.rehearsal.machine import DEFAULT_GPU, GPUS, Gpu, parse_memory
+from shared.rehearsal.speed import GPUS_PER_NODE
 from shared.training.config import TrainingConfig
 from shared.training.options import TrainingOptions
 
@@ -20,6 +22,7 @@ def gpu(options: TrainingOptions) -> Gpu | None:
             "--gpu": options.gpu,
             "--gpu-memory": options.gpu_memory,
             "--world": options.world,
+            "--gpus-per-node": options.gpus_per_node,
             "--all-ranks": options.all_ranks,
         }
         for flag, value in given.items():
@@ -42,6 +45,11 @@ def world(options: TrainingOptions, needed: int) -> int | None:
             f"--world {options.world} and --processes {options.processes} both say how many ranks there are; give one of them"
         )
     return options.world or options.processes or needed
+
+
+def nodes(options: TrainingOptions, ranks: int) -> Nodes:
+    """Where the ranks of a rehearsal would be launched."""
+    return Nodes.filled(ranks, options.gpus_per_node or GPUS_PER_NODE)
 
 
 def enter(config: TrainingConfig, kind: Gpu) -> TrainingConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shared.console import quantity
@@ -13,6 +13,7 @@ from shared.training.config import TrainingConfig
 if TYPE_CHECKING:
     from shared.rehearsal.collectives import Matched, Operation
     from shared.rehearsal.memory import Phase
+    from shared.rehearsal.work import Counted
 
 TRAINING = "forward and backward"
 UPDATES = 2  # that are played: the optimizer's state is made by the first
@@ -31,6 +32,11 @@ class Played:
     shapes: Mapping[str, tuple[int, ...]]  # of the tensors that it reads of the checkpoint
     out_of_memory: str  # torch's words; empty: it fits
     where: tuple[str, str]  # phase and module of that
+    held: Mapping[str, int] = field(
+        default_factory=dict
+    )  # of weights, gradients and the optimizer's state, after an update
+    work: Mapping[str, Counted] = field(default_factory=dict)  # by phase; empty: not counted
+    groups: Sequence[tuple[str, tuple[int, ...]]] = ()  # all process groups of the world: torch's description, ranks
 
     @property
     def highest(self) -> Phase:

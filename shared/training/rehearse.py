@@ -11,7 +11,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,12 +26,14 @@ from shared.console import quantity
 from shared.errors import StageError, UserError
 from shared.model import weights
 from shared.model.gpt import LanguageModel
-from shared.rehearsal import fake_world
+from shared.rehearsal import fake_world, launch_map
 from shared.rehearsal.collectives import Record, match
 from shared.rehearsal.forks import Failed, in_forks
+from shared.rehearsal.launch_map import Nodes
 from shared.rehearsal.machine import RESERVE, Gpu
 from shared.rehearsal.memory import Watch
 from shared.rehearsal.reexecute import LIMIT
+from shared.rehearsal.work import Work
 from shared.runtime import progress
 from shared.training import loop
 from shared.training.config import TrainingConfig
@@ -43,12 +45,13 @@ from shared.training.storage import Storage
 UNLIMITED = 1 << 44  # bytes: a rank that does not fit is played again with these, to say what it needs
 
 
-def rehearse(run: loop.Run, gpu: Gpu, *, all_ranks: bool) -> None:
+def rehearse(run: loop.Run, gpu: Gpu, *, all_ranks: bool, nodes: Nodes) -> None:
     """Play the ranks of `run` and print what each needs.
 
     Args:
         run: as for `loop.train`.
         gpu: each rank's.
+        nodes: where the ranks are, for the launch map.
         all_ranks: every rank; else the first of each pipeline stage. The others of a stage have as much to do.
 
     Raises:
@@ -68,7 +71,8 @@ def rehearse(run: loop.Run, gpu: Gpu, *, all_ranks: bool) -> None:
         rank: replace(each, out_of_memory=played[rank].out_of_memory, where=played[rank].where)
         for rank, each in whole.items()
     }
-    print("\n".join(lines(results, config, gpu, matched)), flush=True)
+    *report, validity = lines(results, config, gpu, matched)
+    print("\n".join([*report, *launch_map.lines(whole[0].groups, nodes), validity]), flush=True)
     if short:
         _refuse(run, given, results, gpu)
     if matched.mismatch:
@@ -174,15 +178,27 @@ class _Enough(BaseException):
     """Ends the loop: all updates were played."""
 
 
-def play(run: loop.Run, rank: int, limit: int, *, quiet: bool = False) -> Played:
-    """Be `rank`, in a process of its own that may allocate `limit` bytes."""
+def play(
+    run: loop.Run, rank: int, limit: int, *, quiet: bool = False, names: bool = True, work: Work | None = None
+) -> Played:
+    """Be `rank`, in a process of its own that may allocate `limit` bytes.
+
+    Args:
+        run: as for `loop.train`.
+        rank: of the world.
+        limit: bytes.
+        quiet: without the loop's log lines.
+        names: read names and shapes of the source's tensors.
+        work: counts what is computed.
+    """
     os.environ[LIMIT] = str(limit)
     if quiet:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     fake_world.join(rank, run.config.parallel.processes)
     if run.config.fp8:
         fake_world.launch_nothing()
-    player = _Player(rank)
+    player = _Player(rank, names)
+    player.record.work = work
     progress.listen(player.begin)
     out_of_memory = ""
     try:
@@ -201,13 +217,18 @@ def play(run: loop.Run, rank: int, limit: int, *, quiet: bool = False) -> Played
         shapes=player.shapes,
         out_of_memory=out_of_memory,
         where=(player.where, player.watch.module()) if out_of_memory else ("", ""),
+        held=player.held,
+        work={} if work is None else work.phases,
+        groups=fake_world.groups if rank == 0 else (),  # the same on every rank
     )
 
 
 class _Player:
     """What a rank does beside training: it watches, and stands in for the disk."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, names: bool) -> None:
+        self.names = names
+        self.held: dict[str, int] = {}
         self.rank, self.watch, self.record = rank, Watch(), Record(rank)
         self.record.module = self.watch.module
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -217,13 +238,15 @@ class _Player:
     def begin(self, phase: str) -> None:
         self.where = phase if phase in _BEFORE_UPDATES else f"{phase} of update {self.update}"
         self.watch.begin(self.where)
+        self.record.phase = self.where
         self.watch.measuring = phase == TRAINING and self.update == UPDATES
 
     def _open_run(self, target: Path, *inputs: Any, **named: Any) -> SharedRunDirectory:
         return SharedRunDirectory(target, None, None)
 
     def _read_weights(self, chunks: Sequence[LanguageModel], iteration_path: Path, source: Path) -> None:
-        self.shapes = weights.wanted_shapes(chunks, weights.saved_shapes(iteration_path))
+        if self.names:
+            self.shapes = weights.wanted_shapes(chunks, weights.saved_shapes(iteration_path))
         allocate_as_loading(chunks)
         self.watch.watch(chunks)
 
@@ -251,6 +274,9 @@ class _Counter(Recorder):
 
     def __init__(self, player: _Player) -> None:
         self._player = player
+
+    def holds(self, parts: Mapping[str, int]) -> None:
+        self._player.held = dict(parts)
 
     def updated(self, step: int, *numbers: Any) -> None:
         self._player.update = step + 1

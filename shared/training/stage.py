@@ -272,7 +272,8 @@ def run(
         replies=None if gpu is not None else replies,  # not rehearsed
     )
     if gpu is not None:
-        rehearse.rehearse(run, gpu, all_ranks=options.all_ranks)
+        nodes = rehearsal_options.nodes(options, config.parallel.processes)
+        rehearse.rehearse(run, gpu, all_ranks=options.all_ranks, nodes=nodes)
         return None
     try:
         loop.train(run)

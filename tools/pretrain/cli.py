@@ -7,10 +7,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from shared.cli import Existing, ExistingDir, NonNegative, Positive, Tool
+from shared.cli import Existing, ExistingDir, ExistingFile, NonNegative, Positive, Tool
 from shared.data.text_options import TextOptions
 from shared.parallel import ParallelConfig, ranks_needed
-from shared.precision import TrainingPrecision
+from shared.precision import RunPrecision, TrainingPrecision
+from shared.rehearsal.machine import DEFAULT_GPU, GpuName
+from shared.rehearsal.speed import GPUS_PER_NODE
 from shared.training.options import ADDED, NOT_FINGERPRINTED, TrainingOptions
 
 tool = Tool("pretrain", summary="Train a tokenizer, prepare text and pretrain with Megatron-Core.")
@@ -88,13 +90,14 @@ def prepare(
     )
 
 
-@tool.command(not_fingerprinted=NOT_FINGERPRINTED, added=(*ADDED, "epochs", "document_mask", "tokenizer"))
+@tool.command(not_fingerprinted=(*NOT_FINGERPRINTED, "plan"), added=(*ADDED, "epochs", "document_mask", "tokenizer"))
 def train(
     options: TrainingOptions,
     sequence_length: Positive | None = None,
     epochs: Positive | None = None,
     document_mask: bool = False,
     tokenizer: ExistingDir | None = None,
+    plan: ExistingFile | None = None,
 ) -> int | None:
     """Pretrain a model of a Megatron checkpoint on indexed datasets, into a run directory of checkpoints.
 
@@ -109,6 +112,7 @@ def train(
             long.
         document_mask: attend within documents only; positions restart, and a document's first token is no target.
         tokenizer: the directory of the tokenizer that plain Megatron pairs were made with.
+        plan: a file of `pretrain plan --json`: the run has its best layout, micro batch and recomputation.
     """
     from tools.pretrain.train import run
 
@@ -118,6 +122,57 @@ def train(
         epochs=epochs,
         document_mask=document_mask,
         tokenizer=tokenizer,
+        plan=plan,
+    )
+
+
+@tool.command(not_fingerprinted=("json",))
+def plan(
+    source: Existing,
+    gpus: Positive,
+    global_batch_size: Positive,
+    gpu: GpuName = DEFAULT_GPU,
+    gpu_memory: str | None = None,
+    gpus_per_node: Positive = GPUS_PER_NODE,
+    sequence_length: Positive | None = None,
+    precision: RunPrecision = "bf16",
+    lora_rank: Positive | None = None,
+    top: Positive = 5,
+    json: Path | None = None,
+) -> None:
+    """Choose the parallel layout of a training run on GPUs that are not at hand.
+
+    Legal layouts, with micro batches and recomputation, are dropped if their states do not fit; the most promising are rehearsed
+    as by `pretrain train --rehearse`, and ranked by a roofline of what was rehearsed. Prints a table, the launch map, the
+    assumptions and the command line of the best one. Memory and times are not compared with a GPU.
+
+    Args:
+        source: a Megatron or Hugging Face directory, or a config.json; no weight is read.
+        gpus: how many GPUs.
+        global_batch_size: sequences per update.
+        gpu: their kind.
+        gpu_memory: the memory of one, as 80GiB, in place of that kind's.
+        gpus_per_node: GPUs of a node; groups that cross nodes use the network.
+        sequence_length: tokens; by default what the model takes, up to 4096.
+        precision: as of `pretrain train`.
+        lora_rank: plan a training of LoRA adapters of this rank on all linear layers.
+        top: rows of the table.
+        json: a file for the plan, which `pretrain train --plan` takes.
+    """
+    from tools.pretrain.plan_layout import run
+
+    run(
+        source=source,
+        gpus=gpus,
+        global_batch_size=global_batch_size,
+        gpu=gpu,
+        gpu_memory=gpu_memory,
+        gpus_per_node=gpus_per_node,
+        sequence_length=sequence_length,
+        lora_rank=lora_rank,
+        precision=precision,
+        top=top,
+        json_file=json,
     )
 
 

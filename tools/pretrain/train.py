@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import UserError
-from shared.training import stage
+from shared.training import plan_file, stage
 from shared.training.options import TrainingOptions
 from shared.training.plan import Inputs
 
@@ -25,6 +25,7 @@ def run(
     epochs: int | None,
     document_mask: bool,
     tokenizer: Path | None,
+    plan: Path | None = None,
 ) -> int | None:
     """Train. Returns the exit code of the worker processes, if any.
 
@@ -34,6 +35,7 @@ def run(
         epochs: passes over the data, of several until the first is used up; None: 1, or `options.steps`.
         document_mask: attend within documents.
         tokenizer: a directory, of plain Megatron pairs in `options.data`.
+        plan: a file of `pretrain plan`, which says the layout.
 
     Raises:
         UserError: inputs or options are inconsistent.
@@ -54,9 +56,13 @@ def run(
             "takes its positions and its mask from tokens of the text; leave it out"
         )
     length = sequence_length or min(inputs.architecture.max_position_embeddings, _SEQUENCE_LENGTH)
+    if plan is not None:
+        options = plan_file.taken(options, plan, architecture=inputs.architecture, sequence_length=length)
     splits = [_training_split(source, length) for source in inputs.data]
     blend = stage.blend(options, inputs, [(split["tokens"] - 1) // length for split in splits])
     steps = options.steps or max(blend.epoch * (epochs or 1) // options.global_batch_size, 1)
+    if plan is not None:
+        plan_file.check_world(plan, stage.parallel_config(options).processes)
     config = stage.plan(options, steps=steps, sequence_length=length, adapter=inputs.lora)
 
     def datasets(order: Order) -> tuple[Dataset, Dataset | None]:

@@ -1,0 +1,149 @@
+"""The rehearsals of big models, and one of each family on 1,024 H100s: `make rehearsals`.
+
+Goes on where it stopped: `recorded.json` beside this file has what was rehearsed, and docs/rehearsal.md its tables. `fresh`
+as an argument begins anew.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from shared.runtime.silence_warnings import silence
+
+silence()
+
+from shared.parallel import ParallelConfig  # noqa: E402
+from shared.rehearsal import reexecute  # noqa: E402
+from shared.rehearsal.launch_map import TITLES, Nodes  # noqa: E402
+from shared.rehearsal.machine import GPUS  # noqa: E402
+from shared.rehearsal.speed import GPUS_PER_NODE, SPEEDS  # noqa: E402
+from shared.training import stage  # noqa: E402
+from shared.training.options import TrainingOptions  # noqa: E402
+from tests.rehearsals.cases import FAMILY_GPUS, GPU, ROWS, Row, architecture_of, largest_of_each_family  # noqa: E402
+from tests.rehearsals.tables import PAGE, RECORDED, write_page  # noqa: E402
+
+MiB = 2**20
+
+
+def base(row: Row) -> Any:
+    options = TrainingOptions(
+        source=Path("."),
+        data=(),
+        target=Path("."),
+        global_batch_size=row.global_batch_size,
+        micro_batch_size=1,
+        processes=1,
+    )
+    return stage.plan(options, steps=1000, sequence_length=row.sequence_length)
+
+
+def planner(row: Row) -> Any:
+    from shared.training.choose_layout import Planner
+
+    return Planner(
+        architecture_of(row.model),
+        base(row),
+        gpus=row.gpus,
+        gpu=GPUS[GPU],
+        speed=SPEEDS[GPU],
+        nodes=Nodes.filled(row.gpus, GPUS_PER_NODE),
+    )
+
+
+def rehearsed(row: Row) -> list[dict[str, Any]]:
+    """A record for each stage that was played."""
+    from dataclasses import replace
+
+    from shared.training.layout_candidates import Candidate
+
+    plan = planner(row)
+    config = replace(
+        plan.base,
+        parallel=ParallelConfig(processes=row.gpus, **row.layout),
+        micro_batch_size=1,
+        recompute=(row.recompute,),
+    )
+    config.check_model(plan.architecture)
+    candidate = Candidate(config=config)
+    (found,) = plan.rehearse([(candidate, plan.held(config.parallel))])
+    if found.failed:
+        raise RuntimeError(f"{row}: {found.failed}")
+    assert found.update is not None
+    return [
+        {
+            "stage": number,
+            "states": played.states,
+            "held": list(found.held[number]),
+            "held_rehearsed": list(played.held.values()),
+            "peak": played.peak,
+            "reserved": played.reserved,
+            "communication": communication(played),
+            "layout": candidate.short(),
+            "seconds_update": found.update.seconds,
+            "mfu": found.mfu(plan.architecture, plan.speed),
+            "rehearsal_seconds": round(found.seconds, 1),
+        }
+        for number, played in found.played.items()
+    ]
+
+
+def communication(played: Any) -> dict[str, float]:
+    """MiB that a rank's operations move in the update that was played, by kind of group."""
+    found: dict[str, float] = defaultdict(float)
+    for each in played.operations:
+        if each.phase.endswith("of update 2"):
+            found[TITLES.get(each.group, "other")] += each.moved / MiB
+    return {title: round(size) for title, size in found.items() if size >= 1}
+
+
+def family(name: str, model: str) -> dict[str, Any]:
+    """The first layout that fits."""
+    row = Row(model=model, gpus=FAMILY_GPUS, layout={}, global_batch_size=FAMILY_GPUS)
+    plan = planner(row)
+    found = plan.search(1, patience=0.0)
+    fit = [each for each in found.rehearsed if each.fits(plan.gpu)]
+    if not fit:
+        return {"model": model, "fits": False, "failed": [each.failed for each in found.rehearsed if each.failed][:1]}
+    first = fit[0]
+    return {
+        "model": model,
+        "fits": True,
+        "parameters": plan.architecture.parameter_count(),
+        "layout": first.candidate.short(),
+        "flags": first.candidate.flags,
+        "reserved": first.reserved,
+        "legal": found.legal,
+    }
+
+
+def main(arguments: list[str]) -> None:
+    if not reexecute.playing():
+        reexecute.reexecute(GPUS[GPU])
+    from shared.rehearsal import fake_world
+
+    fake_world.before_forking()
+    recorded = json.loads(RECORDED.read_text()) if RECORDED.is_file() and "fresh" not in arguments else {}
+    rows, families = recorded.setdefault("rows", {}), recorded.setdefault("families", {})
+
+    def save() -> None:
+        RECORDED.write_text(json.dumps(recorded, indent=1) + "\n")
+
+    for row in ROWS:
+        if row.name not in rows:
+            rows[row.name] = rehearsed(row)
+            save()
+            print(row.name, rows[row.name][0]["rehearsal_seconds"], "s", flush=True)
+    for name, model in largest_of_each_family().items():
+        if name not in families:
+            families[name] = family(name, model)
+            save()
+            print(name, families[name], flush=True)
+    write_page(PAGE, recorded)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

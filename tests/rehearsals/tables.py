@@ -1,0 +1,52 @@
+"""docs/rehearsal.md: its tables of rehearsals, from what was recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+RECORDED = Path(__file__).with_name("recorded.json")
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "rehearsal.md"
+BEGIN, END = "<!-- make rehearsals: begin -->", "<!-- make rehearsals: end -->"
+GiB = 2**30
+
+
+def write_page(page: Path, recorded: Mapping[str, Any]) -> None:
+    """Replace what is between the markers."""
+    text = page.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    page.write_text(before + block(recorded) + after)
+
+
+def block(recorded: Mapping[str, Any]) -> str:
+    """The tables, with their markers."""
+    return "\n".join([BEGIN, "", *_big(recorded["rows"]), "", *_families(recorded["families"]), "", END])
+
+
+def _big(rows: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "| run | stage | states | peak | reserved | MiB moved an update, by group | rehearsed in |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, stages in rows.items():
+        for each in stages:
+            moved = ", ".join(f"{title} {size:,}" for title, size in each["communication"].items())
+            lines.append(
+                f"| {name} | {each['stage']} | {each['states'] / GiB:.1f} | {each['peak'] / GiB:.1f} | "
+                f"{each['reserved'] / GiB:.1f} | {moved or '-'} | {each['rehearsal_seconds']:.0f} s |"
+            )
+    return lines
+
+
+def _families(families: Mapping[str, Any]) -> list[str]:
+    lines = ["| family | largest published size | a layout that fits 1,024 H100s | reserved |", "|---|---|---|---|"]
+    for name, each in families.items():
+        if each["fits"]:
+            layout = each["layout"] + (", uneven stages" if "--pipeline-layers" in each["flags"] else "")
+            layout += f", recompute {each['flags']['--recompute']}" if "--recompute" in each["flags"] else ""
+            lines.append(f"| {name} | {each['model']} | {layout} | {each['reserved'] / GiB:.1f} |")
+        else:
+            lines.append(f"| {name} | {each['model']} | **none found** | |")
+    return lines

@@ -1,0 +1,66 @@
+"""States by arithmetic against the bytes that rehearsals of the same ranks hold."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shared.rehearsal.machine import GPUS
+from shared.rehearsal.reexecute import with_stubs
+
+ROOT = Path(__file__).resolve().parents[3]
+WORKSPACES = 64 * 2**20  # cuBLAS's of a Hopper
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory) -> dict:
+    """By case and stage: bytes by arithmetic, and the rank as it was played."""
+    directory = tmp_path_factory.mktemp("planned")
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("planner_worker.py")), str(directory)],
+        env=with_stubs({**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, GPUS["h100-80"]),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return pickle.loads((directory / "results.pkl").read_bytes())
+
+
+def test_arithmetic_gives_the_bytes_that_a_rehearsal_holds(compared) -> None:
+    """To the byte: weights, gradient buffers with their padding, main weights and moments of the first rank's share."""
+    assert len(compared) == 9
+    for case, stages in compared.items():
+        for stage, (held, played) in stages.items():
+            assert not isinstance(played, Exception), f"{case}: {played} {getattr(played, 'trace', '')}"
+            assert tuple(held) == tuple(played.held.values()), f"{case}, stage {stage}"
+
+
+def test_a_rehearsal_says_no_less_than_arithmetic(compared) -> None:
+    """What is allocated between updates: these, cuBLAS's workspaces, and blocks that are a little larger."""
+    for stages in compared.values():
+        for held, played in stages.values():
+            assert held.total < played.states < held.total + WORKSPACES + 3 * 2**20
+
+
+def test_work_is_counted_by_phase(compared) -> None:
+    """Forward and backward: 6 FLOPs a weight and token (arXiv:2001.08361), and attention, causal in full. Embeddings have none."""
+    from tests.layouts.cases import MODELS
+
+    played = compared["DP 4"][0][1]
+    counted = played.work["forward and backward of update 2"]
+    model = MODELS["GQA"]
+    padded = model.padded_vocab_size(1) - model.vocab_size
+    weights = model.parameter_count() - model.vocab_size * model.hidden_size + padded * model.hidden_size
+    norms = sum(1 for _ in range(2 * model.num_layers + 1)) * model.hidden_size + 2 * model.num_layers * 16
+    tokens = 2 * 32  # micro batches of one row
+    attention = 2 * 4 * 8 * 16 * 32 * tokens * model.num_layers
+    least, most = 6 * (weights - norms) * tokens + attention, 6 * (weights - norms) * tokens + 4 * attention
+    assert least <= counted.flops <= most
+    assert counted.operations > 200
+    assert counted.seconds >= 3e-6 * counted.operations
+    assert played.work["optimizer of update 2"].flops == 0
