@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 2
 # where it is set, every start of a tool compiles its libraries anew, for half a minute
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo demo-real pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity test-hostile bench-serve bench-rehearsal
+.PHONY: help setup demo demo-real pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity test-hostile bench-serve bench-rehearsal rehearsals
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -59,7 +59,7 @@ test-convert: setup containers/.venv/.ready tests/hostile/.venv/.ready ## the co
 
 test-pretrain: setup ## Megatron-Core on this machine, data, pretraining
 	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python $(PYTEST) tests/shared/data tests/shared/kernels tests/shared/model \
-	    tests/shared/rehearsal tests/shared/report tests/shared/runtime tests/shared/training tests/tools/pretrain tests/layouts tests/demo
+	    tests/shared/rehearsal tests/shared/report tests/shared/runtime tests/shared/training tests/tools/pretrain tests/layouts tests/rehearsals tests/demo
 
 test-sft: setup ## supervised fine-tuning
 	OMP_NUM_THREADS=1 tools/sft/.venv/bin/python $(PYTEST) tests/tools/sft
@@ -125,6 +125,9 @@ proofs: setup ## run what proves each family and record it for `convert families
 
 layouts: setup ## train and resume every model kind in every parallel layout, into tools/pretrain/LAYOUTS.md; goes on where it stopped
 	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/layouts/record.py $(CURDIR)/.layouts
+
+rehearsals: setup ## rehearse big models, and a layout of each family on 1,024 GPUs, into docs/rehearsal.md; goes on where it stopped
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python -m tests.rehearsals.record
 
 parity: setup ## 20 updates of sft train beside TRL's SFTTrainer, full and LoRA, into tools/sft/PARITY.md
 	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 tools/sft/.venv/bin/python -m tests.tools.sft.parity

@@ -26,6 +26,7 @@ from shared.rehearsal.speed import Speed
 from shared.rehearsal.work import Work
 from shared.report.metrics import flops_per_token
 from shared.training import loop, model_states, rehearse
+from shared.training.blend import Blend
 from shared.training.config import TrainingConfig
 from shared.training.data import Batch
 from shared.training.layout_candidates import Candidate, Sizes, candidates, guess, guessed_bytes, least_states
@@ -47,11 +48,11 @@ class _NoWeights(Checkpoint):
         return self.path
 
 
-@dataclass(frozen=True)
 class Zeros:
     """A dataset of so many tokens a row, all alike: what is computed does not depend on them."""
 
-    sequence_length: int
+    def __init__(self, sequence_length: int) -> None:
+        self.sequence_length = sequence_length
 
     def __len__(self) -> int:
         return 1
@@ -262,7 +263,7 @@ class Planner:
             target=nowhere,
             overwrite=False,
             extend=False,
-            blend=None,  # type: ignore[arg-type] -- of the recorder, which a rehearsal has not
+            blend=Blend.of(["zeros"], [1], None),
             order="permutation",
             datasets=lambda order: (Zeros(config.sequence_length), None),
             packed=False,

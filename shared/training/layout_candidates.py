@@ -135,8 +135,8 @@ def layouts(architecture: Architecture, gpus: int, sequence_length: int) -> Iter
 
 
 def shares(architecture: Architecture, pipeline: int, virtual: int) -> list[tuple[int, ...] | None]:
-    """Layers of the model chunks: equal shares (None) where they divide; and shares with which the last stage, output layer and MTP
-    layers included, has as much to compute as others."""
+    """Layers of the model chunks: equal shares (None) where they divide; and shares with which the last stage, with output layer
+    and MTP layers, has as much to compute as others."""
     count, chunks = architecture.num_layers, pipeline * virtual
     if pipeline == 1:
         return [None]
@@ -207,8 +207,8 @@ class Sizes:
 
 
 def least_states(sizes: Sizes, config: TrainingConfig) -> float:
-    """Bytes that the stages of a layout have on average, at least: weights, and if they are trained fp32 gradients and this rank's
-    share of the optimizer's state."""
+    """Bytes that the stages of a layout have on average, at least: weights, and if they are trained fp32 gradients and a share of
+    the optimizer's state."""
     parallel, width = config.parallel, 2 if config.precision == "bf16" else 4
     dense = sizes.dense / (parallel.tensor * parallel.pipeline)
     sparse = sizes.experts / (parallel.etp * parallel.expert * parallel.pipeline)

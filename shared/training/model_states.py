@@ -208,8 +208,8 @@ class States:
             if part.trained:
                 tensor = torch.empty(part.numel, dtype=_DTYPES[self._config.precision], device="meta")
                 parameter = torch.nn.Parameter(tensor)
-                parameter.allreduce = not (part.expert and apart)  # type: ignore[attr-defined]
-                parameter.shared_embedding = part.shared_embedding  # type: ignore[attr-defined]
+                parameter.allreduce = not (part.expert and apart)
+                parameter.shared_embedding = part.shared_embedding
                 trained[parameter] = part
         overlap = self._config.overlap and ranks > 1
         _, places = buffer_places(

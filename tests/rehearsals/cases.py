@@ -43,27 +43,29 @@ class Row:
 _SHORT = {"tensor": "TP", "pipeline": "PP", "expert": "EP", "expert_tensor": "ETP"}
 _TP8 = {"tensor": 8, "sequence_parallel": True}
 _TP2 = {"tensor": 2, "sequence_parallel": True}
-_TP4 = {"tensor": 4, "sequence_parallel": True}
 _DEEPSEEK = {**_TP2, "pipeline": 16, "pipeline_layers": (3, *(4,) * 14, 2), "expert": 64, "expert_tensor": 1}
 _KIMI = {**_TP8, "pipeline": 16, "pipeline_layers": (3, *(4,) * 14, 2), "expert": 64, "expert_tensor": 1}
 _QWEN = {**_TP2, "pipeline": 8, "pipeline_layers": (11, *(12,) * 6, 11), "expert": 32, "expert_tensor": 1}
 _LLAMA = {**_TP8, "pipeline": 16, "pipeline_layers": (7, *(8,) * 14, 7)}
 
-# A global batch of 16 micro batches for each data-parallel rank, or of as many stages.
+# A global batch of a micro batch of one sequence for each stage and data-parallel rank: as many as a rehearsal plays.
 ROWS = (
     Row(model="Llama-3.2-1B", gpus=1, layout={}, global_batch_size=2),
     Row(model="Meta-Llama-3-8B", gpus=8, layout=_TP2, global_batch_size=8),
     Row(model="Meta-Llama-3-8B", gpus=8, layout={**_TP2, "pipeline": 2}, global_batch_size=4),
     Row(model="Qwen3-235B-A22B", gpus=256, layout=_QWEN, global_batch_size=128),
-    Row(model="Llama-3.1-405B", gpus=1024, layout=_LLAMA, sequence_length=8192, global_batch_size=128),
-    Row(
-        model="Llama-3.1-405B", gpus=1024, layout=_LLAMA, sequence_length=8192, global_batch_size=128, recompute="full"
-    ),
-    Row(model="DeepSeek-V3", gpus=1024, layout=_DEEPSEEK, global_batch_size=512),
     Row(model="DeepSeek-V3", gpus=1024, layout=_DEEPSEEK, global_batch_size=512, recompute="full"),
-    Row(model="DeepSeek-V3", gpus=1024, layout={**_DEEPSEEK, **_TP8}, global_batch_size=128),
+    Row(model="Llama-3.1-405B", gpus=1024, layout=_LLAMA, sequence_length=8192, global_batch_size=128),
+    Row(model="DeepSeek-V3", gpus=1024, layout=_DEEPSEEK, global_batch_size=512),
     Row(model="Kimi-K2-Instruct", gpus=1024, layout=_KIMI, global_batch_size=128),
-    Row(model="Qwen3-235B-A22B", gpus=1024, layout={**_QWEN, **_TP4}, global_batch_size=256),
+    Row(
+        model="Llama-3.1-405B",
+        gpus=1024,
+        layout=_LLAMA,
+        sequence_length=8192,
+        global_batch_size=128,
+        recompute="full",
+    ),
 )
 
 

@@ -7,6 +7,7 @@ from megatron.core.transformer.moe import token_dispatcher
 
 from tests.upstream import binds, calls, relies_on
 
+LAUNCH_MAP, WORK = "shared/rehearsal/launch_map.py", "shared/rehearsal/work.py"
 FAKE_WORLD = "shared/rehearsal/fake_world.py"
 COLLECTIVES = "shared/rehearsal/collectives.py"
 
@@ -50,3 +51,27 @@ def test_collectives_have_these_arguments() -> None:
     assert torch.ops.c10d.allreduce_.default._opname == "allreduce_", COLLECTIVES
     names = [each.name for each in torch.ops.c10d.alltoall_base_.default._schema.arguments]
     assert names[:5] == ["output", "input", "process_group", "output_split_sizes", "input_split_sizes"], COLLECTIVES
+
+
+def test_groups_have_these_descriptions() -> None:
+    from shared.rehearsal.launch_map import TITLES
+
+    for name in TITLES:
+        relies_on(LAUNCH_MAP, parallel_state.initialize_model_parallel, f"{name!r}")
+
+
+def test_flops_are_counted_by_these_formulas() -> None:
+    """Of products of the run, and one that torch has no formula for."""
+    from torch.utils.flop_counter import flop_registry
+
+    from shared.rehearsal.work import flops_of
+
+    aten = torch.ops.aten
+    one, two = torch.empty(3, 5), torch.empty(5, 7)
+    assert flops_of(aten.mm.default, (one, two), {}, one @ two) == 2 * 3 * 5 * 7, WORK
+    assert flops_of(aten.add.Tensor, (one, one), {}, one) == 0, WORK
+    assert aten._scaled_dot_product_flash_attention in flop_registry, WORK
+    assert aten._grouped_mm not in flop_registry, f"torch counts grouped products now: re-read {WORK}"
+    groups = torch.empty(2, 5, 7)
+    assert flops_of(aten._grouped_mm.default, (one, groups), {}, None) == 2 * 3 * 5 * 7, WORK
+    assert (aten.view.default.is_view, aten.mm.default.is_view) == (True, False), WORK

@@ -48,7 +48,7 @@ def test_a_rehearsal_says_no_less_than_arithmetic(compared) -> None:
 
 
 def test_work_is_counted_by_phase(compared) -> None:
-    """Forward and backward: 6 FLOPs a weight and token (arXiv:2001.08361), and attention, causal in full. Embeddings have none."""
+    """6 FLOPs a weight and token (arXiv:2001.08361), and attention, causal in full. Embeddings have none."""
     from tests.layouts.cases import MODELS
 
     played = compared["DP 4"][0][1]
