@@ -47,7 +47,8 @@ def lines(planner: Planner, found: Search, top: int) -> list[str]:
         ("layout", "micro batch", "recompute", "states", "peak", "reserved", "margin", "s/update", "MFU", "of it")
     ]
     table += [_row(planner, each) for each in shown]
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    table = table if shown else []
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))] if shown else []
     failed = [each for each in found.rehearsed if each.failed]
     return [
         f"plan        {planner.gpus} x {gpu.title} ({quantity(gpu.memory, 'bytes')}, {quantity(RESERVE, 'bytes')} of it "
@@ -57,7 +58,7 @@ def lines(planner: Planner, found: Search, top: int) -> list[str]:
         *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table),
         *(f"failed      {each.candidate.short()}: {each.failed}" for each in failed[:_SHOWN_FAILURES]),
         *_of_first(planner, shown),
-        *(f"assumed     {line}" for line in planner.speed.lines(per_node(planner))),
+        *(f"assumed     {line}" for line in planner.speed.lines(per_node(planner)) if shown),
         f"validity    {NOT_COMPARED}",
     ]
 

@@ -22,7 +22,8 @@ def write_page(page: Path, recorded: Mapping[str, Any]) -> None:
 
 def block(recorded: Mapping[str, Any]) -> str:
     """The tables, with their markers."""
-    return "\n".join([BEGIN, "", *_big(recorded["rows"]), "", *_families(recorded["families"]), "", END])
+    families = ["", *_families(recorded["families"])] if recorded["families"] else []
+    return "\n".join([BEGIN, "", *_big(recorded["rows"]), *families, "", END])
 
 
 def _big(rows: Mapping[str, Any]) -> list[str]:
