@@ -6,11 +6,14 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
+from shared.training import plan_file, stage
+from shared.training.options import TrainingOptions
 from tests import training_runs
-from tests.tools.pretrain.runs import REPOSITORY
+from tests.tools.pretrain.runs import MODEL, REPOSITORY
 from tools.pretrain.cli import tool
 
 SIZES = {"gpus": 4, "gpus_per_node": 2, "global_batch_size": 16, "sequence_length": 32}
@@ -28,7 +31,7 @@ def command(*line: object) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_best_layout_is_one_that_train_takes(source, data, tmp_path) -> None:
+def test_the_best_layout_is_one_that_train_takes(source, data, tmp_path, capsys) -> None:
     """From a config.json alone. The printed command is rehearsed, and `--plan` has the same layout."""
     plan = tmp_path / "plan.json"
     given = {**SIZES, "source": source / "hf" / "config.json", "top": 1, "json": plan}
@@ -57,24 +60,20 @@ def test_the_best_layout_is_one_that_train_takes(source, data, tmp_path) -> None
     flags = written["layouts"][0]["flags"]
     assert f"in {16 // (int(flags['--micro-batch-size']) * _data(flags))} micro batch" in played.stderr
 
-    by_file = [source, data, tmp_path / "run", plan]
-    line = training_runs.words(
-        "train",
-        **dict(zip(("source", "data", "target", "plan"), by_file, strict=True)),
-        sequence_length=32, global_batch_size=16, rehearse=True, world=4,
-    )  # fmt: skip
-    taken = command(*line)
-    assert taken.returncode == 0, taken.stderr
-    assert _layout(taken) == _layout(played)
+    options = TrainingOptions(source=source, data=(), target=tmp_path / "run", global_batch_size=16)
+    taken = plan_file.taken(options, plan, architecture=MODEL, sequence_length=32)
+    parallel = stage.parallel_config(replace(taken, processes=4))
+    layout = next(line for line in played.stderr.splitlines() if line.startswith("layout "))
+    assert layout.removeprefix("layout      4 processes: ") == str(parallel)
+    words = {"source": source, "data": data, "target": tmp_path / "run", "plan": plan, "processes": 8}
+    line = training_runs.words("train", **words, sequence_length=32, global_batch_size=16)
+    assert training_runs.exit_code(tool, line) == 2
+    assert "was made for 4 GPUs, and --processes is 8" in capsys.readouterr().err
 
 
 def _data(flags: dict[str, str]) -> int:
     model = [int(flags.get(f"--{name}-parallel", 1)) for name in ("tensor", "pipeline", "context")]
     return 4 // (model[0] * model[1] * model[2])
-
-
-def _layout(done: subprocess.CompletedProcess) -> list[str]:
-    return [line for line in done.stderr.splitlines() if line.startswith(("layout ", "update "))]
 
 
 @pytest.mark.parametrize(
