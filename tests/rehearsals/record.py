@@ -131,6 +131,7 @@ def main(arguments: list[str]) -> None:
 
     def save() -> None:
         RECORDED.write_text(json.dumps(recorded, indent=1) + "\n")
+        write_page(PAGE, recorded)
 
     for row in ROWS:
         if row.name not in rows:
@@ -142,7 +143,6 @@ def main(arguments: list[str]) -> None:
             families[name] = family(name, model)
             save()
             print(name, families[name], flush=True)
-    write_page(PAGE, recorded)
 
 
 if __name__ == "__main__":

