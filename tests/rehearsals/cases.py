@@ -37,7 +37,8 @@ class Row:
         if layers := self.layout.get("pipeline_layers"):
             words.append(f"({layers[0]}+{len(layers) - 2}x{layers[1]}+{layers[-1]} layers)")
         full = f", recompute {self.recompute}" if self.recompute != "none" else ""
-        return f"{self.model}, {self.gpus} GPU{'s' * (self.gpus > 1)}: {' '.join(words) or 'one rank'}, {self.sequence_length} tokens{full}"
+        gpus = f"{self.gpus} GPU{'s' * (self.gpus > 1)}"
+        return f"{self.model}, {gpus}: {' '.join(words) or 'one rank'}, {self.sequence_length} tokens{full}"
 
 
 _SHORT = {"tensor": "TP", "pipeline": "PP", "expert": "EP", "expert_tensor": "ETP"}
