@@ -62,5 +62,5 @@ def test_work_is_counted_by_phase(compared) -> None:
     least, most = 6 * (weights - norms) * tokens + attention, 6 * (weights - norms) * tokens + 4 * attention
     assert least <= counted.flops <= most
     assert counted.operations > 200
-    assert counted.seconds >= 3e-6 * counted.operations
+    assert counted.seconds >= 3e-6 * counted.operations * (1 - 1e-9)  # a sum of floats
     assert played.work["optimizer of update 2"].flops == 0
