@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 2
 # where it is set, every start of a tool compiles its libraries anew, for half a minute
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo demo-real pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity test-hostile bench-serve bench-rehearsal rehearsals
+.PHONY: help setup demo demo-real pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity test-hostile bench-serve bench-rehearsal rehearsals bench-data
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -108,6 +108,9 @@ test-hostile: setup tests/hostile/.venv/.ready ## random and hostile requests to
 
 bench-save: setup ## what training waits for a save, blocking and with --async-save (6 GB of disk)
 	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/benchmarks/bench_save.py
+
+bench-data: setup ## MB/s of `pretrain prepare` beside reading, the tokenizer alone and Megatron-LM's way (at BENCH_WORK)
+	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/benchmarks/bench_data.py --work $(BENCH_WORK) --record
 
 bench-lora: setup ## bytes of weights, gradients, optimizer and checkpoint: LoRA beside training all weights
 	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/benchmarks/bench_lora.py --record

@@ -27,6 +27,7 @@ DTYPE_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 # Of `megatron.core.datasets.indexed_dataset.DType`; the codes of floats, 6 and 7, hold no token ids.
 READ_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 _HEAD = struct.Struct("<9sQBQQ")
+_BLOCK = 1 << 20  # documents of an index written at a time
 _SCAN = 1 << 24  # tokens or documents looked at at a time
 
 
@@ -36,43 +37,49 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class IndexedWriter:
-    """Writer of `prefix.bin`, document by document, and of `prefix.idx`, on close without an error."""
+    """Writer of `prefix.bin`, document by document, and of `prefix.idx`, on close without an error.
+
+    Memory does not grow with the documents: lengths are written at once, what follows from them on close.
+    """
 
     def __init__(self, prefix: Path, dtype: np.dtype) -> None:
         self.dtype = np.dtype(dtype)
-        self._index_path = Path(f"{prefix}.idx")
-        self._lengths: list[npt.NDArray[np.int32]] = []
-        self._file = Path(f"{prefix}.bin").open("wb")  # noqa: SIM115 -- closed by close()
-
-    @property
-    def tokens(self) -> int:
+        self.tokens = 0
         """Tokens written so far."""
-        return int(sum(int(lengths.sum(dtype=np.int64)) for lengths in self._lengths))
-
-    @property
-    def documents(self) -> int:
+        self.documents = 0
         """Documents written so far."""
-        return int(sum(len(lengths) for lengths in self._lengths))
+        self._index_path = Path(f"{prefix}.idx")
+        self._file = Path(f"{prefix}.bin").open("wb")  # noqa: SIM115 -- closed by close()
+        self._index = self._index_path.open("w+b")
+        self._index.write(bytes(_HEAD.size))
 
     def add(self, tokens: npt.NDArray[np.integer], lengths: Sequence[int] | npt.NDArray[np.int32]) -> None:
         """Append documents: their concatenated ids, and the length of each in tokens."""
         sizes = np.asarray(lengths, dtype=np.int32)
         assert int(sizes.sum(dtype=np.int64)) == len(tokens), "lengths do not add up to the tokens"
-        self._file.write(np.ascontiguousarray(tokens, dtype=self.dtype).tobytes())
-        self._lengths.append(sizes)
+        np.ascontiguousarray(tokens, dtype=self.dtype).tofile(self._file)
+        self._index.write(sizes.tobytes())
+        self.tokens += len(tokens)
+        self.documents += len(sizes)
 
     def close(self) -> None:
         """Write the index. Both files are then complete."""
         self._file.close()
-        lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.int32)
-        starts = np.zeros(len(lengths), np.int64)
-        np.cumsum(lengths[:-1], dtype=np.int64, out=starts[1:])
-        starts *= self.dtype.itemsize
-        with self._index_path.open("wb") as file:
-            file.write(HEADER)
-            file.write(struct.pack("<QBQQ", VERSION, DTYPE_CODES[self.dtype], len(lengths), len(lengths) + 1))
-            for array in (lengths, starts, np.arange(len(lengths) + 1, dtype=np.int64)):
-                file.write(array.tobytes())
+        with self._index as file:
+            start = 0  # bytes before the next document
+            for first in range(0, self.documents, _BLOCK):
+                file.seek(_HEAD.size + 4 * first)
+                lengths = np.frombuffer(file.read(4 * min(_BLOCK, self.documents - first)), np.int32)
+                ends = start + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+                file.seek(_HEAD.size + 4 * self.documents + 8 * first)
+                file.write(np.concatenate([[start], ends[:-1]]).astype(np.int64).tobytes())
+                start = int(ends[-1])
+            file.seek(_HEAD.size + 12 * self.documents)
+            for first in range(0, self.documents + 1, _BLOCK):
+                file.write(np.arange(first, min(first + _BLOCK, self.documents + 1), dtype=np.int64).tobytes())
+            file.seek(0)
+            code = DTYPE_CODES[self.dtype]
+            file.write(_HEAD.pack(HEADER, VERSION, code, self.documents, self.documents + 1))
             file.flush()
             os.fsync(file.fileno())
 
@@ -86,6 +93,8 @@ class IndexedWriter:
             self.close()
         else:
             self._file.close()
+            self._index.close()
+            self._index_path.unlink()  # without its header it is no index
 
 
 class IndexedReader:

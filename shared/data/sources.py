@@ -127,13 +127,14 @@ def pieces(path: Path, piece_bytes: int) -> list[Piece]:
     Only uncompressed JSON lines can be split; any other file is one piece.
     """
     size = path.stat().st_size
-    if not is_rows(path) or is_table(path) or is_compressed(path) or size <= piece_bytes or _is_array(path):
+    if not is_rows(path) or is_table(path) or is_compressed(path) or size <= piece_bytes or is_array(path):
         return [Piece(path=path, start=0, end=size)]
     bounds = [0]
     with path.open("rb") as file:
         while bounds[-1] + piece_bytes < size:
             file.seek(bounds[-1] + piece_bytes)
-            file.readline()  # to the end of the current line
+            while (block := file.readline(1 << 20)) and not block.endswith(b"\n"):
+                pass  # to the end of the current line
             bounds.append(file.tell())
     if bounds[-1] < size:
         bounds.append(size)
@@ -150,8 +151,8 @@ def rows(piece: Piece, *, reject: Reject | None = None) -> Iterator[Row]:
     """
     if is_table(piece.path):
         values = table_rows(piece.path)
-    elif piece.start == 0 and _is_array(piece.path):
-        with _open(piece.path) as file:
+    elif piece.start == 0 and is_array(piece.path):
+        with open_uncompressed(piece.path) as file:
             values = iter(_json(decode(file.read(), piece.path), piece.path, 1))
     else:
         yield from _lines(piece, reject)
@@ -180,8 +181,8 @@ def rows_of(path: Path, *, flag: str) -> Iterator[Row]:
 
 
 def _lines(piece: Piece, reject: Reject | None) -> Iterator[Row]:
-    line_number = _lines_before(piece)
-    with _open(piece.path) as file:
+    line_number = lines_before(piece)
+    with open_uncompressed(piece.path) as file:
         position = piece.start
         if position:
             file.seek(position)
@@ -190,8 +191,7 @@ def _lines(piece: Piece, reject: Reject | None) -> Iterator[Row]:
             position += len(line)
             if line.removeprefix(codecs.BOM_UTF8).strip():
                 try:
-                    text = decode(line, piece.path, first_line=line_number)
-                    row = _row(_json(text.rstrip(), piece.path, line_number), piece.path, line_number)
+                    row = line_row(line, piece.path, line_number)
                 except UserError as error:
                     if reject is None:
                         raise
@@ -203,6 +203,15 @@ def _lines(piece: Piece, reject: Reject | None) -> Iterator[Row]:
                 return
 
 
+def line_row(line: bytes, path: Path, number: int) -> Row:
+    """The row in a line of JSON.
+
+    Raises:
+        UserError: the line is not UTF-8, not JSON or not a JSON object; a text in it has a lone surrogate.
+    """
+    return _row(_json(decode(line, path, first_line=number).rstrip(), path, number), path, number)
+
+
 def texts(piece: Piece, text_key: str) -> Iterator[str]:
     """The documents of a piece: the file's text, or the value of `text_key` in every row.
 
@@ -210,17 +219,26 @@ def texts(piece: Piece, text_key: str) -> Iterator[str]:
         UserError: the file is not UTF-8, or a row has no such key or no string under it.
     """
     if not is_rows(piece.path):
-        with _open(piece.path) as file:
+        with open_uncompressed(piece.path) as file:
             yield decode(file.read(), piece.path)
         return
     for row in rows(piece):
-        if text_key not in row.value:
-            keys = ", ".join(list(row.value)[:8])
-            raise row.error(f"no key {text_key!r} (the row has: {keys}); name the key with --text-key")
-        text = row.value[text_key]
-        if not isinstance(text, str):
-            raise row.error(f"{text_key!r} is {type(text).__name__}, not a string")
-        yield text
+        yield row_text(row, text_key)
+
+
+def row_text(row: Row, text_key: str) -> str:
+    """The text of a row.
+
+    Raises:
+        UserError: the row has no such key, or no string under it.
+    """
+    if text_key not in row.value:
+        keys = ", ".join(list(row.value)[:8])
+        raise row.error(f"no key {text_key!r} (the row has: {keys}); name the key with --text-key")
+    text = row.value[text_key]
+    if not isinstance(text, str):
+        raise row.error(f"{text_key!r} is {type(text).__name__}, not a string")
+    return text
 
 
 def decode(content: bytes, path: Path, *, first_line: int = 1) -> str:
@@ -230,24 +248,30 @@ def decode(content: bytes, path: Path, *, first_line: int = 1) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = first_line + content.count(b"\n", 0, error.start)
-        utf16 = first_line == 1 and content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        name = "UTF-16" if utf16 else "LATIN1"
-        raise UserError(
-            f"{path}:{line}: not UTF-8 (byte 0x{content[error.start]:02x}); leave the file out, or convert it to UTF-8: "
-            f"`iconv -f {name} -t UTF-8` if it is {name}"
-        ) from None
+        raise decode_error(error, path, first_line) from None
 
 
-def _is_array(path: Path) -> bool:
+def decode_error(error: UnicodeDecodeError, path: Path, first_line: int) -> UserError:
+    """UserError with the line of the first invalid byte; the bytes that were decoded begin in `first_line`."""
+    content = error.object
+    line = first_line + content.count(b"\n", 0, error.start)
+    utf16 = first_line == 1 and content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    name = "UTF-16" if utf16 else "LATIN1"
+    return UserError(
+        f"{path}:{line}: not UTF-8 (byte 0x{content[error.start]:02x}); leave the file out, or convert it to UTF-8: "
+        f"`iconv -f {name} -t UTF-8` if it is {name}"
+    )
+
+
+def is_array(path: Path) -> bool:
     """Whether the first character of a file is the bracket of a JSON array."""
-    with _open(path) as file:
+    with open_uncompressed(path) as file:
         return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
 def _begins_with_rows(path: Path) -> bool:
     """Whether a file begins with an array of objects, or its first line that is not empty is an object."""
-    with _open(path) as file:
+    with open_uncompressed(path) as file:
         start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
         if start[:1] == b"[":
             return start[1:].lstrip()[:1] == b"{"
@@ -290,7 +314,7 @@ def _is_text(value: Any) -> bool:
     return all(map(_is_text, value)) if isinstance(value, list) else True
 
 
-def _lines_before(piece: Piece) -> int:
+def lines_before(piece: Piece) -> int:
     """Number of lines before the piece, for line numbers in errors."""
     if piece.start == 0:
         return 0
@@ -308,7 +332,7 @@ def _inner_suffix(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
+def open_uncompressed(path: Path) -> Iterator[IO[bytes]]:
     """The file's uncompressed bytes."""
     suffix = path.suffix.lower()
     try:

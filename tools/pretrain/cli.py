@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -43,7 +43,9 @@ def tokenizer(
     run(source=source, target=target, vocab_size=vocab_size, text_key=text_key, overwrite=overwrite)
 
 
-@tool.command(not_fingerprinted=("workers",), added=("end_of_document", "bos"))
+@tool.command(
+    not_fingerprinted=("workers", "shard", "tokenizer_backend"), added=("end_of_document", "bos", "deduplicate")
+)
 def prepare(
     source: tuple[Existing, ...],
     tokenizer: ExistingDir,
@@ -53,7 +55,10 @@ def prepare(
     text_key: str = "text",
     end_of_document: str | None = None,
     bos: bool | None = None,
+    deduplicate: Literal["exact", "minhash"] | None = None,
+    tokenizer_backend: Literal["auto", "tokenizers"] = "auto",
     workers: NonNegative = 0,
+    shard: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Tokenise text into a Megatron indexed dataset.
@@ -71,7 +76,13 @@ def prepare(
         end_of_document: the token that ends each document; by default the tokenizer's eos token, or, where that ends a turn
             of a chat, the token of its vocabulary that ends documents.
         bos: begin each document with the tokenizer's bos token; by default if the tokenizer itself puts it before a text.
+        deduplicate: keep the first of documents with the same text (exact), or also of those with nearly the same words
+            (minhash).
+        tokenizer_backend: auto takes fastokens, many times faster, if its ids are those of tokenizers on the first 10 MB of
+            the text; tokenizers takes no other.
         workers: processes that tokenise; 0 uses every core.
+        shard: one of several processes on a shared file system: 1/4 to 4/4 each tokenise their share, and the last one to
+            finish publishes. The number may change between runs. publish/4 only publishes.
         overwrite: replace what is published at the target.
     """
     from tools.pretrain.prepare import run
@@ -85,7 +96,10 @@ def prepare(
         text_key=text_key,
         end_of_document=end_of_document,
         bos=bos,
+        deduplicate=deduplicate,
+        tokenizer_backend=tokenizer_backend,
         workers=workers,
+        shard=shard,
         overwrite=overwrite,
     )
 

@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
 import shared.data.parts as parts
+import shared.data.tokenizer_backends as tokenizer_backends
 from shared.checkpoint.directory.open import open_checkpoint
 from shared.cli import invoked
 from shared.data.parts import init_worker, plan
@@ -89,6 +91,8 @@ def test_documents_come_back_in_order(source: Path, tokenizer: Path, tmp_path: P
     assert split["tokens"] == sum(_lengths(tmp_path / "out"))
     assert facts["empty_documents"] == 1
     assert (facts["format"], facts["dtype"]) == ("indexed", "uint16")
+    assert facts["tokenizer_backend"]["name"] == "tokenizers"
+    assert "too little" in facts["tokenizer_backend"]["reason"]
     assert not (tmp_path / "out.work").exists()
 
 
@@ -114,18 +118,6 @@ def test_parts_change_neither_tokens_nor_order(
     assert (tmp_path / "small" / "train.idx").read_bytes() == (tmp_path / "large" / "train.idx").read_bytes()
 
 
-def test_a_tokenizer_that_puts_a_space_first_is_not_given_stretches() -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {"[UNK]": 0, "\u2581a": 1, "a": 2, "\n": 3}
-    spaced = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    spaced.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
-    plain = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    plain.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
-    assert not parts._may_cut(spaced)
-    assert parts._may_cut(plain)
-
-
 def test_a_share_for_validation_keeps_equal_texts_together(source: Path, tokenizer: Path, tmp_path: Path) -> None:
     (source / "again.jsonl").write_text((source / "rows.jsonl").read_text())
     facts = _prepare(source, tokenizer, tmp_path / "out", validation_fraction=0.3)
@@ -143,6 +135,63 @@ def test_documents_in_both_splits_are_counted(source: Path, tokenizer: Path, tmp
     assert facts["validation_documents_in_train"] == 2
     assert facts["splits"]["validation"]["documents"] == 3
     assert _read(tmp_path / "out", "validation") == [TEXTS[3], "something else", TEXTS[55]]
+
+
+def test_the_fast_back_end_gives_the_same_dataset(
+    source: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "PART_BYTES", 500)
+    slow = _prepare(source, tokenizer, tmp_path / "slow", validation_fraction=0.3, bos=True)
+    monkeypatch.setattr(tokenizer_backends, "WORTH_IT", 0)
+    monkeypatch.setattr(parts, "SAMPLED", 2)
+    monkeypatch.setattr(parts, "BATCH_CHARACTERS", 40)
+    fast = _prepare(source, tokenizer, tmp_path / "fast", validation_fraction=0.3, bos=True)
+    backend = fast.pop("tokenizer_backend")
+    assert slow.pop("tokenizer_backend")["name"] == "tokenizers"
+    assert fast == slow
+    for name in ("train.bin", "train.idx", "validation.bin", "validation.idx"):
+        assert (tmp_path / "slow" / name).read_bytes() == (tmp_path / "fast" / name).read_bytes()
+    assert backend["name"] == "fastokens"
+    assert backend["compared_bytes"] == sum(len(text.encode()) for text in TEXTS)
+    assert backend["sampled_texts"] > 10
+
+
+@pytest.mark.parametrize("method", ["exact", "minhash"])
+def test_repeated_documents_are_left_out_and_accounted_for(
+    source: Path, tokenizer: Path, tmp_path: Path, method: str
+) -> None:
+    again = [*TEXTS[3:9], TEXTS[20].upper()]
+    (source / "zz.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in again))
+    facts = _prepare(source, tokenizer, tmp_path / "out", deduplicate=method)
+    account = facts["deduplication"]
+    assert account["documents"] == {"train": 67}
+    kept = facts["splits"]["train"]["documents"]
+    assert account["dropped"]["train"] == 67 - kept
+    dropped = np.load(tmp_path / "out" / "dropped.npy")
+    assert len(dropped) == 67 - kept
+    assert (dropped[:, 1] < dropped[:, 0]).all()
+    found = _read(tmp_path / "out", "train")
+    whole = [text for file in expand([source], flag="") for text in texts(plan([file])[0].pieces[0], "text") if text]
+    assert found == [text for index, text in enumerate(whole) if index not in dropped[:, 0]]
+    if method == "exact":
+        assert kept == 61  # the upper-cased one is another text
+        assert [whole[earlier] for earlier in dropped[:, 1]] == [whole[later] for later in dropped[:, 0]]
+        assert "library" not in account
+    else:
+        assert kept < 61  # of each function's text repeated one to five times, most are near-duplicates
+        assert account["library"].startswith("rensa ")
+
+
+def test_a_training_document_that_repeats_a_validation_document_is_left_out(
+    source: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "validation.jsonl"
+    other.write_text("".join(json.dumps({"text": text}) + "\n" for text in [TEXTS[3], TEXTS[3], "something else"]))
+    facts = _prepare(source, tokenizer, tmp_path / "out", validation=(other,), deduplicate="exact")
+    assert facts["deduplication"]["dropped"] == {"validation": 1, "train": 1}
+    assert facts["validation_documents_in_train"] == 0
+    assert _read(tmp_path / "out", "validation") == [TEXTS[3], "something else"]
+    assert TEXTS[3] not in _read(tmp_path / "out", "train")
 
 
 def test_a_large_vocabulary_is_stored_in_four_bytes(source: Path, tokenizer: Path, tmp_path: Path) -> None:
@@ -213,8 +262,7 @@ with invoked("pretrain", "prepare", {{}}):
     assert killed.returncode == -signal.SIGKILL
     with pytest.raises(UserError, match="holds no checkpoint"):
         open_checkpoint(tmp_path / "out.work", kinds=("dataset",), flag="--data")
-    with pytest.raises(UserError, match="killed run"):
-        open_checkpoint(next(tmp_path.glob("out.partial-*")), kinds=("dataset",), flag="--data")
+    assert not list(tmp_path.glob("out.partial-*"))  # the dataset is begun when all parts are there
 
     (source / "text9.txt").write_text(TEXTS[0])  # the last part changes, those before are found again
     capfd.readouterr()
@@ -238,7 +286,7 @@ def test_a_finished_dataset_is_not_made_again(source: Path, tokenizer: Path, tmp
 
 def test_two_at_once_are_told_apart(source: Path, tokenizer: Path, tmp_path: Path) -> None:
     work = tmp_path / "out.work"
-    held = prepare._open_work(work)
+    held = prepare.open_work(work)
     with pytest.raises(UserError, match="another process"):
         _prepare(source, tokenizer, tmp_path / "out")
     os.close(held)
