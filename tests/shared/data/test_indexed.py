@@ -7,6 +7,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
+from shared.data import indexed
 from shared.data.indexed import IndexedReader, IndexedWriter, token_dtype
 from shared.errors import UserError
 
@@ -134,3 +135,22 @@ def test_documents_that_do_not_follow_one_another_are_named(pair: Path) -> None:
     index.write_bytes(raw)
     with pytest.raises(UserError, match=r"pair.idx: document 1 does not begin where the one before it ends"):
         IndexedReader(pair, flag="--data").check(10)
+
+
+def test_the_index_is_the_same_written_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [3, 0, 5, 1, 2, 7, 4]
+    for name, block in (("whole", 1 << 20), ("blocks", 2)):
+        monkeypatch.setattr(indexed, "_BLOCK", block)
+        with IndexedWriter(tmp_path / name, np.dtype(np.uint16)) as writer:
+            writer.add(np.arange(8), lengths[:3])
+            writer.add(np.arange(14), lengths[3:])
+            assert (writer.tokens, writer.documents) == (22, 7)
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"whole.{suffix}").read_bytes() == (tmp_path / f"blocks.{suffix}").read_bytes()
+    assert IndexedReader(tmp_path / "blocks", flag="--data").pointers.tolist() == [0, 6, 6, 16, 18, 22, 36]
+
+
+def test_a_writer_that_fails_leaves_no_index(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), IndexedWriter(tmp_path / "data", np.dtype(np.uint16)):
+        raise KeyError
+    assert not (tmp_path / "data.idx").exists()

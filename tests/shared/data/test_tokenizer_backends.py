@@ -15,6 +15,7 @@ from shared.errors import UserError
 SOURCES = sorted(Path(module.__file__).parent.glob("*.py"))
 TEXTS = [path.read_text() for path in SOURCES] + [
     "caf\u00e9 \u4f60\u597d \U0001f600 1234 5 67\u0661\u0662  <|end|><|not special|>  \r\n\n\n x\ty 's 'LL don't",
+    "a   5 and  66,\n\n 7 \t8  x",  # white space before digits
     " ",
     "\n\n",
     "\u00a0\u3000 a",
