@@ -46,8 +46,11 @@ def hash_file(path: Path, advance: Callable[[int], None] = lambda amount: None) 
     xxHash3 runs at memory speed. It detects damage, not forgery.
     """
     digest = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as file:
+        size = max(
+            os.fstat(file.fileno()).st_size, 4096
+        )  # a buffer is filled with zeros first: a small one for a small file
+        buffer = memoryview(bytearray(min(size, _BLOCK)))
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
             advance(count)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 import xxhash
 
-from shared.checkpoint.directory.manifest import Inputs, parents_of, run_fingerprint
+from shared.checkpoint.directory.manifest import Inputs, Parent, parents_of, run_fingerprint
 from shared.checkpoint.directory.open import open_checkpoint
 from shared.checkpoint.directory.publish import publish
 from shared.checkpoint.directory.sharded_publish import ShardSpec
@@ -79,9 +80,9 @@ def run(
             raise UserError(f"--validation {min(both)}: this file is also in --source")
     work = target.with_name(target.name + WORK)
     try:
-        fingerprint = _check(target, inputs, overwrite)
+        parents = _check(target, inputs, overwrite)
         hf_files = open_checkpoint(tokenizer, kinds=("tokenizer", "hf", "megatron"), flag="--tokenizer").hf_files
-        recipe, ends = _recipe(hf_files, text_key, end_of_document, bos)
+        recipe, ends = _open_recipe(hf_files, text_key, end_of_document, bos)
         log(str(ends))
         target.parent.mkdir(parents=True, exist_ok=True)
         held = open_work(work, shard=spec is not None)
@@ -92,7 +93,7 @@ def run(
             choice = _choose(tokenizer_backend, recipe, every, workers or usable_cores())
             log(str(choice))
             recipe = replace(recipe, backend=choice.name)
-            ledger = Ledger(work, every, recipe, fingerprint)
+            ledger = Ledger(work, every, recipe, run_fingerprint(invocation(), inputs, parents))
             _tokenise(every, recipe, work, workers, ledger, spec)
             if (finished := _all_finished(ledger, plans, spec, target)) is None:
                 return
@@ -103,6 +104,7 @@ def run(
                 facts = _publish(
                     target,
                     inputs,
+                    parents,
                     overwrite,
                     hf_files,
                     recipe,
@@ -126,13 +128,28 @@ def run(
     print(json.dumps({"target": str(target), **facts}))
 
 
-def _check(target: Path, inputs: Inputs, overwrite: bool) -> str:
-    """Check the target before any work, also where only the last shard publishes. Returns the run's fingerprint."""
+def _check(target: Path, inputs: Inputs, overwrite: bool) -> list[Parent]:
+    """Check the target before any work, also where only the last shard publishes. Returns what the inputs are."""
     check_overlap(target, inputs)
     parents = parents_of(inputs)
     fingerprint = run_fingerprint(invocation(), inputs, parents)
     check_target(target, fingerprint=fingerprint, parents=parents, overwrite=overwrite)
-    return fingerprint
+    return parents
+
+
+def _open_recipe(*given: Any) -> tuple[Recipe, DocumentTokens]:
+    """`_recipe`, in a process that ends with it: transformers imports torch, which would hold half a GiB during the run."""
+    if "torch" in sys.modules:
+        return _recipe(*given)
+    return next(ordered_map(_recipe_of, [given], workers=2, setup=_no_setup))
+
+
+def _recipe_of(given: tuple[Any, ...]) -> tuple[Recipe, DocumentTokens]:
+    return _recipe(*given)
+
+
+def _no_setup() -> None:
+    pass
 
 
 def _recipe(
@@ -218,6 +235,7 @@ def _all_finished(ledger: Ledger, plans: dict[str, list[Part]], shard: ShardSpec
 def _publish(
     target: Path,
     inputs: Inputs,
+    parents: list[Parent],
     overwrite: bool,
     hf_files: Path,
     recipe: Recipe,
@@ -229,7 +247,7 @@ def _publish(
 ) -> dict[str, Any]:
     """Join the parts and publish. Returns the facts of the manifest."""
     every = [part for parts in finished.values() for part in parts]
-    with publish(target, kind="dataset", inputs=inputs, overwrite=overwrite) as out:
+    with publish(target, kind="dataset", inputs=inputs, overwrite=overwrite, parents=parents) as out:
         merged = merge(finished, recipe, validation_fraction, deduplicate, out.path)
         copy_tokenizer(hf_files, out.path / "tokenizer")
         backend: dict[str, Any] = {"name": choice.name, "version": choice.version, "reason": choice.reason}

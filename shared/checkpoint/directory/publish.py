@@ -143,7 +143,13 @@ def file_entries(root: Path, paths: list[Path], known: dict[str, str] | None = N
 
 @contextlib.contextmanager
 def publish(
-    target: Path, *, kind: Kind, inputs: Inputs, overwrite: bool = False, resumable: bool = False
+    target: Path,
+    *,
+    kind: Kind,
+    inputs: Inputs,
+    overwrite: bool = False,
+    resumable: bool = False,
+    parents: list[Parent] | None = None,
 ) -> Iterator[Publication]:
     """Context manager of a publication: the target appears when the block ends without an exception.
 
@@ -154,13 +160,14 @@ def publish(
         overwrite: replace a published or unfinished directory of Baton's.
         resumable: keep the partial directory on a kill, a stop or a StageError; the next run with the same work key resumes it.
             Large files must be written by `Publication.write`.
+        parents: of the inputs, where they are known: to find them reads the inputs.
 
     Raises:
         AlreadyDone: the target holds the result of a run with the same fingerprint.
         UserError: the target overlaps an input, or holds something else.
     """
     check_overlap(target, inputs)
-    parents = parents_of(inputs)
+    parents = parents_of(inputs) if parents is None else parents
     fingerprint = run_fingerprint(invocation(), inputs, parents)
     check_no_shards(target)
     partial, lock_descriptor = clear_leftovers(target, resume=fingerprint if resumable else None)
