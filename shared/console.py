@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 _LINE_EVERY = 10.0  # seconds between progress lines without a terminal
 
@@ -67,3 +67,8 @@ def quantity(amount: float, unit: str) -> str:
             return f"{amount:.0f} {prefix}" if prefix == "B" else f"{amount:.1f} {prefix}"
         amount /= 1024
     return f"{amount:.1f} TiB"
+
+
+def abbreviated(names: Sequence[str]) -> str:
+    """The first name and the number of further names."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]

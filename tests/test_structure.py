@@ -35,6 +35,7 @@ LAYERS = (
     ),  # config.json of a directory
     ("shared.checkpoint.formats",),
     ("shared.checkpoint.directory",),
+    ("shared.checkpoint.lora",),
     ("shared.families",),
     ("shared.weight_account",),
     ("shared.runtime", "shared.rehearsal"),
@@ -79,7 +80,7 @@ SHARED_NAMES = {
     "mtp.py": _SUBJECT,
     "norm.py": _SUBJECT,
     "prefix_lm.py": _SUBJECT,
-    "lora.py": "adapters: trained in model, merged in convert",
+    "lora.py": "adapters: trained in model, of transformers' models in rlhf",
     "data.py": "what is trained on: rows of tokens in training, prompts and pairs in rlhf",
     "state.py": "what a resume needs beside the weights: of training, of rlhf",
     "engine.py": "the seam of engines: that train in rlhf, that generate in infer",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from shared.architecture.architecture import Architecture
@@ -47,8 +46,3 @@ def result_line(target: Path, size: int, seconds: float) -> str:
     """Log line after the copy."""
     rate = size / 1e6 / max(seconds, 1e-9)
     return f"{target}: {quantity(size, 'bytes')} in {seconds:.1f} s, {rate:.0f} MB/s"
-
-
-def abbreviated(names: Sequence[str]) -> str:
-    """The first name and the number of further names."""
-    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]

@@ -20,10 +20,10 @@ from shared.checkpoint.formats.hugging_face import (
 )
 from shared.checkpoint.formats.safetensors_file import TensorInfo, read_header
 from shared.cli import log
+from shared.console import abbreviated
 from shared.errors import UserError
 from shared.mapping.rule import Table
 from shared.quantized.scheme import QuantizationScheme
-from tools.convert.conversion_report import abbreviated
 from tools.convert.plan_import import ImportPlan
 from tools.convert.quantization_fields import without_quantization
 

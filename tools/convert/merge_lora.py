@@ -24,6 +24,9 @@ from shared.checkpoint.directory.publish import publish
 from shared.checkpoint.dtypes import Dtype, weight_dtype
 from shared.checkpoint.formats.hugging_face import HfReader, WeightLayout, weight_files, write_index
 from shared.checkpoint.formats.safetensors_file import TensorInfo
+from shared.checkpoint.lora.match import Changes, match, read_adapter, vocabulary_rows
+from shared.checkpoint.lora.merge import Matrix, merged
+from shared.checkpoint.lora.peft_files import TOKENIZER_FILES
 from shared.cli import log
 from shared.errors import UserError
 from shared.families import registry
@@ -31,13 +34,11 @@ from shared.families.common.multimodal_wrapper import untied as untied_config
 from shared.invocation import invocation
 from shared.mapping.rule import Table
 from shared.quantized.stored_weight import sliced
-from tools.convert.adapter import Changes, match, read_adapter, vocabulary_rows
 from tools.convert.conversion import run_conversion
 from tools.convert.hf_files import remove_quantization_config
 from tools.convert.hf_source import source_architecture
-from tools.convert.lora import Matrix, merged
 from tools.convert.plan_import import plan_import, tied_checks
-from tools.convert.tokenizer_files import FILES, check_same_vocabulary
+from tools.convert.tokenizer_files import check_same_vocabulary
 
 _MATRIX_THREADS = "OPENBLAS_NUM_THREADS"  # BLAS threads per copy thread
 
@@ -96,7 +97,7 @@ def run(
             + max((delta.bytes_held for each in changes.deltas.values() for delta in each), default=0),
         )
         write_index(out.path, merge.layout)
-        if own := [name for name in FILES if (adapter / name).is_file()]:
+        if own := [name for name in TOKENIZER_FILES if (adapter / name).is_file()]:
             log(f"from the adapter: {', '.join(own)}")
             for name in own:
                 shutil.copyfile(adapter / name, out.path / name)

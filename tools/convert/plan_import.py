@@ -22,11 +22,11 @@ from shared.checkpoint.dtypes import FP64, Dtype, common, weight_dtype
 from shared.checkpoint.formats.hugging_face import HfReader
 from shared.checkpoint.formats.torch_dist_writer import CHUNK_BYTES, TorchDistLayout
 from shared.cli import log
+from shared.console import abbreviated
 from shared.errors import UserError
 from shared.mapping.account import Account, account_sources
 from shared.mapping.extra_states import extra_states
 from shared.mapping.rule import Entry, Table, TiedTensor
-from tools.convert.conversion_report import abbreviated
 from tools.convert.planning import entry_operations
 
 # Content of common.pt as written by Megatron-Core up to 0.18; later versions read it too.

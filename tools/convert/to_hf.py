@@ -21,12 +21,12 @@ from shared.checkpoint.formats.megatron_lm_ranks import rank_files
 from shared.checkpoint.formats.torch_dist_reader import TorchDistReader
 from shared.checkpoint.formats.transformer_engine_reader import TeReader
 from shared.cli import log
+from shared.console import abbreviated
 from shared.errors import UserError
 from shared.families import registry
 from shared.mapping.transformer_engine import te_form
 from shared.precision import Precision
 from tools.convert.conversion import run_conversion
-from tools.convert.conversion_report import abbreviated
 from tools.convert.hf_files import (
     PASS_THROUGH_FILE,
     match_pass_through,

@@ -17,18 +17,15 @@ from shared.checkpoint.directory.publish import publish
 from shared.checkpoint.dtypes import Dtype
 from shared.checkpoint.formats.hugging_face import default_layout, write_weights
 from shared.checkpoint.formats.torch_dist_reader import NON_WEIGHT_PREFIXES, TorchDistReader
+from shared.checkpoint.lora.peft_files import TOKENIZER_FILES, adapter_config
 from shared.cli import log
 from shared.errors import UserError
 from shared.families import registry
-from shared.mapping.adapters import LoraSettings, adapted_linears, adapter_copies, peft_names, peft_shapes, peft_targets
+from shared.mapping.adapters import LoraSettings, adapted_linears, adapter_copies, peft_names, peft_shapes
 from shared.mapping.rule import Table
-from tools.convert.tokenizer_files import FILES
 
 if TYPE_CHECKING:
     import numpy as np
-
-# The version whose conventions the files follow: before 0.19 PEFT swapped the sides of experts.
-_PEFT_VERSION = "0.21.2"
 
 
 def publish_adapter(
@@ -61,7 +58,7 @@ def publish_adapter(
         relative = os.path.relpath(base.resolve(), target.resolve())
         config = adapter_config(settings, table, relative)
         (out.path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name in FILES:
+        for name in TOKENIZER_FILES:
             if (run.hf_files / name).is_file():
                 shutil.copyfile(run.hf_files / name, out.path / name)
         write_adapter_card(out.path, Stage.of_run(run.manifest), name=target.name, base=base, link=relative)
@@ -91,28 +88,6 @@ def settings_of(run: Checkpoint) -> LoraSettings:
 def table_of(run: Checkpoint) -> Table:
     """The tensor table of a run's base."""
     return registry.table_of(registry.from_files(run.hf_files))
-
-
-def adapter_config(settings: LoraSettings, table: Table, base: str) -> dict[str, Any]:
-    """The content of adapter_config.json. `base`: path of the base, from the adapter's directory."""
-    linears = adapted_linears(table, settings.targets)
-    alpha = int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": settings.rank,
-        "lora_alpha": alpha,
-        "lora_dropout": settings.dropout,
-        "use_rslora": settings.rslora,
-        "use_dora": False,
-        "bias": "none",
-        "fan_in_fan_out": any(entry.transposed for entry in table.entries() if len(entry.stack) < 2),
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "peft_version": _PEFT_VERSION,
-        **peft_targets(linears, table),
-    }
 
 
 def adapter_tensors(run: Checkpoint, settings: LoraSettings, table: Table) -> tuple[dict[str, np.ndarray], Dtype]:

@@ -8,10 +8,6 @@ from typing import Any
 
 from shared.errors import UserError
 
-FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
-)
 _VOCABULARIES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 
 

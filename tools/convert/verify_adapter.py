@@ -14,12 +14,12 @@ from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.checkpoint.directory.manifest import input_fingerprint, misfit, read_manifest
 from shared.checkpoint.directory.open import Checkpoint, open_checkpoint, verify_content
 from shared.checkpoint.formats.safetensors_file import read_header
+from shared.checkpoint.lora.peft_files import TOKENIZER_FILES, adapter_config
 from shared.cli import log
 from shared.errors import UserError
 from shared.families import registry
 from shared.invocation import invocation, invoked
-from tools.convert.to_peft import adapter_config, adapter_tensors, settings_of, table_of
-from tools.convert.tokenizer_files import FILES
+from tools.convert.to_peft import adapter_tensors, settings_of, table_of
 
 if TYPE_CHECKING:
     from tools.convert.verify import Findings
@@ -69,7 +69,7 @@ def compare_adapter(
     stored = read_config(source / CONFIG)
     _compare_config(run, stored, findings)
     _compare_tensors(run, source, findings)
-    for name in FILES:
+    for name in TOKENIZER_FILES:
         ours, theirs = run.hf_files / name, source / name
         findings.files += ours.is_file() or theirs.is_file()
         if ours.is_file() != theirs.is_file() or (ours.is_file() and ours.read_bytes() != theirs.read_bytes()):

@@ -17,9 +17,9 @@ from shared.checkpoint.copy.blocks import OpenFiles
 from shared.checkpoint.copy.byte_view import view_of
 from shared.checkpoint.dtypes import BF16, FP16, FP32, Dtype, from_float32, to_float64
 from shared.checkpoint.formats.safetensors_file import read_header
-from tools.convert.lora import Delta, Matrix, merged
+from shared.checkpoint.lora.merge import Delta, Matrix, merged
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 SCALE = 12 / 7
 DTYPES = pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=lambda dtype: dtype.name)
 
@@ -118,7 +118,7 @@ def test_an_adapter_of_zeros_leaves_the_base(tmp_path: Path, dtype: Dtype) -> No
 WORKER = """
 import sys
 from pathlib import Path
-from tests.tools.convert import test_lora as test
+from tests.shared.checkpoint.lora import test_merge as test
 for dtype in (test.FP32, test.BF16, test.FP16):
     print(test.hashlib.sha256(test.merge(Path(sys.argv[1]), *test.matrices(500, 700, 48), dtype)).hexdigest())
 """

@@ -11,11 +11,11 @@ from pathlib import Path
 from shared.checkpoint.directory.peft_config import AdapterConfig
 from shared.checkpoint.formats.pytorch_bin import read_pytorch_bin
 from shared.checkpoint.formats.safetensors_file import Header, TensorInfo, read_header
+from shared.checkpoint.lora.merge import Delta
+from shared.console import abbreviated
 from shared.errors import UserError
 from shared.mapping.layout import COPY, Shape
 from shared.mapping.rule import Entry, PrefixVariants, Source, Table, name_variants
-from tools.convert.conversion_report import abbreviated
-from tools.convert.lora import Delta
 
 _PREFIX = "base_model.model."
 # model.state_dict() keeps the adapter name (`default`); PEFT's save_pretrained removes it.

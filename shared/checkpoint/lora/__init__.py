@@ -1,0 +1,1 @@
+"""LoRA adapters in PEFT's files: matched with their base, merged into it, written."""
