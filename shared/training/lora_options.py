@@ -35,8 +35,7 @@ def lora_settings(options: TrainingOptions, adapter: LoraSettings | None = None)
         "--lora-weight-decay": options.lora_weight_decay,
     }
     if not has_lora(options):
-        if flag := _given(shape | others):
-            raise UserError(f"{flag} belongs to LoRA; give --lora-rank, or leave it out")
+        refuse_without_rank(shape | others)
         return None
     if options.backend == "te":
         raise UserError(
@@ -55,13 +54,32 @@ def lora_settings(options: TrainingOptions, adapter: LoraSettings | None = None)
             raise UserError(f"{flag}: --adapter {options.adapter} says rank, alpha and targets; leave it out")
         return adapter if options.lora_dropout is None else replace(adapter, dropout=options.lora_dropout)
     assert options.lora_rank is not None
-    return LoraSettings(
+    return settings_of_flags(
         rank=options.lora_rank,
-        alpha=2.0 * options.lora_rank if options.lora_alpha is None else options.lora_alpha,
+        alpha=options.lora_alpha,
+        targets=options.lora_targets,
+        dropout=options.lora_dropout,
         rslora=options.rslora,
-        dropout=options.lora_dropout or 0.0,
-        targets=options.lora_targets or (ALL_LINEAR,),
     )
+
+
+def settings_of_flags(
+    *, rank: int, alpha: float | None, targets: tuple[str, ...] | None, dropout: float | None, rslora: bool
+) -> LoraSettings:
+    """The adapters that the flags of these names ask for; None: by default."""
+    return LoraSettings(
+        rank=rank,
+        alpha=2.0 * rank if alpha is None else alpha,
+        rslora=rslora,
+        dropout=dropout or 0.0,
+        targets=targets or (ALL_LINEAR,),
+    )
+
+
+def refuse_without_rank(values: dict[str, object]) -> None:
+    """UserError for a flag with a value, where no --lora-rank is given."""
+    if flag := _given(values):
+        raise UserError(f"{flag} belongs to LoRA; give --lora-rank, or leave it out")
 
 
 def _given(values: dict[str, object]) -> str | None:

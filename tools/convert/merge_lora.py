@@ -25,7 +25,7 @@ from shared.checkpoint.dtypes import Dtype, weight_dtype
 from shared.checkpoint.formats.hugging_face import HfReader, WeightLayout, weight_files, write_index
 from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.checkpoint.lora.match import Changes, match, read_adapter, vocabulary_rows
-from shared.checkpoint.lora.merge import Matrix, merged
+from shared.checkpoint.lora.merge import merged_tensor
 from shared.checkpoint.lora.peft_files import TOKENIZER_FILES
 from shared.cli import log
 from shared.errors import UserError
@@ -33,7 +33,6 @@ from shared.families import registry
 from shared.families.common.multimodal_wrapper import untied as untied_config
 from shared.invocation import invocation
 from shared.mapping.rule import Table
-from shared.quantized.stored_weight import sliced
 from tools.convert.conversion import run_conversion
 from tools.convert.hf_files import remove_quantization_config
 from tools.convert.hf_source import source_architecture
@@ -208,9 +207,7 @@ class Merge:
         if trained := self.changes.rows.get(name):
             yield from _with_rows(whole, *trained, dtype)
         elif deltas := self.changes.deltas.get(name):
-            for number, delta in enumerate(deltas):
-                part = sliced(whole, (number,)) if len(whole.shape) > 2 else whole
-                yield from merged(Matrix(view=view_of(part), stored=held, dtype=dtype), delta)
+            yield from merged_tensor(whole, dtype, deltas)
         else:
             yield from _cast_rows(whole, 0, view_of(whole).rows, held, dtype)
 

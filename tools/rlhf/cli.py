@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from shared.cli import Tool
-from tools.rlhf.options import DPOOptions, GRPOOptions, KTOOptions, Options, PPOOptions, RewardOptions, RLOOOptions
+from tools.rlhf.options import DPOOptions, GRPOOptions, KTOOptions, Options, RewardOptions, RLOOOptions
+from tools.rlhf.ppo_options import PPOOptions
 
 tool = Tool(
     "rlhf",
     summary="Train a reward model, and a policy on rewards or preferences, from and to Hugging Face directories.",
 )
 
-_NOT_FINGERPRINTED = ("save_every", "log_every", "track")
+# gradient_checkpointing and offload: where numbers are kept, not what they are.
+_NOT_FINGERPRINTED = ("save_every", "log_every", "track", "gradient_checkpointing", "offload")
 # Where replies are sampled, and when a run is given up: not what is computed.
 _ROLLOUTS = ("reward_timeout", "rollouts", "policies", "rollout_key_file", "rollout_timeout", "log_prob_gap_limit")
 _ZERO = ("zero",)
+_PPO = (
+    *("kl_horizon", "update_kl_limit", "critic_warmup_steps", "entropy_coefficient", "normalise_rewards"),
+    *("reward_clip", "pretraining_data", "pretraining_coefficient", "pretraining_length"),
+    *("shared_critic", "value_coefficient"),
+)
+_LORA = ("lora_rank", "lora_alpha", "lora_targets", "rslora", "publish")
+_LORA_OF_ROWS = (*_LORA, "lora_dropout")
 _IMPORTANCE = ("importance_correction", "importance_cap")
 
 
-@tool.command(not_fingerprinted=_NOT_FINGERPRINTED, added=_ZERO)
+@tool.command(not_fingerprinted=_NOT_FINGERPRINTED, added=(*_ZERO, *_LORA_OF_ROWS))
 def reward(options: RewardOptions) -> int | None:
     """Train a reward model on preference pairs, with TRL's RewardTrainer.
 
@@ -33,7 +42,7 @@ def reward(options: RewardOptions) -> int | None:
     return code
 
 
-@tool.command(not_fingerprinted=_NOT_FINGERPRINTED, added=_ZERO)
+@tool.command(not_fingerprinted=_NOT_FINGERPRINTED, added=(*_ZERO, *_LORA_OF_ROWS))
 def dpo(options: DPOOptions) -> int | None:
     """Train a policy on preference pairs by DPO, with TRL's DPOTrainer: no reward model, no roll-outs.
 
@@ -49,7 +58,7 @@ def dpo(options: DPOOptions) -> int | None:
     return code
 
 
-@tool.command(not_fingerprinted=_NOT_FINGERPRINTED, added=_ZERO)
+@tool.command(not_fingerprinted=_NOT_FINGERPRINTED, added=(*_ZERO, *_LORA_OF_ROWS))
 def kto(options: KTOOptions) -> int | None:
     """Train a policy on replies labelled desirable or not by KTO, with TRL's KTOTrainer.
 
@@ -64,7 +73,7 @@ def kto(options: KTOOptions) -> int | None:
     return code
 
 
-@tool.command(not_fingerprinted=(*_NOT_FINGERPRINTED, *_ROLLOUTS), added=_IMPORTANCE)
+@tool.command(not_fingerprinted=(*_NOT_FINGERPRINTED, *_ROLLOUTS), added=(*_IMPORTANCE, *_LORA, *_PPO))
 def ppo(options: PPOOptions) -> int | None:
     """Train a policy on rewards by PPO, on DeepSpeed engines.
 
@@ -81,7 +90,7 @@ def ppo(options: PPOOptions) -> int | None:
 
 @tool.command(
     not_fingerprinted=(*_NOT_FINGERPRINTED, *_ROLLOUTS),
-    added=("loss", "reward_normalisation", "scale_rewards", *_IMPORTANCE, *_ZERO),
+    added=("loss", "reward_normalisation", "scale_rewards", *_IMPORTANCE, *_ZERO, *_LORA),
 )
 def grpo(options: GRPOOptions) -> int | None:
     """Train a policy on rewards by GRPO, with TRL's GRPOTrainer: no critic, advantages are relative to a prompt's replies.
@@ -96,7 +105,7 @@ def grpo(options: GRPOOptions) -> int | None:
     return code
 
 
-@tool.command(not_fingerprinted=(*_NOT_FINGERPRINTED, *_ROLLOUTS), added=_ZERO)
+@tool.command(not_fingerprinted=(*_NOT_FINGERPRINTED, *_ROLLOUTS), added=(*_ZERO, *_LORA))
 def rloo(options: RLOOOptions) -> int | None:
     """Train a policy on rewards by RLOO, with TRL's RLOOTrainer: a reply's baseline is the mean of the prompt's other replies.
 

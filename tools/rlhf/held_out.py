@@ -27,6 +27,18 @@ class HeldOut[T]:
         return sum(self.dropped.values())
 
 
+def whole_micro_batches[T](split: HeldOut[T], micro_batch_size: int, world_size: int) -> HeldOut[T]:
+    """Rows that make whole micro-batches of every process; accelerate fills a part of one up with rows of the first.
+
+    Held-out rows are cut alike, unless there are fewer than one micro-batch of every process.
+    """
+    size = micro_batch_size * world_size
+    train = split.train[: len(split.train) - len(split.train) % size]
+    validation = split.validation[: len(split.validation) - len(split.validation) % size] or split.validation
+    left = len(split.train) + len(split.validation) - len(train) - len(validation)
+    return HeldOut(train=train, validation=validation, dropped={**split.dropped, "an incomplete micro-batch": left})
+
+
 def hold_out[T](rows: Sequence[T], options: PreferenceOptions, *, dropped: Mapping[str, int], what: str) -> HeldOut[T]:
     """Shuffle by the seed and hold out the first rows.
 

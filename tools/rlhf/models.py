@@ -115,13 +115,16 @@ def load_policy(source: Source, dtype: torch.dtype) -> Any:
 
 
 def keep_in_evaluation_mode(model: nn.Module) -> None:
-    """Keep the layers in evaluation mode under `model.train()`; only the model's own flag follows it.
+    """Keep the layers in evaluation mode under `model.train()`; only the model's own flag and adapters' dropout follow it.
 
     With dropout, the noise of a router or dropped layers, trainer and sampler would be different distributions.
     """
 
     def train(mode: bool = True) -> nn.Module:
         nn.Module.train(model, False)
+        for layer in model.modules():
+            if isinstance(dropouts := getattr(layer, "lora_dropout", None), nn.ModuleDict):
+                dropouts.train(mode)
         model.training = mode  # TRL reads the phase from it
         return model
 

@@ -1,4 +1,4 @@
-"""Options of the commands. Imports only the standard library and pydantic."""
+"""Options of the commands. Imports neither torch nor a library of training."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from shared.cli import Existing, ExistingDir, NonNegative, Positive, Seed
 from shared.errors import UserError
 from shared.precision import TrainingPrecision
 from shared.report.track import DEFAULT, Track
+from shared.training.lora_options import refuse_without_rank
 from tools.rlhf.rewards.spec import RewardSpec, parse
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -44,6 +45,15 @@ class Options:
         log_every: steps between two log lines; metrics.jsonl has every step.
         track: where the numbers of metrics.jsonl go, too: tensorboard, wandb, mlflow, trackio, separated by commas, or none. All
             write to the target unless their own environment variables name a server.
+        gradient_checkpointing: keep only the inputs of layers for the backward pass, which computes their activations again.
+        offload: keep the optimizer's states in the host's memory, with ZeRO stage 3 also the weights; for GPUs.
+        lora_rank: train LoRA adapters of this rank, and no weight of the model.
+        lora_alpha: scale of the adapters' product times rank; by default twice the rank.
+        lora_targets: matrices with an adapter, by their Hugging Face names or ends of them: q_proj,v_proj; all-linear:
+            attention and MLP, experts included.
+        rslora: rank-stabilised LoRA: the scale is alpha / sqrt(rank) instead of alpha / rank.
+        publish: what a training with LoRA publishes: an adapter in PEFT's form (the default), or the source with the adapters
+            merged.
     """
 
     source: ExistingDir
@@ -61,10 +71,47 @@ class Options:
     save_every: Positive = 10
     log_every: Positive = 1
     track: tuple[Track, ...] = DEFAULT
+    gradient_checkpointing: bool = False
+    offload: bool = False
+    lora_rank: Positive | None = None
+    lora_alpha: Above | None = None
+    lora_targets: tuple[str, ...] | None = None
+    rslora: bool = False
+    publish: Literal["adapter", "merged"] | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the flags of LoRA are given with it, and that there is a sharded state to offload."""
+        if self.offload and not self.zero:
+            raise UserError("--offload moves the states that ZeRO shards; give --zero 1, 2 or 3, too")
+        if self.lora_rank is None:
+            refuse_without_rank(
+                {
+                    "--lora-alpha": self.lora_alpha,
+                    "--lora-targets": self.lora_targets,
+                    "--lora-dropout": self.adapter_dropout or None,
+                    "--rslora": self.rslora or None,
+                    "--publish": self.publish,
+                }
+            )
+
+    @property
+    def adapter_dropout(self) -> float:
+        """Of the adapters' input."""
+        return 0.0
+
+    @property
+    def published_kind(self) -> Literal["hf", "adapter"]:
+        """The kind of the target."""
+        return "hf" if self.lora_rank is None or self.publish == "merged" else "adapter"
 
     def precision_on(self, device_type: str) -> TrainingPrecision:
         """The precision on a device of this type: `--precision`, by default bf16 on a GPU and fp32 elsewhere."""
         return self.precision or ("bf16" if device_type == "cuda" else "fp32")
+
+    def check_device(self, device_type: str) -> None:
+        """UserError for an option without effect on a device of this type."""
+        if self.offload and device_type != "cuda":
+            raise UserError("--offload moves states from the GPU to the host, and there is no GPU here; leave it out")
 
     def check(self, world_size: int) -> None:
         """UserError unless global_batch_size is a multiple of micro_batch_size * world_size."""
@@ -88,14 +135,21 @@ class PreferenceOptions(Options):
         sequence_length: maximum tokens of prompt and reply; longer pairs are dropped and counted. By default the
             model's context length.
         learning_rate: of AdamW, linear decay to 0 after the warm-up.
+        lora_dropout: dropout of the adapters' input.
     """
 
     data: Existing
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     epochs: Above = 1.0
     sequence_length: Positive | None = None
     save_every: Positive = 100
     log_every: Positive = 10
+
+    @property
+    def adapter_dropout(self) -> float:
+        """Of the adapters' input."""
+        return self.lora_dropout or 0.0
 
     @property
     def inputs(self) -> dict[str, Path | list[Path]]:
@@ -142,7 +196,8 @@ class DPOOptions(PreferenceOptions):
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
 
     def __post_init__(self) -> None:
-        """Check that the flags of one loss are given with it."""
+        """As in `Options`; also, the flags of one loss are given with it."""
+        super().__post_init__()
         if (self.loss == "robust") != (self.label_smoothing > 0):
             raise UserError(
                 f"--label-smoothing {self.label_smoothing:g} with --loss {self.loss}: it is the share of swapped pairs that "
@@ -226,7 +281,8 @@ class PolicyOptions(Options):
     log_prob_gap_limit: Above | None = None
 
     def __post_init__(self) -> None:
-        """Check `reward` and the addresses early, and that the flags of servers are given with them."""
+        """As in `Options`; also, `reward` and the addresses are read early, and flags of servers are given with them."""
+        super().__post_init__()
         parse(self.reward)
         _check_addresses(self.rollouts)
         if self.rollouts and self.policies is None:
@@ -265,81 +321,12 @@ def _check_addresses(addresses: tuple[str, ...]) -> None:
 
 
 ImportanceCorrection = Literal["none", "token_truncate", "token_mask", "sequence_mask"]
-_CAP = 2.0
+CAP = 2.0
 
 
-def _check_cap(correction: ImportanceCorrection, cap: float) -> None:
-    if correction == "none" and cap != _CAP:
+def check_cap(correction: ImportanceCorrection, cap: float) -> None:
+    if correction == "none" and cap != CAP:
         raise UserError(f"--importance-cap {cap:g} acts with --importance-correction only; give both, or neither")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PPOOptions(PolicyOptions):
-    """`rlhf ppo`.
-
-    Attributes:
-        source: the Hugging Face directory of the initial policy; also the frozen reference of the KL penalty.
-        critic: the directory of the initial critic; by default the first reward model, else the policy.
-        steps: iterations of roll-out and update.
-        rollout_batch_size: replies per iteration, over all processes.
-        epochs: passes over the replies of an iteration.
-        learning_rate: of the policy's AdamW, constant after the warm-up.
-        critic_learning_rate: of the critic's AdamW; by default the policy's.
-        warmup_steps: iterations of linear warm-up of both rates from 0.
-        kl_coefficient: weight of the KL penalty per token; the initial one with --kl-target.
-        kl_estimator: k1 is log(policy / reference); k3 has the same mean, less variance and is never negative.
-        kl_target: KL per reply in nats, to which the coefficient adapts; by default the coefficient is constant.
-        value_clip_range: a value is clipped to this distance from the old value.
-        discount: gamma of the returns.
-        gae_lambda: lambda of generalized advantage estimation.
-        whiten_advantages: scale advantages to mean 0 and variance 1 over the iteration's tokens.
-        missing_eos_penalty: subtracted from the reward of a reply without an EOS within --max-new-tokens.
-        zero: ZeRO stage; 1 shards optimizer state over processes, 2 also gradients, 3 also parameters.
-        precision: of weights and activations; by default bf16 on a GPU and fp32 elsewhere.
-        importance_correction: weight of a token in the policy's loss, from the ratio of trainer to sampler: capped, or the ratio
-            within the bounds and 0 beyond, of a token or of its whole reply. README.md has the formulas and papers.
-        importance_cap: the largest ratio; the smallest of the masks is its inverse.
-    """
-
-    critic: ExistingDir | None = None
-    rollout_batch_size: Positive = 64
-    epochs: Positive = 2
-    critic_learning_rate: Rate | None = None
-    kl_coefficient: Rate = 0.05
-    kl_estimator: Literal["k1", "k3"] = "k1"
-    kl_target: Above | None = None
-    value_clip_range: Above = 0.2
-    discount: Fraction = 1.0
-    gae_lambda: Fraction = 0.95
-    whiten_advantages: bool = True
-    missing_eos_penalty: Rate = 0.0
-    importance_correction: ImportanceCorrection = "none"
-    importance_cap: Annotated[float, Field(gt=1)] = _CAP
-
-    def __post_init__(self) -> None:
-        """As in `PolicyOptions`; also, a cap is given where it acts."""
-        super().__post_init__()
-        _check_cap(self.importance_correction, self.importance_cap)
-
-    def check(self, world_size: int) -> None:
-        """As in `Options`; also, rollout_batch_size must be a multiple of global_batch_size."""
-        super().check(world_size)
-        if self.rollout_batch_size % self.global_batch_size:
-            raise UserError(
-                f"--rollout-batch-size {self.rollout_batch_size} is not a multiple of --global-batch-size "
-                f"{self.global_batch_size}"
-            )
-
-    @property
-    def inputs(self) -> dict[str, Path | list[Path]]:
-        """Input files and directories."""
-        return super().inputs | ({"critic": self.critic} if self.critic else {})
-
-    @property
-    def critic_path(self) -> Path:
-        """The initial critic: --critic, else the first reward model, else the policy."""
-        models = [spec.path for spec in self.rewards if spec.function is None]
-        return self.critic or (models[0] if models else self.source)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,12 +381,12 @@ class GRPOOptions(GroupOptions):
     reward_normalisation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     scale_rewards: Literal["group", "batch", "none"] = "group"
     importance_correction: ImportanceCorrection = "none"
-    importance_cap: Annotated[float, Field(gt=1)] = _CAP
+    importance_cap: Annotated[float, Field(gt=1)] = CAP
 
     def __post_init__(self) -> None:
         """As in `PolicyOptions`; also, a scale and a cap are given where they act."""
         super().__post_init__()
-        _check_cap(self.importance_correction, self.importance_cap)
+        check_cap(self.importance_correction, self.importance_cap)
         if self.reward_normalisation == "normalize_then_sum" and self.scale_rewards != "group":
             raise UserError(
                 f"--scale-rewards {self.scale_rewards} with --reward-normalisation normalize_then_sum, which scales each "

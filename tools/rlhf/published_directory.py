@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,13 @@ def log_aside(source: Source) -> None:
 
 
 def save_hf(
-    model: Any, directory: Path, source: Source, *, weights: dict[str, Tensor] | None = None, classifier: bool = False
+    model: Any,
+    directory: Path,
+    source: Source,
+    *,
+    weights: dict[str, Tensor] | None = None,
+    classifier: bool = False,
+    replaced: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Write a Hugging Face directory with the source's auxiliary files, tensor names, dtypes and tensors aside.
 
@@ -41,13 +47,14 @@ def save_hf(
         source: the initial model's directory.
         weights: unsharded tensors by name; by default the model's state dict.
         classifier: config.json gets the model's fields of a sequence classifier; by default it is the source's.
+        replaced: tensors under the source's names, in place of those of `weights`.
 
     Returns:
         manifest entries.
     """
     weights, tied = _source_weights(model, source, model.state_dict() if weights is None else weights)
     unchanged = sorted(set(source.aside) - set(weights))
-    weights |= _as_they_are(HfReader(source.path), unchanged)
+    weights |= stored_tensors(HfReader(source.path), unchanged) | dict(replaced or {})
     count = len(weights)
     parameters = sum(tensor.numel() for name, tensor in weights.items() if name not in tied)
     model.config.dtype = source.dtype
@@ -75,7 +82,7 @@ def source_weights(model: Any, source: Source, weights: dict[str, Tensor]) -> di
         weights: the model's unsharded state dict.
     """
     weights, _ = _source_weights(model, source, weights)
-    return weights | _as_they_are(HfReader(source.path), sorted(set(source.aside) - set(weights)))
+    return weights | stored_tensors(HfReader(source.path), sorted(set(source.aside) - set(weights)))
 
 
 def _source_weights(model: Any, source: Source, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -119,7 +126,7 @@ def _dtype(name: str, tensor: Tensor, reader: HfReader, source: Source) -> torch
     return source.dtype if known is None else getattr(torch, known.name)
 
 
-def _as_they_are(reader: HfReader, names: Iterable[str]) -> dict[str, Tensor]:
+def stored_tensors(reader: HfReader, names: Iterable[str]) -> dict[str, Tensor]:
     """Stored tensors, byte for byte."""
     from safetensors.torch import load
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shared.checkpoint.directory.manifest import Inputs
-from shared.checkpoint.directory.model_card import Stage, write_card
+from shared.checkpoint.directory.model_card import Stage, write_adapter_card, write_card
 from shared.checkpoint.directory.publish import Publication, publish
 from shared.errors import StageError
 from shared.invocation import invocation
@@ -60,7 +61,9 @@ def shown(value: Any) -> str:
 
 
 @contextmanager
-def open_run(target: Path, inputs: Inputs, *, overwrite: bool) -> Iterator[RunContext]:
+def open_run(
+    target: Path, inputs: Inputs, *, overwrite: bool, kind: Literal["hf", "adapter"] = "hf"
+) -> Iterator[RunContext]:
     """Open `target` and its state. When the block succeeds: write the model card, publish, then remove the state.
 
     Rank 0 does the checks. If one fails, the other ranks exit silently with rank 0's exit code.
@@ -73,7 +76,7 @@ def open_run(target: Path, inputs: Inputs, *, overwrite: bool) -> Iterator[RunCo
 
         def open_target() -> None:
             nonlocal out
-            out = stack.enter_context(publish(target, kind="hf", inputs=inputs, overwrite=overwrite))
+            out = stack.enter_context(publish(target, kind=kind, inputs=inputs, overwrite=overwrite))
             State.open(target, inputs, overwrite=overwrite)
 
         on_rank_0(open_target)
@@ -85,6 +88,13 @@ def open_run(target: Path, inputs: Inputs, *, overwrite: bool) -> Iterator[RunCo
                 raise
             raise StageError("something in the run called sys.exit() before the end; nothing is published") from end
         if out is not None:
-            write_card(out.path, Stage.of_this(invocation(), inputs, out.facts), name=target.name)
+            stage = Stage.of_this(invocation(), inputs, out.facts)
+            if kind == "hf":
+                write_card(out.path, stage, name=target.name)
+            else:
+                base = inputs["source"]
+                assert isinstance(base, Path)
+                link = os.path.relpath(base.resolve(), target.resolve())
+                write_adapter_card(out.path, stage, name=target.name, base=base, link=link)
     if out is not None:
         state.remove()

@@ -79,10 +79,16 @@ def accepted(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         model: a transformers model, or an engine of one.
         inputs: keyword arguments of the forward pass.
     """
-    parameters = inspect.signature(getattr(model, "module", model).forward).parameters
+    parameters = inspect.signature(base_of(model).forward).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return dict(inputs)
     return {name: value for name, value in inputs.items() if name in parameters}
+
+
+def base_of(model: Any) -> Any:
+    """The model of transformers: of an engine, of PEFT's model around it, or itself."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 def load_transformers_model(kind: Any, path: Path, *, place: str, other_head: bool = False, **arguments: Any) -> Any:

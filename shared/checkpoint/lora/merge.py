@@ -8,7 +8,7 @@ norms are sums over rows: two processors may differ by one ulp where a number is
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import nextafter, prod
@@ -30,6 +30,7 @@ from shared.checkpoint.dtypes import (
 )
 from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.errors import UserError
+from shared.quantized.stored_weight import sliced
 
 if TYPE_CHECKING:
     import numpy as np
@@ -237,6 +238,20 @@ def _to_odd(exact: Fraction) -> float:
     if Fraction(nearest) == exact or int(nearest.hex().partition("p")[0][-1], 16) % 2:
         return nearest
     return nextafter(nearest, float("inf") if exact > nearest else float("-inf"))
+
+
+def merged_tensor(whole: TensorInfo, dtype: Dtype, deltas: Sequence[Delta]) -> Iterator[CopyOperation]:
+    """Copy operations of a weight with its deltas: one, or one for each expert of a stack.
+
+    Args:
+        whole: W, `[rows, columns]` or `[experts, rows, columns]`.
+        dtype: of the result.
+        deltas: of W.
+    """
+    held = weight_dtype(whole.dtype, whole.name, whole.place)
+    for number, delta in enumerate(deltas):
+        part = sliced(whole, (number,)) if len(whole.shape) > 2 else whole
+        yield from merged(Matrix(view=view_of(part), stored=held, dtype=dtype), delta)
 
 
 def merged(base: Matrix, delta: Delta) -> Iterator[CopyOperation]:

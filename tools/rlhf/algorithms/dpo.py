@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from tools.rlhf.algorithms.preference_training import Algorithm, Row, train_and_publish
 from tools.rlhf.data import read_ranked_replies
 from tools.rlhf.engines.deepspeed import initialize_distributed
-from tools.rlhf.held_out import HeldOut, hold_out
+from tools.rlhf.held_out import HeldOut, hold_out, whole_micro_batches
 from tools.rlhf.models import Source, open_source
 from tools.rlhf.options import DPOOptions
 from tools.rlhf.run_context import open_run
@@ -27,22 +27,24 @@ def run(options: DPOOptions) -> None:
     """Train and publish a policy."""
     distributed = initialize_distributed()
     options.check(distributed.world_size)
-    with open_run(options.target, options.inputs, overwrite=options.overwrite) as context:
+    options.check_device(distributed.device.type)
+    with open_run(options.target, options.inputs, overwrite=options.overwrite, kind=options.published_kind) as context:
         source = open_source(options.source)
-        rows = _rows(options, source)
+        rows = _rows(options, source, distributed.world_size)
         train_and_publish(_algorithm(options), options, source, rows, context, distributed)
 
 
-def _rows(options: DPOOptions, source: Source) -> HeldOut[Row]:
+def _rows(options: DPOOptions, source: Source, world_size: int) -> HeldOut[Row]:
     length = options.length_within(source.context_length)
     pairs, dropped = read_ranked_replies(
         options.data, source.tokenizer, max_length=length, context_length=source.context_length
     )
-    rows = [
+    rows: list[Row] = [
         {"prompt_ids": list(pair.prompt), "chosen_ids": list(pair.chosen), "rejected_ids": list(pair.rejected)}
         for pair in pairs
     ]
-    return hold_out(rows, options, dropped=dropped, what="pairs")
+    split = hold_out(rows, options, dropped=dropped, what="pairs")
+    return split if world_size == 1 else whole_micro_batches(split, options.micro_batch_size, world_size)
 
 
 def _algorithm(options: DPOOptions) -> Algorithm:

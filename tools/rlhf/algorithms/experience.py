@@ -15,7 +15,7 @@ from torch import Tensor
 from tools.rlhf.algorithms import losses
 from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.engines.engine import Engine
-from tools.rlhf.options import PPOOptions
+from tools.rlhf.ppo_options import PPOOptions
 from tools.rlhf.rollout.rollout import Rollout, Sequences
 from tools.rlhf.transformers_model import accepted
 
@@ -43,6 +43,13 @@ def reply_logits(model: Any, sequences: Sequences) -> Tensor:
 def policy_log_probs(model: Any, sequences: Sequences, temperature: float) -> Tensor:
     """Log-probabilities [B, T] of the reply tokens under a policy."""
     return losses.token_log_probs(reply_logits(model, sequences), sequences.reply_ids, temperature)
+
+
+def text_log_probs(model: Any, ids: Tensor) -> Tensor:
+    """Log-probabilities [B, S - 1] of all tokens but the first of texts [B, S]."""
+    mask = torch.ones_like(ids)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": mask.cumsum(-1) - 1, "use_cache": False}
+    return losses.token_log_probs(model(**accepted(model, inputs)).logits[:, :-1], ids[:, 1:])
 
 
 def reply_values(critic: Any, sequences: Sequences) -> Tensor:

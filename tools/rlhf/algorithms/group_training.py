@@ -10,19 +10,25 @@ import torch
 
 from shared.console import log
 from shared.errors import UserError
+from shared.precision import DTYPES
 from tools.rlhf.data import Prompt
 from tools.rlhf.engines.deepspeed import initialize_distributed
 from tools.rlhf.engines.distributed import DistributedContext
+from tools.rlhf.engines.recomputed_layers import recompute_layers
 from tools.rlhf.engines.trl import StageCallback, TrainedPolicy, common_arguments, resume_point, train
+from tools.rlhf.lora import Adapters, held_dtype, log_adapters
+from tools.rlhf.memory_plan import frozen, log_memory, trained_by_trl
 from tools.rlhf.models import Source, keep_in_evaluation_mode, load_policy, open_policy
 from tools.rlhf.options import GroupOptions
-from tools.rlhf.published_directory import log_aside, save_hf
+from tools.rlhf.published_directory import log_aside
+from tools.rlhf.published_policy import publish_policy
 from tools.rlhf.rewards import weighted_sum
 from tools.rlhf.rewards.spec import RewardSpec
 from tools.rlhf.rollout.log_prob_gap import log_prob_gap_limit
 from tools.rlhf.rollout.on_servers import ServerSampler, log_sampler, server_sampler
 from tools.rlhf.rollout.rollout import Reply
 from tools.rlhf.run_context import RunContext, open_run
+from tools.rlhf.transformers_model import base_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,26 +52,29 @@ def train_and_publish(options: GroupOptions, make: Callable[[], Algorithm]) -> N
     """Train and publish a policy; `make` is called after the process group is there."""
     distributed = initialize_distributed()
     options.check(distributed.world_size)
-    with open_run(options.target, options.inputs, overwrite=options.overwrite) as context:
+    options.check_device(distributed.device.type)
+    kind = options.published_kind
+    with open_run(options.target, options.inputs, overwrite=options.overwrite, kind=kind) as context:
         source, prompts = open_policy(options)
+        adapters = Adapters.open(options, source)
         _check_prompts(prompts, options)
         reward = weighted_sum.load(
             options.rewards,
             source.tokenizer,
             prompts,
             device=distributed.device,
-            dtype=torch.float32,
+            dtype=getattr(torch, DTYPES[options.precision_on(distributed.device.type)]),
             batch_size=options.micro_batch_size,
             timeout=options.reward_timeout,
         )
         algorithm = make()
-        with server_sampler(options, source, prompts, distributed) as servers:
+        with server_sampler(options, source, prompts, distributed, adapters) as servers:
             _print_plan(options, algorithm, source, prompts, distributed, servers)
             trained, weights, updates = _train(
-                options, algorithm, source, prompts, reward, context, distributed, servers
+                options, algorithm, source, prompts, reward, context, distributed, servers, adapters
             )
         if context.out is not None:
-            facts = save_hf(trained, context.out.path, source, weights=weights) | {
+            facts = publish_policy(context.out, trained, source, weights, adapters, options) | {
                 "updates": updates,
                 "prompts": len(prompts),
             }
@@ -135,6 +144,7 @@ def _train(
     context: RunContext,
     distributed: DistributedContext,
     servers: ServerSampler | None,
+    adapters: Adapters | None,
 ) -> tuple[torch.nn.Module, dict[str, torch.Tensor], int]:
     """The trained policy, its weights (on rank 0) and the updates made."""
     from datasets import Dataset
@@ -142,8 +152,10 @@ def _train(
     resumed = resume_point(context)
     precision = options.precision_on(distributed.device.type)
     # Before the arguments: with ZeRO-3 among them transformers would shard it while it is loaded.
-    policy = load_policy(source, torch.float32)
+    policy = load_policy(source, held_dtype(precision, adapters))
     keep_in_evaluation_mode(policy)
+    if options.gradient_checkpointing:
+        recompute_layers(policy)
     arguments = algorithm.config(
         **common_arguments(context, options, distributed),
         lr_scheduler_type="constant_with_warmup",
@@ -168,7 +180,15 @@ def _train(
         args=arguments,
         train_dataset=Dataset.from_list([{"prompt": p.text, "row": row} for row, p in enumerate(prompts)]),
         processing_class=source.tokenizer,
+        peft_config=adapters and adapters.config(),
     )
+    if adapters is not None:
+        log_adapters(adapters, trainer.model)
+    if (
+        trainer.ref_model is not None and not options.zero
+    ):  # TRL loads it as the policy is: float32, with its main weights
+        trainer.ref_model.to(getattr(torch, DTYPES[precision]))
+    _log_memory(options, trainer, reward, adapters, distributed)
     ids = {prompt.text: list(prompt.ids) for prompt in prompts}
     # TRL's own rendering knows no tools of a row.
     trainer._tokenize_prompts = lambda texts: ([ids[text] for text in texts], None, {})
@@ -176,6 +196,24 @@ def _train(
     updates = train(trainer, callback, resumed)
     trained = TrainedPolicy(trainer)
     return trained.module, trained.full_weights(), updates
+
+
+def _log_memory(
+    options: GroupOptions,
+    trainer: Any,
+    reward: weighted_sum.Reward,
+    adapters: Adapters | None,
+    distributed: DistributedContext,
+) -> None:
+    bf16, world_size = options.precision_on(distributed.device.type) == "bf16", distributed.world_size
+    states = [trained_by_trl("policy", trainer.model, options, bf16=bf16, world_size=world_size)]
+    if trainer.ref_model is not None:
+        states.append(frozen("reference", base_of(trainer.ref_model), sharded=options.zero == 3, world_size=world_size))
+    states += [
+        frozen(f"reward {number}", model, sharded=False, world_size=world_size)
+        for number, model in enumerate(reward.models, 1)
+    ]
+    log_memory(states, offload=options.offload, zero=options.zero)
 
 
 def _line(row: Mapping[str, float]) -> str:

@@ -8,12 +8,11 @@ replies that belong to other prompts of the micro-batch, at least 0, and has no 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from tools.rlhf.algorithms.preference_training import Algorithm, Row, train_and_publish
 from tools.rlhf.data import LabelledReply, read_labelled_replies
 from tools.rlhf.engines.deepspeed import initialize_distributed
-from tools.rlhf.held_out import HeldOut, hold_out
+from tools.rlhf.held_out import HeldOut, hold_out, whole_micro_batches
 from tools.rlhf.models import Source, open_source
 from tools.rlhf.options import KTOOptions
 from tools.rlhf.run_context import open_run
@@ -23,7 +22,8 @@ def run(options: KTOOptions) -> None:
     """Train and publish a policy."""
     distributed = initialize_distributed()
     options.check(distributed.world_size)
-    with open_run(options.target, options.inputs, overwrite=options.overwrite) as context:
+    options.check_device(distributed.device.type)
+    with open_run(options.target, options.inputs, overwrite=options.overwrite, kind=options.published_kind) as context:
         source = open_source(options.source)
         replies = _replies(options, source, distributed.world_size)
         rows = HeldOut(
@@ -42,9 +42,7 @@ def _replies(options: KTOOptions, source: Source, world_size: int) -> HeldOut[La
     )
     replies = hold_out(read, options, dropped=dropped, what="replies")
     # A last micro-batch of one reply would have no other one.
-    used = len(replies.train) - len(replies.train) % (options.micro_batch_size * world_size)
-    rest = {"an incomplete micro-batch": len(replies.train) - used}
-    return replace(replies, train=replies.train[:used], dropped={**dropped, **rest})
+    return whole_micro_batches(replies, options.micro_batch_size, world_size)
 
 
 def with_others_replies(replies: Sequence[LabelledReply], micro_batch_size: int) -> list[Row]:

@@ -4,7 +4,8 @@ Shapes: B replies, T positions of the longest reply. `mask` [B, T] is 1 on reply
 action that emits reply token t: log-probability and advantage are of this action, the value is of the state before it.
 
 Papers: PPO arXiv:1707.06347, GAE arXiv:1506.02438, per-token KL penalty (InstructGPT) arXiv:2203.02155, adaptive KL
-coefficient arXiv:1909.08593. Weights of sampled tokens: Ionides, "Truncated importance sampling" (2008), as V-trace's
+coefficient arXiv:1909.08593, entropy bonus: PPO's equation 9.
+Weights of sampled tokens: Ionides, "Truncated importance sampling" (2008), as V-trace's
 arXiv:1802.01561; a mask of tokens with both bounds, IcePop, arXiv:2510.18855. k1 and k3 are John Schulman's estimators of
 KL(policy || reference).
 """
@@ -192,3 +193,14 @@ def adapt_kl_coefficient(coefficient: float, kl: float, target: float, horizon: 
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coefficient * (1 + error / horizon)
+
+
+def entropy_bonus(entropies: Tensor, mask: Tensor, tokens: Tensor | float) -> Tensor:
+    """Entropies [B, T] of the policy, summed over the masked tokens and divided by `tokens`, as in `policy_loss`: a scalar."""
+    return (entropies * mask).sum() / tokens
+
+
+def update_kl(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor, tokens: Tensor | float) -> Tensor:
+    """Estimate k3 of KL(sampling policy || policy), nats a token, reduced as in `policy_loss`: a scalar, no gradient."""
+    kl = kl_divergence(old_log_probs, log_probs.detach(), "k3")
+    return (kl * mask).sum() / tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -13,9 +14,16 @@ from tools.rlhf.algorithms.ppo_loop import PPO
 from tools.rlhf.data import Prompt
 from tools.rlhf.engines.deepspeed import DeepSpeedEngine, EngineOptions, frozen_model, initialize_distributed
 from tools.rlhf.engines.distributed import DistributedContext
+from tools.rlhf.engines.engine import Engine
+from tools.rlhf.engines.recomputed_layers import recompute_layers
+from tools.rlhf.engines.shared_body import BACKWARDS, CriticOfBoth, PolicyOfBoth, PolicyWithValueHead
+from tools.rlhf.lora import AdapterOff, Adapters, log_adapters
+from tools.rlhf.memory_plan import frozen, log_memory, trained_by_deepspeed
 from tools.rlhf.models import Source, load_critic, load_policy, open_policy
-from tools.rlhf.options import PPOOptions
-from tools.rlhf.published_directory import log_aside, save_hf
+from tools.rlhf.ppo_options import PPOOptions
+from tools.rlhf.pretraining_text import read_pretraining_text
+from tools.rlhf.published_directory import log_aside
+from tools.rlhf.published_policy import publish_policy
 from tools.rlhf.rewards import weighted_sum
 from tools.rlhf.rollout.in_process import InProcessSampler
 from tools.rlhf.rollout.log_prob_gap import log_prob_gap_limit
@@ -29,15 +37,18 @@ def run(options: PPOOptions) -> None:
     """Train, with periodic saves, and publish the policy."""
     distributed = initialize_distributed()
     options.check(distributed.world_size)
-    with open_run(options.target, options.inputs, overwrite=options.overwrite) as context:
+    options.check_device(distributed.device.type)
+    kind = options.published_kind
+    with open_run(options.target, options.inputs, overwrite=options.overwrite, kind=kind) as context:
         source, prompts = open_policy(options)
-        with server_sampler(options, source, prompts, distributed) as servers:
-            ppo = _build(options, source, prompts, context.state, distributed, servers)
-            _print_plan(ppo, source)
+        adapters = Adapters.open(options, source)
+        with server_sampler(options, source, prompts, distributed, adapters) as servers:
+            ppo = _build(options, source, prompts, context.state, distributed, servers, adapters)
+            _print_plan(ppo, source, adapters)
             ppo.train()
         weights = ppo.actor.full_weights()
         if context.out is not None:
-            facts = save_hf(ppo.actor.module, context.out.path, source, weights=weights)
+            facts = publish_policy(context.out, ppo.actor.module, source, weights, adapters, options)
             precision = options.precision_on(distributed.device.type)
             facts |= {"iterations": options.steps, "prompts": len(prompts), "precision": precision}
             context.out.describe(**facts)
@@ -70,6 +81,7 @@ def _build(
     state: State,
     distributed: DistributedContext,
     servers: ServerSampler | None,
+    adapters: Adapters | None,
 ) -> PPO:
     precision = options.precision_on(distributed.device.type)
     dtype = getattr(torch, DTYPES[precision])
@@ -79,6 +91,7 @@ def _build(
         micro_batch_size=options.micro_batch_size,
         accumulation=options.global_batch_size // (options.micro_batch_size * distributed.world_size),
         max_gradient_norm=options.max_gradient_norm,
+        offload=options.offload,
     )
     # Rewards first: a broken function fails before the models load, which takes minutes.
     reward = weighted_sum.load(
@@ -91,16 +104,19 @@ def _build(
         timeout=options.reward_timeout,
         wrap=lambda model: frozen_model(model, engine),
     )
-    if options.critic is not None:
-        open_checkpoint(options.critic, kinds=("hf",), flag="--critic")
-    critic = load_critic(options.critic_path, dtype, vocab_size=source.vocab_size)
-    actor = DeepSpeedEngine(load_policy(source, dtype), engine, distributed)
+    pretraining = (
+        read_pretraining_text(options.pretraining_data, source, options.pretraining_length)
+        if options.pretraining_data
+        else None
+    )
+    actor, critic = _trained(options, source, engine, dtype, distributed, adapters)
     return PPO(
         options=options,
         prompts=prompts,
         actor=actor,
-        critic=DeepSpeedEngine(critic, engine, distributed),
-        reference=frozen_model(load_policy(source, dtype), engine),
+        critic=critic,
+        pretraining=pretraining,
+        reference=frozen_model(load_policy(source, dtype), engine) if adapters is None else AdapterOff(actor),
         reward=reward,
         sampler=servers
         or InProcessSampler(
@@ -121,13 +137,47 @@ def _build(
     )
 
 
-def _print_plan(ppo: PPO, source: Source) -> None:
+def _trained(
+    options: PPOOptions,
+    source: Source,
+    settings: EngineOptions,
+    dtype: torch.dtype,
+    distributed: DistributedContext,
+    adapters: Adapters | None,
+) -> tuple[Engine, Engine]:
+    """Policy and critic."""
+    policy = load_policy(source, dtype)
+    if options.gradient_checkpointing:
+        recompute_layers(policy)
+    if adapters is not None:
+        policy = adapters.attach(policy, options.seed)
+    if options.shared_critic:
+        settings = replace(settings, accumulation=BACKWARDS * settings.accumulation)
+        both = DeepSpeedEngine(PolicyWithValueHead(policy), settings, distributed)
+        weight = 0.1 if options.value_coefficient is None else options.value_coefficient
+        return PolicyOfBoth(both), CriticOfBoth(both, weight)
+    if options.critic is not None:
+        open_checkpoint(options.critic, kinds=("hf",), flag="--critic")
+    critic = load_critic(options.critic_path, dtype, vocab_size=source.vocab_size)
+    if options.gradient_checkpointing:
+        recompute_layers(critic.body)
+    if adapters is not None:
+        critic = adapters.attach_to_critic(critic, options.seed)
+    return DeepSpeedEngine(policy, settings, distributed), DeepSpeedEngine(critic, settings, distributed)
+
+
+def _print_plan(ppo: PPO, source: Source, adapters: Adapters | None) -> None:
     options, distributed, prompts = ppo.options, ppo.distributed, len(ppo.prompts)
     replies = options.steps * options.rollout_batch_size
     updates = options.epochs * options.rollout_batch_size // options.global_batch_size
-    log(f"policy    {source.path} ({type(ppo.actor.module).__name__}, context {source.context_length})")
+    log(f"policy    {source.path} ({source.kind.__name__}, context {source.context_length})")
     log_aside(source)
-    log(f"critic    from {options.critic_path}")
+    log("critic    a head on the policy's body" if options.shared_critic else f"critic    from {options.critic_path}")
+    if ppo.pretraining is not None:
+        log(f"text      {len(ppo.pretraining)} rows of {ppo.pretraining.length} tokens from {options.pretraining_data}")
+    if adapters is not None:
+        log_adapters(adapters, ppo.actor.module)
+    _log_memory(ppo, adapters)
     log(f"reward    {' + '.join(f'{spec.weight:g} * {spec.name}' for spec in options.rewards)}")
     log_sampler(options, ppo.sampler)
     log(f"prompts   {prompts} used, none dropped; {replies / prompts:.1f} replies to each over the run")
@@ -139,3 +189,16 @@ def _print_plan(ppo: PPO, source: Source) -> None:
         f"machine   {distributed.world_size} process(es) on {distributed.device.type}, ZeRO stage {options.zero}, "
         f"{options.precision_on(distributed.device.type)}"
     )
+
+
+def _log_memory(ppo: PPO, adapters: Adapters | None) -> None:
+    options, world_size = ppo.options, ppo.distributed.world_size
+    bf16, sharded = options.precision_on(ppo.distributed.device.type) == "bf16", options.zero == 3
+    states = [
+        trained_by_deepspeed(name, engine.module, bf16=bf16, zero=options.zero, world_size=world_size)
+        for name, engine in (("policy", ppo.actor), ("critic", ppo.critic))
+    ]
+    others = {} if adapters is not None else {"reference": ppo.reference.module}
+    others |= {f"reward {number}": model for number, model in enumerate(ppo.reward.models, 1)}
+    states += [frozen(name, model, sharded=sharded, world_size=world_size) for name, model in others.items()]
+    log_memory(states, offload=options.offload, zero=options.zero)

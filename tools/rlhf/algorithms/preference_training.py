@@ -8,15 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from shared.console import log
 from tools.rlhf.engines.distributed import DistributedContext
+from tools.rlhf.engines.recomputed_layers import recompute_layers
 from tools.rlhf.engines.trl import StageCallback, TrainedPolicy, common_arguments, resume_point, train
 from tools.rlhf.held_out import HeldOut
+from tools.rlhf.lora import Adapters, held_dtype, log_adapters
+from tools.rlhf.memory_plan import log_memory, trained_by_trl
 from tools.rlhf.models import Source, keep_in_evaluation_mode, load_policy
 from tools.rlhf.options import PreferenceOptions
-from tools.rlhf.published_directory import log_aside, save_hf
+from tools.rlhf.published_directory import log_aside
+from tools.rlhf.published_policy import publish_policy
 from tools.rlhf.run_context import RunContext
 
 Row = Mapping[str, Any]
@@ -59,10 +61,13 @@ def train_and_publish(
     from tools.rlhf.engines.preference_trainers import rows_on_disk
 
     _print_plan(algorithm, options, source, rows, distributed)
+    adapters = Adapters.open(options, source)
     resumed = resume_point(context)
     # Before the arguments: with ZeRO-3 among them transformers would shard it while it is loaded.
-    policy = load_policy(source, torch.float32)
+    policy = load_policy(source, held_dtype(options.precision_on(distributed.device.type), adapters))
     keep_in_evaluation_mode(policy)
+    if options.gradient_checkpointing:
+        recompute_layers(policy)
     arguments = algorithm.config(
         **common_arguments(context, options, distributed),
         num_train_epochs=options.epochs,
@@ -82,7 +87,13 @@ def train_and_publish(
         train_dataset=rows_on_disk(rows.train, context.state.path / "rows"),
         eval_dataset=rows_on_disk(rows.validation, context.state.path / "held_out") if rows.validation else None,
         processing_class=source.tokenizer,
+        peft_config=adapters and adapters.config(),
     )
+    if adapters is not None:
+        log_adapters(adapters, trainer.model)
+    bf16 = options.precision_on(distributed.device.type) == "bf16"
+    states = trained_by_trl("policy", trainer.model, options, bf16=bf16, world_size=distributed.world_size)
+    log_memory([states], offload=options.offload, zero=options.zero)
     callback = StageCallback(context, options, distributed, resumed=resumed, line=algorithm.line)
     updates = train(trainer, callback, resumed)
     result = {
@@ -94,7 +105,8 @@ def train_and_publish(
     trained = TrainedPolicy(trainer)
     weights = trained.full_weights()
     if context.out is not None:
-        facts = save_hf(trained.module, context.out.path, source, weights=weights) | result | {"updates": updates}
+        facts = publish_policy(context.out, trained.module, source, weights, adapters, options)
+        facts |= result | {"updates": updates}
         context.out.describe(**facts)
         charts = {**CHARTS, **algorithm.charts, **CHARTS_AFTER}
         context.add_report(title=f"{algorithm.name} run {options.target.name}", facts=facts, charts=charts)

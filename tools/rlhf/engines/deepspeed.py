@@ -11,7 +11,7 @@ import logging
 import os
 import pickle
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ class EngineOptions:
     """Micro-batches per update and rank."""
     max_gradient_norm: float
     """Gradients are clipped to this global norm."""
+    offload: bool = False
+    """Whether what ZeRO shards is in the host's memory."""
 
 
 class DeepSpeedEngine:
@@ -85,9 +87,10 @@ class DeepSpeedEngine:
             "eps": 1e-8,
             "weight_decay": 0.0,
             "torch_adam": True,
-            "fused": torch.cuda.is_available(),
+            "fused": torch.cuda.is_available() and not options.offload,
         }
         config = _config(options, options.zero) | {"optimizer": {"type": "AdamW", "params": adam}}
+        self._trains_part = not all(parameter.requires_grad for parameter in model.parameters())
         self._engine = _initialize(model, config)
         self._rank = distributed.rank
         self._scale = options.accumulation * distributed.world_size
@@ -121,17 +124,21 @@ class DeepSpeedEngine:
             group["lr"] = rate
 
     def full_weights(self) -> dict[str, Tensor]:
-        """See `Engine`. ZeRO-3 gathers one parameter at a time: no device holds the full model."""
-        return gathered_weights(self._engine.module, self._rank)
+        """See `Engine`. ZeRO-3 gathers one parameter at a time: no device holds the full model. Frozen ones are left out."""
+        return gathered_weights(self._engine.module, self._rank, trained_only=self._trains_part)
 
     def save(self, directory: Path) -> None:
         """See `Engine`."""
-        self._engine.save_checkpoint(str(directory.parent), tag=directory.name, save_latest=False)
+        self._engine.save_checkpoint(
+            str(directory.parent), tag=directory.name, save_latest=False, exclude_frozen_parameters=self._trains_part
+        )
 
     def load(self, directory: Path) -> None:
         """See `Engine`."""
         check_state(directory)
-        self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
+        self._engine.load_checkpoint(
+            str(directory.parent), tag=directory.name, load_module_strict=not self._trains_part
+        )
 
 
 def check_state(directory: Path) -> None:
@@ -156,20 +163,39 @@ def check_state(directory: Path) -> None:
             ) from None
 
 
-def gathered_weights(module: nn.Module, rank: int) -> dict[str, Tensor]:
-    """The unsharded state dict of a module on the CPU of rank 0; empty on other ranks. Every rank calls it."""
+def gathered_weights(module: nn.Module, rank: int, *, trained_only: bool = False) -> dict[str, Tensor]:
+    """The unsharded state dict of a module on the CPU of rank 0; empty on other ranks. Every rank calls it.
+
+    Args:
+        module: the module.
+        rank: of this process.
+        trained_only: without what is frozen.
+    """
     import deepspeed
 
     weights: dict[str, Tensor] = {}
     persistent = set(module.state_dict(keep_vars=True)) if rank == 0 else set()
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+    named = [*module.named_parameters(), *module.named_buffers()]
+    for name, tensor in [(n, t) for n, t in named if t.requires_grad or not trained_only]:
         with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
             if name in persistent:
                 weights[name] = tensor.detach().to("cpu", copy=True)
     return weights
 
 
-def trainer_config(zero: int) -> dict[str, Any]:
+def zero_config(stage: int, offload: bool) -> dict[str, Any]:
+    """DeepSpeed's `zero_optimization`: the stage, and whether its states are in the host's memory.
+
+    DeepSpeed's own AdamW for CPUs is compiled at first use; torch's does without a compiler, which is asked for by name.
+    """
+    if not offload:
+        return {"zero_optimization": {"stage": stage}}
+    held = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    states = {"offload_optimizer": held} | ({"offload_param": held} if stage == 3 else {})
+    return {"zero_optimization": {"stage": stage, **states}, "zero_force_ds_cpu_optimizer": False}
+
+
+def trainer_config(zero: int, offload: bool = False) -> dict[str, Any]:
     """DeepSpeed's part of a transformers Trainer's arguments: ZeRO, torch's AdamW. The Trainer fills in what is `auto`."""
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     adam = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
@@ -178,16 +204,16 @@ def trainer_config(zero: int) -> dict[str, Any]:
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
         "bf16": {"enabled": "auto"},
-        "optimizer": {"type": "AdamW", "params": adam | {"fused": torch.cuda.is_available()}},
-        "zero_optimization": {"stage": zero},
+        "optimizer": {"type": "AdamW", "params": adam | {"fused": torch.cuda.is_available() and not offload}},
         "steps_per_print": 1 << 40,
+        **zero_config(zero, offload),
     }
 
 
 def frozen_model(model: nn.Module, options: EngineOptions) -> Any:
     """A model without an optimizer; parameters are sharded if the trained models' are (ZeRO-3)."""
     model.requires_grad_(False)
-    return _initialize(model, _config(options, 3 if options.zero == 3 else 0))
+    return _initialize(model, _config(replace(options, offload=False), 3 if options.zero == 3 else 0))
 
 
 def _config(options: EngineOptions, stage: int) -> dict[str, Any]:
@@ -196,15 +222,18 @@ def _config(options: EngineOptions, stage: int) -> dict[str, Any]:
         "gradient_accumulation_steps": options.accumulation,
         "gradient_clipping": options.max_gradient_norm,
         "bf16": {"enabled": options.precision == "bf16"},
-        "zero_optimization": {"stage": stage},
         "steps_per_print": 1 << 40,
+        **zero_config(stage, options.offload),
     }
 
 
 def _initialize(model: nn.Module, config: dict[str, Any]) -> Any:
     import deepspeed
 
-    engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # else stage 0 takes all
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=trained or None, config=config, dist_init_required=False
+    )
     # Evaluation mode: with dropout, trainer and sampler log-probabilities would differ.
     engine.eval()
     return engine

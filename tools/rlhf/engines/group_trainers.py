@@ -19,6 +19,7 @@ from tools.rlhf.rollout.in_process import SampledLogProbs
 from tools.rlhf.rollout.log_prob_gap import check_log_prob_gap
 from tools.rlhf.rollout.on_servers import ServerSampler
 from tools.rlhf.rollout.sampler import rollout_seed
+from tools.rlhf.transformers_model import base_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +163,9 @@ def pass_position_ids(model: nn.Module) -> None:
 
     Rotary positions are relative: padding does not matter to them. Learned ones (GPT-2) would be shifted by it.
     """
-    rotary = any("rotary" in name for name, _ in model.named_modules())
-    if rotary or "position_ids" not in inspect.signature(type(model).forward).parameters:
+    own = base_of(model)
+    rotary = any("rotary" in name for name, _ in own.named_modules())
+    if rotary or "position_ids" not in inspect.signature(type(own).forward).parameters:
         return
 
     def add(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -65,7 +65,7 @@ def common_arguments(context: RunContext, options: Options, distributed: Distrib
         "max_grad_norm": options.max_gradient_norm,
         "bf16": options.precision_on(distributed.device.type) == "bf16",
         "use_cpu": distributed.device.type == "cpu",
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": False,  # ours, of layers in evaluation mode
         "seed": options.seed,
         "save_strategy": "steps",
         "save_steps": options.save_every,
@@ -77,7 +77,7 @@ def common_arguments(context: RunContext, options: Options, distributed: Distrib
         "dataloader_pin_memory": distributed.device.type == "cuda",
         "ddp_find_unused_parameters": False,
         "ddp_backend": None if distributed.device.type == "cuda" or options.zero else "gloo",
-        **({"deepspeed": trainer_config(options.zero)} if options.zero else {}),
+        **({"deepspeed": trainer_config(options.zero, options.offload)} if options.zero else {}),
     }
 
 
@@ -189,9 +189,10 @@ class TrainedPolicy:
 
     @property
     def module(self) -> Any:
-        """The transformers model."""
+        """The transformers model, or PEFT's around it."""
         return self._trainer.accelerator.unwrap_model(self._trainer.model)
 
     def full_weights(self) -> dict[str, torch.Tensor]:
         """See `Policy`."""
-        return gathered_weights(self.module, torch.distributed.get_rank())
+        lora = hasattr(self.module, "peft_config")
+        return gathered_weights(self.module, torch.distributed.get_rank(), trained_only=lora)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.errors import StageError, UserError
 from shared.weight_account import account_for_weights
@@ -67,6 +67,12 @@ class ModelReward:
         self._device, self._batch_size = device, batch_size
         config = getattr(model, "module", model).config.get_text_config()
         self._pad, self._context = config.pad_token_id, context
+
+    @property
+    def model(self) -> nn.Module:
+        """The sequence classifier."""
+        module: nn.Module = getattr(self._model, "module", self._model)
+        return module
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """UserError for a prompt that the reward model's chat template does not render."""

@@ -35,6 +35,11 @@ class Reward:
         """Component names, in the order of `--reward`."""
         return tuple(spec.name for spec, _ in self.components)
 
+    @property
+    def models(self) -> tuple[nn.Module, ...]:
+        """The reward models among the components."""
+        return tuple(scorer.model for _, scorer in self.components if isinstance(scorer, ModelReward))
+
     def __call__(self, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted sums [B], and unweighted scores [B] by component name; float32 on the CPU.
 

@@ -20,6 +20,7 @@ from shared.checkpoint.directory.target import PARTIAL
 from shared.checkpoint.files import remove_tree
 from shared.errors import UserError
 from shared.runtime.agreement import on_rank_0
+from tools.rlhf.lora import Adapters
 from tools.rlhf.models import Source
 from tools.rlhf.published_directory import source_weights
 from tools.rlhf.rollout.publisher import Policy
@@ -29,16 +30,18 @@ from tools.rlhf.rollout.servers import Servers
 class DirectoryPublisher:
     """The `Publisher` of `ServerSampler`. Rank 0 writes, and speaks with the servers."""
 
-    def __init__(self, folder: Path, source: Source, servers: Servers) -> None:
-        """`folder` is the run's own, below the servers' `--policies`."""
-        self._folder, self._source, self._servers = folder, source, servers
+    def __init__(self, folder: Path, source: Source, servers: Servers, adapters: Adapters | None = None) -> None:
+        """`folder` is the run's own, below the servers' `--policies`. Adapters are published merged."""
+        self._adapters, self._folder, self._source, self._servers = adapters, folder, source, servers
         self._run = secrets.token_hex(4)  # a policy of an earlier process of this run is not taken for this one's
         self._version = ""
         self._path = folder
 
     @classmethod
     @contextmanager
-    def open(cls, policies: Path, target: Path, source: Source, servers: Servers) -> Iterator[DirectoryPublisher]:
+    def open(
+        cls, policies: Path, target: Path, source: Source, servers: Servers, adapters: Adapters | None = None
+    ) -> Iterator[DirectoryPublisher]:
         """Make the run's folder, without what a killed process has left; remove it at the end.
 
         Raises:
@@ -57,7 +60,7 @@ class DirectoryPublisher:
 
         on_rank_0(make)
         try:
-            yield cls(folder, source, servers)
+            yield cls(folder, source, servers, adapters)
         finally:
             if torch.distributed.get_rank() == 0:
                 remove_tree(folder)
@@ -89,9 +92,11 @@ class DirectoryPublisher:
         for leftover in (partial, self._path):
             remove_tree(leftover)
         partial.mkdir()
-        stored = {
-            name: tensor.contiguous() for name, tensor in source_weights(policy.module, self._source, weights).items()
-        }
+        if self._adapters is None:
+            made = source_weights(policy.module, self._source, weights)
+        else:
+            made = self._adapters.policy_weights(policy.module, weights)
+        stored = {name: tensor.contiguous() for name, tensor in made.items()}
         save_file(stored, partial / "model.safetensors", metadata={"format": "pt"})
         partial.rename(self._path)
         self._servers.publish(self._path, self._version, to=self._servers.addresses)

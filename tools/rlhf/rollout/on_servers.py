@@ -16,6 +16,7 @@ from shared.errors import StageError, UserError
 from shared.runtime.agreement import on_rank_0
 from tools.rlhf.data import Prompt
 from tools.rlhf.engines.distributed import DistributedContext
+from tools.rlhf.lora import Adapters
 from tools.rlhf.models import Source
 from tools.rlhf.options import PolicyOptions
 from tools.rlhf.rollout.directory_publisher import DirectoryPublisher
@@ -151,7 +152,11 @@ def log_sampler(options: PolicyOptions, sampler: object) -> None:
 
 @contextmanager
 def server_sampler(
-    options: PolicyOptions, source: Source, prompts: Sequence[Prompt], distributed: DistributedContext
+    options: PolicyOptions,
+    source: Source,
+    prompts: Sequence[Prompt],
+    distributed: DistributedContext,
+    adapters: Adapters | None = None,
 ) -> Iterator[ServerSampler | None]:
     """The sampler of `--rollouts`; None without. Removes what was published at the end.
 
@@ -177,7 +182,7 @@ def server_sampler(
                 f"--rollouts {address} serves {said.model} in {said.precision}, and {options.rollouts[0]} {served[0].model} in "
                 f"{served[0].precision}; start both alike"
             )
-    with DirectoryPublisher.open(options.policies, options.target, source, servers) as publisher:
+    with DirectoryPublisher.open(options.policies, options.target, source, servers, adapters) as publisher:
         yield ServerSampler(
             servers=servers,
             publisher=publisher,

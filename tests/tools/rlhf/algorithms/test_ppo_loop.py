@@ -19,7 +19,7 @@ from tools.rlhf.data import Prompt, read_prompts
 from tools.rlhf.engines.deepspeed import DeepSpeedEngine, EngineOptions, initialize_distributed
 from tools.rlhf.engines.engine import Engine
 from tools.rlhf.models import load_critic, load_policy, open_source
-from tools.rlhf.options import PPOOptions
+from tools.rlhf.ppo_options import PPOOptions
 from tools.rlhf.rewards.weighted_sum import Reward
 from tools.rlhf.rollout.rollout import Reply, Rollout, Sequences
 from tools.rlhf.state import State

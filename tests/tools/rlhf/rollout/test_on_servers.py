@@ -12,7 +12,7 @@ from tools.rlhf.algorithms.experience import policy_log_probs
 from tools.rlhf.data import read_prompts
 from tools.rlhf.engines.deepspeed import initialize_distributed
 from tools.rlhf.models import load_policy, open_source
-from tools.rlhf.options import PPOOptions
+from tools.rlhf.ppo_options import PPOOptions
 from tools.rlhf.rollout.in_process import InProcessSampler
 from tools.rlhf.rollout.log_prob_gap import log_prob_gap_limit
 from tools.rlhf.rollout.on_servers import server_sampler
