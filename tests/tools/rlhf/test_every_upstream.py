@@ -25,6 +25,7 @@ from transformers import (
     core_model_loading,
 )
 from transformers.generation.utils import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer, RLOOTrainer
 from trl.trainer import grpo_trainer
@@ -197,3 +198,26 @@ def test_the_references_log_probabilities_are_beside_the_rows(kind: type) -> Non
         "os.path.exists(cache_file)",
     )
     relies_on(PREFERENCES, Dataset._get_cache_file_path, "os.path.dirname(self.cache_files[0]['filename'])")
+
+
+def test_layers_that_can_be_recomputed_have_a_class() -> None:
+    relies_on(
+        "tools/rlhf/engines/recomputed_layers.py",
+        GradientCheckpointingLayer.__init_subclass__,
+        "self.gradient_checkpointing and self.training and is_outermost",
+        'kwargs["use_cache"] = False',
+        'kwargs["past_key_values"] = None',
+        'kwargs["layer_past"] = None',
+    )
+    layers = LlamaForCausalLM(LlamaConfig(**TINY)).model.layers
+    assert all(isinstance(layer, GradientCheckpointingLayer) for layer in layers)
+
+
+def test_a_reference_has_the_policys_dtype() -> None:
+    for kind in (GRPOTrainer, RLOOTrainer):
+        relies_on(
+            "tools/rlhf/algorithms/group_training.py",
+            kind.__init__,
+            'model_init_kwargs.setdefault("dtype", self.model.dtype)',
+            "create_model_from_path(get_config_model_id(self.model.config), **model_init_kwargs)",
+        )
