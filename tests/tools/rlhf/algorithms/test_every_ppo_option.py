@@ -210,6 +210,11 @@ def test_a_shared_critic_is_one_model_with_both_losses(build, world, tmp_path, k
         assert torch.equal(ppo.critic(**inputs), states.sum(-1)) or torch.allclose(
             ppo.critic(**inputs), states.sum(-1), atol=1e-4
         )
+    if kind is PlainEngine:  # DeepSpeed keeps gradients to itself
+        ppo.critic.backward(ppo.critic(**inputs).sum())
+        wanted = 0.5 * states.sum((0, 1))  # the value coefficient
+        assert torch.allclose(both.module.head.weight.grad[0], wanted, rtol=1e-4, atol=1e-4)
+        both.module.zero_grad()
     torch.nn.init.zeros_(both.module.head.weight)
     assert ppo.actor.full_weights().keys() == load_policy(source, torch.float32).state_dict().keys()
     assert list(ppo.critic.full_weights()) == ["head.weight"]
