@@ -30,15 +30,15 @@ LARGE = 1 << 26  # the bucket of ZeRO-3's reductions, whatever the model
 def held():
     found = {}
     for each in gc.get_objects():
-        if type(each).__name__ in ("Tensor", "Parameter"):
+        if type(each) in (torch.Tensor, torch.nn.Parameter):
             for tensor in (each, each.grad if each.is_leaf else None):
                 if tensor is not None and tensor.untyped_storage().nbytes() < LARGE:
                     found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(found.values())
 
 rows = []
-for zero, precision, lora in [(0, "fp32", False), (0, "bf16", False), (1, "bf16", False), (2, "fp32", False), (2, "bf16", True),
-                              (3, "bf16", False)]:
+for zero, precision, lora in [(2, "bf16", True), (0, "fp32", False), (0, "bf16", False), (1, "bf16", False),
+                              (2, "fp32", False), (3, "bf16", False)]:
     gc.collect()
     before = held()
     model = load_policy(source, torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -81,6 +81,6 @@ def test_planned_bytes_are_those_of_the_tensors(world, tmp_path, processes):
         where = (
             f"ZeRO {zero}, {precision}, LoRA {lora}: {planned} planned, {full} held; {between} planned, {after} held"
         )
-        # Beside the states: padding of what is cut, buffers of the model (inverse frequencies), counts.
-        assert abs(full - planned) < 0.02 * planned + 4096, where
-        assert abs(after - between) < 0.02 * between + 4096, where
+        # Beside the states: padding of what is cut, buffers of the model, and the last logits, 12 KiB, which DeepSpeed holds.
+        assert abs(full - planned) < 0.02 * planned + 16384, where
+        assert abs(after - between) < 0.02 * between + 16384, where
