@@ -1,4 +1,4 @@
-"""The plan's bytes of states are those of the tensors that there are: one process, and two that share by ZeRO."""
+"""The plan's bytes of states are those of the tensors that there are: in one process."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ if distributed.rank == 0:
 """
 
 
-@pytest.mark.parametrize("processes", [2])
+@pytest.mark.parametrize("processes", [1])
 def test_planned_bytes_are_those_of_the_tensors(world, tmp_path, processes):
     """With gradients, in front of an update; and after it."""
     (tmp_path / "worker.py").write_text(WORKER)
