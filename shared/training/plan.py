@@ -218,6 +218,7 @@ def announce(config: TrainingConfig, inputs: Inputs, blend: Blend) -> None:
         + " of the fullest stage" * (config.parallel.pipeline > 1)
         + f": {', '.join(f'{quantity(size, "bytes")} of {name}' for name, size in parts.items())}; "
         "activations are more: --rehearse says how much"
+        + (f"; {quantity(held.on_host, 'bytes')} of moments in host memory" if held.on_host else "")
     )
     log(f"disk        {quantity(saved, 'bytes')} per checkpoint, {config.keep} kept")
     if config.async_save:

@@ -43,10 +43,11 @@ class States:
     trained_weights: int  # of them
     gradients: int  # the buffers, in fp32
     optimizer: int  # AdamW's moments and, in bf16, fp32 main weights: this rank's share of its data-parallel group's
+    on_host: int  # the moments, with --offload-optimizer; not in `optimizer` then
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All on the device."""
         return self.weights + self.gradients + self.optimizer
 
 
@@ -77,20 +78,22 @@ def fullest(config: TrainingConfig, architecture: Architecture) -> States:
 
 def _states(tensors: list[_Tensor], config: TrainingConfig) -> States:
     parallel, width = config.parallel, _WIDTH[config.precision]
-    of_optimizer = _MOMENTS + (_MAIN if config.precision == "bf16" else 0)
-    gradients = optimizer = 0
+    main = _MAIN if config.precision == "bf16" else 0
+    gradients = trained_numbers = 0
     for expert in (False, True):
         ranks = expert_replicas(parallel) if expert else parallel.data * parallel.context
         trained = [each.numbers for each in tensors if each.trained and each.expert == expert]
         if trained:
             buffer = _up(sum(_up(numbers, _START) for numbers in trained), math.lcm(ranks, _END))
             gradients += _GRADIENT * buffer
-            optimizer += of_optimizer * (sum(trained) if ranks == 1 else buffer // ranks)
+            trained_numbers += sum(trained) if ranks == 1 else buffer // ranks
+    moments = _MOMENTS * trained_numbers
     return States(
         weights=width * sum(each.numbers for each in tensors),
         trained_weights=width * sum(each.numbers for each in tensors if each.trained),
         gradients=gradients,
-        optimizer=optimizer,
+        optimizer=main * trained_numbers + (0 if config.offload_optimizer else moments),
+        on_host=moments if config.offload_optimizer else 0,
     )
 
 

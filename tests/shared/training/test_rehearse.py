@@ -95,6 +95,7 @@ def test_the_arithmetic_of_states_is_what_ranks_hold(results, played) -> None:
             )
             padding = 0 if config.parallel.data * config.parallel.context == 1 else 4096
             assert expected.optimizer - padding <= held["optimizer"] <= expected.optimizer, f"{case}, rank {rank}"
+            assert held.get("moments on the host", 0) == expected.on_host, f"{case}, rank {rank}"
 
 
 def test_a_load_joins_the_halves_of_gated_layers(results) -> None:
