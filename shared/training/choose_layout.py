@@ -19,21 +19,22 @@ import torch
 from shared.architecture.architecture import Architecture
 from shared.checkpoint.directory.open import Checkpoint
 from shared.errors import UserError
-from shared.rehearsal.forks import Failed, in_forks
+from shared.parallel import ParallelConfig
+from shared.rehearsal.forks import in_forks
 from shared.rehearsal.launch_map import Group, Nodes
 from shared.rehearsal.machine import Gpu
 from shared.rehearsal.speed import Speed
 from shared.rehearsal.work import Work
 from shared.report.metrics import flops_per_token
-from shared.training import loop, model_states, rehearse
+from shared.training import loop, rehearse
 from shared.training.blend import Blend
 from shared.training.config import TrainingConfig
 from shared.training.data import Batch
 from shared.training.layout_candidates import Candidate, Sizes, candidates, guess, guessed_bytes, least_states
-from shared.training.model_states import Held, Parts, States
 from shared.training.plan import Inputs
 from shared.training.rehearsal_report import Played
 from shared.training.roofline import Update, stage_time, update_time
+from shared.training.states import States, of_stages
 
 _TRIED = 8  # rehearsed candidates for each row that is asked for, at most
 _WORSE = 1.3  # patience
@@ -68,7 +69,7 @@ class Rehearsed:
     """A candidate that was rehearsed. Bytes."""
 
     candidate: Candidate
-    held: tuple[Held, ...]  # by arithmetic, of each stage
+    held: tuple[States, ...]  # by arithmetic, of each stage
     played: Mapping[int, Played]  # by stage: the first of each kind of stage
     update: Update | None  # None: not all of it could be played
     failed: str = ""  # why
@@ -122,8 +123,8 @@ class Planner:
         """`base`: a run, but for its layout, micro batch and recomputation."""
         self.architecture, self.base, self.gpus = architecture, base, gpus
         self.gpu, self.speed, self.nodes = gpu, speed, nodes
-        self.states = States(architecture, base)
-        self._parts: dict[tuple[int, int], Parts] = {}
+        numbers = {kind: number for number, kind in enumerate(architecture.kinds)}
+        self._kinds = [numbers[layer] for layer in architecture.layers]
 
     def search(
         self, wanted: int, said: Callable[[str], None] = lambda line: None, *, patience: float = _WORSE
@@ -172,7 +173,7 @@ class Planner:
 
     def _that_hold(
         self, ordered: Iterable[tuple[float, Candidate]], found: Search
-    ) -> Iterator[tuple[float, Candidate, tuple[Held, ...]]]:
+    ) -> Iterator[tuple[float, Candidate, tuple[States, ...]]]:
         """Those whose states fit by arithmetic."""
         for seconds, each in ordered:
             held = self.held(each.parallel)
@@ -195,30 +196,22 @@ class Planner:
                 return True
         return False
 
-    def held(self, parallel: Any) -> tuple[Held, ...]:
+    def held(self, parallel: ParallelConfig) -> tuple[States, ...]:
         """States of each stage, by arithmetic."""
-        parts = self.parts(parallel)
-        return tuple(self.states.of(parallel, parts, stage) for stage in range(parallel.pipeline))
+        return of_stages(replace(self.base, parallel=parallel), self.architecture)
 
-    def parts(self, parallel: Any) -> Parts:
-        """Parameters of a rank, read from a small model once for each TP and ETP."""
-        key = model_states.key_of(parallel)
-        if key not in self._parts:
-            config = replace(self.base, parallel=replace(parallel, pipeline_layers=None), backend="local")
-            read = partial(model_states.read_stage, config, self.architecture)
-            work = {(stages, stage): partial(read, stages, stage) for stages, stage in ((2, 0), (2, 1), (1, 0))}
-            read_ = _all_well(in_forks(work, at_once=_cores(), returned=UserError))
-            self._parts[key] = model_states.join(read_[2, 0], read_[2, 1], read_[1, 0])
-        return self._parts[key]
-
-    def stages(self, parallel: Any) -> list[int]:
+    def stages(self, parallel: ParallelConfig) -> list[int]:
         """Stages to play: the first, the last, and of stages with the same layers the first, which keeps most micro batches."""
-        seen: dict[Any, int] = {}
-        for stage in range(parallel.pipeline):
-            seen.setdefault(self.states.composition(parallel, stage), stage)
+        shares = parallel.pipeline_layers or (len(self._kinds) // parallel.chunks,) * parallel.chunks
+        layers: list[list[tuple[int, ...]]] = [[] for _ in range(parallel.pipeline)]
+        first = 0
+        for chunk, share in enumerate(shares):
+            layers[chunk % parallel.pipeline].append(tuple(self._kinds[first : first + share]))
+            first += share
+        seen = {tuple(chunks): stage for stage, chunks in reversed([*enumerate(layers)])}
         return sorted({0, parallel.pipeline - 1, *seen.values()})
 
-    def rehearse(self, chosen: Sequence[tuple[Candidate, tuple[Held, ...]]]) -> list[Rehearsed]:
+    def rehearse(self, chosen: Sequence[tuple[Candidate, tuple[States, ...]]]) -> list[Rehearsed]:
         """Play the stages of candidates."""
         began = time.monotonic()
         work = {
@@ -242,7 +235,7 @@ class Planner:
         ]
 
     def _rehearsed(
-        self, candidate: Candidate, held: tuple[Held, ...], found: Mapping[int, Any], seconds: float
+        self, candidate: Candidate, held: tuple[States, ...], found: Mapping[int, Any], seconds: float
     ) -> Rehearsed:
         played = {stage: each for stage, each in found.items() if isinstance(each, Played)}
         failed = next((str(each) for each in found.values() if not isinstance(each, Played)), "")
@@ -269,16 +262,6 @@ class Planner:
             packed=False,
             track=(),
         )
-
-
-def _all_well[K](found: Mapping[K, Any]) -> Mapping[K, Any]:
-    """The results, if none is an error."""
-    for each in found.values():
-        if isinstance(each, Failed):
-            raise RuntimeError(f"{each.line}\n{each.trace}")
-        if isinstance(each, Exception):
-            raise each
-    return found
 
 
 def _cores() -> int:

@@ -40,14 +40,21 @@ def wrap(chunks: list[GPTModel], *, overlap: bool, bucket_size: int | None = Non
         config = chunk.config
         # Losses are sums over tokens (loss.py): Megatron-Core divides the gradients by the number of targets.
         assert config.calculate_per_token_loss
-        ddp_config, places = buffer_places(
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap,
+            bucket_size=bucket_size or max(40_000_000, 1_000_000 * ranks),
+        )
+        # One bucket where Megatron-Core has one: without overlap, and where the pipeline hides the communication.
+        buckets = overlap and first_stage and index == 0
+        places = DistributedOptimizer.compute_full_param_layout(
             [parameter for parameter in chunk.parameters() if parameter.requires_grad],
-            ranks=ranks,
-            expert_ranks=parallel_state.get_expert_data_parallel_world_size(),
-            overlap=overlap,
-            # One bucket where Megatron-Core has one: without overlap, and where the pipeline hides the communication.
-            buckets=overlap and first_stage and index == 0,
-            bucket_size=bucket_size,
+            ddp_config.bucket_size if buckets else None,
+            ranks,
+            ddp_config,
+            expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_world_size(),
         )
         wrapped.append(
             DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0, full_param_layout=places)
@@ -59,38 +66,6 @@ def wrap(chunks: list[GPTModel], *, overlap: bool, bucket_size: int | None = Non
     if overlap:  # gradients of all but the last micro batch are only added up
         shared_config.no_sync_func = wrapped[0].no_sync if len(wrapped) == 1 else [each.no_sync for each in wrapped]
     return wrapped
-
-
-def buffer_places(
-    parameters: list[torch.nn.Parameter],
-    *,
-    ranks: int,
-    expert_ranks: int,
-    overlap: bool,
-    buckets: bool,
-    bucket_size: int | None = None,
-) -> tuple[DistributedDataParallelConfig, Any]:
-    """How the data parallelism of a model chunk is configured, and where each gradient lies in its buffer.
-
-    Args:
-        parameters: that are trained, in the order of the modules.
-        ranks: of data parallelism, context parallelism included.
-        expert_ranks: the same of routed experts.
-        overlap: communicate during computation.
-        buckets: several, else one.
-        bucket_size: parameters per bucket; None: 40 million, or a million per data-parallel rank.
-    """
-    config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=True,
-        overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap,
-        bucket_size=bucket_size or max(40_000_000, 1_000_000 * ranks),
-    )
-    places = DistributedOptimizer.compute_full_param_layout(
-        parameters, config.bucket_size if buckets else None, ranks, config, expert_data_parallel_world_size=expert_ranks
-    )
-    return config, places
 
 
 def gather_weights(model: list[DistributedDataParallel]) -> None:

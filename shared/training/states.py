@@ -52,11 +52,12 @@ class States:
 
 
 class _Tensor(NamedTuple):
-    """On one rank."""
+    """On one rank, and so many of the kind: experts of a layer."""
 
     numbers: int
     expert: bool
     trained: bool
+    count: int = 1
 
 
 def of_stages(config: TrainingConfig, architecture: Architecture) -> tuple[States, ...]:
@@ -82,19 +83,23 @@ def _states(tensors: list[_Tensor], config: TrainingConfig) -> States:
     gradients = trained_numbers = 0
     for expert in (False, True):
         ranks = expert_replicas(parallel) if expert else parallel.data * parallel.context
-        trained = [each.numbers for each in tensors if each.trained and each.expert == expert]
+        trained = [each for each in tensors if each.trained and each.expert == expert]
         if trained:
-            buffer = _up(sum(_up(numbers, _START) for numbers in trained), math.lcm(ranks, _END))
+            buffer = _up(sum(each.count * _up(each.numbers, _START) for each in trained), math.lcm(ranks, _END))
             gradients += _GRADIENT * buffer
-            trained_numbers += sum(trained) if ranks == 1 else buffer // ranks
+            trained_numbers += _numbers(trained) if ranks == 1 else buffer // ranks
     moments = _MOMENTS * trained_numbers
     return States(
-        weights=width * sum(each.numbers for each in tensors),
-        trained_weights=width * sum(each.numbers for each in tensors if each.trained),
+        weights=width * _numbers(tensors),
+        trained_weights=width * _numbers([each for each in tensors if each.trained]),
         gradients=gradients,
         optimizer=main * trained_numbers + (0 if config.offload_optimizer else moments),
         on_host=moments if config.offload_optimizer else 0,
     )
+
+
+def _numbers(tensors: list[_Tensor]) -> int:
+    return sum(each.count * each.numbers for each in tensors)
 
 
 def expert_replicas(parallel: ParallelConfig) -> int:
@@ -115,10 +120,10 @@ def _tensors(config: TrainingConfig, architecture: Architecture) -> Iterator[tup
             continue
         expert = "expert" in rule.axes
         trained = whole and (bool(config.mtp_loss_scaling_factor) or not rule.megatron.startswith("mtp."))
-        tensor = _Tensor(_on_a_rank(rule, architecture, parallel), expert, trained)
-        experts = table.sizes["expert"] // parallel.expert if expert else 1
+        count = table.sizes["expert"] // parallel.expert if expert else 1
+        tensor = _Tensor(_on_a_rank(rule, architecture, parallel), expert, trained, count)
         for stage in _stages(rule, by_layer, architecture):
-            yield from ((stage, tensor),) * experts
+            yield stage, tensor
     if config.lora is not None:
         for linear in adapted_linears(table, config.lora.targets).values():
             stage, expert = by_layer[int(linear.module.split(".")[2])], ".experts.experts." in linear.module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,11 @@ from shared.errors import UserError
 from shared.families import registry
 from shared.model.recompute import Recompute
 from shared.model.support import check_supported
+from shared.parallel import ParallelConfig
 from shared.rehearsal.machine import GpuName
+from shared.training import stage
+from shared.training.config import TrainingConfig
+from shared.training.options import TrainingOptions
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "shared" / "families" / "published"
 GPU: GpuName = "h100-80"
@@ -68,6 +72,25 @@ ROWS = (
         recompute="full",
     ),
 )
+
+
+def base(row: Row) -> TrainingConfig:
+    """A run, but for its layout."""
+    options = TrainingOptions(
+        source=Path("."),
+        data=(),
+        target=Path("."),
+        global_batch_size=row.global_batch_size,
+        micro_batch_size=1,
+        processes=1,
+    )
+    return stage.plan(options, steps=1000, sequence_length=row.sequence_length)
+
+
+def config_of(row: Row) -> TrainingConfig:
+    """The run that is rehearsed."""
+    parallel = ParallelConfig(processes=row.gpus, **row.layout)
+    return replace(base(row), parallel=parallel, recompute=(row.recompute,))
 
 
 def architecture_of(model: str) -> Architecture:

@@ -16,29 +16,23 @@ from shared.runtime.silence_warnings import silence
 
 silence()
 
-from shared.parallel import ParallelConfig  # noqa: E402
 from shared.rehearsal import reexecute  # noqa: E402
 from shared.rehearsal.launch_map import TITLES, Nodes  # noqa: E402
 from shared.rehearsal.machine import GPUS  # noqa: E402
 from shared.rehearsal.speed import GPUS_PER_NODE, SPEEDS  # noqa: E402
-from shared.training import stage  # noqa: E402
-from shared.training.options import TrainingOptions  # noqa: E402
-from tests.rehearsals.cases import FAMILY_GPUS, GPU, ROWS, Row, architecture_of, largest_of_each_family  # noqa: E402
+from tests.rehearsals.cases import (  # noqa: E402
+    FAMILY_GPUS,
+    GPU,
+    ROWS,
+    Row,
+    architecture_of,
+    base,
+    config_of,
+    largest_of_each_family,
+)
 from tests.rehearsals.tables import PAGE, RECORDED, write_page  # noqa: E402
 
 MiB = 2**20
-
-
-def base(row: Row) -> Any:
-    options = TrainingOptions(
-        source=Path("."),
-        data=(),
-        target=Path("."),
-        global_batch_size=row.global_batch_size,
-        micro_batch_size=1,
-        processes=1,
-    )
-    return stage.plan(options, steps=1000, sequence_length=row.sequence_length)
 
 
 def planner(row: Row) -> Any:
@@ -56,17 +50,9 @@ def planner(row: Row) -> Any:
 
 def rehearsed(row: Row) -> list[dict[str, Any]]:
     """A record for each stage that was played."""
-    from dataclasses import replace
-
     from shared.training.layout_candidates import Candidate
 
-    plan = planner(row)
-    config = replace(
-        plan.base,
-        parallel=ParallelConfig(processes=row.gpus, **row.layout),
-        micro_batch_size=1,
-        recompute=(row.recompute,),
-    )
+    plan, config = planner(row), config_of(row)
     config.check_model(plan.architecture)
     candidate = Candidate(config=config)
     (found,) = plan.rehearse([(candidate, plan.held(config.parallel))])
@@ -77,8 +63,7 @@ def rehearsed(row: Row) -> list[dict[str, Any]]:
         {
             "stage": number,
             "states": played.states,
-            "held": list(found.held[number]),
-            "held_rehearsed": list(played.held.values()),
+            "held": list(played.held.values()),
             "peak": played.peak,
             "reserved": played.reserved,
             "communication": communication(played),

@@ -2,7 +2,10 @@
 
 import json
 
-from tests.rehearsals.cases import ROWS, largest_of_each_family
+import pytest
+
+from shared.training.states import of_stages
+from tests.rehearsals.cases import ROWS, architecture_of, config_of, largest_of_each_family
 from tests.rehearsals.tables import PAGE, RECORDED, block
 
 GiB = 2**30
@@ -23,10 +26,17 @@ def test_what_is_recorded_are_cases() -> None:
 
 
 def test_a_rank_holds_what_arithmetic_says() -> None:
-    """To the byte; what is allocated between updates is little more: workspaces, tables of angles, blocks."""
+    """Weights to the byte; gradients and the optimizer's share but for what pads buckets, and 4 bytes a tensor that count
+    steps. What is allocated between updates is little more: workspaces, tables of angles, blocks."""
+    rows = {row.name: row for row in ROWS}
     for name, stages in RECORD["rows"].items():
+        expected = of_stages(config_of(rows[name]), architecture_of(rows[name].model))
         for each in stages:
-            assert each["held"] == each["held_rehearsed"], name
+            weights, gradients, optimizer = each["held"]
+            said = expected[each["stage"]]
+            assert weights == said.weights, name
+            assert gradients == pytest.approx(said.gradients, rel=1e-4), name
+            assert optimizer == pytest.approx(said.optimizer, rel=2e-2), name
             assert sum(each["held"]) < each["states"] < sum(each["held"]) + 1.5 * GiB, name
             assert each["states"] < each["peak"] <= each["reserved"], name
 

@@ -14,7 +14,6 @@ from megatron.core.distributed.finalize_model_grads import _update_router_expert
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from megatron.core.optimizer import DistributedOptimizer, _get_param_groups, get_standard_config_overrides
 from megatron.core.optimizer.optimizer import ChainedOptimizer
-from megatron.core.optimizer.param_layout import PerBufferParamLayout
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -222,21 +221,4 @@ def test_loads_and_saves_take_this_memory() -> None:
         rehearse,
         filesystem_async.FileSystemWriterAsync.preload_tensors,
         'tensor.to("cpu", non_blocking=non_blocking)',
-    )
-
-
-def test_a_rank_has_its_share_of_each_bucket() -> None:
-    ours = "shared/training/model_states.py"
-    relies_on(
-        ours,
-        DistributedOptimizer._compute_per_buffer_param_layout,
-        "param_index_map[param] = (param_start_index, param_end_index, bucket_id)",
-        "bucket_indices.append((bucket_start_index, bucket_end_index))",
-    )
-    binds(ours, PerBufferParamLayout, param_index_map={}, bucket_indices=[], num_optimizer_shards=1)
-    relies_on(
-        ours,
-        DistributedOptimizer._build_model_gbuf_range,
-        "max_gbuf_range_size = gbuf_size // data_parallel_world_size",
-        "gbuf_world_start = r * max_gbuf_range_size",
     )
