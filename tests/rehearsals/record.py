@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 from shared.runtime.silence_warnings import silence
