@@ -21,7 +21,7 @@ PART_BYTES = 1 << 28  # of moments on the GPU at a time, unless one weight has m
 
 def offload(optimizer: torch.optim.Optimizer) -> None:
     """Keep the moments of AdamW (torch's or TransformerEngine's) in host memory, from its next update on."""
-    optimizer.step = partial(_step, optimizer, optimizer.step)  # type: ignore[method-assign]
+    optimizer.step = partial(_step, optimizer, optimizer.step)
 
 
 def moment_bytes(optimizer: torch.optim.Optimizer) -> int:

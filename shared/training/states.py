@@ -57,7 +57,7 @@ class _Tensor(NamedTuple):
     numbers: int
     expert: bool
     trained: bool
-    count: int = 1
+    copies: int = 1
 
 
 def of_stages(config: TrainingConfig, architecture: Architecture) -> tuple[States, ...]:
@@ -85,7 +85,7 @@ def _states(tensors: list[_Tensor], config: TrainingConfig) -> States:
         ranks = expert_replicas(parallel) if expert else parallel.data * parallel.context
         trained = [each for each in tensors if each.trained and each.expert == expert]
         if trained:
-            buffer = _up(sum(each.count * _up(each.numbers, _START) for each in trained), math.lcm(ranks, _END))
+            buffer = _up(sum(each.copies * _up(each.numbers, _START) for each in trained), math.lcm(ranks, _END))
             gradients += _GRADIENT * buffer
             trained_numbers += _numbers(trained) if ranks == 1 else buffer // ranks
     moments = _MOMENTS * trained_numbers
@@ -99,7 +99,7 @@ def _states(tensors: list[_Tensor], config: TrainingConfig) -> States:
 
 
 def _numbers(tensors: list[_Tensor]) -> int:
-    return sum(each.count * each.numbers for each in tensors)
+    return sum(each.copies * each.numbers for each in tensors)
 
 
 def expert_replicas(parallel: ParallelConfig) -> int:
