@@ -25,7 +25,7 @@ from shared.checkpoint.dtypes import Dtype, weight_dtype
 from shared.checkpoint.formats.hugging_face import HfReader, WeightLayout, weight_files, write_index
 from shared.checkpoint.formats.safetensors_file import TensorInfo
 from shared.checkpoint.lora.match import Changes, match, read_adapter, vocabulary_rows
-from shared.checkpoint.lora.merge import merged_tensor
+from shared.checkpoint.lora.merge_adapter import merged_tensor
 from shared.checkpoint.lora.peft_files import TOKENIZER_FILES
 from shared.cli import log
 from shared.errors import UserError

@@ -25,7 +25,7 @@ from shared.checkpoint.directory.peft_config import AdapterConfig
 from shared.checkpoint.dtypes import weight_dtype
 from shared.checkpoint.formats.hugging_face import HfReader
 from shared.checkpoint.lora.match import match, read_adapter
-from shared.checkpoint.lora.merge import merged_tensor
+from shared.checkpoint.lora.merge_adapter import merged_tensor
 from shared.checkpoint.lora.peft_files import TOKENIZER_FILES, adapter_config
 from shared.console import log
 from shared.errors import StageError, UserError

@@ -11,7 +11,7 @@ from pathlib import Path
 from shared.checkpoint.directory.peft_config import AdapterConfig
 from shared.checkpoint.formats.pytorch_bin import read_pytorch_bin
 from shared.checkpoint.formats.safetensors_file import Header, TensorInfo, read_header
-from shared.checkpoint.lora.merge import Delta
+from shared.checkpoint.lora.merge_adapter import Delta
 from shared.console import abbreviated
 from shared.errors import UserError
 from shared.mapping.layout import COPY, Shape

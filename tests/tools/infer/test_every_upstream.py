@@ -63,12 +63,10 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-from tests.benchmarks.bench_serve import commands
 from tests.upstream import attributes_set, binds, calls, relies_on, says_nothing_of
 from tools.infer import served_adapters
 from tools.infer.bench import LATENCIES
 from tools.infer.engines import vllm_arguments, vllm_support
-from tools.infer.engines.engine import EngineSettings
 from tools.infer.engines.weight_swap import RELOAD_LOGGER, WeightSwap
 from tools.infer.rollouts import SAMPLING
 
@@ -170,16 +168,6 @@ def test_a_benchmark_is_a_command_line_and_a_dictionary() -> None:
         'result[f"p{p_word}_{metric_attribute_name}_ms"] = value',
     )
     relies_on(BENCH, benchmark_client.main_async, "args.header", "return result_json", "args.ignore_eos = True")
-
-
-def test_the_bare_server_of_bench_serve_has_infers_engine(models) -> None:
-    """tests/benchmarks/bench_serve.py compares two servers with one engine."""
-    ours = vllm_arguments.engine_arguments(models("llama"), EngineSettings())
-    words = commands(models("llama"), 8000)["vllm"]
-    options = make_arg_parser(FlexibleArgumentParser()).parse_args(words[2:])
-    assert options.model_tag == ours.pop("model")
-    del ours["use_tqdm_on_load"]  # a progress bar
-    assert {name: getattr(options, name) for name in ours} == ours
 
 
 def test_the_server_is_in_the_state_of_its_application() -> None:

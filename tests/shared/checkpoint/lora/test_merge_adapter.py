@@ -17,7 +17,7 @@ from shared.checkpoint.copy.blocks import OpenFiles
 from shared.checkpoint.copy.byte_view import view_of
 from shared.checkpoint.dtypes import BF16, FP16, FP32, Dtype, from_float32, to_float64
 from shared.checkpoint.formats.safetensors_file import read_header
-from shared.checkpoint.lora.merge import Delta, Matrix, merged
+from shared.checkpoint.lora.merge_adapter import Delta, Matrix, merged
 
 ROOT = Path(__file__).resolve().parents[4]
 SCALE = 12 / 7
