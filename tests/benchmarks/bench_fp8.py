@@ -214,6 +214,7 @@ def train(work: Path, size: Size, cell: Cell, updates: int) -> None:
         "log-every": max(updates // 10, 1),
         "validate-every": 0,
         "track": "none",
+        "hang-timeout": 0,  # other work on the machine may hold an update up
         **way,
         # All layers: the hardest setting.
         **({"fp8-bf16-layers": "0,0"} if way["precision"] == "fp8" else {}),
