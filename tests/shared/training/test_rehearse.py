@@ -110,7 +110,9 @@ def test_every_kind_of_run_is_played_to_its_end(played) -> None:
             assert phases.count("building the model") == 1, case
             assert f"optimizer of update {UPDATES}" in phases, case
             assert each.states >= each.phases[3].before, case
-            assert each.highest.name == f"forward and backward of update {UPDATES}", case
+            # A tiny model's moments come to the GPU all at once.
+            fullest = "optimizer" if case == "moments in host memory" else "forward and backward"
+            assert each.highest.name == f"{fullest} of update {UPDATES}", case
             assert each.activations > 0, case
             assert each.reserved >= each.peak > each.states, case
 
