@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shared.cli import Tool
-from tools.rlhf.options import DPOOptions, GRPOOptions, KTOOptions, Options, RewardOptions, RLOOOptions
+from tools.rlhf.options import DPOOptions, GRPOOptions, KTOOptions, Options, RewardOptions, RLOOOptions, ScoreOptions
 from tools.rlhf.ppo_options import PPOOptions
 
 tool = Tool(
@@ -40,6 +40,18 @@ def reward(options: RewardOptions) -> int | None:
 
         run(options)
     return code
+
+
+@tool.command()
+def score(options: ScoreOptions) -> None:
+    """Score replies by a reward model.
+
+    Reads a directory of `rlhf reward` and JSON lines of replies; publishes scores.jsonl, the rows with their rewards, and prints
+    means, and for pairs accuracy and calibration, as a line of JSON. Killed or stopped, the same command does the rest.
+    """
+    from tools.rlhf.score import run
+
+    run(options)
 
 
 @tool.command(not_fingerprinted=_NOT_FINGERPRINTED, added=(*_ZERO, *_LORA_OF_ROWS))

@@ -179,7 +179,7 @@ def read_labelled_replies(
     end = end_token_id(tokenizer)
     for row in rows_of(path, flag="--data"):
         for reply, label in labelled(row):
-            prompt, ids = _sequence(row, reply, tokenizer, end)
+            prompt, ids = sequence(row, reply, tokenizer, end)
             _check_reply(row, "a desirable row" if label else "an undesirable row", reply, prompt, context_length)
             if not prompt:
                 prompt, ids = ids[:1], ids[1:]
@@ -200,7 +200,7 @@ def _pairs(path: Path, tokenizer: Any) -> Iterator[tuple[Row, tuple[_Side, _Side
     """Rows with both sides; UserError for a row whose sides are the same tokens."""
     end = end_token_id(tokenizer)
     for row in rows_of(path, flag="--data"):
-        chosen, rejected = ((reply, *_sequence(row, reply, tokenizer, end)) for reply in preference(row))
+        chosen, rejected = ((reply, *sequence(row, reply, tokenizer, end)) for reply in preference(row))
         if chosen[1:] == rejected[1:]:
             raise row.error("'chosen' and 'rejected' are the same; remove the row")
         yield row, (chosen, rejected)
@@ -216,8 +216,8 @@ def _check_reply(row: Row, what: str, reply: Reply, prompt: tuple[int, ...], con
         )
 
 
-def _sequence(row: Row, reply: Reply, tokenizer: Any, end: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Token ids of the prompt, and of the reply with the end token."""
+def sequence(row: Row, reply: Reply, tokenizer: Any, end: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids of the prompt, and of the reply with the end token. UserError, of the row, if its prompt is not rendered."""
     text = _prompt_text(row, reply.prompt, tokenizer)
     prompt = _encode(tokenizer, text, templated=not isinstance(reply.prompt, str))
     if not text:  # the reply is the whole text, and begins as a text does

@@ -174,6 +174,28 @@ class RewardOptions(PreferenceOptions):
     """
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """`rlhf score`.
+
+    Attributes:
+        source: the directory of a reward model, of `rlhf reward`.
+        data: rows with replies: pairs of chosen and rejected, a prompt with completion (as `infer generate` writes), or messages
+            that end with the reply; of a file or of a folder of files.
+        target: the directory to publish, with scores.jsonl.
+        overwrite: replace the target and its unfinished scores.
+        micro_batch_size: replies per forward pass.
+        precision: of the arithmetic; by default bf16 on a GPU and fp32 elsewhere.
+    """
+
+    source: ExistingDir
+    data: Existing
+    target: Path
+    overwrite: bool = False
+    micro_batch_size: Positive = 8
+    precision: TrainingPrecision | None = None
+
+
 DPOLoss = Literal["sigmoid", "hinge", "ipo", "robust", "nca_pair", "sppo_hard", "apo_zero", "apo_down"]
 
 

@@ -30,13 +30,16 @@ class RunContext:
     """The publication in progress; on rank 0 only."""
     state: State
 
-    def add_report(self, *, title: str, facts: Mapping[str, Any], charts: Mapping[str, Sequence[str]]) -> None:
+    def add_report(
+        self, *, title: str, facts: Mapping[str, Any], charts: Mapping[str, Sequence[str]], figures: Sequence[str] = ()
+    ) -> None:
         """Put the run's metrics.jsonl, report.html and folders of trackers into the directory to publish; rank 0 only.
 
         Args:
             title: heading.
             facts: name -> value, shown as a list.
             charts: chart title -> metric names.
+            figures: further ones, after the charts.
         """
         assert self.out is not None, "rank 0 has the directory in the making"
         metrics = self.state.path / METRICS
@@ -47,7 +50,7 @@ class RunContext:
         tiles = {name.replace("_", " "): shown(value) for name, value in facts.items()}
         page.write(
             self.out.path / page.REPORT,
-            page.render(title=title, tiles=tiles, figures=page.line_charts(read(metrics), charts)),
+            page.render(title=title, tiles=tiles, figures=[*page.line_charts(read(metrics), charts), *figures]),
         )
 
 

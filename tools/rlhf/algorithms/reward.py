@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shared.checkpoint.directory.publish import Publication
 from shared.console import log
+from tools.rlhf.calibration import calibration, figures
 from tools.rlhf.data import Pair, read_preferences
 from tools.rlhf.engines.deepspeed import initialize_distributed
 from tools.rlhf.engines.distributed import DistributedContext
@@ -45,23 +46,29 @@ def run(options: RewardOptions) -> None:
             source, options.seed, held_dtype(options.precision_on(distributed.device.type), adapters)
         )
         _print_plan(options, source, pairs, distributed)
-        before = accuracy(model, pairs.validation, options.micro_batch_size, distributed)
+        before = accuracy(margins(model, pairs.validation, options.micro_batch_size, distributed))
         if before is not None:
             log(f"accuracy on held-out pairs before training: {before:.3f}")
         weights, updates = _train(options, source, pairs, model, context, distributed, adapters)
         if context.out is not None:
             trained = _with_weights(source, options.seed, weights, adapters)
-            after = accuracy(trained.to(distributed.device), pairs.validation, options.micro_batch_size, distributed)
+            measured = margins(trained, pairs.validation, options.micro_batch_size, distributed)
+            after = accuracy(measured)
             counts = {"pairs": len(pairs.train), "held_out": len(pairs.validation), "dropped": pairs.dropped_rows}
             result = {"accuracy_before": before, "accuracy_after": after, **counts}
+            calibrated = calibration(measured) if measured else None
             if after is not None:
                 log(f"accuracy on held-out pairs after training: {after:.3f}")
             if source.tokenizer.pad_token != own_padding:
                 source.tokenizer.save_pretrained(context.out.path)
             facts = _publish(context.out, trained.to("cpu"), source, weights, adapters, options)
             facts |= result | {"updates": updates}
+            facts |= calibrated.facts if calibrated else {}
             context.out.describe(**facts)
-            context.add_report(title=f"Reward model {options.target.name}", facts=facts, charts=_CHARTS)
+            pictures = figures(calibrated) if calibrated else []
+            context.add_report(
+                title=f"Reward model {options.target.name}", facts=facts, charts=_CHARTS, figures=pictures
+            )
             print(json.dumps(result), flush=True)
         distributed.barrier()
 
@@ -130,20 +137,23 @@ def _print_plan(options: RewardOptions, source: Source, pairs: HeldOut[Pair], di
     )
 
 
-def accuracy(model: Any, pairs: list[Pair], batch_size: int, distributed: DistributedContext) -> float | None:
+def accuracy(measured: list[float]) -> float | None:
     """Share of pairs with score(chosen) > score(rejected); None without pairs."""
-    if not pairs:
-        return None
+    return sum(margin > 0 for margin in measured) / len(measured) if measured else None
+
+
+def margins(model: Any, pairs: list[Pair], batch_size: int, distributed: DistributedContext) -> list[float]:
+    """score(chosen) - score(rejected) of each pair, in any order."""
     model.to(distributed.device)
-    right = 0
+    found: list[float] = []
     # Sorted by length, to reduce padding.
     ordered = sorted(pairs, key=lambda pair: len(pair.chosen) + len(pair.rejected))
     for start in range(0, len(ordered), batch_size):
         batch = ordered[start : start + batch_size]
         sequences = [pair.chosen for pair in batch] + [pair.rejected for pair in batch]
         chosen, rejected = score(model, sequences, model.config.pad_token_id, distributed.device).chunk(2)
-        right += int((chosen > rejected).sum())
-    return right / len(pairs)
+        found += (chosen.double() - rejected.double()).tolist()
+    return found
 
 
 def _train(

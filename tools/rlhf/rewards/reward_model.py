@@ -22,9 +22,9 @@ from tools.rlhf.transformers_model import (
 )
 
 
-def load_reward_model(path: Path, dtype: torch.dtype) -> Any:
-    """A sequence-classification model with one label, in evaluation mode. UserError for any other model."""
-    place = f"--reward model:{path}"
+def load_reward_model(path: Path, dtype: torch.dtype, *, place: str | None = None) -> Any:
+    """A sequence-classification model with one label, in evaluation mode. UserError for any other model, with its `place`."""
+    place = place or f"--reward model:{path}"
     config = load_config(path, place=place)
     names = config.architectures or []
     if not any(name.endswith("ForSequenceClassification") for name in names) or config.num_labels != 1:
