@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 2
 # where it is set, every start of a tool compiles its libraries anew, for half a minute
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo demo-real pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity test-hostile bench-serve bench-rehearsal rehearsals bench-data
+.PHONY: help setup demo demo-real pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity test-hostile bench-serve bench-rehearsal rehearsals bench-data test-trlx bench-rlhf
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -67,6 +67,10 @@ test-sft: setup ## supervised fine-tuning
 test-rlhf: setup ## reward model, PPO, GRPO
 	OMP_NUM_THREADS=1 tools/rlhf/.venv/bin/python $(PYTEST) tests/shared/test_weight_account.py tests/tools/rlhf
 
+test-trlx: setup ## rlhf ppo --backend trlx; trlx at BATON_TRLX, a checkout or wheel
+	@test -n "$(BATON_TRLX)" || { echo "make test-trlx: set BATON_TRLX to a checkout or wheel of trlx (tools/rlhf/README.md)"; exit 2; }
+	OMP_NUM_THREADS=1 tools/rlhf/.venv/bin/python -m pytest -q --durations 5 -m trlx tests/tools/rlhf
+
 test-infer: setup tests/hostile/.venv/.ready ## vLLM and lm-evaluation-harness
 	OMP_NUM_THREADS=1 tools/infer/.venv/bin/python $(PYTEST) tests/tools/infer
 
@@ -117,6 +121,9 @@ bench-lora: setup ## bytes of weights, gradients, optimizer and checkpoint: LoRA
 
 bench-rehearsal: setup ## peaks of memory as a rehearsal says them, beside those that torch measures in the same runs on the CPU
 	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/benchmarks/bench_rehearsal.py --record
+
+bench-rlhf: setup ## phases of a step of rlhf ppo and grpo beside TRL alone, and trlx alone where BATON_TRLX names it
+	OMP_NUM_THREADS=1 tools/rlhf/.venv/bin/python tests/benchmarks/bench_rlhf.py --record
 
 proofs: setup ## run what proves each family and record it for `convert families`; FAMILIES="gemma2 glm" for some
 	rm -rf $(PROOFS) && mkdir -p $(PROOFS)

@@ -6,6 +6,7 @@
 #                By default registry where nvidia-smi answers, local elsewhere.
 #   BASE_IMAGE   this very base
 #   WHEELS       a directory of wheels; then the build uses no network
+#   BATON_TRLX   a checkout of trlx, which the rlhf image gets for `rlhf ppo --backend trlx`
 #   SOURCE_TREE  the tree to build from, by default this one
 #   LATEST=no    leave the tag `latest` where it is
 #   SOURCE       the address of the source, for the image's label
@@ -86,6 +87,14 @@ if [ -n "$suffix" ]; then arguments+=(--build-arg LOCK=requirements.lock); fi
 digest=${base##*@}
 if [ "$digest" = "$base" ]; then # an image made here has an id and no digest
     digest=$(docker image inspect --format '{{.Id}}' "$base" 2>/dev/null || true)
+fi
+if [ "$tool" = rlhf ] && [ -n "${BATON_TRLX:-}" ]; then
+    if [ ! -f "$BATON_TRLX/trlx/__init__.py" ]; then
+        echo "containers/build.sh: BATON_TRLX $BATON_TRLX is no checkout of trlx; a wheel is to be unpacked" >&2
+        exit 2
+    fi
+    given+=(--build-context "trlx=$BATON_TRLX")
+    arguments+=(--build-arg BATON_TRLX=/opt/baton/trlx)
 fi
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' "$tree/tools/$tool/pyproject.toml")
 revision=$(git -C "$tree" rev-parse HEAD 2>/dev/null || true)

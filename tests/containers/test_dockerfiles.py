@@ -36,7 +36,23 @@ def test_the_base_is_an_argument_with_a_pinned_default(tool: str) -> None:
     locked = re.search(r"^vllm==(\S+)", (ROOT / "tools/infer/requirements.gpu.lock").read_text(), re.MULTILINE)
     assert locked
     assert re.search(r"@sha256:[0-9a-f]{64}$", default) or default == f"vllm/vllm-openai:v{locked[1]}"
-    assert [line for line in lines if line.startswith("FROM")] == ["FROM scratch AS wheels", "FROM ${BASE_IMAGE}"]
+    given = ["FROM scratch AS wheels", *(["FROM scratch AS trlx"] if tool == "rlhf" else [])]
+    assert [line for line in lines if line.startswith("FROM")] == [*given, "FROM ${BASE_IMAGE}"]
+
+
+def test_the_rlhf_image_takes_trlx_where_it_is_given() -> None:
+    lines = recipe("rlhf")
+    (step,) = [line for line in lines if "from=trlx,target=/trlx" in line]
+    assert (
+        "if [ -f /trlx/trlx/__init__.py ]; then mkdir /opt/baton/trlx && cp -r /trlx/trlx /trlx/LICENSE /opt/baton/trlx/"
+        in step
+    )
+    assert lines.index("ARG BATON_TRLX=") + 1 == lines.index(
+        "ENV BATON_TRLX=$BATON_TRLX"
+    )  # empty: rlhf says how to get it
+    script = (ROOT / "containers/build.sh").read_text()
+    assert '--build-context "trlx=$BATON_TRLX"' in script
+    assert "--build-arg BATON_TRLX=/opt/baton/trlx" in script
 
 
 @pytest.mark.parametrize("tool", TOOLS)

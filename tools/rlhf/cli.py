@@ -23,6 +23,7 @@ _PPO = (
 )
 _LORA = ("lora_rank", "lora_alpha", "lora_targets", "rslora", "publish")
 _LORA_OF_ROWS = (*_LORA, "lora_dropout")
+_HELD_OUT = ("validation_prompts", "evaluate_every", "keep_best")
 _IMPORTANCE = ("importance_correction", "importance_cap")
 
 
@@ -85,13 +86,20 @@ def kto(options: KTOOptions) -> int | None:
     return code
 
 
-@tool.command(not_fingerprinted=(*_NOT_FINGERPRINTED, *_ROLLOUTS), added=(*_IMPORTANCE, *_LORA, *_PPO))
+@tool.command(
+    not_fingerprinted=(*_NOT_FINGERPRINTED, *_ROLLOUTS), added=("backend", *_IMPORTANCE, *_HELD_OUT, *_LORA, *_PPO)
+)
 def ppo(options: PPOOptions) -> int | None:
-    """Train a policy on rewards by PPO, on DeepSpeed engines.
+    """Train a policy on rewards by PPO, on DeepSpeed engines or by trlx.
 
     Reads a Hugging Face causal language model and JSON lines of {"prompt"} or {"messages"}; publishes a Hugging Face
     directory of the trained policy. Killed or stopped, the same command resumes from TARGET.state.
     """
+    if options.backend == "trlx":
+        from tools.rlhf.engines import trlx_package, trlx_settings
+
+        trlx_settings.check(options)
+        trlx_package.locate()
     code = _launch(options)
     if code is None:
         from tools.rlhf.algorithms.ppo import run
@@ -102,7 +110,7 @@ def ppo(options: PPOOptions) -> int | None:
 
 @tool.command(
     not_fingerprinted=(*_NOT_FINGERPRINTED, *_ROLLOUTS),
-    added=("loss", "reward_normalisation", "scale_rewards", *_IMPORTANCE, *_ZERO, *_LORA),
+    added=("loss", "reward_normalisation", "scale_rewards", *_IMPORTANCE, *_HELD_OUT, *_ZERO, *_LORA),
 )
 def grpo(options: GRPOOptions) -> int | None:
     """Train a policy on rewards by GRPO, with TRL's GRPOTrainer: no critic, advantages are relative to a prompt's replies.
@@ -117,7 +125,7 @@ def grpo(options: GRPOOptions) -> int | None:
     return code
 
 
-@tool.command(not_fingerprinted=(*_NOT_FINGERPRINTED, *_ROLLOUTS), added=(*_ZERO, *_LORA))
+@tool.command(not_fingerprinted=(*_NOT_FINGERPRINTED, *_ROLLOUTS), added=(*_HELD_OUT, *_ZERO, *_LORA))
 def rloo(options: RLOOOptions) -> int | None:
     """Train a policy on rewards by RLOO, with TRL's RLOOTrainer: a reply's baseline is the mean of the prompt's other replies.
 

@@ -61,7 +61,9 @@ class LabelledReply:
     label: bool
 
 
-def read_prompts(path: Path, tokenizer: Any, *, context_length: int, max_new_tokens: int) -> list[Prompt]:
+def read_prompts(
+    path: Path, tokenizer: Any, *, context_length: int, max_new_tokens: int, flag: str = "--prompts"
+) -> list[Prompt]:
     """Prompts of a file with `{"prompt": text or messages}` or `{"messages": [...]}` rows.
 
     Args:
@@ -69,12 +71,13 @@ def read_prompts(path: Path, tokenizer: Any, *, context_length: int, max_new_tok
         tokenizer: a fast tokenizer of transformers.
         context_length: the model's, in tokens.
         max_new_tokens: tokens of the context reserved for the reply.
+        flag: for errors.
 
     Raises:
         UserError: a row is invalid or too long; the message has file and line.
     """
     prompts = []
-    for row in rows_of(path, flag="--prompts"):
+    for row in rows_of(path, flag=flag):
         key = "prompt" if "prompt" in row.value else "messages"
         if {"prompt", "messages"} <= row.value.keys():
             raise row.error("both 'prompt' and 'messages'; leave one out or rename it")
@@ -98,7 +101,7 @@ def read_prompts(path: Path, tokenizer: Any, *, context_length: int, max_new_tok
             )
         prompts.append(Prompt(text=text, ids=ids, raw=raw, columns=columns))
     if not prompts:
-        raise UserError(f"--prompts {path}: no row in it")
+        raise UserError(f"{flag} {path}: no row in it")
     names = sorted({name for prompt in prompts for name in prompt.columns})
     return [replace(prompt, columns={name: prompt.columns.get(name) for name in names}) for prompt in prompts]
 

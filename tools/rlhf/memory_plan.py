@@ -84,8 +84,8 @@ def frozen(name: str, model: nn.Module, *, sharded: bool, world_size: int) -> St
     return States(model=name, weights=-(-size // (world_size if sharded else 1)))
 
 
-def trained_by_trl(name: str, model: nn.Module, options: Any, *, bf16: bool, world_size: int) -> States:
-    """The states of the model of one of TRL's trainers, with or without `--zero`."""
+def trained_by_accelerate(name: str, model: nn.Module, options: Any, *, bf16: bool, world_size: int) -> States:
+    """The states of a model that one of TRL's trainers, or trlx's, trains by accelerate, with or without `--zero`."""
     if not options.zero:
         return trained_by_torch(name, model)
     return trained_by_deepspeed(name, model, bf16=bf16, zero=options.zero, world_size=world_size)

@@ -285,6 +285,10 @@ class PolicyOptions(Options):
         rollout_key_file: file with the API key of --rollouts.
         rollout_timeout: seconds that --rollouts may take for the replies of a process, or to take over a policy; then the run
             ends.
+        validation_prompts: rows as of --prompts, which are not trained on: the policy answers them before the first update, every
+            --evaluate-every steps and after the last, into replies.jsonl and report.html.
+        evaluate_every: steps between two answers to --validation-prompts; by default only the first and the last.
+        keep_best: publish the policy with the highest mean reward on --validation-prompts, too, as the folder best of the target.
         log_prob_gap_limit: largest mean difference between the sampler's and the trainer's log-probabilities of a roll-out, nats
             a token; above it the run ends. By default 0.001 if both compute in fp32, of fp32 weights, else 0.1.
     """
@@ -301,11 +305,19 @@ class PolicyOptions(Options):
     rollout_key_file: Existing | None = None
     rollout_timeout: Above = 3600.0
     log_prob_gap_limit: Above | None = None
+    validation_prompts: Existing | None = None
+    evaluate_every: Positive | None = None
+    keep_best: bool = False
 
     def __post_init__(self) -> None:
-        """As in `Options`; also, `reward` and the addresses are read early, and flags of servers are given with them."""
+        """As in `Options`; also, `reward` and the addresses are read early, and flags are given with what they belong to."""
         super().__post_init__()
         parse(self.reward)
+        for flag, asked in (("--evaluate-every", self.evaluate_every), ("--keep-best", self.keep_best)):
+            if asked and self.validation_prompts is None:
+                raise UserError(
+                    f"{flag} is about --validation-prompts, prompts to measure with: give it, too, or leave it out"
+                )
         _check_addresses(self.rollouts)
         if self.rollouts and self.policies is None:
             raise UserError("--rollouts needs --policies, the folder from which the servers take the policy")
@@ -322,7 +334,8 @@ class PolicyOptions(Options):
     def inputs(self) -> dict[str, Path | list[Path]]:
         """Input files and directories, those in `reward` included, with the modules beside a Python file that it imports."""
         rewards = [path for spec in self.rewards for path in spec.files]
-        return {"source": self.source, "prompts": self.prompts, "reward_source": rewards}
+        held_out = {"validation_prompts": self.validation_prompts} if self.validation_prompts else {}
+        return {"source": self.source, "prompts": self.prompts, "reward_source": rewards, **held_out}
 
 
 _OF_ADDRESSES = {chr(code) for code in range(0x21, 0x7F)}  # printable ASCII without the blank

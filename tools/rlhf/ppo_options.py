@@ -21,6 +21,7 @@ class PPOOptions(PolicyOptions):
 
     Attributes:
         source: the Hugging Face directory of the initial policy; also the frozen reference of the KL penalty.
+        backend: what makes the updates: our loop on DeepSpeed engines, or trlx's trainer. README.md says how to get trlx.
         critic: the directory of the initial critic; by default the first reward model, else the policy.
         steps: iterations of roll-out and update.
         rollout_batch_size: replies per iteration, over all processes.
@@ -58,6 +59,7 @@ class PPOOptions(PolicyOptions):
         importance_cap: the largest ratio; the smallest of the masks is its inverse.
     """
 
+    backend: Literal["deepspeed", "trlx"] = "deepspeed"
     critic: ExistingDir | None = None
     rollout_batch_size: Positive = 64
     epochs: Positive = 2

@@ -1,8 +1,10 @@
-"""Internals of DeepSpeed, TRL and transformers that rlhf relies on: docs/upstream.md."""
+"""Internals of DeepSpeed, TRL, transformers and trlx that rlhf relies on: docs/upstream.md."""
 
 from __future__ import annotations
 
+import ast
 import inspect
+from pathlib import Path
 
 import deepspeed.ops
 import pytest
@@ -30,8 +32,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer, RLOOTrainer
 from trl.trainer import grpo_trainer
 
+from tests.trlx_checkout import needs_trlx
 from tests.upstream import calls, relies_on
-from tools.rlhf.engines import trl
+from tools.rlhf.engines import trl, trlx_package
 from tools.rlhf.engines.preference_trainers import OwnTokensDPOTrainer, OwnTokensKTOTrainer
 
 DEEPSPEED = "tools/rlhf/engines/deepspeed.py"
@@ -221,3 +224,118 @@ def test_a_reference_has_the_policys_dtype() -> None:
             'model_init_kwargs.setdefault("dtype", self.model.dtype)',
             "create_model_from_path(get_config_model_id(self.model.config), **model_init_kwargs)",
         )
+
+
+@pytest.fixture(scope="module")
+def trlx_place() -> Path:
+    place = trlx_package.locate()
+    trlx_package.import_trlx(place)
+    return place
+
+
+TRLX_TRAINER = "tools/rlhf/engines/trlx_trainer.py"
+
+
+@needs_trlx
+def test_trlx_imports_what_is_stood_in_for(trlx_place: Path) -> None:
+    from trlx.models import modeling_base
+    from trlx.trainer import accelerate_base_trainer, accelerate_rft_trainer
+
+    ours = "tools/rlhf/engines/trlx_package.py"
+    relies_on(ours, accelerate_base_trainer, "import ray", "from ray.air import session", "ray.is_initialized()")
+    relies_on(ours, accelerate_rft_trainer, "import wandb")
+    source = inspect.getsource(modeling_base)
+    assert "prepare_model_for_int8_training" in source, f"re-read {ours}, then docs/upstream.md"
+    called = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    assert not [
+        node for node in called if ast.unparse(node.func) == "prepare_model_for_int8_training" and not node.args
+    ]
+
+
+@needs_trlx
+def test_a_trainer_asks_git_for_its_name(trlx_place: Path) -> None:
+    from trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer
+
+    relies_on(TRLX_TRAINER, AccelerateRLTrainer.__init__, "branch = get_git_tag()[0]")
+
+
+@needs_trlx
+def test_a_trainer_waits_at_a_barrier_of_gpus(trlx_place: Path) -> None:
+    from trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer
+
+    relies_on(
+        TRLX_TRAINER,
+        AccelerateRLTrainer.__init__,
+        "torch.distributed.barrier(device_ids=[int(os.environ.get('LOCAL_RANK', 0))])",
+    )
+
+
+@needs_trlx
+def test_the_wrapper_asks_a_method_for_its_inputs(trlx_place: Path) -> None:
+    from trlx.models.modeling_base import PreTrainedModelWrapper
+    from trlx.models.modeling_ppo import AutoModelForCausalLMWithValueHead
+
+    relies_on(
+        TRLX_TRAINER,
+        PreTrainedModelWrapper.from_pretrained,
+        "model.forward_kwargs = inspect.getfullargspec(model.base_model.forward).args",
+    )
+    relies_on(TRLX_TRAINER, PreTrainedModelWrapper.get_compatible_forward_kwargs, "k in self.forward_kwargs")
+    calls(TRLX_TRAINER, AutoModelForCausalLMWithValueHead.forward, "self.get_compatible_forward_kwargs")
+    relies_on(
+        TRLX_TRAINER,
+        AutoModelForCausalLMWithValueHead.forward,
+        "forward_kwargs['output_hidden_states'] = True",
+        "outputs = self.base_model(**forward_kwargs)",
+    )
+
+
+@needs_trlx
+def test_a_trainer_with_a_frozen_head_makes_no_reference(trlx_place: Path) -> None:
+    from trlx.models.modeling_ppo import AutoModelForCausalLMWithHydraValueHead
+    from trlx.trainer.accelerate_ppo_trainer import AcceleratePPOTrainer
+
+    relies_on(
+        TRLX_TRAINER,
+        AcceleratePPOTrainer.__init__,
+        "not hasattr(self.model, 'frozen_head') and (not self.model.peft_type)",
+        "self.ref_model = self.get_arch(self.config)",
+    )
+    relies_on(
+        TRLX_TRAINER,
+        AutoModelForCausalLMWithHydraValueHead.__init__,
+        "self.num_layers_unfrozen > 0 and (not self.peft_type)",
+        "self.frozen_head = None",
+    )
+
+
+@needs_trlx
+def test_learn_is_a_loop_over_these_methods(trlx_place: Path) -> None:
+    from trlx.models.modeling_ppo import PPOConfig
+    from trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer
+
+    relies_on(
+        TRLX_TRAINER,
+        AccelerateRLTrainer.learn,
+        "self.prepare_learning()",
+        "self.iter_count = 0",
+        "results = self.evaluate()",
+        "range(self.config.train.epochs)",
+        "range(self.n_inner_epochs)",
+        "train_dataloader = self.create_train_dataloader()",
+        "MiniBatchIterator(train_dataloader, self.mb_size, self.num_mb)",
+        "self._accumulate()",
+        "loss, stats = self.loss(microbatch)",
+        "self.accelerator.backward(loss)",
+        "self.opt.step()",
+        "self.iter_count >= self.total_steps",
+        "self.post_backward_callback()",
+        "self.post_epoch_callback()",
+    )
+    relies_on(
+        TRLX_TRAINER,
+        AccelerateRLTrainer.__init__,
+        "self.model = self.setup_model()",
+        "self.scheduler = self.setup_scheduler()",
+    )
+    relies_on(TRLX_TRAINER, PPOConfig.loss, "n = mask.sum()", "loss = pg_loss + self.vf_coef * vf_loss")

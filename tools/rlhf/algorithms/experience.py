@@ -27,6 +27,8 @@ class Experience:
     sequences: Sequences
     log_probs: Tensor
     values: Tensor
+    rewards: Tensor
+    """Of each token: the KL penalty, and the score on the last one."""
     advantages: Tensor
     returns: Tensor
     weights: Tensor
@@ -128,10 +130,11 @@ def collect(
         "ended": losses.masked_mean(ended, replies, distributed.sum).item(),
     }
     if weights is not mask:
-        metrics["importance_dropped"] = losses.masked_mean((weights == 0).float(), mask, distributed.sum).item()
+        metrics |= weight_fractions(weights, mask, options.importance_cap, distributed)
     experience = Experience(
-        sequences=sequences, log_probs=log_probs, values=values, advantages=advantages, returns=returns, weights=weights
-    )
+        sequences=sequences, log_probs=log_probs, values=values, rewards=rewards, advantages=advantages, returns=returns,
+        weights=weights,
+    )  # fmt: skip
     return experience, metrics
 
 
@@ -152,6 +155,17 @@ def agreement(
         "sampler_kl": losses.masked_mean(kl, mask, distributed.sum).item(),
         "importance_ratio_min": math.exp(-distributed.maximum(-lowest)),
         "importance_ratio_max": _exp(distributed.maximum(highest)),
+    }
+
+
+def weight_fractions(weights: Tensor, mask: Tensor, cap: float, distributed: DistributedContext) -> dict[str, float]:
+    """What an importance correction does to the reply tokens of all ranks; weights and mask are [B, T].
+
+    importance_weight: the mean weight; importance_dropped: share of tokens of weight 0; importance_capped: of those at the cap.
+    """
+    parts = {"weight": weights, "dropped": (weights == 0).float(), "capped": (weights >= cap).float()}
+    return {
+        f"importance_{name}": losses.masked_mean(part, mask, distributed.sum).item() for name, part in parts.items()
     }
 
 

@@ -14,18 +14,22 @@ from shared.precision import DTYPES
 from tools.rlhf.data import Prompt
 from tools.rlhf.engines.deepspeed import initialize_distributed
 from tools.rlhf.engines.distributed import DistributedContext
+from tools.rlhf.engines.held_out_callback import HeldOutCallback
 from tools.rlhf.engines.recomputed_layers import recompute_layers
-from tools.rlhf.engines.trl import StageCallback, TrainedPolicy, common_arguments, resume_point, train
+from tools.rlhf.engines.trl import StageCallback, TrainedPolicy, common_arguments, resume_point, step_of, train
+from tools.rlhf.held_out_prompts import CHARTS, HeldOutPrompts, read_held_out
 from tools.rlhf.lora import Adapters, held_dtype, log_adapters
-from tools.rlhf.memory_plan import frozen, log_memory, trained_by_trl
+from tools.rlhf.memory_plan import frozen, log_memory, trained_by_accelerate
 from tools.rlhf.models import Source, keep_in_evaluation_mode, load_policy, open_policy
 from tools.rlhf.options import GroupOptions
 from tools.rlhf.published_directory import log_aside
 from tools.rlhf.published_policy import publish_policy
 from tools.rlhf.rewards import weighted_sum
 from tools.rlhf.rewards.spec import RewardSpec
+from tools.rlhf.rollout.in_process import InProcessSampler
 from tools.rlhf.rollout.log_prob_gap import log_prob_gap_limit
 from tools.rlhf.rollout.on_servers import ServerSampler, log_sampler, server_sampler
+from tools.rlhf.rollout.publisher import InProcessPublisher
 from tools.rlhf.rollout.rollout import Reply
 from tools.rlhf.run_context import RunContext, open_run
 from tools.rlhf.transformers_model import base_of
@@ -57,6 +61,7 @@ def train_and_publish(options: GroupOptions, make: Callable[[], Algorithm]) -> N
     with open_run(options.target, options.inputs, overwrite=options.overwrite, kind=kind) as context:
         source, prompts = open_policy(options)
         adapters = Adapters.open(options, source)
+        held_out = read_held_out(options, source, prompts)
         _check_prompts(prompts, options)
         reward = weighted_sum.load(
             options.rewards,
@@ -70,16 +75,22 @@ def train_and_publish(options: GroupOptions, make: Callable[[], Algorithm]) -> N
         algorithm = make()
         with server_sampler(options, source, prompts, distributed, adapters) as servers:
             _print_plan(options, algorithm, source, prompts, distributed, servers)
-            trained, weights, updates = _train(
-                options, algorithm, source, prompts, reward, context, distributed, servers, adapters
+            trained, weights, updates, evaluated = _train(
+                options, algorithm, source, prompts, held_out, reward, context, distributed, servers, adapters
             )
         if context.out is not None:
             facts = publish_policy(context.out, trained, source, weights, adapters, options) | {
                 "updates": updates,
                 "prompts": len(prompts),
             }
+            facts |= evaluated.publish(context) if evaluated else {}
             context.out.describe(**facts)
-            context.add_report(title=f"{algorithm.name} run {options.target.name}", facts=facts, charts=_charts(reward))
+            context.add_report(
+                title=f"{algorithm.name} run {options.target.name}",
+                facts=facts,
+                charts=_charts(reward) | (CHARTS if evaluated else {}),
+                figures=evaluated.figures() if evaluated else (),
+            )
         distributed.barrier()
 
 
@@ -91,7 +102,8 @@ def _charts(reward: weighted_sum.Reward) -> dict[str, tuple[str, ...]]:
         "Entropy, nats a token": ("entropy",),
         "Gap between roll-out and trainer log-probabilities, nats": ("log_prob_gap", "log_prob_gap_max"),
         "Ratio of trainer to sampler": ("importance_ratio_min", "importance_ratio_max"),
-        "Tokens dropped by the importance correction": ("importance_dropped",),
+        "Importance correction: mean weight of a token": ("importance_weight",),
+        "Importance correction: tokens dropped and capped": ("importance_dropped", "importance_capped"),
         "KL from the source, nats a token": ("kl",),
         "Reply length, tokens": ("completions/mean_length",),
         "Gradient norm": ("grad_norm",),
@@ -140,13 +152,14 @@ def _train(
     algorithm: Algorithm,
     source: Source,
     prompts: Sequence[Prompt],
+    held_out: Sequence[Prompt],
     reward: weighted_sum.Reward,
     context: RunContext,
     distributed: DistributedContext,
     servers: ServerSampler | None,
     adapters: Adapters | None,
-) -> tuple[torch.nn.Module, dict[str, torch.Tensor], int]:
-    """The trained policy, its weights (on rank 0) and the updates made."""
+) -> tuple[torch.nn.Module, dict[str, torch.Tensor], int, HeldOutPrompts | None]:
+    """The trained policy, its weights (on rank 0), the updates made and the held-out prompts."""
     from datasets import Dataset
 
     resumed = resume_point(context)
@@ -193,9 +206,33 @@ def _train(
     # TRL's own rendering knows no tools of a row.
     trainer._tokenize_prompts = lambda texts: ([ids[text] for text in texts], None, {})
     callback = StageCallback(context, options, distributed, resumed=resumed, line=_line, period=options.epochs)
-    updates = train(trainer, callback, resumed)
     trained = TrainedPolicy(trainer)
-    return trained.module, trained.full_weights(), updates
+    evaluated = None
+    if held_out:
+        evaluated = HeldOutPrompts(
+            held_out,
+            options,
+            policy=trained,
+            publisher=servers.publisher if servers else InProcessPublisher(),
+            sampler=servers
+            or InProcessSampler(
+                model=trained.module,
+                tokenizer=source.tokenizer,
+                max_new_tokens=options.max_new_tokens,
+                temperature=options.temperature,
+                eos_ids=source.eos_ids,
+                pad_id=source.pad_id,
+                synced_gpus=options.zero == 3 and distributed.world_size > 1,
+            ),
+            reward=reward,
+            source=source,
+            adapters=adapters,
+            directory=context.state.path,
+            distributed=distributed,
+        )
+        trainer.add_callback(HeldOutCallback(trainer, evaluated, step_of(resumed) if resumed else None))
+    updates = train(trainer, callback, resumed)
+    return trained.module, trained.full_weights(), updates, evaluated
 
 
 def _log_memory(
@@ -206,7 +243,7 @@ def _log_memory(
     distributed: DistributedContext,
 ) -> None:
     bf16, world_size = options.precision_on(distributed.device.type) == "bf16", distributed.world_size
-    states = [trained_by_trl("policy", trainer.model, options, bf16=bf16, world_size=world_size)]
+    states = [trained_by_accelerate("policy", trainer.model, options, bf16=bf16, world_size=world_size)]
     if trainer.ref_model is not None:
         states.append(frozen("reference", base_of(trainer.ref_model), sharded=options.zero == 3, world_size=world_size))
     states += [

@@ -10,6 +10,7 @@ import torch
 from shared.checkpoint.directory.open import open_checkpoint
 from shared.console import log
 from shared.precision import DTYPES
+from tools.rlhf.algorithms import ppo_trlx
 from tools.rlhf.algorithms.ppo_loop import PPO
 from tools.rlhf.data import Prompt
 from tools.rlhf.engines.deepspeed import DeepSpeedEngine, EngineOptions, frozen_model, initialize_distributed
@@ -17,8 +18,9 @@ from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.engines.engine import Engine
 from tools.rlhf.engines.recomputed_layers import recompute_layers
 from tools.rlhf.engines.shared_body import BACKWARDS, CriticOfBoth, PolicyOfBoth, PolicyWithValueHead
+from tools.rlhf.held_out_prompts import CHARTS, HeldOutPrompts, read_held_out
 from tools.rlhf.lora import AdapterOff, Adapters, log_adapters
-from tools.rlhf.memory_plan import frozen, log_memory, trained_by_deepspeed
+from tools.rlhf.memory_plan import frozen, log_memory, trained_by_accelerate, trained_by_deepspeed
 from tools.rlhf.models import Source, load_critic, load_policy, open_policy
 from tools.rlhf.ppo_options import PPOOptions
 from tools.rlhf.pretraining_text import read_pretraining_text
@@ -41,9 +43,15 @@ def run(options: PPOOptions) -> None:
     kind = options.published_kind
     with open_run(options.target, options.inputs, overwrite=options.overwrite, kind=kind) as context:
         source, prompts = open_policy(options)
+        held_out = read_held_out(options, source, prompts)
         adapters = Adapters.open(options, source)
         with server_sampler(options, source, prompts, distributed, adapters) as servers:
-            ppo = _build(options, source, prompts, context.state, distributed, servers, adapters)
+            if options.backend == "trlx":
+                ppo = ppo_trlx.build(options, source, prompts, context.state, distributed, servers)
+            else:
+                ppo = _build(options, source, prompts, context.state, distributed, servers, adapters)
+            if held_out:
+                ppo = replace(ppo, held_out=_held_out(ppo, held_out, source, adapters))
             _print_plan(ppo, source, adapters)
             ppo.train()
         weights = ppo.actor.full_weights()
@@ -51,9 +59,31 @@ def run(options: PPOOptions) -> None:
             facts = publish_policy(context.out, ppo.actor.module, source, weights, adapters, options)
             precision = options.precision_on(distributed.device.type)
             facts |= {"iterations": options.steps, "prompts": len(prompts), "precision": precision}
+            facts |= {"backend": options.backend}
+            facts |= ppo.held_out.publish(context) if ppo.held_out else {}
             context.out.describe(**facts)
-            context.add_report(title=f"PPO run {options.target.name}", facts=facts, charts=_charts(ppo.reward))
+            context.add_report(
+                title=f"PPO run {options.target.name}",
+                facts=facts,
+                charts=_charts(ppo.reward) | (CHARTS if ppo.held_out else {}),
+                figures=ppo.held_out.figures() if ppo.held_out else (),
+            )
         distributed.barrier()
+
+
+def _held_out(ppo: PPO, prompts: Sequence[Prompt], source: Source, adapters: Adapters | None) -> HeldOutPrompts:
+    return HeldOutPrompts(
+        prompts,
+        ppo.options,
+        policy=ppo.actor,
+        publisher=ppo.publisher,
+        sampler=ppo.sampler,
+        reward=ppo.reward,
+        source=source,
+        adapters=adapters,
+        directory=ppo.state.path,
+        distributed=ppo.distributed,
+    )
 
 
 def _charts(reward: weighted_sum.Reward) -> dict[str, tuple[str, ...]]:
@@ -66,11 +96,13 @@ def _charts(reward: weighted_sum.Reward) -> dict[str, tuple[str, ...]]:
         "Value loss": ("value_loss",),
         "Gradient norm of the policy": ("gradient_norm",),
         "Explained variance of the returns": ("explained_variance",),
-        "Reply length, tokens": ("reply_tokens",),
+        "Rewards, 10th to 90th percentile": ("reward_p10", "reward_p50", "reward_p90"),
+        "Reply length, tokens": ("reply_tokens", "reply_tokens_p10", "reply_tokens_p90"),
         "Gap between roll-out and trainer log-probabilities, nats": ("log_prob_gap", "log_prob_gap_max"),
         "Ratio of trainer to sampler": ("importance_ratio_min", "importance_ratio_max"),
-        "Tokens dropped by the importance correction": ("importance_dropped",),
-        "Time of an iteration, s": ("seconds", "seconds_rollout", "seconds_update"),
+        "Importance correction: mean weight of a token": ("importance_weight",),
+        "Importance correction: tokens dropped and capped": ("importance_dropped", "importance_capped"),
+        "Time of an iteration, s": ("seconds", "seconds_rollout", "seconds_score", "seconds_forward", "seconds_update"),
     }
 
 
@@ -172,7 +204,7 @@ def _print_plan(ppo: PPO, source: Source, adapters: Adapters | None) -> None:
     updates = options.epochs * options.rollout_batch_size // options.global_batch_size
     log(f"policy    {source.path} ({source.kind.__name__}, context {source.context_length})")
     log_aside(source)
-    log("critic    a head on the policy's body" if options.shared_critic else f"critic    from {options.critic_path}")
+    log(f"critic    {_critic(options)}")
     if ppo.pretraining is not None:
         log(f"text      {len(ppo.pretraining)} rows of {ppo.pretraining.length} tokens from {options.pretraining_data}")
     if adapters is not None:
@@ -191,13 +223,26 @@ def _print_plan(ppo: PPO, source: Source, adapters: Adapters | None) -> None:
     )
 
 
+def _critic(options: PPOOptions) -> str:
+    if options.backend == "trlx":
+        return "a value head on the policy"
+    return "a head on the policy's body" if options.shared_critic else f"from {options.critic_path}"
+
+
 def _log_memory(ppo: PPO, adapters: Adapters | None) -> None:
     options, world_size = ppo.options, ppo.distributed.world_size
     bf16, sharded = options.precision_on(ppo.distributed.device.type) == "bf16", options.zero == 3
-    states = [
-        trained_by_deepspeed(name, engine.module, bf16=bf16, zero=options.zero, world_size=world_size)
-        for name, engine in (("policy", ppo.actor), ("critic", ppo.critic))
-    ]
+    trained = {"policy": ppo.actor.module, "critic": ppo.critic.module}
+    if options.backend == "trlx":
+        states = [
+            trained_by_accelerate(name, model, options, bf16=bf16, world_size=world_size)
+            for name, model in trained.items()
+        ]
+    else:
+        states = [
+            trained_by_deepspeed(name, model, bf16=bf16, zero=options.zero, world_size=world_size)
+            for name, model in trained.items()
+        ]
     others = {} if adapters is not None else {"reference": ppo.reference.module}
     others |= {f"reward {number}": model for number, model in enumerate(ppo.reward.models, 1)}
     states += [frozen(name, model, sharded=sharded, world_size=world_size) for name, model in others.items()]

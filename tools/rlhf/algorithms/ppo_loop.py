@@ -28,8 +28,10 @@ from tools.rlhf.algorithms.experience import Experience, collect, reply_logits, 
 from tools.rlhf.data import Prompt
 from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.engines.engine import Engine
+from tools.rlhf.held_out_prompts import HeldOutPrompts
 from tools.rlhf.ppo_options import PPOOptions
 from tools.rlhf.pretraining_text import PretrainingText
+from tools.rlhf.quantiles import quantiles
 from tools.rlhf.rewards.running_moments import RewardScale
 from tools.rlhf.rewards.weighted_sum import Reward
 from tools.rlhf.rollout.log_prob_gap import check_log_prob_gap
@@ -60,6 +62,8 @@ class PPO:
     pretraining: PretrainingText | None = None
     log_prob_gap_limit: float = math.inf
     """Largest mean gap of an iteration between sampler and trainer, nats."""
+    held_out: HeldOutPrompts | None = None
+    """Prompts that are answered during the run."""
 
     def train(self) -> None:
         """Train to the last iteration; resumes from a saved state.
@@ -73,6 +77,8 @@ class PPO:
         first, kl_coefficient, scale = self._resume()
         resumed = first - 1 if first > 1 else None
         metrics = self.state.metrics(resumed, options.track) if distributed.rank == 0 else None
+        if self.held_out:
+            self.held_out.begin(resumed)
         critic_rate = options.learning_rate if options.critic_learning_rate is None else options.critic_learning_rate
         for step in range(first, options.steps + 1):
             started = time.perf_counter()
@@ -92,6 +98,8 @@ class PPO:
                 "peak_memory_bytes": peak_memory(),
             }
             _check_finite(step, row)
+            if self.held_out and self.held_out.due(step):
+                row |= self.held_out.evaluate(step)
             if options.kl_target is not None:
                 horizon = options.kl_horizon or _KL_HORIZON
                 kl_coefficient = losses.adapt_kl_coefficient(
@@ -119,10 +127,12 @@ class PPO:
         """Publish, roll out, score, evaluate; `scale`: of the rewards that are learned from."""
         started = time.perf_counter()
         self.publisher.publish(self.actor, step - 1)
+        published = time.perf_counter()
         prompts = self._prompts(step)
         rollout = self.sampler.sample(prompts, seed=rollout_seed(self.options.seed, step, self.distributed.rank))
         sampled = time.perf_counter()
         scores, components = self.reward(rollout.prompts, rollout.replies)
+        scored = time.perf_counter()
         learned = scale(scores.to(self.distributed.device), self.distributed.sum) if scale else scores
         experience, row = collect(
             rollout,
@@ -142,7 +152,16 @@ class PPO:
         row["reward_deviation"] = math.sqrt(self._mean((scores.double() - row["reward"]) ** 2))
         if self.options.normalise_rewards != "none" or self.options.reward_clip is not None:
             row["reward_learned"] = self._mean(learned)
-        row["seconds_rollout"] = sampled - started
+        row |= quantiles(
+            "reward", [score for score in self.distributed.gather(scores.tolist()) if not math.isnan(score)]
+        )
+        row |= quantiles("reply_tokens", self.distributed.gather([len(reply.ids) for reply in rollout.replies]))
+        row |= {
+            "seconds_publish": published - started,
+            "seconds_rollout": sampled - published,
+            "seconds_score": scored - sampled,
+            "seconds_forward": time.perf_counter() - scored,
+        }
         return experience, row
 
     def _update(self, experience: Experience, step: int) -> dict[str, float]:
@@ -280,6 +299,8 @@ class PPO:
         self.distributed.barrier()
         if self.distributed.rank == 0:
             self.state.commit(step, {"kl_coefficient": kl_coefficient, "rewards": scale.facts()})
+            if self.held_out:
+                self.held_out.saved(step)
         self.distributed.barrier()
 
     def _resume(self) -> tuple[int, float, RewardScale]:

@@ -14,7 +14,7 @@ from tools.rlhf.engines.recomputed_layers import recompute_layers
 from tools.rlhf.engines.trl import StageCallback, TrainedPolicy, common_arguments, resume_point, train
 from tools.rlhf.held_out import HeldOut
 from tools.rlhf.lora import Adapters, held_dtype, log_adapters
-from tools.rlhf.memory_plan import log_memory, trained_by_trl
+from tools.rlhf.memory_plan import log_memory, trained_by_accelerate
 from tools.rlhf.models import Source, keep_in_evaluation_mode, load_policy
 from tools.rlhf.options import PreferenceOptions
 from tools.rlhf.published_directory import log_aside
@@ -92,7 +92,7 @@ def train_and_publish(
     if adapters is not None:
         log_adapters(adapters, trainer.model)
     bf16 = options.precision_on(distributed.device.type) == "bf16"
-    states = trained_by_trl("policy", trainer.model, options, bf16=bf16, world_size=distributed.world_size)
+    states = trained_by_accelerate("policy", trainer.model, options, bf16=bf16, world_size=distributed.world_size)
     log_memory([states], offload=options.offload, zero=options.zero)
     callback = StageCallback(context, options, distributed, resumed=resumed, line=algorithm.line)
     updates = train(trainer, callback, resumed)

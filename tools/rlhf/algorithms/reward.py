@@ -19,12 +19,12 @@ from tools.rlhf.engines.recomputed_layers import recompute_layers
 from tools.rlhf.engines.trl import StageCallback, TrainedPolicy, common_arguments, resume_point, train
 from tools.rlhf.held_out import HeldOut, hold_out, whole_micro_batches
 from tools.rlhf.lora import HEAD_WEIGHT, Adapters, held_dtype, log_adapters
-from tools.rlhf.memory_plan import log_memory, trained_by_trl
+from tools.rlhf.memory_plan import log_memory, trained_by_accelerate
 from tools.rlhf.models import Source, open_source
 from tools.rlhf.options import RewardOptions
 from tools.rlhf.padding import with_padding_token
 from tools.rlhf.published_directory import log_aside, save_hf
-from tools.rlhf.published_policy import lora_facts, publish_adapter
+from tools.rlhf.published_policy import lora_facts, write_adapter
 from tools.rlhf.rewards.reward_model import score
 from tools.rlhf.run_context import RunContext, open_run
 from tools.rlhf.transformers_model import load_transformers_model
@@ -97,7 +97,7 @@ def _publish(
         return save_hf(trained, out.path, source, classifier=True)
     tensors = adapters.tensors(trained, weights)
     if options.publish != "merged":
-        return publish_adapter(out, adapters, tensors, options)
+        return write_adapter(out.path, adapters, tensors, target=options.target)
     plain = new_reward_model(source, options.seed)
     plain.score.load_state_dict({"weight": tensors[HEAD_WEIGHT]})
     facts = save_hf(plain, out.path, source, classifier=True, replaced=adapters.merged(tensors))
@@ -189,7 +189,7 @@ def _train(
     if adapters is not None:
         log_adapters(adapters, trainer.model)
     bf16 = options.precision_on(distributed.device.type) == "bf16"
-    states = trained_by_trl("model", trainer.model, options, bf16=bf16, world_size=distributed.world_size)
+    states = trained_by_accelerate("model", trainer.model, options, bf16=bf16, world_size=distributed.world_size)
     log_memory([states], offload=options.offload, zero=options.zero)
     callback = StageCallback(
         context,

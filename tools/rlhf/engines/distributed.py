@@ -30,6 +30,13 @@ class DistributedContext:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return float(tensor)
 
+    def gather[T](self, values: list[T]) -> list[T]:
+        """The values of all ranks, rank by rank; they must be picklable."""
+        found: list[list[T]] = [values] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, values)
+        return [value for part in found for value in part]
+
     def barrier(self) -> None:
         """Wait for every rank."""
         self.sum(torch.zeros(1, device=self.device))

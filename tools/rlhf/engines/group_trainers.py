@@ -12,7 +12,7 @@ from transformers import LogitsProcessorList
 from trl import GRPOTrainer, RLOOTrainer
 
 from tools.rlhf.algorithms import losses
-from tools.rlhf.algorithms.experience import agreement
+from tools.rlhf.algorithms.experience import agreement, weight_fractions
 from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.engines.trl import TrainedPolicy
 from tools.rlhf.rollout.in_process import SampledLogProbs
@@ -150,8 +150,7 @@ class CheckedGRPOTrainer(Checked, GRPOTrainer):
         output["advantages"] = output["advantages"].unsqueeze(1) * weights
         output["tool_mask"] = kept
         output["num_items_in_batch"] = self._distributed.sum(kept.sum())
-        dropped = losses.masked_mean(1 - kept.float(), mask.float(), self._distributed.sum)
-        return {"importance_dropped": dropped.item()}
+        return weight_fractions(weights.float(), mask.float(), self._importance.cap, self._distributed)
 
 
 class CheckedRLOOTrainer(Checked, RLOOTrainer):

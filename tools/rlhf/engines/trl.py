@@ -39,15 +39,15 @@ def resume_point(context: RunContext) -> Path | None:
             if not (path / _MARKER).exists():
                 remove_tree(path)
                 log(f"removed {path.name}: incomplete, the run was killed while saving it")
-        return max(folder.glob(f"{_CHECKPOINT}*"), key=_step_of, default=None)
+        return max(folder.glob(f"{_CHECKPOINT}*"), key=step_of, default=None)
 
     resumed = on_rank_0(newest)
     if resumed is not None:
-        log(f"resuming after update {_step_of(resumed)}")
+        log(f"resuming after update {step_of(resumed)}")
     return resumed
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
     return int(path.name.removeprefix(_CHECKPOINT))
 
 
@@ -111,7 +111,7 @@ class StageCallback(TrainerCallback):
         self._period = period
         self._distributed, self._log_every, self._line = distributed, options.log_every, line
         self._stop = StopRequest()
-        step = _step_of(resumed) if resumed else None
+        step = step_of(resumed) if resumed else None
         self._metrics = context.state.metrics(step, options.track) if distributed.rank == 0 else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:

@@ -137,9 +137,14 @@ def test_micro_batches_do_not_change_the_result(world, rlhf, metrics):
 def test_two_processes_with_zero_2(world, process, reward_model, metrics):
     """Two gloo processes share optimizer state and gradients, and score with a reward model; the critic starts from it."""
     target = flags(world, "zero", reward=f"0.5*model:{reward_model},{world.reward('red')}", steps=4, micro_batch_size=8)
-    done = process("ppo", **target, zero=2, processes=2)
+    held_out = world.root / "five.jsonl"  # an odd number, for two processes
+    held_out.write_text("".join(world.prompts.read_text().splitlines(keepends=True)[:5]))
+    done = process("ppo", **target, zero=2, processes=2, validation_prompts=held_out, keep_best=True)
     assert done.returncode == 0, done.stderr
     assert f"critic    from {reward_model}" in done.stderr
+    replies = [json.loads(line) for line in (target["target"] / "replies.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["prompt"]) for row in replies] == [(step, row) for step in (0, 4) for row in range(5)]
+    AutoModelForCausalLM.from_pretrained(target["target"] / "best")
     rows = metrics(target["target"])
     for row in rows:
         assert row["reward"] == pytest.approx(0.5 * row["reward/reward"] + row["reward/red"], abs=1e-5)

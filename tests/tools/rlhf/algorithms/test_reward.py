@@ -13,6 +13,11 @@ def test_accuracy_rises_on_separable_pairs(reward_model):
     assert facts["accuracy_after"] >= 0.95
     assert facts["accuracy_after"] > facts["accuracy_before"]
     assert (facts["pairs"], facts["held_out"], facts["dropped"]) == (216, 24, 0)
+    assert facts["brier"] < 0.1  # guessing is 0.25
+    assert 0 <= facts["expected_calibration_error"] < 0.5
+    report = (reward_model / "report.html").read_text()
+    assert "Calibration on held-out pairs" in report
+    assert f"Brier score {facts['brier']:.4f}" in report
 
 
 def test_the_directory_loads_exactly_and_scores_the_reward(world, reward_model, load_exactly):

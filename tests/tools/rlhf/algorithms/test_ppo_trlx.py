@@ -1,0 +1,183 @@
+"""`rlhf ppo --backend trlx`: needs trlx at BATON_TRLX (`make test-trlx`); what is refused is tested without it."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from shared.errors import StageError
+from tests.trlx_checkout import needs_trlx
+from tools.rlhf.algorithms.ppo_trlx import ScoredReplies
+from tools.rlhf.data import Prompt
+from tools.rlhf.rewards.spec import RewardSpec
+from tools.rlhf.rollout.rollout import Reply
+
+STEPS = 10
+
+
+def flags(world, target, **changes):
+    usual = {
+        "source": world.policy, "prompts": world.prompts, "reward": world.reward("disturbed"), "target": world.root / target,
+        "backend": "trlx", "steps": STEPS, "max_new_tokens": 16, "learning_rate": 2e-3, "micro_batch_size": 8,
+        "kl_coefficient": 0.01, "rollout_batch_size": 32, "global_batch_size": 16, "save_every": 2,
+    }  # fmt: skip
+    return usual | changes
+
+
+def test_every_reply_needs_a_number():
+    """trlx learns from all of them: NaN would be learned from as 0, or spread."""
+    spec = RewardSpec(weight=1.0, path=Path("rewards.py"), function="some")
+    reward = ScoredReplies([(spec, lambda prompts, replies: [1.0, float("nan")])])
+    prompts = [Prompt(text="a", ids=(2,))] * 2
+    replies = [Reply(ids=(3,), text="b", ended=True)] * 2
+    with pytest.raises(StageError, match="no function had an opinion on 1 of 2 replies, and --backend trlx"):
+        reward(prompts, replies)
+    total, _ = ScoredReplies([(spec, lambda prompts, replies: [1.0, 2.0])])(prompts, replies)
+    assert total.tolist() == [1.0, 2.0]
+
+
+@pytest.fixture(scope="module")
+def trained(world, rlhf):
+    target = flags(world, "trlx")
+    assert rlhf("ppo", **target) == 0
+    return target["target"]
+
+
+@needs_trlx
+def test_a_learnable_reward_rises_with_the_metrics_of_the_other_backend(world, rlhf, trained, metrics):
+    rows = metrics(trained)
+    assert len(rows) == STEPS
+    assert sum(row["reward"] for row in rows[-3:]) / 3 > 3 * sum(row["reward"] for row in rows[:2]) / 2, rows
+    assert rows[0]["kl_reply"] == pytest.approx(0, abs=1e-3)
+    assert rows[-1]["kl_reply"] > 1
+    assert max(row["log_prob_gap_max"] for row in rows) < 1e-3
+    other = flags(world, "deepspeed", backend="deepspeed", steps=1)
+    assert rlhf("ppo", **other) == 0
+    (first,) = metrics(other["target"])
+    assert set(first) <= set(rows[0])
+    for name in ("reward", "entropy", "reply_tokens", "ended"):  # the same roll-out
+        assert first[name] == pytest.approx(rows[0][name], rel=1e-6), name
+    assert {path.name for path in trained.iterdir()} == {path.name for path in other["target"].iterdir()}
+    assert json.loads((trained / "manifest.json").read_text())["facts"]["backend"] == "trlx"
+
+
+@needs_trlx
+def test_sampling_from_the_directory_shows_the_reward(world, trained, metrics, sampled_red, load_exactly):
+    load_exactly(AutoModelForCausalLM, trained)
+    assert sampled_red(trained) == pytest.approx(sum(row["reward"] for row in metrics(trained)[-3:]) / 3, abs=0.15)
+    for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja"):
+        assert (trained / name).read_bytes() == (world.policy / name).read_bytes()
+
+
+@needs_trlx
+def test_at_learning_rate_zero_nothing_moves(world, rlhf, metrics, sampled_red):
+    target = flags(world, "trlx-control", learning_rate=0.0, steps=3)
+    assert rlhf("ppo", **target) == 0
+    rows = metrics(target["target"])
+    assert all(abs(row["kl_reply"]) < 1e-3 and row["clip_fraction"] == 0 for row in rows)
+    assert sampled_red(target["target"]) == sampled_red(world.policy)
+
+
+@needs_trlx
+def test_a_killed_and_a_stopped_run_resume_to_the_same_result(world, rlhf, process, trained, metrics):
+    target = flags(world, "trlx-killed")
+    world.order.write_text(str(int(signal.SIGKILL)))
+    killed = process("ppo", **target)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    world.order.write_text(str(int(signal.SIGUSR1)))
+    assert rlhf("ppo", **target) == 75
+    assert not target["target"].exists()
+    assert rlhf("ppo", **target) == 0
+    assert metrics(target["target"]) == metrics(trained)
+    assert (target["target"] / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
+
+
+@needs_trlx
+def test_a_damaged_state_is_refused(world, rlhf, capsys):
+    target = flags(world, "trlx-damaged")
+    world.order.write_text(str(int(signal.SIGTERM)))
+    assert rlhf("ppo", **target) == 75
+    (file,) = target["target"].with_name("trlx-damaged.state").glob("step_*/actor/trlx.pt")
+    file.write_bytes(file.read_bytes()[:100])
+    assert rlhf("ppo", **target) == 2
+    assert f"{file} is no file" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@needs_trlx
+def test_updates_see_the_sampled_ids(world, rlhf, monkeypatch):
+    """Of replies that their text's tokens are not, too."""
+    from tools.rlhf.algorithms import ppo_trlx
+    from tools.rlhf.engines import trlx_package
+
+    trlx_package.import_trlx(trlx_package.locate())
+    from tools.rlhf.engines.trlx_trainer import OwnExperienceTrainer
+
+    sampled, trained_on = [], []
+    sample, loss = ppo_trlx.InProcessSampler.sample, OwnExperienceTrainer.loss
+
+    def noted_sample(self, *args, **kwargs):
+        rollout = sample(self, *args, **kwargs)
+        sampled.extend((prompt.ids, reply.ids) for prompt, reply in zip(rollout.prompts, rollout.replies, strict=True))
+        return rollout
+
+    def noted_loss(self, batch):
+        for query, response in zip(batch.query_tensors.tolist(), batch.response_tensors.tolist(), strict=True):
+            trained_on.append(tuple(tuple(t for t in ids if t != -1) for ids in (query, response)))
+        return loss(self, batch)
+
+    monkeypatch.setattr(ppo_trlx.InProcessSampler, "sample", noted_sample)
+    monkeypatch.setattr(OwnExperienceTrainer, "loss", noted_loss)
+    assert rlhf("ppo", **flags(world, "trlx-ids", steps=1, epochs=1, temperature=3.0)) == 0
+    assert sorted(trained_on) == sorted(sampled)
+    tokenizer = AutoTokenizer.from_pretrained(world.policy)
+    again = [tuple(tokenizer(tokenizer.decode(ids, skip_special_tokens=True))["input_ids"]) for _, ids in sampled]
+    assert any(ids[: len(other)] != other for (_, ids), other in zip(sampled, again, strict=True))
+
+
+@needs_trlx
+@pytest.mark.parametrize("zero", [2, 3])
+def test_two_processes_sharded_or_not_are_the_same_run(world, process, metrics, load_exactly, sampled_red, zero):
+    """DDP and accelerate's DeepSpeed plugin."""
+    rows = []
+    for stage in (0, zero):
+        target = flags(world, f"trlx-two-{stage}", steps=3, micro_batch_size=4)
+        if not target["target"].exists():
+            done = process("ppo", **target, zero=stage, processes=2)
+            assert done.returncode == 0, done.stderr
+            assert f"2 process(es) on cpu, ZeRO stage {stage}" in done.stderr
+        load_exactly(AutoModelForCausalLM, target["target"])
+        rows.append(metrics(target["target"]))
+    for one, other in zip(*rows, strict=True):
+        for name in ("reward", "kl_reply", "policy_loss", "value_loss", "gradient_norm", "entropy"):
+            assert one[name] == pytest.approx(other[name], rel=2e-3, abs=1e-5), name  # float32 sums in another order
+    assert rows[0][-1]["kl_reply"] > 0.1
+
+
+@needs_trlx
+def test_sharded_runs_resume(world, process, metrics):
+    whole, killed = (flags(world, f"trlx-zero-{name}", steps=4, save_every=1) for name in ("whole", "killed"))
+    assert process("ppo", **whole, zero=2).returncode == 0
+    world.order.write_text(str(int(signal.SIGKILL)))
+    assert process("ppo", **killed, zero=2).returncode == -signal.SIGKILL
+    done = process("ppo", **killed, zero=2)
+    assert done.returncode == 0, done.stderr
+    assert "resuming after iteration 2" in done.stderr
+    assert metrics(killed["target"]) == metrics(whole["target"])
+
+
+@needs_trlx
+def test_trlx_may_be_a_wheel(world, process, monkeypatch):
+    place = Path(os.environ["BATON_TRLX"])
+    if place.is_dir():
+        wheel = world.root / "trlx-0.7.0-py3-none-any.whl"
+        with ZipFile(wheel, "w") as archive:
+            for file in sorted((place / "trlx").rglob("*.py")):
+                archive.write(file, file.relative_to(place))
+        monkeypatch.setenv("BATON_TRLX", str(wheel))
+    done = process("ppo", **flags(world, "trlx-wheel", steps=1))
+    assert done.returncode == 0, done.stderr
+    assert ".whl, as it is" in done.stderr
