@@ -34,7 +34,7 @@ from trlx.trainer.accelerate_ppo_trainer import AcceleratePPOTrainer
 from shared.errors import UserError
 from tools.rlhf.algorithms import losses
 from tools.rlhf.algorithms.experience import Experience
-from tools.rlhf.engines.deepspeed import check_state, gathered_weights
+from tools.rlhf.engines.deepspeed import gathered_weights
 from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.engines.trlx_settings import TrlxSettings
 from tools.rlhf.rollout.rollout import Sequences
@@ -228,9 +228,10 @@ class OwnExperienceTrainer(AcceleratePPOTrainer):
             UserError: a file is damaged, or holds more than tensors and plain values.
         """
         if self._settings.zero:
-            check_state(directory)
-            self.model.load_checkpoint(str(directory.parent), tag=directory.name)
-            return
+            raise UserError(
+                f"{directory}: a run of --backend trlx with --zero is not resumed: equal numbers are not proven; "
+                "start anew with --overwrite"
+            )
         try:
             state = torch.load(directory / _STATE, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:

@@ -158,18 +158,6 @@ def test_two_processes_sharded_or_not_are_the_same_run(world, process, metrics, 
 
 
 @needs_trlx
-def test_sharded_runs_resume(world, process, metrics):
-    whole, killed = (flags(world, f"trlx-zero-{name}", steps=4, save_every=1) for name in ("whole", "killed"))
-    assert process("ppo", **whole, zero=2).returncode == 0
-    world.order.write_text(str(int(signal.SIGKILL)))
-    assert process("ppo", **killed, zero=2).returncode == -signal.SIGKILL
-    done = process("ppo", **killed, zero=2)
-    assert done.returncode == 0, done.stderr
-    assert "resuming after iteration 2" in done.stderr
-    assert metrics(killed["target"]) == metrics(whole["target"])
-
-
-@needs_trlx
 def test_trlx_may_be_a_wheel(world, process, monkeypatch):
     place = Path(os.environ["BATON_TRLX"])
     if place.is_dir():
