@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[3]
 WORKER = """
 import gc, json, sys
@@ -37,8 +35,7 @@ def held():
     return sum(found.values())
 
 rows = []
-for zero, precision, lora in [(2, "bf16", True), (0, "fp32", False), (0, "bf16", False), (1, "bf16", False),
-                              (2, "fp32", False), (3, "bf16", False)]:
+for zero, precision, lora in [(2, "bf16", True), (0, "fp32", False), (0, "bf16", False), (2, "fp32", False), (3, "bf16", False)]:
     gc.collect()
     before = held()
     model = load_policy(source, torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -53,6 +50,7 @@ for zero, precision, lora in [(2, "bf16", True), (0, "fp32", False), (0, "bf16",
         loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
         engine.backward(loss)
         del loss
+        gc.collect()
         full = held() - before
         engine.step()
     gc.collect()
@@ -64,15 +62,13 @@ if distributed.rank == 0:
 """
 
 
-@pytest.mark.parametrize("processes", [1])
-def test_planned_bytes_are_those_of_the_tensors(world, tmp_path, processes):
+def test_planned_bytes_are_those_of_the_tensors(world, tmp_path):
     """With gradients, in front of an update; and after it."""
     (tmp_path / "worker.py").write_text(WORKER)
-    words = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     job = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     environment = {name: value for name, value in os.environ.items() if name not in job} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*words, "--master-port=0", tmp_path / "worker.py", world.policy],
+        [sys.executable, "-W", "ignore", tmp_path / "worker.py", world.policy],
         capture_output=True, text=True, check=False, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
