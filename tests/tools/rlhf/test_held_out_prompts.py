@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from shared.checkpoint.directory.peft_config import AdapterConfig
 from tools.rlhf import held_out_prompts
 from tools.rlhf.data import Prompt, read_prompts
 from tools.rlhf.engines.deepspeed import initialize_distributed
@@ -73,17 +75,24 @@ def test_replies_rewards_and_percentiles(trained, metrics):
         assert title in page
 
 
-def test_the_last_replies_are_those_of_the_published_policy(world, trained, questions):
-    source = open_source(trained)
+def said_by(model, source, questions):
+    """What a policy says to the prompts with the seeds of a run, in batches of 2."""
     prompts = read_prompts(questions, source.tokenizer, context_length=96, max_new_tokens=16)
     sampler = InProcessSampler(
-        model=load_policy(source, torch.float32), tokenizer=source.tokenizer, max_new_tokens=16, temperature=1.0,
+        model=model, tokenizer=source.tokenizer, max_new_tokens=16, temperature=1.0,
         eos_ids=source.eos_ids, pad_id=source.pad_id, synced_gpus=False,
     )  # fmt: skip
     said = []
     for start in (0, 2, 4):
         said += sampler.sample(prompts[start : start + 2], seed=rollout_seed(0, 0, start)).replies
-    assert [row["reply"] for row in replies(trained)[-5:]] == [reply.text for reply in said]
+    return [reply.text for reply in said]
+
+
+def test_the_last_replies_are_those_of_the_published_policy(trained, questions):
+    source = open_source(trained)
+    assert [row["reply"] for row in replies(trained)[-5:]] == said_by(
+        load_policy(source, torch.float32), source, questions
+    )
 
 
 def test_the_best_policy_is_published_whole(trained, load_exactly):
@@ -144,6 +153,36 @@ def test_grpo_measures_too_and_trains_the_same(world, rlhf, questions, metrics):
     assert last["held_out_reward"] == pytest.approx(sum(row["reward"] for row in replies(with_it)[-5:]) / 5)
     assert (with_it / "best/model.safetensors").is_file()
     assert "Held-out prompt 5" in (with_it / "report.html").read_text()
+
+
+@pytest.mark.parametrize("command", ["ppo", "grpo"])
+def test_with_lora_replies_are_the_adapters_and_the_best_is_published_as_the_last(world, rlhf, questions, command):
+    """PPO with a critic on the same body and an adapter, GRPO merged."""
+    target = world.root / f"{command}-lora-measured"
+    given = flags(
+        world, target.name, **measured(questions) | {"evaluate_every": 1}, steps=2, learning_rate=1e-2, lora_rank=4
+    )
+    if command == "ppo":
+        given |= {"shared_critic": True, "gradient_checkpointing": True}
+    else:
+        given |= {"publish": "merged"}
+        del given["rollout_batch_size"]
+    assert rlhf(command, **given) == 0
+    source, rows = open_source(world.policy), replies(target)
+    facts = json.loads((target / "manifest.json").read_text())["facts"]
+    step = facts["best_step"]
+    assert step > 0
+    assert [row["reply"] for row in rows[:5]] == said_by(load_policy(source, torch.float32), source, questions)
+    for place, at in ((target, 2), (target / "best", step)):
+        if command == "ppo":
+            config = json.loads((place / "adapter_config.json").read_text())
+            assert (place / config["base_model_name_or_path"]).resolve() == world.policy.resolve()
+            model = PeftModel.from_pretrained(load_policy(source, torch.float32), place).eval()
+            AdapterConfig(place)  # as convert merge-lora and infer serve read it
+        else:
+            model = load_policy(open_source(place), torch.float32)
+        assert [row["reply"] for row in rows if row["step"] == at] == said_by(model, source, questions), place
+    assert [row["reply"] for row in rows[:5]] != [row["reply"] for row in rows if row["step"] == step]
 
 
 class Scripted:
@@ -248,8 +287,8 @@ def test_mistakes_are_named(world, rlhf, capsys, tmp_path, changes, words):
     (tmp_path / "empty.jsonl").write_text("")
     if "validation_prompts" in changes:
         changes = changes | {"validation_prompts": tmp_path / changes["validation_prompts"]}
-    assert rlhf("ppo", **flags(world, "refused", **changes)) == 2
+    assert rlhf("ppo", **flags(world, "not-measured", **changes)) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert all(word in message for word in words), message
-    assert not (world.root / "refused").exists()
-    assert not (world.root / "refused.state").exists()
+    assert not (world.root / "not-measured").exists()
+    assert not (world.root / "not-measured.state").exists()

@@ -259,7 +259,12 @@ def test_wrong_flags_are_one_line(world, rlhf, capsys, flags, words):
 
 def test_adapters_under_sharded_weights(world, process, metrics):
     """ZeRO-3 in two processes: frozen and trained weights are cut, the reference is still the source."""
-    done = process("ppo", **ppo_flags(world, "ppo-lora-zero", zero=3, processes=2, micro_batch_size=8, steps=2))
+    questions = world.root / "three.jsonl"
+    questions.write_text("".join(world.prompts.read_text().splitlines(keepends=True)[:3]))
+    measured = {"validation_prompts": questions, "keep_best": True}
+    done = process(
+        "ppo", **ppo_flags(world, "ppo-lora-zero", zero=3, processes=2, micro_batch_size=8, steps=2), **measured
+    )
     assert done.returncode == 0, done.stderr
     rows = metrics(world.root / "ppo-lora-zero")
     assert rows[0]["kl"] == 0.0
@@ -267,3 +272,6 @@ def test_adapters_under_sharded_weights(world, process, metrics):
     assert max(row["log_prob_gap"] for row in rows) < 1e-5
     stored = load_file(world.root / "ppo-lora-zero" / "adapter_model.safetensors")
     assert all(tensor.abs().max() > 0 for tensor in stored.values())
+    best = load_file(world.root / "ppo-lora-zero" / "best" / "adapter_model.safetensors")
+    assert {name: each.shape for name, each in best.items()} == {name: each.shape for name, each in stored.items()}
+    assert json.loads((world.root / "ppo-lora-zero" / "replies.jsonl").read_text().splitlines()[-1])["prompt"] == 2
