@@ -19,6 +19,8 @@ from shared.report import page
 from shared.report.metrics import METRICS, read
 from shared.report.track import FOLDERS
 from shared.runtime.agreement import on_rank_0
+from tools.rlhf.engines.distributed import DistributedContext
+from tools.rlhf.options import PolicyOptions, PreferenceOptions
 from tools.rlhf.state import State
 
 
@@ -61,6 +63,15 @@ def _links(folder: str, names: list[str]) -> list[str]:
 def shown(value: Any) -> str:
     """A fact, formatted for the report."""
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+@contextmanager
+def open_training(options: PreferenceOptions | PolicyOptions, distributed: DistributedContext) -> Iterator[RunContext]:
+    """As `open_run`, for a command's options. UserError if they do not fit the processes or the device."""
+    options.check(distributed.world_size)
+    options.check_device(distributed.device.type)
+    with open_run(options.target, options.inputs, overwrite=options.overwrite, kind=options.published_kind) as context:
+        yield context
 
 
 @contextmanager

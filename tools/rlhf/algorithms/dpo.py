@@ -20,15 +20,13 @@ from tools.rlhf.engines.deepspeed import initialize_distributed
 from tools.rlhf.held_out import HeldOut, hold_out, whole_micro_batches
 from tools.rlhf.models import Source, open_source
 from tools.rlhf.options import DPOOptions
-from tools.rlhf.run_context import open_run
+from tools.rlhf.run_context import open_training
 
 
 def run(options: DPOOptions) -> None:
     """Train and publish a policy."""
     distributed = initialize_distributed()
-    options.check(distributed.world_size)
-    options.check_device(distributed.device.type)
-    with open_run(options.target, options.inputs, overwrite=options.overwrite, kind=options.published_kind) as context:
+    with open_training(options, distributed) as context:
         source = open_source(options.source)
         rows = _rows(options, source, distributed.world_size)
         train_and_publish(_algorithm(options), options, source, rows, context, distributed)

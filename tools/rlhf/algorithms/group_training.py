@@ -26,12 +26,12 @@ from tools.rlhf.published_directory import log_aside
 from tools.rlhf.published_policy import publish_policy
 from tools.rlhf.rewards import weighted_sum
 from tools.rlhf.rewards.spec import RewardSpec
-from tools.rlhf.rollout.in_process import InProcessSampler
+from tools.rlhf.rollout.in_process import policy_sampler
 from tools.rlhf.rollout.log_prob_gap import log_prob_gap_limit
 from tools.rlhf.rollout.on_servers import ServerSampler, log_sampler, server_sampler
 from tools.rlhf.rollout.publisher import InProcessPublisher
 from tools.rlhf.rollout.rollout import Reply
-from tools.rlhf.run_context import RunContext, open_run
+from tools.rlhf.run_context import RunContext, open_training
 from tools.rlhf.transformers_model import base_of
 
 
@@ -55,10 +55,7 @@ class Algorithm:
 def train_and_publish(options: GroupOptions, make: Callable[[], Algorithm]) -> None:
     """Train and publish a policy; `make` is called after the process group is there."""
     distributed = initialize_distributed()
-    options.check(distributed.world_size)
-    options.check_device(distributed.device.type)
-    kind = options.published_kind
-    with open_run(options.target, options.inputs, overwrite=options.overwrite, kind=kind) as context:
+    with open_training(options, distributed) as context:
         source, prompts = open_policy(options)
         adapters = Adapters.open(options, source)
         held_out = read_held_out(options, source, prompts)
@@ -214,16 +211,7 @@ def _train(
             options,
             policy=trained,
             publisher=servers.publisher if servers else InProcessPublisher(),
-            sampler=servers
-            or InProcessSampler(
-                model=trained.module,
-                tokenizer=source.tokenizer,
-                max_new_tokens=options.max_new_tokens,
-                temperature=options.temperature,
-                eos_ids=source.eos_ids,
-                pad_id=source.pad_id,
-                synced_gpus=options.zero == 3 and distributed.world_size > 1,
-            ),
+            sampler=servers or policy_sampler(options, source, trained.module, distributed),
             reward=reward,
             source=source,
             adapters=adapters,

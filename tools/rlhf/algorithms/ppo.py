@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -27,29 +28,23 @@ from tools.rlhf.pretraining_text import read_pretraining_text
 from tools.rlhf.published_directory import log_aside
 from tools.rlhf.published_policy import publish_policy
 from tools.rlhf.rewards import weighted_sum
-from tools.rlhf.rollout.in_process import InProcessSampler
+from tools.rlhf.rollout.in_process import policy_sampler
 from tools.rlhf.rollout.log_prob_gap import log_prob_gap_limit
 from tools.rlhf.rollout.on_servers import ServerSampler, log_sampler, server_sampler
 from tools.rlhf.rollout.publisher import InProcessPublisher
-from tools.rlhf.run_context import open_run
+from tools.rlhf.run_context import open_training
 from tools.rlhf.state import State
 
 
 def run(options: PPOOptions) -> None:
     """Train, with periodic saves, and publish the policy."""
     distributed = initialize_distributed()
-    options.check(distributed.world_size)
-    options.check_device(distributed.device.type)
-    kind = options.published_kind
-    with open_run(options.target, options.inputs, overwrite=options.overwrite, kind=kind) as context:
+    with open_training(options, distributed) as context:
         source, prompts = open_policy(options)
         held_out = read_held_out(options, source, prompts)
         adapters = Adapters.open(options, source)
         with server_sampler(options, source, prompts, distributed, adapters) as servers:
-            if options.backend == "trlx":
-                ppo = ppo_trlx.build(options, source, prompts, context.state, distributed, servers)
-            else:
-                ppo = _build(options, source, prompts, context.state, distributed, servers, adapters)
+            ppo = _build(options, source, prompts, context.state, distributed, servers, adapters)
             if held_out:
                 ppo = replace(ppo, held_out=_held_out(ppo, held_out, source, adapters))
             _print_plan(ppo, source, adapters)
@@ -141,25 +136,26 @@ def _build(
         if options.pretraining_data
         else None
     )
-    actor, critic = _trained(options, source, engine, dtype, distributed, adapters)
-    return PPO(
+    kind = PPO
+    actor: Engine
+    critic: Engine
+    reference: Any
+    if options.backend == "trlx":
+        kind, reward = ppo_trlx.TrlxPPO, ppo_trlx.ScoredReplies(reward.components)
+        actor, critic, whole = ppo_trlx.models(options, source, distributed)
+        reference = frozen_model(whole, engine)
+    else:
+        actor, critic = _trained(options, source, engine, dtype, distributed, adapters)
+        reference = frozen_model(load_policy(source, dtype), engine) if adapters is None else AdapterOff(actor)
+    return kind(
         options=options,
         prompts=prompts,
         actor=actor,
         critic=critic,
         pretraining=pretraining,
-        reference=frozen_model(load_policy(source, dtype), engine) if adapters is None else AdapterOff(actor),
+        reference=reference,
         reward=reward,
-        sampler=servers
-        or InProcessSampler(
-            model=actor.module,
-            tokenizer=source.tokenizer,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            eos_ids=source.eos_ids,
-            pad_id=source.pad_id,
-            synced_gpus=options.zero == 3 and distributed.world_size > 1,
-        ),
+        sampler=servers or policy_sampler(options, source, actor.module, distributed),
         publisher=servers.publisher if servers else InProcessPublisher(),
         log_prob_gap_limit=log_prob_gap_limit(
             precision, servers.precision if servers else precision, given=options.log_prob_gap_limit

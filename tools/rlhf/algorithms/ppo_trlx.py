@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.console import log
 from shared.errors import StageError
@@ -15,19 +16,16 @@ from tools.rlhf.algorithms.experience import Experience
 from tools.rlhf.algorithms.ppo_loop import PPO
 from tools.rlhf.data import Prompt
 from tools.rlhf.engines import trlx_package
-from tools.rlhf.engines.deepspeed import EngineOptions, frozen_model
 from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.engines.trlx_settings import TrlxSettings
 from tools.rlhf.models import Source, load_policy
 from tools.rlhf.ppo_options import PPOOptions
 from tools.rlhf.rewards import weighted_sum
-from tools.rlhf.rollout.in_process import InProcessSampler
-from tools.rlhf.rollout.log_prob_gap import log_prob_gap_limit
-from tools.rlhf.rollout.on_servers import ServerSampler
-from tools.rlhf.rollout.publisher import InProcessPublisher
 from tools.rlhf.rollout.rollout import Reply
 from tools.rlhf.rollout.sampler import rollout_seed
-from tools.rlhf.state import State
+
+if TYPE_CHECKING:
+    from tools.rlhf.engines.trlx_trainer import TrlxActor, TrlxValues
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,64 +56,18 @@ class ScoredReplies(weighted_sum.Reward):
         return scores, components
 
 
-def build(
-    options: PPOOptions,
-    source: Source,
-    prompts: Sequence[Prompt],
-    state: State,
-    distributed: DistributedContext,
-    servers: ServerSampler | None,
-) -> PPO:
-    """The run, with its models loaded."""
+def models(
+    options: PPOOptions, source: Source, distributed: DistributedContext
+) -> tuple[TrlxActor, TrlxValues, nn.Module]:
+    """Policy and critic, which one trainer of trlx trains, and the reference model, which is not placed yet."""
     place = trlx_package.locate()
     trlx_package.import_trlx(place)
     from tools.rlhf.engines.trlx_trainer import TrlxActor, TrlxValues, open_trainer
 
     log(f"trlx      {place}, as it is; written for commit {trlx_package.COMMIT[:7]}")
     precision = options.precision_on(distributed.device.type)
-    dtype = getattr(torch, DTYPES[precision])
-    engine = EngineOptions(
-        zero=options.zero,
-        precision=precision,
-        micro_batch_size=options.micro_batch_size,
-        accumulation=1,
-        max_gradient_norm=options.max_gradient_norm,
-    )
-    reward = weighted_sum.load(
-        options.rewards,
-        source.tokenizer,
-        prompts,
-        device=distributed.device,
-        dtype=dtype,
-        batch_size=options.micro_batch_size,
-        timeout=options.reward_timeout,
-        wrap=lambda model: frozen_model(model, engine),
-    )
     # Before the trainer: with its ZeRO-3, transformers would shard a model while it is loaded.
-    policy, reference = load_policy(source, torch.float32), load_policy(source, dtype)
+    policy, reference = load_policy(source, torch.float32), load_policy(source, getattr(torch, DTYPES[precision]))
     settings = TrlxSettings.of(options, precision=precision, world_size=distributed.world_size)
     actor = TrlxActor(open_trainer(policy, settings, distributed))
-    return TrlxPPO(
-        options=options,
-        prompts=prompts,
-        actor=actor,
-        critic=TrlxValues(actor),
-        reference=frozen_model(reference, engine),
-        reward=ScoredReplies(reward.components),
-        sampler=servers
-        or InProcessSampler(
-            model=actor.module,
-            tokenizer=source.tokenizer,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            eos_ids=source.eos_ids,
-            pad_id=source.pad_id,
-            synced_gpus=options.zero == 3 and distributed.world_size > 1,
-        ),
-        publisher=servers.publisher if servers else InProcessPublisher(),
-        log_prob_gap_limit=log_prob_gap_limit(
-            precision, servers.precision if servers else precision, given=options.log_prob_gap_limit
-        ),
-        state=state,
-        distributed=distributed,
-    )
+    return actor, TrlxValues(actor), reference

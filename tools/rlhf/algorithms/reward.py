@@ -26,17 +26,14 @@ from tools.rlhf.padding import with_padding_token
 from tools.rlhf.published_directory import log_aside, save_hf
 from tools.rlhf.published_policy import lora_facts, write_adapter
 from tools.rlhf.rewards.reward_model import score
-from tools.rlhf.run_context import RunContext, open_run
+from tools.rlhf.run_context import RunContext, open_training
 from tools.rlhf.transformers_model import load_transformers_model
 
 
 def run(options: RewardOptions) -> None:
     """Train and publish a reward model; report its accuracy on held-out pairs before and after training."""
     distributed = initialize_distributed()
-    options.check(distributed.world_size)
-    options.check_device(distributed.device.type)
-    kind = options.published_kind
-    with open_run(options.target, options.inputs, overwrite=options.overwrite, kind=kind) as context:
+    with open_training(options, distributed) as context:
         opened = open_source(options.source, classifier=True)
         own_padding = opened.tokenizer.pad_token
         source = with_padding_token(opened)

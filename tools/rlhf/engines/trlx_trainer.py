@@ -74,6 +74,7 @@ class OwnExperienceTrainer(AcceleratePPOTrainer):
         self._learning_rate = 0.0
         self._totals = dict.fromkeys(_STATISTICS, 0.0)
         self._norms: list[float] = []
+        self._moved: list[float] = []
         self._seed = 0
         config = default_ppo_config()
         for section, values in settings.sections().items():
@@ -181,8 +182,9 @@ class OwnExperienceTrainer(AcceleratePPOTrainer):
         )
         logits, values = self.outputs(sequences)
         at = slice(-columns - 1, -1)
+        log_probs = losses.token_log_probs(logits[:, at], sequences.reply_ids, settings.temperature)
         loss, statistics = self.config.method.loss(
-            logprobs=losses.token_log_probs(logits[:, at], sequences.reply_ids, settings.temperature),
+            logprobs=log_probs,
             values=values[:, at],
             old_logprobs=old_log_probs,
             old_values=old_values,
@@ -192,6 +194,8 @@ class OwnExperienceTrainer(AcceleratePPOTrainer):
         )
         for name, theirs in _STATISTICS.items():
             self._totals[name] += float(statistics[theirs])
+        mask = sequences.reply_mask
+        self._moved.append(float(losses.update_kl(log_probs, old_log_probs, mask, mask.sum())))
         return loss, statistics
 
     def train_on(self, experience: Experience, *, seed: int) -> dict[str, float]:
@@ -202,7 +206,7 @@ class OwnExperienceTrainer(AcceleratePPOTrainer):
             seed: of the order of replies.
         """
         self._seed = seed
-        self._totals, self._norms = dict.fromkeys(_STATISTICS, 0.0), []
+        self._totals, self._norms, self._moved = dict.fromkeys(_STATISTICS, 0.0), [], []
         self.store.clear_history()
         self.push_to_store(elements(experience))
         before = self.mb_count
@@ -210,6 +214,9 @@ class OwnExperienceTrainer(AcceleratePPOTrainer):
         totals = torch.tensor(list(self._totals.values()), dtype=torch.float64, device=self.accelerator.device)
         totals = self._distributed.sum(totals) / ((self.mb_count - before) * self._distributed.world_size)
         row = dict(zip(_STATISTICS, totals.tolist(), strict=True))
+        moved = torch.tensor(self._moved, dtype=torch.float64, device=self.accelerator.device)
+        moved = self._distributed.sum(moved.reshape(-1, self.num_mb).mean(1)) / self._distributed.world_size
+        row |= {"updates": float(len(moved)), "update_kl": moved.mean().item(), "update_kl_max": moved.max().item()}
         return row | ({"gradient_norm": sum(self._norms) / len(self._norms)} if self._norms else {})
 
     def write(self, directory: Path) -> None:

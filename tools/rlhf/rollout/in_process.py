@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from tools.rlhf.data import Prompt
+from tools.rlhf.engines.distributed import DistributedContext
+from tools.rlhf.models import Source
+from tools.rlhf.options import PolicyOptions
 from tools.rlhf.rollout.rollout import Reply, Rollout, Sequences
 
 
@@ -104,3 +107,18 @@ def _replies(ids: Tensor, mask: Tensor, ends: Tensor, tokenizer: Any) -> tuple[R
     texts = tokenizer.batch_decode([list(row) for row in rows], skip_special_tokens=True)
     ended = ends.any(-1).tolist()
     return tuple(Reply(ids=row, text=text, ended=end) for row, text, end in zip(rows, texts, ended, strict=True))
+
+
+def policy_sampler(
+    options: PolicyOptions, source: Source, model: Any, distributed: DistributedContext
+) -> InProcessSampler:
+    """The sampler of a policy in training, by a command's options."""
+    return InProcessSampler(
+        model=model,
+        tokenizer=source.tokenizer,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        eos_ids=source.eos_ids,
+        pad_id=source.pad_id,
+        synced_gpus=options.zero == 3 and distributed.world_size > 1,
+    )

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from itertools import pairwise
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -13,7 +14,9 @@ from shared.errors import StageError
 from tests.trlx_checkout import needs_trlx
 from tools.rlhf.algorithms.ppo_trlx import ScoredReplies
 from tools.rlhf.data import Prompt
+from tools.rlhf.models import open_source
 from tools.rlhf.rewards.spec import RewardSpec
+from tools.rlhf.rollout.in_process import InProcessSampler
 from tools.rlhf.rollout.rollout import Reply
 
 STEPS = 10
@@ -110,14 +113,13 @@ def test_a_damaged_state_is_refused(world, rlhf, capsys):
 @needs_trlx
 def test_updates_see_the_sampled_ids(world, rlhf, monkeypatch):
     """Of replies that their text's tokens are not, too."""
-    from tools.rlhf.algorithms import ppo_trlx
     from tools.rlhf.engines import trlx_package
 
     trlx_package.import_trlx(trlx_package.locate())
     from tools.rlhf.engines.trlx_trainer import OwnExperienceTrainer
 
     sampled, trained_on = [], []
-    sample, loss = ppo_trlx.InProcessSampler.sample, OwnExperienceTrainer.loss
+    sample, loss = InProcessSampler.sample, OwnExperienceTrainer.loss
 
     def noted_sample(self, *args, **kwargs):
         rollout = sample(self, *args, **kwargs)
@@ -129,7 +131,7 @@ def test_updates_see_the_sampled_ids(world, rlhf, monkeypatch):
             trained_on.append(tuple(tuple(t for t in ids if t != -1) for ids in (query, response)))
         return loss(self, batch)
 
-    monkeypatch.setattr(ppo_trlx.InProcessSampler, "sample", noted_sample)
+    monkeypatch.setattr(InProcessSampler, "sample", noted_sample)
     monkeypatch.setattr(OwnExperienceTrainer, "loss", noted_loss)
     assert rlhf("ppo", **flags(world, "trlx-ids", steps=1, epochs=1, temperature=3.0)) == 0
     assert sorted(trained_on) == sorted(sampled)
@@ -155,6 +157,36 @@ def test_two_processes_sharded_or_not_are_the_same_run(world, process, metrics, 
         for name in ("reward", "kl_reply", "policy_loss", "value_loss", "gradient_norm", "entropy"):
             assert one[name] == pytest.approx(other[name], rel=2e-3, abs=1e-5), name  # float32 sums in another order
     assert rows[0][-1]["kl_reply"] > 0.1
+
+
+@needs_trlx
+def test_a_sharded_run_is_not_resumed(world, process):
+    target = flags(world, "trlx-sharded", steps=4, save_every=1, zero=2)
+    world.order.write_text(str(int(signal.SIGTERM)))
+    assert process("ppo", **target).returncode == 75
+    again = process("ppo", **target)
+    assert again.returncode == 2
+    assert "a run of --backend trlx with --zero is not resumed" in again.stderr.strip().splitlines()[-1]
+    assert not target["target"].exists()
+
+
+@needs_trlx
+def test_rewards_coefficient_and_held_out_prompts_are_those_of_our_loop(world, rlhf, metrics):
+    clip, target_kl, horizon = 1.5, 6.0, 5.0
+    target = flags(
+        world, "trlx-loop", steps=3, kl_target=target_kl, kl_horizon=horizon, normalise_rewards="standardise",
+        reward_clip=clip, validation_prompts=world.prompts, keep_best=True,
+    )  # fmt: skip
+    assert rlhf("ppo", **target) == 0
+    rows = metrics(target["target"])
+    for before, after in pairwise(rows):
+        wanted = before["kl_coefficient"] * (1 + min(max(before["kl_reply"] / target_kl - 1, -0.2), 0.2) / horizon)
+        assert after["kl_coefficient"] == pytest.approx(wanted, rel=1e-9)
+    assert all(abs(row["reward_learned"]) < clip for row in rows)
+    assert rows[0]["reward_learned"] == pytest.approx(0, abs=0.2)  # its mean is subtracted; clipped
+    assert rows[0]["reward"] > 0.05
+    assert rows[-1]["held_out_reward"] > 0
+    open_source(target["target"] / "best")
 
 
 @needs_trlx
