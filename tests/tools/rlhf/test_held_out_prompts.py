@@ -32,7 +32,7 @@ def flags(world, target, **changes):
     usual = {
         "source": world.policy, "prompts": world.prompts, "reward": world.reward("disturbed"), "target": world.root / target,
         "steps": 4, "max_new_tokens": 16, "learning_rate": 2e-3, "micro_batch_size": 2, "kl_coefficient": 0.01,
-        "rollout_batch_size": 16, "global_batch_size": 8, "save_every": 1,
+        "rollout_batch_size": 8, "global_batch_size": 8, "save_every": 1,
     }  # fmt: skip
     return usual | changes
 
@@ -159,9 +159,7 @@ def test_grpo_measures_too_and_trains_the_same(world, rlhf, questions, metrics):
 def test_with_lora_replies_are_the_adapters_and_the_best_is_published_as_the_last(world, rlhf, questions, command):
     """PPO with a critic on the same body and an adapter, GRPO merged."""
     target = world.root / f"{command}-lora-measured"
-    given = flags(
-        world, target.name, **measured(questions) | {"evaluate_every": 1}, steps=2, learning_rate=1e-2, lora_rank=4
-    )
+    given = flags(world, target.name, **measured(questions), steps=2, learning_rate=1e-2, lora_rank=4)
     if command == "ppo":
         given |= {"shared_critic": True, "gradient_checkpointing": True}
     else:
