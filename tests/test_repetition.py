@@ -24,7 +24,6 @@ IMPORTS = re.compile(r"^\s*from [\w.]+ import \([^)]*\)", re.MULTILINE)
 STILL = {
     ("tools/convert/cli.py", "tools/convert/cli.py"),
     ("tools/convert/to_megatron.py", "tools/convert/to_te.py"),
-    ("tools/pretrain/cli.py", "tools/sft/cli.py"),
 }
 
 
