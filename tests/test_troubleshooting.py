@@ -43,8 +43,10 @@ def text_of(node: ast.AST) -> str:
 
 def occurs(quote: str) -> bool:
     """Whether one string of the code has the quote's words, in order, whatever stands in its gaps."""
-    pattern = re.compile(".*".join(re.escape(words) for words in quote.split(GAP)), re.DOTALL)
-    return any(pattern.search(text) for text in texts())
+    # Without gaps at the ends, which say nothing: a search for ".*words" tries every place of a text, to its end.
+    first, *others = quote.strip(GAP).split(GAP)
+    pattern = re.compile(".*".join(map(re.escape, (first, *others))), re.DOTALL)
+    return any(pattern.search(text) for text in texts() if first in text)
 
 
 @pytest.mark.parametrize("quote", quoted())
