@@ -233,6 +233,21 @@ def test_a_reward_model_has_its_head_in_either_form(world, rlhf, capsys):
             )
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)  # float32: the adapter is added after the product, or before
     assert sum(chosen > rejected for chosen, rejected in zip(scores[1][::2], scores[1][1::2], strict=True)) >= 34
+    calibrated = [
+        {
+            name: open_checkpoint(place, kinds=(kind,), flag="").facts[name]
+            for name in ("brier", "expected_calibration_error")
+        }
+        for place, kind in ((adapter, "adapter"), (merged, "hf"))
+    ]
+    assert calibrated[0] == calibrated[1]  # the same training
+    assert 0 < calibrated[0]["brier"] < 0.25
+    assert rlhf("score", source=merged, data=world.pairs, target=world.root / "lora-scores") == 0
+    scored = [json.loads(line) for line in (world.root / "lora-scores/scores.jsonl").read_text().splitlines()[:40]]
+    said = [row[f"reward_{side}"] for row in scored for side in ("chosen", "rejected")]
+    assert said == pytest.approx(scores[1], abs=1e-5)  # padded, in float32
+    assert rlhf("score", source=adapter, data=world.pairs, target=world.root / "refused-scores") == 2
+    assert "merge" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def ids(tokenizer, row, side):
