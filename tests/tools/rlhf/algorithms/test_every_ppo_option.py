@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -177,6 +178,9 @@ def test_scale_and_coefficient_resume(build, tmp_path, metrics):  # noqa: F811
     assert second.state.facts(4)["rewards"]["count"] == 32
     # Half of the replies have reward 1, half 0: standardised they are 1 and -1.
     assert all(row["reward_learned"] == pytest.approx(0, abs=1e-6) for row in rows(whole, metrics))
+    for before, after in pairwise(rows(whole, metrics)):  # a horizon of 3 iterations, a target of 0.5 nats
+        error = min(max(before["kl_reply"] / 0.5 - 1, -0.2), 0.2)
+        assert after["kl_coefficient"] == pytest.approx(before["kl_coefficient"] * (1 + error / 3), rel=1e-12)
 
 
 def test_what_is_learned_from_is_the_scaled_reward(build, tmp_path):  # noqa: F811
