@@ -278,7 +278,18 @@ def test_adapters_under_sharded_weights(world, process, metrics):
     questions.write_text("".join(world.prompts.read_text().splitlines(keepends=True)[:3]))
     measured = {"validation_prompts": questions, "keep_best": True}
     done = process(
-        "ppo", **ppo_flags(world, "ppo-lora-zero", zero=3, processes=2, micro_batch_size=8, steps=2), **measured
+        "ppo",
+        **ppo_flags(
+            world,
+            "ppo-lora-zero",
+            zero=3,
+            processes=2,
+            micro_batch_size=8,
+            steps=2,
+            rollout_batch_size=16,
+            max_new_tokens=6,
+        ),
+        **measured,
     )
     assert done.returncode == 0, done.stderr
     rows = metrics(world.root / "ppo-lora-zero")
