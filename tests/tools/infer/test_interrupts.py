@@ -20,9 +20,11 @@ def worker(queue):
     def end(number, frame):
         raise SystemExit(3)
     signal.signal(signal.SIGINT, end)
-    grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1.5); print('grandchild lives', flush=True)"])
+    program = "import sys; sys.stdin.read(); print('grandchild lives', flush=True)"
+    grandchild = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE)
     queue.put("started")
     queue.get()
+    grandchild.stdin.close()
     raise SystemExit(grandchild.wait())
 
 if __name__ == "__main__":
