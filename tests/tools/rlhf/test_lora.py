@@ -265,11 +265,11 @@ def ids(tokenizer, row, side):
     ],
 )
 def test_wrong_flags_are_one_line(world, rlhf, capsys, flags, words):
-    given = {name: value for name, value in dpo_flags(world, "refused", **flags).items() if value is not None}
+    given = {name: value for name, value in dpo_flags(world, "refused-lora", **flags).items() if value is not None}
     assert rlhf("dpo", **given) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert words in lines[-1]
-    assert not (world.root / "refused").exists()
+    assert not (world.root / "refused-lora").exists()
 
 
 def test_adapters_under_sharded_weights(world, process, metrics):
