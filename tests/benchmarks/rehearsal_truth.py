@@ -157,7 +157,7 @@ def measured(rank: int, name: str, file: Path) -> None:
     _same_casts()
     library = torch.library.Library("aten", "IMPL")
     library.impl("_scaled_mm", _product_outside, "CPU", allow_override=True)
-    player = rehearse._Player(rank)
+    player = rehearse._Player(rank, names=True)
 
     def begin(phase: str) -> None:
         where = phase if phase in rehearse._BEFORE_UPDATES else f"{phase} of update {player.update}"

@@ -118,7 +118,7 @@ def test_an_adapter_of_zeros_leaves_the_base(tmp_path: Path, dtype: Dtype) -> No
 WORKER = """
 import sys
 from pathlib import Path
-from tests.shared.checkpoint.lora import test_merge as test
+from tests.shared.checkpoint.lora import test_merge_adapter as test
 for dtype in (test.FP32, test.BF16, test.FP16):
     print(test.hashlib.sha256(test.merge(Path(sys.argv[1]), *test.matrices(500, 700, 48), dtype)).hexdigest())
 """
