@@ -100,19 +100,25 @@ def _base(work: Path, data: Path) -> list[Stage]:
             output=work / "init",
             says=lambda: f"{metrics.facts(work / 'init')['parameters'] / 1e6:.1f} M parameters",
         ),
+        *to_megatron(work / "init", work / "init-mg", certificate=work / "certificate.json"),
+    ]
+
+
+def to_megatron(source: Path, target: Path, *, certificate: Path) -> list[Stage]:
+    """Conversion from Hugging Face to Megatron-Core, and its proof."""
+    return [
         Stage(
             name="convert to-megatron",
-            command=tool("convert", "to-megatron", "--source", work / "init", "--target", work / "init-mg"),
-            output=work / "init-mg",
+            command=tool("convert", "to-megatron", "--source", source, "--target", target),
+            output=target,
             says=lambda: "",
         ),
         Stage(
             name="convert verify",
             command=tool(
-                *("convert", "verify", "--source", work / "init", "--target", work / "init-mg"),
-                *("--certificate", work / "certificate.json"),
+                *("convert", "verify", "--source", source, "--target", target), *("--certificate", certificate)
             ),
-            output=work / "certificate.json",
+            output=certificate,
             says=lambda: "round trip exact, logits agree",
         ),
     ]
