@@ -6,6 +6,7 @@ import gc
 import json
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -14,6 +15,23 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def results_under_stubs(worker: Path, directory: Path) -> Any:
+    """`python worker DIRECTORY` on an H100 that is not there; returns `DIRECTORY/results.pkl`, which the worker writes."""
+    from shared.rehearsal.machine import GPUS
+    from shared.rehearsal.reexecute import with_stubs
+
+    done = subprocess.run(
+        [sys.executable, str(worker), str(directory)],
+        env=with_stubs({**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, GPUS["h100-80"]),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return pickle.loads((directory / "results.pkl").read_bytes())
 
 
 def results_of(worker: Path, directory: Path) -> Any:

@@ -1,34 +1,18 @@
 """A search for a layout: states by arithmetic against the bytes that rehearsals of the same ranks hold, and their work."""
 
-import os
-import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from shared.rehearsal.machine import GPUS
-from shared.rehearsal.reexecute import with_stubs
+from tests.workers import results_under_stubs
 
-ROOT = Path(__file__).resolve().parents[3]
 WORKSPACES = 64 * 2**20  # cuBLAS's of a Hopper
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory) -> dict:
     """By case and stage: bytes by arithmetic, and the rank as it was played."""
-    directory = tmp_path_factory.mktemp("planned")
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("planner_worker.py")), str(directory)],
-        env=with_stubs({**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, GPUS["h100-80"]),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return pickle.loads((directory / "results.pkl").read_bytes())
+    return results_under_stubs(Path(__file__).with_name("planner_worker.py"), tmp_path_factory.mktemp("planned"))
 
 
 def test_arithmetic_gives_the_bytes_that_a_rehearsal_holds(compared) -> None:

@@ -1,9 +1,5 @@
 """Ranks of tiny models, played without a GPU: their memory against arithmetic, their communication against each other's."""
 
-import os
-import pickle
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +7,11 @@ import pytest
 
 from shared.parallel import ParallelConfig
 from shared.rehearsal.collectives import match
-from shared.rehearsal.machine import GPUS
-from shared.rehearsal.reexecute import with_stubs
 from shared.training.rehearsal_report import Played, stage_of
 from shared.training.rehearse import UPDATES, mends, shortened
 from shared.training.states import of_stages
+from tests.workers import results_under_stubs
 
-ROOT = Path(__file__).resolve().parents[3]
 MiB = 2**20
 WORKSPACES = 64 * MiB  # cuBLAS's of a Hopper, 32 MiB each of cuBLAS and cuBLASLt: torch allocates them
 
@@ -25,17 +19,7 @@ WORKSPACES = 64 * MiB  # cuBLAS's of a Hopper, 32 MiB each of cuBLAS and cuBLASL
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[tuple[str, int], object]:
     """What `rehearsal_worker.py` found."""
-    directory = tmp_path_factory.mktemp("played")
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("rehearsal_worker.py")), str(directory)],
-        env=with_stubs({**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, GPUS["h100-80"]),
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return pickle.loads((directory / "results.pkl").read_bytes())
+    return results_under_stubs(Path(__file__).with_name("rehearsal_worker.py"), tmp_path_factory.mktemp("played"))
 
 
 @pytest.fixture(scope="module")
