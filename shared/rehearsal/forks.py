@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import select
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,7 +22,11 @@ class Failed(Exception):  # noqa: N818 -- of a child, raised here
 
 
 def in_forks[K, T](
-    work: Mapping[K, Callable[[], T]], *, at_once: int, returned: type[Exception]
+    work: Mapping[K, Callable[[], T]],
+    *,
+    at_once: int,
+    returned: type[Exception],
+    done: Callable[[K, T | Exception], None] = lambda name, result: None,
 ) -> dict[K, T | Exception]:
     """Results of all `work`, each in a process forked from this one.
 
@@ -29,20 +34,23 @@ def in_forks[K, T](
         work: functions, whose results are picklable.
         at_once: processes at a time.
         returned: exceptions of this type are results; others become `Failed`.
+        done: is told each result when it is there.
     """
     waiting, found = list(work.items()), dict[K, T | Exception]()
-    running: dict[K, tuple[int, int]] = {}
+    running: dict[int, tuple[K, int]] = {}  # by the pipe of its answer
     while waiting or running:
         while waiting and len(running) < at_once:
             name, function = waiting.pop(0)
-            running[name] = _start(function, returned)
-        name, (process, pipe) = next(iter(running.items()))
-        del running[name]
-        with os.fdopen(pipe, "rb") as answer:
-            text = answer.read()
-        _, status = os.waitpid(process, 0)
-        found[name] = pickle.loads(text) if text else Failed(_end(status), "")  # noqa: S301 -- written by our own fork
-    return found
+            process, pipe = _start(function, returned)
+            running[pipe] = name, process
+        for pipe in select.select(list(running), [], [])[0]:
+            name, process = running.pop(pipe)
+            with os.fdopen(pipe, "rb") as answer:
+                text = answer.read()
+            _, status = os.waitpid(process, 0)
+            found[name] = pickle.loads(text) if text else Failed(_end(status), "")  # noqa: S301 -- written by our own fork
+            done(name, found[name])
+    return {name: found[name] for name in work}
 
 
 def _start(function: Callable[[], Any], returned: type[Exception]) -> tuple[int, int]:

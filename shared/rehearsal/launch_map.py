@@ -25,6 +25,7 @@ TITLES = {
     "PIPELINE_MODEL_PARALLEL_GROUP": "PP",
 }
 _NODES = ("GROUP_RANK", "SLURM_NODEID")  # of torchrun, of Slurm
+EXPERTS = ("EP", "ETP", "EDP")  # groups of experts: Megatron-Core makes them for dense models, too
 _SHOWN = 8
 
 
@@ -83,9 +84,9 @@ def by_title(groups: Iterable[Group]) -> dict[str, list[tuple[int, ...]]]:
     return {title: list(each) for title, each in found.items() if each}
 
 
-def lines(groups: Iterable[Group], nodes: Nodes) -> list[str]:
-    """The map: a line for each kind of group, and the first nodes with their ranks."""
-    kinds = by_title(groups)
+def lines(groups: Iterable[Group], nodes: Nodes, *, experts: bool) -> list[str]:
+    """The map: a line for each kind of group. `experts`: whether the model has some, and uses their groups."""
+    kinds = {title: found for title, found in by_title(groups).items() if experts or title not in EXPERTS}
     count = len(set(nodes.of))
     found = []
     for title, members in kinds.items():

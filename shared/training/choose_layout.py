@@ -37,7 +37,7 @@ from shared.training.roofline import Update, stage_time, update_time
 from shared.training.states import States, of_stages
 
 _TRIED = 8  # rehearsed candidates for each row that is asked for, at most
-_WORSE = 1.3  # patience
+_WORSE = 1.3  # a layout whose guess is so many times that of the last row is not in sight
 _EACH_STEP = 4  # candidates that are rehearsed together
 
 
@@ -71,7 +71,7 @@ class Rehearsed:
     candidate: Candidate
     held: tuple[States, ...]  # by arithmetic, of each stage
     played: Mapping[int, Played]  # by stage: the first of each kind of stage
-    update: Update | None  # None: not all of it could be played
+    update: Update | None  # None: not all of it could be played, or nothing was counted
     failed: str = ""  # why
     seconds: float = 0.0  # that the rehearsal took
 
@@ -126,36 +126,18 @@ class Planner:
         numbers = {kind: number for number, kind in enumerate(architecture.kinds)}
         self._kinds = [numbers[layer] for layer in architecture.layers]
 
-    def search(
-        self, wanted: int, said: Callable[[str], None] = lambda line: None, *, patience: float = _WORSE
-    ) -> Search:
+    def search(self, wanted: int, said: Callable[[str], None] = lambda line: None) -> Search:
         """Rehearse, the most promising first, until so many layouts fit and no better one is in sight.
 
         Args:
             wanted: rows.
             said: is told how far it is.
-            patience: a layout whose guess is so many times that of the last row is not in sight.
         """
         began, found = time.monotonic(), Search()
-        every = list(candidates(self.base, self.architecture, self.gpus))
-        found.legal = len(every)
-        if not every:
-            return found
-        sizes, usable = Sizes.of(self.architecture, self.base.sequence_length), self.gpu.usable
-        hopeful = [each for each in every if least_states(sizes, each.config) <= usable]
-
-        def promise(each: Candidate) -> float:
-            """Seconds; of what is unlikely to fit more, so that it comes later, and is not left out."""
-            over = max(guessed_bytes(sizes, each) / usable, 1.0)
-            return guess(sizes, each, self.speed, self.nodes) * over**2
-
-        guessed = sorted((promise(each), index) for index, each in enumerate(hopeful))
-        said(f"{found.legal:,} legal layouts with their micro batches and recomputation, {len(hopeful):,} to look at")
-        order = self._that_hold(((seconds, hopeful[index]) for seconds, index in guessed), found)
-        found.too_large = found.legal - len(hopeful)
+        order = self.promising(found, said)
         fitting: list[float] = []
         while chosen := list(islice(order, min(_EACH_STEP, wanted + 1))):
-            limit = sorted(fitting)[wanted - 1] * patience if len(fitting) >= wanted else float("inf")
+            limit = sorted(fitting)[wanted - 1] * _WORSE if len(fitting) >= wanted else float("inf")
             chosen = [(seconds, each, held) for seconds, each, held in chosen if seconds <= limit]
             chosen = [row for row in chosen if not self._pointless(row[1], found.rehearsed)]
             if not chosen and limit < float("inf"):
@@ -170,6 +152,27 @@ class Planner:
         found.rehearsed.sort(key=lambda each: (not each.fits(self.gpu), each.update.seconds if each.update else 0.0))
         found.seconds = time.monotonic() - began
         return found
+
+    def promising(
+        self, found: Search, said: Callable[[str], None] = lambda line: None
+    ) -> Iterator[tuple[float, Candidate, tuple[States, ...]]]:
+        """Legal layouts whose states fit, by a guess of their seconds; counts the others in `found`."""
+        every = list(candidates(self.base, self.architecture, self.gpus))
+        found.legal = len(every)
+        if not every:
+            return
+        sizes, usable = Sizes.of(self.architecture, self.base.sequence_length), self.gpu.usable
+        hopeful = [each for each in every if least_states(sizes, each.config) <= usable]
+
+        def promise(each: Candidate) -> float:
+            """Seconds; of what is unlikely to fit more, so that it comes later, and is not left out."""
+            over = max(guessed_bytes(sizes, each) / usable, 1.0)
+            return guess(sizes, each, self.speed, self.nodes) * over**2
+
+        guessed = sorted((promise(each), index) for index, each in enumerate(hopeful))
+        said(f"{found.legal:,} legal layouts with their micro batches and recomputation, {len(hopeful):,} to look at")
+        found.too_large = found.legal - len(hopeful)
+        yield from self._that_hold(((seconds, hopeful[index]) for seconds, index in guessed), found)
 
     def _that_hold(
         self, ordered: Iterable[tuple[float, Candidate]], found: Search
@@ -211,8 +214,19 @@ class Planner:
         seen = {tuple(chunks): stage for stage, chunks in reversed([*enumerate(layers)])}
         return sorted({0, parallel.pipeline - 1, *seen.values()})
 
-    def rehearse(self, chosen: Sequence[tuple[Candidate, tuple[States, ...]]]) -> list[Rehearsed]:
-        """Play the stages of candidates."""
+    def rehearse(
+        self,
+        chosen: Sequence[tuple[Candidate, tuple[States, ...]]],
+        *,
+        timed: bool = True,
+        stages: Callable[[ParallelConfig], Iterable[int]] | None = None,
+    ) -> list[Rehearsed]:
+        """Play the stages of candidates.
+
+        Args:
+            timed: count what they compute, which takes as long as playing, for `update`.
+            stages: to play, of a layout; by default `self.stages`.
+        """
         began = time.monotonic()
         work = {
             (index, stage): partial(
@@ -222,26 +236,26 @@ class Planner:
                 rehearse.UNLIMITED,
                 quiet=True,
                 names=False,
-                work=Work(self.speed),
+                work=Work(self.speed) if timed else None,
             )
             for index, (each, _) in enumerate(chosen)
-            for stage in self.stages(each.parallel)
+            for stage in (stages or self.stages)(each.parallel)
         }
         found = in_forks(work, at_once=_cores(), returned=UserError)
         seconds = (time.monotonic() - began) / max(len(chosen), 1)
         return [
-            self._rehearsed(each, held, {stage: found[i, stage] for i, stage in work if i == index}, seconds)
+            self._rehearsed(each, held, {stage: found[i, stage] for i, stage in work if i == index}, seconds, timed)
             for index, (each, held) in enumerate(chosen)
         ]
 
     def _rehearsed(
-        self, candidate: Candidate, held: tuple[States, ...], found: Mapping[int, Any], seconds: float
+        self, candidate: Candidate, held: tuple[States, ...], found: Mapping[int, Any], seconds: float, timed: bool
     ) -> Rehearsed:
         played = {stage: each for stage, each in found.items() if isinstance(each, Played)}
         failed = next((str(each) for each in found.values() if not isinstance(each, Played)), "")
         config = rehearse.shortened(candidate.config)
         update = None
-        if not failed:
+        if timed and not failed:
             stages = [stage_time(each, config.micro_batches, self.speed, self.nodes) for each in played.values()]
             update = update_time(stages, candidate.config)
         return Rehearsed(candidate=candidate, held=held, played=played, update=update, failed=failed, seconds=seconds)

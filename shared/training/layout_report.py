@@ -116,7 +116,7 @@ def _of_first(planner: Planner, shown: Sequence[Rehearsed]) -> list[str]:
     if not shown or not shown[0].played:
         return []
     groups = shown[0].groups
-    found = launch_map.lines(groups, planner.nodes)
+    found = launch_map.lines(groups, planner.nodes, experts=planner.architecture.moe is not None)
     if launch_map.crossing(groups, planner.nodes, "TP"):
         found.append("            TP groups cross nodes: their time is that of the network")
     return found

@@ -72,7 +72,8 @@ def rehearse(run: loop.Run, gpu: Gpu, *, all_ranks: bool, nodes: Nodes) -> None:
         for rank, each in whole.items()
     }
     *report, validity = lines(results, config, gpu, matched)
-    print("\n".join([*report, *launch_map.lines(whole[0].groups, nodes), validity]), flush=True)
+    places = launch_map.lines(whole[0].groups, nodes, experts=run.inputs.architecture.moe is not None)
+    print("\n".join([*report, *places, validity]), flush=True)
     if short:
         _refuse(run, given, results, gpu)
     if matched.mismatch:
@@ -189,7 +190,7 @@ def play(
         limit: bytes.
         quiet: without the loop's log lines.
         names: read names and shapes of the source's tensors.
-        work: counts what is computed.
+        work: counts what is computed in the last update.
     """
     os.environ[LIMIT] = str(limit)
     if quiet:
@@ -197,8 +198,7 @@ def play(
     fake_world.join(rank, run.config.parallel.processes)
     if run.config.fp8:
         fake_world.launch_nothing()
-    player = _Player(rank, names)
-    player.record.work = work
+    player = _Player(rank, names, work)
     progress.listen(player.begin)
     out_of_memory = ""
     try:
@@ -226,8 +226,8 @@ def play(
 class _Player:
     """What a rank does beside training: it watches, and stands in for the disk."""
 
-    def __init__(self, rank: int, names: bool) -> None:
-        self.names = names
+    def __init__(self, rank: int, names: bool, work: Work | None) -> None:
+        self.names, self._work = names, work
         self.held: dict[str, int] = {}
         self.rank, self.watch, self.record = rank, Watch(), Record(rank)
         self.record.module = self.watch.module
@@ -239,7 +239,9 @@ class _Player:
         self.where = phase if phase in _BEFORE_UPDATES else f"{phase} of update {self.update}"
         self.watch.begin(self.where)
         self.record.phase = self.where
-        self.watch.measuring = phase == TRAINING and self.update == UPDATES
+        last = phase not in _BEFORE_UPDATES and self.update == UPDATES
+        self.record.work = self._work if last else None  # counting takes as long as playing
+        self.watch.measuring = last and phase == TRAINING
 
     def _open_run(self, target: Path, *inputs: Any, **named: Any) -> SharedRunDirectory:
         return SharedRunDirectory(target, None, None)

@@ -7,8 +7,11 @@ as an argument begins anew.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import defaultdict
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from shared.runtime.silence_warnings import silence
@@ -16,6 +19,7 @@ from shared.runtime.silence_warnings import silence
 silence()
 
 from shared.rehearsal import reexecute  # noqa: E402
+from shared.rehearsal.forks import in_forks  # noqa: E402
 from shared.rehearsal.launch_map import TITLES, Nodes  # noqa: E402
 from shared.rehearsal.machine import GPUS  # noqa: E402
 from shared.rehearsal.speed import GPUS_PER_NODE, SPEEDS  # noqa: E402
@@ -29,7 +33,7 @@ from tests.rehearsals.cases import (  # noqa: E402
     config_of,
     largest_of_each_family,
 )
-from tests.rehearsals.tables import PAGE, RECORDED, write_page  # noqa: E402
+from tests.rehearsals.tables import RECORDED, write_pages  # noqa: E402
 
 MiB = 2**20
 
@@ -84,22 +88,42 @@ def communication(played: Any) -> dict[str, float]:
     return {title: round(size) for title, size in found.items() if size >= 1}
 
 
-def family(name: str, model: str) -> dict[str, Any]:
+def first(plan: Any) -> tuple[Any, Any]:
+    """The first layout that fits, not timed, or None; and the search. What was rehearsed corrects guesses of activations."""
+    from shared.training.choose_layout import Search
+    from shared.training.layout_candidates import Sizes, guessed_bytes, least_states
+
+    found, sizes, worse = Search(), Sizes.of(plan.architecture, plan.base.sequence_length), 1.0
+    for _, candidate, held in plan.promising(found):
+        states = max(stage.total for stage in held)
+        activations = guessed_bytes(sizes, candidate) - least_states(sizes, candidate.config)
+        if states + worse * activations > plan.gpu.usable:
+            continue
+        (front,) = plan.rehearse([(candidate, held)], timed=False, stages=lambda parallel: (0,))  # the fullest, mostly
+        if front.fits(plan.gpu):
+            (rest,) = plan.rehearse([(candidate, held)], timed=False, stages=lambda parallel: plan.stages(parallel)[1:])
+            front = replace(rest, played={**front.played, **rest.played})
+        found.rehearsed.append(front)
+        if front.fits(plan.gpu):
+            return front, found
+        worse = max(worse, (front.reserved - states) / activations)
+    return None, found
+
+
+def family(model: str) -> dict[str, Any]:
     """The first layout that fits."""
     row = Row(model=model, gpus=FAMILY_GPUS, layout={}, global_batch_size=FAMILY_GPUS)
     plan = planner(row)
-    found = plan.search(1, patience=0.0)
-    fit = [each for each in found.rehearsed if each.fits(plan.gpu)]
-    if not fit:
+    fitting, found = first(plan)
+    if fitting is None:
         return {"model": model, "fits": False, "failed": [each.failed for each in found.rehearsed if each.failed][:1]}
-    first = fit[0]
     return {
         "model": model,
         "fits": True,
         "parameters": plan.architecture.parameter_count(),
-        "layout": first.candidate.short(),
-        "flags": first.candidate.flags,
-        "reserved": first.reserved,
+        "layout": fitting.candidate.short(),
+        "flags": fitting.candidate.flags,
+        "reserved": fitting.reserved,
         "legal": found.legal,
     }
 
@@ -110,23 +134,32 @@ def main(arguments: list[str]) -> None:
     from shared.rehearsal import fake_world
 
     fake_world.before_forking()
+    import shared.training.choose_layout  # noqa: F401 -- once, for all forks
+
     recorded = json.loads(RECORDED.read_text()) if RECORDED.is_file() and "fresh" not in arguments else {}
     rows, families = recorded.setdefault("rows", {}), recorded.setdefault("families", {})
 
     def save() -> None:
         RECORDED.write_text(json.dumps(recorded, indent=1) + "\n")
-        write_page(PAGE, recorded)
+        write_pages(recorded)
 
     for row in ROWS:
         if row.name not in rows:
             rows[row.name] = rehearsed(row)
             save()
             print(row.name, rows[row.name][0]["rehearsal_seconds"], "s", flush=True)
-    for name, model in largest_of_each_family().items():
-        if name not in families:
-            families[name] = family(name, model)
-            save()
-            print(name, families[name], flush=True)
+
+    def said(name: str, found: Any) -> None:
+        if isinstance(found, Exception):
+            raise found
+        families[name] = found
+        save()
+        print(name, found, flush=True)
+
+    missing = {name: partial(family, model) for name, model in largest_of_each_family().items() if name not in families}
+    in_forks(missing, at_once=len(os.sched_getaffinity(0)), returned=AssertionError, done=said)
+    recorded["families"] = {name: families[name] for name in largest_of_each_family()}
+    save()
 
 
 if __name__ == "__main__":

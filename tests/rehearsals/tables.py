@@ -1,4 +1,4 @@
-"""docs/rehearsal.md: its tables of rehearsals, from what was recorded."""
+"""Tables of what was rehearsed: all of it in docs/rehearsal.md, a row a run in README.md."""
 
 from __future__ import annotations
 
@@ -6,20 +6,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.rehearsals.cases import FAMILY_GPUS, ROWS, largest_of_each_family
+from shared.rehearsal.machine import GPUS
+from tests.rehearsals.cases import FAMILY_GPUS, GPU, ROWS, largest_of_each_family
 
 RECORDED = Path(__file__).with_name("recorded.json")
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "rehearsal.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE, README = ROOT / "docs" / "rehearsal.md", ROOT / "README.md"
 BEGIN, END = "<!-- make rehearsals: begin -->", "<!-- make rehearsals: end -->"
 GiB = 2**30
 
 
-def write_page(page: Path, recorded: Mapping[str, Any]) -> None:
+def write_pages(recorded: Mapping[str, Any]) -> None:
     """Replace what is between the markers."""
-    text = page.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(before + block(recorded) + after)
+    for page, text in ((PAGE, block(recorded)), (README, short_block(recorded))):
+        before, _, rest = page.read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        page.write_text(before + text + after)
+
+
+def short_block(recorded: Mapping[str, Any]) -> str:
+    """The fullest stage of each run, with its markers."""
+    lines = ["| H100s, layout | GiB reserved, of 79.6 less 4 | rehearsed in |", "|---|---|---|"]
+    for name, stages in recorded["rows"].items():
+        fullest = max(each["reserved"] for each in stages)
+        short = " (does not fit)" if fullest > GPUS[GPU].usable else ""
+        lines.append(f"| {name} | {fullest / GiB:.1f}{short} | {stages[0]['rehearsal_seconds']:.0f} s |")
+    return "\n".join([BEGIN, "", *lines, "", END])
 
 
 def block(recorded: Mapping[str, Any]) -> str:

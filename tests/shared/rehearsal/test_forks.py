@@ -57,6 +57,20 @@ def test_so_many_at_once(tmp_path) -> None:
     assert in_forks(work, at_once=2, returned=UserError) == dict.fromkeys(pairs, True)
 
 
+def test_what_ends_first_is_told_first_and_lets_the_next_begin() -> None:
+    """The last begins beside the first, which is slow; results are in the order of the work."""
+    times = {"slow": 1.0, "quick": 0.0, "last": 0.0}
+    told: list[str] = []
+    found = in_forks(
+        {name: partial(time.sleep, seconds) for name, seconds in times.items()},
+        at_once=2,
+        returned=UserError,
+        done=lambda name, result: told.append(name),
+    )
+    assert told == ["quick", "last", "slow"]
+    assert list(found) == ["slow", "quick", "last"]
+
+
 def test_not_more_at_once(tmp_path) -> None:
     def alone() -> bool:
         (tmp_path / str(os.getpid())).touch()

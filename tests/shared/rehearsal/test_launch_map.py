@@ -103,12 +103,16 @@ def test_groups_that_cross_nodes_are_said() -> None:
     groups.append(("EXPERT_MODEL_PARALLEL_GROUP", (0,)))  # of one rank: none
     nodes = Nodes.filled(16, 8)
     assert list(by_title(groups)) == ["TP", "DP", "PP"]
-    assert lines(groups, nodes) == [
+    groups.extend(("EXPERT_TENSOR_PARALLEL_GROUP", group) for group in by_title(groups)["TP"])
+    assert lines(groups, nodes, experts=False) == [
         "launch map  16 ranks on 2 nodes",
         "  TP      4 groups of 4    within nodes      ranks 0,1,2,3 on node 0",
         "  DP      8 groups of 2    within nodes      ranks 0,4 on node 0",
         "  PP      8 groups of 2    across nodes      ranks 0,8 on nodes 0,1",
     ]
+    assert (
+        lines(groups, nodes, experts=True)[2] == "  ETP     4 groups of 4    within nodes      ranks 0,1,2,3 on node 0"
+    )
     assert not crossing(groups, nodes, "TP")
     assert crossing(groups, Nodes.filled(16, 2), "TP")
     assert nodes.together((0, 1, 8)) == 1

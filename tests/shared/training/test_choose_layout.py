@@ -36,10 +36,11 @@ def test_a_rehearsal_says_no_less_than_arithmetic(compared) -> None:
 
 
 def test_work_is_counted_by_phase(compared) -> None:
-    """6 FLOPs a weight and token (arXiv:2001.08361), and attention, causal in full. Embeddings have none."""
+    """Of the last update: 6 FLOPs a weight and token (arXiv:2001.08361), and attention, causal in full. Embeddings have none."""
     from tests.layouts.cases import MODELS
 
     played = compared["DP 4"][0][1]
+    assert all(phase.endswith("of update 2") for phase in played.work)
     counted = played.work["forward and backward of update 2"]
     model = MODELS["GQA"]
     padded = model.padded_vocab_size(1) - model.vocab_size
