@@ -51,6 +51,7 @@ def main(command: list[str], prompts: Path, target: Path, answers: Callable[[str
     finally:
         server.terminate()
         code = server.wait()
+    target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(target.name + ".new")
     beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     beside.replace(target)
