@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 2
 # where it is set, every start of a tool compiles its libraries anew, for half a minute
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo demo-real pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity test-hostile bench-serve bench-rehearsal rehearsals bench-data test-trlx bench-rlhf
+.PHONY: help setup demo demo-real pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-terminal test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity test-hostile bench-serve bench-rehearsal rehearsals bench-data test-trlx bench-rlhf
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -82,6 +82,10 @@ test-golden: setup ## losses of tiny runs, equal to those recorded in tests/gold
 
 test-slurm: setup ## the Slurm scripts on a cluster of two nodes on this machine (Debian, as root)
 	tools/convert/.venv/bin/python -m pytest -q --durations 5 tests/slurm
+
+test-terminal: setup ## infer chat typed into tmux (Debian, as root, or where tmux is)
+	command -v tmux > /dev/null || apt-get install -y -qq --no-install-recommends tmux
+	OMP_NUM_THREADS=1 tools/infer/.venv/bin/python -m pytest -q --durations 5 tests/terminal
 
 test-containers: setup containers/.venv/.ready ## images built and run (Debian as root, or where Docker is)
 	-containers/engine.sh
