@@ -95,6 +95,8 @@ def first(plan: Any) -> tuple[Any, Any]:
 
     found, sizes, worse = Search(), Sizes.of(plan.architecture, plan.base.sequence_length), 1.0
     for _, candidate, held in plan.promising(found):
+        if candidate.parallel.virtual_pipeline > 1:  # twice as many micro batches to play
+            continue
         states = max(stage.total for stage in held)
         activations = guessed_bytes(sizes, candidate) - least_states(sizes, candidate.config)
         if states + worse * activations > plan.gpu.usable:
