@@ -53,7 +53,14 @@ class _SwiGLU(torch.autograd.Function):
         states, activated = ctx.saved_tensors
         gate, up = states.chunk(2, -1)
         out = torch.empty_like(states)
-        of_gate, of_up = out.chunk(2, -1)
-        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=of_gate)
-        torch.mul(gradient, activated, out=of_up)
+        swiglu_gradient(gate, up, activated, gradient, out)
         return out
+
+
+def swiglu_gradient(
+    gate: torch.Tensor, up: torch.Tensor, activated: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Write the gradients of gate and up, in this order, into `out` `[.., 2 * ffn]`; `activated`: `silu(gate)`."""
+    of_gate, of_up = out.chunk(2, -1)
+    torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=of_gate)
+    torch.mul(gradient, activated, out=of_up)

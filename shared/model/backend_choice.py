@@ -38,6 +38,7 @@ def choose_backend(
     attention_backend: AttentionBackend | None,
     fp8: Fp8Recipe | None,
     pipeline: int,
+    adapters: bool = False,
 ) -> tuple[Backend, str]:
     """The backend, and a line that says which and why.
 
@@ -48,10 +49,14 @@ def choose_backend(
         attention_backend: of `Backend`.
         fp8: recipe of the linear layers.
         pipeline: pipeline-parallel size.
+        adapters: linear layers get adapters, which read the output of norms, too.
 
     Raises:
         UserError: `te` is asked for and cannot be used.
     """
+    import torch
+
+    from shared.kernels.fp8.fused import fuses
     from shared.model.backend import LocalBackend
     from shared.model.fp8_backend import Fp8Backend
 
@@ -65,7 +70,10 @@ def choose_backend(
     if name == "local" or obstacle:
         local = LocalBackend(attention_backend)
         line = "local (--backend local)" if name == "local" else f"local: {obstacle}"
-        return (Fp8Backend(local, fp8, architecture.num_layers) if fp8 else local), line
+        if fp8 is None:
+            return local, line
+        joins = not adapters and fuses(torch.device(device_type), torch.bfloat16)
+        return Fp8Backend(local, fp8, architecture.num_layers, joins_norms=joins), line
 
     from megatron.core.utils import get_te_version
 

@@ -9,6 +9,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from shared.kernels.glu import gated_linear_unit
+from shared.model.fp8_linear import Fp8Linear, GateAndUp
 
 
 def activated(states: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
@@ -18,6 +19,12 @@ def activated(states: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
         return plain
     clamp, offset = config.activation_func_clamp_value, config.glu_linear_offset
     return gated_linear_unit(states, config.activation_func, clamp=clamp, offset=offset)
+
+
+def is_swiglu(config: TransformerConfig) -> bool:
+    """Whether `activated` is `silu(gate) * up`."""
+    altered = config.activation_func_clamp_value is not None or config.glu_linear_offset
+    return config.gated_linear_unit and config.activation_func is torch.nn.functional.silu and not altered
 
 
 class DenseMLP(MLP):
@@ -33,6 +40,9 @@ class DenseMLP(MLP):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`[sequence, batch, hidden]` -> the same, and fc2's bias, which is not yet added. `padding_mask` is for MoE."""
         states, bias = self.linear_fc1(hidden_states)
+        states = states if bias is None else states + bias
+        fc2, config = self.linear_fc2, self.config
+        fused = isinstance(fc2, Fp8Linear) and is_swiglu(config) and fc2.takes_gate_and_up(states)
         output: tuple[torch.Tensor, torch.Tensor | None]
-        output = self.linear_fc2(activated(states if bias is None else states + bias, self.config))
+        output = fc2(GateAndUp(states=states) if fused else activated(states, config))
         return output

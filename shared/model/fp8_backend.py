@@ -18,18 +18,18 @@ from shared.model.norm import NormBuilder
 class Fp8Backend:
     """A backend whose linear layers are in FP8, but for the recipe's first and last decoder layers.
 
-    Embedding, output layer, router, norms and core attention are never asked for here: they stay in bf16. Experts are
-    computed one after another.
+    Embedding, output layer, router, norms and core attention are never asked for here: they stay in bf16.
     """
 
-    def __init__(self, inner: Backend, recipe: Fp8Recipe, num_layers: int) -> None:
+    def __init__(self, inner: Backend, recipe: Fp8Recipe, num_layers: int, *, joins_norms: bool = False) -> None:
         """
         Args:
             inner: the backend whose linear layers are derived from.
             recipe: of FP8.
             num_layers: decoder layers of the model.
+            joins_norms: RMSNorms are part of the linear layer that alone reads them: not with adapters, which read them, too.
         """
-        self.inner, self.recipe, self.num_layers = inner, recipe, num_layers
+        self.inner, self.recipe, self.num_layers, self.joins_norms = inner, recipe, num_layers, joins_norms
         self.attention_backend: AttentionBackend | None = inner.attention_backend
 
     def config_fields(self) -> dict[str, Any]:
@@ -45,7 +45,11 @@ class Fp8Backend:
         return fp8_class(base, self.recipe, layer, direction) if self.recipe.in_fp8(layer, self.num_layers) else base
 
     def column_parallel_layer_norm_linear(self, norm: Norm, layer: int) -> type | None:
-        return None
+        if not (
+            self.joins_norms and norm.kind == "rmsnorm" and norm.affine and self.recipe.in_fp8(layer, self.num_layers)
+        ):
+            return None
+        return fp8_class(self.inner.column_parallel_linear(layer), self.recipe, layer, "column", norm)
 
     def norm(self, norm: Norm, *, extra_state: bool) -> NormBuilder:
         return self.inner.norm(norm, extra_state=extra_state)

@@ -87,11 +87,12 @@ def launch_nothing() -> None:
         return
     from triton import JITFunction
 
-    from shared.kernels.fp8 import triton_coder
+    from shared.kernels.fp8 import triton_coder, triton_source
 
-    for name, value in list(vars(triton_coder).items()):
-        if isinstance(value, JITFunction):
-            setattr(triton_coder, name, _NotLaunched())
+    for module in (triton_coder, triton_source):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                setattr(module, name, _NotLaunched())
 
 
 class _NotLaunched:

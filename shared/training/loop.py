@@ -280,6 +280,7 @@ def backend_of(config: TrainingConfig, architecture: Architecture) -> tuple[Back
         attention_backend=config.attention_backend,
         fp8=config.fp8,
         pipeline=config.parallel.pipeline,
+        adapters=config.lora is not None,
     )
 
 

@@ -14,6 +14,7 @@ parameter and direction.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from torch.distributed import ProcessGroup, all_gather_into_tensor
 from torch.nn import functional
 
+from shared.kernels.fp8.fused_source import Source
 from shared.kernels.fp8.product import Quantized, product
 from shared.kernels.fp8.quantize import Groups, quantize, transposed_weight
 from shared.kernels.fp8.tensor_state import LinearState
@@ -63,37 +65,67 @@ class _Fp8Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, state: LinearState, shards: Shards, training: bool
     ) -> torch.Tensor:
-        ctx.state, ctx.shards = state, shards
-        keeps = training and ctx.needs_input_grad[1]
-        activations, by_column = quantize(
-            x, state, "activations", (shards.tokens, shards.inputs), record=training, transposed=keeps
-        )
-        weights, _ = quantize(weight, state, "weights", (shards.outputs, shards.inputs), record=training)
+        ctx.state, ctx.shards, ctx.dtype = state, shards, x.dtype
+        y, kept = forward_pass(x, weight, state, shards, training=training, keeps=ctx.needs_input_grad[1])
         if training:
-            ctx.dtypes = x.dtype, weight.dtype
-            kept: list[torch.Tensor | None] = [None, None]
-            if by_column is not None:
-                kept = [_own_tokens(by_column.codes, shards.sequence), by_column.scale]
-            ctx.save_for_backward(weight, weights.scale, *kept)
-        return product(activations, weights, x.dtype)
+            ctx.save_for_backward(weight, *kept)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        weight, scale, codes, codes_scale = ctx.saved_tensors
-        state, shards = ctx.state, ctx.shards
-        x_dtype, weight_dtype = ctx.dtypes
-        (g,) = gradients
-        by_row, by_column = quantize(
-            g, state, "gradients", (shards.tokens, shards.outputs), record=True, transposed=codes is not None
+        weight, *kept = ctx.saved_tensors
+        of_x, of_weight = backward_pass(
+            gradients[0], weight, kept, ctx.state, ctx.shards, ctx.dtype if ctx.needs_input_grad[0] else None
         )
-        of_x = of_weight = None
-        if ctx.needs_input_grad[0]:
-            weights = transposed_weight(weight, scale, state, (shards.outputs, shards.inputs))
-            of_x = product(by_row, weights, x_dtype)
-        if by_column is not None:
-            x = Quantized(codes=_all_tokens(codes, shards.sequence), scale=codes_scale, blocks=by_row.blocks)
-            of_weight = product(by_column, x, weight_dtype)
         return of_x, of_weight, None, None, None
+
+
+type Kept = Sequence[torch.Tensor | None]  # scale of the weight; codes and scale of x, or None
+
+
+def forward_pass(
+    x: Source, weight: torch.Tensor, state: LinearState, shards: Shards, *, training: bool, keeps: bool
+) -> tuple[torch.Tensor, Kept]:
+    """`x W^T`, and what `backward_pass` needs.
+
+    Args:
+        x: `[T, K]`.
+        weight: `[N, K]`.
+        state: of the layer.
+        shards: of the layer.
+        training: record amax and counts.
+        keeps: keep codes of x for the gradient of the weight, in training.
+    """
+    keeps = training and keeps
+    activations, by_column = quantize(
+        x, state, "activations", (shards.tokens, shards.inputs), record=training, transposed=keeps
+    )
+    weights, _ = quantize(weight, state, "weights", (shards.outputs, shards.inputs), record=training)
+    kept: list[torch.Tensor | None] = [weights.scale, None, None]
+    if by_column is not None:
+        kept[1:] = _own_tokens(by_column.codes, shards.sequence), by_column.scale
+    return product(activations, weights, x.dtype), kept
+
+
+def backward_pass(
+    g: torch.Tensor, weight: torch.Tensor, kept: Kept, state: LinearState, shards: Shards, dtype: torch.dtype | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of x, in `dtype` unless that is None, and of the weight, if codes of x were kept. `g`: `[T, N]`."""
+    scale, codes, codes_scale = kept
+    by_row, by_column = quantize(
+        g, state, "gradients", (shards.tokens, shards.outputs), record=True, transposed=codes is not None
+    )
+    of_x = of_weight = None
+    if dtype is not None:
+        assert scale is not None
+        weights = transposed_weight(weight, scale, state, (shards.outputs, shards.inputs))
+        of_x = product(by_row, weights, dtype)
+    if by_column is not None:
+        assert codes is not None
+        assert codes_scale is not None
+        x = Quantized(codes=_all_tokens(codes, shards.sequence), scale=codes_scale, blocks=by_row.blocks)
+        of_weight = product(by_column, x, weight.dtype)
+    return of_x, of_weight
 
 
 def _own_tokens(codes: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 from shared.console import log
 from shared.kernels.fp8 import torch_coder
 from shared.kernels.fp8.blockwise import BLOCK
+from shared.kernels.fp8.fused_source import Source
 from shared.kernels.fp8.product import Quantized
 from shared.kernels.fp8.recipes import Kind
 from shared.kernels.fp8.scales import scale_of
@@ -39,7 +40,7 @@ def _announce_torch() -> None:
 
 
 def quantize(
-    x: torch.Tensor,
+    x: Source,
     state: LinearState,
     kind: Kind,
     groups: tuple[Groups, Groups],
@@ -50,7 +51,7 @@ def quantize(
     """The codes of a matrix for a product that sums over its columns, and for one that sums over its rows.
 
     Args:
-        x: `[rows, columns]`, of any strides.
+        x: `[rows, columns]`, of any strides, or what stands for it.
         state: of the layer; its recipe says which elements share a scale.
         kind: of tensor.
         groups: ranks that hold other rows, and other columns.

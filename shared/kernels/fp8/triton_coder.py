@@ -18,7 +18,11 @@ import triton
 import triton.language as tl
 
 from shared.kernels.fp8.codes import E4M3, LARGEST
+from shared.kernels.fp8.fused_source import Source
 from shared.kernels.fp8.torch_coder import Blocks, Encoded
+from shared.kernels.fp8.triton_source import gated_gradient, inverse_rms, normed_gradient, operands, read
+
+__all__ = ["encode_blocks", "encode_matrix", "gated_gradient", "inverse_rms", "normed_gradient", "row_amax"]
 
 # (mantissa bits, bias, largest number, its bits, bits of the first clipped number, bits of the last that rounds to zero): the
 # constants of `codes`, as fp32.
@@ -28,14 +32,6 @@ _CONSTANTS = {
 }
 _TILE = 64  # rows and columns of a program that also writes the transpose
 _WIDE = (4, 1024)  # of one that reads rows alone
-
-
-@triton.jit
-def _wide(x):
-    """fp32 of bf16 or fp32 numbers, by bits: the interpreter's cast makes 0.008 of subnormal bf16 numbers."""
-    if x.dtype == tl.bfloat16:
-        x = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return x
 
 
 @triton.jit
@@ -88,27 +84,38 @@ def _count(partial, program, x, scaled, CLIPPED_BITS: tl.constexpr, ZERO_BITS: t
 
 
 @triton.jit
-def _row_amax(x, out, rows, columns, row_stride, column_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _row_amax(
+    x, second, third, out, rows, columns,
+    row_stride, column_stride, second_row, second_column, third_row, third_column,
+    SOURCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     highest = tl.zeros([ROWS], tl.int32)
     for start in range(0, columns, COLUMNS):
         column = start + tl.arange(0, COLUMNS).to(tl.int64)
         inside = (row[:, None] < rows) & (column[None, :] < columns)
-        tile = tl.load(x + row[:, None] * row_stride + column[None, :] * column_stride, mask=inside, other=0.0)
-        highest = tl.maximum(highest, tl.max(_bits(_wide(tile)), 1))
+        tile = read(
+            x, second, third, row, column, inside,
+            row_stride, column_stride, second_row, second_column, third_row, third_column, SOURCE,
+        )  # fmt: skip
+        highest = tl.maximum(highest, tl.max(_bits(tile), 1))
     tl.store(out + row, highest.to(tl.float32, bitcast=True), mask=row < rows)
 
 
 @triton.jit
 def _encode_tile(
-    x, scale, codes, transposed, partial, rows, columns, row_stride, column_stride,
+    x, second, third, scale, codes, transposed, partial, rows, columns,
+    row_stride, column_stride, second_row, second_column, third_row, third_column, SOURCE: tl.constexpr,
     MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST_BITS: tl.constexpr, CLIPPED_BITS: tl.constexpr, ZERO_BITS: tl.constexpr,
     OF_ROWS: tl.constexpr, TRANSPOSED: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = (row[:, None] < rows) & (column[None, :] < columns)
-    tile = _wide(tl.load(x + row[:, None] * row_stride + column[None, :] * column_stride, mask=inside, other=0.0))
+    tile = read(
+        x, second, third, row, column, inside,
+        row_stride, column_stride, second_row, second_column, third_row, third_column, SOURCE,
+    )  # fmt: skip
     if OF_ROWS:  # noqa: SIM108 -- decided while it is compiled
         by = tl.load(scale + row, mask=row < rows, other=1.0)[:, None]
     else:
@@ -125,7 +132,8 @@ def _encode_tile(
 
 @triton.jit
 def _encode_block(
-    x, codes, scale, transposed, transposed_scale, partial, rows, columns, row_stride, column_stride,
+    x, second, third, codes, scale, transposed, transposed_scale, partial, rows, columns,
+    row_stride, column_stride, second_row, second_column, third_row, third_column, SOURCE: tl.constexpr,
     MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr, LARGEST_BITS: tl.constexpr,
     CLIPPED_BITS: tl.constexpr, ZERO_BITS: tl.constexpr,
     SQUARE: tl.constexpr, POWER_OF_TWO: tl.constexpr, TRANSPOSED: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr,
@@ -133,7 +141,10 @@ def _encode_block(
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = (row[:, None] < rows) & (column[None, :] < columns)
-    tile = _wide(tl.load(x + row[:, None] * row_stride + column[None, :] * column_stride, mask=inside, other=0.0))
+    tile = read(
+        x, second, third, row, column, inside,
+        row_stride, column_stride, second_row, second_column, third_row, third_column, SOURCE,
+    )  # fmt: skip
     size = _bits(tile)
     if SQUARE:
         by_row = _scale(tl.zeros([1], tl.int32) + tl.max(tl.max(size, 1), 0), LARGEST, POWER_OF_TWO)
@@ -163,25 +174,29 @@ def _encode_block(
         _count(partial, tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tile, scaled, CLIPPED_BITS, ZERO_BITS)
 
 
-def row_amax(x: torch.Tensor) -> torch.Tensor:
+def row_amax(x: Source) -> torch.Tensor:
     """As `torch_coder.row_amax`."""
     out = torch.zeros(len(x), 1, dtype=torch.float32, device=x.device)
-    if x.numel():
-        rows, columns = _WIDE if x.stride(1) == 1 else (_TILE, _TILE)
-        _row_amax[triton.cdiv(len(x), rows),](x, out, *x.shape, *x.stride(), ROWS=rows, COLUMNS=columns)
+    if x.shape.numel():
+        pointers, strides, kind = operands(x)
+        rows, columns = _WIDE if strides[1] == 1 else (_TILE, _TILE)
+        _row_amax[triton.cdiv(len(x), rows),](
+            *pointers, out, *x.shape, *strides, SOURCE=kind, ROWS=rows, COLUMNS=columns
+        )
     return out
 
 
 def encode_matrix(
-    x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, *, transposed: bool = False, record: bool = False
+    x: Source, scale: torch.Tensor, dtype: torch.dtype, *, transposed: bool = False, record: bool = False
 ) -> Encoded:
     """As `torch_coder.encode_matrix`."""
     assert not (transposed and scale.dim()), "the transpose has other scales"
     codes, other, partial = _outputs(x, _TILE, transposed, record)
     mantissa, bias, _, largest_bits, clipped, zero = _CONSTANTS[dtype]
-    if x.numel():
+    if x.shape.numel():
+        pointers, strides, kind = operands(x)
         _encode_tile[triton.cdiv(x.shape[0], _TILE), triton.cdiv(x.shape[1], _TILE)](
-            x, scale, codes, other, partial, *x.shape, *x.stride(),
+            *pointers, scale, codes, other, partial, *x.shape, *strides, SOURCE=kind,
             MANTISSA=mantissa, BIAS=bias, LARGEST_BITS=largest_bits, CLIPPED_BITS=clipped, ZERO_BITS=zero,
             OF_ROWS=scale.dim() > 0, TRANSPOSED=transposed, RECORD=record, TILE=_TILE,
         )  # fmt: skip
@@ -195,7 +210,7 @@ def encode_matrix(
 
 
 def encode_blocks(
-    x: torch.Tensor, blocks: Blocks, dtype: torch.dtype, *, transposed: bool = False, record: bool = False
+    x: Source, blocks: Blocks, dtype: torch.dtype, *, transposed: bool = False, record: bool = False
 ) -> Encoded:
     """As `torch_coder.encode_blocks`, in one pass."""
     rows, width = blocks.rows, blocks.width
@@ -207,9 +222,10 @@ def encode_blocks(
 
     scale, other_scale = scales(x.shape[0], high, wide), scales(x.shape[1], wide, high)
     mantissa, bias, largest, largest_bits, clipped, zero = _CONSTANTS[dtype]
-    if x.numel():
+    if x.shape.numel():
+        pointers, strides, kind = operands(x)
         _encode_block[high, wide](
-            x, codes, scale, other, other_scale, partial, *x.shape, *x.stride(),
+            *pointers, codes, scale, other, other_scale, partial, *x.shape, *strides, SOURCE=kind,
             MANTISSA=mantissa, BIAS=bias, LARGEST=largest, LARGEST_BITS=largest_bits, CLIPPED_BITS=clipped, ZERO_BITS=zero,
             SQUARE=rows > 1, POWER_OF_TWO=blocks.power_of_two, TRANSPOSED=transposed, RECORD=record, TILE=width, num_warps=8,
         )  # fmt: skip
@@ -222,9 +238,7 @@ def encode_blocks(
     )
 
 
-def _outputs(
-    x: torch.Tensor, tile: int, transposed: bool, record: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _outputs(x: Source, tile: int, transposed: bool, record: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, codes of the transpose, and amax and counts of each program; what is not asked for is empty."""
     programs = triton.cdiv(x.shape[0], tile) * triton.cdiv(x.shape[1], tile) if record else 0
     return (

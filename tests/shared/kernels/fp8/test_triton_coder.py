@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
 from shared.kernels.fp8.codes import _CLIPPED_ABOVE, _ZERO_BELOW, LARGEST
-from tests.workers import results_of
-
-_specification = importlib.util.spec_from_file_location("triton_worker", Path(__file__).with_name("triton_worker.py"))
-worker = importlib.util.module_from_spec(_specification)
-_specification.loader.exec_module(worker)
-
-
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory) -> dict[str, list[str]]:
-    """What differs in the interpreter."""
-    return results_of(Path(__file__).with_name("triton_worker.py"), tmp_path_factory.mktemp("triton"))
+from tests.shared.kernels.fp8.examples import compiled_for_hopper
 
 
 def test_every_code_is_torchs(interpreted):
@@ -50,12 +38,12 @@ def test_constants_are_those_of_the_formats():
         assert others == [bits(LARGEST[dtype]), bits(_CLIPPED_ABOVE[dtype]), bits(_ZERO_BELOW[dtype])]
 
 
-def test_kernels_compile_for_hopper(tmp_path, monkeypatch):
-    """To machine code by the assembler in Triton's wheel, with a division that rounds as torch's."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+SOURCES = ("plain", "gated", "normed", "zero-centred")
 
+
+@pytest.mark.parametrize("source", range(4), ids=SOURCES)
+def test_kernels_compile_for_hopper(tmp_path, monkeypatch, source):
+    """To machine code by the assembler in Triton's wheel, with a division that rounds as torch's."""
     from shared.kernels.fp8 import triton_coder
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -63,15 +51,14 @@ def test_kernels_compile_for_hopper(tmp_path, monkeypatch):
     given = {
         **{"MANTISSA": mantissa, "BIAS": bias, "LARGEST": largest, "LARGEST_BITS": largest_bits},
         **{"CLIPPED_BITS": clipped, "ZERO_BITS": zero, "TRANSPOSED": True, "RECORD": True, "POWER_OF_TWO": True},
-        **{"OF_ROWS": False, "SQUARE": False, "TILE": 32, "ROWS": 4, "COLUMNS": 64},
+        **{"OF_ROWS": False, "SQUARE": False, "TILE": 32, "ROWS": 4, "COLUMNS": 64, "SOURCE": source},
     }
-    pointers = {"x": "*bf16", "codes": "*u8", "transposed": "*u8", "partial": "*i32"}
+    pointers = {"x": "*bf16", "second": "*bf16", "third": "*bf16"}
+    pointers |= {"second": "*fp32"} if source > 1 else {}
+    pointers |= {"codes": "*u8", "transposed": "*u8", "partial": "*i32"}
     pointers |= dict.fromkeys(("scale", "transposed_scale", "out"), "*fp32")
     for kernel in (triton_coder._row_amax, triton_coder._encode_tile, triton_coder._encode_block):
-        constants = {name: given[name] for name in kernel.arg_names if name in given}
-        signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+        compiled = compiled_for_hopper(kernel, given, pointers)
         assert compiled.asm["cubin"]
         assert "div.full" not in compiled.asm["ptx"]
         assert "div.approx" not in compiled.asm["ptx"]
@@ -79,8 +66,8 @@ def test_kernels_compile_for_hopper(tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_bytes_on_a_gpu_are_torchs_on_a_cpu():
+def test_bytes_on_a_gpu_are_torchs_on_a_cpu(triton_worker):
     from shared.kernels.fp8 import triton_coder
 
-    found = worker.every_code(triton_coder, "cuda") | worker.compared(triton_coder, "cuda")
+    found = triton_worker.every_code(triton_coder, "cuda") | triton_worker.compared(triton_coder, "cuda")
     assert not any(fields for case, fields in found.items() if not re.search(r" (-?inf|nan)( |$)", case)), found
