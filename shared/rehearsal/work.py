@@ -41,7 +41,7 @@ class Work:
         if not moved:
             return
         flops = flops_of(func, args, kwargs, found)
-        peak = self._speed.matrix_fp8 if name == "_scaled_mm" else self._speed.matrix
+        peak = self._speed.matrix_fp8 if name.startswith("_scaled_") else self._speed.matrix
         counted = self.phases.setdefault(phase, Counted())
         counted.flops += flops
         counted.bytes += moved
@@ -54,7 +54,7 @@ class Work:
 def flops_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], found: Any) -> int:
     """Floating-point operations of a matrix product or of attention; 0 of anything else. By torch's formulas, and one of ours."""
     packet = func._overloadpacket
-    if packet is _aten._grouped_mm:
+    if packet in (_aten._grouped_mm, _aten._scaled_grouped_mm):
         return _grouped(*args[:2])
     formula = flop_registry.get(packet)
     return int(formula(*args, **kwargs, out_val=found)) if formula else 0

@@ -19,9 +19,11 @@ from megatron.core.transformer.moe.experts import SequentialMLP  # noqa: E402
 from shared.kernels.grouped import stacked  # noqa: E402
 from shared.model import experts as module  # noqa: E402
 from shared.model.experts import GroupedExperts  # noqa: E402
+from shared.model.fp8_linear import Fp8Linear, fp8_class  # noqa: E402
 from shared.model.gpt import transformer_config  # noqa: E402
 from shared.model.moe import _with_bias, _with_bias_over_tp  # noqa: E402
 from shared.runtime.process_groups import initialize  # noqa: E402
+from tests.shared.kernels.fp8.examples import recipe  # noqa: E402
 
 ARCHITECTURE = registry.sizes()["qwen3-moe-tiny"]
 HIDDEN, COUNTS = ARCHITECTURE.hidden_size, [5, 0, 9, 1]
@@ -33,12 +35,13 @@ def experts_of(
     number: int = 4,
     bias: bool = False,
     column: type = ColumnParallelLinear,
+    row: type = RowParallelLinear,
     **fields,
 ) -> GroupedExperts:
     """Experts with random weights; `fields`: of TransformerConfig."""
     initialize(ParallelConfig(), 1)
     config = transformer_config(ARCHITECTURE, ParallelConfig(), dtype, perform_initialization=True, **fields)
-    linears = (_with_bias(column), _with_bias_over_tp(RowParallelLinear)) if bias else (column, RowParallelLinear)
+    linears = (_with_bias(column), _with_bias_over_tp(row)) if bias else (column, row)
     made = GroupedExperts(
         number, config, MLPSubmodules(*linears), pg_collection=ProcessGroupCollection.use_mpu_process_groups()
     )
@@ -84,6 +87,32 @@ def test_the_loops_numbers(kind, dtype, capfd):
                 )
             else:
                 assert torch.equal(found[name], wanted), name
+    assert "one by one" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tensorwise", "delayed", "rowwise", "blockwise"])
+def test_the_loops_numbers_in_fp8(name, capfd):
+    """To the bit, with what every expert's layers recorded; a history of an earlier update makes the second differ."""
+    column, row = (
+        fp8_class(base, recipe(name, amax_history=1), 0, direction)
+        for base, direction in ((ColumnParallelLinear, "column"), (RowParallelLinear, "row"))
+    )
+    experts = experts_of(torch.bfloat16, column=column, row=row)
+    linears = [module for module in experts.modules() if isinstance(module, Fp8Linear)]
+    assert len(linears) == 8
+    for update in range(2):
+        found, counts = {}, {}
+        for kind in (GroupedExperts, SequentialMLP):
+            found[kind] = results(experts, kind.forward, COUNTS)
+            counts[kind] = [
+                [part.tolist() for part in tensor.take()]
+                for each in linears
+                for tensor in each.fp8_state.tensors.values()
+            ]
+        assert all(torch.equal(each, found[SequentialMLP][key]) for key, each in found[GroupedExperts].items()), update
+        assert counts[GroupedExperts] == counts[SequentialMLP]
+        for each in linears:
+            each.fp8_state.tensors["activations"].history.restore([0.5])
     assert "one by one" not in capfd.readouterr().err
 
 

@@ -39,12 +39,14 @@ LAYOUTS = {
     "pipeline": {"pipeline": 2, "virtual_pipeline": 2},
     "data": {},
     "expert": {"expert": 2},
+    "expert tensor": {"tensor": 2, "sequence_parallel": True},  # experts are cut, too
 }
+MOE_LAYOUTS = ("expert", "expert tensor")
 # All recipes where parts of a tensor are on several ranks; the rest, and resumes, with the recipe that has state. By layout: a
 # world that changes its groups often becomes slow.
 CASES = {
     **{f"{name} sequence": (name, "sequence") for name in RECIPES},
-    **{f"delayed {layout}": ("delayed", layout) for layout in ("context", "pipeline", "data", "expert")},
+    **{f"delayed {layout}": ("delayed", layout) for layout in ("context", "pipeline", "data", *MOE_LAYOUTS)},
 }
 DELAYED = [key for key, (name, _) in CASES.items() if name == "delayed"]
 # Adapters on an FP8 base.
@@ -86,7 +88,7 @@ def together(starts, alone, tiny_run, run_cases) -> dict:
     """Two processes."""
     cases = {}
     for key, (name, layout) in (CASES | LORA_CASES).items():
-        expert = layout == "expert"
+        expert = layout in MOE_LAYOUTS
         config = config_of(tiny_run, name, moe=expert)
         if layout in ("data", "expert"):
             config = replace(config, micro_batch_size=1)
@@ -116,7 +118,7 @@ def test_a_layer_in_parts_has_the_codes_of_the_whole(together, key):
 @pytest.mark.parametrize("key", CASES)
 def test_losses_are_those_of_one_process(together, alone, key):
     name, layout = CASES[key]
-    ours, theirs = together["models"][key], alone["expert" if layout == "expert" else name]
+    ours, theirs = together["models"][key], alone["expert" if layout in MOE_LAYOUTS else name]
     pairs = [(ours["first"], theirs["first"])]
     pairs += [(ours["from_one_process"], theirs["continued"])] if key in DELAYED else []
     for found, wanted in pairs:
@@ -163,7 +165,7 @@ def test_a_run_resumes_to_the_last_digit(together, key):
 @pytest.mark.parametrize("key", DELAYED)
 def test_histories_do_not_depend_on_the_layout(together, alone, key):
     name, layout = CASES[key]
-    ours, theirs = together["models"][key]["histories"], alone["expert" if layout == "expert" else name]["histories"]
+    ours, theirs = together["models"][key]["histories"], alone["expert" if layout in MOE_LAYOUTS else name]["histories"]
     assert ours.keys() == theirs.keys()
     for layer, kinds in theirs.items():
         for found, wanted in zip(ours[layer], kinds, strict=True):
