@@ -4,7 +4,9 @@
 
 Prints, with the goals:
 - kernels: bytes read and written per second, beside a copy of the same bytes;
+- SwiGLU and RMSNorm quantised as they are computed, beside the same in passes of their own: codes both ways, and gradients;
 - a linear layer, forward and backward pass with all casts, 4096 tokens x 4096 x 14336;
+- experts, forward and backward pass: one product of all groups beside one product each;
 - whole updates of a model of hidden 4096 through `pretrain train`: tokens per second, mean loss of the last tenth, and the
   time in which a recipe reaches the loss that bf16 ends with.
 
@@ -75,11 +77,109 @@ def kernels() -> Iterator[list[str]]:
         yield [name, f"{rate / 1e9:.2f}", f"{rate / copied:.0%} of a copy, goal {GOALS['copy']:.0%}"]
 
 
+def state_of(name: str, *, fp8_format: str | None = None) -> Any:
+    """The state of a layer with a history."""
+    from shared.kernels.fp8.recipes import Fp8Recipe
+    from shared.kernels.fp8.tensor_state import LinearState
+
+    blocks = name == "blockwise"
+    fields = {"format": fp8_format or ("e4m3" if blocks else "hybrid"), "amax_history": 16, "bf16_layers": (0, 0)}
+    state = LinearState(Fp8Recipe(name=name, power_of_two_scales=blocks, **fields))
+    for tensor in state.tensors.values():
+        tensor.history.restore([4.0] * 16)
+    return state
+
+
+def fusions(
+    device: str = "cuda", tokens: int = TOKENS, hidden: int = INPUTS, ffn: int = OUTPUTS
+) -> Iterator[list[str]]:
+    """What a layer reads, quantised as it is computed and apart; and its gradient."""
+    from torch.nn import functional
+
+    from shared.kernels.fp8 import torch_coder
+    from shared.kernels.fp8.fused_source import Gated, Normed, rms_norm
+    from shared.kernels.fp8.quantize import coder, quantize
+    from shared.kernels.glu import gated_linear_unit
+
+    by = coder(torch.device(device))
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    states, x, weight = normal(tokens, 2 * ffn), normal(tokens, hidden), normal(hidden)
+    gate, up = states.chunk(2, 1)
+    gated, options = Gated(gate=gate, up=up), {"epsilon": 1e-6, "zero_centered": False}
+
+    def normed() -> Normed:
+        return Normed(x=x, inverse=by.inverse_rms(x, 1e-6), weight=weight[None], **options)
+
+    def row(name: str, apart: Callable[[], Any], together: Callable[[], Any]) -> list[str]:
+        one, other = milliseconds(apart), milliseconds(together)
+        return [name, f"{one:.3f}", f"{other:.3f}", f"{one / other:.2f} x as fast"]
+
+    reads: dict[str, tuple[Callable[[], torch.Tensor], Callable[[], Any]]] = {
+        f"SwiGLU of {ffn}": (lambda: gated_linear_unit(states, functional.silu), lambda: gated),
+        f"RMSNorm of {hidden}": (lambda: rms_norm(x, weight, **options), normed),
+    }
+    for what, (matrix, source) in reads.items():
+        for name in RECIPES:
+            state = state_of(name)
+
+            def codes(of: Callable[[], Any], state: Any = state) -> Any:
+                state.tensors["activations"].take()
+                return quantize(of(), state, "activations", ((), ()), record=True, transposed=True)
+
+            yield row(f"{what}, {name}", lambda: codes(matrix), lambda: codes(source))  # noqa: B023
+    of_gated, of_normed, norm = normal(tokens, ffn), normal(tokens, hidden), normed()
+    yield row(
+        "its gradient",
+        lambda: torch_coder.gated_gradient(gated, of_gated),
+        lambda: by.gated_gradient(gated, of_gated),
+    )
+    yield row(
+        "the norm's, apart with its forward pass",
+        lambda: torch_coder.normed_gradient(norm, of_normed),
+        lambda: by.normed_gradient(norm, of_normed),
+    )
+
+
+def experts(
+    device: str = "cuda", rows: Sequence[int] = (1024,) * 8, inputs: int = INPUTS, outputs: int = OUTPUTS // 2
+) -> Iterator[list[str]]:
+    """Forward and backward pass of a linear layer of experts; `rows`: of each expert."""
+    from shared.kernels.fp8.grouped_matmul import grouped_fp8_linear
+    from shared.kernels.fp8.matmul import Shards, fp8_linear
+    from shared.kernels.grouped import grouped_linear
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    x, g, counts = normal(sum(rows), inputs).requires_grad_(), normal(sum(rows), outputs), torch.tensor(rows)
+    weights = [each.requires_grad_() for each in normal(len(rows), outputs, inputs)]
+
+    def timed(forward: Callable[[], torch.Tensor]) -> float:
+        return milliseconds(lambda: torch.autograd.grad(forward(), (x, *weights), g))
+
+    plain = timed(lambda: grouped_linear(x, weights, counts))
+    yield ["bf16, grouped", f"{plain:.2f}", ""]
+    for name in RECIPES:
+        for fp8_format in ("hybrid", "e4m3"):
+            states = [state_of(name, fp8_format=fp8_format) for _ in rows]
+
+            def loop(states: Any = states) -> torch.Tensor:
+                parts = zip(x.split(list(rows)), weights, states, strict=True)
+                return torch.cat([fp8_linear(part, weight, state, Shards()) for part, weight, state in parts])
+
+            def grouped(states: Any = states) -> torch.Tensor:
+                return grouped_fp8_linear(x, weights, counts, states, Shards())
+
+            for way, took in (("one by one", timed(loop)), ("grouped", timed(grouped))):
+                yield [f"{name} {fp8_format}, {way}", f"{took:.2f}", f"{plain / took:.2f} x bf16"]
+
+
 def linears() -> Iterator[list[str]]:
     """Forward and backward pass of a linear layer."""
     from shared.kernels.fp8.matmul import Shards, fp8_linear
-    from shared.kernels.fp8.recipes import Fp8Recipe
-    from shared.kernels.fp8.tensor_state import LinearState
 
     x, weight = (
         torch.randn(rows, INPUTS, device="cuda", dtype=torch.bfloat16).requires_grad_() for rows in (TOKENS, OUTPUTS)
@@ -92,11 +192,7 @@ def linears() -> Iterator[list[str]]:
     plain = timed(lambda: torch.nn.functional.linear(x, weight))
     yield ["bf16", f"{plain:.2f}", ""]
     for name in RECIPES:
-        blocks = name == "blockwise"
-        fields = {"format": "e4m3" if blocks else "hybrid", "amax_history": 16, "bf16_layers": (0, 0)}
-        state = LinearState(Fp8Recipe(name=name, power_of_two_scales=blocks, **fields))
-        for tensor in state.tensors.values():
-            tensor.history.restore([4.0] * 16)
+        state = state_of(name)
         took = timed(lambda: fp8_linear(x, weight, state, Shards()))  # noqa: B023
         yield [name, f"{took:.2f}", f"{plain / took:.2f} x bf16, goal {GOALS['linear']}"]
     try:
@@ -178,7 +274,9 @@ def main(words: Sequence[str] | None = None) -> int:
     work.mkdir(parents=True, exist_ok=True)
     tables: list[tuple[list[str], Callable[[], Iterator[list[str]]]]] = [
         (["kernel, 8192 x 8192", "TB/s", ""], kernels),
+        ([f"{TOKENS} tokens", "apart, ms", "together, ms", ""], fusions),
         ([f"linear, {TOKENS} x {INPUTS} x {OUTPUTS}", "ms", ""], linears),
+        ([f"8 experts, {2 * TOKENS} x {INPUTS} x {OUTPUTS // 2}", "ms", ""], experts),
         (
             ["update", "tokens/s", "", "loss", "", "to bf16's loss", ""],
             lambda: updates(trained(work, given.updates), SIZE.batch * SIZE.sequence),
