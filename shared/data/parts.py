@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import secrets
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,11 @@ import numpy.typing as npt
 import xxhash
 
 from shared.checkpoint.files import sync
-from shared.data.documents import documents, place
+from shared.data.documents import are_lines, documents, line_blocks, place
 from shared.data.indexed import token_dtype
 from shared.data.minhash import SIGNATURE, Signatures
 from shared.data.sources import Piece, is_rows, pieces
+from shared.data.stretches import stretches
 from shared.data.tokenizer_backends import FAST, REFERENCE, SAMPLED, Backend, Reference, first_difference, open_backend
 from shared.errors import UserError
 
@@ -125,6 +128,9 @@ def plan(files: Iterable[Path]) -> list[Part]:
 
 
 _worker: dict[str, Any] = {}  # what `init_worker` prepared in this process
+_block = memoryview(
+    bytearray(1 << 18)
+)  # what `_name` reads into: a new one each time would be mapped anew by the kernel
 
 
 def init_worker(recipe: Recipe, folder: Path) -> None:
@@ -162,15 +168,28 @@ def is_finished(prefix: Path) -> bool:
 
 
 @dataclass(slots=True)
-class _Stretch:
-    """A stretch of a document."""
+class _Batch:
+    """Stretches of documents that are encoded together."""
 
-    text: str
-    hash: int  # of the stretch alone
-    first: bool
-    last: bool
+    texts: list[str]
+    hashes: Sequence[int]  # of each stretch alone
+    opens: npt.NDArray[np.bool_]  # whether the stretch begins a document
+    closes: npt.NDArray[np.bool_]  # whether it ends one
+    places: Sequence[tuple[Piece, int]]  # of each, the piece and the number of its document there
+
+
+@dataclass(frozen=True, slots=True)
+class _Places(Sequence[tuple[Piece, int]]):
+    """The places of documents of one piece."""
+
     piece: Piece
-    number: int  # of the document in the piece
+    numbers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.piece, self.numbers[index]
 
 
 def _encode(part: Part, recipe: Recipe, prefix: Path) -> None:
@@ -182,13 +201,13 @@ def _encode(part: Part, recipe: Recipe, prefix: Path) -> None:
     dtype = token_dtype(recipe.vocab_size)
     try:
         with written[0].open("wb") as file:
-            for batch in _batches(_stretches(part, recipe, rows, signatures)):
-                ids, lengths = _worker["backend"].encode([stretch.text for stretch in batch])
+            for batch in _batches(part, recipe, rows, signatures):
+                ids, lengths = _worker["backend"].encode(batch.texts)
                 if recipe.backend == FAST:
                     rows.sampled += _check_sample(batch, ids, lengths, recipe)
-                framed, sizes = _framed(ids, lengths, batch, recipe)
-                rows.add_tokens(sizes, batch)
-                file.write(framed.astype(dtype).tobytes())
+                framed, sizes = _framed(ids, lengths, batch, recipe, dtype)
+                rows.add_tokens(sizes, batch.closes)
+                file.write(framed.data)
         written[1].write_bytes(signatures.array().tobytes() if signatures else b"")
         with written[2].open("wb") as file:
             np.save(file, rows.array())
@@ -205,8 +224,8 @@ class _Rows:
 
     def __init__(self) -> None:
         self.sizes, self.hashes, self.seconds = array("q"), array("Q"), array("Q")
-        self.tokens: list[npt.NDArray[np.int64]] = []
-        self.open = 0  # ids of the document whose end is in a later batch
+        self.tokens: list[npt.NDArray[np.int64]] = []  # of each stretch, batch by batch
+        self.closes: list[npt.NDArray[np.bool_]] = []
         self.empty = self.sampled = 0
 
     def add_text(self, size: int, digest: int, second: int) -> None:
@@ -215,92 +234,153 @@ class _Rows:
         self.hashes.append(digest)
         self.seconds.append(second)
 
-    def add_tokens(self, sizes: npt.NDArray[np.int64], batch: list[_Stretch]) -> None:
-        """Count the ids of the documents that end in the batch."""
-        ends = np.array([stretch.last for stretch in batch])
-        totals = np.concatenate([[0], np.cumsum(sizes)])[1:][ends] + self.open
-        self.tokens.append(np.diff(totals, prepend=0))
-        self.open = int(sizes.sum()) + self.open - (int(totals[-1]) if len(totals) else 0)
+    def add_texts(self, texts: list[str]) -> Sequence[int]:
+        """Whole documents. Returns their hashes."""
+        raw = list(map(str.encode, texts))
+        hashes = array("Q", map(xxhash.xxh3_64_intdigest, raw))
+        self.sizes.extend(map(len, raw))
+        self.hashes.extend(hashes)
+        self.seconds.extend(map(_second_hash, raw))
+        return hashes
+
+    def add_tokens(self, sizes: npt.NDArray[np.int64], closes: npt.NDArray[np.bool_]) -> None:
+        """The ids of the stretches of a batch, and which of them end a document."""
+        self.tokens.append(sizes)
+        self.closes.append(closes)
 
     def array(self) -> npt.NDArray[np.void]:
         """The rows, and one with the counts of empty documents and of sampled texts."""
         found = np.zeros(len(self.sizes) + 1, DOCUMENT)
         if self.tokens:
-            found["tokens"][:-1] = np.concatenate(self.tokens)
+            ends = np.cumsum(np.concatenate(self.tokens))[np.concatenate(self.closes)]
+            found["tokens"][:-1] = np.diff(ends, prepend=0)
         found["bytes"][:-1], found["hash"][:-1], found["second"][:-1] = self.sizes, self.hashes, self.seconds
         found[-1] = (self.empty, self.sampled, 0, 0)
         return found
 
 
-def _stretches(part: Part, recipe: Recipe, rows: _Rows, signatures: Signatures | None) -> Iterator[_Stretch]:
-    """Every stretch of the part's documents that are not empty; rows and signatures are told of each document."""
+_second_hash = partial(xxhash.xxh3_64_intdigest, seed=SECOND_SEED)
+
+
+def _batches(part: Part, recipe: Recipe, rows: _Rows, signatures: Signatures | None) -> Iterator[_Batch]:
+    """All documents of the part that are not empty; rows and signatures are told of each."""
+    waiting = _Waiting(rows, signatures)
     for piece in part.pieces:
-        for number, several in documents(piece, recipe.text_key, recipe.cut, BATCH_CHARACTERS):
-            digest, second, size = xxhash.xxh3_64(), xxhash.xxh3_64(seed=SECOND_SEED), 0
-            waiting: _Stretch | None = None
-            for text in filter(None, several):
-                raw = text.encode("utf-8")
-                digest.update(raw)
-                second.update(raw)
-                size += len(raw)
-                if signatures is not None:
-                    signatures.update(text)
-                if waiting is not None:
-                    yield waiting
-                waiting = _Stretch(text, xxhash.xxh3_64_intdigest(raw), waiting is None, False, piece, number)
-            if waiting is None:
-                rows.empty += 1
+        if not are_lines(piece):
+            for number, several in documents(piece, recipe.text_key, recipe.cut, BATCH_CHARACTERS):
+                yield from waiting.add(several, piece, number)
+            continue
+        for numbers, texts in line_blocks(piece, recipe.text_key):
+            if not all(texts):
+                rows.empty += texts.count("")
+                numbers, texts = list(compress(numbers, texts)), list(filter(None, texts))
+            if not texts:
                 continue
-            waiting.last = True
-            rows.add_text(size, digest.intdigest(), second.intdigest())
+            if max(map(len, texts)) > BATCH_CHARACTERS:
+                for number, text in zip(numbers, texts, strict=True):
+                    yield from waiting.add(stretches(text, recipe.cut, BATCH_CHARACTERS), piece, number)
+                continue
+            yield from waiting.flush()
+            whole = np.ones(len(texts), bool)
+            yield _Batch(texts, rows.add_texts(texts), whole, whole, _Places(piece, numbers))
             if signatures is not None:
-                signatures.close()
-            yield waiting
+                for text in texts:
+                    signatures.update(text)
+                    signatures.close()
+    yield from waiting.flush()
+
+
+class _Waiting:
+    """Collects stretches of documents, one by one, to batches."""
+
+    def __init__(self, rows: _Rows, signatures: Signatures | None) -> None:
+        self._rows, self._signatures = rows, signatures
+        self._texts: list[str] = []
+        self._hashes: list[int] = []
+        self._opens: list[bool] = []
+        self._closes: list[bool] = []
+        self._places: list[tuple[Piece, int]] = []
+        self._size = 0
+
+    def add(self, several: Iterable[str], piece: Piece, number: int) -> Iterator[_Batch]:
+        """The stretches of a document. Yields batches that are full; the last stretch waits until it is known to be that."""
+        digest, second, size = xxhash.xxh3_64(), xxhash.xxh3_64(seed=SECOND_SEED), 0
+        first = True
+        for text in filter(None, several):
+            if not first and (self._size >= BATCH_CHARACTERS or len(self._texts) == BATCH_TEXTS):
+                yield from self.flush()
+            raw = text.encode()
+            digest.update(raw)
+            second.update(raw)
+            size += len(raw)
+            if self._signatures is not None:
+                self._signatures.update(text)
+            self._texts.append(text)
+            self._hashes.append(xxhash.xxh3_64_intdigest(raw))
+            self._opens.append(first)
+            self._closes.append(False)
+            self._places.append((piece, number))
+            self._size += len(text) + 1
+            first = False
+        if first:
+            self._rows.empty += 1
+            return
+        self._closes[-1] = True
+        self._rows.add_text(size, digest.intdigest(), second.intdigest())
+        if self._signatures is not None:
+            self._signatures.close()
+        if self._size >= BATCH_CHARACTERS or len(self._texts) == BATCH_TEXTS:
+            yield from self.flush()
+
+    def flush(self) -> Iterator[_Batch]:
+        """What was collected."""
+        if self._texts:
+            opens, closes = np.array(self._opens), np.array(self._closes)
+            yield _Batch(self._texts, self._hashes, opens, closes, self._places)
+            self._texts, self._hashes, self._opens, self._closes, self._places = [], [], [], [], []
+            self._size = 0
 
 
 def _framed(
-    ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64], batch: list[_Stretch], recipe: Recipe
-) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64], batch: _Batch, recipe: Recipe, dtype: np.dtype
+) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.int64]]:
     """The ids with the tokens around documents, and how many each stretch has then."""
-    last = np.array([stretch.last for stretch in batch])
-    first = np.array([stretch.first for stretch in batch]) & (recipe.bos_token_id is not None)
-    sizes = lengths + last + first
+    begins = recipe.bos_token_id is not None
+    sizes = lengths + batch.closes + (batch.opens if begins else 0)
     ends = np.cumsum(sizes)
-    framed = np.empty(int(ends[-1]), np.uint32)
+    framed = np.empty(int(ends[-1]), dtype)
     plain = np.ones(len(framed), bool)
-    plain[ends[last] - 1] = False
-    framed[ends[last] - 1] = recipe.eos_token_id
-    if recipe.bos_token_id is not None:
-        starts = (ends - sizes)[first]
+    last = ends[batch.closes] - 1
+    plain[last] = False
+    framed[last] = recipe.eos_token_id
+    if begins:
+        starts = (ends - sizes)[batch.opens]
         plain[starts] = False
         framed[starts] = recipe.bos_token_id
     framed[plain] = ids
     return framed, sizes
 
 
-def _check_sample(
-    batch: list[_Stretch], ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64], recipe: Recipe
-) -> int:
+def _check_sample(batch: _Batch, ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64], recipe: Recipe) -> int:
     """Encode one text in `SAMPLED`, chosen by its hash, by the reference too. Returns how many.
 
     Raises:
         UserError: the ids differ; names the document.
     """
-    chosen = [index for index, each in enumerate(batch) if not each.hash % SAMPLED]
-    if not chosen:
+    (chosen,) = np.nonzero(np.array(batch.hashes, np.uint64) % np.uint64(SAMPLED) == 0)
+    if not len(chosen):
         return 0
     if "reference" not in _worker:
         _worker["reference"] = Reference(recipe.tokenizer_json)
     ends = np.cumsum(lengths)
     own = np.concatenate([ids[ends[index] - lengths[index] : ends[index]] for index in chosen])
-    different = first_difference(
-        _Known(own, lengths[chosen]), _worker["reference"], [batch[index].text for index in chosen]
-    )
+    texts = [batch.texts[index] for index in chosen]
+    different = first_difference(_Known(own, lengths[chosen]), _worker["reference"], texts)
     if different is not None:
-        stretch = batch[chosen[different]]
+        piece, number = batch.places[chosen[different]]
         raise UserError(
-            f"{place(stretch.piece, stretch.number)}: {FAST} gives this text other ids than {REFERENCE}, though it gave the "
-            "same before; run it again with --tokenizer-backend tokenizers"
+            f"{place(piece, number)}: {FAST} gives this text other ids than {REFERENCE}, though it gave the same before; run "
+            "it again with --tokenizer-backend tokenizers"
         )
     return len(chosen)
 
@@ -317,29 +397,16 @@ class _Known(Backend):
         return self.ids, self.lengths
 
 
-def _batches(every: Iterable[_Stretch]) -> Iterator[list[_Stretch]]:
-    batch: list[_Stretch] = []
-    size = 0
-    for stretch in every:
-        batch.append(stretch)
-        size += len(stretch.text) + 1
-        if size >= BATCH_CHARACTERS or len(batch) == BATCH_TEXTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 def _name(part: Part, recipe: Recipe) -> str:
     digest = xxhash.xxh3_128(recipe.digest)
     for piece in part.pieces:
         digest.update(f"{piece.end - piece.start} {is_rows(piece.path)} {piece.path.suffix}\0".encode())
-        with piece.path.open("rb") as file:
+        with piece.path.open("rb", buffering=0) as file:
             file.seek(piece.start)
             left = piece.end - piece.start
-            while left and (block := file.read(min(left, 4 << 20))):
-                digest.update(block)
-                left -= len(block)
+            while left and (size := file.readinto(_block[: min(left, len(_block))])):
+                digest.update(_block[:size])
+                left -= size
     return digest.hexdigest()
 
 

@@ -51,10 +51,11 @@ class Reference:
 
 
 class Fast:
-    """fastokens, on one thread: the work is parallel over processes."""
+    """fastokens, by default on one thread: the work is parallel over processes."""
 
-    def __init__(self, tokenizer_json: str) -> None:
-        os.environ["FASTOKENS_BPE_THREADS"] = os.environ["RAYON_NUM_THREADS"] = "1"
+    def __init__(self, tokenizer_json: str, threads: int = 1) -> None:
+        # The second is also what `tokenizers` reads when it encodes for the first time in a process.
+        os.environ["FASTOKENS_BPE_THREADS"] = os.environ["RAYON_NUM_THREADS"] = str(threads)
         import fastokens
 
         content = json.loads(tokenizer_json)
@@ -63,7 +64,8 @@ class Fast:
 
     def encode(self, texts: list[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
         ids, offsets = self._tokenizer.encode_batch_flat(texts, add_special_tokens=False, split_special_tokens=True)
-        return np.frombuffer(ids, np.uint32), np.diff(np.frombuffer(offsets, np.uint64).astype(np.int64))
+        ends = np.frombuffer(offsets, np.int64)  # uint64 by its documentation, and far below 2^63
+        return np.frombuffer(ids, np.uint32), ends[1:] - ends[:-1]
 
 
 def open_backend(name: str, tokenizer_json: str) -> Backend:
@@ -101,7 +103,7 @@ def choose(wanted: str, tokenizer_json: str, texts: Iterable[str], *, source_byt
         return _reference(f"the sources have less than {WORTH_IT >> 20} MiB, which is too little for {FAST} to pay")
     compared = 0
     with _broad_errors() as problem, _threads(workers):
-        fast, reference = Fast(tokenizer_json), Reference(tokenizer_json)
+        fast, reference = Fast(tokenizer_json, workers), Reference(tokenizer_json)
         for batch in _batches(texts):
             if (place := first_difference(fast, reference, batch)) is not None:
                 return _reference(f"{FAST} gives other ids for {_shown(batch[place])}")

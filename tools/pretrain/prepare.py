@@ -116,7 +116,7 @@ def run(
                 )
         except UserError:
             if work.is_dir():
-                drop_if_empty(work)
+                drop_if_empty(work, held)
             raise
         finally:
             os.close(held)
@@ -138,18 +138,22 @@ def _check(target: Path, inputs: Inputs, overwrite: bool) -> list[Parent]:
 
 
 def _open_recipe(*given: Any) -> tuple[Recipe, DocumentTokens]:
-    """`_recipe`, in a process that ends with it: transformers imports torch, which would hold half a GiB during the run."""
+    """`_recipe`, in a process that ends with it and that has no torch: transformers would import it, which takes seconds of a
+    core and half a GiB, and tokenizers need none of it.
+    """
     if "torch" in sys.modules:
         return _recipe(*given)
-    return next(ordered_map(_recipe_of, [given], workers=2, setup=_no_setup))
+    return next(ordered_map(_recipe_of, [given], workers=2, setup=_without_torch))
 
 
 def _recipe_of(given: tuple[Any, ...]) -> tuple[Recipe, DocumentTokens]:
     return _recipe(*given)
 
 
-def _no_setup() -> None:
-    pass
+def _without_torch() -> None:
+    """Have this process find no torch. transformers says so in a warning, which is not for the user."""
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    sys.modules["torch"] = None  # type: ignore[assignment]
 
 
 def _recipe(

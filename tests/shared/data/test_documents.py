@@ -35,17 +35,20 @@ LINES = [
     b"",
     b" \t",
     b'{"n": ' + b"[" * 100 + b"]" * 100 + b', "text": "deep"}',
+    b'{"n": ' + b"[" * 900 + b"]" * 900 + b', "text": "nearly as deep as json goes"}',
     b'{"n": "\xc2\xa0", "text": "nbsp"}\xc2\xa0',
 ]
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_every_line_is_read_as_before(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("block", [1, 50, 1 << 20])
+def test_every_line_is_read_as_before(tmp_path: Path, suffix: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK_BYTES", block)
     path = tmp_path / f"rows.jsonl{suffix}"
     content = b"\xef\xbb\xbf" + b"\n".join(LINES * 3)
     path.write_bytes(gzip.compress(content) if suffix else content)
     assert _fast(path) == _slow(path)
-    assert len(_fast(path)) == 24
+    assert len(_fast(path)) == 27
     assert _fast(path, size=2) == _slow(path)
 
 
@@ -63,6 +66,8 @@ def test_every_line_is_read_as_before(tmp_path: Path, suffix: str) -> None:
         b'{"text": null}',
         b'{"text": "\\ud800"}',
         b'{"text": "a", "n": ["\\ud800"]}',
+        b'{"text": "a", "n": {"key": "\\ud800"}}',
+        b'{"text": "a", "n": ' + b"[" * 900 + b'"\\ud800"' + b"]" * 900 + b"}",
         b'{"text": "a"} {"text": "b"}',
         b'{"text": "a",}',
         b'\xef\xbb\xbf{"text": "a"}',
@@ -131,9 +136,19 @@ def test_rows_without_bound_are_refused(tmp_path: Path, monkeypatch: pytest.Monk
             list(several)
 
 
-def test_the_place_of_a_document_is_its_line(tmp_path: Path) -> None:
+def test_the_place_of_a_document_is_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": f"{i} {'x' * 40}"}) + "\n" for i in range(1, 31)))
+    for number in (3, 4, 9):  # of blocks without and with a line that only `sources` reads
+        mixed = tmp_path / f"mixed{number}.jsonl"
+        lines = [json.dumps({"text": str(i)}) for i in range(1, 13)]
+        lines[number:number] = ["", json.dumps({"text": str(number + 2), "n": float("nan")})]
+        mixed.write_text("\n".join(lines))
+        monkeypatch.setattr(module, "BLOCK_BYTES", 40)
+        whole = Piece(path=mixed, start=0, end=mixed.stat().st_size)
+        found = [(at, "".join(several)) for at, several in documents(whole, "text", None, 100)]
+        assert [at for at, _ in found] == [*range(1, number + 1), *range(number + 2, 15)]
+        assert found[number] == (number + 2, str(number + 2))
     last = pieces(path, 200)[-1]
     found = [(number, "".join(several)) for number, several in documents(last, "text", None, 100)]
     assert [place(last, number) for number, _ in found] == [f"{path}:{text.split()[0]}" for _, text in found]

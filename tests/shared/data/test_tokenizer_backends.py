@@ -1,6 +1,9 @@
 """The fast back end beside `tokenizers`, and that a difference is seen, whichever it is."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from shared.data import tokenizer_backends as module
 from shared.data.tokenizer_backends import Fast, Reference, choose, first_difference
 from shared.errors import UserError
+from tests.workers import ROOT
 
 SOURCES = sorted(Path(module.__file__).parent.glob("*.py"))
 TEXTS = [path.read_text() for path in SOURCES] + [
@@ -109,6 +113,23 @@ def test_only_the_beginning_is_compared_and_errors_of_reading_pass(
     monkeypatch.setattr(module, "COMPARED_BYTES", 1001)
     with pytest.raises(UserError, match="not read"):
         choose("auto", kinds["ours"], texts(), source_bytes=1 << 30, workers=1)
+
+
+def test_the_comparison_takes_the_cores_it_is_given(kinds: dict[str, str]) -> None:
+    script = (
+        "import os, sys; from shared.data.tokenizer_backends import choose\n"
+        "content = sys.stdin.read(); before = len(os.listdir('/proc/self/task'))\n"
+        "choice = choose('auto', content, ['some words of text'] * 5000, source_bytes=1 << 30, workers=5)\n"
+        "print(choice.name, len(os.listdir('/proc/self/task')) - before)"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAYON", "TOKENIZERS"))}
+    words = [sys.executable, "-c", script]
+    done = subprocess.run(
+        words, input=kinds["gpt2"], env=environment, capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    name, threads = done.stdout.split()
+    assert name == "fastokens"
+    assert int(threads) >= 5, "one thread for each core, at least of tokenizers"
 
 
 def test_the_first_text_that_differs_is_found() -> None:

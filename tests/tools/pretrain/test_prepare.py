@@ -308,6 +308,19 @@ def test_the_recipe_names_the_parts(source: Path, tokenizer: Path, tmp_path: Pat
     assert isinstance(part.pieces[0], Piece)
 
 
+def test_the_tokenizer_opens_without_torch_and_is_the_same(tokenizer: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from tools.pretrain import prepare; prepare._without_torch()\n"
+        "recipe, ends = prepare._recipe_of((Path(sys.argv[1]), 'text', None, None))\n"
+        "print(sys.modules['torch'], recipe.digest.hex(), recipe.cut, ends, sep='\\n')"
+    )
+    words = [sys.executable, "-c", script, tokenizer]
+    done = subprocess.run(words, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True)
+    recipe, ends = prepare._recipe(tokenizer, "text", None, None)
+    assert done.stdout == f"None\n{recipe.digest.hex()}\n{recipe.cut}\n{ends}\n"
+    assert not done.stderr
+
+
 def test_documents_begin_and_end_with_the_tokens_asked_for(
     source: Path, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
