@@ -306,12 +306,18 @@ def _row(value: Any, path: Path, number: int) -> Row:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether every string in a JSON value can be encoded as UTF-8 (no lone surrogates)."""
-    if isinstance(value, str):
-        return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
-    if isinstance(value, dict):
-        return all(_is_text(name) and _is_text(item) for name, item in value.items())
-    return all(map(_is_text, value)) if isinstance(value, list) else True
+    """Whether every string in a JSON value, however deep, can be encoded as UTF-8 (no lone surrogates)."""
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, str):
+            if not each.isascii() and any("\ud800" <= character <= "\udfff" for character in each):
+                return False
+        elif isinstance(each, dict):
+            waiting += [*each, *each.values()]
+        elif isinstance(each, list):
+            waiting += each
+    return True
 
 
 def lines_before(piece: Piece) -> int:

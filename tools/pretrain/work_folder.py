@@ -27,13 +27,18 @@ _JOINING = "joining"
 
 def open_work(work: Path, *, shard: bool = False) -> int:
     """Create or reopen the folder of parts, and lock it: alone, or as one of several shards. Returns the descriptor."""
-    work.mkdir(exist_ok=True)
-    held = os.open(work, os.O_RDONLY)
-    try:
-        fcntl.flock(held, (fcntl.LOCK_SH if shard else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(held)
-        raise UserError(f"--target: another process is preparing into {work}; wait for it or stop it") from None
+    while True:
+        work.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it meanwhile
+            held = os.open(work, os.O_RDONLY)
+            try:
+                fcntl.flock(held, (fcntl.LOCK_SH if shard else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(held)
+                raise UserError(f"--target: another process is preparing into {work}; wait for it or stop it") from None
+            if work.exists() and os.path.samestat(work.stat(), os.fstat(held)):
+                break
+            os.close(held)
     if not shard:
         for left in work.glob("*.new-*"):
             left.unlink()
@@ -52,12 +57,21 @@ def joining(work: Path) -> Iterator[bool]:
         yield True
 
 
-def drop_if_empty(work: Path) -> None:
-    """Remove the folder if it has no finished parts."""
-    if not any(work.iterdir()):
-        work.rmdir()
-    else:
+def drop_if_empty(work: Path, held: int) -> None:
+    """Remove the folder if it has no finished parts, and no other shard is about to write its first.
+
+    Args:
+        work: the folder of parts.
+        held: its descriptor, of `open_work`; its lock is lost.
+    """
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:  # another shard works in it
+        return
+    if any(work.iterdir()):
         log(f"finished parts are kept in {work} for the next run")
+    else:
+        work.rmdir()
 
 
 class Ledger:

@@ -129,11 +129,14 @@ def input_fingerprint(path: Path) -> str:
     """Hash of an input: a file's content, a published directory's manifest, a foreign directory's file list, or, of the
     prefix of a Megatron pair, that of both files.
 
-    Foreign files above 64 MiB are hashed by size and modification time: "already done" is found without reading hundreds of
-    gigabytes. A copy of the directory therefore has another fingerprint.
+    Foreign files above 64 MiB, alone or in a directory, are hashed by size and modification time: "already done" is found
+    without reading hundreds of gigabytes. A copy of them therefore has another fingerprint.
     """
     if path.is_file():
-        return hash_file(path)
+        status = path.stat()
+        if status.st_size <= _SMALL:
+            return hash_file(path)
+        return hash_bytes(f"{status.st_size} {status.st_mtime_ns}".encode())
     manifest = path / MANIFEST
     if manifest.is_file():
         return f"sha256:{hashlib.sha256(manifest.read_bytes()).hexdigest()}"

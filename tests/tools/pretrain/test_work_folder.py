@@ -1,5 +1,6 @@
 """Shards of `pretrain prepare`: the same bytes for any number of them, and after any kill."""
 
+import fcntl
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from shared.data.sources import expand
 from shared.errors import AlreadyDone, UserError
 from tools.pretrain import prepare
 from tools.pretrain.train_bpe import train, write
-from tools.pretrain.work_folder import joining
+from tools.pretrain.work_folder import joining, open_work
 
 TEXTS = [f"def f{i}(x):\n    return x * {i}\n" * (1 + i % 5) for i in range(60)]
 Prepare = Callable[..., dict[str, Any]]
@@ -131,6 +132,39 @@ def test_one_shard_joins_and_one_process_works_alone(prepared: Prepare, tmp_path
     with pytest.raises(UserError, match="another process"):
         prepared("out")
     assert prepared("out", "2/2")
+    os.close(held)
+
+
+def test_a_shard_that_fails_leaves_the_folder_to_others(prepared: Prepare, tmp_path: Path) -> None:
+    work = tmp_path / "out.work"
+    whole = prepared("whole")
+    rows = tmp_path / "source" / "rows.jsonl"
+    content = rows.read_text()
+    rows.write_text("broken\n" + content)
+    other = open_work(work, shard=True)  # another shard, before its first part is finished
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: not JSON"):
+        prepared("out", "1/2")
+    assert os.path.samestat(work.stat(), os.fstat(other))
+    os.close(other)
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: not JSON"):
+        prepared("out", "1/2")
+    assert not work.exists()
+    rows.write_text(content)
+    assert prepared("out", "1/1") == whole
+
+
+def test_a_folder_that_goes_while_it_is_opened_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, before, removed = tmp_path / "out.work", fcntl.flock, []
+
+    def late(descriptor: int, operation: int) -> None:
+        if not removed:  # a shard that failed was quicker
+            removed.append(work.rmdir())
+        before(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    held = open_work(work, shard=True)
+    assert len(removed) == 1
+    assert os.path.samestat(work.stat(), os.fstat(held))
     os.close(held)
 
 

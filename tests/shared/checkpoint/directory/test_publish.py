@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from shared.checkpoint.directory import manifest
+from shared.checkpoint.directory.manifest import input_fingerprint
 from shared.checkpoint.directory.open import open_checkpoint
 from shared.checkpoint.directory.publish import publish
-from shared.checkpoint.files import hash_bytes
+from shared.checkpoint.files import hash_bytes, hash_file
 from shared.errors import AlreadyDone, StageError, UserError
 from shared.invocation import invoked
 
@@ -65,6 +67,22 @@ def test_another_run_needs_overwrite(published: Callable[..., Path], source: Pat
         published(content=b"1" * 10, overwrite=True)
     assert (target / "model.safetensors").read_bytes() == b"1" * 10
     assert sorted(path.name for path in target.parent.iterdir()) == ["published", "source"]
+
+
+def test_a_large_file_is_told_apart_without_reading_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"0" * 100)
+    assert input_fingerprint(file) == hash_file(file)
+    monkeypatch.setattr(manifest, "_SMALL", 99)
+    monkeypatch.setattr(manifest, "hash_file", None)
+    first = input_fingerprint(file)
+    assert input_fingerprint(file) == first
+    os.utime(file, ns=(0, 1))
+    later = input_fingerprint(file)
+    with file.open("ab") as more:
+        more.write(b"0")
+    os.utime(file, ns=(0, 1))
+    assert len({first, later, input_fingerprint(file)}) == 3
 
 
 def test_options_outside_the_fingerprint_are_the_same_run(published: Callable[..., Path]) -> None:
