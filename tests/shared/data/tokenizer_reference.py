@@ -1,8 +1,9 @@
 """sentencepiece and tiktoken themselves, in infer's environment: `python tokenizer_reference.py DIRECTORY`.
 
 DIRECTORY/cases.json: by name {train: arguments of sentencepiece's trainer, or pattern: of tiktoken; special: token -> id; texts}.
-Writes DIRECTORY/<name>/tokenizer.model, or reads DIRECTORY/<name>/qwen.tiktoken, and writes DIRECTORY/results.json: by case the
-ids of each text. A text is cut at special tokens, as the slow classes do, and each part is encoded by itself.
+Writes DIRECTORY/<name>/tokenizer.model, or reads it where there are no arguments, or DIRECTORY/<name>/qwen.tiktoken, and writes
+DIRECTORY/results.json: by case the ids of each text. A text is cut at special tokens, as the slow classes do, and each part is
+encoded by itself.
 """
 
 import base64
@@ -16,7 +17,13 @@ import sentencepiece
 import tiktoken
 
 
-def of_sentencepiece(folder: Path, corpus: Path, train: dict):
+def of_sentencepiece(folder: Path, corpus: Path, train: dict | None):
+    if train is not None:
+        trained(folder, corpus, train)
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode
+
+
+def trained(folder: Path, corpus: Path, train: dict) -> None:
     sentencepiece.SentencePieceTrainer.train(
         input=str(corpus),
         model_prefix=str(folder / "tokenizer"),
@@ -27,7 +34,6 @@ def of_sentencepiece(folder: Path, corpus: Path, train: dict):
         num_threads=1,
         **train,
     )
-    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode
 
 
 def of_tiktoken(folder: Path, pattern: str):
@@ -42,10 +48,10 @@ if __name__ == "__main__":
     results = {}
     for name, case in json.loads((directory / "cases.json").read_text()).items():
         folder = directory / name
-        if "train" in case:
-            encode = of_sentencepiece(folder, directory / "corpus.txt", case["train"])
-        else:
+        if "pattern" in case:
             encode = of_tiktoken(folder, case["pattern"])
+        else:
+            encode = of_sentencepiece(folder, directory / "corpus.txt", case.get("train"))
         cut = re.compile(f"({'|'.join(map(re.escape, case['special'])) or '(?!)'})")
         results[name] = []
         for text in case["texts"]:
