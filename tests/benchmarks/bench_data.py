@@ -192,7 +192,7 @@ def command(corpus: Path, tokenizer: Path, target: Path, workers: int) -> tuple[
 
 def measure(work: Path, megabytes: float, tokenizer: Path | None, workers: int) -> dict[str, Any]:
     """Every figure."""
-    from tools.pretrain.prepare import _recipe
+    from tools.pretrain.prepare import _open_recipe
 
     work.mkdir(parents=True, exist_ok=True)
     corpus, beginning = work / f"text-{megabytes:g}.jsonl", work / "beginning.jsonl"
@@ -205,7 +205,7 @@ def measure(work: Path, megabytes: float, tokenizer: Path | None, workers: int) 
     size, small = corpus.stat().st_size / 1e6, beginning.stat().st_size / 1e6
     spent, facts = command(corpus, tokenizer, work / "data", workers)
     backend = facts["tokenizer_backend"]["name"]
-    recipe = replace(_recipe(tokenizer, "text", None, None)[0], backend=backend)
+    recipe = replace(_open_recipe(tokenizer, "text", None, None)[0], backend=backend)
     loop = in_process_megatron(beginning, tokenizer, work / "megatron", workers)
     seconds = in_process(in_turn, corpus, recipe, work / "parts")
     found = {name: size / each for name, each in seconds.items()} | {
@@ -214,30 +214,33 @@ def measure(work: Path, megabytes: float, tokenizer: Path | None, workers: int) 
         "command": size / spent["cpu"],
         "Megatron-LM": small / loop["cpu"],
     }
-    rates = {name: round(workers * rate, 1) for name, rate in found.items()}
-    slower = min(rates["reading"], rates["tokenizer"])
+    slower = min(found["reading"], found["tokenizer"])
     return {
         "megabytes": round(size, 1),
         "workers": workers,
         "vocab_size": facts["vocab_size"],
         "tokenizer_backend": facts["tokenizer_backend"],
-        "MB/s": rates,
+        "MB/s": {name: _rounded(workers * rate) for name, rate in found.items()},
         "ratios": {
-            "prepare / slower of reading and tokenizer": round(rates["prepare"] / slower, 3),
-            "prepare / both": round(rates["prepare"] / rates["both"], 3),
-            "command / slower of reading and tokenizer": round(rates["command"] / slower, 3),
-            "prepare / tokenizers": round(rates["prepare"] / rates["tokenizers"], 1),
-            "prepare / Megatron-LM": round(rates["prepare"] / rates["Megatron-LM"], 1),
-            "command / Megatron-LM": round(rates["command"] / rates["Megatron-LM"], 1),
+            "prepare / slower of reading and tokenizer": _rounded(found["prepare"] / slower),
+            "prepare / both": _rounded(found["prepare"] / found["both"]),
+            "command / slower of reading and tokenizer": _rounded(found["command"] / slower),
+            "prepare / tokenizers": _rounded(found["prepare"] / found["tokenizers"]),
+            "prepare / Megatron-LM": _rounded(found["prepare"] / found["Megatron-LM"]),
+            "command / Megatron-LM": _rounded(found["command"] / found["Megatron-LM"]),
         },
         "wall seconds of the command": round(spent["wall"], 1),
         "CPU seconds of the command beside the steady work": round(spent["cpu"] - seconds["prepare"], 1),
     }
 
 
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
 def table(found: dict[str, Any]) -> str:
     """The rates as lines of a table."""
-    rows = [f"| {name} | {rate:.1f} | {1000 * found['workers'] / rate:.2f} |" for name, rate in found["MB/s"].items()]
+    rows = [f"| {name} | {rate:.3g} | {1000 * found['workers'] / rate:.2f} |" for name, rate in found["MB/s"].items()]
     return "\n".join([f"| | MB/s on {found['workers']} cores | CPU ms per MB |", "|---|---|---|", *rows])
 
 
