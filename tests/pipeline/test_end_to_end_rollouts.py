@@ -66,6 +66,7 @@ def source(inputs: Path, baton: Baton) -> Path:
 def server(source: Path, inputs: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The address and the process of a server."""
     words = command("infer", "rollouts", "--source", source, "--policies", inputs / "policies", "--port", 0)
+    words += ["--broadcasts"]
     words += ["--max-model-len", "64", "--batch-size", "16", "--precision", "fp32"]
     log = (inputs / "server.log").open("w")
     running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT)
@@ -77,7 +78,10 @@ def server(source: Path, inputs: Path) -> Iterator[tuple[str, subprocess.Popen[s
     running.wait(timeout=60)
 
 
-def flags(source: Path, inputs: Path, url: str, target: str, steps: int) -> tuple[object, ...]:
+def flags(
+    source: Path, inputs: Path, url: str, target: str, steps: int, *, broadcast: bool = False
+) -> tuple[object, ...]:
+    way = ("--publish-by", "broadcast") if broadcast else ("--policies", inputs / "policies")
     return (
         *(
             "--source",
@@ -92,8 +96,7 @@ def flags(source: Path, inputs: Path, url: str, target: str, steps: int) -> tupl
             inputs / target,
             "--rollouts",
             url,
-            "--policies",
-            inputs / "policies",
+            *way,
             "--steps",
             steps,
             *TRAIN.split(),
@@ -107,7 +110,7 @@ def flags(source: Path, inputs: Path, url: str, target: str, steps: int) -> tupl
 )
 def test_vllm_samples_from_the_policy_of_the_trainer(name, more, server, source, inputs, baton):
     url, _ = server
-    baton("rlhf", name, *flags(source, inputs, url, name, 3), *more)
+    baton("rlhf", name, *flags(source, inputs, url, name, 3, broadcast=name == "rloo"), *more)
     rows = [json.loads(line) for line in (inputs / name / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 3
     assert max(row["log_prob_gap"] for row in rows) < GAP

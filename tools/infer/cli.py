@@ -344,7 +344,8 @@ def serve(
 @tool.command(rest="vllm_flags")
 def rollouts(
     source: ExistingDir,
-    policies: ExistingDir,
+    policies: ExistingDir | None = None,
+    broadcasts: bool = False,
     served_model_name: str = "policy",
     *,
     server: ServerOptions,
@@ -361,6 +362,7 @@ def rollouts(
     Args:
         source: Hugging Face directory of the first policy.
         policies: folder below which the trainer publishes; the server reads nothing elsewhere.
+        broadcasts: also, or only, take policies that a trainer broadcasts, from whoever may send requests.
         served_model_name: model name in requests.
         batch_size: most replies at once, further ones wait; by default the engine's choice.
         vllm_flags: flags of `vllm serve`.
@@ -369,7 +371,7 @@ def rollouts(
     from tools.infer.serve import ServerSettings
 
     settings = ServerSettings(**vars(server), served_model_name=served_model_name, vllm_flags=vllm_flags)
-    run(source, policies, server=settings, settings=model.settings(batch_size=batch_size))
+    run(source, policies, broadcasts=broadcasts, server=settings, settings=model.settings(batch_size=batch_size))
 
 
 @tool.command(positional=("url", "source"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from shared.errors import UserError
 from tools.infer import serve
 from tools.infer.engines.engine import EngineSettings
 
@@ -17,7 +18,12 @@ from tools.infer.engines.engine import EngineSettings
 SAMPLING = {"logprobs_mode": "processed_logprobs", "generation_config": "vllm"}
 
 
-def run(source: Path, policies: Path, *, server: serve.ServerSettings, settings: EngineSettings) -> None:
-    """Serve until a signal, as `tools.infer.serve.run`; directories below `policies` may become the policy."""
-    server = replace(server, weights_below=policies, weights_flag="--policies", engine=SAMPLING)
+def run(
+    source: Path, policies: Path | None, *, broadcasts: bool, server: serve.ServerSettings, settings: EngineSettings
+) -> None:
+    """Serve until a signal, as `tools.infer.serve.run`; directories below `policies` and `broadcasts` may become the policy."""
+    if policies is None and not broadcasts:
+        raise UserError("--policies: give the folder below which the trainer publishes, or --broadcasts, or both")
+    flag = "--broadcasts" if policies is None else "--policies"
+    server = replace(server, weights_below=policies, broadcasts=broadcasts, weights_flag=flag, engine=SAMPLING)
     serve.run(source, server=server, settings=settings)

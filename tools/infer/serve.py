@@ -54,8 +54,14 @@ class ServerSettings:
     adapters: tuple[str, ...] = ()  # NAME=DIR of LoRA adapters
     lora_rank: int | None = None  # the largest of adapters loaded later; None: that of `adapters`
     weights_below: Path | None = None  # directories below it may replace the weights; None: no directory
-    weights_flag: str = "--reload-from"  # its flag, for messages
+    broadcasts: bool = False  # a trainer's broadcast may replace the weights
+    weights_flag: str = "--reload-from"  # the flag of one of them, for messages
     engine: Mapping[str, Any] = field(default_factory=dict)  # further arguments of vLLM, not to be changed by its flags
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether the weights may be replaced."""
+        return self.weights_below is not None or self.broadcasts
 
 
 def run(source: Path, *, server: ServerSettings, settings: EngineSettings) -> None:
@@ -76,7 +82,7 @@ def run(source: Path, *, server: ServerSettings, settings: EngineSettings) -> No
             flags.engine["gpu_memory_utilization"] = server.gpu_memory
         own_arguments = dict(server.engine)
         name = server.served_model_name or source.resolve().name
-        if server.weights_below is not None:
+        if server.exchanges:
             own_arguments["worker_extension_cls"] = WeightSwap.path
         model = open_hf_directory(source)
         served = ServedWeights.read(model)
@@ -159,16 +165,16 @@ async def _serve(
     scheme = "https" if options.ssl_certfile else "http"
     base = f"{scheme}://{f'[{options.host}]' if ':' in options.host else options.host}:{options.port}"
     announce(arguments)
-    exchange = server.weights_flag if server.weights_below is not None else None
+    exchange = server.weights_flag if server.exchanges else None
     policy: PolicyRoute | None = None
     async with _engine(arguments, options, listener, exchange) as engine:
-        if server.weights_below is not None:
+        if server.exchanges:
             from tools.infer.adapter_route import AdapterRoute
             from tools.infer.policy_route import PolicyRoute
 
-            policy = PolicyRoute(served, server.weights_below, engine)
+            policy = PolicyRoute(served, server.weights_below, engine, broadcasts=server.broadcasts)
             InFlight.routers = (policy.router,)
-            if arguments.get("enable_lora"):
+            if arguments.get("enable_lora") and server.weights_below is not None:
                 check = partial(
                     check_adapter,
                     shapes=served.shapes,

@@ -100,7 +100,7 @@ class ServedWeights:
         found = layout.tensors()
         if other := next((file for file in layout.shards if not file.file.endswith(".safetensors")), None):
             raise UserError(f"path {path / other.file}: only safetensors replace the weights of a running server")
-        self._check_tensors(path, _described(layout))
+        self.check_tensors(_described(layout), f"path {path}")
         if (path / "config.json").is_file():
             self._check_config(path)
         for name, content in _files_read_at_start(path):
@@ -112,17 +112,18 @@ class ServedWeights:
             raise UserError(f"path {path} has changed while it was read")
         return files
 
-    def _check_tensors(self, path: Path, found: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    def check_tensors(self, found: Mapping[str, tuple[str, tuple[int, ...]]], place: str) -> None:
+        """UserError, with `place` in front, unless dtypes (safetensors' names) and shapes by name are these."""
         if missing := sorted(self.tensors.keys() - found.keys()):
-            raise UserError(f"path {path} lacks {_some(missing)}")
+            raise UserError(f"{place} lacks {_some(missing)}")
         if unknown := sorted(found.keys() - self.tensors.keys()):
-            raise UserError(f"path {path} has {_some(unknown)}, which {self.directory} has not")
+            raise UserError(f"{place} has {_some(unknown)}, which {self.directory} has not")
         for name, (dtype, shape) in found.items():
             wanted, size = self.tensors[name]
             if shape != size:
-                raise UserError(f"path {path}: {name} is {list(shape)}, the server's is {list(size)}")
+                raise UserError(f"{place}: {name} is {list(shape)}, the server's is {list(size)}")
             if dtype != wanted:
-                raise UserError(f"path {path}: {name} is {dtype}, the server's is {wanted}; save it in that dtype")
+                raise UserError(f"{place}: {name} is {dtype}, the server's is {wanted}; save it in that dtype")
 
     def _check_config(self, path: Path) -> None:
         mine, theirs = self.config, _config(path)
@@ -184,6 +185,12 @@ def _files_read_at_start(directory: Path) -> Iterator[tuple[str, Any]]:
 
 def check_finite(tensors: Mapping[str, TensorInfo], place: str) -> None:
     """UserError, with `place` in front, for a number that is NaN or infinite."""
+    if found := not_finite(tensors):
+        raise UserError(f"{place} {tensors[found].file}: {found} has numbers that are NaN or infinite")
+
+
+def not_finite(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """The first tensor with a number that is NaN or infinite."""
     import torch
     from safetensors import safe_open
 
@@ -195,7 +202,8 @@ def check_finite(tensors: Mapping[str, TensorInfo], place: str) -> None:
         with safe_open(file, "pt") as stored:
             for name in names:
                 if not torch.isfinite(stored.get_tensor(name)).all():
-                    raise UserError(f"{place} {file}: {name} has numbers that are NaN or infinite")
+                    return name
+    return None
 
 
 def _some(names: list[str]) -> str:

@@ -14,7 +14,10 @@ tool = Tool(
 # gradient_checkpointing and offload: where numbers are kept, not what they are.
 _NOT_FINGERPRINTED = ("save_every", "log_every", "track", "gradient_checkpointing", "offload")
 # Where replies are sampled, and when a run is given up: not what is computed.
-_ROLLOUTS = ("reward_timeout", "rollouts", "policies", "rollout_key_file", "rollout_timeout", "log_prob_gap_limit")
+_ROLLOUTS = (
+    *("reward_timeout", "rollouts", "publish_by", "policies", "rollout_key_file", "rollout_timeout"),
+    "log_prob_gap_limit",
+)
 _ZERO = ("zero",)
 _PPO = (
     *("kl_horizon", "update_kl_limit", "critic_warmup_steps", "entropy_coefficient", "normalise_rewards"),

@@ -280,7 +280,9 @@ class PolicyOptions(Options):
         micro_batch_size: replies per forward pass of a process.
         seed: of sampling and shuffling.
         rollouts: addresses of `infer rollouts`, separated by commas, that sample the replies, such as http://127.0.0.1:8000/v1;
-            by default this command samples itself. Needs --policies.
+            by default this command samples itself.
+        publish_by: how --rollouts get the policy: a directory below --policies, or a broadcast over the network to servers
+            that were started with --broadcasts.
         policies: folder in which the policy is published for --rollouts; the servers' --policies, under the same path.
         rollout_key_file: file with the API key of --rollouts.
         rollout_timeout: seconds that --rollouts may take for the replies of a process, or to take over a policy; then the run
@@ -301,6 +303,7 @@ class PolicyOptions(Options):
     temperature: Temperature = 1.0
     clip_range: Above = 0.2
     rollouts: tuple[str, ...] = ()
+    publish_by: Literal["directory", "broadcast"] = "directory"
     policies: ExistingDir | None = None
     rollout_key_file: Existing | None = None
     rollout_timeout: Above = 3600.0
@@ -319,11 +322,20 @@ class PolicyOptions(Options):
                     f"{flag} is about --validation-prompts, prompts to measure with: give it, too, or leave it out"
                 )
         _check_addresses(self.rollouts)
-        if self.rollouts and self.policies is None:
-            raise UserError("--rollouts needs --policies, the folder from which the servers take the policy")
-        for flag, given in (("--policies", self.policies), ("--rollout-key-file", self.rollout_key_file)):
+        broadcast = self.publish_by == "broadcast"
+        if self.rollouts and self.policies is None and not broadcast:
+            raise UserError(
+                "--rollouts needs --policies, the folder from which the servers take the policy, or --publish-by broadcast"
+            )
+        for flag, given in (
+            ("--policies", self.policies),
+            ("--rollout-key-file", self.rollout_key_file),
+            ("--publish-by", broadcast or None),
+        ):
             if given is not None and not self.rollouts:
                 raise UserError(f"{flag} is for servers that sample the replies: give --rollouts, too, or leave it out")
+        if broadcast and self.policies is not None:
+            raise UserError("--publish-by broadcast writes no policy: leave --policies out")
 
     @cached_property
     def rewards(self) -> tuple[RewardSpec, ...]:

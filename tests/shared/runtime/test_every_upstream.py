@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from datetime import timedelta
 from pathlib import Path
 
 import megatron.core
@@ -89,3 +90,12 @@ def test_split_sizes_stay_tensors_off_a_gpu() -> None:
     sizes = torch.tensor([1, 2])
     assert maybe_move_tensor_to_cpu(sizes, as_numpy=True) is sizes, f"re-read _replace_all_to_all of {HOST}"
     calls(HOST, mappings._AllToAll.forward, "torch.distributed.all_to_all_single", "output", "input")
+
+
+def test_a_group_of_gloo_is_made_of_a_store_an_address_and_a_timeout() -> None:
+    ours = "re-read _group of shared/runtime/weight_broadcast.py"
+    options = torch.distributed.ProcessGroupGloo._Options()
+    options._devices = [torch.distributed.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    options._timeout = timedelta(seconds=3)
+    group = torch.distributed.ProcessGroupGloo(torch.distributed.HashStore(), 0, 1, options)
+    assert (group.rank(), group.size(), group.options._timeout) == (0, 1, timedelta(seconds=3)), ours

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from types import SimpleNamespace
 
 import pytest
 import torch
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from safetensors.torch import load_file
 
+from shared.runtime import weight_broadcast
+from tests.tools.infer.broadcasting import announced, broadcast
 from tools.infer import policy_route
 from tools.infer.weight_check import ServedWeights
 
@@ -33,6 +37,8 @@ class Engine:
 
     async def collective_rpc(self, method, args=()):
         self.calls.append(method)
+        if method == "baton_open":
+            self.opened = [load_file(path) for path, *_ in args[0]]
         if isinstance(self.answers[method], Exception):
             raise self.answers[method]
         return self.answers[method]
@@ -54,11 +60,12 @@ def served(models, tmp_path, monkeypatch):
     folder = tmp_path / "policies"
     newer = shutil.copytree(models("llama"), folder / "newer")
     engine, app = Engine(), FastAPI()
-    route = policy_route.PolicyRoute(ServedWeights.read(models("llama")), folder, engine)
+    route = policy_route.PolicyRoute(ServedWeights.read(models("llama")), folder, engine, broadcasts=True)
     app.include_router(route.router)
     ended: list[bool] = []
     monkeypatch.setattr(policy_route, "stop_at_once", lambda: ended.append(True))
-    return SimpleNamespace(client=TestClient(app), engine=engine, route=route, newer=newer, ended=ended)
+    client = TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 1))
+    return SimpleNamespace(client=client, engine=engine, route=route, newer=newer, ended=ended)
 
 
 def publish(served, **fields):
@@ -83,6 +90,8 @@ def test_nothing_is_computed_while_weights_are_exchanged(served, models, mode):
         ({"version": ""}, 422, ""),
         ({"mode": "abort"}, 422, ""),
         ({"other": 1}, 422, ""),
+        ({"path": None}, 422, ""),
+        ({"broadcast": {"port": 9, "rank": 1, "ranks": 2, "tensors": []}}, 422, ""),  # beside a path
     ],
 )
 def test_what_is_not_taken_never_reaches_the_engine(served, fields, status, message):
@@ -121,3 +130,82 @@ def test_after_half_an_exchange_nothing_is_answered(served, fault):
     assert "resume" not in served.engine.calls
     assert served.ended == [True]
     assert served.client.get("/v1/policy").json()["version"] == "default"
+
+
+@pytest.fixture
+def weights(served):
+    return {name: tensor * 2 for name, tensor in load_file(served.newer / "model.safetensors").items()}
+
+
+def post(served):
+    return lambda body: served.client.post("/v1/policy", json=body)
+
+
+def test_a_broadcast_is_given_to_the_workers_to_the_bit(served, weights, monkeypatch):
+    monkeypatch.setattr(weight_broadcast, "BUCKET", 10_000)  # some tensors in one, others over several
+    answer = broadcast(weights, post(served))
+    assert (answer.status_code, answer.json()) == (
+        200,
+        {"version": "sent", "path": "broadcast of 127.0.0.1", "precision": "bf16"},
+    )
+    assert served.engine.calls == ["baton_open", "pause wait True", "baton_swap", "reset", "resume"]
+    (opened,) = served.engine.opened
+    assert opened.keys() == weights.keys()
+    assert all(torch.equal(opened[name], weights[name]) for name in weights)
+
+
+def damaged(weights, fault):
+    name = "model.norm.weight"
+    changes = {
+        "lacks": {},
+        "shape": {name: weights[name][:-1]},
+        "dtype": {name: weights[name].bfloat16()},
+        "NaN": {name: weights[name] * float("nan")},
+    }
+    return {n: t for n, t in weights.items() if n != name} | changes[fault]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("lacks", "the broadcast lacks model.norm.weight"),
+        ("shape", "the broadcast: model.norm.weight is [63], the server's is [64]"),
+        ("dtype", "the broadcast: model.norm.weight is BF16, the server's is F32"),
+        ("NaN", "the broadcast: model.norm.weight has numbers that are NaN"),
+    ],
+)
+def test_a_broadcast_that_is_not_taken_never_reaches_the_engine(served, weights, fault, message):
+    answer = broadcast(damaged(weights, fault), post(served))
+    assert answer.status_code == 409
+    assert message in answer.json()["error"]["message"]
+    assert served.engine.calls == []
+    assert served.client.get("/v1/policy").json()["version"] == "default"
+
+
+def test_a_trainer_that_dies_in_the_midst_leaves_the_weights(served, weights, monkeypatch):
+    monkeypatch.setattr(weight_broadcast, "BUCKET", 10_000)
+    answer = broadcast(weights, post(served), killed_after=5)
+    assert answer.status_code == 424
+    assert "the broadcast broke off: " in answer.json()["error"]["message"]
+    assert served.engine.calls == []
+    assert broadcast(weights, post(served)).status_code == 200  # the next one is taken
+
+
+def test_a_sender_that_is_not_there_is_given_up(served, weights, monkeypatch):
+    monkeypatch.setattr(weight_broadcast, "TIMEOUT", 0.5)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        said = {"port": nobody.getsockname()[1], "rank": 1, "ranks": 2, "tensors": announced(weights)}
+        assert post(served)({"version": "2", "broadcast": said}).status_code == 424
+    assert served.engine.calls == []
+
+
+def test_only_what_the_server_was_started_for_is_taken(served, weights):
+    served.route._broadcasts = False
+    answer = broadcast(weights, post(served))
+    assert answer.status_code == 403
+    assert "infer rollouts --broadcasts" in answer.json()["error"]["message"]
+    served.route._folder = None
+    answer = publish(served)
+    assert answer.status_code == 403
+    assert "start it with --policies" in answer.json()["error"]["message"]

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.hostile.hostile import attack
+from tests.tools.infer.broadcasting import broadcast
 from tests.tools.infer.http_server import Server, call
 
 TEMPERATURE = 0.7
@@ -41,7 +42,7 @@ def policies(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(launcher, first, policies):
-    server = Server(launcher, "rollouts", "--source", first, "--policies", policies, "--port", 0)
+    server = Server(launcher, "rollouts", "--source", first, "--policies", policies, "--broadcasts", "--port", 0)
     yield server
     done = server.stop()
     assert done.code == 0, done.stderr
@@ -112,6 +113,34 @@ def test_a_published_policy_is_the_one_that_answers(server, first, policies):
     assert call(url, {"path": str(broken)})[0] == 400, "a publication without a version"
 
 
+def test_a_broadcast_policy_answers_as_the_published_one_to_the_bit(server, first, policies):
+    url, long = f"{server.url}/policy", [7, *range(3, 60)]  # the prefix cache keeps full blocks
+    folder = policies / "same"
+    folder.mkdir()
+    changed = {name: tensor * 1.5 for name, tensor in load_file(first / "model.safetensors").items()}
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    assert call(url, {"path": str(folder), "version": "directory"})[0] == 200
+
+    def answers():
+        greedy = server.completion(model="policy", prompt=long)
+        return reply(server, 1), greedy["token_ids"], greedy["logprobs"]["token_logprobs"]
+
+    wanted = answers()
+    others = {name: tensor * 0.5 for name, tensor in changed.items()}
+    status, answer = broadcast(others, lambda body: call(url, body))
+    assert (status, answer["version"], answer["path"]) == (200, "sent", "broadcast of 127.0.0.1")
+    assert answers() != wanted
+    assert broadcast(changed, lambda body: call(url, body))[0] == 200
+    assert answers() == wanted
+    faulty = others | {"model.norm.weight": others["model.norm.weight"] * float("nan")}
+    lacking = {name: tensor for name, tensor in others.items() if name != "model.norm.weight"}
+    assert broadcast(faulty, lambda body: call(url, body))[0] == 409
+    assert broadcast(lacking, lambda body: call(url, body))[0] == 409
+    assert broadcast(others, lambda body: call(url, body), killed_after=3)[0] == 424
+    assert call(url)[1]["version"] == "sent"
+    assert answers() == wanted
+
+
 def totals(server):
     """The server's own counters of prompt tokens, generated tokens and requests."""
     with urllib.request.urlopen(server.url.removesuffix("/v1") + "/metrics", timeout=60) as answer:
@@ -149,3 +178,6 @@ def test_flags_that_change_the_distribution_are_refused(launcher, first, policie
     done = launcher(*words)
     assert (done.code, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "after --: --generation-config is set by infer itself here; leave it out" in done.stderr
+    done = launcher("rollouts", "--source", first, "--port", 0)
+    assert (done.code, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "--policies: give the folder below which the trainer publishes, or --broadcasts" in done.stderr

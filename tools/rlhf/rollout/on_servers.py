@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,10 @@ from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.lora import Adapters
 from tools.rlhf.models import Source
 from tools.rlhf.options import PolicyOptions
+from tools.rlhf.rollout.broadcast_publisher import BroadcastPublisher
 from tools.rlhf.rollout.directory_publisher import DirectoryPublisher
 from tools.rlhf.rollout.rollout import Reply, Rollout, Sequences
+from tools.rlhf.rollout.server_publisher import ServerPublisher, run_name
 from tools.rlhf.rollout.servers import Servers, read_key
 
 ATTEMPTS = 3  # to have all replies of a roll-out from one version
@@ -43,7 +45,7 @@ class ServerSampler:
     """The `Sampler` that asks servers."""
 
     servers: Servers
-    publisher: DirectoryPublisher
+    publisher: ServerPublisher
     model: str
     """The policy's name in requests."""
     precision: str
@@ -147,7 +149,8 @@ class ServerSampler:
 def log_sampler(options: PolicyOptions, sampler: object) -> None:
     """The line of the plan that says who samples."""
     if isinstance(sampler, ServerSampler):
-        log(f"roll-outs {', '.join(options.rollouts)} in {sampler.precision}, policies by way of {options.policies}")
+        way = f"by way of {options.policies}" if options.publish_by == "directory" else "by broadcast"
+        log(f"roll-outs {', '.join(options.rollouts)} in {sampler.precision}, policies {way}")
 
 
 @contextmanager
@@ -166,7 +169,6 @@ def server_sampler(
     if not options.rollouts:
         yield None
         return
-    assert options.policies is not None, "checked with the flags"
     key = read_key(options.rollout_key_file) if options.rollout_key_file else None
     servers = Servers(addresses=options.rollouts, timeout=options.rollout_timeout, key=key)
     served = on_rank_0(servers.describe)
@@ -182,7 +184,12 @@ def server_sampler(
                 f"--rollouts {address} serves {said.model} in {said.precision}, and {options.rollouts[0]} {served[0].model} in "
                 f"{served[0].precision}; start both alike"
             )
-    with DirectoryPublisher.open(options.policies, options.target, source, servers, adapters) as publisher:
+    if options.publish_by == "directory":
+        assert options.policies is not None, "checked with the flags"
+        opened = DirectoryPublisher.open(options.policies, options.target, source, servers, adapters)
+    else:
+        opened = nullcontext(BroadcastPublisher(run_name(options.target), source, servers, adapters))
+    with opened as publisher:
         yield ServerSampler(
             servers=servers,
             publisher=publisher,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -15,10 +16,15 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
+import torch
+from safetensors.torch import save
+from torch import Tensor
 
 from shared.errors import StageError, UserError
+from shared.runtime.weight_broadcast import Broadcast, BrokenBroadcastError
 
 PATIENCE = (
     30.0  # seconds that a server may be away: long enough for a restart of the server's process, not of its machine
@@ -26,6 +32,7 @@ PATIENCE = (
 PAUSE = 1.0  # seconds between two attempts
 PROBE_EVERY = 5.0  # seconds between two questions whether a server that computes is there
 PROBE_TIMEOUT = 10.0  # seconds for the answer
+READY_EVERY = 0.02  # seconds between two questions whether all servers wait for a broadcast
 CONNECTIONS = 256  # of a process to a server: vLLM computes as many replies at once by default
 
 _SERVER_FAULT = 500  # and above: the server may be better in a moment
@@ -74,6 +81,38 @@ class Servers:
         """Have the servers of `to` take the policy of `path`. StageError with a server's reason if it does not."""
         body = {"path": str(path), "version": version}
         self._together([_publish(self._client(address), address, body) for address in to], watched=to)
+
+    def broadcast(self, weights: Mapping[str, Tensor], version: str, *, to: Sequence[str]) -> None:
+        """Broadcast the policy to the servers of `to`. StageError with a server's reason if it does not take it."""
+        self._together([self._broadcast(weights, version, to)], watched=to)
+
+    async def _broadcast(self, weights: Mapping[str, Tensor], version: str, to: Sequence[str]) -> None:
+        tensors = [{"name": n, "dtype": _stored(t.dtype), "shape": list(t.shape)} for n, t in weights.items()]
+        sending = Broadcast(len(to), address=_address_towards(to))
+        said = {"port": sending.port, "ranks": sending.size, "tensors": tensors}
+        bodies = [{"version": version, "broadcast": said | {"rank": rank}} for rank, _ in enumerate(to, 1)]
+        asked = [
+            asyncio.ensure_future(_offer(self._client(address), address, body))
+            for address, body in zip(to, bodies, strict=True)
+        ]
+        broken: list[BaseException] = []
+        sent = False
+        try:
+            while not sending.ready() and not any(one.done() for one in asked):  # one that is done has refused
+                await asyncio.sleep(READY_EVERY)
+            if sending.ready():
+                await asyncio.to_thread(sending.send, weights.values())
+                sent = True
+        except BrokenBroadcastError as error:
+            broken.append(error)
+        if not sent:
+            sending.close()  # the others wait for nothing
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        sending.close()
+        faults = [answer for answer in answers if isinstance(answer, BaseException)] + broken
+        faults.sort(key=lambda fault: isinstance(fault, BrokenBroadcastError))  # the consequences last
+        if faults:
+            raise faults[0]
 
     def complete(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The choice of each request's answer; requests are dealt to the servers in turn. An aborted one is asked for again."""
@@ -175,6 +214,43 @@ async def _publish(client: httpx2.AsyncClient, address: str, body: Mapping[str, 
         await _json(client, address, "POST", "policy", body)
 
 
+async def _offer(client: httpx2.AsyncClient, address: str, body: Mapping[str, Any]) -> None:
+    """Have a server receive a broadcast. It is asked once: the broadcast is made once."""
+    async with client:
+        try:
+            answer = await client.post("policy", json=body)
+        except httpx2.TransportError as error:
+            raise StageError(
+                f"--rollouts {address} went away while it was given the policy ({error or type(error).__name__}); the last saved "
+                "state is kept: start the server again, then run the same command"
+            ) from None
+        if answer.status_code == httpx2.codes.FAILED_DEPENDENCY:
+            raise BrokenBroadcastError(f"--rollouts {address}: {_reason(answer)}; the last saved state is kept")
+        _read(answer, address, "policy")
+
+
+@cache
+def _stored(dtype: torch.dtype) -> str:
+    """safetensors' name of a dtype."""
+    raw = save({"x": torch.empty(0, dtype=dtype)})
+    return str(json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["x"]["dtype"])
+
+
+def _address_towards(addresses: Sequence[str]) -> str:
+    """This host's address by which servers reach it; with servers on this host and elsewhere, the one for elsewhere."""
+    found = []
+    for address in addresses:
+        parts = urlsplit(base_of(address))
+        try:
+            family, kind, _, _, place = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.connect(place)  # sends nothing
+                found.append(str(probe.getsockname()[0]))
+        except OSError as error:
+            raise StageError(f"--rollouts {address}: {error.strerror or error}") from None
+    return next((one for one in found if not one.startswith("127.") and one != "::1"), found[0])
+
+
 async def _complete(client: httpx2.AsyncClient, address: str, request: Mapping[str, Any]) -> dict[str, Any]:
     until = None
     while True:
@@ -192,6 +268,11 @@ async def _json(
     client: httpx2.AsyncClient, address: str, method: str, route: str, body: Mapping[str, Any] | None = None
 ) -> Any:
     answer = await _ask(client, address, lambda: client.request(method, route, json=body))
+    return _read(answer, address, route)
+
+
+def _read(answer: httpx2.Response, address: str, route: str) -> Any:
+    """The answer's JSON; StageError for what is not one."""
     if answer.status_code == httpx2.codes.UNAUTHORIZED:
         raise StageError(f"--rollouts {address} needs a key: give --rollout-key-file")
     if answer.status_code in (httpx2.codes.NOT_FOUND, httpx2.codes.METHOD_NOT_ALLOWED) and route == "policy":

@@ -12,18 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM
+
+from shared.checkpoint.formats.safetensors_file import encode_header, header_bytes, tensor_bytes
+from shared.runtime.weight_broadcast import BrokenBroadcastError, receive
 
 
 class RolloutServer:
     """The state of a server.
 
     Attributes:
-        published: (path, version) of each POST of /v1/policy.
+        published: (path, version) of each POST of /v1/policy; the path of a broadcast is "broadcast".
         requests: bodies of /v1/completions.
         before: called with each request's body ahead of the answer; may change the server, or raise.
         lies: takes a publication without its weights.
+        receiving: called when the bytes of a broadcast come; may raise: ConnectionError breaks the connection off.
         dumb: answers nothing, and keeps connections open.
         failing: status of every answer.
         key: needed in every request.
@@ -36,6 +40,7 @@ class RolloutServer:
         self.requests: list[dict[str, Any]] = []
         self.before: Callable[[dict[str, Any]], None] = lambda body: None
         self.answer: Callable[[dict[str, Any]], None] = lambda choice: None
+        self.receiving: Callable[[], None] = lambda: None
         self.lies = self.dumb = False
         self.failing: int | None = None
         self.key: str | None = None
@@ -59,7 +64,7 @@ class RolloutServer:
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         """The answer of a POST."""
         if path == "/v1/policy":
-            return self._publish(body)
+            return self._receive(body) if "broadcast" in body else self._publish(body)
         with self._lock:
             self.requests.append(body)
             self.before(body)
@@ -69,14 +74,37 @@ class RolloutServer:
 
     def _publish(self, body: dict[str, Any]) -> tuple[int, Any]:
         self.published.append((body["path"], body["version"]))
-        weights = load_file(Path(body["path"]) / "model.safetensors")
+        return self._take(load_file(Path(body["path"]) / "model.safetensors"), body["version"], body["path"])
+
+    def _receive(self, body: dict[str, Any]) -> tuple[int, Any]:
+        self.published.append(("broadcast", body["version"]))
+        said, held = body["broadcast"], bytearray()
+        tensors = [(each["name"], each["dtype"], tuple(each["shape"])) for each in said["tensors"]]
+        first = load_file(self.directory / "model.safetensors")
+        if lacking := sorted(first.keys() - {name for name, *_ in tensors}):
+            return 409, {"error": {"message": f"the broadcast lacks {lacking[0]}"}}
+
+        def write(part: memoryview) -> None:
+            held.extend(part)
+            self.receiving()
+
+        size = sum(tensor_bytes(dtype, shape) for _, dtype, shape in tensors)
+        group = {"rank": said["rank"], "ranks": said["ranks"], "address": "127.0.0.1"}
+        try:
+            receive(size, write, host="127.0.0.1", port=said["port"], **group)
+        except BrokenBroadcastError as error:
+            return 424, {"error": {"message": str(error)}}
+        weights = load(header_bytes(encode_header(tensors, None)) + bytes(held))
+        return self._take(weights, body["version"], "broadcast")
+
+    def _take(self, weights: dict[str, torch.Tensor], version: str, path: str) -> tuple[int, Any]:
         first = load_file(self.directory / "model.safetensors")
         if lacking := sorted(first.keys() - weights.keys()):
-            return 409, {"error": {"message": f"path {body['path']} lacks {lacking[0]}"}}
+            return 409, {"error": {"message": f"path {path} lacks {lacking[0]}"}}
         assert {n: (t.shape, t.dtype) for n, t in weights.items()} == {n: (t.shape, t.dtype) for n, t in first.items()}
         if not self.lies:
             self.model.load_state_dict(weights, strict=False)  # tied ones are absent
-        self.version, self.path = body["version"], body["path"]
+        self.version, self.path = version, path
         return 200, self.get("/v1/policy")[1]
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.tools.rlhf.rollout.rollout_server import RolloutServer
-from tools.rlhf.rollout import directory_publisher, servers
+from tools.rlhf.rollout import server_publisher, servers
 
 STEPS = 8
 
@@ -35,13 +35,17 @@ def flags(world: Any, server: RolloutServer, tmp_path: Path) -> Callable[..., di
 
 @pytest.mark.parametrize("command", ["ppo", "grpo", "rloo"])
 def test_a_learnable_reward_rises(command, flags, server, world, rlhf, metrics, sampled_red, capsys):
-    """RLOO's reward, which rises slower, is sampled in `test_rloo.py`; here its protocol is looked at."""
+    """RLOO's reward, which rises slower, is sampled in `test_rloo.py`; here its protocol is looked at, by broadcast."""
     steps = 2 if command == "rloo" else STEPS
     given = flags(command, steps=steps, global_batch_size=32, micro_batch_size=32)
     if command == "ppo":
         given |= {"rollout_batch_size": 32, "global_batch_size": 16, "micro_batch_size": 16}
     if command == "grpo":
         given |= {"importance_correction": "token_truncate"}
+    policies = given["policies"]
+    if command == "rloo":
+        given |= {"publish_by": "broadcast"}
+        del given["policies"]
     assert rlhf(command, **given) == 0
     rows = metrics(given["target"])
     assert len(rows) == steps
@@ -55,7 +59,8 @@ def test_a_learnable_reward_rises(command, flags, server, world, rlhf, metrics, 
     assert [version.rsplit("-", 1)[1] for _, version in server.published] == [str(step) for step in range(steps)]
     assert len(server.requests) == steps * 32
     assert len({request["seed"] for request in server.requests}) == steps * 32
-    assert list(given["policies"].iterdir()) == []
+    assert {path == "broadcast" for path, _ in server.published} == {command == "rloo"}
+    assert list(policies.iterdir()) == []
     assert f"roll-outs {server.url} in fp32" in capsys.readouterr().err
 
 
@@ -108,7 +113,7 @@ def test_a_dead_engine_is_named_and_the_run_resumes_to_the_same_digits(flags, se
 
 @pytest.mark.parametrize("command", ["ppo", "rloo"])
 def test_a_tensor_that_is_not_published_is_named(command, flags, server, rlhf, monkeypatch, capsys):
-    complete = directory_publisher.source_weights
+    complete = server_publisher.source_weights
 
     def lacking(*arguments: Any) -> dict[str, Any]:
         weights = complete(*arguments)
@@ -116,7 +121,7 @@ def test_a_tensor_that_is_not_published_is_named(command, flags, server, rlhf, m
             del weights["model.norm.weight"]
         return weights
 
-    monkeypatch.setattr(directory_publisher, "source_weights", lacking)
+    monkeypatch.setattr(server_publisher, "source_weights", lacking)
     assert rlhf(command, **flags(command, steps=2)) == 1
     assert "lacks model.norm.weight" in capsys.readouterr().err.splitlines()[-1]
     monkeypatch.undo()
@@ -191,6 +196,8 @@ def test_a_faulty_reward_ends_the_run(command, name, message, flags, rlhf, world
         ({"rollouts": "http://localhost:99999"}, "is not an address such as"),
         ({"policies": None}, "--rollouts needs --policies"),
         ({"rollouts": None}, "--policies is for servers"),
+        ({"publish_by": "broadcast"}, "--publish-by broadcast writes no policy: leave --policies out"),
+        ({"publish_by": "broadcast", "policies": None, "rollouts": None}, "--publish-by is for servers"),
         ({"importance_cap": 3.0}, "--importance-cap 3 acts with --importance-correction"),
     ],
 )
