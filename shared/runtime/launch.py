@@ -85,6 +85,13 @@ def launch(processes: int | None) -> int | None:
                 signal.signal(number, handler)
 
 
+def visible_gpus() -> int:
+    """GPUs this process may use, found without importing torch."""
+    devices = len([node for node in Path("/dev").glob("nvidia*") if node.name.removeprefix("nvidia").isdigit()])
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return devices if chosen is None else min(devices, len([part for part in chosen.split(",") if part]))
+
+
 def started_by_launch() -> bool:
     """Whether this process is a worker of `launch`, which has checked the command's inputs."""
     return _LAUNCHED in os.environ

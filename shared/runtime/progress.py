@@ -21,6 +21,7 @@ DIRECTORY = "BATON_PROGRESS"  # set by the launcher: where records and stacks of
 RECORD = 512  # bytes
 STACK_SIGNAL = signal.SIGUSR2
 
+HANG_SECONDS = 50  # the commands' --hang-timeout
 FIRST_UPDATE_SECONDS = 600.0  # kernels are compiled, caches filled
 LONG_SECONDS = 1800.0  # opening, loading, saving: as long as the collectives of the others may wait
 UPDATES = 10.0  # an update may take so many times the median of the last ones
@@ -32,8 +33,8 @@ _ROOT = Path(__file__).parents[2]
 class _Progress:
     """The record of this process."""
 
-    def __init__(self, timeout: float) -> None:
-        self.timeout = timeout
+    def __init__(self, timeout: float, first_update: float) -> None:
+        self.timeout, self.first_update = timeout, first_update
         self.thread = f"0x{threading.get_ident():016x}"  # as in a stack
         self.prefix = ""
         self.phases = 0  # passed; every rank passes the same
@@ -81,7 +82,7 @@ class _Progress:
 
     def update_limit(self) -> float:
         if not self.seconds:
-            return max(self.timeout, FIRST_UPDATE_SECONDS)
+            return max(self.timeout, self.first_update)
         return max(self.timeout, UPDATES * statistics.median(self.seconds))
 
     def close(self) -> None:
@@ -104,12 +105,17 @@ def paths(directory: Path, rank: int) -> tuple[Path, Path]:
     return directory / f"rank-{rank}.progress", directory / f"rank-{rank}.stack"
 
 
-def begin(timeout: float) -> None:
-    """Have this process watched. `timeout`: seconds that it may stay within an update, at least; 0: it is not watched."""
+def begin(timeout: float, *, first_update: float = FIRST_UPDATE_SECONDS) -> None:
+    """Have this process watched.
+
+    Args:
+        timeout: seconds that it may stay within an update, at least; 0: it is not watched.
+        first_update: seconds that a phase of the first update may take.
+    """
     global _current
     end()
     if timeout:
-        _current = _Progress(timeout)
+        _current = _Progress(timeout, first_update)
         at("starting", long=True)
 
 
@@ -134,8 +140,14 @@ def update(number: int) -> None:
     at("reading the data")
 
 
-def at(phase: str, *, long: bool = False) -> None:
-    """The next phase, of an update unless `long`. Every rank passes the same phases."""
+def at(phase: str, *, long: bool = False, limit: float | None = None) -> None:
+    """The next phase, of an update unless `long`. Every rank passes the same phases.
+
+    Args:
+        phase: its name.
+        long: it is outside of the updates.
+        limit: seconds that it may take; infinite for what has a limit of its own. A rank that is stopped is named all the same.
+    """
     if _listener is not None:
         _listener(phase)
     if _current is None:
@@ -144,7 +156,9 @@ def at(phase: str, *, long: bool = False) -> None:
         _current.prefix = ""
     _current.phases += 1
     _current.phase = f"{_current.prefix}{phase}"
-    _current.limit = max(UPDATES * _current.timeout, LONG_SECONDS) if long else _current.update_limit()
+    if limit is None:
+        limit = max(UPDATES * _current.timeout, LONG_SECONDS) if long else _current.update_limit()
+    _current.limit = limit
     _current.write()
 
 

@@ -18,6 +18,7 @@ from shared.parallel import ContextExchange
 from shared.precision import RunPrecision
 from shared.rehearsal.machine import GpuName
 from shared.report.track import DEFAULT, Track
+from shared.runtime.progress import HANG_SECONDS
 
 
 def _existing_data(path: Path) -> Path:
@@ -203,7 +204,7 @@ class TrainingOptions:
     validation_sequences: Positive = 1024
     keep_best: bool = False
     early_stop: Positive | None = None
-    hang_timeout: NonNegative = 50
+    hang_timeout: NonNegative = HANG_SECONDS
     overwrite: bool = False
     extend: bool = False
     iteration: NonNegative | None = None

@@ -16,7 +16,7 @@ from shared.console import log, quantity
 from shared.errors import UserError
 from shared.families import registry
 from shared.mapping.adapters import LoraSettings, adapted_linears
-from shared.runtime.launch import started_by_launch
+from shared.runtime.launch import started_by_launch, visible_gpus
 from shared.training import states
 from shared.training.blend import Blend
 from shared.training.config import TrainingConfig
@@ -126,13 +126,6 @@ def default_processes(needed: int) -> int:
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     return visible_gpus() or needed
-
-
-def visible_gpus() -> int:
-    """GPUs this process may use, found without importing torch."""
-    devices = len([node for node in Path("/dev").glob("nvidia*") if node.name.removeprefix("nvidia").isdigit()])
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return devices if chosen is None else min(devices, len([part for part in chosen.split(",") if part]))
 
 
 def snapshot_estimate(config: TrainingConfig, architecture: Architecture) -> int:

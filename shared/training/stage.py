@@ -21,7 +21,7 @@ from shared.parallel import ParallelConfig, ranks_needed
 from shared.precision import DTYPES
 from shared.report.track import check_installed
 from shared.runtime import progress
-from shared.runtime.launch import launch
+from shared.runtime.launch import launch, visible_gpus
 from shared.runtime.silence_warnings import silence
 from shared.training import rehearsal_options
 from shared.training.blend import Blend
@@ -35,7 +35,7 @@ from shared.training.config import (
 from shared.training.data_sources import DataSource
 from shared.training.lora_options import lora_settings, mtp_loss_scaling_factor, weight_decay
 from shared.training.options import EXTENDABLE, TrainingOptions
-from shared.training.plan import Inputs, announce, default_processes, visible_gpus
+from shared.training.plan import Inputs, announce, default_processes
 from shared.training.replies import Replies
 from shared.training.samplers import Order, default_order
 

@@ -106,9 +106,14 @@ def flags(
 
 @pytest.mark.parametrize(
     ("name", "more"),
-    [("ppo", ("--rollout-batch-size", 8)), ("grpo", ("--generations", 4)), ("rloo", ("--generations", 4))],
+    [
+        ("ppo", ("--rollout-batch-size", 8)),
+        ("grpo", ("--generations", 4)),
+        ("rloo", ("--generations", 4, "--lora-rank", 4, "--zero", 2)),
+    ],
 )
 def test_vllm_samples_from_the_policy_of_the_trainer(name, more, server, source, inputs, baton):
+    """RLOO trains an adapter on ZeRO-2, and broadcasts the merged policy."""
     url, _ = server
     baton("rlhf", name, *flags(source, inputs, url, name, 3, broadcast=name == "rloo"), *more)
     rows = [json.loads(line) for line in (inputs / name / "metrics.jsonl").read_text().splitlines()]
@@ -116,6 +121,32 @@ def test_vllm_samples_from_the_policy_of_the_trainer(name, more, server, source,
     assert max(row["log_prob_gap"] for row in rows) < GAP
     assert max(row["log_prob_gap_max"] for row in rows) < 10 * GAP
     assert list((inputs / "policies").iterdir()) == []
+
+
+def test_an_adapter_of_a_policy_is_merged_and_served(source, inputs, baton):
+    """The one of RLOO above: `convert merge-lora`, PEFT in transformers, the check of `infer serve --adapter`."""
+    adapter, merged = inputs / "rloo", inputs / "rloo-merged"
+    baton("convert", "merge-lora", "--source", source, "--adapter", adapter, "--target", merged)
+    said = json.loads(python("rlhf", ROOT / "tests/pipeline/adapter_of_a_policy.py", source, adapter, merged))
+    assert said["adapted"] == 14
+    assert said["bits"], "`rlhf --publish merged` and `convert merge-lora` differ"
+    assert said["effect"] > 1e-3
+    assert said["gap"] < 1e-5  # fp32: the adapter is added after the product, or before
+    check = (
+        "import sys; from pathlib import Path; from tools.infer.weight_check import ServedWeights as Served; "
+        "from tools.infer.served_adapters import parse_adapters as parse; "
+        "print(parse([f'tuned={sys.argv[2]}'], Served.read(Path(sys.argv[1])).shapes, 'base')[0].rank)"
+    )
+    assert python("infer", "-c", check, source, adapter).split()[-1] == "4"
+
+
+def python(tool: str, *words: object) -> str:
+    """What Python prints in a tool's environment."""
+    interpreter = Path(command(tool)[0]).with_name("python")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [interpreter, *map(str, words)], stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=ROOT
+    ).stdout
 
 
 def test_a_killed_server_is_named_within_a_minute(server, source, inputs, baton):

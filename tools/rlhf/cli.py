@@ -12,7 +12,7 @@ tool = Tool(
 )
 
 # gradient_checkpointing and offload: where numbers are kept, not what they are.
-_NOT_FINGERPRINTED = ("save_every", "log_every", "track", "gradient_checkpointing", "offload")
+_NOT_FINGERPRINTED = ("save_every", "log_every", "track", "hang_timeout", "gradient_checkpointing", "offload")
 # Where replies are sampled, and when a run is given up: not what is computed.
 _ROLLOUTS = (
     *("reward_timeout", "rollouts", "publish_by", "policies", "rollout_key_file", "rollout_timeout"),
@@ -27,6 +27,7 @@ _PPO = (
 _LORA = ("lora_rank", "lora_alpha", "lora_targets", "rslora", "publish")
 _LORA_OF_ROWS = (*_LORA, "lora_dropout")
 _HELD_OUT = ("validation_prompts", "evaluate_every", "keep_best")
+_ROLLOUT = ("rollout_micro_batch_size",)
 _IMPORTANCE = ("importance_correction", "importance_cap")
 
 
@@ -90,7 +91,8 @@ def kto(options: KTOOptions) -> int | None:
 
 
 @tool.command(
-    not_fingerprinted=(*_NOT_FINGERPRINTED, *_ROLLOUTS), added=("backend", *_IMPORTANCE, *_HELD_OUT, *_LORA, *_PPO)
+    not_fingerprinted=(*_NOT_FINGERPRINTED, *_ROLLOUTS),
+    added=("backend", *_ROLLOUT, *_IMPORTANCE, *_HELD_OUT, *_LORA, *_PPO),
 )
 def ppo(options: PPOOptions) -> int | None:
     """Train a policy on rewards by PPO, on DeepSpeed engines or by trlx.
@@ -113,7 +115,7 @@ def ppo(options: PPOOptions) -> int | None:
 
 @tool.command(
     not_fingerprinted=(*_NOT_FINGERPRINTED, *_ROLLOUTS),
-    added=("loss", "reward_normalisation", "scale_rewards", *_IMPORTANCE, *_HELD_OUT, *_ZERO, *_LORA),
+    added=("loss", "reward_normalisation", "scale_rewards", *_ROLLOUT, *_IMPORTANCE, *_HELD_OUT, *_ZERO, *_LORA),
 )
 def grpo(options: GRPOOptions) -> int | None:
     """Train a policy on rewards by GRPO, with TRL's GRPOTrainer: no critic, advantages are relative to a prompt's replies.
@@ -128,7 +130,7 @@ def grpo(options: GRPOOptions) -> int | None:
     return code
 
 
-@tool.command(not_fingerprinted=(*_NOT_FINGERPRINTED, *_ROLLOUTS), added=(*_HELD_OUT, *_ZERO, *_LORA))
+@tool.command(not_fingerprinted=(*_NOT_FINGERPRINTED, *_ROLLOUTS), added=(*_ROLLOUT, *_HELD_OUT, *_ZERO, *_LORA))
 def rloo(options: RLOOOptions) -> int | None:
     """Train a policy on rewards by RLOO, with TRL's RLOOTrainer: a reply's baseline is the mean of the prompt's other replies.
 
@@ -144,10 +146,14 @@ def rloo(options: RLOOOptions) -> int | None:
 
 def _launch(options: Options) -> int | None:
     """Start the ranks, after the checks that need no imports; None: this process is one."""
+    import os
+
     from shared.report.track import check_installed
-    from shared.runtime.launch import launch
+    from shared.runtime.launch import launch, visible_gpus
 
     check_installed(options.track)
+    if options.processes is None and "RANK" not in os.environ:
+        return launch(options.processes_on(visible_gpus()))
     return launch(options.processes)
 
 

@@ -16,6 +16,7 @@ from shared.checkpoint.files import commit_directory, remove_tree, write_atomica
 from shared.console import log
 from shared.errors import UserError
 from shared.report import page
+from shared.runtime import progress
 from shared.runtime.agreement import on_rank_0
 from tools.rlhf.data import Prompt, read_prompts
 from tools.rlhf.engines.distributed import DistributedContext
@@ -130,6 +131,7 @@ class HeldOutPrompts:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Answer the prompts after update `step`; every rank calls it. Returns metrics."""
+        progress.at("held-out prompts", long=True, limit=math.inf)
         self._publisher.publish(self._policy, step)
         device = self._distributed.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -14,6 +14,7 @@ from shared.cli import Existing, ExistingDir, NonNegative, Positive, Seed
 from shared.errors import UserError
 from shared.precision import TrainingPrecision
 from shared.report.track import DEFAULT, Track
+from shared.runtime.progress import HANG_SECONDS
 from shared.training.lora_options import refuse_without_rank
 from tools.rlhf.rewards.spec import RewardSpec, parse
 
@@ -39,13 +40,16 @@ class Options:
         precision: of the arithmetic; by default bf16 on a GPU and fp32 elsewhere. Main weights are fp32.
         zero: ZeRO stage; 1 shards optimizer state over processes, 2 also gradients, 3 also parameters. With bf16, what is not
             main weights is bf16, from stage 1 on.
-        processes: world size; by default the launcher's (torchrun, Slurm), else 1. One process per GPU where there are GPUs.
+        processes: world size; by default the launcher's (torchrun, Slurm), else one process per GPU, at most as many as the
+            batch sizes can be divided among, and 1 without GPUs.
         seed: of every random choice.
         save_every: steps between two saves of the state.
         log_every: steps between two log lines; metrics.jsonl has every step.
         track: where the numbers of metrics.jsonl go, too: tensorboard, wandb, mlflow, trackio, separated by commas, or none. All
             write to the target unless their own environment variables name a server.
         gradient_checkpointing: keep only the inputs of layers for the backward pass, which computes their activations again.
+        hang_timeout: seconds after which a rank of several that is stopped, or that stays in a part of an update ten times as
+            long as the last updates took, is named and the job ended. 0: no watch.
         offload: keep the optimizer's states in the host's memory, with ZeRO stage 3 also the weights; for GPUs.
         lora_rank: train LoRA adapters of this rank, and no weight of the model.
         lora_alpha: scale of the adapters' product times rank; by default twice the rank.
@@ -72,6 +76,7 @@ class Options:
     log_every: Positive = 1
     track: tuple[Track, ...] = DEFAULT
     gradient_checkpointing: bool = False
+    hang_timeout: NonNegative = HANG_SECONDS
     offload: bool = False
     lora_rank: Positive | None = None
     lora_alpha: Above | None = None
@@ -112,6 +117,16 @@ class Options:
         """UserError for an option without effect on a device of this type."""
         if self.offload and device_type != "cuda":
             raise UserError("--offload moves states from the GPU to the host, and there is no GPU here; leave it out")
+
+    def processes_on(self, gpus: int) -> int:
+        """The default of `--processes` on a machine: one per GPU, or the most that `check` accepts."""
+        for processes in range(gpus, 1, -1):
+            try:
+                self.check(processes)
+            except UserError:
+                continue
+            return processes
+        return 1
 
     def check(self, world_size: int) -> None:
         """UserError unless global_batch_size is a multiple of micro_batch_size * world_size."""
@@ -279,6 +294,8 @@ class PolicyOptions(Options):
         global_batch_size: replies per update, over all processes.
         micro_batch_size: replies per forward pass of a process.
         seed: of sampling and shuffling.
+        rollout_micro_batch_size: replies that a process samples at once, by default all of a roll-out; bounds the memory of keys
+            and values. What is sampled does not depend on the number, but differs from the default's.
         rollouts: addresses of `infer rollouts`, separated by commas, that sample the replies, such as http://127.0.0.1:8000/v1;
             by default this command samples itself.
         publish_by: how --rollouts get the policy: a directory below --policies, or a broadcast over the network to servers
@@ -302,6 +319,7 @@ class PolicyOptions(Options):
     max_new_tokens: Positive = 128
     temperature: Temperature = 1.0
     clip_range: Above = 0.2
+    rollout_micro_batch_size: Positive | None = None
     rollouts: tuple[str, ...] = ()
     publish_by: Literal["directory", "broadcast"] = "directory"
     policies: ExistingDir | None = None
@@ -322,6 +340,8 @@ class PolicyOptions(Options):
                     f"{flag} is about --validation-prompts, prompts to measure with: give it, too, or leave it out"
                 )
         _check_addresses(self.rollouts)
+        if self.rollouts and self.rollout_micro_batch_size:
+            raise UserError("--rollout-micro-batch-size: servers of --rollouts batch by themselves; leave it out")
         broadcast = self.publish_by == "broadcast"
         if self.rollouts and self.policies is None and not broadcast:
             raise UserError(

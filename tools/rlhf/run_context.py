@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from shared.invocation import invocation
 from shared.report import page
 from shared.report.metrics import METRICS, read
 from shared.report.track import FOLDERS
+from shared.runtime import progress
 from shared.runtime.agreement import on_rank_0
 from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.options import PolicyOptions, PreferenceOptions
@@ -67,11 +69,19 @@ def shown(value: Any) -> str:
 
 @contextmanager
 def open_training(options: PreferenceOptions | PolicyOptions, distributed: DistributedContext) -> Iterator[RunContext]:
-    """As `open_run`, for a command's options. UserError if they do not fit the processes or the device."""
+    """As `open_run`, for a command's options; ranks of several are watched. UserError if they do not fit processes or device."""
     options.check(distributed.world_size)
     options.check_device(distributed.device.type)
-    with open_run(options.target, options.inputs, overwrite=options.overwrite, kind=options.published_kind) as context:
-        yield context
+    if distributed.world_size > 1:  # one alone holds nobody up; a first roll-out may take any time
+        progress.begin(options.hang_timeout, first_update=math.inf)
+    try:
+        progress.at("reading and loading", long=True, limit=math.inf)
+        with open_run(
+            options.target, options.inputs, overwrite=options.overwrite, kind=options.published_kind
+        ) as context:
+            yield context
+    finally:
+        progress.end()
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def exactly_merged(world, tensors):
 
 
 def test_merged_it_is_the_exact_sum_rounded_once(world, rlhf, adapter):
-    """The same run with `--publish merged`. `tests/pipeline` compares it with `convert merge-lora`."""
+    """The same run with `--publish merged`. `tests/pipeline` compares the sum with `convert merge-lora`."""
     target = world.root / "dpo-merged"
     assert rlhf("dpo", **dpo_flags(world, target, publish="merged")) == 0
     ours, wanted = (

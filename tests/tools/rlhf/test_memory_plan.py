@@ -1,9 +1,10 @@
-"""The plan's bytes of states are those of the tensors that there are: in one process."""
+"""The plan's bytes of states are those of the tensors that there are, on each of two processes."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -59,8 +60,7 @@ for zero, precision, lora in [(2, "bf16", True), (0, "fp32", False), (0, "bf16",
     between = planned.total - (0 if zero == 3 else planned.gradients)  # ZeRO-3 keeps its gradients' memory
     rows.append([zero, precision, lora, planned.total, full, between, held() - before])
     del model, engine
-if distributed.rank == 0:
-    print("ROWS", json.dumps(rows))
+print("ROWS", json.dumps(rows))
 """
 
 
@@ -69,13 +69,24 @@ def test_planned_bytes_are_those_of_the_tensors(world, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     job = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     environment = {name: value for name, value in os.environ.items() if name not in job} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", tmp_path / "worker.py", world.policy],
-        capture_output=True, text=True, check=False, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("ROWS"))
-    for zero, precision, lora, planned, full, between, after in json.loads(line.removeprefix("ROWS")):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", tmp_path / "worker.py", world.policy],
+            stdout=subprocess.PIPE, text=True, env=environment | job | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    said = [rank.communicate()[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    lines = [line for text in said for line in text.splitlines() if line.startswith("ROWS")]
+    assert len(lines) == 2
+    for zero, precision, lora, planned, full, between, after in (
+        row for line in lines for row in json.loads(line.removeprefix("ROWS"))
+    ):
         where = (
             f"ZeRO {zero}, {precision}, LoRA {lora}: {planned} planned, {full} held; {between} planned, {after} held"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from shared.console import log
 from shared.errors import UserError
 from shared.precision import DTYPES
+from shared.runtime import progress
 from tools.rlhf.data import Prompt
 from tools.rlhf.engines.deepspeed import initialize_distributed
 from tools.rlhf.engines.distributed import DistributedContext
@@ -184,6 +186,7 @@ def _train(
             precision, servers.precision if servers else precision, given=options.log_prob_gap_limit
         ),
         servers=servers,
+        rollout_micro_batch_size=options.rollout_micro_batch_size,
         **algorithm.arguments,
         model=policy,
         reward_funcs=[_reward_function(spec, scorer, prompts, source) for spec, scorer in reward.components],
@@ -260,7 +263,10 @@ def _reward_function(spec: RewardSpec, scorer: weighted_sum.Scorer, prompts: Seq
             Reply(ids=tuple(ids), text=text, ended=bool(ids) and ids[-1] in source.eos_ids)
             for ids, text in zip(completion_ids, texts, strict=True)
         ]
-        return scorer([prompts[i] for i in row], replies)
+        progress.at("rewards", limit=math.inf)  # --reward-timeout
+        scores = scorer([prompts[i] for i in row], replies)
+        progress.at("forward and backward")
+        return scores
 
     function.__name__ = spec.name
     return function

@@ -20,6 +20,7 @@ from torch import Tensor
 from shared.console import log
 from shared.errors import Interrupted, StageError
 from shared.report.metrics import peak_memory
+from shared.runtime import progress
 from shared.runtime.agreement import on_rank_0
 from shared.runtime.stop_request import StopRequest
 from shared.training.schedule import Schedule
@@ -35,7 +36,7 @@ from tools.rlhf.quantiles import quantiles
 from tools.rlhf.rewards.running_moments import RewardScale
 from tools.rlhf.rewards.weighted_sum import Reward
 from tools.rlhf.rollout.log_prob_gap import check_log_prob_gap
-from tools.rlhf.rollout.publisher import Publisher
+from tools.rlhf.rollout.publisher import InProcessPublisher, Publisher
 from tools.rlhf.rollout.rollout import Sequences
 from tools.rlhf.rollout.sampler import Sampler, rollout_seed
 from tools.rlhf.state import State
@@ -82,14 +83,18 @@ class PPO:
         critic_rate = options.learning_rate if options.critic_learning_rate is None else options.critic_learning_rate
         for step in range(first, options.steps + 1):
             started = time.perf_counter()
+            progress.update(step)
             learning_rate = _rate(options, options.learning_rate, step)
             self.actor.set_learning_rate(learning_rate)
             self.critic.set_learning_rate(_rate(options, critic_rate, step))
             experience, row = self._experience(step, kl_coefficient, scale)
             check_log_prob_gap(row["log_prob_gap"], self.log_prob_gap_limit, first=step == first)
             collected = time.perf_counter()
+            progress.at("update")
             row |= self._update(experience, step)
             now = time.perf_counter()
+            progress.updated(now - started)
+            progress.at("recording and saving", long=True, limit=math.inf)
             row |= {
                 "kl_coefficient": kl_coefficient,
                 "learning_rate": learning_rate,
@@ -126,13 +131,19 @@ class PPO:
     ) -> tuple[Experience, dict[str, float]]:
         """Publish, roll out, score, evaluate; `scale`: of the rewards that are learned from."""
         started = time.perf_counter()
+        own_limit = (
+            None if isinstance(self.publisher, InProcessPublisher) else math.inf
+        )  # servers have --rollout-timeout
+        progress.at("roll-out", limit=own_limit)
         self.publisher.publish(self.actor, step - 1)
         published = time.perf_counter()
         prompts = self._prompts(step)
         rollout = self.sampler.sample(prompts, seed=rollout_seed(self.options.seed, step, self.distributed.rank))
         sampled = time.perf_counter()
+        progress.at("rewards", limit=math.inf)  # --reward-timeout
         scores, components = self.reward(rollout.prompts, rollout.replies)
         scored = time.perf_counter()
+        progress.at("forward")
         learned = scale(scores.to(self.distributed.device), self.distributed.sum) if scale else scores
         experience, row = collect(
             rollout,

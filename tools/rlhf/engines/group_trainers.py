@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessorList
 from trl import GRPOTrainer, RLOOTrainer
 
+from shared.runtime import progress
 from tools.rlhf.algorithms import losses
 from tools.rlhf.algorithms.experience import agreement, weight_fractions
 from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.engines.trl import TrainedPolicy
-from tools.rlhf.rollout.in_process import SampledLogProbs
+from tools.rlhf.rollout.in_process import generate_in_parts
 from tools.rlhf.rollout.log_prob_gap import check_log_prob_gap
 from tools.rlhf.rollout.on_servers import ServerSampler
 from tools.rlhf.rollout.sampler import rollout_seed
@@ -39,6 +41,7 @@ class Checked:
     accelerator: Any
     args: Any
     model: Any
+    processing_class: Any
     ref_model: Any
     state: Any
     temperature: float
@@ -51,6 +54,7 @@ class Checked:
         distributed: DistributedContext,
         log_prob_gap_limit: float,
         servers: ServerSampler | None = None,
+        rollout_micro_batch_size: int | None = None,
         **arguments: Any,
     ) -> None:
         """
@@ -58,8 +62,10 @@ class Checked:
             distributed: the ranks.
             log_prob_gap_limit: largest mean gap of a roll-out in nats, see `check_log_prob_gap`.
             servers: sample the replies; by default the trained model does.
+            rollout_micro_batch_size: replies that the trained model samples at once; by default all.
             arguments: the trainer's.
         """
+        self._rollout_size = rollout_micro_batch_size
         self._distributed, self._limit, self._servers = distributed, log_prob_gap_limit, servers
         self._sampled: Tensor | None = None  # log-probabilities of the sampler, [B, T]
         self._checked = False
@@ -69,14 +75,23 @@ class Checked:
                 pass_position_ids(self.accelerator.unwrap_model(model))
 
     def _generate_single_turn(self, prompt_ids: Any, *arguments: Any, **named: Any) -> Any:
+        progress.at("roll-out", limit=None if self._servers is None else math.inf)  # servers have --rollout-timeout
         if self._servers is not None:
             return self._from_servers(self._servers, prompt_ids)
-        policy, record = self.accelerator.unwrap_model(self.model), SampledLogProbs(self.temperature)
+        policy = self.accelerator.unwrap_model(self.model)
         whole = policy.generate
 
         def generate(**inputs: Any) -> Tensor:
-            ids = whole(**inputs, logits_processor=LogitsProcessorList([record]))
-            record.note(ids)
+            tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+            settings = {name: value for name, value in inputs.items() if name not in tensors}
+            ids, self._sampled = generate_in_parts(
+                partial(whole, **settings),
+                tensors,
+                temperature=self.temperature,
+                pad_id=self.processing_class.pad_token_id,
+                size=self._rollout_size,
+                seed=rollout_seed(self.args.seed, self.state.global_step, self._distributed.rank),
+            )
             return ids
 
         policy.generate = generate
@@ -84,7 +99,6 @@ class Checked:
             return super()._generate_single_turn(prompt_ids, *arguments, **named)  # type: ignore[misc]
         finally:
             del policy.generate
-            self._sampled = torch.cat(record.columns, dim=1) if record.columns else None
 
     def _from_servers(self, servers: ServerSampler, prompts: list[list[int]]) -> Any:
         """Publish the policy, and sample a reply to each prompt."""

@@ -7,6 +7,7 @@ checkpoints from interrupted ones.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from shared.checkpoint.files import remove_tree, sync, sync_tree
 from shared.console import log
 from shared.errors import Interrupted, StageError
 from shared.report.metrics import peak_memory
+from shared.runtime import progress
 from shared.runtime.agreement import on_rank_0
 from shared.runtime.stop_request import StopRequest
 from tools.rlhf.engines.deepspeed import check_state, gathered_weights, trainer_config
@@ -110,11 +112,17 @@ class StageCallback(TrainerCallback):
         self.interrupted_at: int | None = None
         self._period = period
         self._distributed, self._log_every, self._line = distributed, options.log_every, line
-        self._stop = StopRequest()
+        self._stop, self._began = StopRequest(), 0.0
         step = step_of(resumed) if resumed else None
         self._metrics = context.state.metrics(step, options.track) if distributed.rank == 0 else None
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.monotonic()
+        progress.update(state.global_step + 1)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        progress.updated(time.monotonic() - self._began)
+        progress.at("recording and saving", long=True, limit=math.inf)
         between = state.global_step == state.max_steps or state.global_step % self._period
         if not between and self._stop.agreed(self._distributed.device):
             self.interrupted_at = state.global_step

@@ -15,7 +15,8 @@ _NEVER = 1 << 60
 _HONOURED = """
 source target overwrite prompts reward reward_timeout backend processes seed track
 steps rollout_batch_size epochs global_batch_size micro_batch_size save_every log_every
-max_new_tokens temperature rollouts policies rollout_key_file rollout_timeout log_prob_gap_limit
+hang_timeout max_new_tokens temperature rollout_micro_batch_size
+rollouts publish_by policies rollout_key_file rollout_timeout log_prob_gap_limit
 validation_prompts evaluate_every keep_best missing_eos_penalty normalise_rewards reward_clip
 learning_rate warmup_steps max_gradient_norm precision zero clip_range value_clip_range
 kl_coefficient kl_estimator kl_target kl_horizon discount gae_lambda whiten_advantages

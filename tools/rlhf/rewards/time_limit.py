@@ -16,6 +16,7 @@ from shared.errors import EXIT_FAILED, EXIT_INTERRUPTED
 STOP_SECONDS = 10.0  # after a signal to stop: what a call may take to return by itself
 UNWIND_SECONDS = 5.0  # for the call to leave once it is interrupted; compiled code may not
 _POLL_SECONDS = 0.1
+_WAKE = signal.SIGRTMIN  # SIGUSR2 asks for stacks (shared/runtime/progress.py)
 _STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -72,7 +73,7 @@ def call_within[T](function: Callable[[], T], seconds: float, *, where: str) -> 
                 reasons.append(StopAsked(f"stopped by a signal while {where} ran"))
             else:
                 continue
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR2)  # type: ignore[arg-type]
+            signal.pthread_kill(threading.main_thread().ident, _WAKE)  # type: ignore[arg-type]
             if not returned.wait(UNWIND_SECONDS):
                 sys.stderr.write(f"{reasons[0]}, and it cannot be interrupted; nothing is published\n")
                 sys.stderr.flush()
@@ -82,7 +83,7 @@ def call_within[T](function: Callable[[], T], seconds: float, *, where: str) -> 
     # A handler that is no function is the default: the signal ends the process anyway.
     handlers = {number: signal.getsignal(number) for number in _STOPPING}
     previous: dict[int, Any] = {number: handler for number, handler in handlers.items() if callable(handler)}
-    signal.signal(signal.SIGUSR2, wake)  # stays: a late one finds the call returned
+    signal.signal(_WAKE, wake)  # stays: a late one finds the call returned
     for number in previous:
         signal.signal(number, note)
     watcher = threading.Thread(target=watch, name="reward-time-limit", daemon=True)

@@ -71,6 +71,7 @@ def test_reward_models_and_messages(world, rlhf, reward_model, metrics, tmp_path
     prompts.write_text('{"messages": [{"role": "user", "content": "blue pink"}]}\n' * 4)
     target = tmp_path / "out"
     changes = {"prompts": prompts, "reward": f"2*model:{reward_model},{world.reward('red')}", "steps": 2, "epochs": 2}
+    changes |= {"rollout_micro_batch_size": 12}
     assert rlhf("grpo", **flags(world, target, **changes, kl_coefficient=0.1)) == 0
     first, second = metrics(target)
     assert first["reward"] == pytest.approx(2 * first["rewards/reward/mean"] + first["rewards/red/mean"], abs=1e-4)

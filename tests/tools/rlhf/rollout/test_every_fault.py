@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from shared.runtime import progress
 from tests.tools.rlhf.rollout.rollout_server import RolloutServer
 from tools.rlhf.rollout import server_publisher, servers
 
@@ -46,7 +47,13 @@ def test_a_learnable_reward_rises(command, flags, server, world, rlhf, metrics, 
     if command == "rloo":
         given |= {"publish_by": "broadcast"}
         del given["policies"]
+    phases: list[str] = []
+    progress.listen(phases.append)
     assert rlhf(command, **given) == 0
+    progress.listen(None)
+    last = ["forward", "update"] if command == "ppo" else ["forward and backward"]
+    update = ["reading the data", "roll-out", "rewards", *last, "recording and saving"]
+    assert phases == ["reading and loading", *update * steps]
     rows = metrics(given["target"])
     assert len(rows) == steps
     rewards = [row["reward"] for row in rows]
@@ -198,6 +205,7 @@ def test_a_faulty_reward_ends_the_run(command, name, message, flags, rlhf, world
         ({"rollouts": None}, "--policies is for servers"),
         ({"publish_by": "broadcast"}, "--publish-by broadcast writes no policy: leave --policies out"),
         ({"publish_by": "broadcast", "policies": None, "rollouts": None}, "--publish-by is for servers"),
+        ({"rollout_micro_batch_size": 4}, "--rollout-micro-batch-size: servers of --rollouts batch by themselves"),
         ({"importance_cap": 3.0}, "--importance-cap 3 acts with --importance-correction"),
     ],
 )
