@@ -61,8 +61,7 @@ def trained_by_deepspeed(name: str, model: nn.Module, *, bf16: bool, zero: int, 
     trained, frozen, _ = numbers(model)
     width = 2 if bf16 else _FLOAT32
     main = _FLOAT32 * trained if bf16 or zero else 0
-    # Of bf16 without ZeRO, DeepSpeed's optimizer cuts main weights and moments, too.
-    cut = world_size if zero or bf16 else 1
+    cut = world_size if zero else 1
     return States(
         model=name,
         weights=-(-width * (trained + frozen) // (world_size if zero == 3 else 1)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,6 +184,7 @@ def server_sampler(
                 f"--rollouts {address} serves {said.model} in {said.precision}, and {options.rollouts[0]} {served[0].model} in "
                 f"{served[0].precision}; start both alike"
             )
+    opened: AbstractContextManager[ServerPublisher]
     if options.publish_by == "directory":
         assert options.policies is not None, "checked with the flags"
         opened = DirectoryPublisher.open(options.policies, options.target, source, servers, adapters)
