@@ -90,6 +90,10 @@ def test_planned_bytes_are_those_of_the_tensors(world, tmp_path):
         where = (
             f"ZeRO {zero}, {precision}, LoRA {lora}: {planned} planned, {full} held; {between} planned, {after} held"
         )
-        # Beside the states: padding of what is cut, buffers of the model, and the last logits, 12 KiB, which DeepSpeed holds.
-        assert abs(full - planned) < 0.02 * planned + 16384, where
-        assert abs(after - between) < 0.02 * between + 16384, where
+        # Beside the states: padding of what is cut, buffers of the model, and the last logits, 12 KiB, which DeepSpeed holds;
+        # until the update, ZeRO-2 holds the last gradient that it has cut, the embedding's, 24 KiB.
+        # ZeRO-3 keeps parameters of fewer than 1e5 numbers whole as well: here all, in bf16 a quarter of the plan.
+        whole = planned // 4 if zero == 3 else 0
+        last = 4 * 96 * 64 if zero == 2 else 0
+        assert abs(full - planned - whole) < 0.02 * planned + 16384 + last, where
+        assert abs(after - between - whole) < 0.02 * between + 16384, where
