@@ -3,6 +3,7 @@ TOOLS := convert pretrain sft rlhf infer
 ENVIRONMENTS := $(TOOLS:%=tools/%/.venv/.ready)
 WORK ?= demo-work
 REAL_WORK ?= demo-real-work
+STAGES ?= sft
 BENCH_WORK ?= bench-work
 MINUTES ?= 30
 PROOFS := $(CURDIR)/.proofs
@@ -37,8 +38,8 @@ containers/.venv/.ready: containers/requirements.lock tools/environment.sh
 demo: setup ## the whole road on this machine: text -> tokenizer -> pretraining -> SFT -> PPO -> a served model
 	tools/pretrain/.venv/bin/python demo/demo.py --work $(WORK)
 
-demo-real: setup ## a pretrained model of the package index: LoRA to answers in JSON, served beside its base
-	tools/pretrain/.venv/bin/python demo/real.py --work $(REAL_WORK)
+demo-real: setup ## a pretrained model of the package index: LoRA to answers in JSON, served beside its base; STAGES=sft,dpo,grpo
+	tools/pretrain/.venv/bin/python demo/real --work $(REAL_WORK) --stages $(STAGES)
 
 images: $(TOOLS:%=image-%) image-convert-logits ## an image for each tool; BASES=registry builds on those for GPUs
 

@@ -66,13 +66,13 @@ def first(url: str, name: str, prompts: Path) -> dict[str, Any]:
     return {"messages": messages, "reply": reply}
 
 
-def arguments(script: str) -> tuple[list[str], Path, Path]:
-    """The words of the command line: server command, prompts, target."""
-    if "--" not in sys.argv or len(sys.argv) - sys.argv.index("--") != 3:
-        sys.exit(f"usage: {script}.py SERVER_COMMAND... -- PROMPTS.jsonl TARGET.json")
-    split = sys.argv.index("--")
-    return sys.argv[1:split], Path(sys.argv[split + 1]), Path(sys.argv[split + 2])
+def arguments(script: str, words: list[str]) -> tuple[list[str], Path, Path]:
+    """The words of a command line: server command, prompts, target."""
+    if "--" not in words or len(words) - words.index("--") != 3:
+        sys.exit(f"usage: {script} SERVER_COMMAND... -- PROMPTS.jsonl TARGET.json")
+    split = words.index("--")
+    return words[:split], Path(words[split + 1]), Path(words[split + 2])
 
 
 if __name__ == "__main__":
-    sys.exit(main(*arguments("serve"), first))
+    sys.exit(main(*arguments("demo/serve.py", sys.argv[1:]), first))

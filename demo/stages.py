@@ -45,12 +45,12 @@ def tool(name: str, *words: object) -> tuple[str, ...]:
     return (f"tools/{name}/.venv/bin/{name}", *map(str, words))
 
 
-def script(name: str, *words: object) -> tuple[str, ...]:
-    """A demo script's command line, with the interpreter of this process."""
+def script(path: str, *words: object) -> tuple[str, ...]:
+    """The command line of a script of this folder, with the interpreter of this process."""
     root = Path(__file__).resolve().parents[1]
     python = Path(sys.executable)  # not resolved: a virtual environment's interpreter is a link
     python = python.relative_to(root) if python.is_relative_to(root) else python
-    return (str(python), f"demo/{name}.py", *map(str, words))
+    return (str(python), f"demo/{path}", *map(str, words))
 
 
 def stages(work: Path) -> list[Stage]:
@@ -59,7 +59,7 @@ def stages(work: Path) -> list[Stage]:
     return [
         Stage(
             name="data",
-            command=script("data", data),
+            command=script("data.py", data),
             output=data,
             says=lambda: "the standard library's source, modules held out",
         ),
@@ -70,7 +70,7 @@ def stages(work: Path) -> list[Stage]:
         Stage(
             name="serve and ask",
             command=script(
-                "serve",
+                "serve.py",
                 *tool("infer", "serve", "--source", work / "ppo", "--port", 0),
                 *("--", data / "prompts-heldout.jsonl", work / "answer.json"),
             ),
@@ -138,7 +138,7 @@ def _pretraining(work: Path, data: Path) -> list[Stage]:
         ),
         Stage(
             name="unigram models",
-            command=script("unigram", corpus, data / "train", data / "heldout.jsonl", work / "unigram.json"),
+            command=script("unigram.py", corpus, data / "train", data / "heldout.jsonl", work / "unigram.json"),
             output=work / "unigram.json",
             says=lambda: "what a model has to beat",
         ),

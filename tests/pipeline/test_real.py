@@ -21,7 +21,7 @@ def test_every_stage_up_to_the_merged_model(baton: Baton, tmp_path: Path) -> Non
     baton("convert", "init", "--model-config", tmp_path / "model.json", "--tokenizer", tokenizer, "--target", source)
     command = [
         sys.executable,
-        "demo/real.py",
+        "demo/real",
         "--work",
         str(work),
         "--source",

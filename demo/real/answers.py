@@ -1,9 +1,4 @@
-"""Start `infer serve`, ask every model of it all prompts over HTTP, write the replies, stop the server.
-
-    python3 demo/real_answers.py SERVER_COMMAND_AND_FLAGS... -- PROMPTS.jsonl TARGET.json
-
-TARGET has the questions and, under each model's name, its replies in their order. Standard library only.
-"""
+"""Ask every model of a server all prompts over HTTP. Standard library only."""
 
 from __future__ import annotations
 
@@ -13,7 +8,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from serve import arguments, ask, main
+from serve import ask
 
 AT_ONCE = 40  # requests that the server has at a time
 
@@ -29,7 +24,3 @@ def all_models(url: str, name: str, prompts: Path) -> dict[str, list[str]]:
             found[model] = list(pool.map(lambda messages, model=model: ask(url, model, messages), every))
             print(f"{model}: {len(every)} replies", file=sys.stderr)
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(main(*arguments("real_answers"), all_models))

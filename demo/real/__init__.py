@@ -1,0 +1,1 @@
+"""The demo of a real model. Standard library only, but for `model`."""
