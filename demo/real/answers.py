@@ -19,8 +19,11 @@ def all_models(url: str, name: str, prompts: Path) -> dict[str, list[str]]:
     with urllib.request.urlopen(f"{url}/models", timeout=60) as answer:
         models = [model["id"] for model in json.load(answer)["data"]]
     found = {"questions": [messages[-1]["content"] for messages in every]}
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
         for model in sorted(models, key=lambda model: (model != name, model)):
             found[model] = list(pool.map(lambda messages, model=model: ask(url, model, messages), every))
             print(f"{model}: {len(every)} replies", file=sys.stderr)
+    finally:  # a stop does not wait for replies: the server's end ends them
+        pool.shutdown(wait=False, cancel_futures=True)
     return found

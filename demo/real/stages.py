@@ -12,6 +12,8 @@ from stages import Stage, ends, loss_fell, script, to_megatron, tool
 from real.form import FORMS
 
 CHOICES = ("sft", "dpo", "grpo")
+# fp32: processors without instructions for bf16 compute it several times slower
+SERVED = ("--precision", "fp32", "--max-model-len", 512)
 # Sized for two cores and 20 minutes a training: a change of form takes a few dozen updates.
 ROW = 256
 SFT_EPOCHS = 1
@@ -152,7 +154,7 @@ def _dpo(work: Path, model: Path) -> list[Stage]:
             name="infer generate",
             command=tool(
                 *("infer", "generate", "--source", model, "--prompts", work / "data/questions.jsonl"),
-                *("--target", own, "--max-tokens", OWN_TOKENS, "--max-model-len", 512),
+                *("--target", own, "--max-tokens", OWN_TOKENS, *SERVED),
             ),
             output=own,
             says=lambda: f"{metrics.lines(own / 'generations.jsonl')} replies of the model itself",
@@ -213,7 +215,7 @@ def _answers(work: Path, name: str, form: str, *flags: object) -> Stage:
     return Stage(
         name=f"serve and ask ({name})",
         command=script(
-            *("real", "ask", *tool("infer", "serve", *flags, "--port", 0, "--max-model-len", 512)),
+            *("real", "ask", *tool("infer", "serve", *flags, "--port", 0, *SERVED)),
             *("--", work / "data/heldout.jsonl", target),
         ),
         output=target,
