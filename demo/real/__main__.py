@@ -9,7 +9,6 @@ table of costs, answers side by side, and a verdict: exit code 0 if each trained
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +35,7 @@ def main() -> int:
     parser = driver.parser(__doc__, work="demo-real-work")
     parser.add_argument(
         "--stages",
-        type=chosen,
+        type=stages.chosen,
         default="sft",
         help=f"trainings, separated by commas: {', '.join(stages.CHOICES)} (default: %(default)s)",
     )
@@ -50,14 +49,6 @@ def main() -> int:
     work = driver.settle(options.work)
     every = stages.stages(work, options.stages, source)
     return driver.drive(parser, every, work, options.until, lambda work: verdict.verdict(work, options.stages))
-
-
-def chosen(names: str) -> tuple[str, ...]:
-    """The trainings named, each once, in the demo's order."""
-    found = names.split(",")
-    if unknown := [name for name in found if name not in stages.CHOICES]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no training; some of: {', '.join(stages.CHOICES)}")
-    return tuple(choice for choice in stages.CHOICES if choice in found)
 
 
 def step(name: str, words: list[str]) -> int:

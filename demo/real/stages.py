@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,14 @@ ANSWERS = {
     "dpo": (Asked(model="base", file="base"), Asked(model="dpo", file="dpo")),
     "grpo": (Asked(model="base", file="base"), Asked(model="grpo", file="grpo")),
 }
+
+
+def chosen(names: str) -> tuple[str, ...]:
+    """The trainings of a comma-separated list, each once, in the demo's order. argparse's error for a name of none."""
+    found = names.split(",")
+    if unknown := [name for name in found if name not in CHOICES]:
+        raise ArgumentTypeError(f"{unknown[0]!r} is no training; some of: {', '.join(CHOICES)}")
+    return tuple(choice for choice in CHOICES if choice in found)
 
 
 def stages(work: Path, choices: tuple[str, ...], source: Path | None = None) -> list[Stage]:
@@ -169,7 +178,7 @@ def _dpo(work: Path, model: Path) -> list[Stage]:
             name="rlhf dpo",
             command=tool(
                 *("rlhf", "dpo", "--source", model, "--data", pairs, "--target", target, "--precision", "fp32"),
-                *("--epochs", DPO_EPOCHS, "--global-batch-size", 8, "--micro-batch-size", 4, "--learning-rate", "1e-5"),
+                *("--epochs", DPO_EPOCHS, "--global-batch-size", 8, "--micro-batch-size", 4, "--learning-rate", "3e-5"),
                 *("--sequence-length", 160, "--save-every", 5, "--log-every", 1),
             ),
             output=target,

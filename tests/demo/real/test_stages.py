@@ -29,6 +29,11 @@ def test_the_readme_has_the_commands_of_the_stages() -> None:
     assert not missing
 
 
+def test_trainings_are_chosen_once_each_in_the_order_of_the_demo() -> None:
+    assert stages.chosen("grpo,dpo,grpo") == ("dpo", "grpo")
+    assert stages.chosen("grpo,sft,dpo") == stages.CHOICES
+
+
 @pytest.mark.parametrize("choices", [("sft",), ("dpo",), ("grpo",), ("dpo", "grpo"), stages.CHOICES])
 def test_a_stage_reads_what_earlier_ones_wrote(choices: tuple[str, ...]) -> None:
     written: list[str] = []
