@@ -15,7 +15,7 @@ from real.form import FORMS
 CHOICES = ("sft", "dpo", "grpo")
 # fp32: processors without instructions for bf16 compute it several times slower
 SERVED = ("--precision", "fp32", "--max-model-len", 512)
-# Sized for two cores and 20 minutes a training: a change of form takes a few dozen updates.
+# Meant for two cores and less than 20 minutes a training: a change of form takes a few dozen updates.
 ROW = 256
 SFT_EPOCHS = 1
 OWN_TOKENS = 64  # of DPO's rejected replies
