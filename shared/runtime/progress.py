@@ -105,17 +105,17 @@ def paths(directory: Path, rank: int) -> tuple[Path, Path]:
     return directory / f"rank-{rank}.progress", directory / f"rank-{rank}.stack"
 
 
-def begin(timeout: float, *, first_update: float = FIRST_UPDATE_SECONDS) -> None:
+def begin(timeout: float, *, first_update: float | None = None) -> None:
     """Have this process watched.
 
     Args:
         timeout: seconds that it may stay within an update, at least; 0: it is not watched.
-        first_update: seconds that a phase of the first update may take.
+        first_update: seconds that a phase of the first update may take; by default FIRST_UPDATE_SECONDS.
     """
     global _current
     end()
     if timeout:
-        _current = _Progress(timeout, first_update)
+        _current = _Progress(timeout, FIRST_UPDATE_SECONDS if first_update is None else first_update)
         at("starting", long=True)
 
 
