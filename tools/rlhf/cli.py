@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 from shared.cli import Tool
 from tools.rlhf.options import DPOOptions, GRPOOptions, KTOOptions, Options, RewardOptions, RLOOOptions, ScoreOptions
 from tools.rlhf.ppo_options import PPOOptions
+
+# Read when huggingface_hub is imported. TRL's trainers report their use otherwise, and a missing path would start a download.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 tool = Tool(
     "rlhf",

@@ -48,7 +48,6 @@ def initialize_distributed() -> DistributedContext:
 
 def silence_libraries() -> None:
     """Silence progress bars, and deprecation warnings inside libraries."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a missing path must not start a download
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")
     for module in (r"torch\.distributed", r"transformers\."):
