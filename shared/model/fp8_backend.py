@@ -49,7 +49,8 @@ class Fp8Backend:
             self.joins_norms and norm.kind == "rmsnorm" and norm.affine and self.recipe.in_fp8(layer, self.num_layers)
         ):
             return None
-        return fp8_class(self.inner.column_parallel_linear(layer), self.recipe, layer, "column", norm)
+        built = norm, self.inner.norm(norm, extra_state=False)
+        return fp8_class(self.inner.column_parallel_linear(layer), self.recipe, layer, "column", built)
 
     def norm(self, norm: Norm, *, extra_state: bool) -> NormBuilder:
         return self.inner.norm(norm, extra_state=extra_state)

@@ -21,7 +21,7 @@ from shared.kernels.fp8.fused_source import rms_norm
 from shared.kernels.fp8.matmul import Shards, fp8_linear
 from shared.kernels.fp8.recipes import Fp8Recipe
 from shared.kernels.fp8.tensor_state import LinearState
-from shared.model.norm import norm_of
+from shared.model.norm import NormBuilder
 
 Direction = Literal["column", "row"]
 
@@ -121,13 +121,15 @@ class Fp8NormLinear(Fp8Linear):
 
     Attributes:
         norm: of the class.
+        build_norm: the backend's builder of it.
     """
 
     norm: ClassVar[Norm]
+    build_norm: ClassVar[NormBuilder]
 
     def __init__(self, input_size: int, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(input_size, *args, config=config, **kwargs)
-        built: Any = norm_of(self.norm, extra_state=False)(config=config, hidden_size=input_size)
+        built: Any = self.build_norm(config=config, hidden_size=input_size)
         self.layer_norm_weight: torch.nn.Parameter = built.weight
 
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -155,9 +157,16 @@ def _announce_foreign() -> None:
 
 
 @cache
-def fp8_class(base: type, recipe: Fp8Recipe, layer: int, direction: Direction, norm: Norm | None = None) -> type:
-    """The class of `base` in FP8, for one layer; with an RMSNorm in front."""
+def fp8_class(
+    base: type,
+    recipe: Fp8Recipe,
+    layer: int,
+    direction: Direction,
+    norm: tuple[Norm, NormBuilder] | None = None,
+) -> type:
+    """The class of `base` in FP8, for one layer; with an RMSNorm in front, of the backend's builder."""
     values = {"recipe": recipe, "layer": layer, "direction": direction, "__doc__": f"`{base.__name__}` in FP8."}
     if norm is None:
         return type(f"Fp8{base.__name__}", (Fp8Linear, base), values)
-    return type(f"Fp8Norm{base.__name__}", (Fp8NormLinear, base), {**values, "norm": norm})
+    values |= {"norm": norm[0], "build_norm": staticmethod(norm[1])}
+    return type(f"Fp8Norm{base.__name__}", (Fp8NormLinear, base), values)
