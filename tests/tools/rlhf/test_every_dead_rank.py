@@ -26,7 +26,7 @@ def test_it_is_named_and_the_run_resumes(world, process, tmp_path):
     rewards.write_text(REWARD.format(order=str(order)))
     flags = {
         "source": world.policy, "prompts": world.prompts, "reward": f"py:{rewards}:reds", "target": tmp_path / "out",
-        "steps": 5, "max_new_tokens": 4, "rollout_batch_size": 8, "global_batch_size": 8, "micro_batch_size": 4, "epochs": 1,
+        "steps": 40, "max_new_tokens": 4, "rollout_batch_size": 8, "global_batch_size": 8, "micro_batch_size": 4, "epochs": 1,
         "save_every": 1, "processes": 2, "shared_critic": True, "rollout_micro_batch_size": 3,
     }  # fmt: skip
     for fault, said in ((signal.SIGKILL, "worker 1 was killed by SIGKILL"), (signal.SIGSTOP, "rank 1 hangs: for ")):
@@ -37,8 +37,8 @@ def test_it_is_named_and_the_run_resumes(world, process, tmp_path):
         assert done.returncode == 1, done.stderr
         assert said in done.stderr
         assert not (tmp_path / "out").exists()
-        # Whole ones. A rank that is stopped goes on while its stack is read.
-        saved = [path.name for path in (tmp_path / "out.state").glob("step_*[0-9]")]
-        assert saved[0] in (["step_0000001"] if fault == signal.SIGKILL else ["step_0000002", "step_0000003"])
+        # Whole ones. A rank that is stopped goes on while its stack is read, for some updates more.
+        saved = [int(path.name.removeprefix("step_")) for path in (tmp_path / "out.state").glob("step_*[0-9]")]
+        assert saved[0] == 1 if fault == signal.SIGKILL else 2 <= saved[0] < 40
     assert "resuming after iteration 1" in done.stderr
     assert "'update 3: rewards'" in done.stderr  # where it hangs
