@@ -85,7 +85,7 @@ class Fp8Linear(torch.nn.Module):
 
     def takes_gate_and_up(self, states: torch.Tensor) -> bool:
         """Whether SwiGLU of `states` can be computed as it is quantised: without adapters, which read its output, too."""
-        adapted = "lora_A" in self._parameters
+        adapted = hasattr(self, "lora_A")
         return self.direction == "row" and not adapted and fuses(states.device, states.dtype)
 
     def shards(self, sequence: torch.distributed.ProcessGroup | None = None) -> Shards:

@@ -24,6 +24,7 @@ _ROLLOUTS = (
     *("reward_timeout", "rollouts", "publish_by", "policies", "rollout_key_file", "rollout_timeout"),
     "log_prob_gap_limit",
 )
+_OF_SAMPLING = (*_NOT_FINGERPRINTED, *_ROLLOUTS)
 _ZERO = ("zero",)
 _PPO = (
     *("kl_horizon", "update_kl_limit", "critic_warmup_steps", "entropy_coefficient", "normalise_rewards"),
@@ -96,10 +97,7 @@ def kto(options: KTOOptions) -> int | None:
     return code
 
 
-@tool.command(
-    not_fingerprinted=(*_NOT_FINGERPRINTED, *_ROLLOUTS),
-    added=("backend", *_ROLLOUT, *_IMPORTANCE, *_HELD_OUT, *_LORA, *_PPO),
-)
+@tool.command(not_fingerprinted=_OF_SAMPLING, added=("backend", *_ROLLOUT, *_IMPORTANCE, *_HELD_OUT, *_LORA, *_PPO))
 def ppo(options: PPOOptions) -> int | None:
     """Train a policy on rewards by PPO, on DeepSpeed engines or by trlx.
 
@@ -120,7 +118,7 @@ def ppo(options: PPOOptions) -> int | None:
 
 
 @tool.command(
-    not_fingerprinted=(*_NOT_FINGERPRINTED, *_ROLLOUTS),
+    not_fingerprinted=_OF_SAMPLING,
     added=("loss", "reward_normalisation", "scale_rewards", *_ROLLOUT, *_IMPORTANCE, *_HELD_OUT, *_ZERO, *_LORA),
 )
 def grpo(options: GRPOOptions) -> int | None:
@@ -136,7 +134,7 @@ def grpo(options: GRPOOptions) -> int | None:
     return code
 
 
-@tool.command(not_fingerprinted=(*_NOT_FINGERPRINTED, *_ROLLOUTS), added=(*_ROLLOUT, *_HELD_OUT, *_ZERO, *_LORA))
+@tool.command(not_fingerprinted=_OF_SAMPLING, added=(*_ROLLOUT, *_HELD_OUT, *_ZERO, *_LORA))
 def rloo(options: RLOOOptions) -> int | None:
     """Train a policy on rewards by RLOO, with TRL's RLOOTrainer: a reply's baseline is the mean of the prompt's other replies.
 

@@ -37,9 +37,7 @@ def fp8_gated_linear(states: torch.Tensor, weight: torch.Tensor, state: LinearSt
 
     Args:
         states: `[..., 2 K]`: gate, then up.
-        weight: `[N, K]`.
-        state: of the layer.
-        shards: of the layer.
+        weight, state, shards: as for `fp8_linear`.
 
     Returns:
         `[..., N]`.

@@ -103,18 +103,31 @@ def _row_amax(
 
 
 @triton.jit
-def _encode_tile(
-    x, second, third, scale, codes, transposed, partial, rows, columns,
-    row_stride, column_stride, second_row, second_column, third_row, third_column, SOURCE: tl.constexpr,
-    MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST_BITS: tl.constexpr, CLIPPED_BITS: tl.constexpr, ZERO_BITS: tl.constexpr,
-    OF_ROWS: tl.constexpr, TRANSPOSED: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr,
+def _tile(
+    x, second, third, rows, columns,
+    row_stride, column_stride, second_row, second_column, third_row, third_column, SOURCE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """This program's rows and columns, which of them are inside, and what is read there."""
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     tile = read(
         x, second, third, row, column, inside,
         row_stride, column_stride, second_row, second_column, third_row, third_column, SOURCE,
+    )  # fmt: skip
+    return row, column, inside, tile
+
+
+@triton.jit
+def _encode_tile(
+    x, second, third, scale, codes, transposed, partial, rows, columns,
+    row_stride, column_stride, second_row, second_column, third_row, third_column, SOURCE: tl.constexpr,
+    MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST_BITS: tl.constexpr, CLIPPED_BITS: tl.constexpr, ZERO_BITS: tl.constexpr,
+    OF_ROWS: tl.constexpr, TRANSPOSED: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row, column, inside, tile = _tile(
+        x, second, third, rows, columns,
+        row_stride, column_stride, second_row, second_column, third_row, third_column, SOURCE, TILE,
     )  # fmt: skip
     if OF_ROWS:  # noqa: SIM108 -- decided while it is compiled
         by = tl.load(scale + row, mask=row < rows, other=1.0)[:, None]
@@ -138,12 +151,9 @@ def _encode_block(
     CLIPPED_BITS: tl.constexpr, ZERO_BITS: tl.constexpr,
     SQUARE: tl.constexpr, POWER_OF_TWO: tl.constexpr, TRANSPOSED: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = (row[:, None] < rows) & (column[None, :] < columns)
-    tile = read(
-        x, second, third, row, column, inside,
-        row_stride, column_stride, second_row, second_column, third_row, third_column, SOURCE,
+    row, column, inside, tile = _tile(
+        x, second, third, rows, columns,
+        row_stride, column_stride, second_row, second_column, third_row, third_column, SOURCE, TILE,
     )  # fmt: skip
     size = _bits(tile)
     if SQUARE:

@@ -21,8 +21,8 @@ class BroadcastPublisher(ServerPublisher):
         self._held = weights
 
     def _give(self, to: Sequence[str]) -> None:
-        self._servers.versions()  # a server that is being restarted is waited for
-        self._servers.broadcast(self._held, self._version, to=to)
+        self.servers.versions()  # a server that is being restarted is waited for
+        self.servers.broadcast(self._held, self.version, to=to)
 
     def _forget(self) -> None:
         """Nothing: what is held has replaced what was."""

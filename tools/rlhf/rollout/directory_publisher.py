@@ -69,7 +69,7 @@ class DirectoryPublisher(ServerPublisher):
         partial.rename(self._path)
 
     def _give(self, to: Sequence[str]) -> None:
-        self._servers.publish(self._path, self._version, to=to)
+        self.servers.publish(self._path, self.version, to=to)
 
     def _forget(self) -> None:
         if self._before not in (self._folder, self._path):

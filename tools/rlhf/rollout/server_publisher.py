@@ -25,13 +25,18 @@ def run_name(target: Path) -> str:
 
 
 class ServerPublisher(ABC):
-    """The `Publisher` of `ServerSampler`. Rank 0 speaks with the servers."""
+    """The `Publisher` of `ServerSampler`. Rank 0 speaks with the servers.
+
+    Attributes:
+        servers: that get the policy.
+        version: that was published last.
+    """
 
     def __init__(self, name: str, source: Source, servers: Servers, adapters: Adapters | None = None) -> None:
         """`name` is the run's, in versions. Adapters are published merged."""
-        self._adapters, self._name, self._source, self._servers = adapters, name, source, servers
+        self._adapters, self._name, self._source, self.servers = adapters, name, source, servers
         self._run = secrets.token_hex(4)  # a policy of an earlier process of this run is not taken for this one's
-        self._version = ""
+        self.version = ""
 
     def publish(self, policy: Policy, version: int) -> None:
         """See `Publisher`. StageError if a server does not take the weights."""
@@ -40,27 +45,27 @@ class ServerPublisher(ABC):
 
     def assure(self) -> None:
         """Have every server answer with the version that was published last; rank 0 only."""
-        if behind := [address for address, found in self._found() if found != self._version]:
+        if behind := [address for address, found in self._found() if found != self.version]:
             self._give(behind)
 
     def wrong(self) -> str:
         """The first server that does not answer with the version that was published last, in words; rank 0 only."""
         for address, found in self._found():
-            if found != self._version:
-                return f"--rollouts {address} answers with policy {found!r}, where {self._version!r} was published"
+            if found != self.version:
+                return f"--rollouts {address} answers with policy {found!r}, where {self.version!r} was published"
         return ""
 
     def _found(self) -> list[tuple[str, str]]:
-        return list(zip(self._servers.addresses, self._servers.versions(), strict=True))
+        return list(zip(self.servers.addresses, self.servers.versions(), strict=True))
 
     def _publish(self, policy: Policy, weights: dict[str, Tensor], version: int) -> None:
-        self._version = f"{self._name}-{self._run}-{version}"
+        self.version = f"{self._name}-{self._run}-{version}"
         if self._adapters is None:
             made = source_weights(policy.module, self._source, weights)
         else:
             made = self._adapters.policy_weights(policy.module, weights)
         self._hold(made, version)
-        self._give(self._servers.addresses)
+        self._give(self.servers.addresses)
         self._forget()
 
     @abstractmethod

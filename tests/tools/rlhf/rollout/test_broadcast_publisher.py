@@ -121,6 +121,6 @@ def test_a_server_that_refuses_does_not_keep_the_other_waiting(world, two, monke
     servers[1].failing = 409
     since = time.monotonic()
     with pytest.raises(StageError, match="the engine died"):
-        publisher._servers.broadcast(policy.full_weights(), "1", to=publisher._servers.addresses)
+        publisher.servers.broadcast(policy.full_weights(), "1", to=publisher.servers.addresses)
     assert time.monotonic() - since < 20
     assert unchanged(world, servers)
