@@ -29,6 +29,7 @@ def worker(queue):
 
 if __name__ == "__main__":
     _install_signals()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a script
     method, when = sys.argv[1:]
     context = multiprocessing.get_context(method)
     try:
