@@ -113,7 +113,7 @@ def flags(
     ],
 )
 def test_vllm_samples_from_the_policy_of_the_trainer(name, more, server, source, inputs, baton):
-    """RLOO trains an adapter on ZeRO-2, and broadcasts the merged policy."""
+    """RLOO trains an adapter on ZeRO-2, broadcasts the merged policy, and publishes the adapter for other tools."""
     url, _ = server
     baton("rlhf", name, *flags(source, inputs, url, name, 3, broadcast=name == "rloo"), *more)
     rows = [json.loads(line) for line in (inputs / name / "metrics.jsonl").read_text().splitlines()]
@@ -121,11 +121,12 @@ def test_vllm_samples_from_the_policy_of_the_trainer(name, more, server, source,
     assert max(row["log_prob_gap"] for row in rows) < GAP
     assert max(row["log_prob_gap_max"] for row in rows) < 10 * GAP
     assert list((inputs / "policies").iterdir()) == []
+    if name == "rloo":
+        merge_and_serve(source, inputs / "rloo", inputs / "rloo-merged", baton)
 
 
-def test_an_adapter_of_a_policy_is_merged_and_served(source, inputs, baton):
-    """The one of RLOO above: `convert merge-lora`, PEFT in transformers, the check of `infer serve --adapter`."""
-    adapter, merged = inputs / "rloo", inputs / "rloo-merged"
+def merge_and_serve(source, adapter, merged, baton):
+    """An adapter through `convert merge-lora`, PEFT in transformers, the check of `infer serve --adapter`."""
     baton("convert", "merge-lora", "--source", source, "--adapter", adapter, "--target", merged)
     said = json.loads(python("rlhf", ROOT / "tests/pipeline/adapter_of_a_policy.py", source, adapter, merged))
     assert said["adapted"] == 14
