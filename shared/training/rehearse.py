@@ -226,7 +226,7 @@ def play(
 class _Player:
     """What a rank does beside training: it watches, and stands in for the disk."""
 
-    def __init__(self, rank: int, names: bool, work: Work | None) -> None:
+    def __init__(self, rank: int, names: bool, work: Work | None = None) -> None:
         self.names, self._work = names, work
         self.held: dict[str, int] = {}
         self.rank, self.watch, self.record = rank, Watch(), Record(rank)
