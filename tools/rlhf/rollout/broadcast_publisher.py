@@ -25,4 +25,4 @@ class BroadcastPublisher(ServerPublisher):
         self.servers.broadcast(self._held, self.version, to=to)
 
     def _forget(self) -> None:
-        """Nothing: what is held has replaced what was."""
+        """Does nothing: `_hold` replaced the older weights."""

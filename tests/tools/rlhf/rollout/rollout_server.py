@@ -19,6 +19,16 @@ from shared.checkpoint.formats.safetensors_file import encode_header, header_byt
 from shared.runtime.weight_broadcast import BrokenBroadcastError, receive
 
 
+class Policy:
+    """A `Policy` of one process."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def full_weights(self) -> dict[str, Any]:
+        return dict(self.module.state_dict())
+
+
 class RolloutServer:
     """The state of a server.
 

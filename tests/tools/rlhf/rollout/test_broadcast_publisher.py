@@ -12,20 +12,12 @@ from safetensors.torch import load_file
 
 from shared.errors import StageError
 from shared.runtime import weight_broadcast
-from tests.tools.rlhf.rollout.rollout_server import serving
+from tests.tools.rlhf.rollout.rollout_server import Policy, serving
 from tools.rlhf.engines.deepspeed import initialize_distributed
 from tools.rlhf.models import load_policy, open_source
 from tools.rlhf.rollout import server_publisher
 from tools.rlhf.rollout.broadcast_publisher import BroadcastPublisher
 from tools.rlhf.rollout.servers import Servers
-
-
-class Policy:
-    def __init__(self, module):
-        self.module = module
-
-    def full_weights(self):
-        return self.module.state_dict()
 
 
 @pytest.fixture

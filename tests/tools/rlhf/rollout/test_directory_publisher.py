@@ -5,18 +5,11 @@ import torch
 from safetensors.torch import load_file
 
 from shared.errors import StageError, UserError
+from tests.tools.rlhf.rollout.rollout_server import Policy
 from tools.rlhf.engines.deepspeed import initialize_distributed
 from tools.rlhf.models import load_policy, open_source
 from tools.rlhf.rollout.directory_publisher import DirectoryPublisher
 from tools.rlhf.rollout.servers import Servers
-
-
-class Policy:
-    def __init__(self, module):
-        self.module = module
-
-    def full_weights(self):
-        return self.module.state_dict()
 
 
 @pytest.fixture
