@@ -1,7 +1,8 @@
 """Builds the stubs of the CUDA runtime for the torch of this environment: `python -m shared.rehearsal.build_stubs`.
 
 Two libraries, in the folder `stubs_folder()` of the environment. `make setup` and the images run
-it; it; without g++ and nm it says so and ends with 0, since only `--rehearse` needs the stubs. Imports no torch.
+it; without g++ and nm it says so and ends with 0, since only `--rehearse` needs the stubs. Imports no torch.
+Processes may build at once: each writes files of its own and moves them into place.
 """
 
 from __future__ import annotations
@@ -114,8 +115,8 @@ def build() -> str | None:
             _compile(part, sorted((answering_zero(part) | wanted) - written_out(part)), folder / library)
         except subprocess.CalledProcessError as error:
             return f"g++ failed: {error.stderr.strip().splitlines()[0] if error.stderr.strip() else error}"
-    (folder / UNCHECKED).write_text("\n".join(more))
-    (folder / MADE_FROM).write_text(_made_from(torch))
+    _publish(folder / UNCHECKED, "\n".join(more).encode())
+    _publish(folder / MADE_FROM, _made_from(torch).encode())
     return None
 
 
@@ -137,10 +138,15 @@ def _compile(part: str, zero: Sequence[str], library: Path) -> None:
             text=True,
             check=True,
         )
-        # In place of the old one: a running rehearsal keeps the file it has mapped.
-        fresh = library.with_name(f"{library.name}.new")
-        shutil.copyfile(result, fresh)
-        fresh.replace(library)
+        _publish(library, result.read_bytes())
+
+
+def _publish(path: Path, content: bytes) -> None:
+    """In place of an old file, which a running rehearsal keeps mapped."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", delete=False) as fresh:
+        fresh.write(content)
+    Path(fresh.name).chmod(0o644)
+    Path(fresh.name).replace(path)
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,21 @@ def test_stubs_are_built_once_for_sources_and_torch(elsewhere, monkeypatch) -> N
     monkeypatch.setattr(build_stubs, "_made_from", lambda torch: "other sources")
     build_stubs.ensure()
     assert (elsewhere / build_stubs.RUNTIME).stat().st_ino != built
+
+
+def test_two_processes_build_at_once(elsewhere, monkeypatch) -> None:
+    """Each has written its file when either moves one into place."""
+    both, replace = threading.Barrier(2, timeout=60), Path.replace
+
+    def together(path: Path, target: Path) -> Path:
+        both.wait()
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", together)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda _: build_stubs.build(), range(2))) == [None, None]
+    names = {build_stubs.RUNTIME, build_stubs.DRIVER, build_stubs.UNCHECKED, build_stubs.MADE_FROM}
+    assert {path.name for path in elsewhere.iterdir()} == names
 
 
 _PROGRAM = """
