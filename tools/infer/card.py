@@ -11,8 +11,8 @@ from typing import Any
 
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from shared.checkpoint.directory.manifest import MANIFEST, Inputs, input_fingerprint
-from shared.checkpoint.directory.model_card import CARD, card_fields, set_fields
+from shared.checkpoint.directory.manifest import CARD, MANIFEST, Inputs, input_fingerprint
+from shared.checkpoint.directory.model_card import card_fields, set_fields
 from shared.checkpoint.directory.open import WEIGHTS, open_checkpoint
 from shared.checkpoint.directory.publish import publish
 from shared.checkpoint.files import files_below
@@ -37,7 +37,7 @@ def run(source: Path, results: Sequence[Path], target: Path, *, overwrite: bool)
         known = model.manifest.files if model.manifest else {}
         for file in files_below(source):
             name = file.relative_to(source).as_posix()
-            if name == MANIFEST or (known and name not in known):  # nothing of unknown origin is published
+            if name == MANIFEST or (known and name not in {*known, CARD}):  # nothing of unknown origin is published
                 continue
             _place(file, out.path / name)
             if name in known and name != CARD:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoint.directory.manifest import MANIFEST
+from shared.checkpoint.directory.manifest import CARD, MANIFEST
 from shared.checkpoint.files import check_not_stand_in, files_below
 from shared.console import log
 from shared.errors import UserError
@@ -38,9 +38,10 @@ _POINTERS = {"latest", "latest_checkpointed_iteration.txt"}  # name one of these
 
 
 def auxiliary_files(directory: Path) -> Iterator[Path]:
-    """Relative paths of the auxiliary files, sorted. In a published directory only files of its manifest."""
+    """Relative paths of the auxiliary files, sorted. In a published directory files of its manifest, and its model card."""
     if (directory / MANIFEST).is_file():
-        names = [n for n in read_config(directory / MANIFEST)["files"] if not n.startswith(_RUN_FILES)]
+        names = [n for n in read_config(directory / MANIFEST)["files"] if not n.startswith(_RUN_FILES) and n != CARD]
+        names += [CARD] * (directory / CARD).is_file()  # people add, edit and remove it
     else:
         names = [n for n in _relative_names(directory) if not _TRAINER_FOLDER.fullmatch(n.partition("/")[0])]
     for name in sorted(names):

@@ -27,6 +27,8 @@ _OF_MODELS_AND_DATA = 1
 _OF_ADAPTERS = 2
 ADAPTER = "adapter"  # the fact of a run directory that holds LoRA adapters only
 MANIFEST = "manifest.json"
+CARD = "README.md"  # the model card
+_CARDS = {CARD, f"hf/{CARD}"}
 Kind = Literal["hf", "megatron", "te", "tokenizer", "dataset", "result", "adapter"]
 Inputs = Mapping[str, Path | Sequence[Path]]  # flag -> path or paths given to it
 
@@ -114,9 +116,17 @@ def written_version(kind: Kind, facts: Mapping[str, Any]) -> int:
     return _OF_ADAPTERS if kind == "adapter" or ADAPTER in facts else _OF_MODELS_AND_DATA
 
 
+def compared(entries: Mapping[str, FileEntry]) -> dict[str, FileEntry]:
+    """The files that are compared with the manifest: all but model cards, which people edit after they are published."""
+    return {name: entry for name, entry in entries.items() if name not in _CARDS}
+
+
 def misfit(directory: Path, entries: Mapping[str, FileEntry]) -> str | None:
-    """The first of these files that is missing or has another size, in words; None if there is none."""
-    for name, entry in entries.items():
+    """The first of these files that is missing or has another size, in words; None if there is none.
+
+    A model card may be edited or removed.
+    """
+    for name, entry in compared(entries).items():
         file = directory / name
         if not file.is_file():
             return f"{file} is missing"

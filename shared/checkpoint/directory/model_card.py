@@ -14,11 +14,10 @@ from typing import Any
 import yaml
 
 from shared.checkpoint.directory.auxiliary_files import read_config
-from shared.checkpoint.directory.manifest import Inputs, Manifest
+from shared.checkpoint.directory.manifest import CARD, Inputs, Manifest
 from shared.console import log
 from shared.invocation import Invocation
 
-CARD = "README.md"
 BEGIN = "<!-- lineage: written by the tools, and written again by the next one; the text around it is kept -->"
 END = "<!-- end of lineage -->"
 _SECTION = re.compile(f"{re.escape(BEGIN)}\n(.*?){re.escape(END)}\n?", re.DOTALL)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from shared.checkpoint.directory.adapter_directory import refuse_adapter, refuse_adapter_run
 from shared.checkpoint.directory.auxiliary_files import check_auxiliary_files
-from shared.checkpoint.directory.manifest import MANIFEST, Kind, Manifest, misfit, read_manifest
+from shared.checkpoint.directory.manifest import MANIFEST, Kind, Manifest, compared, misfit, read_manifest
 from shared.checkpoint.directory.recognition import (
     Recognition,
     directory_above,
@@ -179,14 +179,14 @@ def _verify(path: Path, manifest: Manifest, flag: str, verify: str) -> None:
             if file.suffix in WEIGHTS and file.name not in manifest.files:
                 raise UserError(f"{flag} {file} is not in {MANIFEST}: weights of unknown origin; move it away")
     if verify != "sizes" and os.environ.get("RANK", "0") == "0":  # one rank of a job reads every byte
-        names = [name for name in manifest.files if verify == "content" or not name.endswith(WEIGHTS)]
+        names = [name for name in compared(manifest.files) if verify == "content" or not name.endswith(WEIGHTS)]
         _verify_content(path, manifest, names, flag)
 
 
 def verify_content(checkpoint: Checkpoint, *, flag: str) -> None:
     """Compare the hashes of all files, after `open_checkpoint(verify="sizes")`. UserError names a damaged file."""
     if checkpoint.manifest:
-        _verify_content(checkpoint.path, checkpoint.manifest, list(checkpoint.manifest.files), flag)
+        _verify_content(checkpoint.path, checkpoint.manifest, list(compared(checkpoint.manifest.files)), flag)
 
 
 def _verify_content(path: Path, manifest: Manifest, names: Sequence[str], flag: str) -> None:

@@ -17,6 +17,7 @@ from shared.checkpoint.directory.manifest import (
     Kind,
     Manifest,
     Parent,
+    compared,
     misfit,
     origin,
     parents_of,
@@ -232,6 +233,7 @@ def damage(directory: Path, entries: Mapping[str, FileEntry]) -> str | None:
     """The first of these files that is missing or has another size or content, in words; None if all are intact."""
     if found := misfit(directory, entries):
         return found
+    entries = compared(entries)
     for name, digest in zip(entries, hash_files([directory / name for name in entries]), strict=True):
         if digest != entries[name].hash:
             return f"{directory / name} is damaged: its content has changed since it was saved"

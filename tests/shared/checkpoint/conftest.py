@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -30,12 +30,21 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def published(tmp_path: Path, source: Path) -> Callable[..., Path]:
-    def make(name: str = "published", *, content: bytes = b"0" * 5000, overwrite: bool = False) -> Path:
+    def make(
+        name: str = "published",
+        *,
+        content: bytes = b"0" * 5000,
+        overwrite: bool = False,
+        others: Sequence[str] = (),
+    ) -> Path:
         target = tmp_path / name
         with publish(target, kind="hf", inputs={"source": source}, overwrite=overwrite) as out:
             (out.path / "nested").mkdir()
             (out.path / "nested" / "a.txt").write_text("a")
             (out.path / "model.safetensors").write_bytes(content)
+            for other in others:
+                (out.path / other).parent.mkdir(exist_ok=True)
+                (out.path / other).write_text(other)
             out.describe(family="llama", tensors=3)
         return target
 

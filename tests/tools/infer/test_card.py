@@ -47,7 +47,10 @@ def test_results_go_into_the_front_matter_and_nothing_else(models, monkeypatch, 
 
     # Measured again with other examples before each question: both stand; the same again: replaced.
     more = evaluated(tmp_path / "out", tasks / "mine.yaml", tmp_path / "more", monkeypatch, num_fewshot=2)
+    edited = (tmp_path / "out/README.md").read_bytes() + b"\nAnd a note.\n"
+    (tmp_path / "out/README.md").write_bytes(edited)  # after it was published and measured
     published(tmp_path / "out", (more,), tmp_path / "both")
+    assert (tmp_path / "both/README.md").read_bytes().endswith(b"By hand: \xe4.\n\nAnd a note.\n")
     again = evaluated(tmp_path / "both", tasks / "mine.yaml", tmp_path / "again", monkeypatch, num_fewshot=2)
     published(tmp_path / "both", (again,), tmp_path / "third")
     _, entries = model_index_to_eval_results(card.card_fields(tmp_path / "third/README.md")["model-index"])

@@ -55,6 +55,17 @@ def test_of_a_published_directory_what_its_manifest_lists(tmp_path: Path) -> Non
     assert [path.as_posix() for path in auxiliary_files(folder)] == ["config.json"]
 
 
+def test_the_card_of_a_published_directory_is_copied_as_the_user_left_it(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a", "config.json", "README.md")
+    (folder / "manifest.json").write_text(json.dumps({"files": {"config.json": {}}}))
+    copy_auxiliary_files(folder, tmp_path / "added")
+    assert (tmp_path / "added/README.md").read_text() == "README.md"
+    (folder / "manifest.json").write_text(json.dumps({"files": {"config.json": {}, "README.md": {}}}))
+    (folder / "README.md").unlink()
+    copy_auxiliary_files(folder, tmp_path / "removed")
+    assert [path.name for path in (tmp_path / "removed").iterdir()] == ["config.json"]
+
+
 def test_what_is_there_already_stays(tmp_path: Path) -> None:
     source, target = make(tmp_path / "a", "config.json"), make(tmp_path / "b", "config.json")
     (target / "config.json").write_text("mine")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.checkpoint.directory.open import open_checkpoint
-from shared.errors import UserError
+from shared.checkpoint.directory.open import open_checkpoint, verify_content
+from shared.errors import AlreadyDone, UserError
 
 
 def test_a_published_directory_opens_with_its_facts(published: Callable[..., Path]) -> None:
@@ -39,6 +39,32 @@ def test_missing_short_and_stray_files_are_named(published: Callable[..., Path])
         open_checkpoint(target, kinds=("hf",), flag="--source")
     (target / "model.safetensors").unlink()
     with pytest.raises(UserError, match="model.safetensors is missing"):
+        open_checkpoint(target, kinds=("hf",), flag="--source")
+
+
+@pytest.mark.parametrize("edit", ["rewritten", "removed", "added"])
+@pytest.mark.parametrize("place", ["", "hf/"])
+def test_a_user_may_edit_the_model_card_and_nothing_else(published: Callable[..., Path], edit: str, place: str) -> None:
+    card = "" if edit == "added" else f"{place}README.md"
+    target = published(others=("LICENSE", *filter(None, [card])))
+    if edit == "removed":
+        (target / card).unlink()
+    else:
+        (target / place).mkdir(exist_ok=True)
+        (target / place / "README.md").write_text("Measured by hand, and longer than before.")
+    opened = open_checkpoint(target, kinds=("hf",), flag="--source")
+    verify_content(opened, flag="--source")
+    with pytest.raises(AlreadyDone):  # the same command does not write it again
+        published(others=("LICENSE", *filter(None, [card])))
+    (target / "LICENSE").write_text("Mine")
+    with pytest.raises(UserError, match="LICENSE has 4 bytes instead of 7"):
+        open_checkpoint(target, kinds=("hf",), flag="--source")
+
+
+def test_a_file_named_like_the_card_elsewhere_is_compared(published: Callable[..., Path]) -> None:
+    target = published(others=("nested/README.md",))
+    (target / "nested/README.md").write_text("edited by hand..")
+    with pytest.raises(UserError, match=r"nested/README.md is damaged"):
         open_checkpoint(target, kinds=("hf",), flag="--source")
 
 

@@ -168,8 +168,11 @@ def test_a_damaged_iteration_gives_way_to_the_one_before(source: Path, tmp_path:
     target = tmp_path / "run"
     run = RunDirectory.open(target, kind="megatron", inputs={"source": source})
     run.add_auxiliary_files(source)
+    (target / "hf/README.md").write_text("a card")
     for iteration in (10, 20, 30):
         _save(run, iteration, keep=3)
+    assert "hf/README.md" in run.recorded()
+    (target / "hf/README.md").write_text("b card")  # edited while the run stood still
     assert damage(target, run.recorded()) is None
     file = target / "iter_0000030" / "0.distcp"
     file.write_text("31")
