@@ -75,7 +75,7 @@ def generate(
         template_argument: variables of the chat template, separated by commas: enable_thinking=false.
         samples: completions of each prompt.
         seed: sampling seed; each line and sample has a random stream of its own, whatever the batch.
-        batch_size: most sequences at once; by default the engine's choice.
+        batch_size: most sequences at once (vllm only); by default the engine's choice.
         overwrite: replace what is published at the target.
     """
     from tools.infer.generate import run
@@ -256,6 +256,7 @@ def card(
 @tool.command
 def chat(
     source: ExistingDir,
+    engine: EngineName | None = None,
     system: str | None = None,
     max_tokens: Positive = 512,
     temperature: Temperature = 0.0,
@@ -273,6 +274,7 @@ def chat(
 
     Args:
         source: Hugging Face directory of the model; its tokenizer must have a chat template.
+        engine: vllm, or hf (transformers); by default vllm, and hf for models that vLLM does not run.
         system: system message that opens the conversation.
         max_tokens: most tokens of a reply.
         temperature: 0 decodes greedily; above, samples.
@@ -288,7 +290,7 @@ def chat(
         source,
         system=system,
         sampling=Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed),
-        settings=model.settings(batch_size=1, seed=seed),
+        settings=model.settings(engine=engine, batch_size=1, seed=seed),
         thinking=thinking,
         arguments=template_arguments(template_argument),
     )

@@ -42,6 +42,10 @@ def run(
 
     Completions are saved in the unpublished directory; an interrupted run resumes from them.
     """
+    if settings.engine == "hf" and settings.batch_size is not None:
+        raise UserError(
+            f"--batch-size {settings.batch_size}: transformers generates one sequence at a time; leave it out"
+        )
     rows = read_prompts(prompts, _ADDED)
     arguments = template_arguments(template_argument)
     if json_schema:

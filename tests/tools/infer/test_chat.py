@@ -42,14 +42,15 @@ def test_reset_starts_anew_and_exit_leaves(capsys):
     assert asked == [[{"role": "user", "content": "one"}], [{"role": "user", "content": "two"}]]
 
 
-@pytest.mark.parametrize("family", ["llama"])
-def test_a_pipe_is_answered_line_by_line(family, launcher, models, greedy):
-    source = models(family)
-    done = launcher("chat", "--source", source, "--max-tokens", 8, stdin="fox?\n/reset\ndog?\n")
+@pytest.mark.parametrize(("flags", "engine"), [((), "vLLM"), (("--engine", "hf"), "transformers")])
+def test_a_pipe_is_answered_line_by_line(flags, engine, launcher, models, greedy):
+    source = models("llama")
+    done = launcher("chat", "--source", source, "--max-tokens", 8, *flags, stdin="fox?\n/reset\ndog?\n")
     assert done.code == 0, done.stderr
     wanted = [greedy(source, [{"role": "user", "content": text}], 8) for text in ("fox?", "dog?")]
     assert done.stdout == "".join(text + "\n" for text in wanted)
 
+    assert f"loading {source} with {engine} on" in done.stderr
 
 def test_a_tokenizer_without_a_template_is_named(launcher, models):
     done = launcher("chat", "--source", models("qwen3"), stdin="fox?\n")

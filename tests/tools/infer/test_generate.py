@@ -142,7 +142,10 @@ def test_transformers_runs_what_vllm_lacks_and_vllm_named_is_a_refusal(launcher,
     assert "no attention for heads of 16, only 32" in named.stderr
     done = launcher(*words)
     assert done.code == 0, done.stderr
-    assert "engine: transformers, one sequence at a time, since vLLM does not run this model: --source" in done.stderr
+    assert (
+        "engine: transformers, which generates one sequence at a time, since vLLM does not run this model: --source"
+        in done.stderr
+    )
     assert [row["completion"] for row in read(tmp_path / "out")] == [greedy(source, PROMPTS[0], 12)]
     assert open_checkpoint(tmp_path / "out", kinds=("result",), flag="--source").facts["engine"] == "hf"
 
@@ -212,6 +215,9 @@ def test_a_template_argument_of_the_command_and_of_a_row(double, models, tmp_pat
     for file in models("llama").iterdir():
         (source / file.name).write_bytes(file.read_bytes())
     (source / "chat_template.jinja").write_text("{{ messages[0].content }}{% if shout %}!{% endif %}{{ shout }}")
+    done = launcher(*words, "--engine", "hf", "--batch-size", 2)
+    assert (done.code, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "--batch-size 2: transformers generates one sequence at a time; leave it out" in done.stderr
     talk = {"messages": [{"role": "user", "content": "fox"}]}
     prompts = write(tmp_path / "prompts.jsonl", [talk, talk | {"chat_template_kwargs": {"shout": "dog"}}])
     sampling, settings = Sampling(max_tokens=9), EngineSettings(max_model_len=64)

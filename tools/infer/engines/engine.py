@@ -118,7 +118,9 @@ def open_engine(source: Path, settings: EngineSettings) -> Engine:
     except NotCarriedError as error:
         if settings.engine or settings.tensor_parallel != 1 or not has_class(source):
             raise
-        log(f"engine: transformers, one sequence at a time, since vLLM does not run this model: {error}")
+        log(
+            f"engine: transformers, which generates one sequence at a time, since vLLM does not run this model: {error}"
+        )
         return TransformersEngine(source, settings)
 
 

@@ -28,6 +28,9 @@ _NOT_READ = {
 }
 
 
+_WITH_TRANSFORMERS = "`infer generate`, `chat` and `evaluate`"  # `--engine hf`
+
+
 class NotCarriedError(UserError):
     """vLLM cannot run the model, on this machine or at all."""
 
@@ -50,7 +53,7 @@ def check_supported(source: Path) -> None:
         if config.get(field, computed) != computed:
             raise NotCarriedError(
                 f"--source {source}: vLLM's {name} does not compute {field} = {config[field]} of config.json, which changes the "
-                "model; `infer evaluate --engine hf` may run it"
+                f"model; {_WITH_TRANSFORMERS} may run it with `--engine hf`"
             )
     if not on_gpu():
         # vLLM inspects a model's class in a subprocess, to avoid initialising CUDA here; its imports take half a minute.
@@ -64,7 +67,7 @@ def _alternative(source: Path, supported: Collection[str]) -> str:
     try:
         architecture = registry.from_files(source)
     except UserError:
-        return "`infer evaluate --engine hf` may still run it"
+        return f"{_WITH_TRANSFORMERS} may still run it with `--engine hf`"
     for name in (name for name, family in registry.FAMILIES.items() if family.hf_class in supported):
         with contextlib.suppress(UserError):
             registry.as_family(architecture, name)
@@ -77,7 +80,7 @@ def _alternative(source: Path, supported: Collection[str]) -> str:
         last = _PREVIOUSLY_SUPPORTED_MODELS.get(family.hf_class)
         older = f"; the last vLLM that carries it is {last}" if last else ""
         return f"nor does transformers, and no family that they have computes the same{older}"
-    return "`infer evaluate --engine hf` runs it"
+    return f"{_WITH_TRANSFORMERS} run it with `--engine hf`"
 
 
 def model_config(arguments: Mapping[str, Any]) -> Any:
@@ -103,7 +106,7 @@ def _check_cpu_kernels(source: str, config: Any) -> None:
     if size not in compiled:
         raise NotCarriedError(
             f"--source {source}: vLLM on CPU has no attention for {'MLA latents' if config.use_mla else 'heads'} of {size}, "
-            f"only {', '.join(map(str, compiled))}; use a GPU, or `infer evaluate --engine hf`"
+            f"only {', '.join(map(str, compiled))}; use a GPU; {_WITH_TRANSFORMERS} may run it with `--engine hf`"
         )
     if "linear_key_head_dim" in read_config(Path(source) / "config.json") and config.dtype != torch.bfloat16:
         raise NotCarriedError(
