@@ -93,19 +93,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def greedy() -> Callable[[Path, str | list[dict[str, str]], int], str]:
+def greedy() -> Callable[..., str]:
     """(directory, prompt, tokens) -> the greedy completion of transformers in fp32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    def complete(path: Path, prompt: str | list[dict[str, str]], tokens: int) -> str:
+    def complete(path: Path, prompt: str | list[dict[str, str]], tokens: int, **further: float) -> str:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         if isinstance(prompt, list):
             prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         with torch.no_grad():
-            out = model.generate(ids, max_new_tokens=tokens, do_sample=False, attention_mask=torch.ones_like(ids))
+            mask = torch.ones_like(ids)
+            out = model.generate(ids, max_new_tokens=tokens, do_sample=False, attention_mask=mask, **further)
         return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
     return complete

@@ -1,10 +1,11 @@
 """Greedy continuation and log-probabilities in vLLM and in transformers, in a fork of the launcher.
 
-    family_worker.py DIRECTORY [exchange]
+    family_worker.py DIRECTORY [exchange] [engine]
 
 vLLM loads DIRECTORY, the export; transformers loads DIRECTORY.source, the model as its family publishes it. Writes
 DIRECTORY.json: both continuations and the log-probability of every given token, or the reason why `infer` refuses the model. With
-`exchange` the engine takes other weights, as by `infer reload`, and those of DIRECTORY again.
+`exchange` the engine takes other weights, as by `infer reload`, and those of DIRECTORY again. With `engine` our engine on
+transformers continues, too. Where vLLM lacks a model that transformers has, `infer generate` does.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from safetensors.torch import load_file, save_file
 from shared.checkpoint.directory.auxiliary_files import read_config
 from shared.errors import UserError
 from shared.families import registry
+from shared.families.common.transformers_workarounds import with_workarounds
 from tests.tools.infer import multimodal
+from tests.tools.infer.family_engines import of_engine, of_generate
 from tools.infer.engines.engine import EngineSettings
+from tools.infer.engines.transformers import has_class
 from tools.infer.engines.vllm import load
 from tools.infer.engines.vllm_arguments import engine_arguments
 from tools.infer.engines.vllm_support import check_exchange, check_supported, model_config
@@ -30,6 +34,7 @@ from tools.infer.engines.weight_swap import WeightSwap
 from tools.infer.weight_check import ServedWeights
 
 GIVEN, CONTINUED = 224, 24  # tokens: beyond the windows and original lengths of tiny sizes
+LIKELY = 5  # tokens at each place of a continuation, with their log-probabilities
 
 
 def of_transformers(source: Path, ids: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
@@ -40,13 +45,19 @@ def of_transformers(source: Path, ids: torch.Tensor, dtype: torch.dtype) -> dict
     if code := config.get("auto_map"):  # by name: vLLM registers configurations of its own in transformers
         kind = get_class_from_dynamic_module(code["AutoModelForCausalLM"], source)
     attention = "sdpa" if config.get("alibi") else "eager"  # transformers' eager Falcon adds ALiBi twice
-    model = kind.from_pretrained(source, dtype=dtype, attn_implementation=attention).eval()
+    # of MPT's class, which ignores a field: docs/upstream.md
+    model = with_workarounds(kind.from_pretrained(source, dtype=dtype, attn_implementation=attention).eval())
     with torch.no_grad():
         for _ in range(CONTINUED):  # without a KV cache, which tests/references do not have
             logits = model(ids).logits.float()
             ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
     known = logits[0, : GIVEN - 1].log_softmax(-1).gather(-1, ids[0, 1:GIVEN, None])
-    return {"tokens": ids[0, GIVEN:].tolist(), "log_probabilities": known[:, 0].tolist()}
+    chosen = logits[0, GIVEN - 1 :].log_softmax(-1).topk(LIKELY)
+    likely = [
+        dict(zip(numbers, values, strict=True))
+        for numbers, values in zip(chosen.indices.tolist(), chosen.values.tolist(), strict=True)
+    ]
+    return {"tokens": ids[0, GIVEN:].tolist(), "log_probabilities": known[:, 0].tolist(), "likely": likely}
 
 
 def of_vllm(
@@ -94,13 +105,23 @@ def with_other_weights(source: Path) -> Path:
     return other
 
 
-def both(source: Path, exchange: bool) -> dict[str, Any]:
+def both(source: Path, exchange: bool, engine: bool) -> dict[str, Any]:
     config = read_config(source / "config.json")
+    original = source.with_name(f"{source.name}.source")
+    has_images = "vision_config" in config
+
+    def given(first: int) -> torch.Tensor:
+        vocabulary = registry.language_config(config)["vocab_size"]
+        return torch.randint(first, vocabulary, (1, GIVEN), generator=torch.Generator().manual_seed(1))
+
     try:
         check_supported(source)
     except UserError as error:
-        return {"lacking": str(error).replace(f"--source {source}: ", "")}
-    has_images = "vision_config" in config
+        answer = {"lacking": str(error).replace(f"--source {source}: ", "")}
+        if has_class(source):
+            answer["transformers"] = of_transformers(original, given(0), torch.float32)
+            answer["generate"] = of_generate(source, given(0)[0].tolist(), CONTINUED)
+        return answer
     length = CONTINUED + max(GIVEN, multimodal.write_processor(source) if has_images else 0)
     if has_images:
         (source / "manifest.json").unlink()  # it lists the files without the processor's
@@ -112,11 +133,11 @@ def both(source: Path, exchange: bool) -> dict[str, Any]:
     if config["model_type"] == "cohere2":  # vLLM's windows are one token wider than config.json says
         arguments["hf_overrides"] = {"sliding_window": config["sliding_window"] - 1}
     model_config(arguments)
-    words = (len(multimodal.TOKENS) if has_images else 0, registry.language_config(config)["vocab_size"])
-    ids = torch.randint(*words, (1, GIVEN), generator=torch.Generator().manual_seed(1))
-    original = source.with_name(f"{source.name}.source")
+    ids = given(len(multimodal.TOKENS) if has_images else 0)
     theirs = of_transformers(original, ids, torch.float32)
     answer = {"precision": precision, "transformers": theirs}
+    if engine and has_class(source) and not has_images:
+        answer["engine"] = of_engine(source, ids[0].tolist(), CONTINUED)
     if has_images:
         theirs["seen"] = multimodal.of_transformers(source)
         theirs["unseen"] = multimodal.of_transformers(source, blank=True)
@@ -134,4 +155,5 @@ def both(source: Path, exchange: bool) -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     directory = Path(sys.argv[1])
-    directory.with_name(f"{directory.name}.json").write_text(json.dumps(both(directory, sys.argv[2:] == ["exchange"])))
+    found = both(directory, exchange="exchange" in sys.argv[2:], engine="engine" in sys.argv[2:])
+    directory.with_name(f"{directory.name}.json").write_text(json.dumps(found))

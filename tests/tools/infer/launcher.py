@@ -17,6 +17,7 @@ from tools.infer.environment import prepare_environment
 
 prepare_environment()
 
+import lm_eval.models.huggingface  # noqa: E402
 import lm_eval.models.vllm_causallms  # noqa: E402, F401
 import vllm.entrypoints.launchers.api_server.entry  # noqa: E402
 import vllm.v1.engine.async_llm  # noqa: E402

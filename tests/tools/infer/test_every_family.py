@@ -1,4 +1,7 @@
-"""Exports of every family: greedy tokens and log-probabilities in vLLM against those of the original in transformers."""
+"""Exports of every family: greedy tokens and log-probabilities in vLLM against those of the original in transformers.
+
+For a size of each family also those of our engine on transformers, and what `infer generate` does where vLLM lacks the model.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,8 @@ EXCHANGED = {
     *("mixtral-tiny", "deepseek-v3-tiny", "phi3-tiny", "chatglm2-tiny", "bloom-tiny", "gemma2-tiny"),
 }
 NOT_EXCHANGED = {"qwen3-next-tiny", "qwen3-next-tiny-mixed", "gpt-oss-tiny"}  # `check_exchange` refuses them
+# The first tiny size of each family: compared in our engine on transformers, too.
+FIRST = {registry.sizes()[name].family: name for name in reversed([name for name in SIZES if "=" not in name])}
 REFUSED = {"qwen2-tiny-window": "Sliding window for some but all layers is not supported"}  # in vLLM's words
 
 
@@ -57,19 +62,27 @@ def test_exports_continue_in_vllm_as_in_transformers(
     name, _, family = size.partition("=")
     with proof("vllm" if not family else f"vllm as {family}", size=name) as figures:
         exchange = size not in NOT_EXCHANGED and (size in EXCHANGED or os.environ.get("BATON_EXCHANGE") == "all")
-        words = ("exchange",) if exchange else ()
+        words = ("exchange",) * exchange + ("engine",) * (size in FIRST.values())
         done = launcher(Path(__file__).with_name("family_worker.py"), exports / size, *words)
         said = done.stderr.strip().splitlines()
         assert done.code == 0, "\n".join([*said[-1:], *said[-60:]])
         answer = json.loads((exports / f"{size}.json").read_text())
         assert not (family and "lacking" in answer)
         if "lacking" in answer:
+            if "generate" in answer:
+                assert (
+                    "engine: transformers, which generates one sequence at a time, since vLLM does not run"
+                    in done.stderr
+                )
+                check_greedy(answer["generate"], answer["transformers"])
             pytest.skip(answer["lacking"])
         if size in REFUSED:
             assert REFUSED[size] in answer["refused"]
             pytest.skip(answer["refused"])
         assert "refused" not in answer, answer["refused"]
         ours, theirs = answer["vllm"], answer["transformers"]
+        if "engine" in answer:
+            check_greedy(answer["engine"], theirs)
         spread = statistics.stdev(theirs["log_probabilities"])
         assert spread > 0.1  # so that a misplaced row changes the log-probabilities
         figures["precision"] = answer["precision"]
@@ -77,6 +90,7 @@ def test_exports_continue_in_vllm_as_in_transformers(
             figures["log_probabilities"] = root_mean_square(differences(ours, theirs)) / spread
             rounded = root_mean_square(differences(answer["rounded"], theirs)) / spread
             assert figures["log_probabilities"] < ROUNDED * rounded
+            check_rounded(ours["tokens"], theirs, max(differences(answer["rounded"], theirs)))
             return
         tolerance, otherwise = OTHERWISE.get(registry.sizes()[name].family, (TOLERANCE, ""))
         figures |= {"reason": otherwise} if otherwise else {}
@@ -95,6 +109,26 @@ def test_exports_continue_in_vllm_as_in_transformers(
             figures["seen"] = max(abs(one - two) for one, two in pairs) / spread
             assert figures["seen"] < tolerance
             assert max(abs(a - b) for a, b in zip(theirs["seen"], theirs["unseen"], strict=True)) > 0.1 * spread
+
+
+def check_greedy(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Our engines stop at the model's end token, where the comparison goes on."""
+    found, wanted = ours["tokens"], theirs["tokens"]
+    assert found == wanted[: len(found)]
+    assert ours["finish_reason"] == ("length" if len(found) == len(wanted) else "stop")
+    assert found
+
+
+def check_rounded(found: list[int], theirs: dict[str, Any], rounding: float) -> None:
+    """Greedy tokens in bf16 are those in fp32, up to a place where two tokens are as likely within rounding.
+
+    `rounding`: the largest difference of a log-probability of transformers in bf16; both tokens have one.
+    """
+    for token, wanted, likely in zip(found, theirs["tokens"], theirs["likely"], strict=True):
+        if token != wanted:
+            assert str(token) in likely, "not among the likely ones"
+            assert likely[str(wanted)] - likely[str(token)] < 2 * rounding
+            return
 
 
 def differences(some: dict[str, Any], other: dict[str, Any]) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from shared.cli import invoked
 from shared.errors import StageError, UserError
 from shared.families import registry
 from tests.tools.infer.engines.double import EngineDouble
+from tests.tools.infer.test_prompts import KNOWS_TOOLS, TOOLS
 from tools.infer import generate
 from tools.infer.engines.engine import EngineSettings
 from tools.infer.engines.sampling import Sampling
@@ -160,12 +162,16 @@ def test_a_row_s_own_sampling(launcher, models, greedy, tmp_path):
         {"prompt": PROMPTS[0], "sampling": {"stop": text[5:8], "logprobs": 1}},
         {"prompt": PROMPTS[0], "sampling": {"max_tokens": 3, "samples": 2, "temperature": 1}},
         {"prompt": PROMPTS[0], "sampling": {"json_schema": schema, "max_tokens": 100}},
+        # Temperature 2 is almost uniform: what repeats is no chance.
+        *({"prompt": PROMPTS[0], "sampling": {"temperature": 2, "seed": seed}} for seed in (7, 7, 8)),
+        *({"prompt": PROMPTS[0], "sampling": {"temperature": 2} | narrow} for narrow in ({"top_k": 1}, {"min_p": 1.0})),
+        {"prompt": PROMPTS[0], "sampling": {"repetition_penalty": 1.5}},
     ]
     prompts = write(tmp_path / "prompts.jsonl", rows)
     words = ("--source", models("llama"), "--prompts", prompts, "--target", tmp_path / "out", "--max-tokens", 24)
     done = launcher("generate", *words)
     assert done.code == 0, done.stderr
-    plain, stopped, sampled, schemed = read(tmp_path / "out")
+    plain, stopped, sampled, schemed, *seeded, by_count, by_share, penalised = read(tmp_path / "out")
     assert plain["completion"] == text
     assert stopped["completion"] == text[: text.index(text[5:8])]
     assert stopped["finish_reason"] == "stop"
@@ -174,6 +180,10 @@ def test_a_row_s_own_sampling(launcher, models, greedy, tmp_path):
     assert len(sampled["completions"]) == 2
     assert isinstance(json.loads(schemed["completion"])["a"], int)
     assert schemed["sampling"] == rows[3]["sampling"]
+    first, same, other = (row["completion"] for row in seeded)
+    assert first == same != other
+    assert by_count["completion"] == by_share["completion"] == text
+    assert penalised["completion"] == greedy(models("llama"), PROMPTS[0], 24, repetition_penalty=1.5) != text
 
 
 @pytest.mark.parametrize(
@@ -205,6 +215,9 @@ def test_transformers_refuses_what_it_lacks_before_it_loads(launcher, models, tm
     done = launcher(*words, "--engine", "hf", "--json-schema", schema)
     assert done.code == 2
     assert "prompts.jsonl:1: json_schema is vLLM's; transformers has none" in done.stderr
+    done = launcher(*words, "--engine", "hf", "--batch-size", 2)
+    assert (done.code, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "--batch-size 2: transformers generates one sequence at a time; leave it out" in done.stderr
     schema.write_text("[]")
     assert "is not a JSON object" in launcher(*words, "--json-schema", schema).stderr
 
@@ -215,9 +228,6 @@ def test_a_template_argument_of_the_command_and_of_a_row(double, models, tmp_pat
     for file in models("llama").iterdir():
         (source / file.name).write_bytes(file.read_bytes())
     (source / "chat_template.jinja").write_text("{{ messages[0].content }}{% if shout %}!{% endif %}{{ shout }}")
-    done = launcher(*words, "--engine", "hf", "--batch-size", 2)
-    assert (done.code, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "--batch-size 2: transformers generates one sequence at a time; leave it out" in done.stderr
     talk = {"messages": [{"role": "user", "content": "fox"}]}
     prompts = write(tmp_path / "prompts.jsonl", [talk, talk | {"chat_template_kwargs": {"shout": "dog"}}])
     sampling, settings = Sampling(max_tokens=9), EngineSettings(max_model_len=64)
@@ -231,6 +241,20 @@ def test_a_template_argument_of_the_command_and_of_a_row(double, models, tmp_pat
         )
     tokenizer = AutoTokenizer.from_pretrained(source)
     assert [tokenizer.decode(request.prompt) for request in double.requests] == ["fox!1", "fox!dog"]
+
+
+def test_the_tools_of_a_row_are_in_its_prompt_and_in_the_output(double, models, tmp_path):
+    source = shutil.copytree(models("llama"), tmp_path / "model")
+    (source / "chat_template.jinja").write_text(KNOWS_TOOLS)
+    talk = {"messages": [{"role": "user", "content": "fox"}]}
+    prompts = write(tmp_path / "prompts.jsonl", [talk, talk | {"tools": TOOLS}])
+    generate_with_double(source, prompts, tmp_path / "out", 1)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    assert [tokenizer.decode(request.prompt) for request in double.requests] == ["fox", "[weather]fox"]
+    assert [row.get("tools") for row in read(tmp_path / "out")] == [None, TOOLS]
+    prompts = write(tmp_path / "prompts.jsonl", [talk, {"prompt": "fox", "tools": TOOLS}])
+    with pytest.raises(UserError, match='prompts.jsonl:2: "tools" are rendered by the chat template'):
+        generate_with_double(source, prompts, tmp_path / "refused", 1)
 
 
 def test_a_model_of_an_older_vllm_is_refused_with_its_version(launcher, models, tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 
+from shared.errors import UserError
 from tools.infer.engines.engine import Completion, Engine, EngineSettings, Request, open_engine
 from tools.infer.engines.sampling import Sampling
 
@@ -30,7 +31,7 @@ def main(name: str, source: Path, given: dict[str, Any], precision: Any = None) 
     engine = open_engine(source, EngineSettings(engine=name, precision=precision, batch_size=4))
     assert isinstance(engine, Engine)
     assert engine.name == name
-    answer: dict[str, Any] = {"context_length": engine.context_length}
+    answer: dict[str, Any] = {"engine": engine.name, "context_length": engine.context_length}
     lm = engine.harness_model()
     scored = [
         Instance(request_type="loglikelihood", doc={}, metadata=("pairs", index, 1), arguments=tuple(pair), idx=index)
@@ -65,6 +66,15 @@ def main(name: str, source: Path, given: dict[str, Any], precision: Any = None) 
         Request(prompt=given["prompts"][0], sampling=greedy.model_copy(update=changes)) for changes in own.values()
     ]
     answer |= {name: asdict(samples[0]) for name, samples in zip(own, all_of(engine, requests), strict=True)}
+    for name, value in given["penalties"].items():
+        penalised = greedy.model_copy(update={"max_tokens": given["penalised"], name: value})
+        try:
+            engine.check(penalised, "here")
+        except UserError as refused:
+            answer[name] = str(refused)
+        else:
+            (samples,) = all_of(engine, [Request(prompt=given["prompts"][0], sampling=penalised)])
+            answer[name] = samples[0].tokens
     answer["nucleus"] = [asdict(sample) for sample in all_of(engine, [sampled(5, top_p=1e-6)])[0]]
     engine.close()
     return answer

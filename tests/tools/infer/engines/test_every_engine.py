@@ -13,6 +13,8 @@ PAIRS = [("The quick", " brown fox"), ("The quick", " lazy dog"), ("", "def f(x)
 # A text cut at every letter: where a cut is inside a token, the first letters of the rest join the context's last token.
 PAIRS += [("The quick fox"[:cut], "The quick fox"[cut:]) for cut in range(1, 13)]
 TOKENS, CONTEXT, EOS = 12, 128, 0
+PENALISED = 40  # tokens: some come more than once
+PENALTIES = {"presence_penalty": 1.5, "frequency_penalty": 1.5}
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +31,20 @@ def reference(models):
         with torch.no_grad():
             return model(torch.tensor([ids])).logits[0].log_softmax(-1)
 
-    def continued(ids: list[int], tokens: int, penalty: float = 1.0) -> list[int]:
+    def continued(
+        ids: list[int],
+        tokens: int,
+        penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+    ) -> list[int]:
         new: list[int] = []
         while len(new) < tokens and new[-1:] != [EOS]:
             with torch.no_grad():
                 logits = model(torch.tensor([[*ids, *new]])).logits[0, -1]
+            times = torch.bincount(torch.tensor(new, dtype=torch.long), minlength=len(logits))  # of the reply alone
+            # https://developers.openai.com/api/docs/guides/advanced-usage#frequency-and-presence-penalties
+            logits -= frequency_penalty * times + presence_penalty * (times > 0)
             seen = sorted({*ids, *new})  # arXiv:1909.05858, section 4.1
             logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
             new.append(int(logits.argmax()))
@@ -63,6 +74,8 @@ def reference(models):
         "text": text,
         "stop": text[len(text) // 2 :][:3],
         "penalty": continued(prompts[0], TOKENS, penalty=1.5),
+        "unpenalised": continued(prompts[0], PENALISED),
+        **{name: continued(prompts[0], PENALISED, **{name: value}) for name, value in PENALTIES.items()},
         "logprobs": [
             [(token, float(row[token])), *((int(each), float(row[each])) for each in row.topk(2).indices)]
             for token, row in zip(greedy, known, strict=True)
@@ -81,6 +94,7 @@ def answer(request, launcher, models, reference, tmp_path_factory):
     path = tmp_path_factory.mktemp("contract") / request.param.replace(" ", "-")
     engine, *precision = request.param.split()
     given = {"prompts": reference["prompts"], "pairs": PAIRS, "tokens": TOKENS, "stop": reference["stop"]}
+    given |= {"penalties": PENALTIES, "penalised": PENALISED}
     path.with_suffix(".json").write_text(json.dumps(given))
     done = launcher(CONTRACT, engine, models("llama"), path, *precision)
     assert done.code == 0, done.stderr
@@ -142,6 +156,16 @@ def test_a_stop_text_ends_a_completion_and_is_no_part_of_it(answer, reference):
 
 def test_a_repetition_penalty_is_of_prompt_and_completion(answer, reference):
     assert answer["penalty"]["tokens"] == reference["penalty"] != reference["greedy"][0]
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_penalties_of_the_reply_alone_are_vllms(name, answer, reference):
+    if answer["engine"] == "hf":
+        assert answer[name] == f"here: {name} is vLLM's; transformers has none, leave it out"
+        return
+    others = [reference["unpenalised"], *(reference[other] for other in PENALTIES if other != name)]
+    assert reference[name] not in others
+    assert answer[name] == reference[name]
 
 
 def test_log_probabilities_equal_a_float64_computation(answer, reference):
