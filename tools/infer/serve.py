@@ -228,6 +228,8 @@ async def _engine(
 
     with refusals(arguments["model"]):
         config = AsyncEngineArgs(**arguments, enable_log_requests=options.enable_log_requests).create_engine_config()
+    # The server reads the reasoning parser here, too: that of a flag, or the model's own (gpt-oss), which the engine finds.
+    options.structured_outputs_config = config.structured_outputs_config
     if exchange is not None:
         check_exchange(config, exchange)
     if not on_gpu():

@@ -1,7 +1,8 @@
 """LoRA adapters made and computed by PEFT, in the environment of rlhf: `adapter_worker.py MODEL FOLDER`.
 
-Writes the directories FOLDER/one (rank 8) and FOLDER/two (rank 4 and 2, rank-stabilised), and FOLDER/said.json: for each and
-for the base the greedy continuation of the prompt and its log-probabilities in fp32.
+Writes the directories FOLDER/one (rank 8), FOLDER/two (rank 4 and 2, rank-stabilised) and FOLDER/rlhf (published by `rlhf dpo`).
+Writes FOLDER/said.json: for each, for FOLDER/sft, which is there, and for the base the greedy continuation of the prompt and its
+log-probabilities in fp32.
 """
 
 from __future__ import annotations
@@ -32,8 +33,28 @@ def said(model: torch.nn.Module) -> dict[str, list]:
     return {"tokens": reply.tolist(), "log_probabilities": known.tolist()}
 
 
+def train(source: Path, folder: Path) -> None:
+    """FOLDER/rlhf."""
+    from tools.rlhf.cli import tool
+
+    pairs = [
+        {"prompt": "The quick", "chosen": " brown", "rejected": f" {word}"} for word in ("lazy", "dog", "fox", "over")
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    words = f"dpo --source {source} --data {folder / 'pairs.jsonl'} --target {folder / 'rlhf'} --validation-fraction 0 "
+    words += (
+        "--global-batch-size 2 --micro-batch-size 2 --precision fp32 --lora-rank 4 --learning-rate 5e-2 --track none"
+    )
+    try:
+        tool.run(words.split())
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
 def main(source: Path, folder: Path) -> None:
     torch.set_num_threads(1)
+    train(source, folder)
 
     def base():
         return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -46,6 +67,7 @@ def main(source: Path, folder: Path) -> None:
             if "lora_" in key:  # B is zero at first
                 torch.nn.init.normal_(parameter, std=0.2)
         model.save_pretrained(folder / name)
+    for name in (*CONFIGS, "sft", "rlhf"):
         answers[name] = said(PeftModel.from_pretrained(base(), folder / name))
     (folder / "said.json").write_text(json.dumps(answers))
 

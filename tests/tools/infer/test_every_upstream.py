@@ -31,6 +31,7 @@ from vllm.benchmarks import serve as benchmark_client
 from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 from vllm.config.lora import LoRAConfig, MaxLoRARanks
 from vllm.config.model import LogprobsMode
+from vllm.entrypoints.generate.api_router import init_generate_state
 from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve
@@ -145,6 +146,7 @@ def test_a_server_is_built_of_an_engine_and_a_socket() -> None:
     relies_on(SERVE, build_and_serve, "log_config is not None", "uvicorn_kwargs['log_config'] = log_config")
 
 
+    relies_on(SERVE, init_generate_state, "reasoning_parser=args.structured_outputs_config.reasoning_parser")
 def test_options_of_a_server_are_its_parsers() -> None:
     words = ["--model", "m", "--served-model-name", "n", "--host", "h", "--port", "1"]
     options = make_arg_parser(FlexibleArgumentParser()).parse_args(words)

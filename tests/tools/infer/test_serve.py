@@ -19,7 +19,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from shared.errors import UserError
 from tests.tools.infer.http_server import call, gone, ready
+from tools.infer import serve
+from tools.infer.engines.engine import EngineSettings
+from tools.infer.engines.vllm_flags import VllmFlags
 
 INFER = Path(sys.executable).with_name("infer")
 
@@ -27,7 +31,18 @@ INFER = Path(sys.executable).with_name("infer")
 def test_it_answers_the_api_and_ends_on_sigterm(models, greedy, tmp_path):
     source, out = models("llama"), tmp_path / "out"
     # without --precision: fp32, as the checkpoint
-    command = [INFER, "serve", "--source", source, "--port", "0", "--served-model-name", "tiny"]
+    command = [
+        INFER,
+        "serve",
+        "--source",
+        source,
+        "--port",
+        "0",
+        "--served-model-name",
+        "tiny",
+        "--max-model-len",
+        "64",
+    ]
     with out.open("w") as stdout, (tmp_path / "err").open("w") as stderr:
         server = subprocess.Popen(command, stdout=stdout, stderr=stderr)
     try:
@@ -35,7 +50,10 @@ def test_it_answers_the_api_and_ends_on_sigterm(models, greedy, tmp_path):
         assert call(url.removesuffix("/v1") + "/health") == (200, None)
         status, listed = call(url + "/models")
         assert status == 200
-        assert [model["id"] for model in listed["data"]] == ["tiny"]
+        assert [(model["id"], model["max_model_len"]) for model in listed["data"]] == [("tiny", 64)]  # the model's: 128
+        long = {"model": "tiny", "prompt": [5] * 64, "max_tokens": 1}
+        assert call(url + "/completions", long)[0] == 400
+        assert call(url + "/completions", long | {"prompt": [5] * 63})[0] == 200
 
         asked = {"model": "tiny", "prompt": "The quick", "max_tokens": 12, "temperature": 0}
         status, completion = call(url + "/completions", asked)
@@ -178,6 +196,7 @@ def test_keys_a_template_and_flags_of_vllm(launcher, models, greedy, tmp_path):
     words = ["--source", models("qwen3"), "--port", 0, "--precision", "fp32", "--drain", 30]
     words += ["--api-key-file", tmp_path / "keys", "--chat-template", tmp_path / "other.jinja"]
     words += ["--", "--tool-call-parser", "hermes", "--enable-auto-tool-choice", "--max-logprobs", 2]
+    words += ["--reasoning-parser", "minimax_m2_append_think"]  # it needs no token of its own: <think> is put in front
     pid, files = launcher.start("serve", *words)
     url = ready(files.with_suffix(".out"), lambda: not gone(pid))
     asked = {
@@ -191,7 +210,7 @@ def test_keys_a_template_and_flags_of_vllm(launcher, models, greedy, tmp_path):
     for key in ("first", "second"):
         status, reply = call(url + "/chat/completions", asked, key=key)
         assert status == 200
-        assert reply["choices"][0]["message"]["content"] == greedy(models("qwen3"), "The quick", 8)
+        assert reply["choices"][0]["message"]["content"] == "<think>" + greedy(models("qwen3"), "The quick", 8)
     prompt = {"model": "qwen3", "prompt": "fox", "max_tokens": 1}
     assert call(url + "/completions", prompt | {"logprobs": 2}, key="first")[0] == 200
     status, answer = call(url + "/completions", prompt | {"logprobs": 3}, key="first")
@@ -304,6 +323,23 @@ def test_a_file_without_keys_is_refused(models, tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "holds no key; write one a line" in done.stderr
+
+
+def test_a_share_of_gpu_memory_is_vllms(models, monkeypatch):
+    given = {}
+
+    def arguments(source, settings, further):
+        given.update(further)
+        raise UserError("enough")
+
+    monkeypatch.setattr(serve, "on_gpu", lambda: True)
+    monkeypatch.setattr(serve, "parse", lambda words: VllmFlags(words=words, engine={}, frontend={}))
+    monkeypatch.setattr(serve, "checked_arguments", arguments)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process keeps its own
+    server = serve.ServerSettings(host="127.0.0.1", port=0, gpu_memory=0.5)
+    with pytest.raises(UserError, match="enough"):
+        serve.run(models("llama"), server=server, settings=EngineSettings())
+    assert given == {"gpu_memory_utilization": 0.5}
 
 
 def test_a_share_of_gpu_memory_needs_a_gpu(launcher, models):

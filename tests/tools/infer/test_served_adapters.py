@@ -24,15 +24,18 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
 
 @pytest.fixture(scope="module")
 def folder(models, tmp_path_factory):
-    """The adapters of `adapter_worker.py`, and what PEFT says of them."""
-    folder = tmp_path_factory.mktemp("adapters")
-    words = [
-        ROOT / "tools/rlhf/.venv/bin/python",
-        Path(__file__).with_name("adapter_worker.py"),
-        models("qwen3"),
-        folder,
-    ]
-    subprocess.run(words, check=True, cwd=ROOT)
+    """Adapters of PEFT, of `sft` and of `rlhf`, and what PEFT says of them."""
+    source, folder = models("qwen3"), tmp_path_factory.mktemp("adapters")
+
+    def run(tool, module, *words):
+        python = ROOT / "tools" / tool / ".venv/bin/python"
+        subprocess.run([python, "-m", module, *words], check=True, cwd=ROOT)
+
+    run("convert", "tools.convert.cli", "to-megatron", "--source", source, "--target", folder / "mg")
+    run("sft", "tests.tools.infer.sft_worker", folder / "mg", source, folder)
+    adapter = ("--source", folder / "sft-mg", "--base", source, "--target", folder / "sft")
+    run("convert", "tools.convert.cli", "to-hf", *adapter)
+    run("rlhf", "tests.tools.infer.adapter_worker", source, folder)
     return folder
 
 
@@ -60,7 +63,9 @@ def fields(path, **changes):
 def test_a_server_answers_for_each_adapter_as_peft_does(launcher, models, folder):
     said = json.loads((folder / "said.json").read_text())
     words = ["--source", models("qwen3"), "--port", 0, "--served-model-name", "base", "--reload-from", folder]
-    server = Server(launcher, "serve", *words, "--adapter", f"one={folder / 'one'}")
+    trained = ("sft", "rlhf")  # published by these tools
+    adapters = ",".join(f"{name}={folder / name}" for name in ("one", *trained))
+    server = Server(launcher, "serve", *words, "--adapter", adapters)
     prompt = {"prompt": [5, 9, 33, 70], "max_tokens": 16, "ignore_eos": True}
 
     def agrees(name, model=None):
@@ -69,8 +74,10 @@ def test_a_server_answers_for_each_adapter_as_peft_does(launcher, models, folder
         return choice["token_ids"] == said[name]["tokens"] and float(known.abs().max()) < TOLERANCE
 
     assert said["one"]["tokens"] != said["base"]["tokens"] != said["two"]["tokens"]
-    assert agrees("base")
-    assert agrees("one")
+    for name in trained:
+        change = torch.tensor(said[name]["log_probabilities"]) - torch.tensor(said["base"]["log_probabilities"])
+        assert float(change.abs().max()) > 100 * TOLERANCE, f"{name} has trained nothing"
+    assert all(agrees(name) for name in ("base", "one", *trained))
 
     load, unload = f"{server.url}/load_lora_adapter", f"{server.url}/unload_lora_adapter"
     assert call(f"{server.url}/completions", prompt | {"model": "two"})[0] == 404
@@ -91,14 +98,14 @@ def test_a_server_answers_for_each_adapter_as_peft_does(launcher, models, folder
     assert call(unload, {"lora_name": "two"})[0] == 200
     assert call(f"{server.url}/completions", prompt | {"model": "two"})[0] == 404
     assert call(unload, {"lora_name": "two"})[0] == 404
-    assert {model["id"] for model in call(f"{server.url}/models")[1]["data"]} == {"base", "one"}
+    assert {model["id"] for model in call(f"{server.url}/models")[1]["data"]} == {"base", "one", *trained}
     assert call(load, {"lora_name": "again", "lora_path": str(folder / "two")})[0] == 200
     assert agrees("two", model="again")
 
     assert call(f"{server.url}/policy", {"path": str(folder / "one"), "version": "1"})[0] == 409
     newer = shutil.copytree(models("qwen3"), folder / "newer")  # the same weights: adapters are found again
     assert call(f"{server.url}/policy", {"path": str(newer), "version": "1"})[0] == 200
-    assert all(agrees(name) for name in ("one", "base"))
+    assert all(agrees(name) for name in ("one", "base", *trained))
     done = server.stop()
     assert done.code == 0, done.stderr
 

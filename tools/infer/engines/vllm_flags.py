@@ -63,6 +63,8 @@ class VllmFlags:
                 ToolParserManager.import_tool_parser(options.tool_parser_plugin)
             if options.reasoning_parser_plugin:
                 ReasoningParserManager.import_reasoning_parser(options.reasoning_parser_plugin)
+            if options.reasoning_parser:  # vLLM's engine does it, later
+                options.structured_outputs_config.reasoning_parser = options.reasoning_parser
             validate_api_server_args(options)
         except (TypeError, ValueError, KeyError) as error:
             raise UserError(f"after --: {str(error.args[0]).removeprefix('Error: ')}") from None

@@ -15,13 +15,22 @@ def test_flags_are_those_of_the_engine_and_those_of_the_server():
         "--enable-auto-tool-choice",
         "--no-enable-prefix-caching",
         "--max-logprobs=7",
+        "--reasoning-parser",
+        "qwen3",
     ]
     flags = parse([*words, "--hf-overrides.rope_theta", "5"])
-    assert flags.engine == {"enable_prefix_caching": False, "max_logprobs": 7, "hf_overrides": {"rope_theta": 5}}
+    assert flags.engine == {
+        "enable_prefix_caching": False,
+        "max_logprobs": 7,
+        "hf_overrides": {"rope_theta": 5},
+        "reasoning_parser": "qwen3",
+    }
     assert flags.frontend == {"tool_call_parser": "hermes", "enable_auto_tool_choice": True}
     options = flags.options("--model", "m", "--port", "1")
     assert (options.model, options.port, options.max_logprobs) == ("m", 1, 7)
     assert options.tool_call_parser == "hermes"
+    assert options.structured_outputs_config.reasoning_parser == "qwen3"
+    assert parse([]).options("--model", "m").structured_outputs_config.reasoning_parser == ""
 
 
 def test_no_words_set_nothing():
@@ -53,6 +62,7 @@ def test_what_is_not_taken_is_one_line(words, message):
     [
         (["--enable-auto-tool-choice"], "--enable-auto-tool-choice requires --tool-call-parser"),
         (["--enable-auto-tool-choice", "--tool-call-parser", "no-such"], "invalid tool call parser: no-such"),
+        (["--reasoning-parser", "no-such"], "invalid reasoning parser: no-such"),
     ],
 )
 def test_values_that_exclude_each_other_are_one_line(words, message):
