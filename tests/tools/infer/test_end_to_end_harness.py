@@ -97,30 +97,35 @@ CASES = {
         ["--model", "hf", "--batch_size", "4", "--seed", "7", "--gen_kwargs", "do_sample=True,temperature=0.8"],
         ["--batch-size", 4, "--seed", 7, "--generation-argument", "do_sample=true,temperature=0.8"],
     ),
+    "hf, chat template": (
+        ["--model", "hf", "--batch_size", "4", "--num_fewshot", "1", "--apply_chat_template"],
+        ["--batch-size", 4, "--num-fewshot", 1, "--apply-chat-template"],
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def ours(launcher, models, tasks, tmp_path_factory):
-    """A function from an engine to the result that infer publishes; made once."""
+    """A function from a case to the result that infer publishes; made once."""
     made: dict[str, Path] = {}
 
-    def evaluated(engine: str) -> Path:
-        if engine not in made:
-            target = tmp_path_factory.mktemp("ours") / engine
+    def evaluated(case: str) -> Path:
+        if case not in made:
+            engine, target = case.partition(",")[0], tmp_path_factory.mktemp("ours") / "result"
             words = ("--source", models("llama"), "--target", target, "--engine", engine, "--precision", "fp32")
             named = ",".join(str(tasks / f"{name}.yaml") for name in TASKS)
-            done = launcher("evaluate", *words, "--tasks", named, *CASES[engine][1], "--keep-samples")
+            done = launcher("evaluate", *words, "--tasks", named, *CASES[case][1], "--keep-samples")
             assert done.code == 0, done.stderr
-            made[engine] = target
-        return made[engine]
+            made[case] = target
+        return made[case]
 
     return evaluated
 
 
-@pytest.mark.parametrize("engine", CASES)
-def test_results_are_those_of_the_harness_command_line(engine, ours, launcher, models, tasks, tmp_path):
-    theirs, _ = CASES[engine]
+@pytest.mark.parametrize("case", CASES)
+def test_results_are_those_of_the_harness_command_line(case, ours, launcher, models, tasks, tmp_path):
+    theirs, _ = CASES[case]
+    engine = case.partition(",")[0]
     source = models("llama")
     # The same KV cache as infer's; the default takes most of the memory. The harness's cache of logits is off: it is wrong.
     further = {
@@ -135,7 +140,7 @@ def test_results_are_those_of_the_harness_command_line(engine, ours, launcher, m
     (written,) = (tmp_path / "harness").glob("*/results_*.json")
     wanted = json.loads(written.read_text())
 
-    out = ours(engine)
+    out = ours(case)
     found = json.loads((out / "results.json").read_text())
 
     assert {name: found[name] for name in NUMBERS} == {name: wanted[name] for name in NUMBERS}
@@ -156,6 +161,9 @@ def test_results_are_those_of_the_harness_command_line(engine, ours, launcher, m
         other = [json.loads(line) for line in theirs_of.read_text().splitlines()]
         # The harness writes numbers as texts there.
         assert [sanitize_list(row["filtered_resps"]) for row in rows] == [row["filtered_resps"] for row in other]
+    if "chat template" in case:
+        (row,) = [json.loads(line) for line in (out / "samples_next_word.jsonl").read_text().splitlines()][:1]
+        assert row["arguments"][0][0].startswith("<user>"), "the template was not used"
     page = (out / "report.html").read_text()
     assert page.count("<table>") == 5  # the results, and the examples of four tasks
     assert f"{found['results']['held_out']['bits_per_byte,none']:.4f}" in page

@@ -36,6 +36,7 @@ MODEL = registry.from_config(
         "rms_norm_eps": 1e-5,
     }
 )
+MOE = registry.sizes()["mixtral-tiny"]
 OPTIONS = {
     "steps": 12,
     "sequence_length": 32,

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from shared.data.text_windows import Document, windows_of
 from tests import training_runs
-from tests.tools.pretrain.runs import MODEL, tool
+from tests.tools.pretrain.runs import MODEL, MOE, tool
 from tests.workers import results_of
 
 WORDS = [f"w{number}" for number in range(290)]
@@ -76,12 +78,31 @@ def test_bits_per_byte_are_those_of_the_logits(directory, tmp_path, capsys):
     assert evaluated(directory, tmp_path / "out", window=24, stride=10) == 0  # already done
     assert evaluated(directory, tmp_path / "out", window=24, stride=9) == 2
 
+    # The same command on two processes, as it is typed
+    options = {
+        "source": directory / "model",
+        "text": f"{directory}/long.txt,{directory}/rows.jsonl",
+        "window": 24,
+        "stride": 10,
+    }
+    line = training_runs.words("evaluate-text", target=tmp_path / "two", **options, processes=2, tensor_parallel=2)
+    command = Path(sys.executable).with_name("pretrain")
+    done = subprocess.run([command, *line], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    two = json.loads((tmp_path / "two/results.json").read_text())
+    assert two["config"]["model_args"]["layout"] == "tensor 2"
+    for file, values in report["results"].items():
+        for name, value in values.items():
+            wanted = pytest.approx(value, rel=2e-6) if isinstance(value, float) else value
+            assert two["results"][file][name] == wanted, (file, name)
+
 
 def test_every_layout_gives_the_same_likelihoods(directory):
     texts = [(directory / "long.txt").read_text(), "w1 w2 w9", "w5"]
     documents = [Document(file="a", number=0, text=text, tokens=tokens_of(text)) for text in texts]
     windows = list(windows_of(documents, 0, 24, 10))
     (directory / "windows.json").write_text(json.dumps([asdict(window) for window in windows]))
+    training_runs.random_model(directory / "moe", MOE)
     found = results_of(WORKER, directory)
     from shared.model import gpt, weights
     from shared.parallel import ParallelConfig
@@ -89,13 +110,18 @@ def test_every_layout_gives_the_same_likelihoods(directory):
     from shared.training.text_likelihood import window_likelihoods
 
     process_groups.initialize(ParallelConfig(), 1)
-    chunks = gpt.build(MODEL, ParallelConfig(), dtype=torch.float32, calculate_per_token_loss=True)
-    weights.load(chunks, directory / "model" / "release")
-    one = window_likelihoods(chunks, windows, length=24, micro_batch_size=5)
-    assert set(found) == {"tensor, pipeline", "context, data", "data"}
+
+    def of_one_process(model, place):
+        chunks = gpt.build(model, ParallelConfig(), dtype=torch.float32, calculate_per_token_loss=True)
+        weights.load(chunks, directory / place / "release")
+        return window_likelihoods(chunks, windows, length=24, micro_batch_size=5)
+
+    one, moe = of_one_process(MODEL, "model"), of_one_process(MOE, "moe")
+    assert set(found) == {"tensor, pipeline", "context, data", "data", "expert, tensor"}
     # fp32: sums over ranks are in another order
+    assert found.pop("expert, tensor") == pytest.approx(moe, rel=2e-6)
     assert found == {name: pytest.approx(one, rel=2e-6) for name in found}
-    assert len(one) == len(windows) > 10
+    assert len(one) == len(moe) == len(windows) > 10
 
 
 @pytest.mark.parametrize(

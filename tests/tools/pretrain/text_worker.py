@@ -1,6 +1,6 @@
 """A world of four: likelihoods of text in several layouts, `text_worker.py DIRECTORY`.
 
-Reads `DIRECTORY/model` and `windows.json`; writes `results.json`: layout -> log-likelihood of each window.
+Reads `DIRECTORY/model`, `DIRECTORY/moe` and `windows.json`; writes `results.json`: layout -> log-likelihood of each window.
 """
 
 import json
@@ -14,13 +14,14 @@ from shared.model import gpt, weights
 from shared.parallel import ParallelConfig
 from shared.runtime import process_groups
 from shared.training.text_likelihood import window_likelihoods
-from tests.tools.pretrain.runs import MODEL
+from tests.tools.pretrain.runs import MODEL, MOE
 from tests.workers import forked_world
 
 LAYOUTS = {
-    "tensor, pipeline": {"tensor": 2, "sequence_parallel": True, "pipeline": 2},
-    "context, data": {"context": 2},
-    "data": {},
+    "tensor, pipeline": (MODEL, {"tensor": 2, "sequence_parallel": True, "pipeline": 2}),
+    "context, data": (MODEL, {"context": 2}),
+    "data": (MODEL, {}),
+    "expert, tensor": (MOE, {"expert": 2, "tensor": 2, "sequence_parallel": True}),
 }
 
 
@@ -28,11 +29,11 @@ def work(rank: int, directory: Path) -> None:
     torch.set_num_threads(1)
     windows = [Window(**each) for each in json.loads((directory / "windows.json").read_text())]
     results = {}
-    for name, sizes in LAYOUTS.items():
+    for name, (model, sizes) in LAYOUTS.items():
         layout = ParallelConfig(processes=4, **sizes)
         process_groups.initialize(layout, 1)
-        chunks = gpt.build(MODEL, layout, dtype=torch.float32, calculate_per_token_loss=True)
-        weights.load(chunks, directory / "model" / "release")
+        chunks = gpt.build(model, layout, dtype=torch.float32, calculate_per_token_loss=True)
+        weights.load(chunks, directory / ("moe" if model.moe else "model") / "release")
         results[name] = window_likelihoods(chunks, windows, length=24, micro_batch_size=2)
     (directory / f"rank-{rank}.json").write_text(json.dumps(results))
     process_groups.destroy()
