@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """A request that vLLM itself answers with 5xx, with `vllm serve` as with `infer serve`."""
+    """A request that vLLM itself answers with 5xx, as test_every_upstream.py of infer finds."""
 
     name: str
     path: str  # regular expression

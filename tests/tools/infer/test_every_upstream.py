@@ -35,6 +35,7 @@ from vllm.entrypoints.generate.api_router import init_generate_state
 from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve
+from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -64,6 +65,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
+from tests.hostile.known import is_known
 from tests.upstream import attributes_set, binds, calls, relies_on, says_nothing_of
 from tools.infer import served_adapters
 from tools.infer.bench import LATENCIES
@@ -144,13 +146,22 @@ def test_a_server_is_built_of_an_engine_and_a_socket() -> None:
     binds(SERVE, build_and_serve, None, "base", None, None, log_config={})
     assert inspect.signature(build_and_serve, eval_str=True).return_annotation is asyncio.Task, SERVE
     relies_on(SERVE, build_and_serve, "log_config is not None", "uvicorn_kwargs['log_config'] = log_config")
-
-
     relies_on(SERVE, init_generate_state, "reasoning_parser=args.structured_outputs_config.reasoning_parser")
+
+
 def test_options_of_a_server_are_its_parsers() -> None:
     words = ["--model", "m", "--served-model-name", "n", "--host", "h", "--port", "1"]
     options = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
     assert (options.model, options.served_model_name, options.host, options.port) == ("m", ["n"], "h", 1), SERVE
+
+
+def test_the_server_of_vllm_alone_answers_501_for_apis_of_other_models() -> None:
+    """vLLM's own application without a model of such an API: the answer that tests/hostile/known.py takes for vLLM's own."""
+    app = build_app(make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", "m"]), ("generate",))
+    app.state.enable_server_load_tracking = False
+    answer = TestClient(app, raise_server_exceptions=False).post("/v1/systemone", json={"state": "x", "questions": {}})
+    assert answer.status_code == 501
+    assert is_known({"status": 501, "path": "/v1/systemone", "said": answer.text})
 
 
 def test_a_benchmark_is_a_command_line_and_a_dictionary() -> None:

@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from shared.checkpoint.formats.hugging_face import stored_weights
 from shared.errors import UserError
+from tests.hostile.hostile import attack
 from tests.tools.infer.http_server import Server, call
 from tools.infer.served_adapters import check_adapter, lora_arguments, parse_adapters
 
 ROOT = Path(__file__).resolve().parents[3]
 # Of log-probabilities in fp32: PEFT and vLLM add in other orders, in 2 layers; 1e-6 was seen.
 TOLERANCE = 2e-5
+SECONDS = 12  # of hostile requests
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -60,7 +62,7 @@ def fields(path, **changes):
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
 
 
-def test_a_server_answers_for_each_adapter_as_peft_does(launcher, models, folder):
+def test_a_server_answers_for_each_adapter_as_peft_does_and_withstands_hostile_requests(launcher, models, folder):
     said = json.loads((folder / "said.json").read_text())
     words = ["--source", models("qwen3"), "--port", 0, "--served-model-name", "base", "--reload-from", folder]
     trained = ("sft", "rlhf")  # published by these tools
@@ -105,6 +107,15 @@ def test_a_server_answers_for_each_adapter_as_peft_does(launcher, models, folder
     assert call(f"{server.url}/policy", {"path": str(folder / "one"), "version": "1"})[0] == 409
     newer = shutil.copytree(models("qwen3"), folder / "newer")  # the same weights: adapters are found again
     assert call(f"{server.url}/policy", {"path": str(newer), "version": "1"})[0] == 200
+    assert all(agrees(name) for name in ("one", "base", *trained))
+
+    shutil.copytree(newer, folder / "same")
+    shutil.copytree(folder / "two", folder / "adapter")
+    found = attack(server.url, server.pid, SECONDS, every=2, exchanged=folder)  # hostile requests beside an operator
+    assert found.wrong == []
+    assert found.statuses["operator"] > 1
+    assert found.statuses["ordinary"] > 20
+    assert found.statuses.total() > 100
     assert all(agrees(name) for name in ("one", "base", *trained))
     done = server.stop()
     assert done.code == 0, done.stderr
