@@ -46,6 +46,10 @@ class Pane:
         """All that is on the screen and has scrolled off it, long lines whole."""
         return self._run("capture-pane", "-p", "-J", "-S", "-", "-t", "pane")
 
+    def styled(self) -> str:
+        """The same with escape sequences of colours and styles."""
+        return self._run("capture-pane", "-p", "-e", "-J", "-S", "-", "-t", "pane")
+
     def wait(self, wanted: Callable[[str], bool], seconds: float = 60) -> str:
         """The text, once it is as wanted."""
         until = time.monotonic() + seconds

@@ -1,4 +1,4 @@
-"""`infer chat` in tmux, as typed: several lines, paste, history, streaming, Ctrl-C, and the shell behind it.
+"""`infer chat` in tmux, as typed: several lines, paste, history, streaming, thinking, Ctrl-C, and the shell behind it.
 
 The model is one that vLLM does not run: transformers' engine starts in seconds.
 test_interrupts.py has Ctrl-C where an engine has processes of its own.
@@ -6,6 +6,8 @@ test_interrupts.py has Ctrl-C where an engine has processes of its own.
 
 from __future__ import annotations
 
+import itertools
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -132,6 +134,54 @@ def test_the_history_outlives_the_command(pane: Pane, chat: Callable[[], None]) 
     pane.wait(lambda text: "> one dog\n  over the fence" in text)
     pane.press("C-c", "C-d")
     pane.clear()
+    pane.type("echo code $?")
+    pane.press("Enter")
+    assert "code 0" in pane.wait(lambda text: "\ncode " in text)
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose template opens a thought; it replies fuzzy</think>quick, since each token has one that follows it."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    path = tmp_path_factory.mktemp("model") / "thinker"
+    tiny_model("stablelm", path, use_parallel_residual=True, vocab_size=160)
+    (path / "chat_template.jinja").write_text("{{ messages[-1].content }}<think>", encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens(["<think>", "</think>", "fuzzy", "quick"])
+    tokenizer.save_pretrained(path)
+    chain = tokenizer.convert_tokens_to_ids(["<think>", "fuzzy", "</think>", "quick", "<eos>"])
+    weights = load_file(path / "model.safetensors")
+    embedding, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    embedding.normal_(generator=torch.Generator().manual_seed(0))
+    head.zero_()
+    for token, following in itertools.pairwise(chain):
+        head[following] = torch.nn.functional.layer_norm(embedding[token], embedding[token].shape)
+    for name, tensor in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor.zero_()  # a layer adds nothing: the last token alone decides
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize(("flags", "shown"), [("", True), (" --thinking hidden", False)])
+def test_thinking_is_dim_or_hidden(flags: str, shown: bool, pane: Pane, thinker: Path) -> None:
+    pane.clear()
+    pane.type(f"infer chat --source {thinker}{flags}")
+    pane.press("Enter")
+    pane.wait(lambda text: text.rstrip().endswith("/help lists commands and keys\n>"), 400)
+    pane.clear()
+    pane.type("two and two")
+    pane.press("Enter")
+    text = pane.wait(lambda text: "quick" in text and text.rstrip().endswith("\n>"))
+    styled = pane.styled()
+    assert ("fuzzy" in text) == shown
+    assert bool(re.search(r"\x1b\[2m *fuzzy", styled)) == shown
+    assert not re.search(r"\x1b\[2m[^\x1b]*quick", styled), "the answer is dim, too"
+    assert "think>" not in text
+    pane.press("C-d")
     pane.type("echo code $?")
     pane.press("Enter")
     assert "code 0" in pane.wait(lambda text: "\ncode " in text)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 from types import SimpleNamespace
 
 import pytest
+from transformers import AutoTokenizer
 
 from tests.tools.infer.engines.double import EngineDouble
 from tests.tools.infer.terminal import Terminal
 from tools.infer import chat
 from tools.infer.chat import converse
+from tools.infer.cli import tool
 from tools.infer.engines.engine import EngineSettings
 from tools.infer.engines.sampling import Sampling
 from tools.infer.thinking import parts
@@ -47,10 +50,10 @@ def test_a_pipe_is_answered_line_by_line(flags, engine, launcher, models, greedy
     source = models("llama")
     done = launcher("chat", "--source", source, "--max-tokens", 8, *flags, stdin="fox?\n/reset\ndog?\n")
     assert done.code == 0, done.stderr
+    assert f"loading {source} with {engine} on" in done.stderr
     wanted = [greedy(source, [{"role": "user", "content": text}], 8) for text in ("fox?", "dog?")]
     assert done.stdout == "".join(text + "\n" for text in wanted)
 
-    assert f"loading {source} with {engine} on" in done.stderr
 
 def test_a_tokenizer_without_a_template_is_named(launcher, models):
     done = launcher("chat", "--source", models("qwen3"), stdin="fox?\n")
@@ -83,6 +86,27 @@ def test_thinking_is_shown_or_hidden_and_never_content(shown, capsys):
     whole = "<think>sum it</think>\n\n4\n" if shown == "shown" else "4\n"
     assert capsys.readouterr().out == whole * 2
     assert asked[1][1] == {"role": "assistant", "content": "4", "reasoning_content": "sum it"}
+
+
+@pytest.mark.parametrize(("shown", "before"), [("shown", "\x1b[2msum\x1b[0m\x1b[2m it\x1b[0m\n\n"), ("hidden", "")])
+def test_thinking_is_dim_on_a_screen_and_its_tags_are_absent(shown, before, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    pieces = ["<thi", "nk>sum", " it</think>\n\n", "4"]
+    converse(iter(["2+2"]), lambda _: parts(pieces, thinking=False), None, shown)
+    assert capsys.readouterr().out == f"{before}4\n"
+
+
+def test_template_arguments_of_the_command_are_in_the_prompt(models, monkeypatch, tmp_path):
+    source = shutil.copytree(models("llama"), tmp_path / "model")
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}{% if shout %}!{% endif %}{{ shout }}")
+    double = EngineDouble()
+    monkeypatch.setattr(chat, "open_engine", double.open)
+    for words, wanted in ((["--template-argument", "shout=1"], "fox!1"), ([], "fox")):
+        monkeypatch.setattr("sys.stdin", io.StringIO("fox\n"))
+        with pytest.raises(SystemExit) as ended:
+            tool.run(["chat", "--source", str(source), *words])
+        assert not ended.value.code
+        assert AutoTokenizer.from_pretrained(source).decode(double.requests[-1].prompt) == wanted
 
 
 def test_an_interrupt_ends_the_reply_and_not_the_conversation(monkeypatch, capsys):
