@@ -47,13 +47,18 @@ def engine() -> None:
 
 
 @pytest.fixture(scope="session")
-def build(engine: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the SBOM and the provenance of each image that `build` makes."""
+    return tmp_path_factory.mktemp("records")
+
+
+@pytest.fixture(scope="session")
+def build(engine: None, records: Path) -> Iterator[Callable[..., str]]:
     """Build an image by containers/build.sh; its name and tag. One made from another tree goes with the tests."""
     passing = []
-    records = str(tmp_path_factory.mktemp("records"))
 
     def run(tool: str, *variant: str, **environment: str) -> str:
-        chosen = {"BASES": "local", "RECORDS": records} | environment
+        chosen = {"BASES": "local", "RECORDS": str(records)} | environment
         done = shell(ROOT / "containers" / "build.sh", tool, *variant, **chosen)
         image = done.stdout.splitlines()[-1].split()[0]
         if "SOURCE_TREE" in environment:

