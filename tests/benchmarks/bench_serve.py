@@ -6,10 +6,10 @@ Both servers run all the time with the same engine (arguments and environment of
 other is measured. vLLM's benchmark client sends the same load to both in blocks of four runs, infer vllm vllm infer, the next
 vllm infer infer vllm: other load on the machine meets both alike, and what rises or falls within a block cancels. A figure is
 the median over blocks of the ratio infer / vllm, with the interval that holds the true median with 95% (order statistics).
-The goal is 2%: of throughput, and of the 99th percentile of whole replies. Beside them stands the processor time of a
-request, all processes of the server together: what others do on the machine changes it less. And the processor time that the
-code of `infer` itself takes of a streamed reply: it stands between the server and vLLM's application in one place, which
-counts requests in flight (`tools/infer/drain.py`), and is timed there alone.
+The goal is 2%: of throughput, and of the 99th percentile of whole replies, of the time to the first token and of that of a
+later one. Beside them stands the processor time of a request, all processes of the server together: what others do on the machine
+changes it less. And the processor time that the code of `infer` itself takes of a streamed reply: it stands between the server
+and vLLM's application in one place, which counts requests in flight (`tools/infer/drain.py`), and is timed there alone.
 
 The mark and the exit code 1: an overhead beyond the goal even at the kinder end of the interval. `--record` replaces the
 record of this kind of machine, `--add` adds blocks to it.
@@ -54,7 +54,7 @@ FIGURES = {
     "e2el_p50": (("e2el_ms", "p50"), False),
     "e2el_p99": (("e2el_ms", "p99"), False),
 }
-JUDGED = ("throughput", "e2el_p99")
+JUDGED = ("throughput", "ttft_p99", "tpot_p99", "e2el_p99")
 
 
 def overhead(block: Mapping[str, Sequence[Mapping[str, Any]]], figure: str) -> float:

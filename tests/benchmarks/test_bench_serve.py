@@ -113,6 +113,10 @@ def test_only_what_is_beyond_the_goal_at_the_kinder_end_is_marked() -> None:
     assert misses(sure)[0].startswith("throughput: +11.1%")
     p99 = summary([block(run(p99=52.0))] * 12)
     assert [each.partition(":")[0] for each in misses(p99)] == ["e2el_p99"]
+    for name in ("ttft", "tpot"):
+        slow = copy.deepcopy(RUN)
+        slow[f"{name}_ms"]["p99"] *= 1.1
+        assert [each.partition(":")[0] for each in misses(summary([block(slow)] * 12))] == [f"{name}_p99"]
     noise = [block(run(throughput=100.0 + 10 * (-1) ** number)) for number in range(12)]
     assert misses(summary(noise)) == []
     assert misses(summary([block(run(throughput=98.5))] * 12)) == []
