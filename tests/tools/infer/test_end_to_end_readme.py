@@ -20,7 +20,7 @@ README = (Path(__file__).resolve().parents[3] / "tools/infer/README.md").read_te
 COMMANDS = re.findall(
     r"^infer .*$", "\n".join(re.findall(r"^```sh\n(.*?)^```", README, re.DOTALL | re.MULTILINE)), re.MULTILINE
 )
-PLACE = re.compile(r"(?<![\w/])(checkpoints|results|evaluation|prompts\.jsonl)(?![\w-])")
+PLACE = re.compile(r"(?<![\w/-])(checkpoints|results|evaluation|prompts\.jsonl)(?![\w-])")
 
 
 @pytest.fixture(scope="module")

@@ -146,7 +146,7 @@ def test_a_server_is_built_of_an_engine_and_a_socket() -> None:
     binds(SERVE, build_and_serve, None, "base", None, None, log_config={})
     assert inspect.signature(build_and_serve, eval_str=True).return_annotation is asyncio.Task, SERVE
     relies_on(SERVE, build_and_serve, "log_config is not None", "uvicorn_kwargs['log_config'] = log_config")
-    relies_on(SERVE, init_generate_state, "reasoning_parser=args.structured_outputs_config.reasoning_parser")
+    relies_on(SERVE, init_generate_state, "args.structured_outputs_config.reasoning_parser")
 
 
 def test_options_of_a_server_are_its_parsers() -> None:

@@ -77,8 +77,8 @@ def test_a_server_answers_for_each_adapter_as_peft_does_and_withstands_hostile_r
 
     assert said["one"]["tokens"] != said["base"]["tokens"] != said["two"]["tokens"]
     for name in trained:
-        change = torch.tensor(said[name]["log_probabilities"]) - torch.tensor(said["base"]["log_probabilities"])
-        assert float(change.abs().max()) > 100 * TOLERANCE, f"{name} has trained nothing"
+        effect = torch.tensor(said[name]["log_probabilities"]) - torch.tensor(said["base"]["log_probabilities"])
+        assert float(effect.abs().max()) > 100 * TOLERANCE, f"{name} has trained nothing"
     assert all(agrees(name) for name in ("base", "one", *trained))
 
     load, unload = f"{server.url}/load_lora_adapter", f"{server.url}/unload_lora_adapter"
