@@ -1,4 +1,4 @@
-"""compose.yaml: exactly the demo's stages, in order, each sandboxed. Needs no Docker engine."""
+"""compose.yaml: the demo's stages, in order, each sandboxed; a server of roll-outs with its trainer. Needs no Docker engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ sys.path.insert(0, str(ROOT / "containers"))
 from jobs import COMPUTE, Job, jobs, settings, slug  # noqa: E402
 from stages import precision  # noqa: E402
 
-SERVER = "serve"  # the only service that is no stage
+SERVER = "serve"  # no stage
+ROLLOUTS, TRAINER = "rollouts", "rlhf-grpo"  # no stages either, and of a profile of their own
+BESIDE = [SERVER, ROLLOUTS, TRAINER]
 COMPLETED = {"condition": "service_completed_successfully"}
 GPU_FILES = ("--file", "compose.yaml", "--file", "compose.gpu.yaml")
 
@@ -73,7 +75,8 @@ def stages() -> list[Job]:
 
 
 def test_the_services_are_the_demos_stages_in_order(services: dict[str, Any], stages: list[Job]) -> None:
-    assert list(services) == [*(slug(job.name) for job in stages), SERVER]
+    assert list(services) == [*(slug(job.name) for job in stages), *BESIDE]
+    assert [name for name, service in services.items() if "profiles" in service] == [ROLLOUTS, TRAINER]
 
 
 def test_every_command_is_the_demos(services: dict[str, Any], stages: list[Job]) -> None:
@@ -85,7 +88,7 @@ def test_every_command_is_the_demos(services: dict[str, Any], stages: list[Job])
 
 
 def test_each_service_starts_when_the_one_before_has_completed(services: dict[str, Any]) -> None:
-    names = list(services)
+    names = [name for name in services if name not in (ROLLOUTS, TRAINER)]
     assert "depends_on" not in services[names[0]]
     for before, name in itertools.pairwise(names):
         assert services[name]["depends_on"] == {before: COMPLETED}
@@ -93,11 +96,13 @@ def test_each_service_starts_when_the_one_before_has_completed(services: dict[st
 
 def locked_up(service: dict[str, Any]) -> dict[str, Any]:
     """What keeps a service in, in the form of jobs.settings."""
-    kept = ("user", "init", "read_only", "cap_drop", "security_opt", "network_mode", "working_dir", "environment")
+    kept = ("user", "init", "read_only", "cap_drop", "security_opt", "working_dir", "environment")
+    networked = {"network_mode": service["network_mode"]} if "network_mode" in service else {}
     mounts = [(mount["source"], mount["target"], mount.get("read_only", False)) for mount in service["volumes"]]
     assert all(mount["type"] == "bind" and mount["bind"] == {"create_host_path": False} for mount in service["volumes"])
     return {
         **{name: service[name] for name in kept},
+        **networked,
         "tmpfs": dict.fromkeys(service["tmpfs"], ""),
         "shm_size": service["shm_size"].removesuffix("b"),
         "volumes": [f"{ROOT / source}:{target}{':ro' if sealed else ''}" for source, target, sealed in mounts],
@@ -122,6 +127,44 @@ def test_the_server_differs_by_its_network_alone(services: dict[str, Any]) -> No
     assert not [name for name, service in services.items() if "ports" in service and name != SERVER]
 
 
+def test_roll_outs_have_one_volume_and_one_network_between_them(services: dict[str, Any]) -> None:
+    server, trainer, stage = services[ROLLOUTS], services[TRAINER], services["rlhf-ppo"]
+    alike = locked_up(stage) | {"network_mode": None}
+    for each in (server, trainer):
+        assert locked_up(each) | {"network_mode": None} == alike
+        assert each["networks"] == [ROLLOUTS]
+        assert each["profiles"] == [ROLLOUTS]
+        assert "ports" not in each
+    assert read()["networks"] == {ROLLOUTS: {"internal": True}}
+    assert server["depends_on"] == {"convert-to-hf-sft": COMPLETED}
+    assert trainer["depends_on"] == {ROLLOUTS: {"condition": "service_healthy"}}
+    assert server["healthcheck"] == services[SERVER]["healthcheck"]
+    asked, given = (flags_of(each) for each in (server, trainer))
+    assert given["--rollouts"] == f"http://{ROLLOUTS}:{asked['--port']}/v1"
+    assert asked["--host"] == "0.0.0.0"
+    (volume,) = [mount["target"] for mount in server["volumes"] if not mount.get("read_only")]
+    assert asked["--policies"] == given["--policies"] == f"{volume}/policies"
+    for name in ("--source", "--precision"):
+        assert asked[name] == given[name]
+    assert given["--reward"] in flags_of(stage)["--reward"]
+
+
+def flags_of(service: dict[str, Any]) -> dict[str, str]:
+    """The words of a command whose flags all have a value."""
+    _, *words = shlex.split(service["command"])
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+@pytest.mark.parametrize("name", [ROLLOUTS, TRAINER])
+def test_the_tools_accept_the_commands_of_roll_outs(services: dict[str, Any], name: str, tmp_path: Path) -> None:
+    (tmp_path / "file.jsonl").write_text("{}\n")
+    tool = services[name]["image"].partition(":")[0]
+    words = [ROOT / "tools" / tool / ".venv/bin/python", ROOT / "tests" / "readme_commands.py", tool, tmp_path]
+    line = f"{tool} {services[name]['command']}"
+    answer = subprocess.run(words, input=line, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert json.loads(answer.stdout) == [[0, ""]]
+
+
 def test_no_image_is_ever_fetched(services: dict[str, Any]) -> None:
     assert {service["pull_policy"] for service in services.values()} == {"never"}
 
@@ -144,11 +187,12 @@ def test_one_variable_swaps_one_tool(services: dict[str, Any], tool: str) -> Non
 
 def test_gpus_go_to_the_stages_that_compute(stages: list[Job]) -> None:
     given = read("compose.gpu.yaml")["services"]
-    assert set(given) == {slug(job.name) for job in stages if COMPUTE.fullmatch(job.name)} | {SERVER}
-    assert {slug(job.name) for job in jobs(ROOT / "demo-work", gpus=True) if job.gpus} == set(given) - {SERVER}
-    for service in given.values():
+    assert set(given) == {slug(job.name) for job in stages if COMPUTE.fullmatch(job.name)} | set(BESIDE)
+    assert {slug(job.name) for job in jobs(ROOT / "demo-work", gpus=True) if job.gpus} == set(given) - set(BESIDE)
+    own: dict[str, dict[str, Any]] = {ROLLOUTS: {"device_ids": ["0"]}, TRAINER: {"device_ids": ["1"]}}
+    for name, service in given.items():
         (device,) = service["deploy"]["resources"]["reservations"]["devices"]
-        assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+        assert device == {"driver": "nvidia", "capabilities": ["gpu"]} | own.get(name, {"count": "all"})
         assert service["ulimits"]["memlock"] == -1
 
 
@@ -161,7 +205,7 @@ def compose() -> None:
 
 
 def config(*words: str, **changed: str) -> subprocess.CompletedProcess[str]:
-    command = ["docker", "compose", *words]
+    command = ["docker", "compose", "--profile", ROLLOUTS, *words]
     return subprocess.run(command, cwd=ROOT, env=environment | changed, capture_output=True, text=True, check=False)
 
 

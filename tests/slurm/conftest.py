@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SLURM = ROOT / "containers" / "slurm"
 NO_CLUSTER = 3  # exit code of cluster.sh where there can be none
 TOOLS = ("convert", "pretrain", "sft", "rlhf", "infer")
+READMES = (SLURM / "README.md", ROOT / "tools" / "rlhf" / "README.md")
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 
 STUBBORN = "sleep 86399"
@@ -37,6 +38,13 @@ CONFIG = {  # heads of 32, the smallest for which vLLM has attention on the CPU
     "vocab_size": 512,
     "tie_word_embeddings": True,
 }
+
+
+def shown_lines(word: str) -> list[str]:
+    """The READMEs' commands that hold a word, each on one line."""
+    texts = "".join(readme.read_text() for readme in READMES)
+    blocks = re.findall(r"^```bash\n(.*?)^```", texts, re.DOTALL | re.MULTILINE)
+    return [line for line in "\n".join(blocks).replace("\\\n", " ").splitlines() if word in line]
 
 
 def environment() -> dict[str, str]:

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from tests.slurm.conftest import shown_lines
+
 ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "containers" / "slurm" / "README.md"
+SCRIPT = ROOT / "containers" / "slurm" / "stage.sbatch"
 
 # Ready when the marker is there; then it takes a moment over saving, as a tool does.
 STOPPABLE = 'trap "sleep 1; echo saved; exit 75" {} ; touch ready-$SLURM_JOB_ID; while :; do sleep 0.1; done'
@@ -90,7 +92,7 @@ def test_an_array_converts_one_checkpoint_in_parts(cluster: Any, inputs: Path) -
     "options", ["--nodes=3", "--gpus-per-node=9", "--nodes=1 --ntasks=65", "--partition=nowhere", "--constraint=h100"]
 )
 def test_resources_that_are_not_there_are_refused(cluster: Any, options: str) -> None:
-    refused = cluster.run("sbatch", *shlex.split(options), README.with_name("stage.sbatch"), "true", code=1)
+    refused = cluster.run("sbatch", *shlex.split(options), SCRIPT, "true", code=1)
     assert "Batch job submission failed" in refused.stderr or "Invalid" in refused.stderr
 
 
@@ -132,13 +134,7 @@ def test_a_job_may_run_a_container(cluster: Any, inputs: Path) -> None:
     assert record["ExitCode"] == "2:0"
 
 
-def readme_lines(word: str) -> list[str]:
-    """The README's commands that hold a word, each on one line."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
-    return [line for line in "\n".join(blocks).replace("\\\n", " ").splitlines() if word in line]
-
-
-@pytest.mark.parametrize("line", readme_lines("stage.sbatch"))
+@pytest.mark.parametrize("line", shown_lines("stage.sbatch"))
 def test_the_cluster_would_run_what_the_readme_says(cluster: Any, line: str) -> None:
     """Slurm itself looks at the options; nothing is started."""
     line = re.sub(r"\bsbatch\b(?= )", "sbatch --test-only", line, count=1).replace(" --wait", "")

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.slurm.conftest import shown_lines
+
 ROOT = Path(__file__).resolve().parents[2]
 SLURM = ROOT / "containers" / "slurm"
 
@@ -169,12 +171,11 @@ def test_only_what_was_interrupted_goes_back_to_the_queue(
 
 
 def test_the_tools_accept_what_the_readme_submits(tmp_path: Path) -> None:
-    blocks = re.findall(r"^```bash\n(.*?)^```", (SLURM / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    submitted = [line.partition("stage.sbatch ")[2].strip(" )") for line in lines if "stage.sbatch " in line]
+    submitted = [line.partition("stage.sbatch ")[2].strip(" )") for line in shown_lines("stage.sbatch ")]
     shown = [words for words in submitted if not words.startswith("docker ")]
     (tmp_path / "file.jsonl").write_text("{}\n")
     assert {words.split()[0] for words in shown} == {"convert", "pretrain", "rlhf", "infer"}
+    assert {"infer rollouts", "rlhf grpo"} <= {" ".join(words.split()[:2]) for words in shown}
     for words in shown:
         python = ROOT / "tools" / words.split()[0] / ".venv" / "bin" / "python"
         parsed = [python, ROOT / "tests" / "readme_commands.py", words.split()[0], tmp_path]
