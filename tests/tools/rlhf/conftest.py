@@ -8,7 +8,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,39 @@ def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         monkeypatch.setattr(trl.StageCallback, "on_step_end", on_step_end)
 
     return at
+
+
+@pytest.fixture
+def trainers() -> Iterator[list[Any]]:
+    """TRL's trainers of the commands that a test runs, before they train."""
+    from tools.rlhf.algorithms import group_training, preference_training, reward
+    from tools.rlhf.engines import trl
+
+    made: list[Any] = []
+
+    def train(trainer: Any, *rest: Any) -> int:
+        made.append(trainer)
+        return trl.train(trainer, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (group_training, preference_training, reward):
+            patch.setattr(module, "train", train)
+        yield made
+
+
+@pytest.fixture
+def recomputed() -> Iterator[list[int]]:
+    """For each model that TRL's trainers are given with `--gradient-checkpointing`: its layers that are computed again."""
+    from tools.rlhf.algorithms import group_training, preference_training, reward
+    from tools.rlhf.engines import recomputed_layers
+
+    counts: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (group_training, preference_training, reward):
+            patch.setattr(
+                module, "recompute_layers", lambda model: counts.append(recomputed_layers.recompute_layers(model))
+            )
+        yield counts
 
 
 @pytest.fixture(scope="session")

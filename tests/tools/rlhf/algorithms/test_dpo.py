@@ -44,7 +44,7 @@ def test_the_published_policy_samples_what_was_preferred(world, trained, sampled
     assert {"report.html", "metrics.jsonl", "manifest.json", "tensorboard"} <= {path.name for path in trained.iterdir()}
 
 
-def test_at_learning_rate_zero_nothing_moves(world, rlhf, metrics):
+def test_at_learning_rate_zero_nothing_moves(world, rlhf, metrics, trainers):
     target = world.root / "dpo-control"
     assert rlhf("dpo", **flags(world, target, learning_rate=0.0, epochs=0.5)) == 0
     before, after = (load_file(place / "model.safetensors") for place in (world.policy, target))
@@ -52,16 +52,18 @@ def test_at_learning_rate_zero_nothing_moves(world, rlhf, metrics):
     assert all(torch.equal(before[name], after[name]) for name in before)
     # Policy and reference differ by the padding of their batches only: float32, sums of nine log-probabilities.
     assert all(row["loss"] == pytest.approx(math.log(2), abs=1e-6) for row in metrics(target))
+    assert [trainer.ref_model for trainer in trainers] == [None]  # no second model
 
 
-def test_a_stopped_run_resumes_to_the_same_result(world, rlhf, trained, metrics, signalled, monkeypatch):
-    """The resumed run takes the reference's log-probabilities from the state."""
+def test_a_stopped_run_resumes_to_the_same_result(world, rlhf, trained, metrics, signalled, monkeypatch, recomputed):
+    """The resumed run takes the reference's log-probabilities from the state, and computes activations again."""
     target = flags(world, "dpo-stopped")
     signalled(5)
     assert rlhf("dpo", **target) == 75
     assert not target["target"].exists()
     monkeypatch.setattr(OwnTokensDPOTrainer, "compute_ref_log_probs", None)
-    assert rlhf("dpo", **target) == 0
+    assert rlhf("dpo", **target, gradient_checkpointing=True) == 0
+    assert recomputed == [2]
     assert metrics(target["target"]) == metrics(trained)
     assert (target["target"] / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
 

@@ -26,11 +26,11 @@ def make(world, tmp_path_factory):
     source = open_source(world.policy)
     distributed = initialize_distributed()
 
-    def trainer(algorithm, weights=(1.0,)):
+    def trainer(algorithm, weights=(1.0,), beta=0.0):
         policy = load_policy(source, torch.float32)
         keep_in_evaluation_mode(policy)
         arguments = algorithm.config(
-            output_dir=str(tmp_path_factory.mktemp("trainer")), use_cpu=True, bf16=False, report_to="none", beta=0.0,
+            output_dir=str(tmp_path_factory.mktemp("trainer")), use_cpu=True, bf16=False, report_to="none", beta=beta,
             num_generations=4, per_device_train_batch_size=8, gradient_accumulation_steps=1, max_completion_length=10,
             gradient_checkpointing=False, reward_weights=list(weights), **algorithm.settings,
         )  # fmt: skip
@@ -182,3 +182,28 @@ def test_the_baseline_of_rloo_is_the_mean_of_the_others(make, options):
         group[i] - sum(value for j, value in enumerate(group) if j != i) / 3 for group in groups for i in range(4)
     ]
     assert found.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_kl_of_rloo_is_in_the_reward(make, options):
+    """The sum of log(policy / source) over a reply's tokens, k1 (arXiv:2402.14740, section 2); log-probabilities are a table."""
+    trainer = make(rloo.algorithm(options(RLOOOptions)), beta=0.3)
+    trainer._limit = math.inf  # the sampler's are none of the table
+    rewards, tables = random(5, 8, 1), {}
+
+    def log_probs(model, ids, mask, columns, *unused, **named):
+        table = tables.setdefault(model is trainer.ref_model, random(6 + len(tables), len(ids), columns) / 4 - 2)
+        return table, torch.zeros_like(table), None
+
+    trainer._get_per_token_logps_and_entropies = log_probs
+    trainer._calculate_rewards = lambda *unused: rewards
+    trainer._step = 0
+    output = trainer._generate_and_score_completions([{"prompt": "colors:"}] * 8)
+    policy, reference = tables[False].tolist(), tables[True].tolist()
+    lengths = output["completion_mask"].sum(1).tolist()
+    penalties = [sum(p[t] - q[t] for t in range(n)) for p, q, n in zip(policy, reference, lengths, strict=True)]
+    assert min(map(abs, penalties)) > 1e-3
+    learned = [reward - 0.3 * kl for reward, kl in zip(rewards.flatten().tolist(), penalties, strict=True)]
+    others = [learned[row // 4 * 4 : row // 4 * 4 + 4] for row in range(8)]
+    expected = [own - (sum(group) - own) / 3 for own, group in zip(learned, others, strict=True)]
+    assert output["advantages"].tolist() == pytest.approx(expected, abs=1e-9)
+    assert trainer._metrics["train"]["kl"][-1] == pytest.approx(sum(penalties) / sum(lengths), abs=1e-9)  # nats a token

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from trl import KTOConfig
 
 from shared.checkpoint.directory.open import open_checkpoint
@@ -34,6 +35,17 @@ def test_the_published_policy_samples_what_is_desirable(world, trained, sampled_
     assert sampled_red(trained) > 2 * sampled_red(world.policy)
     facts = open_checkpoint(trained, kinds=("hf",), flag="--source").facts
     assert (facts["replies"], facts["held_out"], facts["updates"]) == (432, 48, 14)
+
+
+def test_at_learning_rate_zero_nothing_moves(world, rlhf, metrics, trainers):
+    target = world.root / "kto-control"
+    assert rlhf("kto", **flags(world, target, learning_rate=0.0, epochs=0.2)) == 0
+    before, after = (load_file(place / "model.safetensors") for place in (world.policy, target))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    # 1 - sigmoid(0). Policy and reference differ by the padding of their batches only: float32, sums of nine log-probabilities.
+    assert [row["loss"] for row in metrics(target)] == pytest.approx([0.5] * 3, abs=1e-6)
+    assert [trainer.ref_model for trainer in trainers] == [None]  # no second model
 
 
 def test_a_stopped_run_resumes_to_the_same_result(world, rlhf, trained, metrics, signalled):
