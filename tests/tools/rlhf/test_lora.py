@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from shared.checkpoint.directory.open import open_checkpoint
@@ -200,6 +201,86 @@ def test_grpo_takes_the_adapter_off_for_its_reference(world, rlhf, metrics, monk
     assert max(row["log_prob_gap"] for row in rows) < 1e-5
     before, after = (load_file(place / "model.safetensors") for place in (world.policy, world.root / "grpo-lora"))
     assert sum(not torch.equal(before[name], after[name]) for name in before) == 14
+
+
+def trained_numbers(*, head):
+    """A and B of 2 layers, and the head of a reward model."""
+    sides = 2 * (64 + 64) + 2 * (64 + 32) + 2 * (64 + 128) + (128 + 64)
+    return 2 * RANK * sides + 64 * head
+
+
+@pytest.mark.parametrize("command", ["dpo", "kto", "reward", "grpo"])
+def test_the_state_is_what_is_trained_and_a_stopped_run_goes_on(command, world, rlhf, metrics, signalled):
+    """Weights and two moments of Adam, 4 bytes each. KTO's resumed run is compared with a whole one."""
+    target = world.root / f"state-{command}"
+    flags = dpo_flags(world, target, epochs=0.2 if command == "kto" else 0.3)
+    if command == "grpo":
+        flags = ppo_flags(world, target, steps=3, reward=world.reward("red"))
+        del flags["rollout_batch_size"]
+    signalled(2)
+    assert rlhf(command, **flags) == 75
+    checkpoint = target.with_name(f"state-{command}.state") / "trainer" / "checkpoint-2"
+    stored = load_file(checkpoint / "adapter_model.safetensors")
+    wanted = trained_numbers(head=command == "reward")
+    assert sum(tensor.numel() for tensor in stored.values()) == wanted
+    assert [name for name in stored if "lora_" not in name] == ["base_model.model.score.weight"] * (command == "reward")
+    moments = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"].values()
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert sum(each[name].numel() for each in moments) == wanted
+    kinds = (".safetensors", ".pt", ".pth", ".bin")
+    saved = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.suffix in kinds)
+    assert 12 * wanted < saved < 12 * wanted + 60_000, saved  # names, settings, generators
+    assert rlhf(command, **flags) == 0
+    assert open_checkpoint(target, kinds=("adapter",), flag="--adapter").facts["updates"] == 3
+    if command == "kto":
+        whole = world.root / "state-kto-whole"
+        assert rlhf(command, **flags | {"target": whole}) == 0
+        assert metrics(whole) == metrics(target)
+        files = [place / "adapter_model.safetensors" for place in (whole, target)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.fixture(scope="module")
+def bf16_policy(world):
+    """The policy with its weights in bf16."""
+    path = shutil.copytree(world.policy, world.root / "policy-bf16")
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(path / "model.safetensors").items()}
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    return path
+
+
+def test_kto_trains_an_adapter_of_a_bf16_source_and_rounds_the_sum_once(
+    world, bf16_policy, rlhf, metrics, trainers, sampled_red, monkeypatch
+):
+    """Trained in fp32 on frozen weights that are bf16's numbers; the merged model samples what is desirable."""
+    merged, given = Adapters.merged, {}
+    monkeypatch.setattr(Adapters, "merged", lambda self, tensors: (given.update(tensors), merged(self, tensors))[1])
+    target = world.root / "kto-merged"
+    assert rlhf("kto", **dpo_flags(world, target, source=bf16_policy, publish="merged", epochs=1)) == 0
+    first = metrics(target)[0]
+    assert first["loss"] == pytest.approx(0.5, abs=1e-6)  # the reference is the adapter off: r and z are 0
+    assert [trainer.ref_model for trainer in trainers] == [None]
+    assert sampled_red(target) > 1.5 * sampled_red(bf16_policy)
+    before, after = (load_file(place / "model.safetensors") for place in (bf16_policy, target))
+    assert before.keys() == after.keys()
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    changed, twice = 0, 0
+    for name, b in given.items():
+        if not name.endswith("lora_B.weight"):
+            continue
+        plain = name.removeprefix("base_model.model.").replace("lora_B.weight", "weight")
+        delta = 2.0 * (b.double() @ given[name.replace("lora_B", "lora_A")].double())
+        weight, made = before.pop(plain), after.pop(plain)
+        exact = weight.double() + delta
+        bits, gap = made.view(torch.int16), (made.double() - exact).abs()
+        for step in (-1, 1):  # no neighbour in bf16 is nearer to the exact sum
+            assert not (gap > ((bits + step).view(torch.bfloat16).double() - exact).abs()).any(), plain
+        twice += not torch.equal(made, weight + delta.bfloat16())  # the delta rounded before, as well
+        changed += 1
+    assert changed == twice == 14
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_dropout_acts_in_training_alone_and_resumes(world, rlhf, adapter, metrics, signalled):
