@@ -1,4 +1,7 @@
-"""The plan's bytes of states are those of the tensors that there are, on each of two processes."""
+"""The plan's bytes of states are those of the tensors that there are, on each of two processes.
+
+Of models that a DeepSpeed engine trains, that transformers' Trainer trains, and that are frozen.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,14 @@ WORKER = """
 import gc, json, sys
 import torch
 from pathlib import Path
-from tools.rlhf.engines.deepspeed import DeepSpeedEngine, EngineOptions, initialize_distributed
-from tools.rlhf.lora import Adapters
-from tools.rlhf.memory_plan import trained_by_deepspeed
+from types import SimpleNamespace
+from peft import get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from tools.rlhf.engines.deepspeed import DeepSpeedEngine, EngineOptions, frozen_model, initialize_distributed
+from tools.rlhf.engines.trl import common_arguments
+from tools.rlhf.lora import Adapters, held_dtype
+from tools.rlhf.memory_plan import frozen, trained_by_accelerate, trained_by_deepspeed
 from tools.rlhf.models import load_policy, open_source
 from tools.rlhf.options import DPOOptions
 
@@ -60,6 +68,46 @@ for zero, precision, lora in [(2, "bf16", True), (0, "fp32", False), (0, "bf16",
     between = planned.total - (0 if zero == 3 else planned.gradients)  # ZeRO-3 keeps its gradients' memory
     rows.append([zero, precision, lora, planned.total, full, between, held() - before])
     del model, engine
+
+class Look(TrainerCallback):  # with DeepSpeed, after its update as well
+    def on_pre_optimizer_step(self, *unused, **named):
+        self.full = held() - before
+
+    def on_step_end(self, *unused, **named):
+        gc.collect()
+        self.after = held() - before
+
+for zero, precision, lora in [(0, "fp32", False), (0, "bf16", True), (0, "bf16", False), (2, "bf16", False), (3, "bf16", False)]:
+    gc.collect()
+    before = held()
+    given = {"micro_batch_size": 4, "global_batch_size": 8, "zero": zero, "precision": precision, "learning_rate": 1e-3}
+    options = DPOOptions(source=path, data=path, target=path / "none", **given)
+    model = load_policy(source, held_dtype(precision, adapters if lora else None))
+    if lora:
+        model = get_peft_model(model, adapters.config())  # as TRL does: adapters are float32
+    context = SimpleNamespace(state=SimpleNamespace(path=Path(sys.argv[2])))
+    arguments = TrainingArguments(**common_arguments(context, options, distributed) | {"save_strategy": "no"}, max_steps=2)
+    look, texts = Look(), [{"input_ids": torch.randint(3, 90, (8,)), "labels": torch.randint(3, 90, (8,))} for _ in range(16)]
+    trainer = Trainer(model=model, args=arguments, train_dataset=texts, callbacks=[look])
+    planned = trained_by_accelerate("policy", trainer.model, options, bf16=precision == "bf16", world_size=distributed.world_size)
+    trainer.train()
+    between = planned.total - (0 if zero == 3 else planned.gradients)
+    rows.append([zero, precision, lora, between if zero else planned.total, look.full, between, look.after])
+    del model, trainer, look, arguments
+    unset_hf_deepspeed_config()
+
+for zero in (0, 3):
+    gc.collect()
+    before = held()
+    model = load_policy(source, torch.bfloat16)
+    planned = frozen("reference", model, sharded=zero == 3, world_size=distributed.world_size)
+    options = EngineOptions(zero=zero, precision="bf16", micro_batch_size=4, accumulation=1, max_gradient_norm=1.0)
+    engine = frozen_model(model, options)
+    with torch.no_grad():
+        engine(input_ids=torch.randint(3, 90, (4, 8)), use_cache=False)
+    gc.collect()
+    rows.append([zero, "frozen", False, *[planned.total, held() - before] * 2])
+    del model, engine
 print("ROWS", json.dumps(rows))
 """
 
@@ -75,7 +123,7 @@ def test_planned_bytes_are_those_of_the_tensors(world, tmp_path):
     job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", tmp_path / "worker.py", world.policy],
+            [sys.executable, "-W", "ignore", tmp_path / "worker.py", world.policy, tmp_path / "state"],
             stdout=subprocess.PIPE, text=True, env=environment | job | {"RANK": rank, "LOCAL_RANK": rank},
         )
         for rank in "01"
@@ -92,8 +140,8 @@ def test_planned_bytes_are_those_of_the_tensors(world, tmp_path):
         )
         # Beside the states: padding of what is cut, buffers of the model, and the last logits, 12 KiB, which DeepSpeed holds;
         # until the update, ZeRO-2 holds the last gradient that it has cut, the embedding's, 24 KiB.
-        # ZeRO-3 keeps parameters of fewer than 1e5 numbers whole as well: here all, in bf16 a quarter of the plan.
-        whole = planned // 4 if zero == 3 else 0
+        # ZeRO-3 keeps trained parameters of fewer than 1e5 numbers whole as well: here all, in bf16 a quarter of the plan.
+        whole = planned // 4 if zero == 3 and precision != "frozen" else 0
         last = 4 * 96 * 64 if zero == 2 else 0
         assert abs(full - planned - whole) < 0.02 * planned + 16384 + last, where
         assert abs(after - between - whole) < 0.02 * between + 16384, where

@@ -55,12 +55,14 @@ def test_at_learning_rate_zero_nothing_moves(world, rlhf, metrics, sampled_red):
     assert sampled_red(target) == sampled_red(world.policy)
 
 
-def test_a_stopped_run_resumes_to_the_same_result(world, rlhf, trained, metrics):
+def test_a_stopped_run_resumes_to_the_same_result(world, rlhf, trained, metrics, recomputed):
+    """Also with `--gradient-checkpointing`."""
     target = flags(world, "grpo-stopped")
     world.order.write_text(str(int(signal.SIGTERM)))
     assert rlhf("grpo", **target) == 75
     assert not target["target"].exists()
-    assert rlhf("grpo", **target) == 0
+    assert rlhf("grpo", **target, gradient_checkpointing=True) == 0
+    assert recomputed == [2]
     assert metrics(target["target"]) == metrics(trained)
     assert not os.path.exists(f"{target['target']}.state")
 

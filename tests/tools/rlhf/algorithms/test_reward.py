@@ -45,8 +45,8 @@ def test_long_pairs_are_dropped_and_counted(world, rlhf, tmp_path, capsys):
     assert result == {"accuracy_before": None, "accuracy_after": None, "pairs": 240, "held_out": 0, "dropped": 1}
 
 
-def test_a_stopped_run_resumes_to_the_same_result(world, rlhf, reward_model, metrics, signalled):
-    """Stopped by a signal, run again: every later update equals the uninterrupted run's."""
+def test_a_stopped_run_resumes_to_the_same_result(world, rlhf, reward_model, metrics, signalled, recomputed):
+    """Stopped by a signal, run again with `--gradient-checkpointing`: every later update equals the uninterrupted run's."""
     target = world.root / "stopped"
     flags = {"source": world.policy, "data": world.pairs, "target": target, "epochs": 2, "learning_rate": 1e-3}
     signalled(5)
@@ -54,7 +54,8 @@ def test_a_stopped_run_resumes_to_the_same_result(world, rlhf, reward_model, met
     assert not target.exists()
     half = target.with_name("stopped.state") / "trainer" / "checkpoint-9"
     half.mkdir()  # of a kill while saving: no marker
-    assert rlhf("reward", **flags) == 0
+    assert rlhf("reward", **flags, gradient_checkpointing=True) == 0
+    assert recomputed == [2]
     assert metrics(target) == metrics(reward_model)
     assert (target / "model.safetensors").read_bytes() == (reward_model / "model.safetensors").read_bytes()
 
