@@ -99,6 +99,7 @@ def _charts(reward: weighted_sum.Reward) -> dict[str, tuple[str, ...]]:
         "Reward": ("reward", *(components if len(components) > 1 else ())),
         "Spread of rewards": ("reward_std",),
         "Entropy, nats a token": ("entropy",),
+        "Clipped": ("clip_ratio/region_mean", "cispo_clip_ratio"),
         "Gap between roll-out and trainer log-probabilities, nats": ("log_prob_gap", "log_prob_gap_max"),
         "Ratio of trainer to sampler": ("importance_ratio_min", "importance_ratio_max"),
         "Importance correction: mean weight of a token": ("importance_weight",),

@@ -18,6 +18,13 @@ def server(world: World) -> Iterator[RolloutServer]:
 
 
 @pytest.fixture
+def second(world: World) -> Iterator[RolloutServer]:
+    """Another one."""
+    with serving(world.policy) as running:
+        yield running
+
+
+@pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds become tenths."""
     for name in ("PATIENCE", "PAUSE", "PROBE_EVERY", "PROBE_TIMEOUT"):

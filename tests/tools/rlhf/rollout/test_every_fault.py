@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +12,14 @@ import pytest
 
 from shared.runtime import progress
 from tests.tools.rlhf.rollout.rollout_server import RolloutServer
+from tools.rlhf.algorithms import losses
 from tools.rlhf.rollout import server_publisher, servers
 
 STEPS = 8
+WEIGHTS = (
+    "Importance correction: mean weight of a token",
+    "Importance correction: tokens dropped and capped",
+)  # charts
 
 
 @pytest.fixture
@@ -35,17 +40,18 @@ def flags(world: Any, server: RolloutServer, tmp_path: Path) -> Callable[..., di
 
 
 @pytest.mark.parametrize("command", ["ppo", "grpo", "rloo"])
-def test_a_learnable_reward_rises(command, flags, server, world, rlhf, metrics, sampled_red, capsys):
-    """RLOO's reward, which rises slower, is sampled in `test_rloo.py`; here its protocol is looked at, by broadcast."""
+def test_a_learnable_reward_rises(command, flags, server, second, world, rlhf, metrics, sampled_red, capsys):
+    """RLOO's reward, which rises slower, is sampled in `test_rloo.py`; here two servers are sent it."""
     steps = 2 if command == "rloo" else STEPS
     given = flags(command, steps=steps, global_batch_size=32, micro_batch_size=32)
     if command == "ppo":
         given |= {"rollout_batch_size": 32, "global_batch_size": 16, "micro_batch_size": 16}
     if command == "grpo":
         given |= {"importance_correction": "token_truncate"}
-    policies = given["policies"]
+    policies, servers_of_run = given["policies"], [server]
     if command == "rloo":
-        given |= {"publish_by": "broadcast"}
+        servers_of_run.append(second)
+        given |= {"publish_by": "broadcast", "rollouts": f"{server.url},{second.url}"}
         del given["policies"]
     phases: list[str] = []
     progress.listen(phases.append)
@@ -63,12 +69,16 @@ def test_a_learnable_reward_rises(command, flags, server, world, rlhf, metrics, 
     assert max(row["log_prob_gap"] for row in rows) < 1e-5  # float32, with and without a cache
     assert all(0.99 < row["importance_ratio_min"] <= 1 <= row["importance_ratio_max"] < 1.01 for row in rows)
     assert max(row["sampler_kl"] for row in rows) < 1e-6
-    assert [version.rsplit("-", 1)[1] for _, version in server.published] == [str(step) for step in range(steps)]
-    assert len(server.requests) == steps * 32
-    assert len({request["seed"] for request in server.requests}) == steps * 32
-    assert {path == "broadcast" for path, _ in server.published} == {command == "rloo"}
+    for each in servers_of_run:
+        assert [version.rsplit("-", 1)[1] for _, version in each.published] == [str(step) for step in range(steps)]
+        assert {path == "broadcast" for path, _ in each.published} == {command == "rloo"}
+        assert len(each.requests) == steps * 32 // len(servers_of_run)
+    assert len({request["seed"] for each in servers_of_run for request in each.requests}) == steps * 32
     assert list(policies.iterdir()) == []
-    assert f"roll-outs {server.url} in fp32" in capsys.readouterr().err
+    assert f"roll-outs {given['rollouts'].replace(',', ', ')} in fp32" in capsys.readouterr().err
+    page = (given["target"] / "report.html").read_text()
+    drawn = {title: title in page for title in ("Clipped", *WEIGHTS)}
+    assert drawn == {"Clipped": True, **dict.fromkeys(WEIGHTS, command == "grpo")}
 
 
 def fail_at(server: RolloutServer, step: int, fault: Callable[[], None]) -> None:
@@ -95,8 +105,17 @@ def test_stale_weights_are_named_within_one_step(command, flags, server, rlhf, m
     assert len(metrics(given["target"])) == 4
 
 
-def test_a_dead_engine_is_named_and_the_run_resumes_to_the_same_digits(flags, server, rlhf, metrics, capsys, impatient):
-    given = flags("ppo", steps=4)
+@pytest.mark.parametrize("command", ["ppo", "grpo"])
+def test_a_dead_engine_is_named_and_the_run_resumes_to_the_same_digits(
+    command, flags, server, rlhf, metrics, capsys, impatient, tmp_path, monkeypatch
+):
+    """The server wants a key. PPO's run has the flags that no other test sets."""
+    server.key = "secret"
+    (tmp_path / "key").write_text("secret\n")
+    more = {"rollout_key_file": tmp_path / "key", "log_every": 3}
+    if command == "ppo":
+        more |= {"warmup_steps": 2, "missing_eos_penalty": 0.5, "kl_estimator": "k3"}
+    given = flags(command, steps=4, **more)
     died: list[float] = []
 
     def die() -> None:
@@ -104,18 +123,37 @@ def test_a_dead_engine_is_named_and_the_run_resumes_to_the_same_digits(flags, se
         died.append(time.monotonic())
 
     fail_at(server, 2, die)
-    assert rlhf("ppo", **given) == 1
+    assert rlhf(command, **given) == 1
     assert time.monotonic() - died[0] < 60
     last = capsys.readouterr().err.splitlines()[-1]
     assert f"--rollouts {server.url} has not answered for" in last
     assert "the engine died" in last
     assert not given["target"].exists()
-    assert json.loads((given["target"].with_name("ppo.state") / "step_0000002/facts.json").read_text())
+    saved = {"ppo": "step_0000002/facts.json", "grpo": "trainer/checkpoint-2/complete"}[command]
+    assert (given["target"].with_name(f"{command}.state") / saved).is_file()
     server.failing, server.before = None, lambda body: None
-    assert rlhf("ppo", **given) == 0
-    whole = flags("ppo", steps=4, target=given["target"].with_name("whole"))
-    assert rlhf("ppo", **whole) == 0
-    assert metrics(given["target"]) == metrics(whole["target"])
+    assert rlhf(command, **given) == 0
+    capsys.readouterr()
+    penalised: list[tuple[Any, Any, Any]] = []
+    token_rewards = losses.token_rewards
+
+    def watched(scores: Any, kl: Any, mask: Any, *rest: Any) -> Any:
+        penalised.append((scores, kl, mask))
+        return token_rewards(scores, kl, mask, *rest)
+
+    monkeypatch.setattr(losses, "token_rewards", watched)
+    whole = given | {"target": given["target"].with_name("whole")}
+    assert rlhf(command, **whole) == 0
+    rows = metrics(whole["target"])
+    assert metrics(given["target"]) == rows
+    assert re.findall(r"^(?:iteration|update) (\d)/4:", capsys.readouterr().err, re.MULTILINE) == ["3", "4"]
+    if command == "ppo":
+        assert [row["learning_rate"] for row in rows] == pytest.approx([1.5e-3, 3e-3, 3e-3, 3e-3])
+        for (scores, kl, mask), row in zip(penalised, rows, strict=True):
+            assert scores.mean().item() == pytest.approx(row["reward"] - 0.5 * (1 - row["ended"]), abs=1e-6)
+            assert (kl * mask).min() > -1e-6  # rounding; k1 is far below for some tokens
+        assert min(row["ended"] for row in rows) < 1
+        assert rows[-1]["kl_reply"] > 0
 
 
 @pytest.mark.parametrize("command", ["ppo", "rloo"])
@@ -159,8 +197,8 @@ def test_a_sampler_of_another_temperature_is_named_before_the_first_update(flags
     assert "before the first update" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_another_chat_template_of_the_server_does_not_matter(flags, server, rlhf, world):
-    """Prompts are token ids: the server renders nothing."""
+def test_prompts_are_token_ids(flags, server, rlhf, world):
+    """The server renders nothing. `tests/pipeline/test_end_to_end_rollouts.py` has a server of another chat template."""
     assert rlhf("ppo", **flags("ppo", steps=1)) == 0
     ids = {tuple(request["prompt"]) for request in server.requests}
     assert all(isinstance(token, int) for prompt in ids for token in prompt)
