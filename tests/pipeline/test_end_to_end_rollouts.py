@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -41,7 +42,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("rollouts")
     (place / "policies").mkdir()
     words = ("one", "two", "three", "four five")
-    (place / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{w} and"}) + "\n" for w in words))
+    asked = [[{"role": "user", "content": f"{word} and"}] for word in words]
+    (place / "prompts.jsonl").write_text("".join(json.dumps({"messages": each}) + "\n" for each in asked))
     (place / "reward.py").write_text(
         "def short(prompts, completions, **columns):\n    return [-len(text) / 10 for text in completions]\n"
     )
@@ -64,8 +66,10 @@ def source(inputs: Path, baton: Baton) -> Path:
 
 @pytest.fixture(scope="module")
 def server(source: Path, inputs: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """The address and the process of a server."""
-    words = command("infer", "rollouts", "--source", source, "--policies", inputs / "policies", "--port", 0)
+    """The address and the process of a server, whose chat template is another than the trainer's."""
+    served = shutil.copytree(source, inputs / "served", ignore=shutil.ignore_patterns("manifest.json"))
+    (served / "chat_template.jinja").write_text("{% for m in messages %}of something else{% endfor %}")
+    words = command("infer", "rollouts", "--source", served, "--policies", inputs / "policies", "--port", 0)
     words += ["--broadcasts"]
     words += ["--max-model-len", "64", "--batch-size", "16", "--precision", "fp32"]
     log = (inputs / "server.log").open("w")
@@ -113,7 +117,10 @@ def flags(
     ],
 )
 def test_vllm_samples_from_the_policy_of_the_trainer(name, more, server, source, inputs, baton):
-    """RLOO trains an adapter on ZeRO-2, broadcasts the merged policy, and publishes the adapter for other tools."""
+    """Prompts are messages, which the trainer renders: with the server's own template its log-probabilities would be others.
+
+    RLOO trains an adapter on ZeRO-2, broadcasts the merged policy, and publishes the adapter for other tools.
+    """
     url, _ = server
     baton("rlhf", name, *flags(source, inputs, url, name, 3, broadcast=name == "rloo"), *more)
     rows = [json.loads(line) for line in (inputs / name / "metrics.jsonl").read_text().splitlines()]
