@@ -348,6 +348,7 @@ def rollouts(
     source: ExistingDir,
     policies: ExistingDir | None = None,
     broadcasts: bool = False,
+    lora_rank: LoraRank | None = None,
     served_model_name: str = "policy",
     *,
     server: ServerOptions,
@@ -365,6 +366,8 @@ def rollouts(
         source: Hugging Face directory of the first policy.
         policies: folder below which the trainer publishes; the server reads nothing elsewhere.
         broadcasts: also, or only, take policies that a trainer broadcasts, from whoever may send requests.
+        lora_rank: take policies as LoRA adapters of --source of at most this rank, and no others; requests name the version
+            as their model.
         served_model_name: model name in requests.
         batch_size: most replies at once, further ones wait; by default the engine's choice.
         vllm_flags: flags of `vllm serve`.
@@ -373,7 +376,14 @@ def rollouts(
     from tools.infer.serve import ServerSettings
 
     settings = ServerSettings(**vars(server), served_model_name=served_model_name, vllm_flags=vllm_flags)
-    run(source, policies, broadcasts=broadcasts, server=settings, settings=model.settings(batch_size=batch_size))
+    run(
+        source,
+        policies,
+        broadcasts=broadcasts,
+        lora_rank=lora_rank,
+        server=settings,
+        settings=model.settings(batch_size=batch_size),
+    )
 
 
 @tool.command(positional=("url", "source"))

@@ -37,14 +37,16 @@ class Publication(BaseModel):
     model_config = ConfigDict(extra="forbid")
     path: str | None = None
     broadcast: Announcement | None = None
+    adapter: str | None = None
+    """PEFT's directory, for a server of adapters (`adapter_policy_route.py`)."""
     version: Annotated[str, StringConstraints(min_length=1, max_length=200)]
     mode: Literal["wait", "keep"] = "wait"
     """Requests in flight: wait for their end, or keep them and go on with the new weights."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.path is None) == (self.broadcast is None):
-            raise ValueError("give either path or broadcast")
+        if sum(given is not None for given in (self.path, self.broadcast, self.adapter)) != 1:
+            raise ValueError("give one of path, broadcast and adapter")
         return self
 
 
@@ -69,9 +71,8 @@ class PolicyRoute:
 
     async def version(self) -> dict[str, str]:
         """The policy that answers."""
-        dtype = str(self._engine.model_config.dtype).removeprefix("torch.")
-        precision = next((name for name, known in DTYPES.items() if known == dtype), dtype)
-        return {"version": await self._engine.get_weight_version(), "path": self._place, "precision": precision}
+        version, precision = await self._engine.get_weight_version(), precision_of(self._engine)
+        return {"version": version, "path": self._place, "precision": precision}
 
     async def publish(self, asked: Publication, request: Request) -> Any:
         """Check the weights whole, then exchange them. One publication after another."""
@@ -92,6 +93,8 @@ class PolicyRoute:
     @asynccontextmanager
     async def _checked(self, asked: Publication, request: Request) -> AsyncIterator[tuple[str, list[WeightFile]]]:
         """Where the weights come from, and the files that hold them until the block ends."""
+        if asked.adapter is not None:
+            raise OutsideFolderError("this server takes no adapter; start it with `infer rollouts --lora-rank`")
         if asked.broadcast is None:
             assert asked.path is not None, "checked with the body"
             if self._folder is None:
@@ -139,6 +142,12 @@ class PolicyRoute:
             raise RuntimeError("the prefix cache holds keys and values of the old weights")
         await engine.update_weight_version(asked.version)
         await engine.resume_generation()
+
+
+def precision_of(engine: AsyncLLM) -> str:
+    """The precision of an engine's arithmetic, as the flags call it."""
+    dtype = str(engine.model_config.dtype).removeprefix("torch.")
+    return next((name for name, known in DTYPES.items() if known == dtype), dtype)
 
 
 def refusal(status: int, message: str) -> JSONResponse:

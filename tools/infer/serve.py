@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import tempfile
 from argparse import Namespace
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from shared.checkpoint.formats.weights_digest import weights_digest
 from shared.cli import log
 from shared.errors import EXIT_DONE, EXIT_INTERRUPTED, Interrupted, StageError, UserError
 from shared.runtime.parent_death import die_with_parent
@@ -25,9 +27,10 @@ from tools.infer.drain import InFlight, drain, started
 from tools.infer.engines.engine import EngineSettings
 from tools.infer.engines.vllm import announce, checked_arguments
 from tools.infer.engines.vllm_flags import parse
-from tools.infer.engines.vllm_support import check_exchange, reason, refusals
+from tools.infer.engines.vllm_support import check_exchange, check_lora, reason, refusals
 from tools.infer.engines.weight_swap import WeightSwap
 from tools.infer.environment import on_gpu, prepare_environment
+from tools.infer.policy_adapters import VERSIONS, PolicyAdapters
 from tools.infer.prompts import load_tokenizer
 from tools.infer.served_adapters import check_adapter, lora_arguments, parse_adapters
 from tools.infer.source import open_hf_directory
@@ -55,13 +58,19 @@ class ServerSettings:
     lora_rank: int | None = None  # the largest of adapters loaded later; None: that of `adapters`
     weights_below: Path | None = None  # directories below it may replace the weights; None: no directory
     broadcasts: bool = False  # a trainer's broadcast may replace the weights
+    policy_adapters: bool = False  # adapters below `weights_below` are the policy, and the weights stay
     weights_flag: str = "--reload-from"  # the flag of one of them, for messages
     engine: Mapping[str, Any] = field(default_factory=dict)  # further arguments of vLLM, not to be changed by its flags
 
     @property
     def exchanges(self) -> bool:
         """Whether the weights may be replaced."""
-        return self.weights_below is not None or self.broadcasts
+        return not self.policy_adapters and (self.weights_below is not None or self.broadcasts)
+
+    @property
+    def later_adapters(self) -> int:
+        """How many adapters that are loaded at run time may be in one batch."""
+        return VERSIONS if self.policy_adapters else int(self.weights_below is not None)
 
 
 def run(source: Path, *, server: ServerSettings, settings: EngineSettings) -> None:
@@ -94,13 +103,13 @@ def run(source: Path, *, server: ServerSettings, settings: EngineSettings) -> No
         if adapters and "lora_modules" in flags.frontend:
             raise UserError("after --: --lora-modules is infer's --adapter; give it before --")
         if adapters or server.lora_rank:
-            own_arguments |= lora_arguments(
-                adapters, server.lora_rank, served.shapes, later=server.weights_below is not None
-            )
+            own_arguments |= lora_arguments(adapters, server.lora_rank, served.shapes, later=server.later_adapters)
         if taken := own_arguments.keys() & flags.engine.keys():
             flag = f"--{taken.pop().replace('_', '-')}"
             raise UserError(f"after --: {flag} is set by infer itself here; leave it out")
         arguments, _ = checked_arguments(model, settings, flags.engine | own_arguments)
+        if adapters or server.lora_rank:
+            check_lora(model, "--adapter" if adapters else "--lora-rank")
         if not {"tokenizer", "tokenizer_mode", "skip_tokenizer_init", "trust_remote_code"} & flags.engine.keys():
             load_tokenizer(model)  # checked early; vLLM loads it late in its start
         port = listener.getsockname()[1]
@@ -115,9 +124,17 @@ def run(source: Path, *, server: ServerSettings, settings: EngineSettings) -> No
         options.api_key = keys or None  # not in `own`: an error would print it
         import uvloop
 
-        uvloop.run(_serve(listener, arguments, options, server, served))
+        taken_as_policy = policy_adapters(model, served, arguments) if server.policy_adapters else None
+        uvloop.run(_serve(listener, arguments, options, server, served, taken_as_policy))
     if _exit_code == EXIT_INTERRUPTED:
         raise Interrupted("the time was up; the same command serves again")
+
+
+def policy_adapters(model: Path, served: ServedWeights, arguments: Mapping[str, Any]) -> PolicyAdapters:
+    """Which adapters a server with vLLM's `arguments` takes as its policy."""
+    rank, modules = arguments["max_lora_rank"], arguments.get("lora_target_modules")
+    log(f"room for adapters of rank {rank}{f' of {", ".join(modules)}' if modules else ''}; reading their base")
+    return PolicyAdapters(base=weights_digest(model), shapes=served.shapes, rank=rank, modules=modules)
 
 
 _exit_code = EXIT_DONE  # after a signal
@@ -159,6 +176,7 @@ async def _serve(
     options: Namespace,
     server: ServerSettings,
     served: ServedWeights,
+    adapters: PolicyAdapters | None,
 ) -> None:
     from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 
@@ -167,7 +185,17 @@ async def _serve(
     announce(arguments)
     exchange = server.weights_flag if server.exchanges else None
     policy: PolicyRoute | None = None
-    async with _engine(arguments, options, listener, exchange) as engine:
+    async with _engine(arguments, options, listener, exchange) as engine, contextlib.AsyncExitStack() as folders:
+        if adapters is not None:
+            from tools.infer.adapter_policy_route import AdapterPolicyRoute
+
+            assert server.weights_below is not None, "checked with the flags"
+            copies = Path(folders.enter_context(tempfile.TemporaryDirectory(prefix="baton-infer-policies-")))
+            name = options.served_model_name[0]
+            by_adapter = AdapterPolicyRoute(
+                adapters, server.weights_below, engine, source=served.directory, name=name, copies=copies
+            )
+            InFlight.routers = (by_adapter.router,)
         if server.exchanges:
             from tools.infer.adapter_route import AdapterRoute
             from tools.infer.policy_route import PolicyRoute

@@ -18,7 +18,9 @@ from tools.infer.weight_check import check_finite
 
 WEIGHTS = "adapter_model.safetensors"
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's values of max_lora_rank, but for 1
-_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+# Of MLA: vLLM multiplies it into other weights when it loads the model, and decodes by those.
+_WITHOUT_ADAPTER = "kv_b_proj"
 # Of adapters that are loaded later, where vLLM is told beforehand which modules may have one.
 _USUAL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 Shapes = Mapping[str, tuple[int, ...]]
@@ -93,7 +95,7 @@ def check_adapter(
     tensors = {tensor.name: tensor for tensor in header.tensors}
     found: dict[str, dict[str, TensorInfo]] = {}
     for tensor in tensors.values():
-        match = _TENSOR.fullmatch(tensor.name)
+        match = TENSOR.fullmatch(tensor.name)
         if match is None:
             raise UserError(f"{place} {path}: vLLM has no place for {tensor.name}; merge it with `convert merge-lora`")
         found.setdefault(match["module"], {})[match["side"]] = tensor
@@ -103,6 +105,10 @@ def check_adapter(
         suffix = module.rpartition(".")[2]
         if (modules is not None and suffix not in modules) or (suffix == "lm_head" and not on_gpu()):
             raise UserError(f"{place} {path} adapts {module}, for which this server has no room; merge it instead")
+        if suffix == _WITHOUT_ADAPTER:
+            raise UserError(
+                f"{place} {path} adapts {module} of MLA, which vLLM computes without adapters; merge it instead"
+            )
         wanted = shapes.get(f"{module}.weight")
         if wanted is None or len(wanted) != 2:
             raise UserError(f"{place} {path} adapts {module}, which the model has not; it belongs to another base")
@@ -122,10 +128,8 @@ def check_adapter(
     )
 
 
-def lora_arguments(
-    adapters: Iterable[Adapter], lora_rank: int | None, shapes: Shapes, *, later: bool
-) -> dict[str, Any]:
-    """vLLM's arguments for these adapters, and for one more in a batch if others may be loaded `later`."""
+def lora_arguments(adapters: Iterable[Adapter], lora_rank: int | None, shapes: Shapes, *, later: int) -> dict[str, Any]:
+    """vLLM's arguments for these adapters, and for so many in a batch that are loaded `later`."""
     adapters = tuple(adapters)
     largest = max([lora_rank or 0, *(adapter.rank for adapter in adapters)])
     arguments: dict[str, Any] = {

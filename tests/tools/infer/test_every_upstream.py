@@ -44,11 +44,15 @@ from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadL
 from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX, AuthenticationMiddleware
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import inplace, layerwise
+from vllm.model_executor.models import supports_lora
 from vllm.model_executor.models.gpt_oss import GptOssModel
 from vllm.model_executor.models.registry import _PREVIOUSLY_SUPPORTED_MODELS, _LazyRegisteredModel
 from vllm.platforms.cpu import CpuPlatform
@@ -57,6 +61,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.mla.amx_mla import AMXMLABackend
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
+from vllm.v1.core.kv_cache_utils import _gen_lora_extra_hash_keys
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -73,6 +78,7 @@ from tools.infer.engines import vllm_arguments, vllm_support
 from tools.infer.engines.weight_swap import RELOAD_LOGGER, WeightSwap
 from tools.infer.rollouts import SAMPLING
 
+ADAPTERS = "tools/infer/adapter_policy_route.py"
 BENCH = "tools/infer/bench.py"
 DRAIN = "tools/infer/drain.py"
 ENGINE = "tools/infer/engines/vllm.py"
@@ -307,6 +313,27 @@ def test_adapters_are_loaded_by_the_models_of_a_server() -> None:
         assert inspect.signature(method).return_annotation == ErrorResponse | str, ours
     relies_on(ours, init_app_state, "await state.openai_serving_models.init_static_loras()")
     relies_on(ours, api_router.attach_router, "not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING")
+
+
+def test_an_adapter_is_unloaded_by_name_and_by_number() -> None:
+    relies_on(ADAPTERS, OpenAIServingModels.unload_lora_adapter, "del self.lora_requests[lora_name]")
+    says_nothing_of(ADAPTERS, OpenAIServingModels.unload_lora_adapter, "remove_lora")
+    binds(ADAPTERS, AsyncLLM.remove_lora, None, 1)
+    binds(ADAPTERS, LoRARequest, lora_name="a", lora_int_id=1, lora_path="b")
+
+
+def test_a_late_request_reads_its_own_adapter() -> None:
+    relies_on(ADAPTERS, LRUCacheWorkerLoRAManager._apply_adapters, "self.add_adapter(lora)")
+    relies_on(ADAPTERS, LRUCacheWorkerLoRAManager.add_adapter, "lora = self._load_adapter(lora_request)")
+    key = "return [('lora', lora_request.lora_name, lora_request.lora_path)]"
+    relies_on(ADAPTERS, _gen_lora_extra_hash_keys, key)
+
+
+def test_a_class_says_whether_it_computes_adapters() -> None:
+    computes = {"LlamaForCausalLM": True, "Phi3ForCausalLM": True, "FalconForCausalLM": False, "GPT2LMHeadModel": False}
+    assert {n: bool(supports_lora(ModelRegistry.models[n].load_model_cls())) for n in computes} == computes, SUPPORT
+    ours = "tools/infer/served_adapters.py"
+    calls(ours, MLAAttention.process_weights_after_loading, "split_kv_b_proj")
 
 
 def test_a_configuration_says_what_a_reload_would_spoil() -> None:

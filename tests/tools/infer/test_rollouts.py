@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from shared.checkpoint.formats.weights_digest import weights_digest
 from tests.hostile.hostile import attack
+from tests.tools.infer.adapters import make_adapter, merged_into, restamped
 from tests.tools.infer.broadcasting import broadcast
 from tests.tools.infer.http_server import Server, call
 
+ROOT = Path(__file__).resolve().parents[3]
 TEMPERATURE = 0.7
 TOLERANCE = 2e-5  # transformers and vLLM add in other orders, both in fp32, in 2 layers
 PROMPT = [5, 9, 33, 70]
@@ -171,6 +178,142 @@ def test_hostile_requests_are_answered(server):
     assert found.statuses["ordinary"] > 20
     assert found.statuses.total() > 100
     assert any(status.startswith("4") for status in found.statuses)
+
+
+@pytest.fixture(scope="module")
+def of_adapters(launcher, first, policies):
+    """A server that takes adapters."""
+    words = ("--source", first, "--policies", policies, "--lora-rank", 8, "--port", 0)
+    server = Server(launcher, "rollouts", *words)
+    yield server
+    done = server.stop()
+    assert done.code == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def continued(server, name):
+    choice = server.completion(model=name, prompt=PROMPT, ignore_eos=True, max_tokens=16)
+    return choice["token_ids"], choice["logprobs"]["token_logprobs"]
+
+
+def test_an_adapter_answers_under_its_version_as_the_merged_policy_does(of_adapters, server, first, policies):
+    url, base = f"{of_adapters.url}/policy", weights_digest(first)
+    start = {
+        "version": "default",
+        "path": str(first),
+        "precision": "fp32",
+        "model": "policy",
+        "lora_rank": 8,
+        "base": base,
+    }
+    assert call(url) == (200, start)
+    assert continued(of_adapters, "policy") == continued(of_adapters, "policy")
+    unadapted, said = continued(of_adapters, "policy"), {}
+    for version in ("run-1", "run-2", "run-3"):
+        folder = make_adapter(policies / version, first, version=version, seed=int(version[-1]))
+        body = {"adapter": str(folder), "version": version}
+        status, answer = call(url, body)
+        assert (status, answer) == (200, start | {"version": version, "path": str(folder), "model": version})
+        assert call(url, body) == (200, answer), "a publication whose answer was lost"
+        merged = merged_into(shutil.copytree(first, policies / f"merged-{version}"), folder)
+        assert call(f"{server.url}/policy", {"path": str(merged), "version": f"merged-{version}"})[0] == 200
+        said[version] = continued(of_adapters, version)
+        tokens, log_probs = continued(server, "policy")
+        assert said[version][0] == tokens != unadapted[0]
+        assert said[version][1] == pytest.approx(log_probs, abs=TOLERANCE)
+        sampled = of_adapters.completion(
+            model=version, prompt=PROMPT, temperature=TEMPERATURE, seed=3, ignore_eos=True, max_tokens=16
+        )
+        assert gap(merged, sampled["token_ids"], sampled["logprobs"]["token_logprobs"]) < TOLERANCE
+        shutil.rmtree(folder)  # a trainer removes what has been taken
+        assert {model["id"] for model in call(f"{of_adapters.url}/models")[1]["data"]} == {"policy", version}
+    assert len({tuple(tokens) for tokens, _ in said.values()}) == 3
+    for gone in ("run-1", "run-2", "run-4"):
+        status, answer = call(f"{of_adapters.url}/completions", {"model": gone, "prompt": PROMPT, "max_tokens": 1})
+        assert (status, f"`{gone}` does not exist" in answer["error"]["message"]) == (404, True)
+    assert continued(of_adapters, "policy") == unadapted
+
+    whole = make_adapter(policies / "whole", first, version="run-4", seed=4)
+    other = make_adapter(policies / "other", first, version="run-3", seed=5)
+    wide = make_adapter(policies / "wide", first, version="run-4", seed=4, rank=16)
+    b = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    a = b.replace("lora_B", "lora_A")
+    for fault, asked, wanted, message in (
+        (restamped(whole, "half", drop=[b]), "run-4", 409, "model.layers.1.mlp.up_proj has no lora_B"),
+        (restamped(whole, "none", drop=[a, b]), "run-4", 409, "lacks the tensors of model.layers.1.mlp.up_proj"),
+        (restamped(whole, "nan", nan=b), "run-4", 409, f"{b} has numbers that are NaN"),
+        (restamped(whole, "stale", version="run-3"), "run-4", 409, "is of version run-3, and was published as run-4"),
+        (restamped(whole, "based", base="0" * 32), "run-4", 409, "was trained on another base than this server's"),
+        (wide, "run-4", 409, "has rank 16, and this server has room for 8"),
+        (other, "run-3", 409, "differs from the one that was published as run-3"),
+        (restamped(whole, "named", version="policy"), "policy", 409, "conflicts with a served base model"),
+        (policies / "absent", "run-4", 409, "is not a directory"),
+        (first, "run-4", 403, f"is not below {policies}"),
+    ):
+        status, answer = call(url, {"adapter": str(fault), "version": asked})
+        assert (status, message in answer["error"]["message"]) == (wanted, True), answer
+        assert call(url)[1]["version"] == "run-3"
+        assert continued(of_adapters, "run-3") == said["run-3"]
+    status, answer = call(url, {"path": str(policies / "merged-run-1"), "version": "run-4"})
+    assert (status, answer["error"]["message"][:34]) == (403, "this server takes adapters alone; ")
+    status, answer = call(f"{server.url}/policy", {"adapter": str(whole), "version": "run-4"})
+    assert (status, answer["error"]["message"][:28]) == (403, "this server takes no adapter")
+
+
+def test_requests_in_flight_end_with_the_version_that_they_began_with(of_adapters, first, policies):
+    url = f"{of_adapters.url}/policy"
+    for number in (7, 8):
+        make_adapter(policies / f"run-{number}", first, version=f"run-{number}", seed=number)
+    assert call(url, {"adapter": str(policies / "run-7"), "version": "run-7"})[0] == 200
+
+    asked = {"prompt": PROMPT, "max_tokens": 60, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
+    tokens: list[int] = []
+
+    def stream():
+        body = json.dumps(asked | {"model": "run-7", "stream": True}).encode()
+        request = urllib.request.Request(f"{of_adapters.url}/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            for line in answer:
+                if line.startswith(b"data: {"):
+                    tokens.extend(json.loads(line[6:])["choices"][0]["token_ids"])
+
+    alone = of_adapters.completion(model="run-7", **asked)["token_ids"]
+    with ThreadPoolExecutor(1) as beside:
+        running = beside.submit(stream)
+        while len(tokens) < 3:
+            assert not running.done(), running.result()
+            time.sleep(0.001)
+        assert call(url, {"adapter": str(policies / "run-8"), "version": "run-8"})[0] == 200
+        assert len(tokens) == 60, "it was answered while a request of the one before was computed"
+        running.result()
+    assert tokens == alone
+    assert call(f"{of_adapters.url}/completions", asked | {"model": "run-7"})[0] == 404
+    assert of_adapters.completion(model="run-8", **asked)["token_ids"] != alone
+
+
+def test_a_trainer_of_an_adapter_agrees_with_the_server(of_adapters, first, policies, tmp_path):
+    """`rlhf rloo --lora-rank --publish-by adapter`, in its own environment, three updates."""
+    starts = ("The quick", "brown fox", "def f", "return x")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": start}) + "\n" for start in starts))
+    reward = "def short(prompts, completions, **columns):\n    return [-len(text) / 10 for text in completions]\n"
+    (tmp_path / "reward.py").write_text(reward)
+    before = {path.name for path in policies.iterdir()}
+    words = ["rloo", "--source", first, "--prompts", tmp_path / "prompts.jsonl", "--target", tmp_path / "trained"]
+    words += ["--reward", f"py:{tmp_path / 'reward.py'}:short", "--steps", 3, "--generations", 4, "--max-new-tokens", 8]
+    words += ["--global-batch-size", 8, "--micro-batch-size", 8, "--precision", "fp32", "--temperature", TEMPERATURE]
+    words += ["--learning-rate", 1e-2, "--lora-rank", 4, "--publish-by", "adapter", "--policies", policies]
+    command = [ROOT / "tools/rlhf/.venv/bin/rlhf", *map(str, words), "--rollouts", of_adapters.url]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "trained" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 3
+    assert max(row["log_prob_gap"] for row in rows) < 1e-5  # fp32, two programs
+    said = call(f"{of_adapters.url}/policy")[1]
+    assert said["version"] == said["model"]
+    assert re.fullmatch(r"trained-[0-9a-f]{8}-[0-9a-f]{8}-2", said["version"])
+    assert {path.name for path in policies.iterdir()} == before
+    assert continued(of_adapters, said["version"])[1] != continued(of_adapters, "policy")[1]
 
 
 def test_flags_that_change_the_distribution_are_refused(launcher, first, policies):

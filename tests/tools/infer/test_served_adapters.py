@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from shared.checkpoint.formats.hugging_face import stored_weights
 from shared.errors import UserError
 from tests.hostile.hostile import attack
+from tests.tools.infer.adapters import make_adapter
 from tests.tools.infer.http_server import Server, call
 from tools.infer.served_adapters import check_adapter, lora_arguments, parse_adapters
 
@@ -155,6 +156,18 @@ def test_an_adapter_that_does_not_fit_is_one_line(message, copy, shapes):
     assert str(caught.value).startswith(f"--adapter a: {copy}")
 
 
+def test_a_projection_that_vllm_multiplies_into_others_is_refused(tmp_path):
+    name = "model.layers.0.self_attn.kv_b_proj"
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    save_file({f"{name}.weight": torch.ones(8, 4)}, tmp_path / "base" / "model.safetensors")
+    adapter = make_adapter(tmp_path / "adapter", tmp_path / "base", version="1", targets=["kv_b_proj"])
+    with pytest.raises(
+        UserError, match=f"adapts {name} of MLA, which vLLM computes without adapters; merge it instead"
+    ):
+        check_adapter("a", adapter, {f"{name}.weight": (8, 4)}, "adapter")
+
+
 @pytest.mark.parametrize("words", [["a"], ["=DIR"], ["a="], ["base=DIR"]])
 def test_words_that_name_no_adapter(words, shapes):
     with pytest.raises(UserError, match="--adapter .*(NAME=DIR is wanted|the name is taken)"):
@@ -188,10 +201,27 @@ def test_a_server_has_room_for_its_adapters_and_for_one_more_later(folder, copy,
         (("--lora-rank", 8), "--lora-rank is for adapters that are loaded later: give --reload-from"),
         (("--adapter", "a={}", "--", "--lora-modules", "b=x"), "--lora-modules is infer's --adapter"),
         (("--adapter", "a={}", "--", "--max-loras", 3), "--max-loras is set by infer itself here"),
+        (("--policies", "{}", "--lora-rank", 8, "--broadcasts"), "--lora-rank 8: adapters are taken from --policies"),
+        (("--broadcasts", "--lora-rank", 8), "--lora-rank 8: adapters are taken from --policies"),
+        (("--policies", "{}", "--lora-rank", 12), "--lora-rank"),
+        (
+            ("--policies", "{}", "--lora-rank", 8, "--", "--max-lora-rank", 64),
+            "--max-lora-rank is set by infer itself here",
+        ),
     ],
 )
 def test_flags_that_exclude_each_other(words, message, launcher, models, copy):
     given = (str(word).replace("{}", str(copy)) for word in words)
-    done = launcher("serve", "--source", models("qwen3"), "--port", 0, *given)
+    command = "rollouts" if {"--policies", "--broadcasts"} & {*words} else "serve"
+    done = launcher(command, "--source", models("qwen3"), "--port", 0, *given)
     assert (done.code, done.stderr.count("\n")) == (2, 1), done.stderr
     assert message in done.stderr
+
+
+def test_a_class_without_adapters_is_refused_before_it_is_loaded(launcher, tmp_path):
+    from tests.tools.infer.tiny_models import tiny_model
+
+    source = tiny_model("gpt2", tmp_path / "gpt2", n_embd=64, n_head=2, n_layer=1, n_positions=128)
+    done = launcher("rollouts", "--source", source, "--policies", tmp_path, "--lora-rank", 8, "--port", 0)
+    assert (done.code, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "--lora-rank: vLLM's GPT2LMHeadModel computes no LoRA adapters; leave it out" in done.stderr

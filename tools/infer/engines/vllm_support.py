@@ -114,6 +114,18 @@ def _check_cpu_kernels(source: str, config: Any) -> None:
         )
 
 
+def check_lora(source: Path, flag: str) -> None:
+    """NotCarriedError if vLLM's class of a supported model computes no LoRA adapters; vLLM would say so after loading it."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models import supports_lora
+
+    for name in read_config(source / "config.json").get("architectures") or []:
+        if name in ModelRegistry.models and not supports_lora(ModelRegistry.models[name].load_model_cls()):
+            raise NotCarriedError(
+                f"{flag}: vLLM's {name} computes no LoRA adapters; leave it out, and serve the model with its adapter merged"
+            )
+
+
 def check_exchange(config: Any, flag: str) -> None:
     """UserError if the weights of an engine (vLLM's `VllmConfig`) cannot be replaced in place."""
     model = config.model_config
