@@ -27,6 +27,7 @@ from shared.checkpoint.formats.hugging_face import HfReader
 from shared.checkpoint.lora.match import match, read_adapter
 from shared.checkpoint.lora.merge_adapter import merged_tensor
 from shared.checkpoint.lora.peft_files import TOKENIZER_FILES, adapter_config
+from shared.checkpoint.lora.policy_stamp import PolicyStamp
 from shared.console import log
 from shared.errors import StageError, UserError
 from shared.families import registry
@@ -76,6 +77,12 @@ class Adapters:
         table = registry.table_of(architecture)
         adapted_linears(table, settings.targets)  # refuses unknown targets
         return cls(settings=settings, source=source, table=table, classifier=classifier)
+
+    @property
+    def stacked(self) -> list[str]:
+        """`target_parameters` of adapter_config.json: experts that transformers holds as one tensor."""
+        found: list[str] = self._fields("").get("target_parameters", [])
+        return found
 
     def config(self) -> Any:
         """PEFT's configuration."""
@@ -148,7 +155,13 @@ class Adapters:
         return {name: tensor.contiguous() for name, tensor in sorted(found.items())}
 
     def write(
-        self, directory: Path, tensors: Mapping[str, Tensor], *, target: Path, tokenizer_files: bool = True
+        self,
+        directory: Path,
+        tensors: Mapping[str, Tensor],
+        *,
+        target: Path,
+        tokenizer_files: bool = True,
+        stamp: PolicyStamp | None = None,
     ) -> str:
         """Write PEFT's files and the source's tokenizer; returns the base's path from the target.
 
@@ -157,10 +170,12 @@ class Adapters:
             tensors: of `tensors`.
             target: the directory when published.
             tokenizer_files: whether the tokenizer's files are copied.
+            stamp: noted in the metadata of the tensors.
         """
         relative = os.path.relpath(self.source.path.resolve(), target.resolve())
         (directory / CONFIG).write_text(json.dumps(self._fields(relative), indent=2) + "\n", encoding="utf-8")
-        (directory / WEIGHTS).write_bytes(save(dict(tensors), metadata={"format": "pt"}))
+        metadata = {"format": "pt"} | (stamp.metadata() if stamp else {})
+        (directory / WEIGHTS).write_bytes(save(dict(tensors), metadata=metadata))
         for name in TOKENIZER_FILES if tokenizer_files else ():
             if (self.source.path / name).is_file() and not (directory / name).exists():
                 shutil.copyfile(self.source.path / name, directory / name)

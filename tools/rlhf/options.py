@@ -298,8 +298,9 @@ class PolicyOptions(Options):
             and values. What is sampled does not depend on the number, but differs from the default's.
         rollouts: addresses of `infer rollouts`, separated by commas, that sample the replies, such as http://127.0.0.1:8000/v1;
             by default this command samples itself.
-        publish_by: how --rollouts get the policy: a directory below --policies, or a broadcast over the network to servers
-            that were started with --broadcasts.
+        publish_by: how --rollouts get the policy: a directory below --policies; a broadcast over the network to servers
+            that were started with --broadcasts; or, of --lora-rank, the adapter alone, below --policies, to servers that were
+            started with --lora-rank.
         policies: folder in which the policy is published for --rollouts; the servers' --policies, under the same path.
         rollout_key_file: file with the API key of --rollouts.
         rollout_timeout: seconds that --rollouts may take for the replies of a process, or to take over a policy; then the run
@@ -321,7 +322,7 @@ class PolicyOptions(Options):
     clip_range: Above = 0.2
     rollout_micro_batch_size: Positive | None = None
     rollouts: tuple[str, ...] = ()
-    publish_by: Literal["directory", "broadcast"] = "directory"
+    publish_by: Literal["directory", "broadcast", "adapter"] = "directory"
     policies: ExistingDir | None = None
     rollout_key_file: Existing | None = None
     rollout_timeout: Above = 3600.0
@@ -350,10 +351,14 @@ class PolicyOptions(Options):
         for flag, given in (
             ("--policies", self.policies),
             ("--rollout-key-file", self.rollout_key_file),
-            ("--publish-by", broadcast or None),
+            ("--publish-by", self.publish_by != "directory" or None),
         ):
             if given is not None and not self.rollouts:
                 raise UserError(f"{flag} is for servers that sample the replies: give --rollouts, too, or leave it out")
+        if self.publish_by == "adapter" and self.lora_rank is None:
+            raise UserError(
+                "--publish-by adapter publishes the adapter that is trained: give --lora-rank, or leave --publish-by out"
+            )
         if broadcast and self.policies is not None:
             raise UserError("--publish-by broadcast writes no policy: leave --policies out")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +13,18 @@ from torch import Tensor
 
 from shared.console import log
 from shared.errors import StageError, UserError
-from shared.runtime.agreement import on_rank_0
+from shared.runtime.agreement import on_every_rank, on_rank_0
 from tools.rlhf.data import Prompt
 from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.lora import Adapters
 from tools.rlhf.models import Source
 from tools.rlhf.options import PolicyOptions
+from tools.rlhf.rollout.adapter_publisher import AdapterPublisher, checked_base
 from tools.rlhf.rollout.broadcast_publisher import BroadcastPublisher
-from tools.rlhf.rollout.directory_publisher import DirectoryPublisher
+from tools.rlhf.rollout.directory_publisher import DirectoryPublisher, run_folder
 from tools.rlhf.rollout.rollout import Reply, Rollout, Sequences
 from tools.rlhf.rollout.server_publisher import ServerPublisher, run_name
-from tools.rlhf.rollout.servers import Servers, read_key
+from tools.rlhf.rollout.servers import GonePolicyError, Served, Servers, read_key
 
 ATTEMPTS = 3  # to have all replies of a roll-out from one version
 
@@ -47,7 +48,7 @@ class ServerSampler:
     servers: Servers
     publisher: ServerPublisher
     model: str
-    """The policy's name in requests."""
+    """What the servers call their model."""
     precision: str
     """The coarser of the servers' arithmetic and the dtype in which the policy is published, the source's."""
     tokenizer: Any
@@ -79,18 +80,27 @@ class ServerSampler:
         A server that has been restarted, or was given another policy, meanwhile is given the policy again, and all is sampled
         again: a version that is right after the replies was right when they began.
         """
-        requests = [self._request(prompt, seed, index) for index, prompt in enumerate(prompts)]
         for _ in range(ATTEMPTS):
-            on_rank_0(self.publisher.assure)
-            replies = [self._reply(choice) for choice in self.servers.complete(requests)]
+            model, gone, replies = on_rank_0(self._assured), "", []
+            try:
+                requests = [self._request(model, prompt, seed, index) for index, prompt in enumerate(prompts)]
+                replies = [self._reply(choice) for choice in self.servers.complete(requests)]
+            except GonePolicyError as error:  # of a server that has been restarted, say
+                gone = str(error)
             self.distributed.barrier()  # every rank has its replies before rank 0 asks
             wrong = on_rank_0(self.publisher.wrong)
-            if not wrong:
+            if on_every_rank(not (wrong or gone), self.distributed.device):
                 return replies
+            wrong = wrong or gone or "a server did not know the policy that another process asked for"
             log(f"replies are sampled again: {wrong}")
         raise StageError(
             f"{wrong}, after {ATTEMPTS} roll-outs: does another trainer publish to it? The last saved state is kept"
         )
+
+    def _assured(self) -> str:
+        """Have all servers answer with the policy; its name in requests. Rank 0 only."""
+        self.publisher.assure()
+        return self.publisher.requested(self.model)
 
     def log_probs(self, replies: Sequence[SampledIds]) -> Tensor:
         """[B, T] float32: the sampler's log-probabilities, 0 after the replies."""
@@ -98,9 +108,9 @@ class ServerSampler:
         rows = [[*reply.log_probs, *[0.0] * (columns - len(reply.ids))] for reply in replies]
         return torch.tensor(rows, dtype=torch.float32, device=self.distributed.device)
 
-    def _request(self, prompt: Sequence[int], seed: int, index: int) -> dict[str, Any]:
+    def _request(self, model: str, prompt: Sequence[int], seed: int, index: int) -> dict[str, Any]:
         return {
-            "model": self.model,
+            "model": model,
             "prompt": list(prompt),
             "max_tokens": self.max_new_tokens,
             "temperature": self.temperature,
@@ -149,8 +159,28 @@ class ServerSampler:
 def log_sampler(options: PolicyOptions, sampler: object) -> None:
     """The line of the plan that says who samples."""
     if isinstance(sampler, ServerSampler):
-        way = f"by way of {options.policies}" if options.publish_by == "directory" else "by broadcast"
-        log(f"roll-outs {', '.join(options.rollouts)} in {sampler.precision}, policies {way}")
+        way = f"by way of {options.policies}" if options.policies else "by broadcast"
+        what = "adapters" if options.publish_by == "adapter" else "policies"
+        log(f"roll-outs {', '.join(options.rollouts)} in {sampler.precision}, {what} {way}")
+
+
+@contextmanager
+def _publisher(
+    options: PolicyOptions, source: Source, servers: Servers, served: Sequence[Served], adapters: Adapters | None
+) -> Iterator[ServerPublisher]:
+    """The publisher of `--publish-by`. UserError for servers that do not take what it publishes."""
+    if options.publish_by == "broadcast":
+        yield BroadcastPublisher(run_name(options.target), source, servers, adapters)
+        return
+    assert options.policies is not None, "checked with the flags"
+    if options.publish_by == "directory":
+        with DirectoryPublisher.open(options.policies, options.target, source, servers, adapters) as publisher:
+            yield publisher
+        return
+    assert adapters is not None, "checked with the flags"
+    base = on_rank_0(lambda: checked_base(options.rollouts, served, adapters))
+    with run_folder(options.policies, options.target) as folder:
+        yield AdapterPublisher(folder, source, servers, adapters, base=base)
 
 
 @contextmanager
@@ -184,13 +214,11 @@ def server_sampler(
                 f"--rollouts {address} serves {said.model} in {said.precision}, and {options.rollouts[0]} {served[0].model} in "
                 f"{served[0].precision}; start both alike"
             )
-    opened: AbstractContextManager[ServerPublisher]
-    if options.publish_by == "directory":
-        assert options.policies is not None, "checked with the flags"
-        opened = DirectoryPublisher.open(options.policies, options.target, source, servers, adapters)
-    else:
-        opened = nullcontext(BroadcastPublisher(run_name(options.target), source, servers, adapters))
-    with opened as publisher:
+        if said.lora_rank and options.publish_by != "adapter":
+            raise UserError(
+                f"--rollouts {address} takes adapters alone: give --publish-by adapter, or start it without --lora-rank"
+            )
+    with _publisher(options, source, servers, served, adapters) as publisher:
         yield ServerSampler(
             servers=servers,
             publisher=publisher,

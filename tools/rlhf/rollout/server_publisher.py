@@ -48,6 +48,10 @@ class ServerPublisher(ABC):
         if behind := [address for address, found in self._found() if found != self.version]:
             self._give(behind)
 
+    def requested(self, served: str) -> str:
+        """The policy's name in requests to servers that call their model `served`; rank 0 only."""
+        return served
+
     def wrong(self) -> str:
         """The first server that does not answer with the version that was published last, in words; rank 0 only."""
         for address, found in self._found():
@@ -60,13 +64,15 @@ class ServerPublisher(ABC):
 
     def _publish(self, policy: Policy, weights: dict[str, Tensor], version: int) -> None:
         self.version = f"{self._name}-{self._run}-{version}"
-        if self._adapters is None:
-            made = source_weights(policy.module, self._source, weights)
-        else:
-            made = self._adapters.policy_weights(policy.module, weights)
-        self._hold(made, version)
+        self._hold(self._made(policy, weights), version)
         self._give(self.servers.addresses)
         self._forget()
+
+    def _made(self, policy: Policy, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors to publish."""
+        if self._adapters is None:
+            return source_weights(policy.module, self._source, weights)
+        return self._adapters.policy_weights(policy.module, weights)
 
     @abstractmethod
     def _hold(self, weights: dict[str, Tensor], version: int) -> None:

@@ -48,6 +48,14 @@ class Served:
     """Tokens of a prompt and its reply."""
     precision: str
     """Of its arithmetic."""
+    lora_rank: int = 0
+    """The largest of adapters that it takes; 0 if it takes whole policies."""
+    base: str = ""
+    """`weights_digest` of the model that adapters are added to."""
+
+
+class GonePolicyError(StageError):
+    """A server does not know the policy that a request names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +88,11 @@ class Servers:
     def publish(self, path: Path, version: str, *, to: Sequence[str]) -> None:
         """Have the servers of `to` take the policy of `path`. StageError with a server's reason if it does not."""
         body = {"path": str(path), "version": version}
+        self._together([_publish(self._client(address), address, body) for address in to], watched=to)
+
+    def publish_adapter(self, path: Path, version: str, *, to: Sequence[str]) -> None:
+        """As `publish`, of a LoRA adapter."""
+        body = {"adapter": str(path), "version": version}
         self._together([_publish(self._client(address), address, body) for address in to], watched=to)
 
     def broadcast(self, weights: Mapping[str, Tensor], version: str, *, to: Sequence[str]) -> None:
@@ -115,7 +128,11 @@ class Servers:
             raise faults[0]
 
     def complete(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The choice of each request's answer; requests are dealt to the servers in turn. An aborted one is asked for again."""
+        """The choice of each request's answer; requests are dealt to the servers in turn. An aborted one is asked for again.
+
+        Raises:
+            GonePolicyError: a server has no model of a request's name, or no longer.
+        """
         addresses = self.addresses
 
         async def dealt() -> list[dict[str, Any]]:
@@ -200,7 +217,11 @@ async def _describe(client: httpx2.AsyncClient, address: str) -> Served:
         models = await _json(client, address, "GET", "models")
         first = models["data"][0]
         return Served(
-            model=str(first["id"]), max_model_len=int(first["max_model_len"]), precision=str(policy["precision"])
+            model=str(first["id"]),
+            max_model_len=int(first["max_model_len"]),
+            precision=str(policy["precision"]),
+            lora_rank=int(policy.get("lora_rank", 0)),
+            base=str(policy.get("base", "")),
         )
 
 
@@ -255,6 +276,10 @@ async def _complete(client: httpx2.AsyncClient, address: str, request: Mapping[s
     until = None
     while True:
         answer = await _json(client, address, "POST", "completions", request)
+        if answer["model"] != request["model"]:
+            raise StageError(
+                f"--rollouts {address} answers for {answer['model']}, and was asked for {request['model']}"
+            )
         choice: dict[str, Any] = answer["choices"][0]
         if choice["finish_reason"] != "abort":
             return choice
@@ -277,6 +302,8 @@ def _read(answer: httpx2.Response, address: str, route: str) -> Any:
         raise StageError(f"--rollouts {address} needs a key: give --rollout-key-file")
     if answer.status_code in (httpx2.codes.NOT_FOUND, httpx2.codes.METHOD_NOT_ALLOWED) and route == "policy":
         raise StageError(f"--rollouts {address} takes no policy; start the server with `infer rollouts`")
+    if answer.status_code == httpx2.codes.NOT_FOUND and route == "completions":
+        raise GonePolicyError(f"--rollouts {address}: {_reason(answer)}")
     if answer.status_code != httpx2.codes.OK:
         raise StageError(f"--rollouts {address}: {_reason(answer)}; the last saved state is kept")
     try:

@@ -42,6 +42,7 @@ class RolloutServer:
         failing: status of every answer.
         key: needed in every request.
         answer: changes the choice of a reply.
+        named: the model that replies say they are of; None: the one that was asked for.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -52,6 +53,7 @@ class RolloutServer:
         self.answer: Callable[[dict[str, Any]], None] = lambda choice: None
         self.receiving: Callable[[], None] = lambda: None
         self.lies = self.dumb = False
+        self.named: str | None = None
         self.failing: int | None = None
         self.key: str | None = None
         self.max_model_len = 96
@@ -80,7 +82,7 @@ class RolloutServer:
             self.before(body)
             choice = self._complete(body)
         self.answer(choice)
-        return 200, {"choices": [choice]}
+        return 200, {"model": self.named or body["model"], "choices": [choice]}
 
     def _publish(self, body: dict[str, Any]) -> tuple[int, Any]:
         self.published.append((body["path"], body["version"]))
@@ -136,9 +138,9 @@ class RolloutServer:
 
 
 @contextmanager
-def serving(directory: Path) -> Iterator[RolloutServer]:
+def serving[Kind: RolloutServer](directory: Path, kind: type[Kind] = RolloutServer) -> Iterator[Kind]:  # type: ignore[assignment]
     """A server of a directory, on a free port."""
-    server = RolloutServer(directory)
+    server = kind(directory)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
