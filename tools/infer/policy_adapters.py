@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,14 @@ class PolicyAdapters:
         shapes: of its tensors, by name.
         rank: the largest that it has room for.
         modules: last parts of names that may be adapted; None: all.
+        fused: those of fused projections that may not, with the parts that vLLM has adapters for.
     """
 
     base: str
     shapes: Shapes
     rank: int
     modules: Collection[str] | None
+    fused: Mapping[str, Sequence[str]]
 
     def hold(self, path: Path, version: str, folder: Path) -> HeldAdapter:
         """Check the directory that was published as `version`, and copy it into `folder`, which is new.
@@ -94,6 +96,13 @@ class PolicyAdapters:
             )
         check_adapter(version, path, self.shapes, place, rank=self.rank, modules=self.modules)
         header = read_header(path / WEIGHTS)
+        modules = [match["module"] for tensor in header.tensors if (match := TENSOR.fullmatch(tensor.name))]
+        for module in modules:
+            if parts := self.fused.get(module.rpartition(".")[2]):
+                raise UserError(
+                    f"{place} {path} adapts {module}, and vLLM computes adapters of its parts alone ({', '.join(parts)}); leave "
+                    "it out of --lora-targets, or publish merged policies"
+                )
         self._check_complete(path, fields, {tensor.name for tensor in header.tensors})
         stamp = PolicyStamp.of(header.metadata)
         if stamp is None:

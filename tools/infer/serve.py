@@ -27,7 +27,7 @@ from tools.infer.drain import InFlight, drain, started
 from tools.infer.engines.engine import EngineSettings
 from tools.infer.engines.vllm import announce, checked_arguments
 from tools.infer.engines.vllm_flags import parse
-from tools.infer.engines.vllm_support import check_exchange, check_lora, reason, refusals
+from tools.infer.engines.vllm_support import check_exchange, check_lora, fused_without_adapters, reason, refusals
 from tools.infer.engines.weight_swap import WeightSwap
 from tools.infer.environment import on_gpu, prepare_environment
 from tools.infer.policy_adapters import VERSIONS, PolicyAdapters
@@ -134,7 +134,13 @@ def policy_adapters(model: Path, served: ServedWeights, arguments: Mapping[str, 
     """Which adapters a server with vLLM's `arguments` takes as its policy."""
     rank, modules = arguments["max_lora_rank"], arguments.get("lora_target_modules")
     log(f"room for adapters of rank {rank}{f' of {", ".join(modules)}' if modules else ''}; reading their base")
-    return PolicyAdapters(base=weights_digest(model), shapes=served.shapes, rank=rank, modules=modules)
+    return PolicyAdapters(
+        base=weights_digest(model),
+        shapes=served.shapes,
+        rank=rank,
+        modules=modules,
+        fused=fused_without_adapters(model),
+    )
 
 
 _exit_code = EXIT_DONE  # after a signal

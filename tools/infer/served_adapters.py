@@ -22,7 +22,17 @@ TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.we
 # Of MLA: vLLM multiplies it into other weights when it loads the model, and decodes by those.
 _WITHOUT_ADAPTER = "kv_b_proj"
 # Of adapters that are loaded later, where vLLM is told beforehand which modules may have one.
-_USUAL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+_USUAL = {
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "c_fc", "c_proj"),
+    *(
+        "qkv_proj",
+        "gate_up_proj",
+        "query_key_value",
+        "dense",
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+    ),  # fused, and beside them
+}
 Shapes = Mapping[str, tuple[int, ...]]
 
 

@@ -64,7 +64,7 @@ def served(models, tmp_path):
     copies.mkdir()
     shapes = ServedWeights.read(base).shapes
     engine, app = Engine(), FastAPI()
-    adapters = PolicyAdapters(base=weights_digest(base), shapes=shapes, rank=8, modules=None)
+    adapters = PolicyAdapters(base=weights_digest(base), shapes=shapes, rank=8, modules=None, fused={})
     route = AdapterPolicyRoute(adapters, folder, engine, source=base, name="policy", copies=copies)
     app.include_router(route.router)
     app.state.openai_serving_models = engine

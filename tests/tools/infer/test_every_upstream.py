@@ -334,6 +334,12 @@ def test_a_class_says_whether_it_computes_adapters() -> None:
     assert {n: bool(supports_lora(ModelRegistry.models[n].load_model_cls())) for n in computes} == computes, SUPPORT
     ours = "tools/infer/served_adapters.py"
     calls(ours, MLAAttention.process_weights_after_loading, "split_kv_b_proj")
+    packed = {
+        n: ModelRegistry.models[n].load_model_cls().packed_modules_mapping
+        for n in ("Glm4ForCausalLM", "Phi3ForCausalLM")
+    }
+    assert packed["Glm4ForCausalLM"]["gate_up_proj"] == ["gate_proj", "up_proj"], SUPPORT
+    assert packed["Phi3ForCausalLM"]["gate_up_proj"] == ["gate_up_proj"], SUPPORT
 
 
 def test_a_configuration_says_what_a_reload_would_spoil() -> None:

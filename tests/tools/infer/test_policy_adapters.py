@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -26,7 +27,9 @@ def base(models):
 
 @pytest.fixture
 def taken(base):
-    return PolicyAdapters(base=weights_digest(base), shapes=ServedWeights.read(base).shapes, rank=8, modules=None)
+    return PolicyAdapters(
+        base=weights_digest(base), shapes=ServedWeights.read(base).shapes, rank=8, modules=None, fused={}
+    )
 
 
 @pytest.fixture
@@ -71,6 +74,12 @@ def test_targets_are_ends_of_names_or_a_pattern_of_whole_ones(taken, base, tmp_p
     lacking = restamped(adapter, "lacking", drop=[f"base_model.model.{name}.lora_{side}.weight" for side in "AB"])
     with pytest.raises(UserError, match=f"{lacking} lacks the tensors of {name}, which its target_modules name"):
         taken.hold(lacking, "1", tmp_path / "other")
+
+
+def test_a_fused_projection_that_vllm_has_in_parts_is_refused_by_name(taken, adapter, tmp_path):
+    fused = replace(taken, fused={"up_proj": ["one", "two"]})
+    with pytest.raises(UserError, match=r"adapts model.layers.0.mlp.up_proj, and vLLM .* its parts alone \(one, two\)"):
+        fused.hold(adapter, "1", tmp_path / "copy")
 
 
 def test_another_base_or_version_is_refused_by_name(taken, adapter, tmp_path):

@@ -126,6 +126,19 @@ def check_lora(source: Path, flag: str) -> None:
             )
 
 
+def fused_without_adapters(source: Path) -> dict[str, list[str]]:
+    """Fused projections of which vLLM's class computes adapters of the parts alone, with the parts.
+
+    Where the checkpoint has the fused one, as GLM-4's gate_up_proj, its adapters cannot be loaded.
+    """
+    from vllm import ModelRegistry
+
+    names = read_config(source / "config.json").get("architectures") or []
+    classes = [ModelRegistry.models[name].load_model_cls() for name in names if name in ModelRegistry.models]
+    packed = [getattr(each, "packed_modules_mapping", {}).items() for each in classes]
+    return {fused: list(parts) for mapping in packed for fused, parts in mapping if fused not in parts}
+
+
 def check_exchange(config: Any, flag: str) -> None:
     """UserError if the weights of an engine (vLLM's `VllmConfig`) cannot be replaced in place."""
     model = config.model_config
