@@ -24,6 +24,7 @@ _WITHOUT_ADAPTER = "kv_b_proj"
 # Of adapters that are loaded later, where vLLM is told beforehand which modules may have one.
 _USUAL = {
     *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "c_fc", "c_proj"),
+    *("fc1", "fc2", "out_proj"),
     *(
         "qkv_proj",
         "gate_up_proj",

@@ -26,6 +26,7 @@ _NOT_READ = {
     "Qwen3NextForCausalLM": ("attention_bias", False),
     "StableLmForCausalLM": ("use_parallel_residual", False),
 }
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # fields of config.json
 
 
 _WITH_TRANSFORMERS = "`infer generate`, `chat` and `evaluate`"  # `--engine hf`
@@ -115,11 +116,18 @@ def _check_cpu_kernels(source: str, config: Any) -> None:
 
 
 def check_lora(source: Path, flag: str) -> None:
-    """NotCarriedError if vLLM's class of a supported model computes no LoRA adapters; vLLM would say so after loading it."""
+    """NotCarriedError if vLLM computes no LoRA adapters of a supported model; it would fail after loading it, or in a request."""
     from vllm import ModelRegistry
     from vllm.model_executor.models import supports_lora
 
-    for name in read_config(source / "config.json").get("architectures") or []:
+    config = read_config(source / "config.json")
+    language = registry.language_config(config)
+    if not on_gpu() and (experts := next((name for name in _EXPERTS if language.get(name)), None)):
+        raise NotCarriedError(
+            f"{flag}: vLLM on CPU has no adapters for a model with experts ({experts} of config.json); leave it out, and serve "
+            "the model with its adapter merged, or use a GPU"
+        )
+    for name in config.get("architectures") or []:
         if name in ModelRegistry.models and not supports_lora(ModelRegistry.models[name].load_model_cls()):
             raise NotCarriedError(
                 f"{flag}: vLLM's {name} computes no LoRA adapters; leave it out, and serve the model with its adapter merged"
