@@ -23,16 +23,9 @@ TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.we
 _WITHOUT_ADAPTER = "kv_b_proj"
 # Of adapters that are loaded later, where vLLM is told beforehand which modules may have one.
 _USUAL = {
-    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "c_fc", "c_proj"),
-    *("fc1", "fc2", "out_proj"),
-    *(
-        "qkv_proj",
-        "gate_up_proj",
-        "query_key_value",
-        "dense",
-        "dense_h_to_4h",
-        "dense_4h_to_h",
-    ),  # fused, and beside them
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("c_fc", "c_proj", "fc1", "fc2", "out_proj", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+    *("qkv_proj", "gate_up_proj", "query_key_value"),
 }
 Shapes = Mapping[str, tuple[int, ...]]
 
