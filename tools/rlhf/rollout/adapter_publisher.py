@@ -37,7 +37,7 @@ class AdapterPublisher(DirectoryPublisher):
 
     def _write(self, directory: Path, tensors: dict[str, Tensor]) -> None:
         stamp = PolicyStamp(version=self.version, base=self._base)
-        self._trained.write(directory, tensors, target=self._path, tokenizer_files=False, stamp=stamp)
+        self._trained.write(directory, tensors, target=directory, tokenizer_files=False, stamp=stamp)
 
     def _give(self, to: Sequence[str]) -> None:
         self.servers.publish_adapter(self._path, self.version, to=to)
