@@ -39,8 +39,8 @@ class AdapterPublisher(DirectoryPublisher):
         stamp = PolicyStamp(version=self.version, base=self._base)
         self._trained.write(directory, tensors, target=directory, tokenizer_files=False, stamp=stamp)
 
-    def _give(self, to: Sequence[str]) -> None:
-        self.servers.publish_adapter(self._path, self.version, to=to)
+    def _offer(self, directory: Path, to: Sequence[str]) -> None:
+        self.servers.publish_adapter(directory, self.version, to=to)
 
 
 def checked_base(addresses: Sequence[str], served: Sequence[Served], adapters: Adapters) -> str:

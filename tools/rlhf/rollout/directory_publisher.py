@@ -79,7 +79,10 @@ class DirectoryPublisher(ServerPublisher):
         save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
 
     def _give(self, to: Sequence[str]) -> None:
-        self.servers.publish(self._path, self.version, to=to)
+        self._offer(self._path, to)
+
+    def _offer(self, directory: Path, to: Sequence[str]) -> None:
+        self.servers.publish(directory, self.version, to=to)
 
     def _forget(self) -> None:
         if self._before not in (self._folder, self._path):
