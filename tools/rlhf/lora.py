@@ -94,12 +94,22 @@ class Adapters:
             fields.pop(name)
         return LoraConfig(**fields)
 
-    def attach(self, model: Any, seed: int) -> Any:
-        """A PEFT model around a transformers model; adapters have the model's dtype and are drawn from the seed."""
+    def attach(self, model: Any, seed: int, *, main_weights: bool = False) -> Any:
+        """A PEFT model around a transformers model.
+
+        Args:
+            model: the transformers model.
+            seed: of the adapters.
+            main_weights: adapters are float32, as an optimizer that holds no other weights needs them; else in the model's dtype.
+        """
         from peft import get_peft_model
 
         torch.manual_seed(seed)
-        return get_peft_model(model, self.config(), autocast_adapter_dtype=False)
+        made = get_peft_model(model, self.config(), autocast_adapter_dtype=False)
+        for parameter in made.parameters():
+            if main_weights and parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        return made
 
     def attach_to_critic(self, critic: Critic, seed: int) -> Critic:
         """Freeze a critic's body and give it adapters; its head is trained as a whole.

@@ -142,8 +142,7 @@ def _build(
     reference: Any
     if options.backend == "trlx":
         kind, reward = ppo_trlx.TrlxPPO, ppo_trlx.ScoredReplies(reward.components)
-        actor, critic, whole = ppo_trlx.models(options, source, distributed)
-        reference = frozen_model(whole, engine)
+        actor, critic, reference = ppo_trlx.models(options, source, distributed, adapters, engine)
     else:
         actor, critic = _trained(options, source, engine, dtype, distributed, adapters)
         reference = frozen_model(load_policy(source, dtype), engine) if adapters is None else AdapterOff(actor)

@@ -89,7 +89,7 @@ class DeepSpeedEngine:
             "fused": torch.cuda.is_available() and not options.offload,
         }
         config = _config(options, options.zero) | {"optimizer": {"type": "AdamW", "params": adam}}
-        self._trains_part = not all(parameter.requires_grad for parameter in model.parameters())
+        self._trained_only = trains_part(model)
         self._engine = _initialize(model, config)
         self._rank = distributed.rank
         self._scale = options.accumulation * distributed.world_size
@@ -124,20 +124,43 @@ class DeepSpeedEngine:
 
     def full_weights(self) -> dict[str, Tensor]:
         """See `Engine`. ZeRO-3 gathers one parameter at a time: no device holds the full model. Frozen ones are left out."""
-        return gathered_weights(self._engine.module, self._rank, trained_only=self._trains_part)
+        return gathered_weights(self._engine.module, self._rank, trained_only=self._trained_only)
 
     def save(self, directory: Path) -> None:
         """See `Engine`."""
-        self._engine.save_checkpoint(
-            str(directory.parent), tag=directory.name, save_latest=False, exclude_frozen_parameters=self._trains_part
-        )
+        save_engine(self._engine, directory, trained_only=self._trained_only)
 
     def load(self, directory: Path) -> None:
         """See `Engine`."""
-        check_state(directory)
-        self._engine.load_checkpoint(
-            str(directory.parent), tag=directory.name, load_module_strict=not self._trains_part
-        )
+        load_engine(self._engine, directory, trained_only=self._trained_only)
+
+
+def trains_part(module: nn.Module) -> bool:
+    """Whether a part of the module is frozen, as with LoRA."""
+    return not all(parameter.requires_grad for parameter in module.parameters())
+
+
+def save_engine(engine: Any, directory: Path, *, trained_only: bool) -> None:
+    """Write model and optimizer of DeepSpeed's engine; every rank writes its shard.
+
+    Args:
+        engine: of `deepspeed.initialize`.
+        directory: where to write.
+        trained_only: without what is frozen.
+    """
+    engine.save_checkpoint(
+        str(directory.parent), tag=directory.name, save_latest=False, exclude_frozen_parameters=trained_only
+    )
+
+
+def load_engine(engine: Any, directory: Path, *, trained_only: bool) -> None:
+    """Read what `save_engine` wrote, with the same number of ranks.
+
+    Raises:
+        UserError: a file is damaged, or holds more than this state does.
+    """
+    check_state(directory)
+    engine.load_checkpoint(str(directory.parent), tag=directory.name, load_module_strict=not trained_only)
 
 
 def check_state(directory: Path) -> None:

@@ -18,14 +18,14 @@ steps rollout_batch_size epochs global_batch_size micro_batch_size save_every lo
 hang_timeout max_new_tokens temperature rollout_micro_batch_size
 rollouts publish_by policies rollout_key_file rollout_timeout log_prob_gap_limit
 validation_prompts evaluate_every keep_best missing_eos_penalty normalise_rewards reward_clip
-learning_rate warmup_steps max_gradient_norm precision zero clip_range value_clip_range
+learning_rate warmup_steps max_gradient_norm precision zero gradient_checkpointing clip_range value_clip_range
+lora_rank lora_alpha lora_targets rslora publish
 kl_coefficient kl_estimator kl_target kl_horizon discount gae_lambda whiten_advantages
 """
 _REASONS = {
     "critic": "its critic is a value head on the policy's states",
     "critic_learning_rate": "policy and value head have one optimizer",
     "importance_correction": "its loss has no weights of tokens",
-    "lora_rank": "it trains every weight",
     "shared_critic": "its critic is a value head on the policy's states always",
 }
 

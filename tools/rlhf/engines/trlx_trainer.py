@@ -34,7 +34,7 @@ from trlx.trainer.accelerate_ppo_trainer import AcceleratePPOTrainer
 from shared.errors import UserError
 from tools.rlhf.algorithms import losses
 from tools.rlhf.algorithms.experience import Experience
-from tools.rlhf.engines.deepspeed import gathered_weights
+from tools.rlhf.engines.deepspeed import gathered_weights, load_engine, save_engine, trains_part
 from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.engines.trlx_settings import TrlxSettings
 from tools.rlhf.rollout.rollout import Sequences
@@ -105,7 +105,7 @@ class OwnExperienceTrainer(AcceleratePPOTrainer):
             model.frozen_head, model.peft_type = None, None
 
     def setup_model(self) -> PolicyWithValueHead:
-        """The given model; no layer is frozen."""
+        """The given model; no layer is frozen here."""
         return self._wrapped
 
     def setup_scheduler(self) -> LambdaLR:
@@ -220,13 +220,12 @@ class OwnExperienceTrainer(AcceleratePPOTrainer):
         return row | ({"gradient_norm": sum(self._norms) / len(self._norms)} if self._norms else {})
 
     def write(self, directory: Path) -> None:
-        """Write model and optimizer; every rank calls it."""
+        """Write optimizer and model, without what is frozen; every rank calls it."""
         if self._settings.zero:
-            self.model.save_checkpoint(str(directory.parent), tag=directory.name, save_latest=False)
+            save_engine(self.model, directory, trained_only=trains_part(self._wrapped))
         elif self._distributed.rank == 0:
             directory.mkdir(parents=True)
-            model = self.accelerator.unwrap_model(self.model)
-            torch.save({"model": model.state_dict(), "optimizer": self.opt.state_dict()}, directory / _STATE)
+            torch.save({"model": self._trained(), "optimizer": self.opt.state_dict()}, directory / _STATE)
 
     def read(self, directory: Path) -> None:
         """Read what `write` wrote.
@@ -235,10 +234,8 @@ class OwnExperienceTrainer(AcceleratePPOTrainer):
             UserError: a file is damaged, or holds more than tensors and plain values.
         """
         if self._settings.zero:
-            raise UserError(
-                f"{directory}: a run of --backend trlx with --zero is not resumed: equal numbers are not proven; "
-                "start anew with --overwrite"
-            )
+            load_engine(self.model, directory, trained_only=trains_part(self._wrapped))
+            return
         try:
             state = torch.load(directory / _STATE, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -246,8 +243,15 @@ class OwnExperienceTrainer(AcceleratePPOTrainer):
                 f"{directory / _STATE} is no file that this state was saved with, or is damaged "
                 f"({str(error).splitlines()[0]}); start anew with --overwrite"
             ) from None
-        self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
+        with torch.no_grad():
+            for name, tensor in self._trained().items():
+                tensor.copy_(state["model"][name])
         self.opt.load_state_dict(state["optimizer"])
+
+    def _trained(self) -> dict[str, Tensor]:
+        """What is trained, without buffers, which are never changed; not sharded."""
+        named = self._wrapped.named_parameters()
+        return {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
 
 
 def elements(experience: Experience) -> list[PPORLElement]:
@@ -278,7 +282,7 @@ class TrlxActor:
 
     @property
     def module(self) -> Any:
-        """The transformers model."""
+        """The transformers model, in PEFT's with LoRA."""
         return self.trainer.accelerator.unwrap_model(self.trainer.model).base_model
 
     def __call__(self, **inputs: Any) -> Any:
@@ -305,7 +309,7 @@ class TrlxActor:
 
     def full_weights(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        return gathered_weights(self.module, torch.distributed.get_rank())
+        return gathered_weights(self.module, torch.distributed.get_rank(), trained_only=trains_part(self.module))
 
     def save(self, directory: Path) -> None:
         """See `Engine`; with the value head."""
@@ -364,7 +368,7 @@ def open_trainer(model: Any, settings: TrlxSettings, distributed: DistributedCon
     """A trainer of a policy with a new value head.
 
     Args:
-        model: the transformers model, float32.
+        model: the transformers model, or PEFT's; what is trained of it is float32.
         settings: of trlx and accelerate.
         distributed: the ranks.
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.errors import StageError
@@ -140,19 +142,36 @@ def test_updates_see_the_sampled_ids(world, rlhf, monkeypatch):
     assert any(ids[: len(other)] != other for (_, ids), other in zip(sampled, again, strict=True))
 
 
+@pytest.fixture(scope="module")
+def in_two(world, process):
+    """Runs of three iterations in two processes, by name, ZeRO stage and changed flags; each is made once."""
+
+    def run(name, zero, signal_number=None, **changes):
+        given = flags(world, f"trlx-{name}-{zero}", steps=3, micro_batch_size=4, zero=zero, processes=2, **changes)
+        if signal_number is not None:
+            world.order.write_text(str(int(signal_number)))
+            stopped = process("ppo", **given)
+            assert stopped.returncode not in (0, 2), stopped.stderr
+            assert not given["target"].exists()
+        if not given["target"].exists():
+            done = process("ppo", **given)
+            assert done.returncode == 0, done.stderr
+            assert f"2 process(es) on cpu, ZeRO stage {zero}" in done.stderr
+            assert ("resuming after iteration" in done.stderr) == (signal_number is not None)
+        return given["target"]
+
+    return run
+
+
 @needs_trlx
 @pytest.mark.parametrize("zero", [2, 3])
-def test_two_processes_sharded_or_not_are_the_same_run(world, process, metrics, load_exactly, sampled_red, zero):
+def test_two_processes_sharded_or_not_are_the_same_run(in_two, metrics, load_exactly, zero):
     """DDP and accelerate's DeepSpeed plugin."""
     rows = []
     for stage in (0, zero):
-        target = flags(world, f"trlx-two-{stage}", steps=3, micro_batch_size=4)
-        if not target["target"].exists():
-            done = process("ppo", **target, zero=stage, processes=2)
-            assert done.returncode == 0, done.stderr
-            assert f"2 process(es) on cpu, ZeRO stage {stage}" in done.stderr
-        load_exactly(AutoModelForCausalLM, target["target"])
-        rows.append(metrics(target["target"]))
+        target = in_two("two", stage)
+        load_exactly(AutoModelForCausalLM, target)
+        rows.append(metrics(target))
     for one, other in zip(*rows, strict=True):
         for name in ("reward", "kl_reply", "policy_loss", "value_loss", "gradient_norm", "entropy"):
             assert one[name] == pytest.approx(other[name], rel=2e-3, abs=1e-5), name  # float32 sums in another order
@@ -160,14 +179,106 @@ def test_two_processes_sharded_or_not_are_the_same_run(world, process, metrics, 
 
 
 @needs_trlx
-def test_a_sharded_run_is_not_resumed(world, process):
-    target = flags(world, "trlx-sharded", steps=4, save_every=1, zero=2)
-    world.order.write_text(str(int(signal.SIGTERM)))
-    assert process("ppo", **target).returncode == 75
-    again = process("ppo", **target)
-    assert again.returncode == 2
-    assert "a run of --backend trlx with --zero is not resumed" in again.stderr.strip().splitlines()[-1]
-    assert not target["target"].exists()
+@pytest.mark.parametrize("zero", [2, 3])
+def test_a_sharded_run_resumes_to_the_same_result(in_two, metrics, zero):
+    """SIGKILL of a process in the third roll-out; then the same command."""
+    whole, resumed = in_two("two", zero), in_two("killed", zero, signal.SIGKILL)
+    assert metrics(resumed) == metrics(whole)
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+LORA = {"lora_rank": 4, "learning_rate": 8e-3}
+
+
+@pytest.fixture(scope="module")
+def adapter(world, rlhf):
+    target = flags(world, "trlx-lora", steps=5, **LORA)
+    assert rlhf("ppo", **target) == 0
+    return target["target"]
+
+
+@needs_trlx
+def test_an_adapter_learns_from_the_source_on(world, adapter, metrics, sampled_red):
+    rows = metrics(adapter)
+    assert rows[0]["kl"] == 0.0  # the reference is the adapter off, and B is 0
+    assert rows[-1]["kl_reply"] > 0.1
+    assert rows[-1]["reward"] > 1.3 * rows[0]["reward"]
+    assert max(row["log_prob_gap"] for row in rows) < 1e-5
+    stored = load_file(adapter / "adapter_model.safetensors")
+    assert len(stored) == 2 * 2 * 7  # A and B, layers, matrices of a layer
+    assert all(tensor.abs().max() > 0 for tensor in stored.values())
+    assert json.loads((adapter / "manifest.json").read_text())["facts"]["lora_rank"] == 4
+
+
+@needs_trlx
+def test_the_merged_policy_is_the_source_and_the_adapter(world, rlhf, adapter, sampled_red, load_exactly):
+    target = flags(world, "trlx-merged", steps=5, publish="merged", **LORA)
+    assert rlhf("ppo", **target) == 0
+    load_exactly(AutoModelForCausalLM, target["target"])
+    stored, merged, source = (
+        load_file(place / file)
+        for place, file in (
+            (adapter, "adapter_model.safetensors"), (target["target"], "model.safetensors"), (world.policy, "model.safetensors"),
+        )
+    )  # fmt: skip
+    for name in source:
+        b = stored.get(f"base_model.model.{name.removesuffix('.weight')}.lora_B.weight")
+        exact = source[name]
+        if b is not None:
+            a = stored[f"base_model.model.{name.removesuffix('.weight')}.lora_A.weight"]
+            exact = (exact.double() + 2.0 * (b.double() @ a.double())).float()
+        assert merged[name].equal(exact), name
+    assert sampled_red(target["target"]) > 1.3 * sampled_red(world.policy)
+
+
+@needs_trlx
+def test_an_adapter_resumes_without_the_frozen_weights_in_its_state(world, rlhf, adapter, metrics):
+    target = flags(world, "trlx-lora-stopped", steps=5, **LORA)
+    world.order.write_text(str(int(signal.SIGUSR1)))
+    assert rlhf("ppo", **target) == 75
+    state = target["target"].with_name("trlx-lora-stopped.state")
+    saved = sum(path.stat().st_size for path in state.rglob("*.pt"))
+    head = 64 * 128 + 128 + 128 + 1
+    trained = sum(tensor.numel() for tensor in load_file(adapter / "adapter_model.safetensors").values()) + head
+    assert 12 * trained < saved < 12 * trained + 100_000, saved  # weights and two moments; pickles: names
+    assert saved < (world.policy / "model.safetensors").stat().st_size
+    assert rlhf("ppo", **target) == 0
+    assert metrics(target["target"]) == metrics(adapter)
+    files = [place / "adapter_model.safetensors" for place in (target["target"], adapter)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@needs_trlx
+@pytest.mark.parametrize("zero", [2, 3])
+def test_adapters_in_two_processes_sharded_or_not_are_the_same_run(in_two, metrics, zero):
+    """The reference of a DDP model and of sharded weights is the source, too."""
+    rows, others = metrics(in_two("lora", 0, **LORA)), metrics(in_two("lora", zero, **LORA))
+    assert rows[0]["kl"] == others[0]["kl"] == 0.0
+    assert rows[-1]["kl_reply"] > 0.05
+    for one, other in zip(rows, others, strict=True):
+        for name in ("reward", "kl_reply", "policy_loss", "value_loss", "entropy"):
+            assert one[name] == pytest.approx(other[name], rel=2e-3, abs=1e-5), name  # float32 sums in another order
+
+
+@needs_trlx
+def test_adapters_of_a_sharded_run_resume_to_the_same_result(in_two, metrics):
+    whole, resumed = in_two("lora", 3, **LORA), in_two("lora-killed", 3, signal.SIGKILL, **LORA)
+    assert metrics(resumed) == metrics(whole)
+    one, two = ((place / "adapter_model.safetensors").read_bytes() for place in (resumed, whole))
+    assert one == two
+
+
+@needs_trlx
+def test_in_bf16_adapters_have_float32_main_weights(world, rlhf, metrics):
+    """Frozen weights are bf16; the published numbers are no bf16 ones."""
+    target = flags(world, "trlx-lora-bf16", steps=2, precision="bf16", **LORA)
+    assert rlhf("ppo", **target) == 0
+    stored = load_file(target["target"] / "adapter_model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in stored.values())
+    assert any(not tensor.equal(tensor.bfloat16().float()) for tensor in stored.values())
+    rows = metrics(target["target"])
+    assert rows[0]["kl"] == 0.0
+    assert max(row["log_prob_gap"] for row in rows) < 0.1
 
 
 @needs_trlx

@@ -73,8 +73,6 @@ REFUSED = {
     "--critic": lambda world: {"critic": world.policy},
     "--critic-learning-rate": lambda world: {"critic_learning_rate": 1e-4},
     "--importance-correction": lambda world: {"importance_correction": "token_mask"},
-    "--lora-rank": lambda world: {"lora_rank": 4},
-    "--gradient-checkpointing": lambda world: {"gradient_checkpointing": True},
     "--offload": lambda world: {"offload": True, "zero": 1},
     "--update-kl-limit": lambda world: {"update_kl_limit": 0.1},
     "--critic-warmup-steps": lambda world: {"critic_warmup_steps": 1},
@@ -94,6 +92,9 @@ def test_what_trlx_cannot_honour_is_refused_by_name(world, flag):
 def test_what_our_loop_does_is_honoured(world):
     """Rewards and KL coefficient of an iteration are made before trlx sees it."""
     check(options(world, kl_target=6.0, kl_horizon=5.0, normalise_rewards="standardise", reward_clip=2.0))
+    check(options(world, gradient_checkpointing=True))
+    lora = {"lora_rank": 4, "lora_alpha": 16.0, "lora_targets": ("q_proj",), "rslora": True, "publish": "merged"}
+    check(options(world, **lora))
 
 
 def test_a_flag_that_is_not_known_here_is_refused(world):

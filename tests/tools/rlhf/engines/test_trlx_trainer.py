@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from tests.trlx_checkout import needs_trlx
-from tools.rlhf.algorithms.experience import Experience
+from tools.rlhf.algorithms import ppo_trlx
+from tools.rlhf.algorithms.experience import Experience, policy_log_probs
 from tools.rlhf.engines.deepspeed import initialize_distributed
 from tools.rlhf.engines.trlx_settings import TrlxSettings
+from tools.rlhf.lora import Adapters
 from tools.rlhf.models import load_policy, open_source
+from tools.rlhf.ppo_options import PPOOptions
 from tools.rlhf.rollout.rollout import Sequences
 
 SETTINGS = {
@@ -31,13 +34,25 @@ def trlx_trainer():
 
 
 @pytest.fixture
-def open_trainer(world, trlx_trainer):
+def options_of(world):
+    """The command's options, with some flags."""
+    files = {"source": world.policy, "prompts": world.prompts, "target": world.root / "t"}
+    return lambda **flags: PPOOptions(**files, reward=world.reward("red"), backend="trlx", **flags)
+
+
+@pytest.fixture
+def open_trainer(world, trlx_trainer, options_of):
     """A trainer of the tiny policy, and its settings changed."""
     source, distributed = open_source(world.policy), initialize_distributed()
 
-    def make(**changes):
+    def make(*, recomputed=False, dropout=0.0, **changes):
         settings = TrlxSettings(**SETTINGS | changes, source=str(world.policy))
-        trainer = trlx_trainer.open_trainer(load_policy(source, torch.float32), settings, distributed)
+        options = options_of(gradient_checkpointing=recomputed)
+        policy = ppo_trlx.trained_policy(options, source, None, "fp32")
+        for layer in policy.modules():
+            if hasattr(layer, "attention_dropout"):
+                layer.attention_dropout = dropout
+        trainer = trlx_trainer.open_trainer(policy, settings, distributed)
         torch.manual_seed(1)
         nudged = trainer.accelerator.unwrap_model(trainer.model).v_head[-1].bias
         torch.nn.init.constant_(nudged, 0.3)
@@ -151,3 +166,44 @@ def test_the_temperature_is_that_of_sampling(open_trainer, trlx_trainer):
         assert statistics["ratio"].item() == pytest.approx(1, abs=1e-5)  # float32
         found.append(exact)
     assert not torch.allclose(*found)
+
+
+@needs_trlx
+def test_recomputed_layers_are_the_same_update(open_trainer):
+    """Though trlx's backward pass is in training mode, and the model has dropout."""
+    found = []
+    for recomputed in (False, True):
+        trainer = open_trainer(recomputed=recomputed, dropout=0.5 * recomputed)
+        trainer.set_learning_rate(1e-3)
+        row = trainer.train_on(experience(), seed=3)
+        found.append((row, weights(trainer)))
+    (one, plain), (other, again) = found
+    assert one == other
+    assert all(again[name].equal(each) for name, each in plain.items())
+
+
+@needs_trlx
+def test_with_lora_the_reference_is_the_source_to_the_bit(world, options_of):
+    """Before and after updates; values are those of the policy, though the reference's pass comes between."""
+    made, source = experience(), open_source(world.policy)
+    options = options_of(lora_rank=4, global_batch_size=4, micro_batch_size=4, epochs=1)
+    adapters = Adapters.open(options, source)
+    actor, values, reference = ppo_trlx.models(options, source, initialize_distributed(), adapters, None)
+    trainer = actor.trainer
+    assert not list(reference.parameters())  # no second model
+    frozen = {name: each.clone() for name, each in weights(trainer).items() if "lora_" not in name}
+    with torch.no_grad():
+        wanted = policy_log_probs(load_policy(source, torch.float32), made.sequences, 1.0)
+        assert policy_log_probs(actor, made.sequences, 1.0).equal(wanted)  # B is 0
+    trainer.set_learning_rate(1e-2)
+    for seed in range(2):
+        trainer.train_on(made, seed=seed)
+        with torch.no_grad():
+            trained = policy_log_probs(actor, made.sequences, 1.0)
+            assert policy_log_probs(reference, made.sequences, 1.0).equal(wanted)
+            assert values(**made.sequences.inputs).equal(trainer.outputs(made.sequences)[1])
+        assert (trained - wanted).abs().max() > 0.01
+    after = weights(trainer)
+    assert all(after[name].equal(each) for name, each in frozen.items() if not name.startswith("v_head."))
+    assert not after["v_head.0.weight"].equal(frozen["v_head.0.weight"])
+    assert set(actor.full_weights()) == {name for name, _ in actor.module.named_parameters() if "lora_" in name}
