@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 2
 # where it is set, every start of a tool compiles its libraries anew, for half a minute
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo demo-real pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-terminal test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity test-hostile bench-serve bench-rehearsal rehearsals bench-data test-trlx bench-rlhf bench-rollout-gap
+.PHONY: help setup demo demo-real pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-terminal test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity test-hostile bench-serve bench-rehearsal rehearsals bench-data test-trlx bench-rlhf bench-rollout-gap bench-preference
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -132,6 +132,9 @@ bench-rlhf: setup ## phases of a step of rlhf ppo and grpo beside TRL alone, and
 
 bench-rollout-gap: setup ## log-probabilities of a server of infer rollouts beside the trainer's, over 200 updates at two learning rates
 	OMP_NUM_THREADS=1 tools/rlhf/.venv/bin/python tests/benchmarks/bench_rollout_gap.py --record
+
+bench-preference: setup ## rewards sampled from what rlhf publishes beside controls at learning rate 0, three seeds; resumed where it stopped (at BENCH_WORK)
+	OMP_NUM_THREADS=1 tools/rlhf/.venv/bin/python tests/benchmarks/bench_preference.py --work $(BENCH_WORK) --record
 
 proofs: setup ## run what proves each family and record it for `convert families`; FAMILIES="gemma2 glm" for some
 	rm -rf $(PROOFS) && mkdir -p $(PROOFS)

@@ -32,6 +32,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tests.benchmarks.work import run_in_process  # noqa: E402
+
 PHASES = ("publish", "rollout", "score", "forward", "update")
 RESULTS = Path(__file__).with_name("results")
 WORDS = ("red", "blue", "green", "yellow", "purple", "orange", "brown", "black", "white", "pink", "gold", "grey")
@@ -84,12 +86,7 @@ def command(given: argparse.Namespace, work: Path, name: str, target: str, **fla
         "target": work / target, "steps": given.steps, "max_new_tokens": given.tokens, "global_batch_size": given.batch,
         "micro_batch_size": given.batch, "learning_rate": 1e-5, "save_every": given.steps, "track": "none",
     }  # fmt: skip
-    words = [f"--{flag.replace('_', '-')}={value}" for flag, value in (usual | flags).items()]
-    try:
-        tool.run([name, *words])
-    except SystemExit as end:
-        if end.code:
-            raise
+    run_in_process(tool, name, **usual | flags)
 
 
 def ppo(given: argparse.Namespace, work: Path, backend: str) -> Figures:

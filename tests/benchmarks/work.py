@@ -50,6 +50,16 @@ def convert(tool: Any, command: str, source: Path, target: Path) -> None:
     tool.run([command, "--source", str(source), "--target", str(target)])
 
 
+def run_in_process(tool: Any, command: str, **flags: Any) -> None:
+    """Run a command of a tool in this process; SystemExit where it does not end with 0."""
+    words = [f"--{flag.replace('_', '-')}={value}" for flag, value in flags.items()]
+    try:
+        tool.run([command, *words])
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
 def main(name: str, source: Path, target: Path) -> None:
     if name == "rewrite":
         rewrite(source, target)

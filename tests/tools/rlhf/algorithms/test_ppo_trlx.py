@@ -252,9 +252,11 @@ def test_an_adapter_resumes_without_the_frozen_weights_in_its_state(world, rlhf,
 @pytest.mark.parametrize("zero", [2, 3])
 def test_adapters_in_two_processes_sharded_or_not_are_the_same_run(in_two, metrics, zero):
     """The reference of a DDP model and of sharded weights is the source, too."""
-    rows, others = metrics(in_two("lora", 0, **LORA)), metrics(in_two("lora", zero, **LORA))
+    targets = in_two("lora", 0, **LORA), in_two("lora", zero, **LORA)
+    rows, others = map(metrics, targets)
     assert rows[0]["kl"] == others[0]["kl"] == 0.0
-    assert rows[-1]["kl_reply"] > 0.05
+    for target in targets:
+        assert all(tensor.abs().max() > 0 for tensor in load_file(target / "adapter_model.safetensors").values())
     for one, other in zip(rows, others, strict=True):
         for name in ("reward", "kl_reply", "policy_loss", "value_loss", "entropy"):
             assert one[name] == pytest.approx(other[name], rel=2e-3, abs=1e-5), name  # float32 sums in another order
