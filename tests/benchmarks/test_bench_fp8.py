@@ -124,6 +124,8 @@ def test_a_record_of_another_text_is_not_used(tmp_path: Path, capsys: pytest.Cap
 
 PRODUCTS = """
 import torch
+from shared.kernels.fp8.product import Quantized, product
+from shared.kernels.fp8.torch_coder import Blocks, encode_blocks
 from tests.benchmarks import cpu_products as c
 from torch.nn import functional
 generator = torch.Generator().manual_seed(0)
@@ -137,9 +139,23 @@ def run():
     given = {"scale_a": torch.full((96, 1), 0.3), "scale_b": torch.full((1, 96), 0.7), "out_dtype": torch.float32}
     q, p = a.to(codes[0].dtype), b.to(codes[1].dtype)
     z = torch.bmm(a.view(2, 48, 160), b.view(2, 160, 48))
-    return [y, x.grad, w.grad, z, torch._scaled_mm(q, p.t(), **given), a.float() @ b.float().t()]
-plain = run()
+    blocks = [encode_blocks(m, Blocks(rows=n, power_of_two=False), codes[0].dtype) for m, n in ((a, 1), (b, 128))]
+    u, v = (Quantized(codes=each.codes, scale=each.scale, blocks=True) for each in blocks)
+    multiplied = [torch._scaled_mm(q, p.t(), **given), product(u, v, torch.float32)]
+    return [y, x.grad, w.grad, z, *multiplied, a.float() @ b.float().t()]
+def attend(dtype):
+    x = a.view(1, 4, 24, 160).to(dtype).requires_grad_()
+    y = functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+    y.backward(b.view(y.shape).to(dtype))
+    return y, x.grad
+plain, torchs, singles = run(), attend(torch.bfloat16), attend(torch.float32)
+exact = attend(torch.float64)
 c.install()
+for ours, theirs, right in zip(attend(torch.bfloat16), torchs, exact):
+    assert ours.dtype == torch.bfloat16
+    assert (ours - right).abs().max() <= (theirs - right).abs().max()
+    assert (ours - right).abs().max() <= 2**-7 * right.abs().max()
+assert all(torch.equal(ours, theirs) for ours, theirs in zip(attend(torch.float32), singles))
 for ours, theirs in zip(run(), plain):
     assert ours.dtype == theirs.dtype
     step = 2**-7 if ours.dtype == torch.bfloat16 else 2**-20  # a bit of bf16; fp32 sums of 160 numbers
