@@ -73,6 +73,8 @@ def drive(
 def run(stage: Stage, record: measure.Record) -> int:
     """Print and run one stage."""
     print(f"\n=== {stage.name}\n$ {shlex.join(stage.command)}", flush=True)
+    if not stage.output.exists():
+        record.made_again(stage.name)
     began = time.monotonic()
     code = measure.run(stage.name, stage.command, record)
     if code == 0:

@@ -46,6 +46,11 @@ class Record:
         beside.write_text(json.dumps({"stages": stages, "running": running}, indent=1) + "\n", encoding="utf-8")
         beside.replace(self._path)
 
+    def made_again(self, name: str) -> None:
+        """Forget what a stage cost that was finished, and whose output is gone."""
+        if self.stages.get(name, Measured()).finished:
+            del self.stages[name]
+
     def wait_for_earlier(self) -> None:
         """Wait for the last stage of a killed demo: the kernel sent it SIGTERM, and it may still be saving."""
         if self._running is None:

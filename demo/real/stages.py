@@ -18,7 +18,9 @@ SERVED = ("--precision", "fp32", "--max-model-len", 512)
 # Meant for two cores and less than 20 minutes a training: a change of form takes a few dozen updates.
 ROW = 256
 SFT_EPOCHS = 1
-OWN_TOKENS = 64  # of DPO's rejected replies
+OWN_TOKENS = 64  # of DPO's sides, which are replies of the model itself
+OWN_SAMPLES = 6
+OWN_TEMPERATURE = 0.8
 REPLY_TOKENS = 48  # of GRPO's roll-outs: one short sentence has fewer
 DPO_EPOCHS = 2
 GRPO_STEPS = 40
@@ -164,10 +166,20 @@ def _dpo(work: Path, model: Path) -> list[Stage]:
             name="infer generate",
             command=tool(
                 *("infer", "generate", "--source", model, "--prompts", work / "data/questions.jsonl"),
-                *("--target", own, "--max-tokens", OWN_TOKENS, *SERVED),
+                *(
+                    "--target",
+                    own,
+                    "--samples",
+                    OWN_SAMPLES,
+                    "--temperature",
+                    OWN_TEMPERATURE,
+                    "--max-tokens",
+                    OWN_TOKENS,
+                ),
+                *SERVED,
             ),
             output=own,
-            says=lambda: f"{metrics.lines(own / 'generations.jsonl')} replies of the model itself",
+            says=lambda: f"{OWN_SAMPLES} replies of the model itself to each of {metrics.lines(own / 'generations.jsonl')} questions",
         ),
         Stage(
             name="preference pairs",

@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import driver
 import measure
 import metrics
 import pytest
 import unigram
+from stages import Stage
 
 GROW = "import subprocess, sys, time; x = bytearray(60 << 20); "
 CHILD = f"{GROW} subprocess.run([sys.executable, '-c', {(GROW + 'time.sleep(1.5)')!r}])"
@@ -36,6 +38,20 @@ def test_the_numbers_of_a_finished_stage_are_kept(tmp_path: Path) -> None:
     assert again.stages == {"a": first}
     measure.run("a", [sys.executable, "-c", ""], again)
     assert measure.Record(path).stages == {"a": first}
+
+
+def test_a_stage_whose_output_was_removed_costs_what_its_new_run_costs(tmp_path: Path) -> None:
+    record, output = measure.Record(tmp_path / "demo.json"), tmp_path / "out"
+    command = (sys.executable, "-c", f"import pathlib; pathlib.Path({str(output)!r}).touch()")
+    stage = Stage(name="a", command=command, output=output, says=str)
+    record.stages["a"] = measure.Measured(seconds=1000, finished=True)
+    output.touch()
+    driver.run(stage, record)
+    assert record.stages["a"].seconds == 1000
+    output.unlink()
+    driver.run(stage, record)
+    assert record.stages["a"].finished
+    assert record.stages["a"].seconds < 100
 
 
 def test_a_failed_stage_is_added_up(tmp_path: Path) -> None:
