@@ -25,6 +25,12 @@ KNOWN: tuple[Known, ...] = (
         said=r'"message": ?"The model does not support the [a-z ]+ API", ?"type": ?"NotImplementedError"',
         why="vLLM opens routes for models of other kinds (/v1/systemone) and answers 501",
     ),
+    Known(
+        name="earlier reply without text",
+        path=r"/v1/responses",
+        said=r"list index out of range|'ResponseOutputRefusal' object has no attribute 'text'",
+        why="vLLM takes the text of the first part of an earlier reply, which has none, or is a refusal",
+    ),
 )
 
 

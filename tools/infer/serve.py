@@ -267,6 +267,10 @@ async def _engine(
     if exchange is not None:
         check_exchange(config, exchange)
     if not on_gpu():
+        if config.lora_config is not None:
+            from tools.infer.engines import lora_on_cpu
+
+            lora_on_cpu.install()  # the engine is a fork of this process
         # The engine is a separate process, by default spawned. Most of its start-up time is imports; a fork shares those of
         # this process. A fork is safe here: no torch thread runs yet.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"

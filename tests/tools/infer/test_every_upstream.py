@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import get_args
 
 import pytest
+import torch
 import uvicorn
 from fastapi import APIRouter, FastAPI
 from fastapi.testclient import TestClient
@@ -24,6 +25,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_arg_string, hash_string, sanitize_model_name
+from openai.types.responses import ResponseOutputMessage, ResponseOutputRefusal
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.mpt.modeling_mpt import MptModel
 from vllm import LLM, AsyncEngineArgs, ModelRegistry
@@ -38,12 +40,16 @@ from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.openai.responses.utils import construct_input_messages
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora import api_router
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX, AuthenticationMiddleware
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
+from vllm.lora.layers import LoRAMapping
 from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.lora.punica_wrapper.punica_selector import get_punica_wrapper
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.attention.mla_attention import MLAAttention
@@ -55,6 +61,7 @@ from vllm.model_executor.model_loader.reload import inplace, layerwise
 from vllm.model_executor.models import supports_lora
 from vllm.model_executor.models.gpt_oss import GptOssModel
 from vllm.model_executor.models.registry import _PREVIOUSLY_SUPPORTED_MODELS, _LazyRegisteredModel
+from vllm.platforms import current_platform
 from vllm.platforms.cpu import CpuPlatform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -75,6 +82,7 @@ from tests.upstream import attributes_set, binds, calls, relies_on, says_nothing
 from tools.infer import served_adapters
 from tools.infer.bench import LATENCIES
 from tools.infer.engines import vllm_arguments, vllm_support
+from tools.infer.engines.lora_on_cpu import Wrapper
 from tools.infer.engines.weight_swap import RELOAD_LOGGER, WeightSwap
 from tools.infer.rollouts import SAMPLING
 
@@ -83,6 +91,7 @@ BENCH = "tools/infer/bench.py"
 DRAIN = "tools/infer/drain.py"
 ENGINE = "tools/infer/engines/vllm.py"
 EVALUATE = "tools/infer/evaluate.py"
+LORA_ON_CPU = "tools/infer/engines/lora_on_cpu.py"
 POLICY = "tools/infer/policy_route.py"
 SERVE = "tools/infer/serve.py"
 SUPPORT = "tools/infer/engines/vllm_support.py"
@@ -168,6 +177,14 @@ def test_the_server_of_vllm_alone_answers_501_for_apis_of_other_models() -> None
     answer = TestClient(app, raise_server_exceptions=False).post("/v1/systemone", json={"state": "x", "questions": {}})
     assert answer.status_code == 501
     assert is_known({"status": 501, "path": "/v1/systemone", "said": answer.text})
+
+
+@pytest.mark.parametrize("content", [[], [ResponseOutputRefusal(refusal="", type="refusal")]])
+def test_an_earlier_reply_without_text_is_an_error_of_vllm(content) -> None:
+    earlier = ResponseOutputMessage(id="", content=content, role="assistant", status="completed", type="message")
+    with pytest.raises((IndexError, AttributeError)) as caught:
+        construct_input_messages(request_instructions=None, request_input=[earlier])
+    assert is_known({"status": 500, "path": "/v1/responses", "said": str(caught.value)})
 
 
 def test_a_benchmark_is_a_command_line_and_a_dictionary() -> None:
@@ -340,6 +357,22 @@ def test_a_class_says_whether_it_computes_adapters() -> None:
     }
     assert packed["Glm4ForCausalLM"]["gate_up_proj"] == ["gate_proj", "up_proj"], SUPPORT
     assert packed["Phi3ForCausalLM"]["gate_up_proj"] == ["gate_up_proj"], SUPPORT
+
+
+def test_a_request_without_an_adapter_has_its_neighbours_on_a_cpu() -> None:
+    """Three tokens, the second without an adapter: vLLM's own class, which the platform names, and ours."""
+    moved = {}
+    for kind in (PunicaWrapperCPU, Wrapper):
+        wrapper = kind(8, 4, "cpu")
+        mapping = LoRAMapping(index_mapping=(1, 0, 1), prompt_mapping=(1, 0, 1), is_prefill=True)
+        wrapper.update_metadata(mapping, [1], 1, 32)
+        y, weights = torch.zeros(3, 4), torch.ones(1, 1, 4, 4)
+        wrapper.add_lora_linear(y, torch.ones(3, 4), (weights,), (weights,), 1.0, (4,))
+        moved[kind] = y[:, 0].tolist()
+    assert moved == {PunicaWrapperCPU: [16, 16, 16], Wrapper: [16, 0, 16]}, LORA_ON_CPU
+    name = current_platform.get_punica_wrapper()
+    assert name.rpartition(".")[2] in (PunicaWrapperCPU.__name__, Wrapper.__name__), LORA_ON_CPU
+    relies_on(LORA_ON_CPU, get_punica_wrapper, "current_platform.get_punica_wrapper()")
 
 
 def test_a_configuration_says_what_a_reload_would_spoil() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,8 @@ def test_a_server_answers_for_each_adapter_as_peft_does_and_withstands_hostile_r
     assert call(f"{server.url}/completions", prompt | {"model": "two"})[0] == 404
     assert call(load, {"lora_name": "two", "lora_path": str(folder / "two")})[0] == 200
     assert all(agrees(name) for name in ("two", "one", "base"))
+    with ThreadPoolExecutor() as pool:  # in one batch, with as many adapters as it holds
+        assert all(pool.map(agrees, ["two", "base", "one", "base", "base", *trained, "base"] * 2))
     assert call(load, {"lora_name": "two", "lora_path": str(folder / "one")})[0] == 400, "the name is taken"
     broken = shutil.copytree(folder / "two", folder / "broken")
     change(broken, lambda weights: next(iter(weights.values())).fill_(float("nan")))
