@@ -1,8 +1,8 @@
 """Files of the demo of a real model: what it learns from, and the questions that are held out. Standard library only.
 
 sft.jsonl         {"messages"}: a question, and the answer as one JSON object
-questions.jsonl   {"messages", "answer"}: questions of sft.jsonl; the model's own replies to them are the sides of DPO's pairs, and
-                  GRPO samples replies to them
+questions.jsonl   {"messages", "answer"}: questions of sft.jsonl; the model's own replies to them are the sides of DPO's pairs,
+                  and GRPO samples replies to them
 heldout.jsonl     {"messages"}: other questions, without answers
 """
 

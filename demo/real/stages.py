@@ -179,7 +179,7 @@ def _dpo(work: Path, model: Path) -> list[Stage]:
                 *SERVED,
             ),
             output=own,
-            says=lambda: f"{OWN_SAMPLES} replies of the model itself to each of {metrics.lines(own / 'generations.jsonl')} questions",
+            says=lambda: f"{OWN_SAMPLES} replies to each of {metrics.lines(own / 'generations.jsonl')} questions",
         ),
         Stage(
             name="preference pairs",

@@ -35,7 +35,8 @@ def test_the_best_reply_is_preferred_to_one_without_the_form() -> None:
         "chosen": "Bees make honey all day.",
         "rejected": "Bees make it. They also make wax.",
     }
-    assert one_sentence(found["chosen"]) and not one_sentence(found["rejected"])
+    assert one_sentence(found["chosen"])
+    assert not one_sentence(found["rejected"])
 
 
 def test_they_are_written_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
