@@ -191,7 +191,7 @@ def _dpo(work: Path, model: Path) -> list[Stage]:
             name="rlhf dpo",
             command=tool(
                 *("rlhf", "dpo", "--source", model, "--data", pairs, "--target", target, "--precision", "fp32"),
-                *("--epochs", DPO_EPOCHS, "--global-batch-size", 8, "--micro-batch-size", 4, "--learning-rate", "3e-5"),
+                *("--epochs", DPO_EPOCHS, "--global-batch-size", 8, "--micro-batch-size", 4, "--learning-rate", "2e-5"),
                 *("--sequence-length", 160, "--save-every", 5, "--log-every", 1),
             ),
             output=target,

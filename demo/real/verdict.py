@@ -10,7 +10,7 @@ from pathlib import Path
 from real.form import FORMS, LABELS, spoken
 from real.stages import ANSWERS, FORM, share
 
-GOAL = {"json": 0.8, "sentence": 0.6}  # share of the held-out answers in the form; a haiku is no sentence
+GOAL = {"json": 0.8, "sentence": 0.5}  # share of the held-out answers in the form; a haiku is no sentence
 SHOWN = 8  # questions in the terminal; the page has all
 STYLE = """body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0 2rem; width: 100%; } th, td { border: 1px solid #bbb; padding: .4rem .6rem;
