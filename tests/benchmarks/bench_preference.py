@@ -51,7 +51,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "rloo": _GROUPS | {"kl_coefficient": 0.0},
     "grpo": _GROUPS,
     "ppo": _PPO,
-    "dpo --lora-rank 8": _PAIRS | _LORA | {"epochs": 2, "learning_rate": 5e-3},
+    "dpo --lora-rank 8": _PAIRS | _LORA | {"epochs": 6, "learning_rate": 1e-3, "beta": 0.5},
     "kto --lora-rank 8": _PAIRS | _LORA | {"learning_rate": 5e-3},
     "grpo --lora-rank 8": _GROUPS | _LORA | {"learning_rate": 8e-3},
     "ppo --lora-rank 8": _PPO | _LORA | {"learning_rate": 8e-3},
