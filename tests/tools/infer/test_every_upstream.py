@@ -362,8 +362,7 @@ def test_a_request_without_an_adapter_has_its_neighbours_on_a_cpu() -> None:
     """Three tokens, the second without one: vLLM's own class, which the platform names, and ours."""
     for kind, second in ((PunicaWrapperCPU, 16), (Wrapper, 0)):
         wrapper, y, weights = kind(8, 4, "cpu"), torch.zeros(3, 4), torch.ones(1, 1, 4, 4)
-        mapping = LoRAMapping(index_mapping=(1, 0, 1), prompt_mapping=(1, 0, 1), is_prefill=True)
-        wrapper.update_metadata(mapping, [1], 1, 32)
+        wrapper.update_metadata(LoRAMapping((1, 0, 1), (1, 0, 1), is_prefill=True), [1], 1, 32)
         wrapper.add_lora_linear(y, torch.ones(3, 4), (weights,), (weights,), 1.0, (4,))
         assert y[:, 0].tolist() == [16, second, 16], LORA_ON_CPU
     assert CpuPlatform.get_punica_wrapper().rpartition(".")[2] == PunicaWrapperCPU.__name__, LORA_ON_CPU
