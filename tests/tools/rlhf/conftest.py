@@ -242,6 +242,21 @@ def load_exactly() -> Callable[..., Any]:
     return load
 
 
+@pytest.fixture
+def unmoved(world: World) -> Callable[[Path], dict[str, Any]]:
+    """Check that a directory has the policy's weights, to the bit. Returns them."""
+
+    def weights(directory: Path) -> dict[str, Any]:
+        from safetensors.torch import load_file
+
+        before, after = (load_file(place / "model.safetensors") for place in (world.policy, directory))
+        assert before.keys() == after.keys()
+        assert all(before[name].equal(after[name]) for name in before)
+        return before
+
+    return weights
+
+
 @pytest.fixture(scope="session")
 def sampled_red(world: World) -> Callable[[Path], float]:
     """Mean share of the word "red" in replies that plain transformers samples from a directory."""
