@@ -54,9 +54,16 @@ class BackgroundWriter:
 
     def _fork(self, directory: Path) -> int:
         parent = os.getpid()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork with threads: see the module's text
-            process = os.fork()
+        collects = gc.isenabled()
+        gc.disable()  # before the fork: the child may not destroy the trainer's objects, some of which join threads it lacks
+        process = -1
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of a fork with threads: see the module's text
+                process = os.fork()
+        finally:
+            if process and collects:
+                gc.enable()
         if process:
             return process
         status = 0
@@ -65,7 +72,6 @@ class BackgroundWriter:
             for number in FORWARDED:  # the trainer decides what they mean
                 signal.signal(number, signal.SIG_IGN)
             torch.set_num_threads(1)
-            gc.disable()  # the trainer's objects are not this process's to destroy
             self._write(directory)
         except BaseException as error:  # noqa: BLE001 -- no exception may reach the training loop's code
             status = 1

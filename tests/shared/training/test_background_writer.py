@@ -1,6 +1,7 @@
 """The forked writer of a save: its results, its failures and its end. The requests are made up; real ones: test_every_save.py."""
 
 import errno
+import gc
 import os
 import queue
 import signal
@@ -89,6 +90,32 @@ def test_signals_are_the_trainers(begin):
     writer, results = begin(send)
     wait(writer)
     assert results.get_nowait() == {3: ["written"]}
+
+
+def test_the_trainers_garbage_is_not_destroyed_in_the_writer(begin):
+    """Its end may wait for a thread that the writer lacks. A fork's hooks make enough objects for a collection."""
+    trainer = os.getpid()
+
+    class Group:
+        def __init__(self):
+            self.cycle = self
+
+        def __del__(self):
+            while os.getpid() != trainer:
+                time.sleep(1)
+
+    def allocate():
+        if forked_by_this_test:
+            kept.append([[] for _ in range(100_000)])
+
+    kept, forked_by_this_test = [], True
+    os.register_at_fork(after_in_child=allocate)  # for as long as this process lives
+    Group()
+    writer, results = begin()
+    forked_by_this_test = False
+    wait(writer)
+    assert results.get_nowait() == {3: ["written"]}
+    assert gc.isenabled()
 
 
 def test_without_a_process_the_save_is_blocking_and_says_so(begin, monkeypatch, capsys):
