@@ -1,18 +1,18 @@
 """Throughput and latency of `infer serve` beside bare `vllm serve` on the same directory: `make bench-serve`.
 
-    python tests/benchmarks/bench_serve.py [--size tiny small] [--blocks 12] [--requests 64] [--record | --add]
+    python tests/benchmarks/bench_serve.py [--size tiny small] [--blocks 40] [--requests 64] [--record]
 
 Both servers run all the time with the same engine (arguments and environment of `infer`'s for this machine); one idles while the
 other is measured. vLLM's benchmark client sends the same load to both in blocks of four runs, infer vllm vllm infer, the next
-vllm infer infer vllm: other load on the machine meets both alike, and what rises or falls within a block cancels. A figure is
-the median over blocks of the ratio infer / vllm, with the interval that holds the true median with 95% (order statistics).
+vllm infer infer vllm: what rises or falls on the machine within a block meets both alike. Runs are short, since noise is slow.
+A figure is that of all replies of all blocks; a ratio's interval of 95% is the bootstrap's (Efron 1979) over blocks.
 The goal is 2%: of throughput, and of the 99th percentile of whole replies, of the time to the first token and of that of a
 later one. Beside them stands the processor time of a request, all processes of the server together: what others do on the machine
 changes it less. And the processor time that the code of `infer` itself takes of a streamed reply: it stands between the server
 and vLLM's application in one place, which counts requests in flight (`tools/infer/drain.py`), and is timed there alone.
 
 The mark and the exit code 1: an overhead beyond the goal even at the kinder end of the interval. `--record` replaces the
-record of this kind of machine, `--add` adds blocks to it.
+record of this kind of machine.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,6 +29,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -45,53 +45,59 @@ SIZES = {"tiny": (64, 96, 2), "small": (512, 1536, 4)}
 CONCURRENCY = 8
 INPUT, OUTPUT = 64, 32  # tokens
 WAYS = ("infer", "vllm")
-# name -> (where it is in a run of tools.infer.bench, whether more is better); processor_ms is of a request, measured here
+LATENCIES = ("ttft", "tpot", "e2el")  # of each reply, in ms
+# name -> whether more is better
 FIGURES = {
-    "processor": (("processor_ms",), False),
-    "throughput": (("output_tokens_per_second",), True),
-    "ttft_p99": (("ttft_ms", "p99"), False),
-    "tpot_p99": (("tpot_ms", "p99"), False),
-    "e2el_p50": (("e2el_ms", "p50"), False),
-    "e2el_p99": (("e2el_ms", "p99"), False),
+    "processor": False,
+    "throughput": True,
+    "ttft_p99": False,
+    "tpot_p99": False,
+    "e2el_p50": False,
+    "e2el_p99": False,
 }
 JUDGED = ("throughput", "ttft_p99", "tpot_p99", "e2el_p99")
+RESAMPLES = 1000
+
+Block = Mapping[str, Sequence[Mapping[str, Any]]]  # of a way: its two runs
 
 
-def overhead(block: Mapping[str, Sequence[Mapping[str, Any]]], figure: str) -> float:
-    """How much worse `infer` is in a figure of a block {"infer": runs, "vllm": runs}: 0.02 is 2%."""
-    path, more_is_better = FIGURES[figure]
-    ours, theirs = (statistics.fmean(_at(run, path) for run in block[way]) for way in WAYS)
-    return theirs / ours - 1 if more_is_better else ours / theirs - 1
+def figures(blocks: Sequence[Block], way: str) -> dict[str, float]:
+    """Of all replies: processor time of a request in ms, output tokens a second, percentiles in ms."""
+    runs = [run for block in blocks for run in block[way]]
+    total = {name: sum(run[name] for run in runs) for name in ("tokens", "seconds", "processor_ms", "requests")}
+    found = {"throughput": total["tokens"] / total["seconds"], "processor": total["processor_ms"] / total["requests"]}
+    for latency in LATENCIES:
+        every = np.concatenate([run[latency] for run in runs])
+        p50, p99 = np.percentile(every, [50, 99])
+        found |= {f"{latency}_p50": float(p50), f"{latency}_p99": float(p99)}
+    return {name: found[name] for name in FIGURES}
 
 
-def _at(found: Mapping[str, Any], path: Sequence[str]) -> float:
-    value: Any = found
-    for name in path:
-        value = value[name]
-    return float(value)
+def overheads(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, float]:
+    """How much worse `infer` is in each figure: 0.02 is 2%."""
+    return {
+        name: theirs[name] / ours[name] - 1 if more_is_better else ours[name] / theirs[name] - 1
+        for name, more_is_better in FIGURES.items()
+    }
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Order statistics between which the true median is with at least 95%; all values where they are fewer than 6."""
-    ordered, count = sorted(values), len(values)
-    outside, rank = 0.0, 0
-    while rank < count // 2 and outside + math.comb(count, rank) / 2**count <= 0.025:
-        outside += math.comb(count, rank) / 2**count
-        rank += 1
-    first = max(0, rank - 1)
-    return ordered[first], ordered[count - 1 - first]
-
-
-def summary(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """{figure: overhead, interval and the medians of both} of blocks."""
-    found = {}
-    for figure, (path, _) in FIGURES.items():
-        values = [overhead(block, figure) for block in blocks]
-        found[figure] = {
-            "overhead": round(statistics.median(values), 4),
-            "interval": [round(each, 4) for each in interval(values)],
-        } | {way: round(statistics.median(_at(run, path) for block in blocks for run in block[way]), 3) for way in WAYS}
-    return found
+def summary(blocks: Sequence[Block]) -> dict[str, Any]:
+    """{figure: overhead, its interval of 95%, and the figure of both} of blocks."""
+    ours, theirs = (figures(blocks, way) for way in WAYS)
+    random = np.random.default_rng(0)
+    drawn = []
+    for _ in range(RESAMPLES):
+        again = [blocks[number] for number in random.integers(len(blocks), size=len(blocks))]
+        drawn.append(overheads(*(figures(again, way) for way in WAYS)))
+    return {
+        name: {
+            "overhead": round(overhead, 4),
+            "interval": [round(float(end), 4) for end in np.percentile([each[name] for each in drawn], [2.5, 97.5])],
+            WAYS[0]: round(ours[name], 3),
+            WAYS[1]: round(theirs[name], 3),
+        }
+        for name, overhead in overheads(ours, theirs).items()
+    }
 
 
 def misses(found: Mapping[str, Any]) -> list[str]:
@@ -168,7 +174,7 @@ def served(words: Sequence[str], port: int, log: Path) -> Iterator[Any]:
             process.wait()
 
 
-def measure(size: str, blocks: int, requests: int, seed: int) -> list[dict[str, Any]]:
+def measure(size: str, blocks: int, requests: int) -> list[dict[str, Any]]:
     """Blocks of four runs in turning order, after one that does not count."""
     from tools.infer import bench
     from tools.infer.environment import prepare_environment
@@ -187,16 +193,30 @@ def measure(size: str, blocks: int, requests: int, seed: int) -> list[dict[str, 
             for turn, way in enumerate(order(number)):
                 # both ways have the same prompts
                 load = bench.Load(
-                    requests=requests, input_tokens=INPUT, output_tokens=OUTPUT, seed=seed + 2 * number + turn // 2
+                    requests=requests, input_tokens=INPUT, output_tokens=OUTPUT, seed=2 * number + turn // 2
                 )
                 there, pid = servers[way]
                 before = processor(tree(pid))
-                run = bench.measure(there, source, CONCURRENCY, load)
-                run["processor_ms"] = round(1000 * (processor(tree(pid)) - before) / (requests + CONCURRENCY), 4)
-                block[way].append(run)
+                said = bench.client(there, source, CONCURRENCY, load)
+                block[way].append(run(said, processor(tree(pid)) - before))
             block["load_average"] = round(os.getloadavg()[0], 2)
             found.append(block)
     return found[1:]
+
+
+def run(said: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """A run from what vLLM's client says of it and the server's processor time."""
+    ttft = 1000 * np.array(said["ttfts"])
+    later = 1000 * np.array([sum(gaps) for gaps in said["itls"]])
+    return {
+        "tokens": said["total_output_tokens"],
+        "seconds": said["duration"],
+        "processor_ms": 1000 * seconds,
+        "requests": said["completed"] + CONCURRENCY,  # those that warm up cost the server as much
+        "ttft": ttft,
+        "tpot": later / (np.array(said["output_lens"]) - 1),
+        "e2el": ttft + later,
+    }
 
 
 def own_ms(rounds: int = 2000, repeats: int = 5) -> float:
@@ -257,25 +277,14 @@ def table(found: Mapping[str, Any]) -> str:
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["tiny"])
-    parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--blocks", type=int, default=40)
     parser.add_argument("--requests", type=int, default=64, help="of a run")
-    written = parser.add_mutually_exclusive_group()
-    written.add_argument("--record", action="store_true", help="replace the record")
-    written.add_argument("--add", action="store_true", help="add the blocks to the record")
+    parser.add_argument("--record", action="store_true", help="replace the record")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args(words)
     described = machine("torch", "vllm", "transformers")
     path = record_path(described, given.results, of="serve")
-    blocks: dict[str, list[dict[str, Any]]] = {}
-    if given.add and path.is_file():
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["machine"] != described:
-            parser.error(f"--add: {path} was measured on {content['machine']}; give --record")
-        blocks = content["blocks"]
-    for size in given.size:
-        earlier = blocks.get(size, [])
-        # the seeds of its first blocks are taken
-        blocks[size] = earlier + measure(size, given.blocks, given.requests, seed=1000 * len(earlier))
+    blocks = {size: measure(size, given.blocks, given.requests) for size in given.size}
     found = {size: summary(each) for size, each in blocks.items()}
     own = round(own_ms(), 5)
     share = {size: round(own / result["processor"]["vllm"], 6) for size, result in found.items()}
@@ -284,28 +293,25 @@ def main(words: Sequence[str] | None = None) -> int:
     marks += [f"{size}: infer's own code {each:.1%}" for size, each in share.items() if each > GOAL]
     for mark in marks:
         print(f"BEYOND {GOAL:.0%} {mark}")
-    if given.record or given.add:
+    if given.record:
         given.results.mkdir(exist_ok=True)
         loads = [block["load_average"] for each in blocks.values() for block in each]
         content = {
             "machine": described,
-            "load": {"concurrency": CONCURRENCY, "input_tokens": INPUT, "output_tokens": OUTPUT},
+            "load": {
+                "concurrency": CONCURRENCY,
+                "requests": given.requests,
+                "input_tokens": INPUT,
+                "output_tokens": OUTPUT,
+            },
             "load_average": {"least": min(loads), "most": max(loads)},
             "results": {size: {"blocks": len(blocks[size]), **result} for size, result in found.items()},
             "own_ms": own,
             "own_share": share,
-            "blocks": {size: [_short(block) for block in each] for size, each in blocks.items()},
         }
-        path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         print(f"recorded in {path}")
     return 1 if marks else 0
-
-
-def _short(block: Mapping[str, Any]) -> dict[str, Any]:
-    """A block with what its figures are made of."""
-    kept = ("requests", "seconds", "output_tokens_per_second", "processor_ms", "ttft_ms", "tpot_ms", "e2el_ms")
-    runs = {way: [{name: run[name] for name in kept} for run in block[way]] for way in WAYS}
-    return {**runs, "load_average": block["load_average"]}
 
 
 if __name__ == "__main__":

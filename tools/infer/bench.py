@@ -125,6 +125,24 @@ def measure(served: Served, tokenizer: Path, concurrency: int, load: Load) -> di
     ttft: time to the first token of a reply; tpot: mean time of its later tokens; itl: time between two events of its
     stream; e2el: the whole reply. `LATENCIES` names them. StageError if a request fails.
     """
+    found = client(served, tokenizer, concurrency, load)
+    return {
+        "concurrency": concurrency,
+        "requests": found["completed"],
+        "seconds": round(found["duration"], 4),
+        "input_tokens": found["total_input_tokens"],
+        "output_tokens": found["total_output_tokens"],
+        "requests_per_second": round(found["request_throughput"], 4),
+        "output_tokens_per_second": round(found["output_throughput"], 2),
+        "total_tokens_per_second": round(found["total_token_throughput"], 2),
+    } | {
+        f"{name}_ms": {kind: round(float(found[f"{kind}_{name}_ms"]), 3) for kind in ("mean", "p50", "p99")}
+        for name in LATENCIES
+    }
+
+
+def client(served: Served, tokenizer: Path, concurrency: int, load: Load) -> dict[str, Any]:
+    """What vLLM's client says of one run, with each reply's numbers. StageError if a request fails."""
     import asyncio
 
     from vllm.benchmarks.serve import add_cli_args, main_async
@@ -156,23 +174,11 @@ def measure(served: Served, tokenizer: Path, concurrency: int, load: Load) -> di
     asked = parser.parse_args([*listed, "--save-detailed", "--disable-tqdm"])
     os.environ.pop("OPENAI_API_KEY", None)  # the client would send it, whose ever it is
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
-        found = asyncio.run(main_async(asked))
+        found: dict[str, Any] = asyncio.run(main_async(asked))
     if found["failed"]:
         reason = next(error.strip().splitlines()[-1] for error in found["errors"] if error)
         raise StageError(f"{found['failed']} of {load.requests} requests failed at concurrency {concurrency}: {reason}")
-    return {
-        "concurrency": concurrency,
-        "requests": found["completed"],
-        "seconds": round(found["duration"], 4),
-        "input_tokens": found["total_input_tokens"],
-        "output_tokens": found["total_output_tokens"],
-        "requests_per_second": round(found["request_throughput"], 4),
-        "output_tokens_per_second": round(found["output_throughput"], 2),
-        "total_tokens_per_second": round(found["total_token_throughput"], 2),
-    } | {
-        f"{name}_ms": {kind: round(float(found[f"{kind}_{name}_ms"]), 3) for kind in ("mean", "p50", "p99")}
-        for name in LATENCIES
-    }
+    return found
 
 
 def _client() -> str:
