@@ -10,9 +10,11 @@ OpenMP) may not take locks which those held: it writes files, computes hashes an
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import pickle
+import select
 import signal
 import warnings
 from pathlib import Path
@@ -26,6 +28,8 @@ from shared.checkpoint.directory.publish import file_entries
 from shared.console import log
 from shared.runtime.launch import FORWARDED
 from shared.runtime.parent_death import die_with_parent
+
+_BEGIN = 30  # seconds; milliseconds are usual
 
 
 class BackgroundWriter:
@@ -53,7 +57,9 @@ class BackgroundWriter:
             self._collect(0)
 
     def _fork(self, directory: Path) -> int:
+        """The process's id, once it has begun. OSError if there is none, or it stands still."""
         parent = os.getpid()
+        begun, begins = os.pipe()
         collects = gc.isenabled()
         gc.disable()  # before the fork: the child may not destroy the trainer's objects, some of which join threads it lacks
         process = -1
@@ -62,9 +68,14 @@ class BackgroundWriter:
                 warnings.simplefilter("ignore", DeprecationWarning)  # of a fork with threads: see the module's text
                 process = os.fork()
         finally:
-            if process and collects:
-                gc.enable()
+            if process:
+                os.close(begins)
+                if collects:
+                    gc.enable()
+                if process < 0:
+                    os.close(begun)
         if process:
+            _await(process, begun)
             return process
         status = 0
         try:
@@ -72,6 +83,7 @@ class BackgroundWriter:
             for number in FORWARDED:  # the trainer decides what they mean
                 signal.signal(number, signal.SIG_IGN)
             torch.set_num_threads(1)
+            os.write(begins, b".")
             self._write(directory)
         except BaseException as error:  # noqa: BLE001 -- no exception may reach the training loop's code
             status = 1
@@ -123,3 +135,13 @@ class BackgroundWriter:
             os.kill(self._process, signal.SIGKILL)
             os.waitpid(self._process, 0)
             self._process = None
+
+
+def _await(process: int, begun: int) -> None:
+    """Wait for its first sign, or its end. One that stands still waits for a lock that a thread held at the fork."""
+    with os.fdopen(begun, "rb") as sign:
+        if select.select([sign], [], [], _BEGIN)[0]:
+            return
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    raise TimeoutError(errno.ETIMEDOUT, f"it stood still for {_BEGIN} s")

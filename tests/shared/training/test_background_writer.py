@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from shared.checkpoint.directory.manifest import FileEntry
 from shared.checkpoint.files import hash_bytes
+from shared.training import background_writer
 from shared.training.background_writer import BackgroundWriter
 
 
@@ -92,8 +93,17 @@ def test_signals_are_the_trainers(begin):
     assert results.get_nowait() == {3: ["written"]}
 
 
-def test_the_trainers_garbage_is_not_destroyed_in_the_writer(begin):
-    """Its end may wait for a thread that the writer lacks. A fork's hooks make enough objects for a collection."""
+@pytest.fixture
+def in_child():
+    """A list of functions that forks of this test run before anything else. Hooks last as long as the process."""
+    functions = []
+    os.register_at_fork(after_in_child=lambda: [function() for function in functions])
+    yield functions
+    functions.clear()
+
+
+def test_the_trainers_garbage_is_not_destroyed_in_the_writer(begin, in_child):
+    """Its end may wait for a thread that the writer lacks."""
     trainer = os.getpid()
 
     class Group:
@@ -104,18 +114,23 @@ def test_the_trainers_garbage_is_not_destroyed_in_the_writer(begin):
             while os.getpid() != trainer:
                 time.sleep(1)
 
-    def allocate():
-        if forked_by_this_test:
-            kept.append([[] for _ in range(100_000)])
-
-    kept, forked_by_this_test = [], True
-    os.register_at_fork(after_in_child=allocate)  # for as long as this process lives
+    in_child.append(lambda: [[] for _ in range(100_000)])  # enough for a collection
     Group()
     writer, results = begin()
-    forked_by_this_test = False
     wait(writer)
     assert results.get_nowait() == {3: ["written"]}
     assert gc.isenabled()
+
+
+def test_a_process_that_stands_still_is_none(begin, in_child, monkeypatch, capsys):
+    monkeypatch.setattr(background_writer, "_BEGIN", 0.5)
+    in_child.append(lambda: time.sleep(60))
+    before = time.monotonic()
+    writer, results = begin()
+    assert time.monotonic() - before < 30
+    assert writer.ended()
+    assert results.get_nowait() == {3: ["written"]}
+    assert "rank 3: no process for the save (it stood still for 0.5 s)" in capsys.readouterr().err
 
 
 def test_without_a_process_the_save_is_blocking_and_says_so(begin, monkeypatch, capsys):
