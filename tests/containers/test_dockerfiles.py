@@ -165,6 +165,25 @@ def test_the_check_names_the_module_that_does_not_import(
     assert "the image is to be 9.9.9" in said.err
 
 
+@pytest.mark.parametrize("tool", TOOLS)
+def test_the_check_of_a_build_passes_in_the_tools_environment(tool: str) -> None:
+    """Every module of the tool imports where only its lock's packages are: a build's last step, without the build."""
+    step = next(line for line in recipe(tool) if "check.py" in line)
+    modules = re.search(r'check\.py \S+ "\$VERSION"([^&]*)', step)
+    assert modules
+    bin_ = ROOT / "tools" / tool / ".venv" / "bin"
+    version = tomllib.loads((ROOT / "tools" / tool / "pyproject.toml").read_text())["project"]["version"]
+    done = subprocess.run(
+        [bin_ / "python", ROOT / "containers/check.py", tool, version, *modules[1].split()],
+        env=os.environ | {"PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{tool} {version}: " in done.stdout
+
+
 def in_context(path: str) -> bool:
     """Whether .dockerignore leaves a file in the context: the last pattern decides that matches it or a folder above it."""
     places = ["/".join(path.split("/")[:length]) for length in range(1, path.count("/") + 2)]
