@@ -10,12 +10,13 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """A request that vLLM itself answers with 5xx, as test_every_upstream.py of infer finds."""
+    """A request that vLLM itself answers with 5xx, as test_every_known_error.py of infer finds."""
 
     name: str
     path: str  # regular expression
     said: str  # regular expression, in the answer
     why: str
+    asked: str = ""  # regular expression, in the request
 
 
 KNOWN: tuple[Known, ...] = (
@@ -31,6 +32,13 @@ KNOWN: tuple[Known, ...] = (
         said=r"list index out of range|'ResponseOutputRefusal' object has no attribute 'text'",
         why="vLLM takes the text of the first part of an earlier reply, which has none, or is a refusal",
     ),
+    Known(
+        name="tool output in parts",
+        path=r"/v1/responses",
+        said=r'"message": ?"", ?"type": ?"InternalServerError"',
+        why="vLLM asserts that a part of a tool's output is a dictionary; with all fields of the item given, it is an object",
+        asked=r'"type": ?"function_call_output"',
+    ),
 )
 
 
@@ -39,6 +47,7 @@ def is_known(row: Mapping[str, Any]) -> str | None:
     if row["status"] is None:
         return None
     for each in KNOWN:
-        if re.fullmatch(each.path, row["path"]) and re.search(each.said, row["said"]):
+        said, asked = row["said"], row.get("body", "")
+        if re.fullmatch(each.path, row["path"]) and re.search(each.said, said) and re.search(each.asked, asked):
             return each.name
     return None

@@ -25,7 +25,6 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_arg_string, hash_string, sanitize_model_name
-from openai.types.responses import ResponseOutputMessage, ResponseOutputRefusal
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.mpt.modeling_mpt import MptModel
 from vllm import LLM, AsyncEngineArgs, ModelRegistry
@@ -37,10 +36,8 @@ from vllm.entrypoints.generate.api_router import init_generate_state
 from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve
-from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.entrypoints.openai.responses.utils import construct_input_messages
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora import api_router
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
@@ -76,7 +73,6 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-from tests.hostile.known import is_known
 from tests.upstream import attributes_set, binds, calls, relies_on, says_nothing_of
 from tools.infer import served_adapters
 from tools.infer.bench import LATENCIES
@@ -167,23 +163,6 @@ def test_options_of_a_server_are_its_parsers() -> None:
     words = ["--model", "m", "--served-model-name", "n", "--host", "h", "--port", "1"]
     options = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
     assert (options.model, options.served_model_name, options.host, options.port) == ("m", ["n"], "h", 1), SERVE
-
-
-def test_the_server_of_vllm_alone_answers_501_for_apis_of_other_models() -> None:
-    """vLLM's own application without a model of such an API: the answer that tests/hostile/known.py takes for vLLM's own."""
-    app = build_app(make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", "m"]), ("generate",))
-    app.state.enable_server_load_tracking = False
-    answer = TestClient(app, raise_server_exceptions=False).post("/v1/systemone", json={"state": "x", "questions": {}})
-    assert answer.status_code == 501
-    assert is_known({"status": 501, "path": "/v1/systemone", "said": answer.text})
-
-
-@pytest.mark.parametrize("content", [[], [ResponseOutputRefusal(refusal="", type="refusal")]])
-def test_an_earlier_reply_without_text_is_an_error_of_vllm(content) -> None:
-    earlier = ResponseOutputMessage(id="", content=content, role="assistant", status="completed", type="message")
-    with pytest.raises((IndexError, AttributeError)) as caught:
-        construct_input_messages(request_instructions=None, request_input=[earlier])
-    assert is_known({"status": 500, "path": "/v1/responses", "said": str(caught.value)})
 
 
 def test_a_benchmark_is_a_command_line_and_a_dictionary() -> None:
