@@ -6,7 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
@@ -17,8 +19,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from shared.architecture.architecture import LatentAttention
 from shared.architecture.norm import Norm
+from shared.kernels.rotary import rotate
 from shared.model.backend import Backend, LocalBackend
-from shared.model.rope import RotaryAngles, concentration_factor
+from shared.model.rope import RotaryAngles
 
 # Checkpoints have the names of TransformerEngine's LayerNormLinear: the norm is part of the linear layer.
 MLA_CHECKPOINT_KEYS = {
@@ -27,16 +30,11 @@ MLA_CHECKPOINT_KEYS = {
 }
 
 
-class _YarnRotaryAngles(RotaryAngles):
-    """Angles with their concentration factor, as Megatron-Core's YarnRotaryEmbedding returns them."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, float]:
-        """Angles `[sequence, 1, 1, qk_rope_head_dim]` in radians, and the concentration factor."""
-        return super().forward(*args, **kwargs), concentration_factor(self.rotary)
-
-
 class LatentSelfAttention(MLASelfAttention):
-    """Megatron-Core's MLA with the RoPE and norms of a `LatentAttention`. TP requires sequence parallelism."""
+    """Megatron-Core's MLA with the RoPE and norms of a `LatentAttention`. TP requires sequence parallelism.
+
+    All layers share one `RotaryAngles`, and its cos and sin.
+    """
 
     def __init__(
         self,
@@ -44,7 +42,7 @@ class LatentSelfAttention(MLASelfAttention):
         submodules: MLASelfAttentionSubmodules,
         *args: Any,
         mla: LatentAttention,
-        max_position_embeddings: int,
+        angles: RotaryAngles,
         **kwargs: Any,
     ) -> None:
         # Megatron-Core accepts its own down-projection classes only: build these, then replace them by the backend's.
@@ -58,7 +56,7 @@ class LatentSelfAttention(MLASelfAttention):
         if submodules.linear_kv_down_proj is not own:
             size = mla.kv_lora_rank + mla.qk_rope_head_dim
             self.linear_kv_down_proj = self._down_projection(submodules.linear_kv_down_proj, size, "kv_down_proj")
-        self.rotary_pos_emb = _YarnRotaryAngles(mla.rotary, mla.qk_rope_head_dim, max_position_embeddings)
+        self.rotary_pos_emb = angles
 
     def _down_projection(self, linear: Any, size: int, name: str) -> torch.nn.Module:
         built: torch.nn.Module = linear(
@@ -80,11 +78,60 @@ class LatentSelfAttention(MLASelfAttention):
         """The spec unchanged: Megatron-Core would add a q_layernorm without q_lora_rank."""
         return {name: getattr(submodules, name) for name in _RESOLVED}
 
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: torch.Tensor,
+        key_value_states: None = None,
+        position_ids: None = None,
+        packed_seq_params: None = None,
+        inference_context: None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """q, k and v `[sequence, batch, heads, head_dim]`, and what q and k, v are projected from.
+
+        Equal to the bit to Megatron-Core's, which makes angles in each layer, and cos and sin for its queries and its keys.
+        """
+        assert packed_seq_params is None
+        assert inference_context is None
+        length = self.rotary_pos_emb.get_rotary_seq_len(None, None, hidden_states, self.config, None)
+        tables = self.rotary_pos_emb.tables(length, hidden_states.dtype)
+        q_latent, kv_latent = self._qkv_down_projection(hidden_states)
+        kv_latent, k_rope = kv_latent.split([self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim], -1)
+        if self.config.sequence_parallel and self.pg_collection.tp.size() > 1:
+            k_rope = gather_from_sequence_parallel_region(k_rope, group=self.pg_collection.tp)
+        if self.config.q_lora_rank is not None:
+            q_latent = self.q_layernorm(q_latent)
+        kv_latent = self.kv_layernorm(kv_latent)
+        if not self.recompute_up_proj:
+            return *self._project_up(q_latent, kv_latent, k_rope, *tables), q_latent, kv_latent
+        self.qkv_up_checkpoint = CheckpointWithoutOutput()
+        projected = self.qkv_up_checkpoint.checkpoint(self._project_up, q_latent, kv_latent, k_rope, *tables)
+        return *projected, q_latent, kv_latent
+
+    def _project_up(
+        self,
+        q_latent: torch.Tensor,
+        kv_latent: torch.Tensor,
+        k_rope: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q and k after RoPE, and v, `[sequence, batch, heads, head_dim]`; `k_rope` `[sequence, batch, qk_rope_head_dim]`."""
+        config, heads = self.config, self.num_attention_heads_per_partition
+        up_projection = self.linear_q_up_proj if config.q_lora_rank is not None else self.linear_q_proj
+        q = up_projection(q_latent)[0].unflatten(-1, (heads, self.q_head_dim))
+        q_nope, q_rope = q.split([config.qk_head_dim, config.qk_pos_emb_head_dim], -1)
+        kv = self.linear_kv_up_proj(kv_latent)[0].unflatten(-1, (heads, config.qk_head_dim + config.v_head_dim))
+        k_nope, value = kv.split([config.qk_head_dim, config.v_head_dim], -1)
+        q_rope, k_rope = (_rotate_pairs(x, cos, sin) for x in (q_rope, k_rope.unsqueeze(-2)))
+        query = torch.cat((q_nope, q_rope), -1)
+        key = torch.cat((k_nope, k_rope.expand(-1, -1, heads, -1)), -1)
+        return query, key, value.contiguous()
+
     def _qkv_down_projection(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`[sequence, batch, hidden]` -> `[.., q_lora_rank]` (hidden without rank), `[.., kv_lora_rank + qk_rope_head_dim]`.
 
-        Returns all columns of this rank's sequence shard. Megatron-Core then all-gathers k_rope along the sequence; the
-        backward of that sums its gradient over all ranks' heads. After a gather of columns, k_rope would get the gradient
+        Returns all columns of this rank's sequence shard. Then k_rope is all-gathered along the sequence; the backward of
+        that sums its gradient over all ranks' heads. After a gather of columns, k_rope would get the gradient
         of this rank's heads only.
         """
         queries = hidden_states
@@ -100,13 +147,16 @@ class LatentSelfAttention(MLASelfAttention):
         return scatter_to_sequence_parallel_region(gather_from_tensor_model_parallel_region(columns, group), group)
 
 
+def _rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE of pairs (2i, 2i + 1), as checkpoints have them, put in halves: x `[sequence, batch, heads, qk_rope_head_dim]`."""
+    return rotate(torch.cat((x[..., 0::2], x[..., 1::2]), -1), cos, sin, interleaved=False)
+
+
 _RESOLVED = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
 
 
-def mla_spec(
-    mla: LatentAttention, norm: Norm, max_position_embeddings: int, backend: Backend, layer: int
-) -> ModuleSpec:
-    """MLA spec of a layer; `layer`: index, as in `Backend`."""
+def mla_spec(mla: LatentAttention, norm: Norm, angles: RotaryAngles, backend: Backend, layer: int) -> ModuleSpec:
+    """MLA spec of a layer; `angles`: shared by the layers; `layer`: index, as in `Backend`."""
     low_rank = replace(norm, epsilon=mla.norm_epsilon)
     column = backend.column_parallel_linear(layer)
     fused = backend.column_parallel_layer_norm_linear(low_rank, layer)
@@ -116,7 +166,7 @@ def mla_spec(
         params={
             "attn_mask_type": AttnMaskType.causal,
             "mla": mla,
-            "max_position_embeddings": max_position_embeddings,
+            "angles": angles,
         },
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=column,
@@ -146,7 +196,7 @@ def mla_config(mla: LatentAttention) -> dict[str, Any]:
         "qk_pos_emb_head_dim": mla.qk_rope_head_dim,
         "v_head_dim": mla.v_head_dim,
         "qk_layernorm": True,
-        "rope_type": "yarn",  # the type with a concentration factor; the angles come from _YarnRotaryAngles
+        "rope_type": "yarn",  # the type with a factor in the softmax scale; RotaryAngles has the rest
         "rotary_base": mla.rotary.theta,
         # Softmax scale: (0.1 mscale_all_dim ln(factor) + 1)^2 / sqrt(head_dim).
         "rotary_scaling_factor": yarn.factor if yarn else 1.0,

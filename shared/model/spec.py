@@ -137,7 +137,8 @@ class _Spec:
         if isinstance(mixer, GatedDeltaNet):
             return delta_net_spec(mixer, layer.norm, self.backend, index, fused), DELTA_NET_CHECKPOINT_KEYS
         if isinstance(mixer, LatentAttention):
-            return mla_spec(mixer, layer.norm, self.max_position_embeddings, self.backend, index), MLA_CHECKPOINT_KEYS
+            angles = self._angles_of(mixer.rotary, mixer.rotary_dim)
+            return mla_spec(mixer, layer.norm, angles, self.backend, index), MLA_CHECKPOINT_KEYS
         return self._attention(mixer, layer.norm, index, fused), _ATTENTION_KEYS
 
     def _attention(self, attention: Attention, norm: Norm, index: int, fused: type | None) -> ModuleSpec:
@@ -147,7 +148,7 @@ class _Spec:
         if attention.rotary and self.prefix:  # angles of the model, from its position ids
             module = Rotary2DSelfAttention if self.prefix.position_streams > 1 else SelfAttention
         elif attention.rotary:
-            module, params = RotarySelfAttention, {"angles": self._layer_angles(attention, attention.rotary)}
+            module, params = RotarySelfAttention, {"angles": self._angles_of(attention.rotary, attention.rotary_dim)}
         projection: Callable[..., Any] = fused or self.backend.column_parallel_linear(index)
         if attention.clip is not None:
             projection = clipped(projection, attention.clip)
@@ -176,10 +177,11 @@ class _Spec:
         )
         return partial(DenseMLP.as_mlp_submodule, submodules=linears)
 
-    def _layer_angles(self, attention: Attention, rotary: Rotary) -> RotaryAngles:
-        key = rotary, attention.rotary_dim
+    def _angles_of(self, rotary: Rotary, dim: int) -> RotaryAngles:
+        """`dim`: rotary_dim."""
+        key = rotary, dim
         if key not in self.angles:
-            self.angles[key] = RotaryAngles(rotary, attention.rotary_dim, self.max_position_embeddings)
+            self.angles[key] = RotaryAngles(rotary, dim, self.max_position_embeddings)
         return self.angles[key]
 
 

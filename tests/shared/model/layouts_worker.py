@@ -50,6 +50,39 @@ def delta_net():
     return size.with_layers(lambda layer: replace(layer, mlp=MLP(ffn_hidden_size=96)))
 
 
+def against_megatrons_mla(model, hidden):
+    """q, k, v, and the gradients of hidden states and weights, of an MLA layer of ours and of Megatron-Core's method in it.
+
+    Megatron-Core's is given our angles and factor as its YarnRotaryEmbedding returns them. Returns two lists of tensors.
+    """
+    import torch
+    from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+
+    from shared.model.rope import concentration_factor
+
+    layer = model.decoder.layers[-1].self_attention
+    angles, found = layer.rotary_pos_emb, []
+
+    class Theirs(torch.nn.Module):
+        get_rotary_seq_len = staticmethod(angles.get_rotary_seq_len)
+
+        def forward(self, length, packed_seq):
+            return angles(length, packed_seq=packed_seq), concentration_factor(angles.rotary)
+
+    for method, rotary in ((type(layer), angles), (MLASelfAttention, Theirs())):
+        layer.rotary_pos_emb = rotary
+        leaf = hidden.clone().requires_grad_()
+        layer.zero_grad()
+        made = method.get_query_key_value_tensors(layer, leaf)[:3]
+        outputs = [x.permute(1, 2, 0, 3) for x in made]  # as CoreAttention reads them: gradients are not contiguous
+        generator = torch.Generator().manual_seed(3)
+        torch.autograd.backward(outputs, [torch.randn(x.shape, generator=generator).to(x.dtype) for x in outputs])
+        weights = [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
+        found.append([*(x.detach() for x in made), leaf.grad, *weights])
+    layer.rotary_pos_emb = angles
+    return found
+
+
 def save(chunks, directory, *form):
     """The weights as a torch_dist iteration, by Megatron-Core; `form`: a KeyForm, stacked by default."""
     from megatron.core import dist_checkpointing
@@ -170,6 +203,7 @@ def train(description, layout, weights_path, dtype, recompute="none"):
 def main(directory):
     import torch
 
+    from shared.families import registry
     from shared.model import weights
     from shared.model.gpt import build
     from shared.model.logits import logits
@@ -223,6 +257,13 @@ def main(directory):
         torch.distributed.all_gather(of_ranks, shared_norm.detach())
         apart = (of_ranks[0] - of_ranks[1]).abs().max().item()
         results[f"delta net {'with' if sequence_parallel else 'without'}"] = {"losses": losses, "ranks apart": apart}
+    for name, fields in {"CP 2": {"context": 2}, "TP 2 SP": {"tensor": 2, "sequence_parallel": True}}.items():
+        layout = ParallelConfig(processes=2, **fields)
+        initialize(layout, 1)
+        size = registry.sizes()["deepseek-v3-tiny"]
+        (model,) = build(size, layout, dtype=torch.float32, perform_initialization=True)
+        ours, theirs = against_megatrons_mla(model, torch.randn(SEQUENCE // 2, 2, size.hidden_size))
+        results[f"MLA {name}"] = [len(ours), all(map(torch.equal, ours, theirs)), len(ours[0])]
     for vocab in (37, 21):
         results[f"cross entropy {vocab}"] = cross_entropy(vocab)
     if torch.distributed.get_rank() == 0:

@@ -27,7 +27,7 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import Router, TopKRouter
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MultiLatentAttention
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock, MultiTokenPredictionLayer
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -179,15 +179,18 @@ def test_mla_finds_its_norms_in_a_method() -> None:
     relies_on(MLA, MLASelfAttention.__init__, *(f"layer_classes['{name}']" for name in _RESOLVED))
 
 
-def test_mla_projects_down_in_a_method() -> None:
-    body = MLASelfAttention.get_query_key_value_tensors
-    calls(MLA, body, "self._qkv_down_projection", "hidden_states")
+def test_mla_takes_queries_and_keys_from_a_method() -> None:
+    given = ("hidden_states", "key_value_states", "position_ids", "packed_seq_params")
+    keywords = {"inference_context": "inference_context"}
+    calls(MLA, MLASelfAttention.forward, "self.get_query_key_value_tensors", *given, **keywords)
+    assert parameters(LatentSelfAttention.get_query_key_value_tensors) == {*given, *keywords}
     relies_on(
         MLA,
-        body,
-        "kv_combined.size(-1) != self.config.kv_lora_rank + self.config.qk_pos_emb_head_dim",
-        "k_pos_emb = gather_from_sequence_parallel_region(k_pos_emb, group=self.tp_group)",
+        MLASelfAttention.forward,
+        "query, key, value, q_compressed, kv_compressed",
+        "self.qkv_up_checkpoint.discard_output_and_register_recompute(core_attn_out)",
     )
+    assert {"rotary_pos_emb", "recompute_up_proj", "qkv_up_checkpoint"} <= attributes_set(MultiLatentAttention.__init__)
 
 
 def test_mla_builds_down_projections_of_classes_it_knows() -> None:
@@ -216,15 +219,6 @@ def test_mla_builds_down_projections_of_classes_it_knows() -> None:
             size,
             **common,
         )
-
-
-def test_mla_takes_angles_and_their_factor_from_its_rotary_embedding() -> None:
-    relies_on(
-        MLA,
-        MLASelfAttention.get_query_key_value_tensors,
-        "self.config.rope_type == 'rope'",
-        "rotary_pos_emb, mscale = self.rotary_pos_emb(rotary_seq_len, packed_seq=thd_packed_seq)",
-    )
 
 
 def test_a_router_adds_its_bias() -> None:
