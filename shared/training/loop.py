@@ -226,6 +226,7 @@ def _train(
             progress.at("optimizer")
             rate = schedule.learning_rate(step + 1)
             set_learning_rate(optimizer, rate)
+            stop.ask(device)  # answered with the gradient's norm: the host need not wait for the update of the weights
             _, gradient_norm, _ = optimizer.step()
             fp8 = fp8_update.end_update(model, device) if isinstance(backend, Fp8Backend) else None
             if fp8 and fp8.not_finite:  # clamped to the largest FP8 number, they leave the loss finite
@@ -246,7 +247,7 @@ def _train(
             recorder.updated(step, loss, rate, gradient_norm, seconds, balance, fp8)
             saver.poll()
 
-            finished, stopping = step == config.steps, stop.agreed(device)
+            finished, stopping = step == config.steps, stop.answer()
             if finished or (config.validate_every and step % config.validate_every == 0):
                 best = validated(best)
             if config.early_stop and best and best.since >= config.early_stop and not finished:
