@@ -54,6 +54,7 @@ def install() -> None:
     _replace_tensor_methods()
     _replace_cuda_module()
     _replace_all_to_all()
+    _replace_collectives_of_parts()
     _installed = True
 
 
@@ -178,6 +179,46 @@ def _replace_all_to_all() -> None:
         return original(output, input, *args, **kwargs)
 
     torch.distributed.all_to_all_single = all_to_all_single
+
+
+def _replace_collectives_of_parts() -> None:
+    """Parts of different lengths in `all_gather` and `reduce_scatter`, which NCCL takes and gloo refuses: one broadcast, or one
+    reduction, for each part. Expert tensor parallelism gathers the tokens of its ranks by them.
+    """
+    original_gather, original_scatter = torch.distributed.all_gather, torch.distributed.reduce_scatter
+
+    def equal(parts: list[torch.Tensor]) -> bool:  # every rank has the same lengths, and comes to the same answer
+        return len({part.shape for part in parts}) == 1
+
+    @functools.wraps(original_gather)
+    def all_gather(tensor_list: Any, tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
+        if async_op or equal(tensor_list):
+            return original_gather(tensor_list, tensor, group=group, async_op=async_op)
+        tensor_list[torch.distributed.get_rank(group)].copy_(tensor)
+        for rank, part in enumerate(tensor_list):
+            if part.numel():
+                torch.distributed.broadcast(part, group=group, group_src=rank)
+        return None
+
+    @functools.wraps(original_scatter)
+    def reduce_scatter(
+        output: torch.Tensor,
+        input_list: Any,
+        op: Any = torch.distributed.ReduceOp.SUM,
+        group: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if kwargs.get("async_op") or equal(input_list):
+            return original_scatter(output, input_list, op=op, group=group, **kwargs)
+        for rank, part in enumerate(input_list):
+            if part.numel():
+                reduced = part.clone()  # gloo uses the tensor of every rank for partial sums
+                torch.distributed.reduce(reduced, op=op, group=group, group_dst=rank)
+                if rank == torch.distributed.get_rank(group):
+                    output.copy_(reduced)
+        return None
+
+    torch.distributed.all_gather, torch.distributed.reduce_scatter = all_gather, reduce_scatter
 
 
 def _replace_cuda_module() -> None:

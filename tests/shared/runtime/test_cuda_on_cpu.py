@@ -143,6 +143,38 @@ def test_nothing_is_touched_where_cuda_is_present():
     assert done.stdout == "the CPU host layer must not be installed where CUDA is present\n", done.stderr
 
 
+PARTS = """
+import torch
+from shared.runtime import device, world
+from tests.workers import forked_world
+
+def work(rank, lengths):
+    device.select_device()
+    world.join_world()
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = torch.arange(2.0 * sum(lengths), dtype=dtype).reshape(-1, 2)
+        parts = list(rows.split(lengths))
+        gathered = torch.full_like(rows, -1)
+        torch.distributed.all_gather(list(gathered.split(lengths)), parts[rank])
+        assert torch.equal(gathered, rows)
+        given = [(rank + 1) * part for part in parts]
+        found = torch.full_like(parts[rank], -1)
+        torch.distributed.reduce_scatter(found, given)
+        assert torch.equal(found, 6 * parts[rank])
+        assert all(torch.equal(each, (rank + 1) * part) for each, part in zip(given, parts))
+
+if __name__ == "__main__":
+    for lengths in ([2, 2, 2], [1, 0, 4], [3, 2, 0]):
+        assert forked_world(3, work, lengths), lengths
+"""
+
+
+def test_parts_of_different_lengths_are_gathered_and_reduced():
+    """In the first world all are equal, which gloo does by itself; in the others a part is empty."""
+    done = run_python(PARTS)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_second_call_changes_nothing():
     before = torch.zeros
     device.select_device()

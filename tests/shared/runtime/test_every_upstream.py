@@ -92,6 +92,13 @@ def test_split_sizes_stay_tensors_off_a_gpu() -> None:
     calls(HOST, mappings._AllToAll.forward, "torch.distributed.all_to_all_single", "output", "input")
 
 
+def test_parts_are_gathered_and_scattered_by_torch_distributed() -> None:
+    gathered = ("output_tensor_list", "input_")
+    calls(HOST, mappings._gather_along_first_dim, "torch.distributed.all_gather", *gathered, group="group")
+    scattered = ("output", "input_tensor_list")
+    calls(HOST, mappings._reduce_scatter_along_first_dim, "torch.distributed.reduce_scatter", *scattered, group="group")
+
+
 def test_a_group_of_gloo_is_made_of_a_store_an_address_and_a_timeout() -> None:
     ours = "re-read _group of shared/runtime/weight_broadcast.py"
     options = torch.distributed.ProcessGroupGloo._Options()

@@ -21,7 +21,7 @@ LAYOUTS = {
     "tensor, pipeline": (MODEL, {"tensor": 2, "sequence_parallel": True, "pipeline": 2}),
     "context, data": (MODEL, {"context": 2}),
     "data": (MODEL, {}),
-    "expert, tensor": (MOE, {"expert": 2, "expert_tensor": 1, "tensor": 2, "sequence_parallel": True}),
+    "expert, tensor": (MOE, {"expert": 2, "tensor": 2, "sequence_parallel": True}),
 }
 
 
