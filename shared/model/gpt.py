@@ -10,6 +10,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.activations import quick_gelu
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -181,6 +182,15 @@ def _pipeline_layout(architecture: Architecture, layout: ParallelConfig) -> list
     chunks[0].insert(0, "embedding")
     chunks[-1] += ["mtp"] * architecture.mtp_depth + ["loss"]
     return chunks
+
+
+def uneven_layers(config: TransformerConfig) -> list[int] | None:
+    """Decoder layers of each model chunk, in the order of the layers; None: equal shares."""
+    layout = config.pipeline_model_parallel_layout
+    if layout is None:
+        return None
+    layers = [kinds.count(LayerType.decoder) for of_ranks in zip(*layout.layout, strict=True) for kinds in of_ranks]
+    return layers if len(set(layers)) > 1 else None
 
 
 def transformer_config(

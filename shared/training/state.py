@@ -30,6 +30,7 @@ from shared.console import log, quantity
 from shared.errors import StageError
 from shared.kernels.fp8.recipes import Fp8Recipe
 from shared.model import lora
+from shared.model.gpt import uneven_layers
 from shared.training.fp8_update import restore_states, sharded_states
 from shared.training.optimizer import allocate_state, gather_weights, restore, sharded_state
 from shared.training.optimizer_shards import without_copy
@@ -69,7 +70,7 @@ def describe(
     sharded |= {
         "checkpoint_version": 3.0,
         "iteration": step,
-        "layout": _layout(),
+        "layout": _layout(model),
         "rng_state": _random_object(_random_state()),
     }
     apply_factories(sharded)
@@ -116,7 +117,8 @@ def load(
     layout. Every rank calls this.
     """
     common = dist_checkpointing.load_common_state_dict(str(directory))
-    same_layout = common["layout"] == _layout()
+    layout = _layout(model)
+    same_layout = common["layout"] == layout
     allocate_state(optimizer)
     sharded: dict[str, Any] = {"optimizer": _optimizer_state(model, optimizer, step=0, is_loading=True)}
     if fp8:
@@ -131,7 +133,7 @@ def load(
         _restore_random(loaded["rng_state"])
     else:
         log(
-            f"resuming at another layout ({_describe(_layout())}, was {_describe(common['layout'])}): random states start anew"
+            f"resuming at another layout ({_describe(layout)}, was {_describe(common['layout'])}): random states start anew"
         )
     return int(common["iteration"])
 
@@ -161,25 +163,32 @@ def _optimizer_state(
     return sharded_state(optimizer, weights, step=step, is_loading=is_loading, metadata=CONTENT)
 
 
-def _layout() -> dict[str, int]:
-    """Parallel sizes that random states depend on. Default CP, EP and ETP are left out: old checkpoints lack them."""
+def _layout(model: list[DistributedDataParallel]) -> dict[str, Any]:
+    """Parallel sizes that random states depend on. Default CP, EP, ETP and shares of layers are left out: old checkpoints lack
+    them. Uneven shares say which rank draws the numbers of a layer's dropout.
+    """
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     sizes_and_defaults = {
         "context": (parallel_state.get_context_parallel_world_size(), 1),
         "expert": (parallel_state.get_expert_model_parallel_world_size(), 1),
         "expert_tensor": (parallel_state.get_expert_tensor_parallel_world_size(), tensor),
     }
+    layers = uneven_layers(model[0].config)
     return {
         "tensor": tensor,
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
         "virtual_pipeline": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
         "data": parallel_state.get_data_parallel_world_size(),
         **{name: size for name, (size, default) in sizes_and_defaults.items() if size != default},
+        **({"pipeline_layers": layers} if layers else {}),
     }
 
 
-def _describe(layout: dict[str, int]) -> str:
-    return " x ".join(f"{name} {size}" for name, size in layout.items() if size > 1) or "one process"
+def _describe(layout: dict[str, Any]) -> str:
+    sizes = {name: size for name, size in layout.items() if name != "pipeline_layers"}
+    described = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one process"
+    layers = layout.get("pipeline_layers")
+    return f"{described} of {','.join(map(str, layers))} layers" if layers else described
 
 
 def _random_state() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import torch
@@ -22,6 +23,7 @@ from megatron.core.ssm.utils import _split_tensor_factory
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import multi_token_prediction
 from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
@@ -29,11 +31,14 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import Router, TopKRouter
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MultiLatentAttention
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock, MultiTokenPredictionLayer
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from shared.model.context_parallel import chunks_of_rank
 from shared.model.gated_delta_net import TorchGatedDeltaNet
+from shared.model.gpt import uneven_layers
 from shared.model.mla import _RESOLVED, LatentSelfAttention
 from shared.model.rope import PrefixRotaryAngles
 from shared.model.router import _GroupTopK
@@ -170,6 +175,20 @@ def test_gradients_are_summed_by_mark_and_by_name() -> None:
         _allreduce_non_tensor_model_parallel_grads,
         "config.sequence_parallel and getattr(param, 'sequence_parallel', False)",
         "config.qk_layernorm and ('q_layernorm' in name or 'k_layernorm' in name)",
+    )
+
+
+def test_uneven_stages_are_kept_by_rank() -> None:
+    kinds = [["embedding", "decoder"], ["decoder"] * 2, ["decoder"] * 3, ["decoder", "loss"]]
+    kept = PipelineParallelLayerLayout(kinds, 2)
+    assert [[each.count(LayerType.decoder) for each in rank] for rank in kept.layout] == [[1, 3], [2, 1]], GPT
+    assert uneven_layers(SimpleNamespace(pipeline_model_parallel_layout=kept)) == [1, 2, 3, 1]
+    relies_on(
+        GPT,
+        TransformerConfig.__post_init__,
+        "self.pipeline_model_parallel_layout = PipelineParallelLayerLayout("
+        "layout=self.pipeline_model_parallel_layout, "
+        "pipeline_model_parallel_size=self.pipeline_model_parallel_size)",
     )
 
 

@@ -133,6 +133,8 @@ def main() -> None:
     results = {}
     for folder in ("plain", "mtp"):
         results[folder] = run(directory / folder)
+        if folder == "plain":
+            results["dropout"] = dropout(directory / folder)
         if torch.distributed.get_rank() == 0:
             (directory / "results.json").write_text(json.dumps(results))
 
@@ -156,6 +158,35 @@ def run(directory: Path) -> dict:
         found["restored"] = Session(config, architecture, directory / name).train(5, 7)
         results[name] = found
     return results
+
+
+def dropout(directory: Path) -> dict:
+    """Uneven stages of a model with dropout, resumed at the same stages and at others."""
+    import torch
+
+    from shared.architecture import dictionary
+    from shared.parallel import ParallelConfig
+    from shared.training.config import TrainingConfig
+
+    given = json.loads((directory / "run.json").read_text())
+    architecture = dictionary.read(given["architecture"]).with_values(residual={"dropout": 0.2})
+
+    def session(layers: tuple[int, int], iteration: Path, *, restore: bool = True) -> Session:
+        parallel = ParallelConfig(processes=2, pipeline=2, pipeline_layers=layers)
+        return Session(
+            TrainingConfig(**{**given["config"], "parallel": parallel}), architecture, iteration, restore=restore
+        )
+
+    first = session((1, 3), directory / "one")
+    first.train(3, 4)
+    first.save(directory / "uneven", step=4)
+    kept, continued = torch.get_rng_state(), first.train(4, 5)
+    restored = session((1, 3), directory / "uneven").train(4, 5)
+    session((3, 1), directory / "uneven", restore=False)
+    seeded = torch.get_rng_state()
+    other = session((3, 1), directory / "uneven")
+    states = [torch.equal(torch.get_rng_state(), each) for each in (seeded, kept)]
+    return {"continued": continued, "restored": restored, "seeded, kept": states, "other": other.train(4, 5)}
 
 
 if __name__ == "__main__":
