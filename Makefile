@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 2
 # where it is set, every start of a tool compiles its libraries anew, for half a minute
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo demo-real pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-terminal test-containers images peers bench-convert bench-train bench-save bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity test-hostile bench-serve bench-rehearsal rehearsals bench-data test-trlx bench-rlhf bench-rollout-gap bench-preference
+.PHONY: help setup demo demo-real pipeline-docker test lint format lock clean $(TOOLS:%=test-%) test-pipeline test-golden test-slurm test-terminal test-containers images peers bench-convert bench-train bench-save bench-attention bench-experts bench-fp8 bench-fp8-memory bench-fp8-gpu proofs layouts command-line bench-lora parity test-hostile bench-serve bench-rehearsal rehearsals bench-data test-trlx bench-rlhf bench-rollout-gap bench-preference
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -118,6 +118,12 @@ test-hostile: setup tests/hostile/.venv/.ready ## random and hostile requests to
 bench-save: setup ## what training waits for a save, blocking and with --async-save (6 GB of disk)
 	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/benchmarks/bench_save.py
 
+bench-attention: setup ## attention of packed rows and windows, up to 128k tokens: seconds, and memory that is linear
+	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/benchmarks/bench_attention.py --record
+
+bench-experts: setup ## experts of MoE: grouped GEMM beside a loop over experts, in fp32 and bf16
+	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/benchmarks/bench_experts.py --record
+
 bench-data: setup ## MB/s of `pretrain prepare` beside reading, the tokenizer alone and Megatron-LM's way (at BENCH_WORK)
 	OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/benchmarks/bench_data.py --work $(BENCH_WORK) --record
 
@@ -144,8 +150,8 @@ proofs: setup ## run what proves each family and record it for `convert families
 	tools/convert/.venv/bin/convert families --markdown > tools/convert/FAMILIES.md
 	tools/convert/.venv/bin/python -m pytest -q tests/tools/convert/test_proofs.py
 
-layouts: setup ## train and resume every model kind in every parallel layout, into tools/pretrain/LAYOUTS.md; goes on where it stopped
-	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/layouts/record.py $(CURDIR)/.layouts
+layouts: setup ## train and resume every model kind in every parallel layout, into tools/pretrain/LAYOUTS.md; goes on where it stopped. MISSING=1: only cells that were never run
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python tests/layouts/record.py $(CURDIR)/.layouts $(if $(MISSING),--missing)
 
 rehearsals: setup ## rehearse big models, and a layout of each family on 1,024 GPUs, into docs/rehearsal.md; goes on where it stopped
 	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 tools/pretrain/.venv/bin/python -m tests.rehearsals.record

@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks import bench_train
-from tests.benchmarks.bench_train import RESULTS, SHAPES, WAYS, record_path, regressions, table
+from tests.benchmarks.bench_train import (
+    RESULTS,
+    SHAPES,
+    WAYS,
+    interval,
+    over_the_goal,
+    record_path,
+    regressions,
+    table,
+)
 
 BENCHMARK = Path(__file__).with_name("bench_train.py")
 PYTHON = Path(__file__).parents[2] / "tools/pretrain/.venv/bin/python"
@@ -20,6 +29,7 @@ FOUND = {
     "1m": {
         **{way: {"seconds": 0.2, "tokens_per_second": 10_000.0, "last_loss": 3.0} for way in WAYS},
         **{f"{way}/loop": 1.0 for way in WAYS[1:]},
+        **{f"{way}/loop, 95%": [0.99, 1.01] for way in WAYS[1:]},
     }
 }
 
@@ -79,6 +89,17 @@ def test_a_regression_is_the_exit_code_and_changes_no_record(tmp_path: Path, mon
 def test_what_is_five_percent_worse_is_marked(figures: dict, same_machine: bool, marks: int) -> None:
     assert len(regressions(changed(**figures), FOUND, same_machine=same_machine)) == marks
     assert regressions({"new": FOUND["1m"]}, FOUND, same_machine=True) == []
+
+
+@pytest.mark.parametrize(("number", "end"), [(3, 0), (5, 0), (6, 0), (15, 3), (21, 5), (41, 13)])
+def test_an_interval_holds_the_median_19_times_of_20(number: int, end: int) -> None:
+    """Against the table of the binomial distribution: six are the fewest of which both ends hold it so often."""
+    assert interval(list(range(number))) == (end, number - 1 - end)
+
+
+def test_what_is_above_the_goal_is_said() -> None:
+    assert over_the_goal(changed(megatron=0.981)) == []
+    assert over_the_goal(changed(megatron=0.96)) == ["1m: +4.2% over megatron (-1.0% to +1.0%), goal 2%"]
 
 
 def test_the_table_says_how_much_longer_the_loop_takes() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import tempfile
+import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +18,9 @@ from shared.architecture.architecture import Architecture
 from shared.families import registry
 from shared.model import gpt
 from shared.parallel import ParallelConfig
-from shared.runtime import process_groups
+from shared.report.metrics import Metrics
+from shared.runtime import process_groups, progress
+from shared.runtime.stop_request import StopRequest
 from shared.training.config import TrainingConfig
 from shared.training.data import Batch
 from shared.training.loop import forward_backward, model_overrides
@@ -134,17 +140,38 @@ def training_config(shape: Shape) -> TrainingConfig:
 def loop(
     shape: Shape, config: TrainingConfig, architecture: Architecture, device: torch.device
 ) -> Callable[[int], float]:
-    """The update of `shared.training.loop`."""
+    """The update of `shared.training.loop`, watched and recorded in metrics.jsonl."""
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     model = wrap([built(architecture, config, dtype)], overlap=config.overlap)
     optimizer = build_optimizer(config, model)
     data = ReadAhead(Random(shape), ahead=shape.global_, pin=device.type == "cuda")
     schedule = config.learning_rates()
+    stop, folder = StopRequest(), tempfile.TemporaryDirectory(prefix="bench-train-")
+    metrics = Metrics(Path(folder.name), resumed_step=None, track=())
+    atexit.register(lambda: (progress.end(), metrics.close(), folder.cleanup()))
+    progress.begin(3600.0)
 
     def update(index: int) -> float:
+        progress.update(index + 1)
+        started = time.perf_counter()
         loss = forward_backward(config, model, data, index * shape.global_, device)
-        set_learning_rate(optimizer, schedule.learning_rate(index + 1))
-        optimizer.step()
+        progress.at("optimizer")
+        rate = schedule.learning_rate(index + 1)
+        set_learning_rate(optimizer, rate)
+        stop.ask(device)
+        _, norm, _ = optimizer.step()
+        seconds = time.perf_counter() - started
+        progress.updated(seconds)
+        progress.at("recording")
+        metrics.append(
+            step=index + 1,
+            loss=loss.mean,
+            learning_rate=rate,
+            gradient_norm=norm,
+            targets=loss.targets,
+            seconds=seconds,
+        )
+        assert not stop.answer()
         return loss.mean
 
     return update

@@ -1,8 +1,8 @@
-"""Runs the table of layouts and records it in tools/pretrain/LAYOUTS.md: `record.py FOLDER`.
+"""Runs the table of layouts and records it in tools/pretrain/LAYOUTS.md: `record.py FOLDER [--missing]`.
 
 Each cell is recorded with a hash of what its figures depend on: a second start goes on where the first was stopped, and after a
-change. FOLDER keeps the checkpoints of one process. The run takes an hour; in a clone of the repository that is made for it, the
-code can be worked on meanwhile.
+change. With --missing cells that were run with other code are left as they are. FOLDER keeps the checkpoints of one process. The
+run takes hours of two cores; in a clone of the repository that is made for it, the code can be worked on meanwhile.
 
 layouts.json: `runs`, NAME -> date, revision and machine; `cells`, LAYOUT -> MODEL -> run, code (the hash) and figures.
 """
@@ -124,13 +124,25 @@ def machine() -> str:
     return f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, {packages}"
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, *, missing: bool) -> int:
     record = load()
-    stale = {layout: [model for model in legal(layout) if not recorded(record, layout, model)] for layout in LAYOUTS}
-    if not run(folder / common_code(), record, {layout: models for layout, models in stale.items() if models}):
+    chosen = to_run(record, missing=missing)
+    print(f"{sum(map(len, chosen.values()))} cells of {len(chosen)} layouts", flush=True)
+    if not run(folder / common_code(), record, chosen):
         return 1
     write(record)
     return 1 if shortcomings(record) else 0
+
+
+def to_run(record: Record, *, missing: bool) -> dict[str, list[str]]:
+    """Models by layout: of cells that were not run with this code, or with `missing` not at all."""
+    cells = record["cells"]
+
+    def due(layout: str, model: str) -> bool:
+        return model not in cells.get(layout, {}) if missing else not recorded(record, layout, model)
+
+    found = {layout: [model for model in legal(layout) if due(layout, model)] for layout in LAYOUTS}
+    return {layout: models for layout, models in found.items() if models}
 
 
 def run(folder: Path, record: Record, chosen: dict[str, list[str]]) -> bool:
@@ -191,4 +203,4 @@ def rounded(cells: Any) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), missing="--missing" in sys.argv[2:]))

@@ -73,6 +73,18 @@ def test_a_cell_is_run_again_when_its_code_changed():
     assert len({record.code(layout, "GQA") for layout in LAYOUTS}) == len(LAYOUTS)
 
 
+def test_a_start_runs_what_has_changed_or_only_what_was_never_run():
+    legal = {layout: record.legal(layout) for layout in LAYOUTS}
+    assert record.to_run({"cells": {}}, missing=True) == {layout: models for layout, models in legal.items() if models}
+    now, before = ({"code": code} for code in (record.code("CP 2", "GQA"), "of other code"))
+    written = {"cells": {"CP 2": {"GQA": now, "packed": before}}}
+    changed, never = (record.to_run(written, missing=missing)["CP 2"] for missing in (False, True))
+    assert changed == [model for model in legal["CP 2"] if model != "GQA"]
+    assert never == [model for model in legal["CP 2"] if model not in ("GQA", "packed")]
+    every = {layout: dict.fromkeys(models, before) for layout, models in legal.items()}
+    assert record.to_run({"cells": every}, missing=True) == {}
+
+
 def test_the_same_refusal_of_two_sizes_is_one():
     reasons = [refusal("GQA", layout) for layout in ("EP 2", "EP 4")]
     assert reasons[0] != reasons[1]
