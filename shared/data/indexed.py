@@ -18,7 +18,9 @@ from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
+from shared.checkpoint.files import write_out
 from shared.errors import UserError
 
 HEADER = b"MMIDIDX\x00\x00"
@@ -28,6 +30,7 @@ DTYPE_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 READ_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 _HEAD = struct.Struct("<9sQBQQ")
 _BLOCK = 1 << 20  # documents of an index written at a time
+_WRITTEN = 1 << 20  # bytes of ids written at a time
 _SCAN = 1 << 24  # tokens or documents looked at at a time
 
 
@@ -50,6 +53,7 @@ class IndexedWriter:
         """Documents written so far."""
         self._index_path = Path(f"{prefix}.idx")
         self._file = Path(f"{prefix}.bin").open("wb")  # noqa: SIM115 -- closed by close()
+        self._digest, self._size = xxhash.xxh3_128(), 0
         self._index = self._index_path.open("w+b")
         self._index.write(bytes(_HEAD.size))
 
@@ -57,10 +61,21 @@ class IndexedWriter:
         """Append documents: their concatenated ids, and the length of each in tokens."""
         sizes = np.asarray(lengths, dtype=np.int32)
         assert int(sizes.sum(dtype=np.int64)) == len(tokens), "lengths do not add up to the tokens"
-        np.ascontiguousarray(tokens, dtype=self.dtype).tofile(self._file)
+        content = np.ascontiguousarray(tokens, dtype=self.dtype).view(np.uint8)
+        for first in range(0, len(content), _WRITTEN):
+            block = content[first : first + _WRITTEN].data
+            self._digest.update(block)  # while it is in the caches: nobody reads the file again for its hash
+            self._file.write(block)
+            write_out(self._file.fileno(), self._size, len(block))  # fsync then waits less
+            self._size += len(block)
         self._index.write(sizes.tobytes())
         self.tokens += len(tokens)
         self.documents += len(sizes)
+
+    @property
+    def content_hash(self) -> str:
+        """Of the `.bin`, as `files.hash_file` has it."""
+        return f"xxh3_128:{self._digest.hexdigest()}"
 
     def close(self) -> None:
         """Write the index. Both files are then complete."""

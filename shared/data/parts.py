@@ -21,13 +21,22 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from shared.checkpoint.files import sync
+from shared.checkpoint.files import sync, write_out
 from shared.data.documents import are_lines, documents, line_blocks, place
 from shared.data.indexed import token_dtype
 from shared.data.minhash import SIGNATURE, Signatures
 from shared.data.sources import Piece, is_rows, pieces
 from shared.data.stretches import stretches
-from shared.data.tokenizer_backends import FAST, REFERENCE, SAMPLED, Backend, Reference, first_difference, open_backend
+from shared.data.tokenizer_backends import (
+    FAST,
+    REFERENCE,
+    SAMPLED,
+    Backend,
+    Compared,
+    compare,
+    first_difference,
+    open_backend,
+)
 from shared.errors import UserError
 
 PART_BYTES = 16 << 20  # source bytes per part: a kill loses less than minutes of work; small files share a part
@@ -136,8 +145,20 @@ _block = memoryview(
 def init_worker(recipe: Recipe, folder: Path) -> None:
     """Prepare this process for `tokenize_part`."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker.update(recipe=recipe, folder=folder, backend=open_backend(recipe.backend, recipe.tokenizer_json))
-    _worker.pop("reference", None)
+    _worker.clear()
+    _worker.update(recipe=recipe, folder=folder)
+
+
+def compare_texts(texts: list[str]) -> Compared:
+    """`compare`, with the tokenizer of `init_worker`."""
+    return compare(_worker["recipe"].tokenizer_json, texts)
+
+
+def _backend(name: str) -> Backend:
+    """The back end of this process. Opened when it is needed: which one can be is not known before texts are compared."""
+    if name not in _worker:
+        _worker[name] = open_backend(name, _worker["recipe"].tokenizer_json)
+    return _worker[name]
 
 
 def tokenize_part(part: Part) -> FinishedPart:
@@ -194,22 +215,25 @@ class _Places(Sequence[tuple[Piece, int]]):
 
 def _encode(part: Part, recipe: Recipe, prefix: Path) -> None:
     new = f".new-{os.getpid()}-{secrets.token_hex(4)}"
-    places = [_token_path(prefix), _signature_path(prefix), _index_path(prefix)]  # the last marks the part as finished
-    written = [Path(f"{path}{new}") for path in places]
     rows = _Rows()
     signatures = Signatures() if recipe.signatures else None
+    places = [_token_path(prefix), *([_signature_path(prefix)] if signatures else []), _index_path(prefix)]
+    written = [Path(f"{path}{new}") for path in places]  # the last marks the part as finished
     dtype = token_dtype(recipe.vocab_size)
     try:
         with written[0].open("wb") as file:
             for batch in _batches(part, recipe, rows, signatures):
-                ids, lengths = _worker["backend"].encode(batch.texts)
+                ids, lengths = _backend(recipe.backend).encode(batch.texts)
                 if recipe.backend == FAST:
                     rows.sampled += _check_sample(batch, ids, lengths, recipe)
                 framed, sizes = _framed(ids, lengths, batch, recipe, dtype)
                 rows.add_tokens(sizes, batch.closes)
+                start = file.tell()
                 file.write(framed.data)
-        written[1].write_bytes(signatures.array().tobytes() if signatures else b"")
-        with written[2].open("wb") as file:
+                write_out(file.fileno(), start, framed.nbytes)  # while the next batch is read: fsync then waits less
+        if signatures:
+            written[1].write_bytes(signatures.array().tobytes())
+        with written[-1].open("wb") as file:
             np.save(file, rows.array())
         for path, final in zip(written, places, strict=True):
             sync(path)
@@ -370,12 +394,10 @@ def _check_sample(batch: _Batch, ids: npt.NDArray[np.uint32], lengths: npt.NDArr
     (chosen,) = np.nonzero(np.array(batch.hashes, np.uint64) % np.uint64(SAMPLED) == 0)
     if not len(chosen):
         return 0
-    if "reference" not in _worker:
-        _worker["reference"] = Reference(recipe.tokenizer_json)
     ends = np.cumsum(lengths)
     own = np.concatenate([ids[ends[index] - lengths[index] : ends[index]] for index in chosen])
     texts = [batch.texts[index] for index in chosen]
-    different = first_difference(_Known(own, lengths[chosen]), _worker["reference"], texts)
+    different = first_difference(_Known(own, lengths[chosen]), _backend(REFERENCE), texts)
     if different is not None:
         piece, number = batch.places[chosen[different]]
         raise UserError(

@@ -1,7 +1,7 @@
 """What turns texts into ids: `tokenizers`, the reference, or `fastokens`, many times faster, where its ids are the same.
 
 The same ids are not believed: the first 10 MB of the user's own text are encoded by both, and while the rest is encoded, one
-text in `SAMPLED` again. `choose` falls back to the reference and says why.
+text in `SAMPLED` again. `verdict` falls back to the reference and says why.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import contextlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,12 +39,7 @@ class Reference:
 
     def __init__(self, tokenizer_json: str) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from tokenizers import Tokenizer
-
-        self._tokenizer = Tokenizer.from_str(tokenizer_json)
-        self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = _reference_tokenizer(_plain(tokenizer_json))
 
     def encode(self, texts: list[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
         each = [np.array(e.ids, np.uint32) for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
@@ -51,16 +48,11 @@ class Reference:
 
 
 class Fast:
-    """fastokens, by default on one thread: the work is parallel over processes."""
+    """fastokens, on one thread: the work is parallel over processes."""
 
-    def __init__(self, tokenizer_json: str, threads: int = 1) -> None:
-        # The second is also what `tokenizers` reads when it encodes for the first time in a process.
-        os.environ["FASTOKENS_BPE_THREADS"] = os.environ["RAYON_NUM_THREADS"] = str(threads)
-        import fastokens
-
-        content = json.loads(tokenizer_json)
-        content |= {"truncation": None, "padding": None, "post_processor": None}
-        self._tokenizer = fastokens.Tokenizer.from_json_str(json.dumps(_in_one_pattern(content)))
+    def __init__(self, tokenizer_json: str) -> None:
+        os.environ["FASTOKENS_BPE_THREADS"] = os.environ["RAYON_NUM_THREADS"] = "1"
+        self._tokenizer = _fast_tokenizer(_plain(tokenizer_json))
 
     def encode(self, texts: list[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
         ids, offsets = self._tokenizer.encode_batch_flat(texts, add_special_tokens=False, split_special_tokens=True)
@@ -69,8 +61,39 @@ class Fast:
 
 
 def open_backend(name: str, tokenizer_json: str) -> Backend:
-    """The back end of this name."""
+    """The back end of this name. To open the same again takes no time."""
     return Fast(tokenizer_json) if name == FAST else Reference(tokenizer_json)
+
+
+def warm_up(tokenizer_json: Path, names: Sequence[str]) -> None:
+    """Open these back ends of a tokenizer.json before it is known what transformers makes of it: mostly the same, and then
+    the second opening takes no time. What goes wrong is told by that one.
+    """
+    with _broad_errors():
+        for name in names:
+            open_backend(name, tokenizer_json.read_text(encoding="utf-8"))
+
+
+@lru_cache(maxsize=2)
+def _plain(tokenizer_json: str) -> str:
+    """A tokenizer.json without what is not asked of a back end."""
+    return json.dumps(json.loads(tokenizer_json) | {"truncation": None, "padding": None, "post_processor": None})
+
+
+@lru_cache(maxsize=1)
+def _reference_tokenizer(content: str) -> Any:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(content)
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+@lru_cache(maxsize=1)
+def _fast_tokenizer(content: str) -> Any:
+    import fastokens
+
+    return fastokens.Tokenizer.from_json_str(json.dumps(_in_one_pattern(json.loads(content))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,32 +110,52 @@ class Choice:
         return f"ids by {self.name} {self.version}: {self.reason}"
 
 
-def choose(wanted: str, tokenizer_json: str, texts: Iterable[str], *, source_bytes: int, workers: int) -> Choice:
-    """The back end to use: fastokens if `wanted` is "auto", there is much text, and the ids of its beginning are the same.
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """Some texts by both back ends."""
+
+    size: int = 0
+    """Bytes of UTF-8."""
+    problem: str | None = None
+    """Why fastokens cannot be used; None if the ids are the same."""
+
+
+def choice_without_comparing(wanted: str, source_bytes: int) -> Choice | None:
+    """The back end where nothing need be compared; None where it depends on the text.
 
     Args:
         wanted: auto or tokenizers.
-        tokenizer_json: the content of tokenizer.json.
-        texts: the user's texts, in pieces of a bounded size.
         source_bytes: of all sources.
-        workers: cores to compare on.
     """
     if wanted == REFERENCE:
         return _reference("--tokenizer-backend")
     if source_bytes < WORTH_IT:
         return _reference(f"the sources have less than {WORTH_IT >> 20} MiB, which is too little for {FAST} to pay")
-    compared = 0
-    with _broad_errors() as problem, _threads(workers):
-        fast, reference = Fast(tokenizer_json, workers), Reference(tokenizer_json)
-        for batch in _batches(texts):
-            if (place := first_difference(fast, reference, batch)) is not None:
-                return _reference(f"{FAST} gives other ids for {_shown(batch[place])}")
-            compared += sum(len(text.encode()) for text in batch)
-    if problem:
-        return _reference(f"{FAST} cannot run this tokenizer ({problem[0]})")
+    return None
+
+
+def compare(tokenizer_json: str, texts: list[str]) -> Compared:
+    """The ids of these texts by both back ends."""
+    with _broad_errors() as problem:
+        place = first_difference(Fast(tokenizer_json), Reference(tokenizer_json), texts)
+        if place is not None:
+            return Compared(problem=f"{FAST} gives other ids for {_shown(texts[place])}")
+        return Compared(size=sum(len(text.encode()) for text in texts))
+    return Compared(problem=f"{FAST} cannot run this tokenizer ({problem[0]})")
+
+
+def verdict(compared: Iterable[Compared]) -> Choice:
+    """The back end, by the `beginning` of the text: fastokens if every id is the same."""
+    size = 0
+    for each in compared:
+        if each.problem is not None:
+            return _reference(each.problem)
+        size += each.size
+    if not size:
+        return _reference("the sources have no text")
     version = importlib.metadata.version(FAST)
-    reason = f"those of {REFERENCE} {importlib.metadata.version(REFERENCE)} on the first {compared} bytes of text"
-    return Choice(name=FAST, version=version, reason=reason, compared_bytes=compared)
+    reason = f"those of {REFERENCE} {importlib.metadata.version(REFERENCE)} on the first {size} bytes of text"
+    return Choice(name=FAST, version=version, reason=reason, compared_bytes=size)
 
 
 def first_difference(fast: Backend, reference: Backend, texts: list[str]) -> int | None:
@@ -133,8 +176,8 @@ def _reference(reason: str) -> Choice:
     return Choice(name=REFERENCE, version=importlib.metadata.version(REFERENCE), reason=reason, compared_bytes=0)
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The first `COMPARED_BYTES`, about a megabyte at a time."""
+def beginning(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The first `COMPARED_BYTES` of the user's texts, which come in pieces of a bounded size, about a megabyte at a time."""
     batch: list[str] = []
     size = total = 0
     for text in texts:
@@ -178,17 +221,6 @@ def _broad_errors() -> Iterator[list[str]]:
         raise
     except BaseException as error:  # noqa: BLE001 -- a panic of Rust is no Exception
         problem.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """The reference encodes on so many threads."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if count > 1 else "false"
-    try:
-        yield
-    finally:
-        os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
 
 
 def _shown(text: str) -> str:

@@ -93,11 +93,11 @@ def in_turn(corpus: Path, recipe: Any, folder: Path) -> Seconds:
     """CPU seconds of reading, of the tokenizer on texts in memory, and of both with all that a worker does with them."""
     from shared.data import parts
     from shared.data.documents import line_blocks
-    from shared.data.tokenizer_backends import Reference, open_backend
+    from shared.data.tokenizer_backends import REFERENCE, open_backend
 
     folder.mkdir()
     parts.init_worker(recipe, folder)
-    parts._worker["reference"] = Reference(recipe.tokenizer_json)  # opened once a worker, however long it works
+    parts._backend(REFERENCE)  # opened once a worker, however long it works
     backend = open_backend(recipe.backend, recipe.tokenizer_json)
     spent = dict.fromkeys(("reading", "tokenizer", "prepare"), 0.0)
     for part in parts.plan([corpus]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,9 +49,22 @@ class SplitFilter:
 
 
 def merge(
-    finished: Parts, recipe: Recipe, fraction: float, deduplicate: Deduplicate | None, folder: Path
+    finished: Parts,
+    recipe: Recipe,
+    fraction: float,
+    deduplicate: Deduplicate | None,
+    folder: Path,
+    record_hash: Callable[[str, str], None],
 ) -> dict[str, Any]:
     """Write the splits into `folder`. Returns facts for the manifest.
+
+    Args:
+        finished: the parts.
+        recipe: how they were tokenised.
+        fraction: share of validation documents.
+        deduplicate: whether and how repeated documents are left out.
+        folder: where to write.
+        record_hash: told of the name and hash of each large file.
 
     Raises:
         UserError: a split has no document.
@@ -66,7 +79,9 @@ def merge(
     if fraction or separate:
         selection = SplitFilter(fraction=1.0 if separate else fraction, validation=True)
         name = "validation" if separate else "train"
-        splits["validation"] = _write(finished[name], kept.masks(name), selection, recipe, folder / "validation")
+        splits["validation"] = _write(
+            finished[name], kept.masks(name), selection, recipe, folder / "validation", record_hash
+        )
         if not splits["validation"].documents:
             given = "--validation has" if separate else f"--validation-fraction {fraction} leaves"
             raise UserError(f"{given} no document for validation; give more text or a larger share")
@@ -75,7 +90,7 @@ def merge(
                 [part.documents()["hash"][mask] for part, mask in zip(finished[name], kept.masks(name), strict=True)]
             )
     selection = SplitFilter(fraction=0.0 if separate else fraction, validation=False)
-    splits["train"] = _write(finished["train"], kept.masks("train"), selection, recipe, folder / "train")
+    splits["train"] = _write(finished["train"], kept.masks("train"), selection, recipe, folder / "train", record_hash)
     if not splits["train"].documents:
         raise UserError("--source has no text for training: every document is empty or went to validation")
     facts["splits"] = splits
@@ -132,6 +147,7 @@ def _write(
     selection: SplitFilter,
     recipe: Recipe,
     prefix: Path,
+    record_hash: Callable[[str, str], None],
 ) -> Split:
     dtype = token_dtype(recipe.vocab_size)
     utf8_bytes = 0
@@ -143,6 +159,7 @@ def _write(
                 tokens, lengths = part.tokens(dtype), documents["tokens"]
                 writer.add(tokens if mask.all() else tokens[np.repeat(mask, lengths)], lengths[mask])
             utf8_bytes += int(documents["bytes"][mask].sum())
+    record_hash(f"{prefix.name}.bin", writer.content_hash)
     return Split(tokens=writer.tokens, documents=writer.documents, utf8_bytes=utf8_bytes)
 
 

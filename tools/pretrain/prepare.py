@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from shared.data.parts import (
     FinishedPart,
     Part,
     Recipe,
+    compare_texts,
     init_worker,
     plan,
     tokenize_part,
@@ -39,8 +40,17 @@ from shared.data.parts import (
 from shared.data.sources import expand
 from shared.data.stretches import cut_of
 from shared.data.tokenizer import copy_tokenizer, open_tokenizer, tokenizer_hash
-from shared.data.tokenizer_backends import FAST, SAMPLED, Choice, choose
-from shared.data.workers import ordered_map, usable_cores
+from shared.data.tokenizer_backends import (
+    FAST,
+    REFERENCE,
+    SAMPLED,
+    Choice,
+    beginning,
+    choice_without_comparing,
+    verdict,
+    warm_up,
+)
+from shared.data.workers import Workers, ordered_map, usable_cores
 from shared.errors import AlreadyDone, UserError
 from shared.invocation import invocation
 from tools.pretrain.merge import Deduplicate, Parts, merge
@@ -78,23 +88,26 @@ def run(
         inputs["validation"] = validation
         if both := {f.resolve() for f in sources["train"]} & {f.resolve() for f in sources["validation"]}:
             raise UserError(f"--validation {min(both)}: this file is also in --source")
-    work = target.with_name(target.name + WORK)
+    work, held = target.with_name(target.name + WORK), None
     try:
         parents = _check(target, inputs, overwrite)
         hf_files = open_checkpoint(tokenizer, kinds=("tokenizer", "hf", "megatron"), flag="--tokenizer").hf_files
-        recipe, ends = _open_recipe(hf_files, text_key, end_of_document, bos)
-        log(str(ends))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        held = open_work(work, shard=spec is not None)
+        plans = {name: plan(files) for name, files in sources.items()}
+        every = [part for parts in plans.values() for part in parts]
+        own = [index for index in range(len(every)) if spec is None or index % spec.count + 1 == spec.index]
+        known = choice_without_comparing(tokenizer_backend, sum(part.source_bytes for part in every))
         try:
-            plans = {name: plan(files) for name, files in sources.items()}
-            every = [part for parts in plans.values() for part in parts]
-            recipe = replace(recipe, signatures=deduplicate == "minhash")
-            choice = _choose(tokenizer_backend, recipe, every, workers or usable_cores())
-            log(str(choice))
-            recipe = replace(recipe, backend=choice.name)
-            ledger = Ledger(work, every, recipe, run_fingerprint(invocation(), inputs, parents))
-            _tokenise(every, recipe, work, workers, ledger, spec)
+            with _workers(workers or usable_cores(), len(own), known, hf_files) as processes:
+                recipe, ends = _open_recipe(hf_files, text_key, end_of_document, bos)
+                log(str(ends))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                held = open_work(work, shard=spec is not None)
+                recipe = replace(recipe, signatures=deduplicate == "minhash")
+                choice, done = _begin(processes, known, recipe, every, own, work)
+                log(str(choice))
+                recipe = replace(recipe, backend=choice.name)
+                ledger = Ledger(work, every, recipe, run_fingerprint(invocation(), inputs, parents))
+                _finish(every, own, done, ledger)
             if (finished := _all_finished(ledger, plans, spec, target)) is None:
                 return
             with joining(work) as alone:
@@ -115,11 +128,12 @@ def run(
                     deduplicate,
                 )
         except UserError:
-            if work.is_dir():
+            if held is not None and work.is_dir():
                 drop_if_empty(work, held)
             raise
         finally:
-            os.close(held)
+            if held is not None:
+                os.close(held)
     except AlreadyDone:
         if work.is_dir():  # killed between publishing and clean-up
             remove_tree(work)
@@ -137,13 +151,21 @@ def _check(target: Path, inputs: Inputs, overwrite: bool) -> list[Parent]:
     return parents
 
 
+def _workers(count: int, parts: int, known: Choice | None, hf_files: Path) -> Workers:
+    """The processes, which start and open the tokenizer while `_open_recipe` does in another."""
+    if known is not None:
+        count = min(count, parts)
+    file, names = hf_files / "tokenizer.json", (REFERENCE,) if known else (FAST, REFERENCE)
+    return Workers(count, warm_up, file, names) if file.is_file() else Workers(count)
+
+
 def _open_recipe(*given: Any) -> tuple[Recipe, DocumentTokens]:
     """`_recipe`, in a process that ends with it and that has no torch: transformers would import it, which takes seconds of a
     core and half a GiB, and tokenizers need none of it.
     """
     if "torch" in sys.modules:
         return _recipe(*given)
-    return next(ordered_map(_recipe_of, [given], workers=2, setup=_without_torch))
+    return next(ordered_map(_recipe_of, [given], workers=1, setup=_without_torch, apart=True))
 
 
 def _recipe_of(given: tuple[Any, ...]) -> tuple[Recipe, DocumentTokens]:
@@ -173,8 +195,14 @@ def _recipe(
     return recipe, ends
 
 
-def _choose(wanted: str, recipe: Recipe, every: list[Part], cores: int) -> Choice:
-    """The back end, compared on the beginning of the text."""
+def _begin(
+    processes: Workers, known: Choice | None, recipe: Recipe, every: list[Part], own: list[int], work: Path
+) -> tuple[Choice, Generator[FinishedPart]]:
+    """The back end, compared on the beginning of the text, and the finished parts of this process, in order.
+
+    What is compared goes first, and the parts behind it, by the fast back end: no core waits for the last comparison. If ids
+    differ, those parts are left, and begun again by the other; their names end with the back end's.
+    """
 
     def texts() -> Iterator[str]:
         for part in every:
@@ -182,27 +210,25 @@ def _choose(wanted: str, recipe: Recipe, every: list[Part], cores: int) -> Choic
                 for _, several in documents(piece, recipe.text_key, recipe.cut, BATCH_CHARACTERS):
                     yield from several
 
-    size = sum(part.source_bytes for part in every)
-    return choose(wanted, recipe.tokenizer_json, texts(), source_bytes=size, workers=cores)
+    if known is None:
+        processes.set_up(init_worker, replace(recipe, backend=FAST), work)
+        batches = list(beginning(texts()))
+        compared = processes.map(compare_texts, batches, ahead=len(batches))
+        done = processes.map(tokenize_part, (every[index] for index in own))
+        choice = verdict(compared)
+        if choice.name == FAST:
+            return choice, done
+        compared.close()
+        done.close()
+        known = choice
+    processes.set_up(init_worker, replace(recipe, backend=REFERENCE), work)
+    return known, processes.map(tokenize_part, (every[index] for index in own))
 
 
-def _tokenise(
-    every: list[Part], recipe: Recipe, work: Path, workers: int, ledger: Ledger, shard: ShardSpec | None
-) -> None:
+def _finish(every: list[Part], own: list[int], done: Generator[FinishedPart], ledger: Ledger) -> None:
     """Tokenise the parts of this process: all, or those of the shard."""
-    own = [index for index in range(len(every)) if shard is None or index % shard.count + 1 == shard.index]
-    if not own:
-        return
-    processes = min(workers or usable_cores(), len(own))
     reused = 0
     with progress(sum(every[index].source_bytes for index in own), "bytes", "tokenising") as advance:
-        done = ordered_map(
-            tokenize_part,
-            (every[index] for index in own),
-            workers=processes,
-            setup=init_worker,
-            setup_arguments=(recipe, work),
-        )
         for index, part in zip(own, done, strict=True):
             ledger.record(index, part)
             reused += part.reused
@@ -252,7 +278,7 @@ def _publish(
     """Join the parts and publish. Returns the facts of the manifest."""
     every = [part for parts in finished.values() for part in parts]
     with publish(target, kind="dataset", inputs=inputs, overwrite=overwrite, parents=parents) as out:
-        merged = merge(finished, recipe, validation_fraction, deduplicate, out.path)
+        merged = merge(finished, recipe, validation_fraction, deduplicate, out.path, out.record_hash)
         copy_tokenizer(hf_files, out.path / "tokenizer")
         backend: dict[str, Any] = {"name": choice.name, "version": choice.version, "reason": choice.reason}
         if choice.name == FAST:

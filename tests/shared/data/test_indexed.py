@@ -7,17 +7,21 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
+from shared.checkpoint.files import hash_file
 from shared.data import indexed
 from shared.data.indexed import IndexedReader, IndexedWriter, token_dtype
 from shared.errors import UserError
 
 
 @pytest.mark.parametrize("vocab_size", [300, 65499, 65500, 150_000])
-def test_the_files_are_those_of_megatrons_own_writer(tmp_path: Path, vocab_size: int) -> None:
+def test_the_files_are_those_of_megatrons_own_writer(
+    tmp_path: Path, vocab_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dtype = token_dtype(vocab_size)
     assert dtype == np.dtype(DType.optimal_dtype(vocab_size))
     random = np.random.default_rng(0)
     documents = [random.integers(0, vocab_size, size).astype(dtype) for size in (3, 1, 700, 12)]
+    monkeypatch.setattr(indexed, "_WRITTEN", 1000)
 
     theirs = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype.type)
     for document in documents:
@@ -28,6 +32,7 @@ def test_the_files_are_those_of_megatrons_own_writer(tmp_path: Path, vocab_size:
         ours.add(np.concatenate(documents[:3]), [len(d) for d in documents[:3]])
         ours.add(documents[3], [len(documents[3])])
     assert (ours.tokens, ours.documents) == (716, 4)
+    assert ours.content_hash == hash_file(tmp_path / "ours.bin")
 
     for suffix in ("bin", "idx"):
         assert (tmp_path / f"ours.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()

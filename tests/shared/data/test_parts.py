@@ -38,7 +38,7 @@ def test_a_sampled_document_with_other_ids_is_named(
     monkeypatch.setattr(parts, "SAMPLED", 1)
     init_worker(recipe, tmp_path / "work")
     (part,) = plan([tmp_path / "rows.jsonl"])
-    parts._worker["backend"] = Wrong(recipe.tokenizer_json)
+    parts._worker["fastokens"] = Wrong(recipe.tokenizer_json)
     with pytest.raises(UserError, match=r"rows\.jsonl:18: fastokens gives this text other ids .* --tokenizer-backend"):
         tokenize_part(part)
     assert not list((tmp_path / "work").iterdir())

@@ -1,9 +1,7 @@
 """The fast back end beside `tokenizers`, and that a difference is seen, whichever it is."""
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,16 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
 from shared.data import tokenizer_backends as module
-from shared.data.tokenizer_backends import Fast, Reference, choose, first_difference
+from shared.data.tokenizer_backends import (
+    Fast,
+    Reference,
+    beginning,
+    choice_without_comparing,
+    compare,
+    first_difference,
+    verdict,
+)
 from shared.errors import UserError
-from tests.workers import ROOT
 
 SOURCES = sorted(Path(module.__file__).parent.glob("*.py"))
 TEXTS = [path.read_text() for path in SOURCES] + [
@@ -52,8 +57,11 @@ def kinds() -> dict[str, str]:
     }
 
 
-def _choose(kind: str, texts: list[str], wanted: str = "auto") -> module.Choice:
-    return choose(wanted, kind, iter(texts), source_bytes=1 << 30, workers=1)
+def _choose(
+    kind: str, texts: Iterable[str], wanted: str = "auto", compared: Callable[..., module.Compared] = compare
+) -> module.Choice:
+    known = choice_without_comparing(wanted, 1 << 30)
+    return known or verdict(compared(kind, batch) for batch in beginning(texts))
 
 
 @pytest.mark.parametrize("name", ["ours", "gpt2", "digits"])
@@ -96,7 +104,8 @@ def test_other_ids_and_what_it_cannot_run_fall_back_and_say_why(
     assert choice.name == "tokenizers"
     assert "fastokens cannot run this tokenizer (" in choice.reason
     assert _choose(kinds["ours"], TEXTS, "tokenizers").reason == "--tokenizer-backend"
-    small = choose("auto", kinds["ours"], iter(TEXTS), source_bytes=1000, workers=1)
+    small = choice_without_comparing("auto", 1000)
+    assert small is not None
     assert (small.name, "too little" in small.reason) == ("tokenizers", True)
 
 
@@ -109,27 +118,41 @@ def test_only_the_beginning_is_compared_and_errors_of_reading_pass(
         yield from ["x" * 100] * 10
         raise UserError("not read")
 
-    assert choose("auto", kinds["ours"], texts(), source_bytes=1 << 30, workers=1).compared_bytes == 1000
+    assert _choose(kinds["ours"], texts()).compared_bytes == 1000
     monkeypatch.setattr(module, "COMPARED_BYTES", 1001)
     with pytest.raises(UserError, match="not read"):
-        choose("auto", kinds["ours"], texts(), source_bytes=1 << 30, workers=1)
+        _choose(kinds["ours"], texts())
 
 
-def test_the_comparison_takes_the_cores_it_is_given(kinds: dict[str, str]) -> None:
-    script = (
-        "import os, sys; from shared.data.tokenizer_backends import choose\n"
-        "content = sys.stdin.read(); before = len(os.listdir('/proc/self/task'))\n"
-        "choice = choose('auto', content, ['some words of text'] * 5000, source_bytes=1 << 30, workers=5)\n"
-        "print(choice.name, len(os.listdir('/proc/self/task')) - before)"
-    )
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAYON", "TOKENIZERS"))}
-    words = [sys.executable, "-c", script]
-    done = subprocess.run(
-        words, input=kinds["gpt2"], env=environment, capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    name, threads = done.stdout.split()
-    assert name == "fastokens"
-    assert int(threads) >= 5, "one thread for each core, at least of tokenizers"
+def test_one_difference_is_the_verdict_and_nothing_more_is_compared(kinds: dict[str, str]) -> None:
+    seen = []
+
+    def compared(kind: str, batch: list[str]) -> module.Compared:
+        seen.append(len(batch))
+        return compare(kind, batch) if len(seen) < 3 else module.Compared(problem="the third differs")
+
+    choice = _choose(kinds["ours"], ["x" * 600_000] * 12, compared=compared)
+    assert (choice.name, choice.reason, choice.compared_bytes) == ("tokenizers", "the third differs", 0)
+    assert seen == [2, 2, 2]
+    assert verdict([]).name == "tokenizers", "nothing was compared"
+
+
+def test_a_tokenizer_that_was_opened_early_is_not_opened_again(kinds: dict[str, str], tmp_path: Path) -> None:
+    """transformers adds a post-processor to what tokenizer.json says; no back end is asked for that."""
+    file = tmp_path / "tokenizer.json"
+    file.write_text(kinds["gpt2"])
+    module.warm_up(file, ("fastokens", "tokenizers"))
+    template = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}], "pair": [
+        {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}], "special_tokens": {}}  # fmt: skip
+    opened = json.dumps(json.loads(kinds["gpt2"]) | {"post_processor": template})
+    misses = [each.cache_info().misses for each in (module._fast_tokenizer, module._reference_tokenizer)]
+    assert first_difference(Fast(opened), Reference(opened), TEXTS) is None
+    assert [each.cache_info().misses for each in (module._fast_tokenizer, module._reference_tokenizer)] == misses
+    other = json.loads(opened)
+    del other["added_tokens"][-1]
+    ids, _ = Reference(json.dumps(other)).encode(["<|not special|>"])
+    assert len(ids) > 1, "another tokenizer is opened for itself"
+    module.warm_up(tmp_path / "none.json", ("fastokens",))  # what is wrong is told by who opens it for use
 
 
 def test_the_first_text_that_differs_is_found() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.data.workers import ordered_map
+from shared.data.workers import Workers, ordered_map
 from shared.errors import StageError, UserError
 
 
@@ -39,6 +39,58 @@ def test_the_workers_error_is_raised_here(workers: int) -> None:
 def test_a_dead_worker_ends_the_work() -> None:
     with pytest.raises(StageError, match="worker process died"):
         list(ordered_map(_square, [1, 17, 2], workers=2, setup=_nothing))
+
+
+_seen: list[str] = []
+
+
+def _remember(word: str) -> None:
+    _seen.append(word)
+
+
+def _told(_: int) -> tuple[int, list[str]]:
+    return os.getpid(), list(_seen)
+
+
+def test_every_process_is_told_what_is_known_late() -> None:
+    with Workers(2, _remember, "early") as processes:
+        processes.set_up(_remember, "first")
+        ((_, first),) = processes.map(_told, range(1))  # the other process has no item
+        processes.set_up(_remember, "second")
+        found = list(processes.map(_told, range(8)))
+    assert first == ["early", "first"]
+    for process, seen in found:
+        assert seen in (["early", "first", "second"], ["early", "second"])
+        assert process != os.getpid()
+    with Workers(1, _remember, "early") as here:
+        here.set_up(_remember, "first")
+        assert next(here.map(_told, [0])) == (os.getpid(), ["first"])
+    _seen.clear()
+    ((process, _),) = ordered_map(_told, [0], workers=1, setup=_nothing, apart=True)
+    assert process != os.getpid()
+
+
+def test_so_many_items_are_read_ahead() -> None:
+    with Workers(2) as processes:
+        items = iter(range(20))
+        first, second = processes.map(_square, items, ahead=2), processes.map(_square, items)
+        assert next(items) == 8  # 2, and 3 for each process
+        second.close()
+        assert next(first) == 0
+    items = iter(range(20))
+    with Workers(1) as here:
+        here.map(_square, items, ahead=2)
+    assert next(items) == 0, "in this process nothing is"
+
+
+def test_a_worker_does_not_import_the_main_module_again(tmp_path: Path) -> None:
+    root = str(Path(__file__).resolve().parents[3])
+    (tmp_path / "job.py").write_text("def nothing(): pass\ndef sleep(folder): return folder\n")
+    (tmp_path / "main.py").write_text(
+        f"open({str(tmp_path / 'imports')!r}, 'a').write('x')\n" + SCRIPT.format(root=root, folder=str(tmp_path))
+    )
+    subprocess.run([sys.executable, str(tmp_path / "main.py")], check=True)
+    assert (tmp_path / "imports").read_text() == "x"
 
 
 SCRIPT = """

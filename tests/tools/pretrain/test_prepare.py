@@ -17,10 +17,12 @@ from transformers import AutoTokenizer
 import shared.data.parts as parts
 import shared.data.tokenizer_backends as tokenizer_backends
 from shared.checkpoint.directory.open import open_checkpoint
+from shared.checkpoint.files import hash_file
 from shared.cli import invoked
 from shared.data.parts import init_worker, plan
 from shared.data.sources import Piece, expand, texts
 from shared.errors import AlreadyDone, UserError
+from tests.tools.pretrain import comparing
 from tools.pretrain import prepare
 from tools.pretrain.train_bpe import train, write
 
@@ -154,6 +156,32 @@ def test_the_fast_back_end_gives_the_same_dataset(
     assert backend["name"] == "fastokens"
     assert backend["compared_bytes"] == sum(len(text.encode()) for text in TEXTS)
     assert backend["sampled_texts"] > 10
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ids_that_differ_end_in_the_same_dataset_without_the_fast_back_end(
+    source: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Parts by the fast back end are begun behind the comparison, and left when it fails."""
+    monkeypatch.setattr(parts, "PART_BYTES", 500)
+    slow = _prepare(source, tokenizer, tmp_path / "slow")
+    monkeypatch.setattr(tokenizer_backends, "WORTH_IT", 0)
+    fast = _prepare(source, tokenizer, tmp_path / "fast", workers=workers)
+    monkeypatch.setattr(prepare, "compare_texts", comparing.other_ids)
+    other = _prepare(source, tokenizer, tmp_path / "other", workers=workers)
+    used = [facts.pop("tokenizer_backend") for facts in (slow, fast, other)]
+    assert [backend["name"] for backend in used] == ["tokenizers", "fastokens", "tokenizers"]
+    here = f"process {os.getpid()} found other ids"
+    assert "found other ids" in used[2]["reason"]
+    assert (used[2]["reason"] == here) == (workers == 1), "where the work is"
+    assert slow == fast == other
+    for name in ("train.bin", "train.idx"):
+        content = {(tmp_path / each / name).read_bytes() for each in ("slow", "fast", "other")}
+        assert len(content) == 1
+    manifest = json.loads((tmp_path / "fast" / "manifest.json").read_text())
+    for name, entry in manifest["files"].items():
+        assert entry["hash"] == hash_file(tmp_path / "fast" / name)
+    assert not list(tmp_path.glob("*.work"))
 
 
 @pytest.mark.parametrize("method", ["exact", "minhash"])
