@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from shared.data.parts import FinishedPart, Part, Recipe, finished_part, is_fini
 from shared.errors import UserError
 
 WORK = ".work"
+_PATIENCE = 2.0  # seconds that a shard waits: another one that has failed holds the folder alone while it removes it
 _JOINING = "joining"
 
 
 def open_work(work: Path, *, shard: bool = False) -> int:
     """Create or reopen the folder of parts, and lock it: alone, or as one of several shards. Returns the descriptor."""
+    until = time.monotonic() + (_PATIENCE if shard else 0)
     while True:
         work.mkdir(exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # another process has removed it meanwhile
@@ -35,14 +38,22 @@ def open_work(work: Path, *, shard: bool = False) -> int:
                 fcntl.flock(held, (fcntl.LOCK_SH if shard else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(held)
+                if time.monotonic() < until:
+                    time.sleep(0.05)
+                    continue
                 raise UserError(f"--target: another process is preparing into {work}; wait for it or stop it") from None
             if work.exists() and os.path.samestat(work.stat(), os.fstat(held)):
                 break
             os.close(held)
     if not shard:
-        for left in work.glob("*.new-*"):
-            left.unlink()
+        _drop_unfinished(work)
     return held
+
+
+def _drop_unfinished(work: Path) -> None:
+    """Remove what killed processes were writing; nobody else works in the folder."""
+    for left in work.glob("*.new-*"):
+        left.unlink()
 
 
 @contextlib.contextmanager
@@ -68,6 +79,7 @@ def drop_if_empty(work: Path, held: int) -> None:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:  # another shard works in it
         return
+    _drop_unfinished(work)
     if any(work.iterdir()):
         log(f"finished parts are kept in {work} for the next run")
     else:

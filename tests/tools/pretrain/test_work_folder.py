@@ -16,9 +16,9 @@ from shared.cli import invoked
 from shared.data.parts import plan
 from shared.data.sources import expand
 from shared.errors import AlreadyDone, UserError
-from tools.pretrain import prepare
+from tools.pretrain import prepare, work_folder
 from tools.pretrain.train_bpe import train, write
-from tools.pretrain.work_folder import joining, open_work
+from tools.pretrain.work_folder import drop_if_empty, joining, open_work
 
 TEXTS = [f"def f{i}(x):\n    return x * {i}\n" * (1 + i % 5) for i in range(60)]
 Prepare = Callable[..., dict[str, Any]]
@@ -166,6 +166,32 @@ def test_a_folder_that_goes_while_it_is_opened_is_made_again(tmp_path: Path, mon
     assert len(removed) == 1
     assert os.path.samestat(work.stat(), os.fstat(held))
     os.close(held)
+
+
+def test_a_shard_waits_while_one_that_failed_removes_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, before, refused = tmp_path / "out.work", fcntl.flock, []
+
+    def late(descriptor: int, operation: int) -> None:
+        if not refused:  # `drop_if_empty` of the other holds it alone
+            refused.append(work.rmdir())
+            raise BlockingIOError
+        before(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    held = open_work(work, shard=True)
+    assert os.path.samestat(work.stat(), os.fstat(held))
+    monkeypatch.undo()
+    (work / "part.tokens.new-1-a").touch()  # of a worker that was ended as it wrote
+    drop_if_empty(work, held)
+    assert not work.exists()
+    os.close(held)
+    alone = open_work(work)
+    monkeypatch.setattr(work_folder, "_PATIENCE", 0.2)
+    with pytest.raises(UserError, match="another process"):
+        open_work(work, shard=True)
+    os.close(alone)
 
 
 @pytest.mark.parametrize("shard", ["0/4", "5/4", "2", "a/4", "1/0"])
