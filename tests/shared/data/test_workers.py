@@ -83,6 +83,19 @@ def test_so_many_items_are_read_ahead() -> None:
     assert next(items) == 0, "in this process nothing is"
 
 
+def _touch(path: Path) -> None:
+    time.sleep(0.2)
+    path.touch()
+
+
+def test_items_that_nobody_waits_for_are_not_done(tmp_path: Path) -> None:
+    with Workers(2) as processes:
+        left = processes.map(_touch, [tmp_path / str(number) for number in range(30)], ahead=30)
+        left.close()
+        assert list(processes.map(_square, [3])) == [9]
+        assert len(list(tmp_path.iterdir())) < 15, "all but those on their way to a process are cancelled"
+
+
 def test_a_worker_does_not_import_the_main_module_again(tmp_path: Path) -> None:
     root = str(Path(__file__).resolve().parents[3])
     (tmp_path / "job.py").write_text("def nothing(): pass\ndef sleep(folder): return folder\n")
