@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+SERVERS = ("serve", "rollouts")  # commands of infer
 DEFAULTS = {"--host": "127.0.0.1", "--port": "8000"}
 EVERYWHERE = ("0.0.0.0", "::", "")  # wildcard addresses include the loopback
 
@@ -24,7 +25,7 @@ def command_lines() -> Iterator[list[str]]:
 def address(words: list[str]) -> str | None:
     """`host:port` of the server that the command line starts, or None."""
     for index, word in enumerate(words[:-1]):
-        if Path(word).name == "infer" and words[index + 1] == "serve":
+        if Path(word).name == "infer" and words[index + 1] in SERVERS:
             break
     else:
         return None

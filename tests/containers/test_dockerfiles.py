@@ -143,6 +143,7 @@ def test_the_slim_lock_is_a_part_of_the_whole_one() -> None:
         ("infer serve --port=9000 --host=10.0.0.7", "10.0.0.7:9000"),
         ("infer serve --host ::1", "[::1]:8000"),
         ("infer serve --host ::", "127.0.0.1:8000"),
+        ("infer rollouts --source hf --policies p --host 0.0.0.0", "127.0.0.1:8000"),
         ("infer generate --source serve", None),
         ("/sbin/docker-init -- infer serve", "127.0.0.1:8000"),
         ("python /opt/baton/healthy.py", None),
