@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,32 +42,59 @@ def test_dpo_with_sharded_weights_is_one_process(world, rlhf, process, metrics):
         assert (tensor - theirs[name]).abs().max() < 10 * TOLERANCE, name  # weights that moved by up to 7e-3
 
 
-def test_grpo_with_sharded_weights_resumes_to_the_same_result(world, process, metrics):
-    """SIGKILL of a process in the third roll-out; then the same command."""
-    usual = {
-        "source": world.policy,
-        "prompts": world.prompts,
-        "reward": world.reward("disturbed"),
-        "learning_rate": 1e-3,
-    }
+REWARD = """
+import os, time
+from pathlib import Path
+
+order, calls = Path({order!r}), 0
+
+def reds(prompts, completions, **columns):
+    global calls
+    calls += 1
+    if os.environ["RANK"] == "1" and calls == 2 and order.exists():
+        number = int(order.read_text())
+        order.write_text(str(time.time()))
+        os.kill(os.getpid(), number)
+        time.sleep(300)  # one that is stopped is woken to say where it stands
+    return [text.split().count("red") / max(1, len(text.split())) for text in completions]
+"""
+
+
+def test_grpo_with_sharded_weights_resumes_to_the_same_result_after_a_dead_rank(world, process, metrics, tmp_path):
+    """SIGKILL of a rank in the second update, then SIGSTOP in the third; and the same command each time."""
+    order, rewards = tmp_path / "order", tmp_path / "rewards.py"
+    rewards.write_text(REWARD.format(order=str(order)))
+    usual = {"source": world.policy, "prompts": world.prompts, "reward": f"py:{rewards}:reds", "learning_rate": 1e-3}
     usual |= {"micro_batch_size": 8, "steps": 4, "global_batch_size": 16, "max_new_tokens": 12, "kl_coefficient": 0.01}
     usual |= {"save_every": 1, "zero": 3, "processes": 2}
-    whole, killed = world.root / "grpo-zero", world.root / "grpo-zero-killed"
+    whole, died = tmp_path / "whole", tmp_path / "died"
     done = process("grpo", **usual, target=whole)
     assert done.returncode == 0, done.stderr
     assert max(row["log_prob_gap"] for row in metrics(whole)) < 1e-5
     before, after = (load_file(place / "model.safetensors") for place in (world.policy, whole))
     assert sum(not before[name].equal(after[name]) for name in before) >= len(before) - 1
-    world.order.write_text(str(int(signal.SIGKILL)))
-    assert process("grpo", **usual, target=killed).returncode not in (0, 2)
-    assert not killed.exists()
-    shards = list(killed.with_name("grpo-zero-killed.state").rglob("zero_pp_rank_?_mp_rank_00_model_states.pt"))
-    assert sorted(path.name[13] for path in shards) == ["0", "1"], "each process saves its part of the weights"
-    done = process("grpo", **usual, target=killed)
+
+    for update, fault, said in (
+        (1, signal.SIGKILL, "worker 1 was killed by SIGKILL"),
+        (2, signal.SIGSTOP, "rank 1 hangs: for "),
+    ):
+        order.write_text(str(int(fault)))
+        done = process("grpo", **usual, target=died, hang_timeout=8)
+        assert time.time() - float(order.read_text()) < 60
+        order.unlink()
+        assert done.returncode == 1, done.stderr
+        assert len([line for line in done.stderr.splitlines() if said in line]) == 1, done.stderr
+        assert not died.exists()
+        (state,) = (path.parent for path in died.with_name("died.state").rglob("complete"))
+        assert state.name == f"checkpoint-{update}"
+        shards = state.rglob("zero_pp_rank_?_mp_rank_00_model_states.pt")
+        assert sorted(path.name[13] for path in shards) == ["0", "1"], "each process saves its part of the weights"
+    assert "'update 3: rewards'" in done.stderr  # where it hangs
+    done = process("grpo", **usual, target=died)
     assert done.returncode == 0, done.stderr
     assert "resuming after update 2" in done.stderr
-    assert metrics(killed) == metrics(whole)
-    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert metrics(died) == metrics(whole)
+    assert (died / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 def test_a_reward_model_with_sharded_gradients(world, process):
@@ -142,7 +170,7 @@ def stages(world, tmp_path_factory):
     }
     flags = {"dpo": rows, "kto": rows | {"epochs": 0.5}, "rloo": prompts | {"temperature": 0.8}}
     runs = []
-    for stage in (0, 2, 3):  # 0 first: what accelerate is told of DeepSpeed stays in the environment
+    for stage in (0, 2, 3):
         for command in [name for name, asked in STAGES.items() if stage in asked]:
             words = given | flags[command] | {"zero": stage, "target": work / f"{command}-{stage}"}
             runs.append([command, *(f"--{name.replace('_', '-')}={value}" for name, value in words.items())])
