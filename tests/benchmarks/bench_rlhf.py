@@ -45,8 +45,8 @@ def red(prompts, completions, **columns):
 Figures = dict[str, float]
 
 
-def make_inputs(work: Path, hidden: int, layers: int) -> None:
-    """policy/, prompts.jsonl and rewards.py."""
+def make_inputs(work: Path, hidden: int, layers: int, words: int = 8) -> None:
+    """policy/, prompts.jsonl with prompts of so many words, a token each, and rewards.py."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -66,7 +66,7 @@ def make_inputs(work: Path, hidden: int, layers: int) -> None:
     model = LlamaForCausalLM(config)
     model.save_pretrained(work / "policy")
     tokenizer.save_pretrained(work / "policy")
-    rows = [" ".join(WORDS[(row + place) % len(WORDS)] for place in range(8)) for row in range(64)]
+    rows = [" ".join(WORDS[(row + place) % len(WORDS)] for place in range(words)) for row in range(64)]
     (work / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows), encoding="utf-8")
     (work / "rewards.py").write_text(REWARD, encoding="utf-8")
 
