@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -170,6 +171,10 @@ class PreferenceOptions(Options):
     def inputs(self) -> dict[str, Path | list[Path]]:
         """Input files and directories."""
         return {"source": self.source, "data": self.data}
+
+    def updates(self, rows: int) -> int:
+        """How many are made on so many rows: whole ones in each epoch, the last one of an epoch with what is left."""
+        return math.ceil(self.epochs * math.ceil(rows / self.global_batch_size))
 
     def length_within(self, context_length: int) -> int:
         """The maximum tokens of a sequence; UserError if `--sequence-length` is above the model's context."""

@@ -21,6 +21,7 @@ from shared.report.metrics import METRICS, read
 from shared.report.track import FOLDERS
 from shared.runtime import progress
 from shared.runtime.agreement import on_rank_0
+from tools.rlhf.engines.deepspeed import USE_DEEPSPEED
 from tools.rlhf.engines.distributed import DistributedContext
 from tools.rlhf.options import PolicyOptions, PreferenceOptions
 from tools.rlhf.state import State
@@ -72,6 +73,7 @@ def open_training(options: PreferenceOptions | PolicyOptions, distributed: Distr
     """As `open_run`, for a command's options; ranks of several are watched. UserError if they do not fit processes or device."""
     options.check(distributed.world_size)
     options.check_device(distributed.device.type)
+    told = os.environ.get(USE_DEEPSPEED)
     if distributed.world_size > 1:  # one alone holds nobody up; a first roll-out may take any time
         progress.begin(options.hang_timeout, first_update=math.inf)
     try:
@@ -82,6 +84,9 @@ def open_training(options: PreferenceOptions | PolicyOptions, distributed: Distr
             yield context
     finally:
         progress.end()
+        os.environ.pop(USE_DEEPSPEED, None)  # a run of this process without ZeRO may follow
+        if told is not None:
+            os.environ[USE_DEEPSPEED] = told
 
 
 @contextmanager

@@ -30,6 +30,12 @@ def test_one_for_each_gpu_where_batches_allow_it(world, kind, sizes, by_gpus):
     assert {gpus: made.processes_on(gpus) for gpus in by_gpus} == by_gpus
 
 
+def test_a_part_of_an_epoch_is_one_of_its_updates(world):
+    """As transformers' Trainer counts: of 240 rows 7 whole updates of 32 and one of 16 are an epoch."""
+    given = {1.0: 8, 0.4: 4, 2.5: 20, 0.01: 1}
+    assert {epochs: options(DPOOptions, world, epochs=epochs).updates(240) for epochs in given} == given
+
+
 def test_the_command_starts_so_many(world, rlhf, monkeypatch):
     """Without `--processes`, and outside of a job of torchrun or Slurm."""
     from shared.runtime import launch

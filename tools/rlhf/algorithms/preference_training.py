@@ -132,16 +132,14 @@ def _print_plan(
     rows: HeldOut[Row],
     distributed: DistributedContext,
 ) -> None:
-    updates = math.ceil(options.epochs * len(rows.train) / options.global_batch_size)
+    updates = options.updates(len(rows.train))
     dropped = "".join(f", {count} dropped as {reason}" for reason, count in rows.dropped.items())
     log(f"policy    {source.path}, context {source.context_length}")
     log_aside(source)
     log(f"{algorithm.rows:<9} {len(rows.train)} to train on, {len(rows.validation)} held out{dropped}")
     for line in algorithm.plan:
         log(line)
-    log(
-        f"training  about {updates} updates of {options.global_batch_size} {algorithm.rows}, {options.epochs:g} epoch(s)"
-    )
+    log(f"training  {updates} updates of {options.global_batch_size} {algorithm.rows}, {options.epochs:g} epoch(s)")
     log(
         f"machine   {distributed.world_size} process(es) on {distributed.device.type}, ZeRO stage {options.zero}, "
         f"{options.precision_on(distributed.device.type)}"

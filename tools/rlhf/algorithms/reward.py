@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 import torch
@@ -119,7 +118,7 @@ def new_reward_model(source: Source, seed: int, dtype: torch.dtype = torch.float
 
 def _print_plan(options: RewardOptions, source: Source, pairs: HeldOut[Pair], distributed: DistributedContext) -> None:
     longest = max(max(len(pair.chosen), len(pair.rejected)) for pair in pairs.train)
-    updates = math.ceil(options.epochs * len(pairs.train) / options.global_batch_size)
+    updates = options.updates(len(pairs.train))
     log(f"model     {source.path}, context {source.context_length}")
     log_aside(source)
     log(
@@ -127,7 +126,7 @@ def _print_plan(options: RewardOptions, source: Source, pairs: HeldOut[Pair], di
         f"({', '.join(f'{count} as {reason}' for reason, count in pairs.dropped.items())}); "
         f"the longest sequence has {longest} tokens"
     )
-    log(f"training  about {updates} updates of {options.global_batch_size} pairs, {options.epochs:g} epoch(s)")
+    log(f"training  {updates} updates of {options.global_batch_size} pairs, {options.epochs:g} epoch(s)")
     log(
         f"machine   {distributed.world_size} process(es) on {distributed.device.type}, ZeRO stage {options.zero}, "
         f"{options.precision_on(distributed.device.type)}"

@@ -24,6 +24,8 @@ from shared.precision import TrainingPrecision
 from shared.runtime.world import join_world
 from tools.rlhf.engines.distributed import DistributedContext
 
+USE_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"  # the variable by which accelerate is told
+
 
 def initialize_distributed() -> DistributedContext:
     """Initialise DeepSpeed and the process group, from torchrun's environment or for one process."""
@@ -219,7 +221,7 @@ def zero_config(stage: int, offload: bool) -> dict[str, Any]:
 
 def trainer_config(zero: int, offload: bool = False) -> dict[str, Any]:
     """DeepSpeed's part of a transformers Trainer's arguments: ZeRO, torch's AdamW. The Trainer fills in what is `auto`."""
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    os.environ[USE_DEEPSPEED] = "true"
     adam = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
     return {
         "train_micro_batch_size_per_gpu": "auto",

@@ -43,9 +43,11 @@ def test_the_published_policy_samples_what_was_preferred(world, trained, sampled
     assert {"report.html", "metrics.jsonl", "manifest.json", "tensorboard"} <= {path.name for path in trained.iterdir()}
 
 
-def test_at_learning_rate_zero_nothing_moves(world, rlhf, metrics, unmoved, trainers):
+def test_at_learning_rate_zero_nothing_moves(world, rlhf, metrics, unmoved, trainers, capsys):
     target = world.root / "dpo-control"
-    assert rlhf("dpo", **flags(world, target, learning_rate=0.0, epochs=0.5)) == 0
+    assert rlhf("dpo", **flags(world, target, learning_rate=0.0, validation_fraction=0, epochs=0.4)) == 0
+    assert "training  4 updates of 32 pairs, 0.4 epoch(s)" in capsys.readouterr().err  # 240 pairs make 8, 0.4 of them
+    assert len(metrics(target)) == 4
     unmoved(target)
     # Policy and reference differ by the padding of their batches only: float32, sums of nine log-probabilities.
     assert all(row["loss"] == pytest.approx(math.log(2), abs=1e-6) for row in metrics(target))
