@@ -1,9 +1,10 @@
 """Phases of a step of `rlhf ppo` and `rlhf grpo`, beside TRL and trlx alone on the same model and batch: `make bench-rlhf`.
 
-    python tests/benchmarks/bench_rlhf.py [--hidden 256] [--layers 4] [--batch 32] [--tokens 32] [--steps 8] [--record]
+    python tests/benchmarks/bench_rlhf.py [--hidden 256] [--layers 4] [--batch 32] [--tokens 32] [--steps 8]
+        [--rounds 3] [--record]
 
 One process on one thread, a random LLaMA, prompts of 8 tokens, a reward that counts a word. Of each way the median seconds of a
-step after the first two, and of its phases:
+step after the first two, and of its phases; then the median of the rounds, in each of which every way is measured once:
 
     publish   the policy to the sampler; in process there is nothing to hand over
     rollout   `generate`
@@ -13,7 +14,8 @@ step after the first two, and of its phases:
 
 trlx's ways are there where BATON_TRLX names it. Its own trainer does not start with today's libraries: alone is the class
 with what makes it start, without our loop, sampler, state and metrics. GRPO's own check of the sampler's log-probabilities is
-part of forward. `--record` keeps the figures in `results/`.
+part of forward. Overhead is what a step of ours takes longer than the library's alone in the same round: the median, the
+least and the most of the rounds. `--record` keeps the figures in `results/`.
 """
 
 from __future__ import annotations
@@ -267,40 +269,58 @@ WAYS: dict[str, Callable[[argparse.Namespace, Path], Figures]] = {
 PAIRS = {"rlhf grpo": "TRL's GRPOTrainer alone", "rlhf ppo --backend trlx": "trlx alone"}
 
 
-def measure(given: argparse.Namespace) -> dict[str, Figures]:
-    """Way -> figures; each way that is here."""
+def measure(given: argparse.Namespace) -> list[dict[str, Figures]]:
+    """Way -> figures, round by round; each way that is here."""
     import torch
 
     from tools.rlhf.engines import trlx_package
 
     torch.set_num_threads(1)
-    found: dict[str, Figures] = {}
+    rounds: list[dict[str, Figures]] = []
     here = [way for way in WAYS if "trlx" not in way or os.environ.get(trlx_package.VARIABLE)]
-    with tempfile.TemporaryDirectory(prefix="bench-rlhf-") as folder:
-        make_inputs(Path(folder), given.hidden, given.layers)
-        for way in here:
-            print(f"measuring {way}", file=sys.stderr, flush=True)
-            found[way] = WAYS[way](given, Path(folder))
-    return found
+    for number in range(1, given.rounds + 1):
+        found: dict[str, Figures] = {}
+        with tempfile.TemporaryDirectory(prefix="bench-rlhf-") as folder:
+            make_inputs(Path(folder), given.hidden, given.layers)
+            for way in here:
+                print(f"round {number}: {way}", file=sys.stderr, flush=True)
+                found[way] = WAYS[way](given, Path(folder))
+        rounds.append(found)
+    return rounds
 
 
-def overheads(found: dict[str, Figures]) -> dict[str, float]:
-    """What a step of ours takes longer than the library's alone, as a fraction of it."""
+def typical(rounds: Sequence[dict[str, Figures]]) -> dict[str, Figures]:
+    """Way -> figures, each the median of the rounds."""
     return {
-        ours: found[ours]["step"] / found[alone]["step"] - 1
-        for ours, alone in PAIRS.items()
-        if {ours, alone} <= {*found}
+        way: {name: statistics.median(found[way][name] for found in rounds) for name in figures}
+        for way, figures in rounds[0].items()
     }
 
 
-def table(found: dict[str, Figures]) -> str:
+def overheads(rounds: Sequence[dict[str, Figures]]) -> dict[str, Figures]:
+    """What a step of ours takes longer than the library's alone, as a fraction of it."""
+    shares = {
+        ours: [found[ours]["step"] / found[alone]["step"] - 1 for found in rounds]
+        for ours, alone in PAIRS.items()
+        if {ours, alone} <= {*rounds[0]}
+    }
+    return {
+        ours: {"median": statistics.median(each), "least": min(each), "most": max(each)}
+        for ours, each in shares.items()
+    }
+
+
+def table(rounds: Sequence[dict[str, Figures]]) -> str:
     """Markdown, in milliseconds."""
+    found = typical(rounds)
     lines = [f"| ms a step | step | {' | '.join(PHASES)} |", "|---|---|" + "---|" * len(PHASES)]
     lines += [
         f"| {way} | {1e3 * figures['step']:,.0f} | {' | '.join(f'{1e3 * figures[name]:,.1f}' for name in PHASES)} |"
         for way, figures in found.items()
     ]
-    lines += ["", *(f"{ours}: {share:+.0%} of {PAIRS[ours]}" for ours, share in overheads(found).items())]
+    lines.append("")
+    for ours, share in overheads(rounds).items():
+        lines.append(f"{ours}: {share['median']:+.0%} of {PAIRS[ours]} ({share['least']:+.0%} to {share['most']:+.0%})")
     return "\n".join(lines)
 
 
@@ -324,15 +344,21 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args(words)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    found = measure(given)
-    print(f"{machine()}\n\n{table(found)}", flush=True)
+    rounds = measure(given)
+    print(f"{machine()}\n\n{table(rounds)}", flush=True)
     if given.record:
-        settings = {name: getattr(given, name) for name in ("hidden", "layers", "batch", "tokens", "steps")}
-        content = {"machine": machine(), "settings": settings, "seconds": found, "overheads": overheads(found)}
+        settings = {name: getattr(given, name) for name in ("hidden", "layers", "batch", "tokens", "steps", "rounds")}
+        content = {
+            "machine": machine(),
+            "settings": settings,
+            "seconds": typical(rounds),
+            "overheads": overheads(rounds),
+        }
         path = given.results / "rlhf-cpu.json"
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         print(path)

@@ -9,9 +9,20 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks import bench_rlhf
+
 BENCHMARK = Path(__file__).with_name("bench_rlhf.py")
 PYTHON = Path(__file__).parents[2] / "tools/rlhf/.venv/bin/python"
-SIZE = ("--hidden=32", "--layers=1", "--batch=16", "--tokens=8", "--steps=4")
+SIZE = ("--hidden=32", "--layers=1", "--batch=16", "--tokens=8", "--steps=4", "--rounds=1")
+
+
+def test_an_overhead_is_that_of_a_round() -> None:
+    """A machine that is slower in a round is slower for both."""
+    steps = [(1.1, 1.0), (2.4, 2.0), (1.3, 1.0)]
+    rounds = [{"rlhf grpo": {"step": ours}, "TRL's GRPOTrainer alone": {"step": alone}} for ours, alone in steps]
+    (found,) = bench_rlhf.overheads(rounds).values()
+    assert found == {"median": pytest.approx(0.2), "least": pytest.approx(0.1), "most": pytest.approx(0.3)}
+    assert bench_rlhf.typical(rounds)["rlhf grpo"] == {"step": 1.3}
 
 
 def test_phases_are_those_of_a_step(tmp_path: Path) -> None:
@@ -27,6 +38,7 @@ def test_phases_are_those_of_a_step(tmp_path: Path) -> None:
         phases = sum(figures[name] for name in ("publish", "rollout", "score", "forward", "update"))
         assert phases == pytest.approx(figures["step"], rel=0.5)  # medians of each over two steps on a busy machine
     ours, alone = found["rlhf grpo"]["step"], found["TRL's GRPOTrainer alone"]["step"]
-    assert content["overheads"] == {"rlhf grpo": pytest.approx(ours / alone - 1)}
+    of_one_round = dict.fromkeys(("median", "least", "most"), pytest.approx(ours / alone - 1))
+    assert content["overheads"] == {"rlhf grpo": of_one_round}
     assert "| rlhf ppo | " in answer.stdout
     assert "of TRL's GRPOTrainer alone" in answer.stdout
