@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """A request that vLLM itself answers with 5xx, as test_every_known_error.py of infer finds."""
+    """A request that vLLM itself answers with 5xx, as test_every_upstream.py of infer finds."""
 
     name: str
     path: str  # regular expression

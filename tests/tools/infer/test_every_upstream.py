@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
+import json
 from types import SimpleNamespace
 from typing import get_args
 
 import pytest
-import torch
 import uvicorn
 from fastapi import APIRouter, FastAPI
 from fastapi.testclient import TestClient
@@ -25,104 +25,55 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_arg_string, hash_string, sanitize_model_name
+from openai.types.responses import ResponseFunctionToolCallOutputItem, ResponseOutputMessage, ResponseOutputRefusal
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.mpt.modeling_mpt import MptModel
-from vllm import LLM, AsyncEngineArgs, ModelRegistry
+from vllm import AsyncEngineArgs
 from vllm.benchmarks import serve as benchmark_client
-from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+from vllm.config import ModelConfig
 from vllm.config.lora import LoRAConfig, MaxLoRARanks
 from vllm.config.model import LogprobsMode
 from vllm.entrypoints.generate.api_router import init_generate_state
 from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve
+from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.openai.responses.utils import construct_input_messages
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora import api_router
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX, AuthenticationMiddleware
 from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
-from vllm.lora.layers import LoRAMapping
 from vllm.lora.peft_helper import PEFTHelper
-from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-from vllm.lora.punica_wrapper.punica_selector import get_punica_wrapper
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
-from vllm.model_executor.layers.attention.mla_attention import MLAAttention
-from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
-from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
-from vllm.model_executor.model_loader.reload import inplace, layerwise
-from vllm.model_executor.models import supports_lora
+from vllm.model_executor.model_loader.reload import inplace
 from vllm.model_executor.models.gpt_oss import GptOssModel
-from vllm.model_executor.models.registry import _PREVIOUSLY_SUPPORTED_MODELS, _LazyRegisteredModel
 from vllm.platforms.cpu import CpuPlatform
+from vllm.renderers.chat_utils import _parse_chat_message_content_mm_part
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm.utils.import_utils import resolve_obj_by_qualname
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-from vllm.v1.attention.backends.mla.amx_mla import AMXMLABackend
-from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
 from vllm.v1.core.kv_cache_utils import _gen_lora_extra_hash_keys
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.core_client import EngineCoreClient
-from vllm.v1.engine.llm_engine import LLMEngine
-from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
-from vllm.v1.worker.worker_base import WorkerWrapperBase
 
+from tests.hostile.known import is_known
 from tests.upstream import attributes_set, binds, calls, relies_on, says_nothing_of
 from tools.infer import served_adapters
 from tools.infer.bench import LATENCIES
-from tools.infer.engines import vllm_arguments, vllm_support
-from tools.infer.engines.lora_on_cpu import Wrapper
-from tools.infer.engines.weight_swap import RELOAD_LOGGER, WeightSwap
+from tools.infer.engines import vllm_arguments
 from tools.infer.rollouts import SAMPLING
 
 ADAPTERS = "tools/infer/adapter_policy_route.py"
 BENCH = "tools/infer/bench.py"
 DRAIN = "tools/infer/drain.py"
-ENGINE = "tools/infer/engines/vllm.py"
 EVALUATE = "tools/infer/evaluate.py"
-LORA_ON_CPU = "tools/infer/engines/lora_on_cpu.py"
 POLICY = "tools/infer/policy_route.py"
 SERVE = "tools/infer/serve.py"
-SUPPORT = "tools/infer/engines/vllm_support.py"
 SWAP = "tools/infer/engines/weight_swap.py"
 TASKS = "tools/infer/tasks.py"
-
-
-def test_a_registered_model_loads_its_class() -> None:
-    entry = ModelRegistry.models["LlamaForCausalLM"]
-    assert isinstance(entry, _LazyRegisteredModel), SUPPORT
-    binds(SUPPORT, entry.load_model_cls)
-    relies_on(SUPPORT, _LazyRegisteredModel.load_model_cls, "return getattr(mod, self.class_name)")
-    binds(SUPPORT, ModelRegistry.register_model, "name", object)
-
-
-def test_models_of_earlier_versions_are_named() -> None:
-    assert all(
-        isinstance(name, str) and version[:1].isdigit() for name, version in _PREVIOUSLY_SUPPORTED_MODELS.items()
-    )
-    assert _PREVIOUSLY_SUPPORTED_MODELS, SUPPORT
-
-
-def test_head_sizes_of_the_cpu_kernels() -> None:
-    assert 64 in CPUAttentionBackend.get_supported_head_sizes(), SUPPORT
-    # vLLM takes the second where the processor has AMX, ours asks the first
-    assert CPUMLABackend.get_supported_head_sizes() == AMXMLABackend.get_supported_head_sizes() == [576], SUPPORT
-
-
-@pytest.mark.parametrize("name", sorted(vllm_support._NOT_READ))
-def test_fields_that_a_models_class_does_not_compute(name: str) -> None:
-    field, _ = vllm_support._NOT_READ[name]
-    module = inspect.getmodule(ModelRegistry.models[name].load_model_cls())
-    if name == "GPT2LMHeadModel":  # asserted without a message
-        relies_on(SUPPORT, module, "assert not config.scale_attn_by_inverse_layer_idx")
-    else:
-        says_nothing_of(SUPPORT, module, f"config.{field}", f'"{field}"')
 
 
 def test_a_block_of_the_cache_on_a_cpu() -> None:
@@ -135,15 +86,6 @@ def test_a_block_of_the_cache_on_a_cpu() -> None:
 
 def test_workers_are_spawned_by_an_environment_variable() -> None:
     relies_on(SERVE, CpuPlatform.check_and_update_config, "os.environ['VLLM_WORKER_MULTIPROC_METHOD'] = 'spawn'")
-
-
-def test_an_engine_is_stepped() -> None:
-    assert "llm_engine" in attributes_set(LLM.__init__), ENGINE
-    binds(ENGINE, LLMEngine.add_request, None, "0", None, None)
-    binds(ENGINE, LLMEngine.step, None)
-    binds(ENGINE, LLMEngine.has_unfinished_requests, None)
-    assert "engine_core" in attributes_set(LLMEngine.__init__), ENGINE
-    binds(ENGINE, EngineCoreClient.shutdown, None)
 
 
 def test_a_server_stops_its_engine_by_shutdown() -> None:
@@ -225,49 +167,12 @@ def test_keys_guard_the_paths_below_v1() -> None:
     relies_on(POLICY, init_entrypoints_middleware, "app.add_middleware(AuthenticationMiddleware, tokens=tokens)")
 
 
-def test_a_worker_has_the_methods_of_its_extension() -> None:
-    relies_on(
-        SWAP,
-        WorkerWrapperBase.init_worker,
-        "worker_extension_cls = resolve_obj_by_qualname(parallel_config.worker_extension_cls)",
-        "worker_class.__bases__ = worker_class.__bases__ + (worker_extension_cls,)",
-    )
-    assert resolve_obj_by_qualname(WeightSwap.path) is WeightSwap
-    taken = {name for name in dir(WeightSwap) if not name.startswith("__")} & {*dir(CPUWorker)}
-    assert not taken, SWAP
-    binds(SWAP, AsyncLLM.collective_rpc, None, "method", args=())
-
-
 def test_weights_are_reloaded_from_an_iterator() -> None:
     calls(SWAP, Worker.reload_weights, "self.model_runner.reload_weights", "*args")
     binds(SWAP, GPUModelRunner.reload_weights, None, weights_iterator=iter(()))
     relies_on(SWAP, GPUModelRunner.reload_weights, "self.reset_lora_state()", "self.reset_encoder_cache()")
     says_nothing_of(POLICY, GPUModelRunner.reload_weights, "reset_prefix_cache")
     relies_on(SWAP, inplace.reload_weights, "loaded_weights = model.load_weights(weights_iterator)")
-
-
-def test_experts_are_packed_for_the_cpu_when_their_kernel_is_made() -> None:
-    relies_on(SWAP, FusedMoEMethodBase.__init__, "self.moe_kernel: mk.FusedMoEKernel | None = None")
-    relies_on(SWAP, UnquantizedFusedMoEMethod._setup_kernel, "is_weight_update = self.moe_kernel is not None")
-    relies_on(SWAP, CPUUnquantizedExperts.process_weights_after_loading, "self._pad_moe_intermediate(layer)")
-
-
-def test_a_tied_head_is_packed_by_itself() -> None:
-    relies_on(SWAP, UnquantizedEmbeddingMethod.tie_weights, "layer.weight = embed_tokens.weight")
-    method = UnquantizedEmbeddingMethod.process_weights_after_loading
-    calls(SWAP, method, "dispatch_cpu_unquantized_gemm", "layer", remove_weight="False")
-    says_nothing_of(SWAP, layerwise, "cpu_linear", "tie_weights")
-
-
-def test_a_layer_without_new_weights_is_a_warning() -> None:
-    calls(
-        SWAP,
-        layerwise.finalize_layerwise_processing,
-        "logger.warning",
-        "'%s: Failed to load weights'",
-        "layer.__class__.__name__",
-    )
-    assert layerwise.logger.name == RELOAD_LOGGER
 
 
 def test_experts_of_gpt_oss_are_written_past_the_reload() -> None:
@@ -322,38 +227,6 @@ def test_a_late_request_reads_its_own_adapter() -> None:
     relies_on(ADAPTERS, LRUCacheWorkerLoRAManager.add_adapter, "lora = self._load_adapter(lora_request)")
     key = "return [('lora', lora_request.lora_name, lora_request.lora_path)]"
     relies_on(ADAPTERS, _gen_lora_extra_hash_keys, key)
-
-
-def test_a_class_says_whether_it_computes_adapters() -> None:
-    computes = {"LlamaForCausalLM": True, "Phi3ForCausalLM": True, "FalconForCausalLM": False, "GPT2LMHeadModel": False}
-    assert {n: bool(supports_lora(ModelRegistry.models[n].load_model_cls())) for n in computes} == computes, SUPPORT
-    ours = "tools/infer/served_adapters.py"
-    calls(ours, MLAAttention.process_weights_after_loading, "split_kv_b_proj")
-    packed = {
-        n: ModelRegistry.models[n].load_model_cls().packed_modules_mapping
-        for n in ("Glm4ForCausalLM", "Phi3ForCausalLM")
-    }
-    assert packed["Glm4ForCausalLM"]["gate_up_proj"] == ["gate_proj", "up_proj"], SUPPORT
-    assert packed["Phi3ForCausalLM"]["gate_up_proj"] == ["gate_up_proj"], SUPPORT
-
-
-def test_a_request_without_an_adapter_has_its_neighbours_on_a_cpu() -> None:
-    """Three tokens, the second without one: vLLM's own class, which the platform names, and ours."""
-    for kind, second in ((PunicaWrapperCPU, 16), (Wrapper, 0)):
-        wrapper, y, weights = kind(8, 4, "cpu"), torch.zeros(3, 4), torch.ones(1, 1, 4, 4)
-        wrapper.update_metadata(LoRAMapping((1, 0, 1), (1, 0, 1), is_prefill=True), [1], 1, 32)
-        wrapper.add_lora_linear(y, torch.ones(3, 4), (weights,), (weights,), 1.0, (4,))
-        assert y[:, 0].tolist() == [16, second, 16], LORA_ON_CPU
-    assert CpuPlatform.get_punica_wrapper().rpartition(".")[2] == PunicaWrapperCPU.__name__, LORA_ON_CPU
-    relies_on(LORA_ON_CPU, get_punica_wrapper, "current_platform.get_punica_wrapper()")
-
-
-def test_a_configuration_says_what_a_reload_would_spoil() -> None:
-    assert isinstance(ModelConfig.is_hybrid, property), SUPPORT
-    assert isinstance(ModelConfig.has_inner_state, property), SUPPORT
-    assert "quantization" in ModelConfig.__dataclass_fields__, SUPPORT
-    assert "data_parallel_size" in ParallelConfig.__dataclass_fields__, SUPPORT
-    assert {"model_config", "parallel_config", "speculative_config"} <= {*VllmConfig.__dataclass_fields__}, SUPPORT
 
 
 def test_a_task_file_is_loaded_with_what_it_includes(tmp_path) -> None:
@@ -414,13 +287,6 @@ def test_tasks_are_prepared_for_an_evaluation() -> None:
           fewshot_as_multiturn=True)  # fmt: skip
 
 
-def test_a_model_of_the_harness_holds_the_engines() -> None:
-    ours = "tools/infer/engines/transformers.py"
-    relies_on(ENGINE, VLLM.__init__, "self.model = LLM(**self.model_args)")
-    assert isinstance(HFLM.model, property), ours
-    assert "tokenizer" in attributes_set(HFLM.__init__, HFLM._create_tokenizer), ours
-
-
 def test_windows_of_long_texts() -> None:
     ours = "tools/infer/engines/transformers.py"
     calls(ours, VLLM.loglikelihood_rolling, "get_rolling_token_windows", max_seq_len="self.max_length - 2")
@@ -476,3 +342,35 @@ def test_mpt_makes_its_alibi_in_a_method() -> None:
     ours = "shared/families/common/transformers_workarounds.py"
     calls(ours, MptModel.forward, "self.build_mpt_alibi_tensor", "self.num_heads", "self.config.max_seq_len")
     binds(ours, MptModel.build_mpt_alibi_tensor, None, 2, 4, alibi_bias_max=8, device=None)
+
+
+def test_the_server_of_vllm_alone_answers_501_for_apis_of_other_models() -> None:
+    """vLLM's own application without a model of such an API: the answer that tests/hostile/known.py takes for vLLM's own."""
+    app = build_app(make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", "m"]), ("generate",))
+    app.state.enable_server_load_tracking = False
+    answer = TestClient(app, raise_server_exceptions=False).post("/v1/systemone", json={"state": "x", "questions": {}})
+    assert answer.status_code == 501
+    assert is_known({"status": 501, "path": "/v1/systemone", "said": answer.text})
+
+
+@pytest.mark.parametrize("content", [[], [ResponseOutputRefusal(refusal="", type="refusal")]])
+def test_an_earlier_reply_without_text_is_an_error_of_vllm(content) -> None:
+    earlier = ResponseOutputMessage(id="", content=content, role="assistant", status="completed", type="message")
+    with pytest.raises((IndexError, AttributeError)) as caught:
+        construct_input_messages(request_instructions=None, request_input=[earlier])
+    assert is_known({"status": 500, "path": "/v1/responses", "said": str(caught.value)})
+
+
+def test_a_tools_output_in_parts_is_an_error_of_vllm() -> None:
+    part = {"type": "input_text", "text": "fox"}
+    item = {"type": "function_call_output", "id": "", "call_id": None, "output": [part], "status": "completed"}
+    (message,) = construct_input_messages(
+        request_instructions=None,
+        request_input=[ResponseFunctionToolCallOutputItem.model_validate(item | {"call_id": "c"})],
+    )
+    with pytest.raises(AssertionError) as caught:
+        _parse_chat_message_content_mm_part(message["content"][0])
+    said = f'"message":"{caught.value}","type":"InternalServerError"'
+    row = {"status": 500, "path": "/v1/responses", "said": said, "body": json.dumps({"input": [item]})}
+    assert is_known(row) == "tool output in parts"
+    assert not is_known(row | {"body": json.dumps({"input": "fox"})})
