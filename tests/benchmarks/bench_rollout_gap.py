@@ -8,7 +8,7 @@ longer than a block of vLLM's prefix cache and come again and again: keys and va
 Of each learning rate: mean and largest `log_prob_gap` of an update, the largest of a token, the mean of the first and the last
 quarter of the updates, and the slope of a line through all by least squares. Errors are standard errors over means of neighbours
 (at most `BLOCKS` of them), as updates next to each other have like policies. Where a rate is not 0, what was published at the end
-is then served by a server that has never had another policy, and sampled at rate 0 for a quarter of the steps (`gap_fresh`): a
+is then served by a server that has never had another policy, and sampled at rate 0 for a sixteenth of the steps (`gap_fresh`): a
 gap there that the run's last quarter has, too, is the rounding of that policy.
 
 Fails where a mean is 1e-5 nats or more; where the last quarter is three standard errors above a fresh server; and at rate 0 where
@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ def figures(rate: float, rows: Sequence[dict[str, float]], fresh: Sequence[dict[
         "gap_slope": slope(gaps),
         "gap_first_quarter": mean(gaps[:quarter]),
         "gap_last_quarter": mean(gaps[-quarter:]),
-        "gap_fresh": mean([row["log_prob_gap"] for row in fresh]) if fresh else None,
+        "gap_fresh": mean([row["log_prob_gap"] for row in fresh]) | {"steps": len(fresh)} if fresh else None,
         "gap_largest_update": max(gaps),
         "gap_largest_token": max(row["log_prob_gap_max"] for row in rows),
         "reward_first_quarter": statistics.fmean(row["reward"] for row in rows[:quarter]),
@@ -151,12 +151,12 @@ def measure(work: Path, rates: Sequence[float], steps: int) -> list[Figures]:
     if not (work / "rewards.py").exists():  # written last
         make_inputs(work, MODEL["hidden"], MODEL["layers"], PROMPT)
     targets = {rate: work / f"rate-{rate:g}" for rate in rates}
-    with served(work / "policy") as url:
+    with served(work / "policy") if not all(map(Path.exists, targets.values())) else nullcontext("") as url:
         rows = {rate: train(work / "policy", work, target, url, rate, steps) for rate, target in targets.items()}
     fresh: dict[float, list[dict[str, float]]] = {}
     for rate in filter(None, rates):
         with served(targets[rate]) as url:
-            fresh[rate] = train(targets[rate], work, work / f"fresh-{rate:g}", url, 0.0, max(2, steps // 4))
+            fresh[rate] = train(targets[rate], work, work / f"fresh-{rate:g}", url, 0.0, max(2, steps // 16))
     return [figures(rate, rows[rate], fresh.get(rate, ())) for rate in rates]
 
 
