@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from shared.checkpoint.formats.weights_digest import weights_digest
+from shared.errors import UserError
 from tests.tools.rlhf.rollout.adapter_server import AdapterServer
 from tests.tools.rlhf.rollout.rollout_server import serving
 from tools.rlhf import lora
+from tools.rlhf.rollout.adapter_publisher import checked_base
 
 STEPS = 3
 
@@ -148,3 +151,10 @@ def test_what_does_not_fit_is_refused_before_the_work(changes, server, message, 
     assert message in said.splitlines()[-1]
     assert loads.published == []
     assert not list(given.get("policies", given["target"].parent / "policies").iterdir())
+
+
+def test_adapters_of_stacked_experts_are_refused_by_name():
+    """vLLM loads none: before the source is read, and whatever the servers say."""
+    adapters = SimpleNamespace(stacked=("model.layers.0.mlp.experts.down_proj",), settings=SimpleNamespace(rank=4))
+    with pytest.raises(UserError, match=r"stacked experts \(model.layers.0.mlp.experts.down_proj\); leave them out of"):
+        checked_base([], [], adapters)
