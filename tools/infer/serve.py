@@ -258,10 +258,13 @@ async def _engine(
 ) -> AsyncIterator[AsyncLLM]:
     """The engine. `exchange`: the flag by which its weights may be replaced; UserError if they cannot be."""
     from vllm import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    usage = UsageContext.OPENAI_API_SERVER  # its defaults are those of `vllm serve`: sequences and tokens of a batch
     with refusals(arguments["model"]):
-        config = AsyncEngineArgs(**arguments, enable_log_requests=options.enable_log_requests).create_engine_config()
+        engine_arguments = AsyncEngineArgs(**arguments, enable_log_requests=options.enable_log_requests)
+        config = engine_arguments.create_engine_config(usage)
     # The server reads the reasoning parser here, too: that of a flag, or the model's own (gpt-oss), which the engine finds.
     options.structured_outputs_config = config.structured_outputs_config
     if exchange is not None:
@@ -279,7 +282,13 @@ async def _engine(
         # `ZombieProcess` where the engine has just ended.
         os.register_at_fork(after_in_child=listener.close)
     try:
-        engine = AsyncLLM.from_vllm_config(config)
+        engine = AsyncLLM.from_vllm_config(
+            config,
+            usage_context=usage,
+            enable_log_requests=options.enable_log_requests,
+            aggregate_engine_logging=engine_arguments.aggregate_engine_logging,
+            disable_log_stats=engine_arguments.disable_log_stats,
+        )
     except RuntimeError as error:
         raise StageError(f"the engine did not start: {reason(ValueError(error))}") from None
     try:

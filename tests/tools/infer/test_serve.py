@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -18,12 +19,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+from vllm import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server import entry
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from shared.errors import UserError
 from tests.tools.infer.http_server import call, gone, ready
 from tools.infer import serve
 from tools.infer.engines.engine import EngineSettings
-from tools.infer.engines.vllm_flags import VllmFlags
+from tools.infer.engines.vllm import checked_arguments
+from tools.infer.engines.vllm_flags import VllmFlags, parse
 
 INFER = Path(sys.executable).with_name("infer")
 
@@ -346,3 +352,68 @@ def test_a_share_of_gpu_memory_needs_a_gpu(launcher, models):
     done = launcher("serve", "--source", models("llama"), "--port", 0, "--gpu-memory", 0.5)
     assert done.code == 2
     assert "--gpu-memory: this machine has no GPU" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("--disable-log-stats", "--enable-log-requests", "--max-num-batched-tokens", "512")]
+)
+def test_the_engine_is_that_of_vllm_serve(models, monkeypatch, words):
+    """Defaults of vLLM depend on who asks: a server's batches on a large GPU have 1024 sequences, others' 128."""
+    made = []
+
+    class Engine:
+        def shutdown(self, timeout=None):
+            pass
+
+        async def reset_mm_cache(self):
+            pass
+
+    def make(vllm_config, **given):
+        made.append((vllm_config.scheduler_config, given))
+        return Engine()
+
+    flags = parse(words)
+    arguments, _ = checked_arguments(models("llama"), EngineSettings(), flags.engine)
+    options = flags.options("--model", arguments["model"])
+    monkeypatch.setattr(AsyncLLM, "from_vllm_config", make)
+    monkeypatch.setattr(os, "register_at_fork", lambda **hooks: None)
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+    async def both():
+        with socket.socket() as listener:
+            async with serve._engine(arguments, options, listener, None):
+                pass
+        theirs = AsyncEngineArgs(**arguments, enable_log_requests=options.enable_log_requests)
+        async with entry.build_async_engine_client_from_engine_args(theirs):
+            pass
+
+    asyncio.run(both())
+    ours, theirs = made
+    several = {"client_addresses": {}, "client_count": 1, "client_index": 0}  # of one server, as by default
+    assert ours[1] | several == theirs[1]
+    assert ours[1]["disable_log_stats"] == ours[1]["enable_log_requests"] == bool(words)
+    assert ours[0] == theirs[0]
+    assert not words or ours[0].max_num_batched_tokens == 512
+
+
+def test_the_engine_asks_for_the_defaults_of_a_server(models, monkeypatch):
+    """On a CPU they are no others than those of nobody in particular."""
+    asked = []
+
+    class StopError(Exception):
+        pass
+
+    def create(self, usage_context=None):
+        asked.append(usage_context)
+        raise StopError
+
+    arguments, _ = checked_arguments(models("llama"), EngineSettings())
+    monkeypatch.setattr(AsyncEngineArgs, "create_engine_config", create)
+
+    async def enter():
+        async with serve._engine(arguments, parse(()).options("--model", arguments["model"]), None, None):
+            pass
+
+    with pytest.raises(StopError):
+        asyncio.run(enter())
+    assert asked == [UsageContext.OPENAI_API_SERVER]
