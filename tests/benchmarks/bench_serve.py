@@ -1,11 +1,12 @@
 """Throughput and latency of `infer serve` beside bare `vllm serve` on the same directory: `make bench-serve`.
 
-    python tests/benchmarks/bench_serve.py [--size tiny small] [--blocks 40] [--requests 64] [--record]
+    python tests/benchmarks/bench_serve.py [--size tiny small] [--pairs 8] [--rounds 4] [--requests 64] [--record]
 
-Both servers run all the time with the same engine (arguments and environment of `infer`'s for this machine); one idles while the
-other is measured. vLLM's benchmark client sends the same load to both in blocks of four runs, infer vllm vllm infer, the next
-vllm infer infer vllm: what rises or falls on the machine within a block meets both alike. Runs are short, since noise is slow.
-A figure is that of all replies of all blocks; a ratio's interval of 95% is the bootstrap's (Efron 1979) over blocks.
+Both servers run at the same time with the same engine (arguments and environment of `infer`'s for this machine); one idles while
+the other is measured. vLLM's benchmark client sends the same load to both in rounds of four short runs, infer vllm vllm infer,
+the next vllm infer infer vllm: what rises or falls on the machine within a round meets both alike. Two servers of one command
+differ by 5 to 10% for as long as they run, so both are started anew for each pair. A figure is that of all replies of all
+pairs; a ratio's interval of 95% is the bootstrap's (Efron 1979) over pairs.
 The goal is 2%: of throughput, and of the 99th percentile of whole replies, of the time to the first token and of that of a
 later one. Beside them stands the processor time of a request, all processes of the server together: what others do on the machine
 changes it less. And the processor time that the code of `infer` itself takes of a streamed reply: it stands between the server
@@ -58,12 +59,12 @@ FIGURES = {
 JUDGED = ("throughput", "ttft_p99", "tpot_p99", "e2el_p99")
 RESAMPLES = 1000
 
-Block = Mapping[str, Sequence[Mapping[str, Any]]]  # of a way: its two runs
+Pair = Mapping[str, Sequence[Mapping[str, Any]]]  # of a way: the runs of one server
 
 
-def figures(blocks: Sequence[Block], way: str) -> dict[str, float]:
+def figures(pairs: Sequence[Pair], way: str) -> dict[str, float]:
     """Of all replies: processor time of a request in ms, output tokens a second, percentiles in ms."""
-    runs = [run for block in blocks for run in block[way]]
+    runs = [run for pair in pairs for run in pair[way]]
     total = {name: sum(run[name] for run in runs) for name in ("tokens", "seconds", "processor_ms", "requests")}
     found = {"throughput": total["tokens"] / total["seconds"], "processor": total["processor_ms"] / total["requests"]}
     for latency in LATENCIES:
@@ -81,13 +82,13 @@ def overheads(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[st
     }
 
 
-def summary(blocks: Sequence[Block]) -> dict[str, Any]:
-    """{figure: overhead, its interval of 95%, and the figure of both} of blocks."""
-    ours, theirs = (figures(blocks, way) for way in WAYS)
+def summary(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """{figure: overhead, its interval of 95%, and the figure of both} of pairs."""
+    ours, theirs = (figures(pairs, way) for way in WAYS)
     random = np.random.default_rng(0)
     drawn = []
     for _ in range(RESAMPLES):
-        again = [blocks[number] for number in random.integers(len(blocks), size=len(blocks))]
+        again = [pairs[number] for number in random.integers(len(pairs), size=len(pairs))]
         drawn.append(overheads(*(figures(again, way) for way in WAYS)))
     return {
         name: {
@@ -174,34 +175,39 @@ def served(words: Sequence[str], port: int, log: Path) -> Iterator[Any]:
             process.wait()
 
 
-def measure(size: str, blocks: int, requests: int) -> list[dict[str, Any]]:
-    """Blocks of four runs in turning order, after one that does not count."""
-    from tools.infer import bench
+def measure(size: str, pairs: int, rounds: int, requests: int) -> list[dict[str, Any]]:
+    """The runs of pairs of servers, each pair after a round that does not count."""
     from tools.infer.environment import prepare_environment
 
     prepare_environment()  # both servers have it from here
-    with tempfile.TemporaryDirectory(prefix="bench-serve-") as place, ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix="bench-serve-") as place:
         source = model(size, Path(place) / "model")
-        port = _free_pair()
+        return [_pair(source, Path(place), number, rounds, requests) for number in range(pairs)]
+
+
+def _pair(source: Path, logs: Path, number: int, rounds: int, requests: int) -> dict[str, Any]:
+    from tools.infer import bench
+
+    port = _free_pair()
+    words = commands(source, port)
+    found: dict[str, Any] = {way: [] for way in WAYS}
+    with ExitStack() as stack:
         servers = {
-            way: stack.enter_context(served(words, port + number, Path(place) / f"{way}.log"))
-            for number, (way, words) in enumerate(commands(source, port).items())
+            way: stack.enter_context(served(words[way], port + WAYS.index(way), logs / f"{way}.log"))
+            for way in order(number)[:2]
         }
-        found: list[dict[str, Any]] = []
-        for number in range(blocks + 1):
-            block: dict[str, Any] = {way: [] for way in WAYS}
-            for turn, way in enumerate(order(number)):
+        for turn in range(rounds + 1):
+            for place, way in enumerate(order(number + turn)):
                 # both ways have the same prompts
-                load = bench.Load(
-                    requests=requests, input_tokens=INPUT, output_tokens=OUTPUT, seed=2 * number + turn // 2
-                )
+                seed = 2 * ((rounds + 1) * number + turn) + place // 2
+                load = bench.Load(requests=requests, input_tokens=INPUT, output_tokens=OUTPUT, seed=seed)
                 there, pid = servers[way]
                 before = processor(tree(pid))
                 said = bench.client(there, source, CONCURRENCY, load)
-                block[way].append(run(said, processor(tree(pid)) - before))
-            block["load_average"] = round(os.getloadavg()[0], 2)
-            found.append(block)
-    return found[1:]
+                if turn:
+                    found[way].append(run(said, processor(tree(pid)) - before))
+    found["load_average"] = round(os.getloadavg()[0], 2)
+    return found
 
 
 def run(said: Mapping[str, Any], seconds: float) -> dict[str, Any]:
@@ -243,7 +249,7 @@ def own_ms(rounds: int = 2000, repeats: int = 5) -> float:
 
 
 def order(number: int) -> tuple[str, str, str, str]:
-    """The runs of a block: A B B A, or B A A B. The two halves have one run of each way."""
+    """The runs of a round: A B B A, or B A A B. The two halves have one run of each way."""
     first, second = WAYS if number % 2 == 0 else WAYS[::-1]
     return first, second, second, first
 
@@ -277,15 +283,16 @@ def table(found: Mapping[str, Any]) -> str:
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["tiny"])
-    parser.add_argument("--blocks", type=int, default=40)
+    parser.add_argument("--pairs", type=int, default=8, help="of servers")
+    parser.add_argument("--rounds", type=int, default=4, help="of four runs, of a pair")
     parser.add_argument("--requests", type=int, default=64, help="of a run")
     parser.add_argument("--record", action="store_true", help="replace the record")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args(words)
     described = machine("torch", "vllm", "transformers")
     path = record_path(described, given.results, of="serve")
-    blocks = {size: measure(size, given.blocks, given.requests) for size in given.size}
-    found = {size: summary(each) for size, each in blocks.items()}
+    pairs = {size: measure(size, given.pairs, given.rounds, given.requests) for size in given.size}
+    found = {size: summary(each) for size, each in pairs.items()}
     own = round(own_ms(), 5)
     share = {size: round(own / result["processor"]["vllm"], 6) for size, result in found.items()}
     print(f"{described}\n\n{table(found)}\n\ninfer's own code: {own} ms of a reply, {share} of vllm's", flush=True)
@@ -295,7 +302,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"BEYOND {GOAL:.0%} {mark}")
     if given.record:
         given.results.mkdir(exist_ok=True)
-        loads = [block["load_average"] for each in blocks.values() for block in each]
+        loads = [pair["load_average"] for each in pairs.values() for pair in each]
         content = {
             "machine": described,
             "load": {
@@ -305,7 +312,9 @@ def main(words: Sequence[str] | None = None) -> int:
                 "output_tokens": OUTPUT,
             },
             "load_average": {"least": min(loads), "most": max(loads)},
-            "results": {size: {"blocks": len(blocks[size]), **result} for size, result in found.items()},
+            "results": {
+                size: {"pairs": given.pairs, "rounds": given.rounds, **result} for size, result in found.items()
+            },
             "own_ms": own,
             "own_share": share,
         }

@@ -47,12 +47,12 @@ def run(throughput: float = 100.0, slower: float = 1.0, processor: float = 20.0,
     }
 
 
-def block(infer: dict[str, Any], vllm: dict[str, Any] | None = None) -> dict[str, Any]:
+def pair(infer: dict[str, Any], vllm: dict[str, Any] | None = None) -> dict[str, Any]:
     return {"infer": [infer, infer], "vllm": [vllm or run()] * 2, "load_average": 1.0}
 
 
-def overhead(blocks: list[dict[str, Any]], figure: str) -> float:
-    found = summary(blocks)[figure]["overhead"]
+def overhead(pairs: list[dict[str, Any]], figure: str) -> float:
+    found = summary(pairs)[figure]["overhead"]
     assert isinstance(found, float)
     return found
 
@@ -63,19 +63,19 @@ def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_overhead_is_how_much_worse_infer_is() -> None:
-    assert overhead([block(run(throughput=80.0))], "throughput") == pytest.approx(0.25)
-    assert overhead([block(run(), run(throughput=80.0))], "throughput") == pytest.approx(-0.2)
-    assert overhead([block(run(slower=1.2))], "e2el_p99") == pytest.approx(0.2)
-    assert overhead([block(run(), run(slower=2.0))], "e2el_p99") == pytest.approx(-0.5)
-    assert overhead([block(run(processor=21.0))], "processor") == pytest.approx(0.05)
-    assert overhead([block(run())], "ttft_p99") == overhead([block(run())], "tpot_p99") == 0
+    assert overhead([pair(run(throughput=80.0))], "throughput") == pytest.approx(0.25)
+    assert overhead([pair(run(), run(throughput=80.0))], "throughput") == pytest.approx(-0.2)
+    assert overhead([pair(run(slower=1.2))], "e2el_p99") == pytest.approx(0.2)
+    assert overhead([pair(run(), run(slower=2.0))], "e2el_p99") == pytest.approx(-0.5)
+    assert overhead([pair(run(processor=21.0))], "processor") == pytest.approx(0.05)
+    assert overhead([pair(run())], "ttft_p99") == overhead([pair(run())], "tpot_p99") == 0
 
 
 def test_a_percentile_is_that_of_all_replies() -> None:
-    """Not a mean of percentiles: the slow tenth of all is in one block."""
-    blocks = [block(run(seed=number)) for number in range(9)] + [block(run(slower=10.0))]
-    every = np.concatenate([each["infer"][0]["e2el"] for each in blocks] * 2)
-    assert figures(blocks, "infer")["e2el_p99"] == np.percentile(every, 99) > 100
+    """Not a mean of percentiles: the slow tenth of all is in one pair."""
+    pairs = [pair(run(seed=number)) for number in range(9)] + [pair(run(slower=10.0))]
+    every = np.concatenate([each["infer"][0]["e2el"] for each in pairs] * 2)
+    assert figures(pairs, "infer")["e2el_p99"] == np.percentile(every, 99) > 100
 
 
 def test_a_run_is_what_the_client_says_of_each_reply() -> None:
@@ -86,14 +86,14 @@ def test_a_run_is_what_the_client_says_of_each_reply() -> None:
     assert figures([{way: [found] for way in WAYS}], "vllm")["processor"] == pytest.approx(250 / (2 + CONCURRENCY))
 
 
-def test_what_rises_within_a_block_cancels() -> None:
+def test_what_rises_within_a_round_cancels() -> None:
     """The machine becomes slower by the same amount from run to run: no way is worse for it."""
-    blocks = []
+    pairs = []
     for number in range(2):
         runs: dict[str, Any] = {way: [] for way in WAYS}
         for turn, way in enumerate(order(number)):
             runs[way].append(run(throughput=100.0 - turn))
-        blocks.append(runs)
+        pairs.append(runs)
         assert overhead([runs], "throughput") == 0
     assert order(0) != order(1)
     assert order(0)[:2] == tuple(WAYS)
@@ -131,8 +131,8 @@ def test_the_interval_holds_the_true_ratio() -> None:
     missed, widths = 0, []
     for experiment in range(20):
         seeds = [1000 * experiment + 2 * number for number in range(8)]
-        blocks = [block(run(slower=1.03, seed=seed), run(seed=seed + 1)) for seed in seeds]
-        low, high = summary(blocks)["e2el_p50"]["interval"]
+        pairs = [pair(run(slower=1.03, seed=seed), run(seed=seed + 1)) for seed in seeds]
+        low, high = summary(pairs)["e2el_p50"]["interval"]
         missed += not low <= 0.03 <= high
         widths.append(high - low)
     assert missed <= 4
@@ -141,20 +141,20 @@ def test_the_interval_holds_the_true_ratio() -> None:
 
 
 def test_only_what_is_beyond_the_goal_at_the_kinder_end_is_marked() -> None:
-    sure = summary([block(run(throughput=90.0))] * 12)
+    sure = summary([pair(run(throughput=90.0))] * 12)
     assert len(misses(sure)) == 1
     assert misses(sure)[0].startswith("throughput: +11.1%")
     for name in ("ttft", "tpot", "e2el"):
         slow = run()
         slow[name] = slow[name] * 1.1
-        assert [each.partition(":")[0] for each in misses(summary([block(slow)] * 12))] == [f"{name}_p99"]
-    noise = [block(run(throughput=100.0 + 10 * (-1) ** number)) for number in range(12)]
+        assert [each.partition(":")[0] for each in misses(summary([pair(slow)] * 12))] == [f"{name}_p99"]
+    noise = [pair(run(throughput=100.0 + 10 * (-1) ** number)) for number in range(12)]
     assert misses(summary(noise)) == []
-    assert misses(summary([block(run(throughput=98.5))] * 12)) == []
+    assert misses(summary([pair(run(throughput=98.5))] * 12)) == []
 
 
 def test_the_table() -> None:
-    found = summary([block(run(throughput=80.0))] * 3)
+    found = summary([pair(run(throughput=80.0))] * 3)
     assert found["throughput"] == {"overhead": 0.25, "interval": [0.25, 0.25], "infer": 80.0, "vllm": 100.0}
     assert "| tiny | throughput | 80.00 | 100.00 | +25.0% | +25.0% to +25.0% |" in table({"tiny": found}).splitlines()
 
@@ -162,10 +162,10 @@ def test_the_table() -> None:
 def test_a_miss_is_the_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench_serve, "measure", lambda size, blocks, requests: [block(made)] * blocks)
+    monkeypatch.setattr(bench_serve, "measure", lambda size, pairs, rounds, requests: [pair(made)] * pairs)
     monkeypatch.setattr(bench_serve, "own_ms", lambda: 0.01)
     monkeypatch.setattr(bench_serve, "machine", lambda *packages: {"device": "CPU"})
-    words = ["--size", "tiny", "--blocks", "6", "--results", str(tmp_path)]
+    words = ["--size", "tiny", "--pairs", "6", "--results", str(tmp_path)]
     made = run(throughput=50.0)
     assert bench_serve.main(words) == 1
     assert not list(tmp_path.iterdir())
@@ -173,7 +173,7 @@ def test_a_miss_is_the_exit_code(
     assert bench_serve.main([*words, "--record"]) == 0
     content = json.loads((tmp_path / "serve-cpu.json").read_text())
     assert content["machine"] == {"device": "CPU"}
-    assert content["results"]["tiny"]["blocks"] == 6
+    assert content["results"]["tiny"]["pairs"] == 6
     assert content["results"]["tiny"]["throughput"]["overhead"] == 0
     assert content["own_share"] == {"tiny": 0.0005}
     monkeypatch.setattr(bench_serve, "own_ms", lambda: 1.0)
