@@ -58,7 +58,10 @@ class Workers:
         self._processes = [process for process in multiprocessing.active_children() if process not in before]
 
     def set_up(self, setup: Callable[..., None], *arguments: Any) -> None:
-        """Have every process call `setup(*arguments)` before the first item that is submitted after this."""
+        """Have every process call `setup(*arguments)` before the first item that is submitted after this.
+
+        Items of before are not waited for any more, and need not be done.
+        """
         if self._pool is None:
             setup(*arguments)
             return
@@ -162,8 +165,10 @@ def _run(number: int, work: Callable[[Any], Any], item: Any) -> Any:
     # One was put for each process. Those of an earlier set-up were for processes that had no item of it.
     while _process["number"] < number:
         _process["number"], setup, arguments = _process["given"].get()
-        if _process["number"] == number:
+        if _process["number"] >= number:
             setup(*arguments)
+    if _process["number"] > number:  # another process took the earlier one, and nobody waits for this item any more
+        return None
     return work(item)
 
 

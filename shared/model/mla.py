@@ -103,7 +103,7 @@ class LatentSelfAttention(MLASelfAttention):
         kv_latent = self.kv_layernorm(kv_latent)
         if not self.recompute_up_proj:
             return *self._project_up(q_latent, kv_latent, k_rope, *tables), q_latent, kv_latent
-        self.qkv_up_checkpoint = CheckpointWithoutOutput()
+        self.qkv_up_checkpoint = CheckpointWithoutOutput(fp8=self.config.fp8 or self.config.fp4)
         projected = self.qkv_up_checkpoint.checkpoint(self._project_up, q_latent, kv_latent, k_rope, *tables)
         return *projected, q_latent, kv_latent
 

@@ -1,6 +1,7 @@
 """The worker pool: results in order, errors raised in the parent, no process left when the parent is killed."""
 
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from shared.data import workers
 from shared.data.workers import Workers, ordered_map
 from shared.errors import StageError, UserError
 
@@ -94,6 +96,20 @@ def test_items_that_nobody_waits_for_are_not_done(tmp_path: Path) -> None:
         left.close()
         assert list(processes.map(_square, [3])) == [9]
         assert len(list(tmp_path.iterdir())) < 15, "all but those on their way to a process are cancelled"
+
+
+def test_a_process_that_another_left_no_set_up_for_an_old_item_has_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The other one had no item of the first set-up before its item of the second, and so took two."""
+    given: queue.Queue[tuple[int, object, tuple[str]]] = queue.Queue()
+    called: list[str] = []
+    given.put((2, called.append, ("second",)))
+    monkeypatch.setattr(workers, "_process", {"given": given, "number": 0})
+    assert workers._run(1, _square, 5) is None
+    assert called == ["second"]
+    assert workers._run(2, _square, 5) == 25
+    assert called == ["second"]
 
 
 def test_a_worker_does_not_import_the_main_module_again(tmp_path: Path) -> None:
