@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from vllm import AsyncEngineArgs
+from vllm import AsyncEngineArgs, ModelRegistry
 from vllm.entrypoints.launchers.api_server import entry
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -354,9 +354,16 @@ def test_a_share_of_gpu_memory_needs_a_gpu(launcher, models):
     assert "--gpu-memory: this machine has no GPU" in done.stderr
 
 
+@pytest.fixture
+def registry(monkeypatch):
+    """vLLM's models, in which a check registers a class, as before afterwards."""
+    monkeypatch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
+
+
 @pytest.mark.parametrize(
     "words", [(), ("--disable-log-stats", "--enable-log-requests", "--max-num-batched-tokens", "512")]
 )
+@pytest.mark.usefixtures("registry")
 def test_the_engine_is_that_of_vllm_serve(models, monkeypatch, words):
     """Defaults of vLLM depend on who asks: a server's batches on a large GPU have 1024 sequences, others' 128."""
     made = []
@@ -396,6 +403,7 @@ def test_the_engine_is_that_of_vllm_serve(models, monkeypatch, words):
     assert not words or ours[0].max_num_batched_tokens == 512
 
 
+@pytest.mark.usefixtures("registry")
 def test_the_engine_asks_for_the_defaults_of_a_server(models, monkeypatch):
     """On a CPU they are no others than those of nobody in particular."""
     asked = []
