@@ -3,21 +3,7 @@
 import signal
 import time
 
-REWARD = """
-import os, time
-from pathlib import Path
-
-order, calls = Path({order!r}), 0
-
-def reds(prompts, completions, **columns):
-    global calls
-    calls += 1
-    if os.environ["RANK"] == "1" and calls == 2 and order.exists():
-        number = int(order.read_text())
-        order.write_text(str(time.time()))
-        os.kill(os.getpid(), number)
-    return [text.split().count("red") / 8 for text in completions]
-"""
+from tests.tools.rlhf.dying_rank import REWARD
 
 
 def test_it_is_named_and_the_run_resumes(world, process, tmp_path):

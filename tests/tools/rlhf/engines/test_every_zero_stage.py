@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.tools.rlhf.dying_rank import REWARD
+
 ROOT = Path(__file__).resolve().parents[4]
 
 # One process and two add up in another order, in float32; Adam divides small gradients by their own size.
@@ -40,24 +42,6 @@ def test_dpo_with_sharded_weights_is_one_process(world, rlhf, process, metrics):
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert (tensor - theirs[name]).abs().max() < 10 * TOLERANCE, name  # weights that moved by up to 7e-3
-
-
-REWARD = """
-import os, time
-from pathlib import Path
-
-order, calls = Path({order!r}), 0
-
-def reds(prompts, completions, **columns):
-    global calls
-    calls += 1
-    if os.environ["RANK"] == "1" and calls == 2 and order.exists():
-        number = int(order.read_text())
-        order.write_text(str(time.time()))
-        os.kill(os.getpid(), number)
-        time.sleep(300)  # one that is stopped is woken to say where it stands
-    return [text.split().count("red") / max(1, len(text.split())) for text in completions]
-"""
 
 
 def test_grpo_with_sharded_weights_resumes_to_the_same_result_after_a_dead_rank(world, process, metrics, tmp_path):
