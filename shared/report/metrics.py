@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,10 +89,16 @@ def peak_flops(device: str) -> float | None:
 
 def peak_memory() -> int:
     """Peak memory so far in bytes: of the GPU, or without one the RSS of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kibibytes * 1024
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident()
+
+
+def peak_resident() -> int:
+    """Peak RSS of this process in bytes, on Linux.
+
+    `getrusage` would also count the parent's pages: its `ru_maxrss` survives the exec that starts a program (`exec_mmap`).
+    """
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1]) * 1024
 
 
 class Rows:

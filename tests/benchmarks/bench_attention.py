@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -41,6 +40,7 @@ def measure(tokens: int, row: str, name: str) -> dict[str, float]:
     from shared.kernels.attention import alibi
     from shared.kernels.attention.choose import BACK_ENDS
     from shared.kernels.attention.needs import Call, Features
+    from shared.report.metrics import peak_resident
 
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(1)
@@ -53,15 +53,14 @@ def measure(tokens: int, row: str, name: str) -> dict[str, float]:
         sinks_H=torch.zeros(HEADS) if row == "packed, sinks" else None,
         slopes_H=alibi.slopes(HEADS) if row == "packed, ALiBi" else None,
     )
-    before, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+    before, seconds = peak_resident(), []
     for _ in range(3):
         began = time.process_time()
         segments = None if row == "window" else packed
         call = Call(q_BHQD=inputs[0], k_BGKD=inputs[1], v_BGKV=inputs[2], segments=segments, features=features)
         BACK_ENDS[name].attend(call).sum().backward()
         seconds.append(time.process_time() - began)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": round(statistics.median(seconds), 4), "bytes": (after - before) * 1024}
+    return {"seconds": round(statistics.median(seconds), 4), "bytes": peak_resident() - before}
 
 
 def measured(tokens: Sequence[int]) -> Found:
