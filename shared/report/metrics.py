@@ -98,7 +98,8 @@ def peak_resident() -> int:
     `getrusage` would also count the parent's pages: its `ru_maxrss` survives the exec that starts a program (`exec_mmap`).
     """
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1]) * 1024
+    [kibibytes] = re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(kibibytes) * 1024
 
 
 class Rows:
