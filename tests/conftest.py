@@ -23,14 +23,23 @@ ONE_WORKER = {
     "tests/layouts/test_layouts.py": "layouts",
     "tests/pipeline/test_contract.py": "pipeline: contract",
     "tests/pipeline/test_pipeline_end_to_end.py": "pipeline: end to end",
+    "tests/shared/kernels/fp8/test_triton_coder.py": "shared/kernels: triton",
     "tests/shared/model/test_cross_entropy.py": "shared/model: two processes",
     "tests/shared/model/test_every_layout.py": "shared/model: two processes",
+    "tests/shared/model/test_lora.py": "shared/model: lora",
+    "tests/shared/model/test_te_backend.py": "shared/model: te",
     "tests/shared/model/test_weights.py": "shared/model: two processes",
+    "tests/shared/training/test_fp8_update.py": "shared/training: fp8",
     "tests/shared/training/test_optimizer.py": "shared/training: optimizer",
+    "tests/shared/training/test_rehearse.py": "shared/training: rehearse",
     "tests/shared/training/test_state.py": "shared/training: state",
     "tests/shared/training/test_trainable.py": "shared/training: trainable",
     "tests/tools/infer/engines/test_every_engine.py": "infer: engines",
+    "tests/tools/infer/test_served_adapters.py": "infer: adapters",
     "tests/tools/pretrain/test_train.py": "pretrain: runs",
+    "tests/tools/rlhf/engines/test_every_zero_stage.py": "rlhf: zero",
+    "tests/tools/rlhf/test_end_to_end_rehearsal.py": "rlhf: rehearsal",
+    "tests/tools/sft/test_end_to_end_trl.py": "sft: trl",
 }
 
 Proof = Callable[..., contextlib.AbstractContextManager[dict[str, Any]]]

@@ -43,6 +43,8 @@ SCHEMATHESIS = ROOT / "tests/hostile/.venv/bin/schemathesis"
 RECORD = ROOT / "tests/benchmarks/results/hostile-cpu.json"  # of a container: hostile-image-cpu.json
 ANSWER = 60  # seconds within which a request has an answer
 END = 180  # seconds in which the last requests of schemathesis, and itself, end
+LEAST = 20  # requests of schemathesis: on a busy machine its start takes longer than a short run
+LONGER = 20  # seconds, of the first run after the time is up; the second has twice that, and so on
 GROWTH = 0.05  # of the memory, from the second to the last fifth of the time
 SETTLED = 10  # minutes; a shorter run is a warm-up, whose memory is not judged
 _PROMPT = {"prompt": "The quick", "max_tokens": 8, "temperature": 0}
@@ -63,6 +65,11 @@ class Outcome:
     known: Counter[str] = field(default_factory=Counter)  # 5xx of vLLM's own, by name
     wrong: list[str] = field(default_factory=list)
     memory: list[tuple[float, int]] = field(default_factory=list)  # (seconds, bytes)
+
+    @property
+    def random(self) -> int:
+        """How many requests were schemathesis's."""
+        return self.statuses.total() - self.statuses["ordinary"] - self.statuses["operator"]
 
 
 class Client:
@@ -172,7 +179,7 @@ def attack(
     Args:
         url: of the server, with /v1.
         pid: its process, for the memory of its tree.
-        seconds: length.
+        seconds: length, or until schemathesis has made LEAST requests.
         seed: of schemathesis.
         ordinary: clients beside schemathesis.
         every: seconds between two looks at the memory.
@@ -229,7 +236,7 @@ def attack(
 
 
 def _random(client: Client, base: str, until: float, seed: int, outcome: Outcome) -> None:
-    """Runs of schemathesis until the time is up; each request is accounted for."""
+    """Runs of schemathesis until the time is up, LEAST requests at least; each request is accounted for."""
     with tempfile.TemporaryDirectory(prefix="hostile-") as place:
         log = Path(place) / "requests.jsonl"
         log.touch()
@@ -243,7 +250,14 @@ def _random(client: Client, base: str, until: float, seed: int, outcome: Outcome
         words = [SCHEMATHESIS, "run", schema, "--url", base, "--checks", "not_a_server_error", "--mode", "all"]
         words += ["--continue-on-failure", "--no-shrink", "--request-timeout", str(ANSWER), "--workers", "2"]
         words += ["--suppress-health-check", "all", "--phases", "examples,coverage,fuzzing", "--warnings", "off"]
-        while (left := int(until - time.monotonic())) > 0:
+        late = 0
+        while (left := int(until - time.monotonic())) > 0 or log.read_bytes().count(b"\n") < LEAST:
+            if left < -END:
+                outcome.wrong.append(f"schemathesis has not made {LEAST} requests {END} s after its time")
+                break
+            if left <= 0:
+                late += 1
+                left = LONGER * late
             with (Path(place) / "said").open("w+", encoding="utf-8") as said:
                 try:
                     run = subprocess.run(

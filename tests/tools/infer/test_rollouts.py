@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shared.checkpoint.formats.weights_digest import weights_digest
-from tests.hostile.hostile import attack
+from tests.hostile.hostile import LEAST, attack
 from tests.tools.infer.adapters import make_adapter, merged_into, restamped
 from tests.tools.infer.broadcasting import broadcast
 from tests.tools.infer.http_server import Server, call
@@ -176,7 +176,7 @@ def test_hostile_requests_are_answered(server):
     found = attack(server.url, server.pid, SECONDS)
     assert found.wrong == []
     assert found.statuses["ordinary"] > 20
-    assert found.statuses.total() > 100
+    assert found.random >= LEAST
     assert any(status.startswith("4") for status in found.statuses)
 
 

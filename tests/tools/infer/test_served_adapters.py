@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from shared.checkpoint.formats.hugging_face import stored_weights
 from shared.errors import UserError
-from tests.hostile.hostile import attack
+from tests.hostile.hostile import LEAST, attack
 from tests.tools.infer.adapters import make_adapter
 from tests.tools.infer.http_server import Server, call
 from tools.infer.served_adapters import check_adapter, lora_arguments, parse_adapters
@@ -119,7 +119,7 @@ def test_a_server_answers_for_each_adapter_as_peft_does_and_withstands_hostile_r
     assert found.wrong == []
     assert found.statuses["operator"] > 1
     assert found.statuses["ordinary"] > 20
-    assert found.statuses.total() > 100
+    assert found.random >= LEAST
     assert all(agrees(name) for name in ("one", "base", *trained))
     done = server.stop()
     assert done.code == 0, done.stderr
