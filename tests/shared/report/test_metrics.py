@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -102,3 +105,21 @@ def test_bits_per_byte():
 )
 def test_the_peak_is_that_of_the_device_with_all_its_words(device, peak):
     assert peak_flops(device) == peak
+
+
+def test_the_peak_of_memory_is_this_processs_and_stays():
+    """Not its parent's, and not what it has now."""
+    program = """
+from shared.report.metrics import peak_resident
+before = peak_resident()
+block = bytearray(b"1") * (256 << 20)
+del block
+print(before, peak_resident() - before)
+"""
+    large = bytearray(b"1") * (1 << 30)
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    del large
+    before, more = map(int, done.stdout.split())
+    assert before < 1 << 30
+    assert 250 << 20 < more < 300 << 20
