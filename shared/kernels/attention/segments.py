@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -44,13 +45,38 @@ def _cut(
 ) -> torch.Tensor:
     """Each segment by itself, its queries and the keys up to the last of them."""
     end = query_start + q.shape[2]
-    parts = []
-    for first, last in borders:
-        begin, last = max(first, query_start), min(last, end)
-        if begin < last:
-            queries = q[:, :, begin - query_start : last - query_start]
-            parts.append(within(queries, k[:, :, first:last], v[:, :, first:last]))
+    here = [(max(first, query_start), first, min(last, end)) for first, last in borders]
+    here = [(begin, first, last) for begin, first, last in here if begin < last]
+    queries = _spans(q, [(begin - query_start, last - query_start) for begin, _, last in here])
+    keys, values = (_spans(x, [(first, last) for _, first, last in here]) for x in (k, v))
+    parts = [within(*given) for given in zip(queries, keys, values, strict=True)]
     return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+
+
+def _spans(x: torch.Tensor, spans: list[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
+    """`x[:, :, first:last]` of each span. Their gradients are added up in one tensor.
+
+    Of slices, each gradient would be a tensor of the whole row, with zeros: segments times tokens, not tokens.
+    """
+    if len(spans) == 1:
+        first, last = spans[0]
+        return (x[:, :, first:last],)
+    found: tuple[torch.Tensor, ...] = _Spans.apply(x, spans)
+    return found
+
+
+class _Spans(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, spans: list[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
+        ctx.spans, ctx.shape = spans, x.shape
+        return tuple(x[:, :, first:last] for first, last in spans)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = grads[0].new_zeros(ctx.shape)
+        for (first, last), grad in zip(ctx.spans, grads, strict=True):
+            total[:, :, first:last] += grad
+        return total, None
 
 
 def _within_segment(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, features: Features) -> torch.Tensor:
@@ -66,13 +92,18 @@ def _within_segment(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, features:
         return sdpa.masked(q, k, v, None, scale=features.scale, dropout=features.dropout)
     size = min(window, BLOCK)
     kept = queries <= size or window <= BLOCK or (plain and window < keys)
+    before = keys - queries
+    ends = [(begin, min(begin + size, keys)) for begin in range(before, keys, size)]
+    seen = [(max(begin - window + 1, 0), end) for begin, end in ends]
+    rows = _spans(q, [(begin - before, end - before) for begin, end in ends])
+    if window < keys:
+        given = zip(rows, _spans(k, seen), _spans(v, seen), strict=True)
+    else:  # together the blocks see quadratically many keys: their gradients are added one by one
+        given = ((row, k[:, :, :end], v[:, :, :end]) for row, (_, end) in zip(rows, ends, strict=True))
     blocks = []
-    for begin in range(keys - queries, keys, size):
-        end, first = min(begin + size, keys), max(begin - window + 1, 0)
-        rows = slice(begin - keys + queries, end - keys + queries)
+    for (first, _), tensors in zip(seen, given, strict=True):
         block = partial(_block, features=features, window=window, start=first)
-        given = q[:, :, rows], k[:, :, first:end], v[:, :, first:end]
-        blocks.append(block(*given) if kept else checkpoint(block, *given, use_reentrant=False))
+        blocks.append(block(*tensors) if kept else checkpoint(block, *tensors, use_reentrant=False))
     return torch.cat(blocks, 2) if len(blocks) > 1 else blocks[0]
 
 

@@ -36,6 +36,18 @@ class Largest(TorchDispatchMode):
         return found
 
 
+class OfTheRow(TorchDispatchMode):
+    """How many elements of tensors as long as the row all operators returned together, views not."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and not function.is_view and found.ndim == 4 and found.shape[2] == LENGTH:
+            self.elements += found.numel()
+        return found
+
+
 def inputs(length, queries=None):
     generator = torch.Generator().manual_seed(1)
     shapes = (1, 2, queries or length, 4), (1, 1, length, 4), (1, 1, length, 4)
@@ -80,6 +92,24 @@ def test_what_is_kept_for_the_backward_pass_grows_with_the_row(name, packed, mon
 
     sizes = [kept(length) for length in (600, 1200, 1800)]
     assert sizes[2] - sizes[1] <= 1.1 * (sizes[1] - sizes[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "packed"),
+    [
+        *((name, True) for name in ("causal", "sinks", "window")),
+        *((name, False) for name in ("window", "wide window", "sinks in a window")),
+    ],
+)
+def test_gradients_are_added_up_once_a_row(name, packed, monkeypatch):
+    """Not as a tensor of the whole row for each segment and block: with 51 segments, or 26 blocks, that is as many rows."""
+    monkeypatch.setattr(segments, "BLOCK", 40)
+    given = inputs(LENGTH)
+    rows = torch.arange(LENGTH)[None] // 20 if packed else None
+    with OfTheRow() as made:
+        segments.attend(call(*given, rows, FEATURES[name])).sum().backward()
+    whole = sum(x.numel() for x in given)
+    assert whole <= made.elements <= 4 * whole
 
 
 def test_rows_with_the_same_borders_are_one_batch(monkeypatch):
