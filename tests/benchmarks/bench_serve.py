@@ -1,12 +1,17 @@
 """Throughput and latency of `infer serve` beside bare `vllm serve` on the same directory: `make bench-serve`.
 
-    python tests/benchmarks/bench_serve.py [--size tiny small] [--pairs 8] [--rounds 4] [--requests 64] [--record]
+    python tests/benchmarks/bench_serve.py [--size tiny small] [--rounds 60] [--pairs 8] [--requests 64] [--record]
 
-Both servers run at the same time with the same engine (arguments and environment of `infer`'s for this machine); one idles while
-the other is measured. vLLM's benchmark client sends the same load to both in rounds of four short runs, infer vllm vllm infer,
-the next vllm infer infer vllm: what rises or falls on the machine within a round meets both alike. Two servers of one command
-differ by 5 to 10% for as long as they run, so both are started anew for each pair. A figure is that of all replies of all
-pairs; a ratio's interval of 95% is the bootstrap's (Efron 1979) over pairs.
+vLLM's benchmark client sends the same load both ways in rounds of four short runs, infer vllm vllm infer, the next vllm infer
+infer vllm: what rises or falls on the machine within a round meets both alike. It is done twice:
+
+    one server   one process and engine, whose requests pass the code of `infer` or go past it (`one_server.py`): `--rounds`
+    two servers  `infer serve` and `vllm serve` with the same engine (arguments and environment of `infer`'s for this machine);
+                 one idles while the other is measured: `--pairs`, each of PAIR_ROUNDS rounds
+
+Two servers of one command differ by 5 to 10% for as long as they run, so both are started anew for each pair, and many pairs
+are needed to see 2%. In one server nothing else differs. A figure is that of all replies; a ratio's interval of 95% is the
+bootstrap's (Efron 1979), over rounds or over pairs.
 The goal is 2%: of throughput, and of the 99th percentile of whole replies, of the time to the first token and of that of a
 later one. Beside them stands the processor time of a request, all processes of the server together: what others do on the machine
 changes it less. And the processor time that the code of `infer` itself takes of a streamed reply: it stands between the server
@@ -38,6 +43,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.benchmarks.bench_train import machine, record_path  # noqa: E402
 from tests.benchmarks.measured import processor, tree  # noqa: E402
+from tests.benchmarks.one_server import WAYS, switch  # noqa: E402
 
 RESULTS = Path(__file__).with_name("results")
 GOAL = 0.02
@@ -45,7 +51,7 @@ GOAL = 0.02
 SIZES = {"tiny": (64, 96, 2), "small": (512, 1536, 4)}
 CONCURRENCY = 8
 INPUT, OUTPUT = 64, 32  # tokens
-WAYS = ("infer", "vllm")
+PAIR_ROUNDS = 4
 LATENCIES = ("ttft", "tpot", "e2el")  # of each reply, in ms
 # name -> whether more is better
 FIGURES = {
@@ -175,39 +181,62 @@ def served(words: Sequence[str], port: int, log: Path) -> Iterator[Any]:
             process.wait()
 
 
-def measure(size: str, pairs: int, rounds: int, requests: int) -> list[dict[str, Any]]:
-    """The runs of pairs of servers, each pair after a round that does not count."""
+def measure(size: str, rounds: int, pairs: int, requests: int) -> dict[str, list[dict[str, Any]]]:
+    """The runs in one server, each round a pair, and those of pairs of servers; after a round that does not count."""
     from tools.infer.environment import prepare_environment
 
-    prepare_environment()  # both servers have it from here
+    prepare_environment()  # all servers have it from here
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as place:
         source = model(size, Path(place) / "model")
-        return [_pair(source, Path(place), number, rounds, requests) for number in range(pairs)]
+        return {
+            "one server": _one_server(source, Path(place), rounds, requests),
+            "two servers": [_two_servers(source, Path(place), number, requests) for number in range(pairs)],
+        }
 
 
-def _pair(source: Path, logs: Path, number: int, rounds: int, requests: int) -> dict[str, Any]:
-    from tools.infer import bench
+def _one_server(source: Path, logs: Path, rounds: int, requests: int) -> list[dict[str, Any]]:
+    port = _free_pair()
+    words = [sys.executable, str(Path(__file__).with_name("one_server.py")), *commands(source, port)["infer"][1:]]
+    with served(words, port, logs / "one.log") as server:
+        _round(0, dict.fromkeys(WAYS, server), source, requests, switched=True)
+        return [
+            _round(turn, dict.fromkeys(WAYS, server), source, requests, switched=True) for turn in range(1, rounds + 1)
+        ]
 
+
+def _two_servers(source: Path, logs: Path, number: int, requests: int) -> dict[str, Any]:
     port = _free_pair()
     words = commands(source, port)
-    found: dict[str, Any] = {way: [] for way in WAYS}
     with ExitStack() as stack:
         servers = {
             way: stack.enter_context(served(words[way], port + WAYS.index(way), logs / f"{way}.log"))
             for way in order(number)[:2]
         }
-        for turn in range(rounds + 1):
-            for place, way in enumerate(order(number + turn)):
-                # both ways have the same prompts
-                seed = 2 * ((rounds + 1) * number + turn) + place // 2
-                load = bench.Load(requests=requests, input_tokens=INPUT, output_tokens=OUTPUT, seed=seed)
-                there, pid = servers[way]
-                before = processor(tree(pid))
-                said = bench.client(there, source, CONCURRENCY, load)
-                if turn:
-                    found[way].append(run(said, processor(tree(pid)) - before))
-    found["load_average"] = round(os.getloadavg()[0], 2)
-    return found
+        turns = [(PAIR_ROUNDS + 1) * number + turn for turn in range(PAIR_ROUNDS + 1)]
+        found = [_round(turn, servers, source, requests) for turn in turns][1:]
+    return {
+        **{way: [run for each in found for run in each[way]] for way in WAYS},
+        "load_average": max(each["load_average"] for each in found),
+    }
+
+
+def _round(
+    turn: int, servers: Mapping[str, tuple[Any, int]], source: Path, requests: int, *, switched: bool = False
+) -> dict[str, Any]:
+    """Four runs; `switched`: the servers are one."""
+    from tools.infer import bench
+
+    found: dict[str, Any] = {way: [] for way in WAYS}
+    for place, way in enumerate(order(turn)):
+        there, pid = servers[way]
+        if switched:
+            switch(there.base, way)
+        # both ways have the same prompts
+        load = bench.Load(requests=requests, input_tokens=INPUT, output_tokens=OUTPUT, seed=2 * turn + place // 2)
+        before = processor(tree(pid))
+        said = bench.client(there, source, CONCURRENCY, load)
+        found[way].append(run(said, processor(tree(pid)) - before))
+    return {**found, "load_average": round(os.getloadavg()[0], 2)}
 
 
 def run(said: Mapping[str, Any], seconds: float) -> dict[str, Any]:
@@ -268,14 +297,14 @@ def _free_pair() -> int:
             return port
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: the overhead of `infer serve` over `vllm serve`."""
-    lines = ["| model | figure | infer | vllm | overhead | 95% |", "|---|---|---|---|---|---|"]
-    for size, result in found.items():
+    lines = ["| model | of | figure | infer | vllm | overhead | 95% |", "|---|---|---|---|---|---|---|"]
+    for size, of in ((size, of) for size, results in found.items() for of in results):
         for figure in FIGURES:
-            each = result[figure]
+            each = found[size][of][figure]
             low, high = each["interval"]
-            cells = size, figure, f"{each['infer']:,.2f}", f"{each['vllm']:,.2f}", f"{each['overhead']:+.1%}"
+            cells = size, of, figure, f"{each['infer']:,.2f}", f"{each['vllm']:,.2f}", f"{each['overhead']:+.1%}"
             lines.append(f"| {' | '.join(cells)} | {low:+.1%} to {high:+.1%} |")
     return "\n".join(lines)
 
@@ -283,26 +312,26 @@ def table(found: Mapping[str, Any]) -> str:
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["tiny"])
+    parser.add_argument("--rounds", type=int, default=60, help="of four runs, in one server")
     parser.add_argument("--pairs", type=int, default=8, help="of servers")
-    parser.add_argument("--rounds", type=int, default=4, help="of four runs, of a pair")
     parser.add_argument("--requests", type=int, default=64, help="of a run")
     parser.add_argument("--record", action="store_true", help="replace the record")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args(words)
     described = machine("torch", "vllm", "transformers")
     path = record_path(described, given.results, of="serve")
-    pairs = {size: measure(size, given.pairs, given.rounds, given.requests) for size in given.size}
-    found = {size: summary(each) for size, each in pairs.items()}
+    runs = {size: measure(size, given.rounds, given.pairs, given.requests) for size in given.size}
+    found = {size: {of: summary(pairs) for of, pairs in each.items() if pairs} for size, each in runs.items()}
     own = round(own_ms(), 5)
-    share = {size: round(own / result["processor"]["vllm"], 6) for size, result in found.items()}
+    share = {size: round(own / result["one server"]["processor"]["vllm"], 6) for size, result in found.items()}
     print(f"{described}\n\n{table(found)}\n\ninfer's own code: {own} ms of a reply, {share} of vllm's", flush=True)
-    marks = [f"{size}: {each}" for size, result in found.items() for each in misses(result)]
+    marks = [f"{size}, {of}: {each}" for size in found for of, result in found[size].items() for each in misses(result)]
     marks += [f"{size}: infer's own code {each:.1%}" for size, each in share.items() if each > GOAL]
     for mark in marks:
         print(f"BEYOND {GOAL:.0%} {mark}")
     if given.record:
         given.results.mkdir(exist_ok=True)
-        loads = [pair["load_average"] for each in pairs.values() for pair in each]
+        loads = [pair["load_average"] for each in runs.values() for pairs in each.values() for pair in pairs]
         content = {
             "machine": described,
             "load": {
@@ -312,9 +341,8 @@ def main(words: Sequence[str] | None = None) -> int:
                 "output_tokens": OUTPUT,
             },
             "load_average": {"least": min(loads), "most": max(loads)},
-            "results": {
-                size: {"pairs": given.pairs, "rounds": given.rounds, **result} for size, result in found.items()
-            },
+            "rounds": {"one server": given.rounds, "two servers": [given.pairs, PAIR_ROUNDS]},
+            "results": found,
             "own_ms": own,
             "own_share": share,
         }

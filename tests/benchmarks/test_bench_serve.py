@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,8 +22,8 @@ from tests.benchmarks.bench_serve import (
     FIGURES,
     GOAL,
     JUDGED,
+    PAIR_ROUNDS,
     RESULTS,
-    WAYS,
     figures,
     misses,
     order,
@@ -30,6 +32,7 @@ from tests.benchmarks.bench_serve import (
 )
 from tests.benchmarks.bench_train import record_path
 from tests.benchmarks.measured import processor, tree
+from tests.benchmarks.one_server import WAYS, install
 from tools.infer.drain import InFlight
 
 REPLIES = 50
@@ -156,29 +159,68 @@ def test_only_what_is_beyond_the_goal_at_the_kinder_end_is_marked() -> None:
 def test_the_table() -> None:
     found = summary([pair(run(throughput=80.0))] * 3)
     assert found["throughput"] == {"overhead": 0.25, "interval": [0.25, 0.25], "infer": 80.0, "vllm": 100.0}
-    assert "| tiny | throughput | 80.00 | 100.00 | +25.0% | +25.0% to +25.0% |" in table({"tiny": found}).splitlines()
+    lines = table({"tiny": {"one server": found}}).splitlines()
+    assert "| tiny | one server | throughput | 80.00 | 100.00 | +25.0% | +25.0% to +25.0% |" in lines
 
 
 def test_a_miss_is_the_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench_serve, "measure", lambda size, pairs, rounds, requests: [pair(made)] * pairs)
+    made = {"one server": run(), "two servers": run()}
+
+    def measure(size: str, rounds: int, pairs: int, requests: int) -> dict[str, Any]:
+        numbers = {"one server": rounds, "two servers": pairs}
+        return {of: [pair(made[of])] * number for of, number in numbers.items()}
+
+    monkeypatch.setattr(bench_serve, "measure", measure)
     monkeypatch.setattr(bench_serve, "own_ms", lambda: 0.01)
     monkeypatch.setattr(bench_serve, "machine", lambda *packages: {"device": "CPU"})
-    words = ["--size", "tiny", "--pairs", "6", "--results", str(tmp_path)]
-    made = run(throughput=50.0)
-    assert bench_serve.main(words) == 1
+    words = ["--size", "tiny", "--pairs", "6", "--rounds", "5", "--results", str(tmp_path)]
+    for of in made:
+        made[of] = run(throughput=50.0)
+        assert bench_serve.main(words) == 1
+        assert re.findall("BEYOND.*: throughput: .100", printed := capsys.readouterr().out) == [
+            f"BEYOND 2% tiny, {of}: throughput: +100"
+        ], printed
+        made[of] = run()
     assert not list(tmp_path.iterdir())
-    made = run()
     assert bench_serve.main([*words, "--record"]) == 0
     content = json.loads((tmp_path / "serve-cpu.json").read_text())
     assert content["machine"] == {"device": "CPU"}
-    assert content["results"]["tiny"]["pairs"] == 6
-    assert content["results"]["tiny"]["throughput"]["overhead"] == 0
+    assert content["rounds"] == {"one server": 5, "two servers": [6, PAIR_ROUNDS]}
+    assert content["results"]["tiny"]["one server"]["throughput"]["overhead"] == 0
     assert content["own_share"] == {"tiny": 0.0005}
+    assert bench_serve.main([*words, "--pairs", "0"]) == 0
+    assert "two servers" not in capsys.readouterr().out.rpartition("recorded in")[2]
     monkeypatch.setattr(bench_serve, "own_ms", lambda: 1.0)
     assert bench_serve.main(words) == 1
     assert "BEYOND 2% tiny: infer's own code 5.0%" in capsys.readouterr().out
+
+
+def test_one_server_answers_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By infer's code, or past it; the switch itself does not reach the application."""
+    reached: list[tuple[str, int]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        reached.append((scope["path"], InFlight.requests))
+
+    async def requests() -> list[Any]:
+        answers = []
+
+        async def send(message: Any) -> None:
+            answers.append(message.get("status"))
+
+        server = InFlight(app)
+        for path in ("/a", "/way/vllm", "/b", "/way/infer", "/c"):
+            await server({"type": "http", "path": path}, None, send)
+        return answers
+
+    monkeypatch.setattr(InFlight, "__call__", InFlight.__call__)
+    monkeypatch.setattr(InFlight, "requests", 0)
+    install()
+    assert asyncio.run(requests()) == [204, None, 204, None]
+    assert reached == [("/a", 1), ("/b", 0), ("/c", 1)]
+    assert set(WAYS) == {"infer", "vllm"}
 
 
 def test_records_are_whole() -> None:
@@ -186,6 +228,7 @@ def test_records_are_whole() -> None:
         content = json.loads(path.read_text())
         assert record_path(content["machine"], of="serve") == path
         assert content["load_average"].keys() == {"least", "most"}
-        for size, result in content["results"].items():
-            assert set(JUDGED) <= FIGURES.keys() < result.keys()
+        for size, results in content["results"].items():
+            assert results.keys() == content["rounds"].keys() == {"one server", "two servers"}
+            assert all(set(JUDGED) <= FIGURES.keys() == result.keys() for result in results.values())
             assert content["own_share"][size] < GOAL
