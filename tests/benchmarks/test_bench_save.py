@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks import bench_save
+from tests.benchmarks.bench_train import record_path
 
 BENCHMARK = Path(__file__).with_name("bench_save.py")
 PYTHON = Path(__file__).parents[2] / "tools/pretrain/.venv/bin/python"
@@ -30,6 +31,25 @@ def test_figures_of_both_saves_are_recorded(tmp_path: Path) -> None:
     assert content["machine"]["device"] == "CPU"
     assert re.search(r"^\| tiny, 1 \| [\d.]+ s \| [\d.]+ s \| [\d.]+% \|", answer.stdout, re.MULTILINE)
     assert [path.name for path in tmp_path.iterdir()] == ["save-cpu.json"]
+
+
+@pytest.mark.parametrize(("memory", "code"), [(3e8, 0), (3.1e8, 1)])
+def test_more_memory_than_the_plan_says_is_the_exit_code(
+    memory: float, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_save, "measure", lambda name, processes, rounds: FOUND | {"memory": memory})
+    monkeypatch.setattr(bench_save, "machine", lambda: {"device": "CPU"})
+    assert bench_save.main(["--results", str(tmp_path)]) == code
+    assert capsys.readouterr().out.count("ABOVE THE PLAN 50m") == 2 * code
+
+
+def test_records_are_within_goal_and_plan() -> None:
+    for path in bench_save.RESULTS.glob("save-*.json"):
+        content = json.loads(path.read_text())
+        assert record_path(content["machine"], of="save") == path
+        for each in content["results"].values():
+            assert each["share"] <= bench_save.GOAL
+            assert each["memory"] <= each["plan"]
 
 
 @pytest.mark.parametrize(("share", "code"), [(0.1, 0), (0.11, 1)])
