@@ -6,7 +6,7 @@ keys costs `2 n w`. The kernel of a block is SDPA, or the eager one for soft cap
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -96,6 +96,7 @@ def _within_segment(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, features:
     ends = [(begin, min(begin + size, keys)) for begin in range(before, keys, size)]
     seen = [(max(begin - window + 1, 0), end) for begin, end in ends]
     rows = _spans(q, [(begin - before, end - before) for begin, end in ends])
+    given: Iterable[tuple[torch.Tensor, ...]]
     if window < keys:
         given = zip(rows, _spans(k, seen), _spans(v, seen), strict=True)
     else:  # together the blocks see quadratically many keys: their gradients are added one by one
